@@ -1,0 +1,131 @@
+"""What an adapter is, as data: the one configuration that travels with its weights.
+
+``adapter_config.json`` is this dataclass and nothing else.  mlx-lm would load an adapter folder as
+plain, ungated LoRA if it found its own keys (``num_layers``, ``lora_parameters``) in it, and the
+output would change silently; those two names are therefore never used here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapters.safetensors"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class MTPConfig:
+    """The shape of an adapter and the base model it was trained for.
+
+    Attributes:
+        num_draft_tokens: k, the number of learned mask tokens.
+        rank: rank of the gated LoRA weights.
+        scale: factor of the LoRA product, ``y += scale * (x @ lora_a) @ lora_b``.
+        target_modules: leaf names of the adapted linear layers, such as ``q_proj``.
+        sampler: kind of the sampler head (``"mlp"``) or None when the adapter has none.
+        base_model: name of the base model, for messages and model cards.
+        base_model_type: mlx-lm's ``model_type`` of the base model.
+        base_hidden_size: width D of the base model.
+        base_num_layers: number of its layers.
+        base_vocab_size: rows of its embedding table.
+        base_fingerprint: hash that tells whether a model is that base (``model.fingerprint``).
+        fine_tune_type: always ``"mtp"``; tells a reader what kind of adapter this is.
+        format_version: version of this folder format.
+    """
+
+    num_draft_tokens: int
+    rank: int
+    scale: float
+    target_modules: tuple[str, ...]
+    sampler: str | None
+    base_model: str
+    base_model_type: str
+    base_hidden_size: int
+    base_num_layers: int
+    base_vocab_size: int
+    base_fingerprint: str
+    fine_tune_type: str = "mtp"
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        for name in ("num_draft_tokens", "rank", "base_hidden_size", "base_num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.sampler not in (None, "mlp"):
+            raise ValueError(f"sampler must be 'mlp' or null, got {self.sampler!r}")
+        if self.fine_tune_type != "mtp":
+            raise ValueError(f"fine_tune_type must be 'mtp', got {self.fine_tune_type!r}")
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version {self.format_version} is not supported (this is {FORMAT_VERSION})"
+            )
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MTPConfig:
+        """Build a configuration from parsed JSON.
+
+        Raises:
+            ValueError: a key is unknown, missing, or of the wrong type; the message names it.
+        """
+        fields = {field.name: field for field in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise ValueError(f"unknown keys: {', '.join(unknown)}")
+        missing = [
+            name
+            for name, field in fields.items()
+            if field.default is dataclasses.MISSING and name not in values
+        ]
+        if missing:
+            raise ValueError(f"missing keys: {', '.join(missing)}")
+        hints = typing.get_type_hints(cls)
+        return cls(**{name: _coerce(name, value, hints[name]) for name, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON-ready values, keys in declaration order."""
+        return dataclasses.asdict(self) | {"target_modules": list(self.target_modules)}
+
+
+def read_config(folder: Path) -> MTPConfig:
+    """Read ``adapter_config.json`` of an adapter folder.
+
+    Raises:
+        ValueError: the file is missing, is not JSON, or does not describe an adapter of ours; the
+            message names the file.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{folder} is not an adapter folder: it has no {CONFIG_FILE}") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"cannot read {path}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a JSON object")
+    try:
+        return MTPConfig.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _coerce(name: str, value: Any, hint: Any) -> Any:
+    """Check one value against its type hint; lists become tuples, whole numbers become floats."""
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise ValueError(f"{name} must be a list of strings, got {value!r}")
+    kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if float in kinds and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, bool) or not isinstance(value, kinds):
+        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return value
