@@ -1,0 +1,54 @@
+"""mlx-mtp makes a local language model answer several tokens per step, with unchanged output.
+
+    from mlx_mtp import load, generate
+
+    model, tokenizer = load()  # the embedded default model; or a folder or hub id
+    text = generate(model, tokenizer, prompt="Once upon a time", verbose=True)
+
+The names and the call style are mlx-lm's.  ``load`` and ``Sampling`` are imported on first use,
+because mlx-lm takes seconds to import.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from mlx_mtp.blas import preload_openblas
+
+BLAS = preload_openblas()  # before anything imports MLX
+
+from mlx_mtp.generate import (  # noqa: E402
+    ContextOverflow,
+    GenerationResponse,
+    generate,
+    stream_generate,
+)
+from mlx_mtp.stats import GenerationStats  # noqa: E402
+
+if TYPE_CHECKING:
+    from mlx_mtp.accept import Sampling
+    from mlx_mtp.loading import load
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BLAS",
+    "ContextOverflow",
+    "GenerationResponse",
+    "GenerationStats",
+    "Sampling",
+    "__version__",
+    "generate",
+    "load",
+    "stream_generate",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Sampling":
+        from mlx_mtp.accept import Sampling
+
+        return Sampling
+    if name == "load":
+        from mlx_mtp.loading import load
+
+        return load
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
