@@ -1,0 +1,280 @@
+"""THE loop: prefill, plan, step, accept, rewind, draft.  Ids in, ids out.
+
+Every step is one forward over a ``StepLayout`` and one host sync.  Plain decoding is the layout
+without drafts and masks, so the same code serves both and speculation can only change the speed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+
+from mlx_mtp.accept import (
+    LogitsProcessor,
+    Sampling,
+    accept_greedy,
+    accept_sampled,
+    process_logits,
+    target_probs,
+)
+from mlx_mtp.cache import MTPCache
+from mlx_mtp.draft import Drafts, draft_tokens
+from mlx_mtp.layout import StepLayout
+from mlx_mtp.model import MTPModel
+from mlx_mtp.planner import FixedPlanner
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step emitted.
+
+    Attributes:
+        tokens: emitted ids, accepted drafts then the bonus token, cut after a stop id or at the
+            token limit.
+        num_draft_tokens: drafts verified in this step.
+        num_accepted: drafts kept and emitted; never a match after a mismatch or past a stop.
+        num_rows: rows of the forward, pending prompt rows of the first step included.
+        finish_reason: ``"stop"``, ``"length"`` or None while it goes on.
+        logits: processed logits of the emitted ids, ``[len(tokens), V]``.
+    """
+
+    tokens: list[int]
+    num_draft_tokens: int
+    num_accepted: int
+    num_rows: int
+    finish_reason: str | None
+    logits: mx.array
+
+    @cached_property
+    def logprobs(self) -> mx.array:
+        """Log-probabilities of the emitted rows, ``[len(tokens), V]``, computed when asked for."""
+        return self.logits - mx.logsumexp(self.logits, axis=-1, keepdims=True)
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """One forward and what follows from it, for a model, its caches and a way to draw tokens."""
+
+    model: MTPModel
+    cache: MTPCache
+    sampling: Sampling
+    processors: list[LogitsProcessor]
+
+    def prefill(self, prompt: list[int], step_size: int, progress: Progress) -> list[int]:
+        """Run all chunks of the prompt but the last; return the last, which awaits its masks."""
+        done = 0
+        progress(done, len(prompt))
+        while len(prompt) - done > step_size:
+            self.cache.begin_step()
+            self.model(mx.array([prompt[done : done + step_size]]), cache=self.cache)
+            mx.eval(self.cache.state)
+            mx.clear_cache()
+            done += step_size
+            progress(done, len(prompt))
+        return prompt[done:]
+
+    def step(
+        self,
+        pending: list[int],
+        drafts: Drafts,
+        layout: StepLayout,
+        *,
+        context: list[int],
+        key: mx.array,
+    ) -> tuple[list[int], int, mx.array, Drafts]:
+        """Run one forward, accept, and draft from the mask group behind the accepted run.
+
+        Args:
+            pending: ids that are not in the cache yet.
+            drafts: the drafts to verify, as many as the layout has.
+            layout: the rows.
+            context: all ids so far, pending ones included.
+            key: random key.
+
+        Returns:
+            emitted ids, num_accepted, their logits, the next drafts.  The cache holds all rows.
+        """
+        accept_key, draft_key = mx.random.split(key)
+        draft_ids = drafts.tokens.tolist()
+        ids = mx.array([[*pending, *draft_ids, *layout.mask_offsets.tolist()]])
+        hidden = self.model(ids, cache=self.cache, layout=layout)[0]  # [rows, D]
+        verify = hidden[layout.num_pending - 1 : layout.num_ordinary]
+        logits = process_logits(
+            self.model.logits(verify[None])[0],
+            context=context,
+            drafts=draft_ids,
+            processors=self.processors,
+        )  # [d+1, V]
+        tokens, num_accepted = self._accept(logits, drafts, accept_key)
+        following = Drafts.none()
+        if layout.num_masks:
+            group = hidden[layout.group_rows[num_accepted]]  # [m, D]
+            following = draft_tokens(
+                self.model, group, tokens[num_accepted], sampling=self.sampling, key=draft_key
+            )
+        counted = mx.concatenate([num_accepted[None], tokens])
+        mx.eval(counted, following.tokens, following.candidates, following.probs)  # the sync
+        accepted, *emitted = counted.tolist()
+        following = following.first(layout.mask_counts[accepted])
+        return emitted[: accepted + 1], accepted, logits[: accepted + 1], following
+
+    def _accept(self, logits: mx.array, drafts: Drafts, key: mx.array) -> tuple[mx.array, mx.array]:
+        if self.sampling.greedy:
+            return accept_greedy(logits, drafts.tokens)
+        probs = target_probs(logits, self.sampling)
+        return accept_sampled(probs, drafts.tokens, drafts.candidates, drafts.probs, key=key)
+
+
+def decode(
+    model: MTPModel,
+    prompt: Sequence[int],
+    *,
+    max_tokens: int = 256,
+    sampling: Sampling | None = None,
+    stop_ids: Collection[int] = (),
+    layout: str = "auto",
+    num_draft_tokens: int | None = None,
+    cache: MTPCache | None = None,
+    prefill_step_size: int = 2048,
+    seed: int | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
+    prompt_progress_callback: Progress | None = None,
+) -> Iterator[StepResult]:
+    """Decode step by step.
+
+    Args:
+        model: the model.
+        prompt: ids that are not in the cache yet, at least one.
+        max_tokens: how many ids to emit; -1 sets no limit but the model's context.
+        sampling: how tokens are drawn; greedy by default.
+        stop_ids: ids that end the text; the stop id itself is emitted last.
+        layout: ``"auto"``, ``"linear"``, ``"quadratic"`` or ``"plain"``.
+        num_draft_tokens: drafts per step, at most the adapter's k, which is the default.
+        cache: caches to go on with, updated in place.  Whenever a step is handed out they hold
+            the prompt and all emitted ids but the last.
+        prefill_step_size: prompt rows per forward.
+        seed: random seed; None draws one from mlx's global state.
+        logits_processors: more processors in mlx-lm's form, applied along the drafted prefix.
+        prompt_progress_callback: called with (rows done, rows in all) during prefill.
+
+    Raises:
+        ValueError: an argument is out of range; raised before any work.
+    """
+    sampling = sampling or Sampling()
+    cache = model.make_cache() if cache is None else cache
+    if prefill_step_size < 1:
+        raise ValueError(f"prefill_step_size must be at least 1, got {prefill_step_size}")
+    _check_ids(model, prompt, sampling)
+    planner = _planner(model, layout, num_draft_tokens)
+    room = _room(model, cache.offset + len(prompt), max_tokens)
+    if seed is None:
+        seed = int(mx.random.randint(0, 2**31 - 1).item())
+    processors = [*sampling.logits_processors(), *logits_processors]
+    return _loop(
+        Decoder(model, cache, sampling, processors),
+        planner,
+        [int(token) for token in prompt],
+        room=room,
+        stop_ids=frozenset(stop_ids),
+        prefill_step_size=prefill_step_size,
+        key=mx.random.key(seed),
+        progress=prompt_progress_callback or (lambda *_: None),
+    )
+
+
+def _loop(
+    decoder: Decoder,
+    planner: FixedPlanner,
+    context: list[int],
+    *,
+    room: int,
+    stop_ids: frozenset[int],
+    prefill_step_size: int,
+    key: mx.array,
+    progress: Progress,
+) -> Iterator[StepResult]:
+    cache = decoder.cache
+    prompt_size = len(context)
+    pending = decoder.prefill(context, prefill_step_size, progress)
+    drafts = Drafts.none()
+    while room > 0:
+        cache.begin_step()
+        layout = planner.plan(
+            num_pending=len(pending),
+            num_waiting=len(drafts),
+            room=min(room, cache.rows_until_change or room),
+        )
+        key, step_key = mx.random.split(key)
+        drafts = drafts.first(layout.num_draft_tokens)
+        emitted, num_accepted, logits, drafts = decoder.step(
+            pending, drafts, layout, context=context, key=step_key
+        )
+        emitted, finish_reason = _cut(emitted, room, stop_ids)
+        cache.rewind(layout.num_rows - len(pending) - len(emitted) + 1)
+        if len(context) == prompt_size:
+            progress(prompt_size, prompt_size)
+        context = context + emitted
+        room -= len(emitted)
+        yield StepResult(
+            tokens=emitted,
+            num_draft_tokens=layout.num_draft_tokens,
+            num_accepted=min(num_accepted, len(emitted)),
+            num_rows=layout.num_rows,
+            finish_reason=finish_reason,
+            logits=logits[: len(emitted)],
+        )
+        if finish_reason:
+            return
+        pending = emitted[-1:]
+
+
+def _cut(emitted: list[int], room: int, stop_ids: frozenset[int]) -> tuple[list[int], str | None]:
+    """Cut emitted ids after the first stop id and at the token limit."""
+    for count, token in enumerate(emitted[:room], start=1):
+        if token in stop_ids:
+            return emitted[:count], "stop"
+    return emitted[:room], "length" if len(emitted) >= room else None
+
+
+def _planner(model: MTPModel, layout: str, num_draft_tokens: int | None) -> FixedPlanner:
+    """Make the planner after checking k against the adapter."""
+    k = model.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
+    if k < 0:
+        raise ValueError(f"num_draft_tokens must be at least 0, got {k}")
+    if k > model.num_draft_tokens > 0:
+        raise ValueError(
+            f"num_draft_tokens is {k}, but the adapter was trained for {model.num_draft_tokens}"
+        )
+    return FixedPlanner(layout, num_draft_tokens=min(k, model.num_draft_tokens))
+
+
+def _room(model: MTPModel, num_prompt: int, max_tokens: int) -> int:
+    """Tokens that may be emitted after a prompt of that many rows."""
+    if max_tokens < -1 or max_tokens == 0:
+        raise ValueError(f"max_tokens must be at least 1, or -1 for no limit, got {max_tokens}")
+    room = max_tokens if max_tokens > 0 else 2**62
+    if model.max_context is None:
+        return room
+    if num_prompt >= model.max_context:
+        raise ValueError(
+            f"the prompt has {num_prompt} tokens, which leaves no room in the model's context "
+            f"of {model.max_context}"
+        )
+    return min(room, model.max_context - num_prompt)
+
+
+def _check_ids(model: MTPModel, prompt: Sequence[int], sampling: Sampling) -> None:
+    """Refuse an empty prompt and ids outside the vocabulary."""
+    if len(prompt) == 0:
+        raise ValueError("the prompt is empty")
+    for what, ids in (("prompt", prompt), ("logit_bias", sampling.logit_bias or ())):
+        if len(ids) and (min(ids) < 0 or max(ids) >= model.vocab_size):
+            bad = next(i for i in ids if not 0 <= i < model.vocab_size)
+            raise ValueError(
+                f"{what} holds the id {bad}, the vocabulary has {model.vocab_size} ids"
+            )

@@ -1,0 +1,131 @@
+"""StepLayout: which rows one forward has, where they stand, and what each may see.
+
+Ordinary rows come first: the pending tokens (one in the loop, a prompt chunk in prefill), then the
+drafts to verify.  Mask groups come after, one group for each place where the accepted run may end.
+Position ids and the attention mask carry the meaning, so this order is free to choose; it makes
+rewinding a plain trim, the LoRA gate a single split index and each mask group contiguous.
+
+                     position   sees
+    x_0  d_1  d_2    0 1 2      ordinary rows up to itself
+    m_1  m_2         1 2        x_0            and its own group so far
+    m_1  m_2         2 3        x_0 d_1        and its own group so far
+    m_1  m_2         3 4        x_0 d_1 d_2    and its own group so far
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import mlx.core as mx
+import numpy as np
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """Rows of one step.
+
+    Attributes:
+        num_pending: ordinary rows before the first draft, at least 1.
+        num_draft_tokens: drafts to verify in this step.
+        mask_counts: masks behind the last pending row and behind each draft, ``[1 + drafts]``.
+    """
+
+    num_pending: int
+    num_draft_tokens: int
+    mask_counts: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if self.num_pending < 1 or self.num_draft_tokens < 0:
+            raise ValueError(f"a step needs a pending row: {self}")
+        if len(self.mask_counts) != self.num_draft_tokens + 1 or min(self.mask_counts) < 0:
+            raise ValueError(f"a step needs one mask count per draft and one more: {self}")
+
+    @property
+    def num_ordinary(self) -> int:
+        """Ordinary rows, pending and drafts together."""
+        return self.num_pending + self.num_draft_tokens
+
+    @property
+    def gate_split(self) -> int:
+        """Index of the first mask row; equals the number of ordinary rows."""
+        return self.num_ordinary
+
+    @property
+    def num_masks(self) -> int:
+        """Mask rows of all groups together."""
+        return sum(self.mask_counts)
+
+    @property
+    def num_rows(self) -> int:
+        """All rows of the forward."""
+        return self.num_ordinary + self.num_masks
+
+    @cached_property
+    def mask_offsets(self) -> np.ndarray:
+        """Which mask token each mask row is, counted from 0, int32 ``[num_masks]``."""
+        return np.concatenate([np.arange(count, dtype=np.int32) for count in self.mask_counts])
+
+    @cached_property
+    def positions(self) -> mx.array:
+        """Position of each row relative to the first row, int32 ``[num_rows]``."""
+        anchors = np.repeat(np.arange(len(self.mask_counts)), self.mask_counts)
+        masks = self.num_pending + anchors + self.mask_offsets
+        return mx.array(np.concatenate([np.arange(self.num_ordinary), masks]).astype(np.int32))
+
+    @cached_property
+    def attention(self) -> mx.array:
+        """Which row may see which row of the same step, bool ``[num_rows, num_rows]``."""
+        split, rows = self.num_ordinary, self.num_rows
+        groups = np.repeat(np.arange(len(self.mask_counts)), self.mask_counts)
+        sees = np.zeros((rows, rows), dtype=bool)
+        sees[:split, :split] = np.tri(split, dtype=bool)
+        sees[split:, :split] = np.arange(split) < self.num_pending + groups[:, None]
+        same_group = groups[:, None] == groups[None]
+        sees[split:, split:] = same_group & (self.mask_offsets[:, None] >= self.mask_offsets)
+        return mx.array(sees)
+
+    @cached_property
+    def group_rows(self) -> mx.array:
+        """Row index of each mask of each group, int32 ``[1 + drafts, largest group]``.
+
+        A group smaller than the largest repeats its last row (or row 0 if it is empty); the caller
+        knows its length from ``mask_counts``.
+        """
+        starts = self.num_ordinary + np.cumsum((0, *self.mask_counts[:-1]))
+        steps = np.arange(max(self.mask_counts))
+        lasts = np.maximum(np.array(self.mask_counts) - 1, 0)
+        rows = starts[:, None] + np.minimum(steps, lasts[:, None])
+        return mx.array(np.minimum(rows, self.num_rows - 1).astype(np.int32))
+
+
+def linear_layout(*, num_pending: int, num_draft_tokens: int, num_masks: int) -> StepLayout:
+    """Masks behind the last draft only (the paper's linear decoding)."""
+    return StepLayout(num_pending, num_draft_tokens, (0,) * num_draft_tokens + (num_masks,))
+
+
+def quadratic_layout(*, num_pending: int, num_draft_tokens: int, num_masks: int) -> StepLayout:
+    """Masks behind the last pending row and every draft (the paper's quadratic decoding)."""
+    return StepLayout(num_pending, num_draft_tokens, (num_masks,) * (num_draft_tokens + 1))
+
+
+def plain_layout(*, num_pending: int = 1) -> StepLayout:
+    """No drafts, no masks: plain decoding."""
+    return StepLayout(num_pending, 0, (0,))
+
+
+class StepScope:
+    """The layout of the forward in progress, shared by the wrapped modules of one model.
+
+    mlx-lm's modules are called without a word about mask rows; embedding, rotary embedding, gated
+    linear layers and caches look here instead.  ``layout`` is None outside a forward and for
+    forwards whose rows are all ordinary and contiguous.
+    """
+
+    def __init__(self) -> None:
+        self.layout: StepLayout | None = None
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether the forward in progress has mask rows."""
+        return self.layout is not None and self.layout.num_masks > 0

@@ -1,0 +1,237 @@
+"""Load models and adapters: a folder, a hub id, or the embedded default.
+
+On a CPU device weights are float32: MLX's CPU quantised matmul runs at a fiftieth of what BLAS
+reaches on float32, and accumulates in half precision.  The BLAS of the Linux wheel is the
+reference one; OpenBLAS, where it is installed, takes its place when this package is imported
+(``blas.py``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm import utils as lm_utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_mtp.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_config
+from mlx_mtp.default_model import DEFAULT_MODEL_NAME, default_adapter_path, default_model_path
+from mlx_mtp.model import MTPModel, fingerprint
+
+MEMORY_SHARE = 0.8
+
+
+def load(
+    path_or_hf_repo: str | None = None,
+    *,
+    adapter_path: str | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+    trust_remote_code: bool = False,
+    mtp: bool = True,
+    progress: Any = None,
+) -> tuple[MTPModel, TokenizerWrapper]:
+    """Load a model with its tokenizer and adapter.
+
+    Args:
+        path_or_hf_repo: folder or hub id; None is the embedded default model.
+        adapter_path: adapter folder or hub id; None is the shipped adapter for the default model
+            and no adapter for others.
+        tokenizer_config: options for the tokenizer.
+        trust_remote_code: let the tokenizer run code from its folder.
+        mtp: False leaves the adapter out.
+        progress: called with a line of text before work that takes a while.
+
+    Raises:
+        ValueError: something is missing, broken, or does not fit; the message is one line.
+    """
+    is_default = path_or_hf_repo is None
+    if is_default:
+        folder, name = default_model_path(progress=progress), DEFAULT_MODEL_NAME
+    else:
+        folder, name = resolve(path_or_hf_repo, kind="model"), path_or_hf_repo
+    if adapter_path is None and is_default:
+        adapter_path = str(default_adapter_path())
+    base, config = _load_base(folder, trust_remote_code)
+    tokenizer = _load_tokenizer(folder, config, tokenizer_config, trust_remote_code)
+    if not mtp or adapter_path is None:
+        return MTPModel(base, name=name), tokenizer
+    adapter = resolve(adapter_path, kind="adapter")
+    mtp_config, weights = read_adapter(adapter)
+    check_base(base, mtp_config, adapter=adapter_path, name=name)
+    try:
+        return MTPModel(base, name=name, config=mtp_config, weights=weights), tokenizer
+    except ValueError as error:
+        raise ValueError(f"{adapter_path}: {error}") from None
+
+
+def resolve(path_or_hf_repo: str, *, kind: str) -> Path:
+    """Find a folder, or download a hub repository.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    path = Path(path_or_hf_repo).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise ValueError(f"{kind} {path_or_hf_repo} is a file, not a folder")
+    looks_local = path_or_hf_repo.startswith((".", "/", "~")) or path_or_hf_repo.count("/") != 1
+    if looks_local:
+        raise ValueError(f"{kind} {path_or_hf_repo} does not exist")
+    patterns = ["*.json", "*.safetensors", "*.txt", "*.jsonl", "*.jinja", "tokenizer.model", "*.py"]
+    try:
+        return Path(snapshot_download(path_or_hf_repo, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(
+            f"{kind} {path_or_hf_repo} is neither a folder nor to be had from the hub: {reason}"
+        ) from None
+
+
+def read_adapter(folder: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
+    """Read an adapter folder.
+
+    Returns:
+        The configuration and the tensors by name: ``mask_embeddings`` ``[k, D]``,
+        ``sampler_head.*`` and, for each adapted layer, ``*.lora_a`` ``[in, r]`` and ``*.lora_b``
+        ``[r, out]``.
+
+    Raises:
+        ValueError: a file is missing or broken, or a tensor is not finite.
+    """
+    config = read_config(folder)
+    path = folder / WEIGHTS_FILE
+    weights = read_tensors(path)
+    finite = {name: mx.isfinite(value).all() for name, value in weights.items()}
+    mx.eval(finite)
+    for name, value in finite.items():
+        if not value.item():
+            raise ValueError(f"{path}: {name} holds NaN or infinite values")
+    return config, weights
+
+
+def read_tensors(path: Path) -> dict[str, mx.array]:
+    """Read a safetensors file.
+
+    Raises:
+        ValueError: the file is missing, truncated or corrupt.
+    """
+    if not path.is_file():
+        raise ValueError(f"{path} is missing")
+    try:
+        tensors = mx.load(str(path))
+        mx.eval(tensors)
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"{path} is truncated or corrupt: {_first_line(error)}") from None
+    assert isinstance(tensors, dict)
+    return tensors
+
+
+def check_base(base: nn.Module, config: MTPConfig, *, adapter: str, name: str) -> None:
+    """Refuse an adapter that was trained for another base model.
+
+    Raises:
+        ValueError: the fingerprints differ; the message names both models.
+    """
+    actual = fingerprint(base)
+    if actual != config.base_fingerprint:
+        raise ValueError(
+            f"adapter {adapter} is for {config.base_model} "
+            f"(fingerprint {config.base_fingerprint[:12]}), not for {name} "
+            f"(fingerprint {actual[:12]})"
+        )
+
+
+def _load_base(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+    """Load the mlx-lm model of a folder, in float32 on a CPU device."""
+    if not (folder / "config.json").is_file():
+        hint = ": it is an adapter" if (folder / CONFIG_FILE).is_file() else ""
+        raise ValueError(f"{folder} is not a model folder{hint} (it has no config.json)")
+    try:
+        base, config = lm_utils.load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+        base.eval()
+        if mx.default_device().type == mx.cpu:
+            to_float32(base)
+        mx.eval(base.parameters())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder}/config.json is not JSON: {error}") from None
+    except (FileNotFoundError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"cannot load the model in {folder}: {_first_line(error)}") from None
+    return base, config
+
+
+def to_float32(base: nn.Module) -> None:
+    """Turn all weights into float32, quantised ones included, in place.
+
+    A model whose float32 weights would not fit into memory is left as it is.
+    """
+    if _float32_bytes(base) > MEMORY_SHARE * _memory_bytes():
+        return
+    leaves = base.leaf_modules()
+    dense = tree_map(_dequantized, leaves, is_leaf=nn.Module.is_module)
+    base.update_modules(dense)
+    base.apply(lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x)
+
+
+def _dequantized(layer: nn.Module) -> nn.Module:
+    """The float32 twin of a quantised linear layer or embedding; others as they are."""
+    if not isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
+        return layer
+    biases = layer.get("biases")
+    weight = mx.dequantize(
+        layer.weight,
+        layer.scales if layer.mode != "affine" else layer.scales.astype(mx.float32),
+        biases if biases is None else biases.astype(mx.float32),
+        group_size=layer.group_size,
+        bits=layer.bits,
+        mode=layer.mode,
+    ).astype(mx.float32)
+    if isinstance(layer, nn.QuantizedEmbedding):
+        twin = nn.Embedding(1, 1)
+    else:
+        twin = nn.Linear(1, 1, bias="bias" in layer)
+        if "bias" in layer:
+            twin.bias = layer.bias
+    twin.weight = weight
+    return twin
+
+
+def _load_tokenizer(
+    folder: Path, config: dict[str, Any], options: dict[str, Any] | None, trust_remote_code: bool
+) -> TokenizerWrapper:
+    """Load the tokenizer of a model folder."""
+    try:
+        return lm_utils.load_tokenizer(
+            folder,
+            {"trust_remote_code": trust_remote_code} | (options or {}),
+            eos_token_ids=config.get("eos_token_id"),
+        )
+    except Exception as error:  # transformers raises many kinds for a broken folder
+        raise ValueError(f"cannot load the tokenizer in {folder}: {_first_line(error)}") from None
+
+
+def _float32_bytes(base: nn.Module) -> int:
+    """Bytes that the weights would take in float32."""
+    total = 0
+    for name, value in tree_flatten(base.parameters()):
+        packed = value.dtype == mx.uint32 and name.endswith("weight")
+        total += value.nbytes * 8 if packed else value.size * 4
+    return total
+
+
+def _memory_bytes() -> int:
+    """Physical memory of this machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its kind when it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

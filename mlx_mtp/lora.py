@@ -1,0 +1,86 @@
+"""GatedLoRALinear: a linear layer whose LoRA weights act on mask rows only.
+
+``y = W x + gate * scale * (x lora_a) lora_b`` (arXiv 2507.11851, section 3.2), with gate 0 on
+ordinary rows and 1 on mask rows.  Ordinary rows come first in a step, so the gate is one split
+index, ordinary rows are exactly what the base layer computes, and the product with the low-rank
+weights is only formed for mask rows.  Such an adapter cannot be fused into ``W``.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_mtp.layout import StepScope
+
+
+class GatedLoRALinear(nn.Module):
+    """A base linear layer plus gated low-rank weights.
+
+    Attributes:
+        linear: the base layer, ``nn.Linear`` or ``nn.QuantizedLinear``, untouched.
+        lora_a: ``[in, r]``.
+        lora_b: ``[r, out]``.
+        scale: factor of the low-rank product.
+    """
+
+    def __init__(
+        self,
+        linear: nn.Module,
+        *,
+        lora_a: mx.array,
+        lora_b: mx.array,
+        scale: float,
+        scope: StepScope,
+    ) -> None:
+        super().__init__()
+        self.linear = linear
+        self.lora_a = lora_a
+        self.lora_b = lora_b
+        self.scale = scale
+        self._scope = scope
+
+    @classmethod
+    def from_base(
+        cls,
+        linear: nn.Module,
+        *,
+        lora_a: mx.array,
+        lora_b: mx.array,
+        scale: float,
+        scope: StepScope,
+    ) -> GatedLoRALinear:
+        """Wrap a linear layer.
+
+        Raises:
+            ValueError: the layer is not linear or the shapes do not fit it.
+        """
+        if not isinstance(linear, nn.Linear | nn.QuantizedLinear):
+            raise ValueError(f"{type(linear).__name__} cannot carry gated LoRA weights")
+        wanted = linear_dims(linear)
+        given = (lora_a.shape[0], lora_b.shape[-1])
+        if given != wanted or lora_a.shape[-1] != lora_b.shape[0]:
+            raise ValueError(
+                f"lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} do not fit "
+                f"a layer of {wanted[0]} to {wanted[1]}"
+            )
+        return cls(linear, lora_a=lora_a, lora_b=lora_b, scale=scale, scope=scope)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map ``[..., L, in]`` to ``[..., L, out]``; rows from the gate split on are adapted."""
+        y = self.linear(x)
+        layout = self._scope.layout
+        if layout is None or layout.num_masks == 0:
+            return y
+        split = layout.gate_split
+        low_rank = x[..., split:, :] @ self.lora_a
+        mask_rows = mx.addmm(y[..., split:, :], low_rank, self.lora_b, alpha=self.scale)
+        return mx.concatenate([y[..., :split, :], mask_rows], axis=-2)
+
+
+def linear_dims(linear: nn.Module) -> tuple[int, int]:
+    """Return (in, out) of a linear layer, quantised or not."""
+    out_dims, in_dims = linear.weight.shape
+    if isinstance(linear, nn.QuantizedLinear):
+        in_dims = in_dims * 32 // linear.bits
+    return in_dims, out_dims

@@ -1,0 +1,343 @@
+"""MTPModel: any dense mlx-lm model, with mask tokens, gated LoRA weights and a sampler head.
+
+No model is rewritten.  mlx-lm's models offer four seams, and each takes a wrapper that looks at
+the step in progress (``StepScope``):
+
+- the token embedding turns mask rows into mask embeddings (``MaskEmbedding``);
+- linear layers add low-rank weights on mask rows (``GatedLoRALinear``);
+- the rotary embedding puts every row at its own position (``StepRope``);
+- the caches hand out the step's attention mask (``cache.LayerCache``).
+
+Without an adapter nothing is wrapped and the model decodes plainly.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_mtp import cache as kv_cache
+from mlx_mtp.cache import MTPCache
+from mlx_mtp.config import MTPConfig
+from mlx_mtp.layout import StepLayout, StepScope, quadratic_layout
+from mlx_mtp.lora import GatedLoRALinear
+from mlx_mtp.sampler_head import SamplerHead
+
+MASK_EMBEDDINGS = "mask_embeddings"
+SAMPLER_PREFIX = "sampler_head."
+
+
+class MaskEmbedding(nn.Module):
+    """Token embedding for ordinary rows, learned mask embeddings for mask rows."""
+
+    def __init__(self, embedding: nn.Module, mask_embeddings: mx.array, *, scope: StepScope):
+        super().__init__()
+        self.embedding = embedding
+        self.mask_embeddings = mask_embeddings
+        self._scope = scope
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """Map ids ``[B, L]`` to ``[B, L, D]``; ids of mask rows count mask tokens from 0."""
+        layout = self._scope.layout
+        if layout is None or layout.num_masks == 0:
+            return self.embedding(ids)
+        split = layout.gate_split
+        ordinary = self.embedding(ids[:, :split])
+        masks = self.mask_embeddings[ids[:, split:]].astype(ordinary.dtype)
+        return mx.concatenate([ordinary, masks], axis=1)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """Use the embedding table as the unembedding, ``[..., D]`` to ``[..., V]``."""
+        return self.embedding.as_linear(x)
+
+
+class StepRope(nn.Module):
+    """A rotary embedding that puts each row of a step at its own position."""
+
+    def __init__(self, rope: nn.Module, *, scope: StepScope):
+        super().__init__()
+        self.rope = rope
+        self._scope = scope
+
+    def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
+        """Rotate ``[1, H, L, Dh]``; rows become a batch of length-1 sequences."""
+        layout = self._scope.layout
+        if layout is None or layout.num_masks == 0:
+            return self.rope(x, offset=offset)
+        rows = x.transpose(2, 1, 0, 3)  # [L, H, 1, Dh]
+        return self.rope(rows, offset=layout.positions + offset).transpose(2, 1, 0, 3)
+
+
+class _HiddenStates(nn.Module):
+    """Stands in for a backbone and hands on the hidden states it is given."""
+
+    def __init__(self, backbone: nn.Module):
+        super().__init__()
+        dict.update(self, backbone)
+        self.__dict__.update(backbone.__dict__)
+
+    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        del args, kwargs
+        return hidden
+
+
+class MTPModel(nn.Module):
+    """An mlx-lm model with or without an adapter.
+
+    Args:
+        base: the mlx-lm model.  With an adapter its modules are wrapped in place.
+        name: what to call the model in messages.
+        config: the adapter's configuration; None decodes plainly.
+        weights: the adapter's tensors by name (see ``loading``).
+
+    Raises:
+        ValueError: the model cannot work (the message says why), or the adapter does not fit it.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        *,
+        name: str = "",
+        config: MTPConfig | None = None,
+        weights: Mapping[str, mx.array] | None = None,
+    ) -> None:
+        super().__init__()
+        base = base.language_model if hasattr(base, "language_model") else base
+        self.name = name or base.model_type
+        if reason := kv_cache.unsupported_reason(base):
+            raise ValueError(f"{self.name} ({base.model_type}) cannot be used: {reason}")
+        self.base = base
+        self.config = config
+        self.sampler_head: SamplerHead | None = None
+        self._scope = StepScope()
+        self._embedding, embedding_path = _find_embedding(base)
+        if config is not None:
+            assert weights is not None
+            self._attach(config, weights, embedding_path)
+        self._head = copy.copy(base)
+        self._head.model = _HiddenStates(base.model)
+        if config is not None:
+            self._probe()
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """k, how many drafts a step can make; 0 without an adapter."""
+        return self.config.num_draft_tokens if self.config else 0
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return self._embedding.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the model."""
+        return embedding_dims(self._embedding)
+
+    @property
+    def max_context(self) -> int | None:
+        """Positions that the model was made for, where its configuration says so."""
+        return getattr(self.base.args, "max_position_embeddings", None)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Floating-point type of the hidden states."""
+        return self.embed(mx.array([0])).dtype
+
+    def make_cache(self, **options: Any) -> MTPCache:
+        """Make fresh caches; see ``cache.make_cache`` for the options."""
+        return kv_cache.make_cache(self.base, scope=self._scope, **options)
+
+    def __call__(
+        self, ids: mx.array, *, cache: MTPCache, layout: StepLayout | None = None
+    ) -> mx.array:
+        """Run the backbone over one step.
+
+        Args:
+            ids: ``[1, L]``; ids of mask rows count mask tokens from 0.
+            cache: the caches; all rows are appended.
+            layout: the rows of the step; None means L contiguous ordinary rows.
+
+        Returns:
+            Final hidden states ``[1, L, D]``.
+        """
+        self._scope.layout = layout
+        try:
+            return self.base.model(ids, cache.layers)
+        finally:
+            self._scope.layout = None
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Turn hidden states ``[B, L, D]`` into logits ``[B, L, V]`` by the base model's head."""
+        return self._head(hidden)
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Look up token embeddings, ``[...]`` to ``[..., D]``."""
+        return self._embedding(ids)
+
+    def unembed_rows(self, ids: mx.array) -> mx.array:
+        """Rows of the unembedding, ``[...]`` to ``[..., D]``."""
+        if "lm_head" not in self.base:
+            return self._embedding(ids)
+        head = self.base.lm_head
+        if not isinstance(head, nn.QuantizedLinear):
+            return head.weight[ids]
+        biases = None if head.biases is None else head.biases[ids]
+        return mx.dequantize(
+            head.weight[ids],
+            head.scales[ids],
+            biases,
+            group_size=head.group_size,
+            bits=head.bits,
+            mode=head.mode,
+        )
+
+    def _attach(
+        self, config: MTPConfig, weights: Mapping[str, mx.array], embedding_path: str
+    ) -> None:
+        """Check the adapter against the model, then wrap the model's modules."""
+        dims, layers = embedding_dims(self._embedding), len(self.base.layers)
+        wanted = (config.base_hidden_size, config.base_num_layers)
+        if (dims, layers) != wanted or config.base_model_type != self.base.model_type:
+            raise ValueError(
+                f"the adapter is for {config.base_model} ({config.base_model_type}, "
+                f"{wanted[1]} layers of {wanted[0]}), not for {self.name} "
+                f"({self.base.model_type}, {layers} layers of {dims})"
+            )
+        dtype = self.dtype
+        cast = {key: value.astype(dtype) for key, value in weights.items()}
+        masks = cast.pop(MASK_EMBEDDINGS, None)
+        if masks is None or masks.shape != (config.num_draft_tokens, dims):
+            shape = None if masks is None else tuple(masks.shape)
+            raise ValueError(
+                f"{MASK_EMBEDDINGS} must be {(config.num_draft_tokens, dims)}, got {shape}"
+            )
+        self._attach_sampler(config, cast, dims)
+        self._wrap_linears(config, cast)
+        ropes = _find_ropes(self.base)
+        if not ropes:
+            raise ValueError(f"{self.name} ({self.base.model_type}) has no rotary embedding")
+        wrapped = {path: StepRope(rope, scope=self._scope) for path, rope in ropes.items()}
+        wrapped[embedding_path] = MaskEmbedding(self._embedding, masks, scope=self._scope)
+        _replace(self.base, wrapped)
+
+    def _attach_sampler(self, config: MTPConfig, weights: dict[str, mx.array], dims: int) -> None:
+        """Take the sampler head's tensors out of ``weights``."""
+        names = [name for name in weights if name.startswith(SAMPLER_PREFIX)]
+        tensors = [(name.removeprefix(SAMPLER_PREFIX), weights.pop(name)) for name in names]
+        if config.sampler is not None:
+            self.sampler_head = SamplerHead(dims)
+            self.sampler_head.load_weights(tensors, strict=True)
+        elif tensors:
+            raise ValueError(f"the adapter has no sampler, yet a tensor {names[0]}")
+
+    def _wrap_linears(self, config: MTPConfig, weights: dict[str, mx.array]) -> None:
+        """Wrap every linear layer that ``weights`` has low-rank weights for."""
+        modules = dict(self.base.named_modules())
+        paths = sorted({name.rpartition(".")[0] for name in weights})
+        wrapped = {}
+        for path in paths:
+            lora_a, lora_b = (
+                weights.pop(f"{path}.lora_a", None),
+                weights.pop(f"{path}.lora_b", None),
+            )
+            if path not in modules or lora_a is None or lora_b is None:
+                raise ValueError(f"the adapter's tensors for {path!r} do not fit {self.name}")
+            try:
+                wrapped[path] = GatedLoRALinear.from_base(
+                    modules[path],
+                    lora_a=lora_a,
+                    lora_b=lora_b,
+                    scale=config.scale,
+                    scope=self._scope,
+                )
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+        if weights:
+            raise ValueError(f"the adapter has an unknown tensor {sorted(weights)[0]!r}")
+        _replace(self.base, wrapped)
+
+    def _probe(self) -> None:
+        """Run one tiny step, so that a model with other seams is refused before any work.
+
+        Its ordinary rows must agree with the model's own forward; what that forward and the step
+        share is exact, so a coarse bound finds a seam that does not hold.
+        """
+        layout = quadratic_layout(num_pending=1, num_draft_tokens=1, num_masks=1)
+        ids = mx.array([[1, 2, *layout.mask_offsets.tolist()]])
+        try:
+            hidden = self(ids, cache=self.make_cache(), layout=layout)
+            stepped = self.logits(hidden[:, : layout.gate_split]).astype(mx.float32)
+            plain = self.base(ids[:, : layout.gate_split]).astype(mx.float32)
+            error = mx.abs(stepped - plain).max() / (mx.abs(plain).max() + 1e-6)
+            agrees = bool((error < 0.05).item())
+        except (TypeError, ValueError, AttributeError, IndexError) as failure:
+            reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+            raise ValueError(
+                f"{self.name} ({self.base.model_type}) cannot take mask rows: {reason}"
+            ) from None
+        if not agrees:
+            raise ValueError(
+                f"{self.name} ({self.base.model_type}) cannot take mask rows: "
+                "its ordinary rows would change"
+            )
+
+
+def fingerprint(base: nn.Module) -> str:
+    """Hash that tells a base model from others, whatever its quantisation.
+
+    Normalisation weights are never quantised, differ between trained models and are published in
+    bfloat16 or wider, so they are hashed, rounded to bfloat16, with the model type and the names.
+    """
+    base = base.language_model if hasattr(base, "language_model") else base
+    digest = hashlib.sha256(base.model_type.encode())
+    for name, value in sorted(tree_flatten(base.parameters())):
+        if "norm" in name and value.ndim == 1:
+            digest.update(name.encode())
+            rounded = value.astype(mx.bfloat16).astype(mx.float32)
+            digest.update(np.array(rounded).tobytes())
+    return digest.hexdigest()
+
+
+def embedding_dims(embedding: nn.Module) -> int:
+    """Width of an embedding, quantised or not."""
+    if isinstance(embedding, nn.QuantizedEmbedding):
+        return embedding.weight.shape[-1] * 32 // embedding.bits
+    return embedding.weight.shape[-1]
+
+
+def _find_embedding(base: nn.Module) -> tuple[nn.Module, str]:
+    """Find the one token embedding of a model and its path."""
+    found = [
+        (module, path)
+        for path, module in base.named_modules()
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+    ]
+    if len(found) != 1 or "model" not in base:
+        raise ValueError(
+            f"{base.model_type} models cannot be used: a backbone named 'model' with one token "
+            f"embedding is needed, found {[path for _, path in found]}"
+        )
+    return found[0]
+
+
+def _find_ropes(base: nn.Module) -> dict[str, nn.Module]:
+    """Find the rotary embeddings of a model by path."""
+    return {
+        path: module
+        for path, module in base.named_modules()
+        if path.rpartition(".")[-1] in ("rope", "rotary_emb")
+    }
+
+
+def _replace(base: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules in the place of those at the given paths."""
+    base.update_modules(tree_unflatten(list(modules.items())))
