@@ -283,9 +283,14 @@ def make_cache(
 
 
 def load_prompt_cache(
-    path: Path, base: nn.Module, *, scope: StepScope, dtype: mx.Dtype
+    path: Path, *, sample: MTPCache, scope: StepScope
 ) -> tuple[MTPCache, dict[str, str]]:
-    """Read a file of ``mlx_lm.cache_prompt`` for use with this model.
+    """Read a file of ``mlx_lm.cache_prompt``.
+
+    Args:
+        path: the file.
+        sample: caches of this model that hold at least one row, for their shapes and types.
+        scope: the model's step scope.
 
     Returns:
         The caches and the file's metadata (``model``, ``tokenizer_config``).
@@ -298,20 +303,36 @@ def load_prompt_cache(
     except Exception as error:  # mlx raises many kinds for a foreign file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a prompt cache: {reason}") from None
-    num_layers = len(lm_cache.make_prompt_cache(base))
-    if len(held) != num_layers:
+    if len(held) != len(sample.layers):
         raise ValueError(
-            f"{path} was made with another model: {len(held)} layers, this one has {num_layers}"
+            f"{path} was made with another model: it has {len(held)} layers, "
+            f"this model has {len(sample.layers)}"
         )
-    layers: list[LayerCache] = []
-    for inner in held:
-        if isinstance(inner, lm_cache.QuantizedKVCache):
-            inner.keys, inner.values = list(inner.keys), list(inner.values)
-            layers.append(QuantizedLayerCache(inner, scope=scope))
-        elif type(inner) is lm_cache.KVCache:
-            keys, values = inner.keys.astype(dtype), inner.values.astype(dtype)
-            inner.state = (keys, values, inner.offset)
-            layers.append(LayerCache(inner, scope=scope))
-        else:
-            raise ValueError(f"{path} holds a {type(inner).__name__}, which cannot be rewound")
-    return MTPCache(layers), metadata
+    pairs = zip(held, sample.layers, strict=True)
+    return MTPCache([_adopt(inner, like, path, scope) for inner, like in pairs]), metadata
+
+
+def _adopt(inner: Any, like: LayerCache, path: Path, scope: StepScope) -> LayerCache:
+    """Take over one layer of a prompt cache file if it has the shape of ``like``."""
+    if isinstance(like, WindowLayerCache) or type(inner) not in _HELD:
+        raise ValueError(f"{path} holds a {type(inner).__name__}, which cannot be rewound")
+    keys, values = like.inner.keys_and_values()
+    if isinstance(inner, lm_cache.QuantizedKVCache):
+        inner.keys, inner.values = list(inner.keys or ()), list(inner.values or ())
+        given = tuple(x[1].shape[-1] * inner.group_size for x in (inner.keys, inner.values))
+        heads = inner.keys[0].shape[1]
+    else:
+        given, heads = (inner.keys.shape[-1], inner.values.shape[-1]), inner.keys.shape[1]
+        rows = inner.offset
+        inner.state = (inner.keys.astype(keys.dtype), inner.values.astype(values.dtype), rows)
+    wanted = (keys.shape[1], keys.shape[-1], values.shape[-1])
+    if (heads, *given) != wanted:
+        raise ValueError(
+            f"{path} was made with another model: its keys have {heads} heads of {given[0]}, "
+            f"this model's have {wanted[0]} of {wanted[1]}"
+        )
+    kind = QuantizedLayerCache if isinstance(inner, lm_cache.QuantizedKVCache) else LayerCache
+    return kind(inner, scope=scope)
+
+
+_HELD = (lm_cache.KVCache, lm_cache.QuantizedKVCache)

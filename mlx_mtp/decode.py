@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import mlx.core as mx
 
@@ -100,7 +101,7 @@ class Decoder:
             emitted ids, num_accepted, their logits, the next drafts.  The cache holds all rows.
         """
         accept_key, draft_key = mx.random.split(key)
-        draft_ids = drafts.tokens.tolist()
+        draft_ids = cast(list[int], drafts.tokens.tolist())
         ids = mx.array([[*pending, *draft_ids, *layout.mask_offsets.tolist()]])
         hidden = self.model(ids, cache=self.cache, layout=layout)[0]  # [rows, D]
         verify = hidden[layout.num_pending - 1 : layout.num_ordinary]
@@ -119,7 +120,7 @@ class Decoder:
             )
         counted = mx.concatenate([num_accepted[None], tokens])
         mx.eval(counted, following.tokens, following.candidates, following.probs)  # the sync
-        accepted, *emitted = counted.tolist()
+        accepted, *emitted = cast(list[int], counted.tolist())
         following = following.first(layout.mask_counts[accepted])
         return emitted[: accepted + 1], accepted, logits[: accepted + 1], following
 
@@ -173,7 +174,7 @@ def decode(
     planner = _planner(model, layout, num_draft_tokens)
     room = _room(model, cache.offset + len(prompt), max_tokens)
     if seed is None:
-        seed = int(mx.random.randint(0, 2**31 - 1).item())
+        seed = cast(int, mx.random.randint(0, 2**31 - 1).item())
     processors = [*sampling.logits_processors(), *logits_processors]
     return _loop(
         Decoder(model, cache, sampling, processors),

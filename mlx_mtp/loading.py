@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -220,7 +220,7 @@ def _load_tokenizer(
 def _float32_bytes(base: nn.Module) -> int:
     """Bytes that the weights would take in float32."""
     total = 0
-    for name, value in tree_flatten(base.parameters()):
+    for name, value in cast(list[tuple[str, mx.array]], tree_flatten(base.parameters())):
         packed = value.dtype == mx.uint32 and name.endswith("weight")
         total += value.nbytes * 8 if packed else value.size * 4
     return total

@@ -8,6 +8,8 @@ weights is only formed for mask rows.  Such an adapter cannot be fused into ``W`
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -26,7 +28,7 @@ class GatedLoRALinear(nn.Module):
 
     def __init__(
         self,
-        linear: nn.Module,
+        linear: Any,
         *,
         lora_a: mx.array,
         lora_b: mx.array,
@@ -43,7 +45,7 @@ class GatedLoRALinear(nn.Module):
     @classmethod
     def from_base(
         cls,
-        linear: nn.Module,
+        linear: Any,
         *,
         lora_a: mx.array,
         lora_b: mx.array,
@@ -78,7 +80,7 @@ class GatedLoRALinear(nn.Module):
         return mx.concatenate([y[..., :split, :], mask_rows], axis=-2)
 
 
-def linear_dims(linear: nn.Module) -> tuple[int, int]:
+def linear_dims(linear: Any) -> tuple[int, int]:
     """Return (in, out) of a linear layer, quantised or not."""
     out_dims, in_dims = linear.weight.shape
     if isinstance(linear, nn.QuantizedLinear):

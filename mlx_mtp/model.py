@@ -16,7 +16,8 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -37,7 +38,7 @@ SAMPLER_PREFIX = "sampler_head."
 class MaskEmbedding(nn.Module):
     """Token embedding for ordinary rows, learned mask embeddings for mask rows."""
 
-    def __init__(self, embedding: nn.Module, mask_embeddings: mx.array, *, scope: StepScope):
+    def __init__(self, embedding: Any, mask_embeddings: mx.array, *, scope: StepScope):
         super().__init__()
         self.embedding = embedding
         self.mask_embeddings = mask_embeddings
@@ -61,7 +62,7 @@ class MaskEmbedding(nn.Module):
 class StepRope(nn.Module):
     """A rotary embedding that puts each row of a step at its own position."""
 
-    def __init__(self, rope: nn.Module, *, scope: StepScope):
+    def __init__(self, rope: Any, *, scope: StepScope):
         super().__init__()
         self.rope = rope
         self._scope = scope
@@ -103,7 +104,7 @@ class MTPModel(nn.Module):
 
     def __init__(
         self,
-        base: nn.Module,
+        base: Any,
         *,
         name: str = "",
         config: MTPConfig | None = None,
@@ -155,6 +156,12 @@ class MTPModel(nn.Module):
     def make_cache(self, **options: Any) -> MTPCache:
         """Make fresh caches; see ``cache.make_cache`` for the options."""
         return kv_cache.make_cache(self.base, scope=self._scope, **options)
+
+    def load_prompt_cache(self, path: Path) -> tuple[MTPCache, dict[str, str]]:
+        """Read a file of ``mlx_lm.cache_prompt``; see ``cache.load_prompt_cache``."""
+        sample = self.make_cache()
+        self(mx.array([[0]]), cache=sample)  # lazy: only its shapes are looked at
+        return kv_cache.load_prompt_cache(path, sample=sample, scope=self._scope)
 
     def __call__(
         self, ids: mx.array, *, cache: MTPCache, layout: StepLayout | None = None
@@ -225,7 +232,9 @@ class MTPModel(nn.Module):
         ropes = _find_ropes(self.base)
         if not ropes:
             raise ValueError(f"{self.name} ({self.base.model_type}) has no rotary embedding")
-        wrapped = {path: StepRope(rope, scope=self._scope) for path, rope in ropes.items()}
+        wrapped: dict[str, nn.Module] = {
+            path: StepRope(rope, scope=self._scope) for path, rope in ropes.items()
+        }
         wrapped[embedding_path] = MaskEmbedding(self._embedding, masks, scope=self._scope)
         _replace(self.base, wrapped)
 
@@ -245,10 +254,8 @@ class MTPModel(nn.Module):
         paths = sorted({name.rpartition(".")[0] for name in weights})
         wrapped = {}
         for path in paths:
-            lora_a, lora_b = (
-                weights.pop(f"{path}.lora_a", None),
-                weights.pop(f"{path}.lora_b", None),
-            )
+            lora_a = weights.pop(f"{path}.lora_a", None)
+            lora_b = weights.pop(f"{path}.lora_b", None)
             if path not in modules or lora_a is None or lora_b is None:
                 raise ValueError(f"the adapter's tensors for {path!r} do not fit {self.name}")
             try:
@@ -291,7 +298,7 @@ class MTPModel(nn.Module):
             )
 
 
-def fingerprint(base: nn.Module) -> str:
+def fingerprint(base: Any) -> str:
     """Hash that tells a base model from others, whatever its quantisation.
 
     Normalisation weights are never quantised, differ between trained models and are published in
@@ -299,7 +306,7 @@ def fingerprint(base: nn.Module) -> str:
     """
     base = base.language_model if hasattr(base, "language_model") else base
     digest = hashlib.sha256(base.model_type.encode())
-    for name, value in sorted(tree_flatten(base.parameters())):
+    for name, value in sorted(cast(list[tuple[str, mx.array]], tree_flatten(base.parameters()))):
         if "norm" in name and value.ndim == 1:
             digest.update(name.encode())
             rounded = value.astype(mx.bfloat16).astype(mx.float32)
@@ -307,14 +314,14 @@ def fingerprint(base: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def embedding_dims(embedding: nn.Module) -> int:
+def embedding_dims(embedding: Any) -> int:
     """Width of an embedding, quantised or not."""
     if isinstance(embedding, nn.QuantizedEmbedding):
         return embedding.weight.shape[-1] * 32 // embedding.bits
     return embedding.weight.shape[-1]
 
 
-def _find_embedding(base: nn.Module) -> tuple[nn.Module, str]:
+def _find_embedding(base: Any) -> tuple[Any, str]:
     """Find the one token embedding of a model and its path."""
     found = [
         (module, path)
@@ -329,7 +336,7 @@ def _find_embedding(base: nn.Module) -> tuple[nn.Module, str]:
     return found[0]
 
 
-def _find_ropes(base: nn.Module) -> dict[str, nn.Module]:
+def _find_ropes(base: Any) -> dict[str, nn.Module]:
     """Find the rotary embeddings of a model by path."""
     return {
         path: module
@@ -338,6 +345,6 @@ def _find_ropes(base: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _replace(base: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+def _replace(base: Any, modules: Mapping[str, nn.Module]) -> None:
     """Put modules in the place of those at the given paths."""
     base.update_modules(tree_unflatten(list(modules.items())))

