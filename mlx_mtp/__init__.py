@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlx_mtp.accept import Sampling
     from mlx_mtp.loading import load
 
-__version__ = "0.1.0"
+    __version__: str
 
 __all__ = [
     "BLAS",
@@ -43,6 +43,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        import importlib.metadata
+
+        return importlib.metadata.version("mlx-mtp")
     if name == "Sampling":
         from mlx_mtp.accept import Sampling
 

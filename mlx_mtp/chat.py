@@ -1,0 +1,335 @@
+"""Talk with a model in the terminal.
+
+``Conversation`` keeps the messages and the cache.  For every answer the whole conversation is put
+through the chat template and encoded; the ids that it shares with the cache are not computed
+again, the cache is rewound to them.  What the cache holds is read off its own offset, so an answer
+that was interrupted, or whose text encodes to other ids, costs time but never correctness.
+
+``Repl`` reads lines and prints.  At a terminal prompt_toolkit edits them: it is small and pure
+Python, and brings history, pasted blocks and wide characters on every platform, where Python's own
+readline may be libedit or missing.  History stays in memory.  A pipe is read line by line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mlx_mtp.generate import (
+    ContextOverflow,
+    GenerationResponse,
+    chat_text,
+    encode_prompt,
+    stream_generate,
+)
+from mlx_mtp.terminal import Interrupt, Progress, dim, one_line
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from mlx_mtp.model import MTPModel
+
+CACHE_OPTIONS = ("max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start")
+COMMANDS = {
+    "/help": "list the commands",
+    "/reset": "forget the conversation",
+    "/system": "set the system prompt (/system TEXT), or show it",
+    "/regenerate": "answer the last message again",
+    "/stats": "show the counts of the last answer",
+    "/quit": "leave (or Ctrl-D)",
+}
+GREETING = f"Commands: {' '.join(COMMANDS)} - Ctrl-C stops an answer, Ctrl-D leaves."
+PROMPT = "> "
+
+
+class Conversation:
+    """The messages so far, and a cache that holds as much of them as it can.
+
+    Args:
+        model: from ``load``.
+        tokenizer: from ``load``.
+        system_prompt: first message, if any.
+        template_config: settings for the chat template.
+        options: arguments of ``stream_generate``; a seed is raised by one with every answer, so
+            that ``regenerate`` gives another one.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+
+    Attributes:
+        system_prompt: may be changed at any time.
+        messages: user and assistant by turns, without the system prompt.
+        last: the last response of the last answer.
+    """
+
+    def __init__(
+        self,
+        model: MTPModel,
+        tokenizer: TokenizerWrapper,
+        *,
+        system_prompt: str | None = None,
+        template_config: Mapping[str, Any] | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        if not tokenizer.has_chat_template:
+            raise ValueError(f"{model.name} has no chat template; use mlx-mtp generate")
+        self.system_prompt = system_prompt
+        self.messages: list[dict[str, str]] = []
+        self.last: GenerationResponse | None = None
+        self._model = model
+        self._tokenizer = tokenizer
+        self._template_config = template_config
+        self._options = dict(options or {})
+        self._cache_options = {
+            name: self._options.pop(name) for name in CACHE_OPTIONS if name in self._options
+        }
+        self._seed = self._options.pop("seed", None)
+        self._answers = itertools.count()
+        self._cache = model.make_cache(**self._cache_options)
+        self._cached_ids: list[int] = []
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the last answer reached the end of the model's context."""
+        if self.last is None or self._model.max_context is None:
+            return False
+        last = self.last
+        length = last.cached_tokens + last.prompt_tokens + last.generation_tokens
+        return length >= self._model.max_context
+
+    def reset(self) -> None:
+        """Forget the messages and the cache; keep the system prompt."""
+        self.messages = []
+        self.last = None
+        self._forget_cache()
+
+    def ask(
+        self, text: str, *, progress: Callable[[int, int], None] | None = None
+    ) -> Generator[GenerationResponse, None, None]:
+        """Answer a message.
+
+        An answer that is broken off is kept as far as it got; before it begins, nothing is.
+
+        Args:
+            text: the message.
+            progress: called with (ids prefilled, ids to prefill).
+
+        Raises:
+            ContextOverflow: the conversation does not fit the model's context any more.
+            ValueError: the message is empty or the template refuses it.
+        """
+        if not text.strip():
+            raise ValueError("the message is empty")
+        return self._answer([*self.messages, {"role": "user", "content": text}], progress)
+
+    def regenerate(
+        self, *, progress: Callable[[int, int], None] | None = None
+    ) -> Generator[GenerationResponse, None, None]:
+        """Drop the last answer and answer again.
+
+        Raises:
+            ValueError: there is no answer yet.
+        """
+        if not self.messages:
+            raise ValueError("there is nothing to answer again")
+        return self._answer(self.messages[:-1], progress)
+
+    def _answer(
+        self, messages: list[dict[str, str]], progress: Callable[[int, int], None] | None
+    ) -> Generator[GenerationResponse, None, None]:
+        """Stream the answer to the last message; once there is one, the conversation has both."""
+        pieces, emitted = [], []
+        ids = self._encode(messages)
+        prompt = self._rewind_to_common(ids)
+        options = self._options
+        if self._seed is not None:
+            options = options | {"seed": self._seed + next(self._answers)}
+        try:
+            stream = stream_generate(
+                self._model,
+                self._tokenizer,
+                prompt,
+                prompt_cache=self._cache,
+                prompt_progress_callback=progress,
+                **options,
+            )
+            with contextlib.closing(stream):
+                for response in stream:
+                    self.last = response
+                    pieces.append(response.text)
+                    emitted.append(response.token)
+                    yield response
+        except KeyboardInterrupt:  # in the middle of a step: layers may be at different rows
+            self._forget_cache()
+            raise
+        finally:
+            self._cached_ids = [*ids, *emitted][: self._cache.offset]
+            if emitted:
+                answer = {"role": "assistant", "content": "".join(pieces)}
+                self.messages = [*messages, answer]
+
+    def _encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Turn a conversation into ids."""
+        system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
+        config = self._template_config
+        text = chat_text(self._tokenizer, [*system, *messages], template_config=config)
+        return encode_prompt(self._tokenizer, text, add_special_tokens=False)
+
+    def _rewind_to_common(self, ids: list[int]) -> list[int]:
+        """Rewind the cache to what it shares with ``ids``; return the rest, at least one id."""
+        pairs = zip(self._cached_ids, ids[:-1], strict=False)
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        surplus = self._cache.offset - shared
+        if self._cache.can_rewind(surplus):
+            self._cache.rewind(surplus)
+            return ids[shared:]
+        self._forget_cache()
+        return ids
+
+    def _forget_cache(self) -> None:
+        self._cache = self._model.make_cache(**self._cache_options)
+        self._cached_ids = []
+
+
+class Repl:
+    """Reads messages and commands, prints answers."""
+
+    def __init__(self, conversation: Conversation) -> None:
+        self._conversation = conversation
+
+    def run(self, lines: Iterator[str]) -> None:
+        """Go on until the lines end or ``/quit``."""
+        print(dim(GREETING), flush=True)
+        for line in lines:
+            text = line.rstrip("\r\n")
+            if not text.strip():
+                continue
+            if not text.startswith("/"):
+                self._say(
+                    lambda progress, text=text: self._conversation.ask(text, progress=progress)
+                )
+            elif not self._obey(*text.partition(" ")[::2]):
+                return
+
+    def _obey(self, command: str, argument: str) -> bool:
+        """Carry out a command; return False to leave."""
+        conversation = self._conversation
+        match command:
+            case "/quit":
+                return False
+            case "/reset":
+                conversation.reset()
+                self._note("the conversation is forgotten")
+            case "/system":
+                if argument.strip():
+                    conversation.system_prompt = argument.strip()
+                self._note(f"system prompt: {conversation.system_prompt or '(none)'}")
+            case "/regenerate":
+                self._say(conversation.regenerate)
+            case "/stats":
+                self._note(*(conversation.last.lines() if conversation.last else ["no answer yet"]))
+            case "/help":
+                self._note(*(f"{name:12} {meaning}" for name, meaning in COMMANDS.items()))
+            case _:
+                self._note(f"there is no {command}; begin with a space to send it, or see /help")
+        return True
+
+    def _say(self, answer: Callable[..., Generator[GenerationResponse, None, None]]) -> None:
+        """Print an answer while it is made; Ctrl-C ends it."""
+        try:
+            with Interrupt() as interrupt, Progress("Reading ...") as progress:
+                last = _print_answer(answer, interrupt, progress)
+        except ContextOverflow as error:
+            self._note(f"{one_line(error)}: /reset starts afresh")
+        except ValueError as error:
+            self._note(f"Error: {one_line(error)}")
+        else:
+            if last is None:
+                self._note("stopped; the message is forgotten")
+            else:
+                self._note(_summary(last))
+                if self._conversation.is_full:
+                    self._note("the context is full: /reset starts afresh")
+
+    def _note(self, *lines: str) -> None:
+        for line in lines:
+            print(dim(line), flush=True)
+
+
+def run(
+    model: MTPModel,
+    tokenizer: TokenizerWrapper,
+    *,
+    system_prompt: str | None = None,
+    template_config: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> None:
+    """Chat on stdin and stdout; see ``Conversation`` for the arguments."""
+    conversation = Conversation(
+        model,
+        tokenizer,
+        system_prompt=system_prompt,
+        template_config=template_config,
+        options=options,
+    )
+    at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    Repl(conversation).run(_edited_lines() if at_terminal else iter(sys.stdin.readline, ""))
+
+
+def _edited_lines() -> Iterator[str]:
+    """Lines typed at the terminal, until Ctrl-D; Ctrl-C clears the line."""
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+
+    session: PromptSession[str] = PromptSession(
+        completer=WordCompleter(list(COMMANDS), sentence=True), complete_while_typing=False
+    )
+    while True:
+        try:
+            yield session.prompt(PROMPT)
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            return
+
+
+def _print_answer(
+    answer: Callable[..., Generator[GenerationResponse, None, None]],
+    interrupt: Interrupt,
+    progress: Progress,
+) -> GenerationResponse | None:
+    """Print the pieces; return the last response, None if Ctrl-C came before the first."""
+
+    def on_prefill(done: int, total: int) -> None:
+        progress.say(f"Reading {done}/{total} tokens ...")
+        interrupt.check()
+
+    last = None
+    stream = answer(progress=on_prefill)
+    try:
+        for last in stream:
+            progress.stop()
+            print(last.text, end="", flush=True)
+            interrupt.check()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        stream.close()
+    print(flush=True)
+    return last
+
+
+def _summary(last: GenerationResponse) -> str:
+    """The line below an answer."""
+    line = (
+        f"{last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s, "
+        f"{last.tokens_per_step:.2f} tokens/step"
+    )
+    if last.finish_reason is None:
+        line += ", stopped"
+    elif last.finish_reason == "length":
+        line += ", cut at the limit"
+    return line

@@ -1,0 +1,222 @@
+"""The command ``mlx-mtp``; each command imports its module when it is called."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from mlx_mtp.cli_options import (
+    cached_model,
+    decoding_options,
+    load_model,
+    model_options,
+    prompt_cache_metadata,
+    sampling_options,
+    stream_options,
+    template_options,
+)
+from mlx_mtp.terminal import INTERRUPTED, Interrupt, PoliteGroup, Progress
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+_QUERY = "@@mlx-mtp-query@@"
+
+
+@click.group(cls=PoliteGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="mlx-mtp", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Several tokens per step from a local language model, with unchanged output."""
+
+
+@cli.command()
+@click.option("--prompt", "-p", default="hello", help="The message; '-' reads stdin.")
+@model_options
+@template_options
+@click.option("--ignore-chat-template", is_flag=True, help="Use the prompt as it is.")
+@click.option("--prefill-response", help="How the answer begins.")
+@decoding_options(max_tokens=100)
+@sampling_options
+@click.option("--prompt-cache-file", help="A file of mlx_lm.cache_prompt that the prompt follows.")
+@click.option(
+    "--verbose",
+    default="True",
+    metavar="True|False",
+    show_default=True,
+    help="Print the stats, or only the answer.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+def generate(verbose: str, as_json: bool, prompt_cache_file: str | None, **options: Any) -> None:
+    """Answer a prompt."""
+    prompt = _read_prompt(options["prompt"])
+    streaming = stream_options(options)
+    metadata: dict[str, Any] = {}
+    if prompt_cache_file is not None:
+        for name in ("max_kv_size", "kv_bits"):
+            if options[name] is not None:
+                flag = "--" + name.replace("_", "-")
+                raise ValueError(f"{flag} cannot be combined with --prompt-cache-file")
+        metadata = prompt_cache_metadata(prompt_cache_file)
+        options["model"] = cached_model(options["model"], metadata["model"], prompt_cache_file)
+    model, tokenizer = load_model(options, tokenizer_config=metadata.get("tokenizer_config"))
+    ids = _prompt_ids(tokenizer, prompt, options, is_suffix=bool(metadata))
+    if prompt_cache_file is not None:
+        streaming["prompt_cache"], _ = model.load_prompt_cache(Path(prompt_cache_file))
+    mode = "json" if as_json else "plain" if verbose.lower() in ("false", "f") else "verbose"
+    if not _answer(model, tokenizer, ids, streaming, mode=mode):
+        sys.exit(INTERRUPTED)
+
+
+@cli.command()
+@model_options
+@template_options
+@decoding_options(max_tokens=256)
+@sampling_options
+def chat(**options: Any) -> None:
+    """Talk with a model; the conversation is kept until you leave."""
+    from mlx_mtp.chat import run
+
+    streaming = stream_options(options)
+    model, tokenizer = load_model(options)
+    run(
+        model,
+        tokenizer,
+        system_prompt=options["system_prompt"],
+        template_config=options["chat_template_config"],
+        options=streaming,
+    )
+
+
+@cli.command()
+@click.option("--mtp-path", required=True, help="Folder of a PyTorch MTP checkpoint.")
+@click.option("--mlx-path", required=True, help="Adapter folder to write.")
+@click.option("--model", help="Base model folder or hub id; the one that the checkpoint names.")
+@click.option("--licence", help="Licence of the adapter, for its model card.")
+@click.option("--force", is_flag=True, help="Replace the folder if it is there.")
+def convert(
+    mtp_path: str, mlx_path: str, model: str | None, licence: str | None, force: bool
+) -> None:
+    """Turn a PyTorch MTP checkpoint into an adapter."""
+    from mlx_mtp.converters.convert import convert_adapter
+
+    config = convert_adapter(
+        Path(mtp_path), Path(mlx_path), base_model=model, licence=licence, force=force
+    )
+    print(f"wrote {mlx_path}: k {config.num_draft_tokens}, rank {config.rank}")
+
+
+def main() -> None:
+    """Entry point of the installed command."""
+    cli(prog_name="mlx-mtp")
+
+
+def _read_prompt(prompt: str) -> str:
+    r"""Take the prompt from stdin if it is ``-``, else undo ``\n`` and ``\t`` as mlx-lm does."""
+    if prompt != "-":
+        prompt = prompt.replace("\\n", "\n").replace("\\t", "\t")
+    else:
+        try:
+            prompt = sys.stdin.buffer.read().decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"the prompt on stdin is not UTF-8: {error}") from None
+    if not prompt.strip():
+        raise ValueError("the prompt is empty")
+    if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+        raise ValueError("the prompt is not UTF-8")
+    return prompt
+
+
+def _prompt_ids(
+    tokenizer: TokenizerWrapper, prompt: str, options: dict[str, Any], *, is_suffix: bool
+) -> list[int]:
+    """Put the prompt into the chat template, if there is one, and encode it.
+
+    A suffix follows a cached prompt, which already holds what the template puts before it.
+    """
+    from mlx_mtp.generate import chat_text, encode_prompt
+
+    if options["ignore_chat_template"] or not tokenizer.has_chat_template:
+        return encode_prompt(tokenizer, prompt, add_special_tokens=False if is_suffix else None)
+    system, prefill = options["system_prompt"], options["prefill_response"]
+    head = [] if system is None else [{"role": "system", "content": system}]
+    tail = [] if prefill is None else [{"role": "assistant", "content": prefill}]
+
+    def render(content: str) -> str:
+        messages = [*head, {"role": "user", "content": content}, *tail]
+        config = options["chat_template_config"]
+        return chat_text(tokenizer, messages, template_config=config)
+
+    text = render(prompt)
+    if is_suffix:
+        text = text[render(_QUERY).index(_QUERY) :]
+    return encode_prompt(tokenizer, text, add_special_tokens=False)
+
+
+def _answer(
+    model: Any, tokenizer: Any, ids: list[int], streaming: dict[str, Any], *, mode: str
+) -> bool:
+    """Stream the answer to stdout; return False if Ctrl-C cut it short.
+
+    Modes: "verbose" with rules and stats, "plain" the text alone, "json" one object at the end.
+    """
+    from mlx_mtp.generate import stats_text, stream_generate
+    from mlx_mtp.stats import RULE
+
+    pieces, tokens, last = [], [], None
+    with Interrupt() as interrupt, Progress(f"Prompt: {len(ids)} tokens ...") as progress:
+
+        def on_prefill(done: int, total: int) -> None:
+            progress.say(f"Prompt: {done}/{total} tokens ...")
+            interrupt.check()
+
+        stream = stream_generate(
+            model, tokenizer, ids, prompt_progress_callback=on_prefill, **streaming
+        )
+        _show(f"{RULE}\n" if mode == "verbose" else "")
+        try:
+            for last in stream:
+                progress.stop()
+                pieces.append(last.text)
+                tokens.append(last.token)
+                _show(last.text if mode != "json" else "")
+                if interrupt.requested:
+                    break
+        except KeyboardInterrupt:
+            interrupt.requested = True
+        stream.close()
+    text = "".join(pieces)
+    finished = last is not None and last.finish_reason is not None
+    if mode == "json":
+        _show(_as_json(model.name, text, tokens, last) + "\n")
+    else:
+        _show("\n")
+    if mode == "verbose":
+        _show(f"{RULE}\n")
+        _show(stats_text(text, last) + "\n" if finished or text else "")
+    return finished
+
+
+def _show(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _as_json(model: str, text: str, tokens: list[int], last: Any) -> str:
+    """Return an answer as one line of JSON."""
+    reason = last.finish_reason if last is not None else None
+    answer = {
+        "model": model,
+        "text": text,
+        "tokens": tokens,
+        "finish_reason": reason or "interrupted",
+        "stats": None if last is None else last.stats_dict(),
+        "versions": {
+            name: importlib.metadata.version(name) for name in ("mlx-mtp", "mlx", "mlx-lm")
+        },
+    }
+    return json.dumps(answer, ensure_ascii=False, allow_nan=False)
