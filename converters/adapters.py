@@ -123,7 +123,7 @@ def convert_peft(tensors: Mapping[str, mx.array], *, settings: PeftSettings) -> 
         ValueError: a tensor is unknown, missing, or of the wrong shape; the message names it.
     """
     converted: dict[str, mx.array] = {}
-    for name, tensor in tensors.items():
+    for name, tensor in sorted(tensors.items()):  # so that messages name the same tensor each time
         if match := _PEFT_LORA.fullmatch(name):
             converted[f"{match[1]}.lora_{match[2].lower()}"] = tensor.T
         elif match := _PEFT_SAMPLER.fullmatch(name):
