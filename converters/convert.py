@@ -57,19 +57,7 @@ def convert_adapter(
         _check_fit(tensors, model)
     except ValueError as error:
         raise ValueError(f"{checkpoint}: {error}") from None
-    config = MTPConfig(
-        num_draft_tokens=len(settings.mask_rows),
-        rank=settings.rank,
-        scale=settings.scale,
-        target_modules=adapters.target_modules(tensors),
-        sampler="mlp" if adapters.has_sampler(tensors) else None,
-        base_model=name,
-        base_model_type=model.base.model_type,
-        base_hidden_size=model.hidden_size,
-        base_num_layers=len(model.base.layers),
-        base_vocab_size=model.vocab_size,
-        base_fingerprint=fingerprint(model.base),
-    )
+    config = _describe(settings, tensors, model)
     write_adapter(output, config, tensors, card=model_card(config, licence=licence), force=force)
     return config
 
@@ -189,6 +177,24 @@ def _load_base(folder: Path, *, name: str) -> MTPModel:
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load the base model in {folder}: {error}") from None
     return MTPModel(base, name=name)
+
+
+def _describe(
+    settings: adapters.PeftSettings, tensors: Mapping[str, mx.array], model: MTPModel
+) -> MTPConfig:
+    return MTPConfig(
+        num_draft_tokens=len(settings.mask_rows),
+        rank=settings.rank,
+        scale=settings.scale,
+        target_modules=adapters.target_modules(tensors),
+        sampler="mlp" if adapters.has_sampler(tensors) else None,
+        base_model=model.name,
+        base_model_type=model.base.model_type,
+        base_hidden_size=model.hidden_size,
+        base_num_layers=len(model.base.layers),
+        base_vocab_size=model.vocab_size,
+        base_fingerprint=fingerprint(model.base),
+    )
 
 
 def _check_fit(tensors: Mapping[str, mx.array], model: MTPModel) -> None:

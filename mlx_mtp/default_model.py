@@ -306,7 +306,7 @@ def _dump(values: dict[str, Any]) -> str:
 def _write_failure(folder: Path, error: Exception) -> str:
     """Say in one line why the cache cannot be written and how much room there is."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    message = f"cannot write the default model to {folder}: {reason}"
+    message = f"cannot write the default model to {folder}: {reason.rstrip('.')}"
     with contextlib.suppress(OSError):
         free = shutil.disk_usage(folder.parent).free
         message += f" ({free / 1e6:.0f} MB free, 100 MB needed)"
