@@ -44,9 +44,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        import importlib.metadata
+        from importlib.metadata import PackageNotFoundError, version
 
-        return importlib.metadata.version("mlx-mtp")
+        try:
+            return version("mlx-mtp")
+        except PackageNotFoundError:  # run from a checkout that is not installed
+            return "0+unknown"
     if name == "Sampling":
         from mlx_mtp.accept import Sampling
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+import mlx_mtp
 from mlx_mtp.cli_options import (
     cached_model,
     decoding_options,
@@ -29,7 +30,7 @@ _QUERY = "@@mlx-mtp-query@@"
 
 
 @click.group(cls=PoliteGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="mlx-mtp", message="%(prog)s %(version)s")
+@click.version_option(mlx_mtp.__version__, message="mlx-mtp %(version)s")
 def cli() -> None:
     """Several tokens per step from a local language model, with unchanged output."""
 
@@ -216,7 +217,9 @@ def _as_json(model: str, text: str, tokens: list[int], last: Any) -> str:
         "finish_reason": reason or "interrupted",
         "stats": None if last is None else last.stats_dict(),
         "versions": {
-            name: importlib.metadata.version(name) for name in ("mlx-mtp", "mlx", "mlx-lm")
+            "mlx-mtp": mlx_mtp.__version__,
+            "mlx": importlib.metadata.version("mlx"),
+            "mlx-lm": importlib.metadata.version("mlx-lm"),
         },
     }
     return json.dumps(answer, ensure_ascii=False, allow_nan=False)
