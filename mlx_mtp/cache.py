@@ -316,6 +316,8 @@ def _adopt(inner: Any, like: LayerCache, path: Path, scope: StepScope) -> LayerC
     """Take over one layer of a prompt cache file if it has the shape of ``like``."""
     if isinstance(like, WindowLayerCache) or type(inner) not in _HELD:
         raise ValueError(f"{path} holds a {type(inner).__name__}, which cannot be rewound")
+    if inner.empty():
+        raise ValueError(f"{path} holds an empty prompt cache")
     keys, values = like.inner.keys_and_values()
     if isinstance(inner, lm_cache.QuantizedKVCache):
         inner.keys, inner.values = list(inner.keys or ()), list(inner.values or ())
