@@ -150,6 +150,7 @@ def random_adapter(
     rank: int = 4,
     sampler: bool = True,
     scale_of_weights: float = 0.3,
+    low_rank: bool = True,
     seed: int = 1,
 ) -> tuple[MTPConfig, dict[str, mx.array]]:
     """A random adapter over every linear layer that can be adapted.
@@ -160,6 +161,7 @@ def random_adapter(
         rank: of the low-rank weights.
         sampler: whether it has a sampler head.
         scale_of_weights: standard deviation of the low-rank weights; 0 gives a zeroed adapter.
+        low_rank: False makes mask tokens only, which is the fastest adapter.
         seed: seed of the weights.
     """
     rng = np.random.default_rng(seed)
@@ -168,7 +170,7 @@ def random_adapter(
         return mx.array((scale * rng.standard_normal(shape)).astype(np.float32))
 
     embedding = base.model.embed_tokens
-    dims, paths = embedding_dims(embedding), adaptable(base)
+    dims, paths = embedding_dims(embedding), adaptable(base) if low_rank else []
     weights = {MASK_EMBEDDINGS: normal(k, dims, scale=1.0)}
     modules = dict(base.named_modules())
     for path in paths:
@@ -204,6 +206,7 @@ def tiny_mtp(
     quantised: bool = False,
     scale_of_weights: float = 0.3,
     adapter_seed: int = 1,
+    low_rank: bool = True,
     **overrides: Any,
 ) -> MTPModel:
     """A tiny model with a random adapter; see ``tiny_base`` and ``random_adapter``."""
@@ -214,6 +217,7 @@ def tiny_mtp(
         rank=rank,
         sampler=sampler,
         scale_of_weights=scale_of_weights,
+        low_rank=low_rank,
         seed=adapter_seed,
     )
     return MTPModel(base, name=f"tiny-{kind}", config=config, weights=weights)
