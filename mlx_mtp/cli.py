@@ -21,6 +21,7 @@ from mlx_mtp.cli_options import (
     stream_options,
     template_options,
 )
+from mlx_mtp.cli_verify import verify
 from mlx_mtp.terminal import INTERRUPTED, Interrupt, PoliteGroup, Progress
 
 if TYPE_CHECKING:
@@ -109,6 +110,9 @@ def convert(
         Path(mtp_path), Path(mlx_path), base_model=model, licence=licence, force=force
     )
     print(f"wrote {mlx_path}: k {config.num_draft_tokens}, rank {config.rank}")
+
+
+cli.add_command(verify)
 
 
 def main() -> None:

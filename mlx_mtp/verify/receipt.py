@@ -1,0 +1,175 @@
+"""The receipt: what was verified with what, as one JSON file that others can check."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+import mlx_mtp
+from mlx_mtp.model import MTPModel, fingerprint
+from mlx_mtp.prompts import Prompt
+from mlx_mtp.verify.near_tie import EPS, NEAR_TIE_EPS
+from mlx_mtp.verify.report import VerifyReport
+from mlx_mtp.verify.sampling import ALPHA
+
+RECEIPT_VERSION = 1
+
+
+def build_receipt(
+    report: VerifyReport,
+    model: MTPModel,
+    *,
+    model_folder: Path | None = None,
+    adapter_folder: Path | None = None,
+    prompts_from: str = "built-in",
+) -> dict[str, Any]:
+    """Gather everything that is needed to repeat a verification.
+
+    Args:
+        report: what was found.
+        model: what it was found on.
+        model_folder: folder of the weights, whose files are hashed.
+        adapter_folder: folder of the adapter, whose files are hashed.
+        prompts_from: where the prompts came from.
+    """
+    assert model.config is not None
+    return {
+        "receipt_version": RECEIPT_VERSION,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "verdict": report.verdict,
+        "passed": report.passed,
+        "versions": _versions(),
+        "device": _device(),
+        "model": {
+            "name": model.name,
+            "type": model.base.model_type,
+            "dtype": report.dtype,
+            "fingerprint": fingerprint(model.base),
+            "sha256": hash_files(model_folder),
+        },
+        "adapter": {"sha256": hash_files(adapter_folder), "config": model.config.to_dict()},
+        "prompts": {
+            "from": prompts_from,
+            "count": len(report.prompts),
+            "kinds": dict(Counter(prompt.kind for prompt in report.prompts)),
+            "ids": [prompt.id for prompt in report.prompts],
+            "sha256": hash_prompts(report.prompts),
+        },
+        "settings": dataclasses.asdict(report.settings),
+        "greedy": {
+            "num_tokens": report.num_tokens,
+            "near_tie_eps": {str(k).removeprefix("mlx.core."): v for k, v in NEAR_TIE_EPS.items()},
+            "eps": {str(k).removeprefix("mlx.core."): v for k, v in EPS.items()},
+            "runs": [run.to_dict() for run in report.runs],
+        },
+        "sampling": {
+            "prompt": report.sampling_prompt,
+            "alpha": ALPHA,
+            "tests": [test.to_dict() for test in report.sampling],
+        },
+        "seconds": round(report.seconds, 3),
+    }
+
+
+def receipt_json(receipt: dict[str, Any], *, indent: int | None = None) -> str:
+    """Write a receipt as JSON; numbers that are not finite become null."""
+    return json.dumps(_finite(receipt), indent=indent, ensure_ascii=False, allow_nan=False)
+
+
+def check_writable(path: Path) -> None:
+    """Refuse a place where no receipt can be written, before hours of work.
+
+    Raises:
+        ValueError: the folder does not exist or cannot be written to, or ``path`` is a folder.
+    """
+    if path.is_dir():
+        raise ValueError(f"receipt {path} is a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"receipt {path}: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"receipt {path}: the folder {path.parent} cannot be written to")
+
+
+def write_receipt(receipt: dict[str, Any], path: Path) -> None:
+    """Write a receipt beside its place and rename it, so that it is there whole or not at all.
+
+    Raises:
+        ValueError: it cannot be written; what was there before is still there.
+    """
+    name = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            name = file.name
+            file.write(receipt_json(receipt, indent=2) + "\n")
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)  # the temporary file was for its owner alone
+        os.replace(name, path)
+    except BaseException as error:
+        if name is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(name)
+        if isinstance(error, OSError):
+            raise ValueError(f"cannot write the receipt {path}: {error.strerror}") from None
+        raise
+
+
+def hash_files(folder: Path | None) -> dict[str, str]:
+    """sha256 of a folder's weights and configuration, by file name."""
+    found = {}
+    for path in sorted(folder.iterdir()) if folder else ():
+        if path.suffix == ".safetensors" or path.name in ("config.json", "adapter_config.json"):
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def hash_prompts(prompts: Sequence[Prompt]) -> str:
+    """sha256 of the prompts with their ids and kinds, in order."""
+    values = [dataclasses.asdict(prompt) for prompt in prompts]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _versions() -> dict[str, str]:
+    return {
+        "mlx-mtp": mlx_mtp.__version__,
+        "mlx": importlib.metadata.version("mlx"),
+        "mlx-lm": importlib.metadata.version("mlx-lm"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+
+
+def _device() -> dict[str, Any]:
+    info = mx.device_info()
+    return {
+        "kind": "cpu" if mx.default_device().type == mx.cpu else "gpu",
+        "name": info.get("device_name"),
+        "architecture": info.get("architecture"),
+        "cores": os.cpu_count(),
+        "blas": mlx_mtp.BLAS,
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
