@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import sys
+from collections.abc import Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,8 @@ from mlx_mtp.terminal import INTERRUPTED, Interrupt, PoliteGroup, Progress
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from mlx_mtp.generate import GenerationResponse
 
 _QUERY = "@@mlx-mtp-query@@"
 
@@ -172,7 +176,6 @@ def _answer(
     from mlx_mtp.generate import stats_text, stream_generate
     from mlx_mtp.stats import RULE
 
-    pieces, tokens, last = [], [], None
     with Interrupt() as interrupt, Progress(f"Prompt: {len(ids)} tokens ...") as progress:
 
         def on_prefill(done: int, total: int) -> None:
@@ -183,18 +186,7 @@ def _answer(
             model, tokenizer, ids, prompt_progress_callback=on_prefill, **streaming
         )
         _show(f"{RULE}\n" if mode == "verbose" else "")
-        try:
-            for last in stream:
-                progress.stop()
-                pieces.append(last.text)
-                tokens.append(last.token)
-                _show(last.text if mode != "json" else "")
-                if interrupt.requested:
-                    break
-        except KeyboardInterrupt:
-            interrupt.requested = True
-        stream.close()
-    text = "".join(pieces)
+        text, tokens, last = _consume(stream, interrupt, progress, quiet=mode == "json")
     finished = last is not None and last.finish_reason is not None
     if mode == "json":
         _show(_as_json(model.name, text, tokens, last) + "\n")
@@ -204,6 +196,27 @@ def _answer(
         _show(f"{RULE}\n")
         _show(stats_text(text, last) + "\n" if finished or text else "")
     return finished
+
+
+def _consume(
+    stream: Generator[GenerationResponse, None, None],
+    interrupt: Interrupt,
+    progress: Progress,
+    *,
+    quiet: bool,
+) -> tuple[str, list[int], GenerationResponse | None]:
+    """Print text as it comes, up to Ctrl-C; return all of it, the ids and the last response."""
+    pieces: list[str] = []
+    tokens: list[int] = []
+    last = None
+    with contextlib.closing(stream), contextlib.suppress(KeyboardInterrupt):
+        for last in stream:
+            progress.stop()
+            pieces.append(last.text)
+            tokens.append(last.token)
+            _show("" if quiet else last.text)
+            interrupt.check()
+    return "".join(pieces), tokens, last
 
 
 def _show(text: str) -> None:

@@ -162,15 +162,9 @@ def stream_generate(
         ContextOverflow: the prompt does not fit the model's context.
         ValueError: an argument is out of range or the prompt is empty; raised at the call.
     """
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-
     from mlx_mtp.decode import decode
 
-    stop = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in stop:
-        raise ValueError("a stop string must not be empty")
-    if not isinstance(tokenizer, TokenizerWrapper):
-        tokenizer = TokenizerWrapper(tokenizer)
+    tokenizer, stop = _wrapped(tokenizer), _stop_strings(stop)
     ids = encode_prompt(tokenizer, prompt)
     cache = prompt_cache
     if cache is None:
@@ -263,7 +257,7 @@ def encode_prompt(
         if add_special_tokens is None:
             bos = tokenizer.bos_token
             add_special_tokens = bos is None or not prompt.startswith(bos)
-        encoded = tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        encoded = tokenizer.encode(prompt, add_special_tokens=add_special_tokens, verbose=False)
         ids = encoded if prompt else []
     else:
         ids = _checked_ids(prompt)
@@ -301,6 +295,20 @@ def chat_text(
         raise ValueError(f"the chat template refuses the conversation: {error}") from None
     assert isinstance(text, str)
     return text
+
+
+def _wrapped(tokenizer: Any) -> TokenizerWrapper:
+    """Give a bare tokenizer what mlx-lm's wrapper adds: a streaming detokeniser, end tokens."""
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    return tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
+
+
+def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
+    strings = (stop,) if isinstance(stop, str) else tuple(stop)
+    if "" in strings:
+        raise ValueError("a stop string must not be empty")
+    return strings
 
 
 def _checked_ids(prompt: Sequence[int] | mx.array) -> list[int]:

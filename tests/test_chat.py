@@ -315,3 +315,17 @@ def test_chat_at_a_terminal():
     screen.wait_for("stopped.*" + PROMPT_SHOWN)
     screen.type("\x04")
     assert screen.process.wait(timeout=60) == 0
+
+
+@pytest.mark.slow
+def test_the_real_model_answers_from_the_cache_as_it_does_afresh():
+    from mlx_mtp import load
+
+    model, tokenizer = load()
+    kept = Conversation(model, tokenizer, options={"max_tokens": 24, "layout": "quadratic"})
+    for question in ("My name is Ada.", "What is the capital of France?", "And of Italy?"):
+        fresh = Conversation(model, tokenizer, options={"max_tokens": 24, "layout": "plain"})
+        fresh.messages = list(kept.messages)
+        assert ask(kept, question) == ask(fresh, question)
+    assert kept.last and kept.last.cached_tokens > 60
+    assert kept.last.prompt_tokens < 30

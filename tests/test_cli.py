@@ -386,3 +386,13 @@ def test_ctrl_c_before_the_first_token_is_quiet():
         time.sleep(0.5)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (INTERRUPTED, "==========\n\n==========\n", "")
+
+
+@pytest.mark.slow
+def test_the_real_model_answers_from_the_command_line():
+    result = invoke("generate", "-p", "What is the capital of France?", "-m", "20", "--json")
+    assert result.exit_code == 0 and result.stderr == ""
+    answer = json.loads(result.stdout)
+    assert answer["text"] == "The capital of France is Paris."
+    assert answer["finish_reason"] == "stop"
+    assert answer["stats"]["mtp"] and answer["stats"]["tokens_per_step"] > 1

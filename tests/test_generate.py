@@ -294,3 +294,76 @@ def test_chat_text_takes_template_settings_and_names_a_refusal():
     assert text.startswith("calm <user>hi")
     with pytest.raises(ValueError, match="refuses the conversation: no tools here"):
         chat_text(tokenizer, [{"role": "tool", "content": "x"}])
+
+
+@pytest.fixture(scope="module")
+def real():
+    """The default model with the adapter that the package ships."""
+    from mlx_mtp import load
+
+    return load()
+
+
+def real_prompt(tokenizer, question: str) -> list[int]:
+    text = chat_text(tokenizer, [{"role": "user", "content": question}])
+    return encode_prompt(tokenizer, text, add_special_tokens=False)
+
+
+@pytest.mark.slow
+def test_the_real_model_answers_as_mlx_lm_does_in_fewer_steps(real):
+    """Same text, ids, counts and reason as mlx-lm's own loop on the same weights."""
+    from mlx_lm.generate import stream_generate as stock_stream_generate
+
+    model, tokenizer = real
+    for question, max_tokens in (("List three fruits.", 40), ("Say the word 日本 twice.", 24)):
+        ids = real_prompt(tokenizer, question)
+        stock = list(
+            stock_stream_generate(model.base, tokenizer, mx.array(ids), max_tokens=max_tokens)
+        )
+        for layout in ("plain", "linear", "quadratic", "auto"):
+            ours = list(
+                stream_generate(model, tokenizer, ids, max_tokens=max_tokens, layout=layout)
+            )
+            assert [r.token for r in ours] == [r.token for r in stock]
+            text = "".join(r.text for r in stock).rstrip("\ufffd")
+            assert "".join(r.text for r in ours) == text
+            assert ours[-1].finish_reason == stock[-1].finish_reason
+            assert ours[-1].generation_tokens == stock[-1].generation_tokens
+            assert ours[-1].prompt_tokens == stock[-1].prompt_tokens
+            if layout == "quadratic":
+                assert ours[-1].tokens_per_step > 1.2
+
+
+@pytest.mark.slow
+def test_the_real_model_stops_at_a_string_and_goes_on_from_there(real):
+    """After a stop string the cache is as good as a fresh one for what follows."""
+    model, tokenizer = real
+    ids = real_prompt(tokenizer, "Count from one to ten in words.")
+    cache = model.make_cache()
+    first = list(
+        stream_generate(
+            model, tokenizer, ids, max_tokens=60, layout="quadratic", stop=["four", "4"],
+            prompt_cache=cache,
+        )
+    )  # fmt: skip
+    emitted = [r.token for r in first]
+    assert first[-1].finish_reason == "stop"
+    assert cache.offset == len(ids) + len(emitted) - 1
+    rest = [emitted[-1], *tokenizer.encode(" and then", add_special_tokens=False)]
+    resumed = generate(model, tokenizer, rest, max_tokens=12, prompt_cache=cache)
+    fresh = generate(model, tokenizer, [*ids, *emitted[:-1], *rest], max_tokens=12)
+    assert resumed == fresh
+
+
+@pytest.mark.slow
+def test_the_same_seed_gives_the_same_text(real):
+    from mlx_mtp import Sampling
+
+    model, tokenizer = real
+    ids = real_prompt(tokenizer, "Tell me a story.")
+    sampling = Sampling(temp=1.0, top_p=0.95)
+    texts = [
+        generate(model, tokenizer, ids, max_tokens=20, sampling=sampling, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    assert texts[0] == texts[1] != texts[2]
