@@ -33,3 +33,15 @@ def preload_openblas() -> str:
     except OSError:
         return "reference"
     return "openblas"
+
+
+def has_small_matrix_kernels(blas: str) -> bool:
+    """Whether matmuls of small matrices skip packing, given ``preload_openblas``'s answer.
+
+    OpenBLAS 0.3.17 and later has such kernels for x86-64 processors with AVX-512.
+    """
+    if blas != "openblas":
+        return False
+    library = ctypes.CDLL(LIBRARY)
+    library.openblas_get_corename.restype = ctypes.c_char_p
+    return library.openblas_get_corename() in (b"SkylakeX", b"Cooperlake", b"SapphireRapids")

@@ -28,6 +28,7 @@ from mlx_mtp.model import MTPModel
 from mlx_mtp.planner import FixedPlanner
 
 Progress = Callable[[int, int], None]
+HEAD_ROWS = 12  # up to here one pass of the head over all rows costs less than two over some
 
 
 @dataclass(frozen=True)
@@ -104,19 +105,25 @@ class Decoder:
         draft_ids = cast(list[int], drafts.tokens.tolist())
         ids = mx.array([[*pending, *draft_ids, *layout.mask_offsets.tolist()]])
         hidden = self.model(ids, cache=self.cache, layout=layout)[0]  # [rows, D]
-        verify = hidden[layout.num_pending - 1 : layout.num_ordinary]
+        hidden = hidden[layout.num_pending - 1 :]  # verify rows, then mask rows
+        num_verify = layout.num_draft_tokens + 1
+        one_pass = hidden.shape[0] <= HEAD_ROWS
+        head = self.model.logits(hidden[None] if one_pass else hidden[None, :num_verify])[0]
         logits = process_logits(
-            self.model.logits(verify[None])[0],
-            context=context,
-            drafts=draft_ids,
-            processors=self.processors,
+            head[:num_verify], context=context, drafts=draft_ids, processors=self.processors
         )  # [d+1, V]
         tokens, num_accepted = self._accept(logits, drafts, accept_key)
         following = Drafts.none()
         if layout.num_masks:
-            group = hidden[layout.group_rows[num_accepted]]  # [m, D]
+            rows = layout.group_rows[num_accepted] - (layout.num_pending - 1)
+            group = hidden[rows]  # [m, D]
             following = draft_tokens(
-                self.model, group, tokens[num_accepted], sampling=self.sampling, key=draft_key
+                self.model,
+                group,
+                head[rows] if one_pass else self.model.logits(group[None])[0],
+                tokens[num_accepted],
+                sampling=self.sampling,
+                key=draft_key,
             )
         counted = mx.concatenate([num_accepted[None], tokens])
         mx.eval(counted, following.tokens, following.candidates, following.probs)  # the sync

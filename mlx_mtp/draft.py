@@ -52,6 +52,7 @@ class Drafts:
 def draft_tokens(
     model: MTPModel,
     hidden: mx.array,
+    logits: mx.array,
     previous: mx.array,
     *,
     sampling: Sampling,
@@ -63,13 +64,13 @@ def draft_tokens(
     Args:
         model: the model with its adapter.
         hidden: final hidden states of a mask group, ``[m, D]``.
+        logits: what the base model's head makes of them, ``[m, V]``.
         previous: the token before the first draft, scalar.
         sampling: greedy drafts when greedy, else drafts are drawn at the same settings, which
             makes min(target, draft) large.
         key: random key.
         shortlist: how many candidates the sampler head re-ranks.
     """
-    logits = model.logits(hidden[None])[0]  # [m, V]
     size = min(shortlist, logits.shape[-1])
     candidates = mx.argpartition(-logits, kth=size - 1, axis=-1)[:, :size].astype(mx.int32)
     if model.sampler_head is None:

@@ -1,31 +1,25 @@
 """Load models and adapters: a folder, a hub id, or the embedded default.
 
-On a CPU device weights are float32: MLX's CPU quantised matmul runs at a fiftieth of what BLAS
-reaches on float32, and accumulates in half precision.  The BLAS of the Linux wheel is the
-reference one; OpenBLAS, where it is installed, takes its place when this package is imported
-(``blas.py``).
+On a CPU device weights become float32 (``dense.py``).
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from mlx.utils import tree_flatten, tree_map
 from mlx_lm import utils as lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_config
 from mlx_mtp.default_model import DEFAULT_MODEL_NAME, default_adapter_path, default_model_path
+from mlx_mtp.dense import to_float32
 from mlx_mtp.model import MTPModel, fingerprint
-
-MEMORY_SHARE = 0.8
 
 
 def load(
@@ -60,15 +54,7 @@ def load(
         adapter_path = str(default_adapter_path())
     base, config = _load_base(folder, trust_remote_code)
     tokenizer = _load_tokenizer(folder, config, tokenizer_config, trust_remote_code)
-    if not mtp or adapter_path is None:
-        return MTPModel(base, name=name), tokenizer
-    adapter = resolve(adapter_path, kind="adapter")
-    mtp_config, weights = read_adapter(adapter)
-    check_base(base, mtp_config, adapter=adapter_path, name=name)
-    try:
-        return MTPModel(base, name=name, config=mtp_config, weights=weights), tokenizer
-    except ValueError as error:
-        raise ValueError(f"{adapter_path}: {error}") from None
+    return _with_adapter(base, name, adapter_path if mtp else None), tokenizer
 
 
 def resolve(path_or_hf_repo: str, *, kind: str) -> Path:
@@ -167,40 +153,16 @@ def _load_base(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[s
     return base, config
 
 
-def to_float32(base: nn.Module) -> None:
-    """Turn all weights into float32, quantised ones included, in place.
-
-    A model whose float32 weights would not fit into memory is left as it is.
-    """
-    if _float32_bytes(base) > MEMORY_SHARE * _memory_bytes():
-        return
-    leaves = base.leaf_modules()
-    dense = tree_map(_dequantized, leaves, is_leaf=nn.Module.is_module)
-    base.update_modules(dense)
-    base.apply(lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x)
-
-
-def _dequantized(layer: nn.Module) -> nn.Module:
-    """The float32 twin of a quantised linear layer or embedding; others as they are."""
-    if not isinstance(layer, nn.QuantizedLinear | nn.QuantizedEmbedding):
-        return layer
-    biases = layer.get("biases")
-    weight = mx.dequantize(
-        layer.weight,
-        layer.scales if layer.mode != "affine" else layer.scales.astype(mx.float32),
-        biases if biases is None else biases.astype(mx.float32),
-        group_size=layer.group_size,
-        bits=layer.bits,
-        mode=layer.mode,
-    ).astype(mx.float32)
-    if isinstance(layer, nn.QuantizedEmbedding):
-        twin = nn.Embedding(1, 1)
-    else:
-        twin = nn.Linear(1, 1, bias="bias" in layer)
-        if "bias" in layer:
-            twin.bias = layer.bias
-    twin.weight = weight
-    return twin
+def _with_adapter(base: nn.Module, name: str, adapter_path: str | None) -> MTPModel:
+    """Join a base model and an adapter, if there is one."""
+    if adapter_path is None:
+        return MTPModel(base, name=name)
+    config, weights = read_adapter(resolve(adapter_path, kind="adapter"))
+    check_base(base, config, adapter=adapter_path, name=name)
+    try:
+        return MTPModel(base, name=name, config=config, weights=weights)
+    except ValueError as error:
+        raise ValueError(f"{adapter_path}: {error}") from None
 
 
 def _load_tokenizer(
@@ -215,20 +177,6 @@ def _load_tokenizer(
         )
     except Exception as error:  # transformers raises many kinds for a broken folder
         raise ValueError(f"cannot load the tokenizer in {folder}: {_first_line(error)}") from None
-
-
-def _float32_bytes(base: nn.Module) -> int:
-    """Bytes that the weights would take in float32."""
-    total = 0
-    for name, value in cast(list[tuple[str, mx.array]], tree_flatten(base.parameters())):
-        packed = value.dtype == mx.uint32 and name.endswith("weight")
-        total += value.nbytes * 8 if packed else value.size * 4
-    return total
-
-
-def _memory_bytes() -> int:
-    """Physical memory of this machine."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _first_line(error: BaseException) -> str:

@@ -40,7 +40,7 @@ class GatedLoRALinear(nn.Module):
         self.lora_a = lora_a
         self.lora_b = lora_b
         self.scale = scale
-        self._scope = scope
+        self.scope = scope
 
     @classmethod
     def from_base(
@@ -71,7 +71,7 @@ class GatedLoRALinear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """Map ``[..., L, in]`` to ``[..., L, out]``; rows from the gate split on are adapted."""
         y = self.linear(x)
-        layout = self._scope.layout
+        layout = self.scope.layout
         if layout is None or layout.num_masks == 0:
             return y
         split = layout.gate_split
