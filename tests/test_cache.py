@@ -125,7 +125,8 @@ class NaiveWindow(KVCache):
         rows = np.arange(self.offset, self.offset + num_rows)[:, None]
         seen = np.arange(self.offset + num_rows)[None]
         near = (seen > rows - self.window) | (seen < self.keep)
-        return mx.array(near & (seen <= rows))
+        mask: Any = near & (seen <= rows)
+        return mx.array(mask)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 7])
