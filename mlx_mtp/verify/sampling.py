@@ -31,7 +31,8 @@ from mlx_mtp.verify.near_tie import near_tie_bound
 
 ALPHA = 0.001
 NUM_TOKENS = 3
-NUM_REPLICATES = 1_000_000  # enough for p < ALPHA after correction for a few hundred tests
+_TESTS_PER_WAY = 2 * NUM_TOKENS
+_HOPELESS = 1e-15  # the chi-square law is not that wrong
 DEFAULT_SETTINGS = (Sampling(temp=1.0), Sampling(temp=0.7, top_p=0.9, top_k=40))
 _KEPT_IDS = 128
 _MAX_BINS = 24
@@ -125,6 +126,9 @@ def check_sampling(
     source = _Source(model, prompt)
     total = len(settings) * len(ways) * num_draws
     tests, done = [], 0
+    # Enough replicates to condemn one test of them all after Holm's correction.
+    num_replicates = round(2 * _TESTS_PER_WAY * len(settings) * len(ways) / ALPHA)
+    simulation = {"num_replicates": num_replicates, "seed": seed}
     for sampling in settings:
         draws: dict[Way, list[Context]] = {}
         for way in ways:
@@ -136,7 +140,9 @@ def check_sampling(
                     progress(done, total)
         targets = source.targets(sampling, (tokens for drawn in draws.values() for tokens in drawn))
         for way in ways:
-            tests += _test_way(draws[way], targets, way=way, sampling=sampling, seed=seed)
+            tests += _test_way(
+                draws[way], targets, way=way, sampling=sampling, simulation=simulation
+            )
     return _confirmed(tests)
 
 
@@ -231,7 +237,7 @@ def _test_way(
     *,
     way: Way,
     sampling: Sampling,
-    seed: int,
+    simulation: dict[str, int],
 ) -> list[SamplingTest]:
     tests = []
     for position in range(NUM_TOKENS):
@@ -250,7 +256,7 @@ def _test_way(
                 num_draws=sum(counts.total() for counts in counted.values()),
                 num_contexts=len(counted),
             )
-            tests.append(_tested(test, counted, targets, seed=seed))
+            tests.append(_tested(test, counted, targets, **simulation))
     return tests
 
 
@@ -259,6 +265,7 @@ def _tested(
     counted: dict[Context, Counter[int]],
     targets: dict[Context, Target],
     *,
+    num_replicates: int,
     seed: int,
 ) -> SamplingTest:
     """Fill in the outcome; a p-value that would condemn is simulated."""
@@ -271,8 +278,8 @@ def _tested(
     groups, num_bins = _groups(counted, targets, by_rank=test.bins_by == "rank")
     result = chi_square(groups)
     p_value = result.p_value if result else None
-    if p_value is not None and p_value < ALPHA and not impossible:
-        p_value = simulated_p_value(groups, num_replicates=NUM_REPLICATES, seed=seed)
+    if p_value is not None and _HOPELESS < p_value < ALPHA and not impossible:
+        p_value = simulated_p_value(groups, num_replicates=num_replicates, seed=seed)
     return dataclasses.replace(
         test,
         num_bins=num_bins,
