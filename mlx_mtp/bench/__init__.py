@@ -1,0 +1,1 @@
+"""Measurements: commands that print one JSON line, never timed tests."""
