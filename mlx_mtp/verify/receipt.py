@@ -62,18 +62,30 @@ def build_receipt(
             "sha256": hash_files(model_folder),
         },
         "adapter": {"sha256": hash_files(adapter_folder), "config": model.config.to_dict()},
-        "prompts": {
-            "from": prompts_from,
-            "count": len(report.prompts),
-            "kinds": dict(Counter(prompt.kind for prompt in report.prompts)),
-            "ids": [prompt.id for prompt in report.prompts],
-            "sha256": hash_prompts(report.prompts),
-        },
+        "prompts": _prompts(report.prompts, prompts_from),
         "settings": dataclasses.asdict(report.settings),
+        **_findings(report),
+    }
+
+
+def _prompts(prompts: Sequence[Prompt], prompts_from: str) -> dict[str, Any]:
+    return {
+        "from": prompts_from,
+        "count": len(prompts),
+        "kinds": dict(Counter(prompt.kind for prompt in prompts)),
+        "ids": [prompt.id for prompt in prompts],
+        "sha256": hash_prompts(prompts),
+    }
+
+
+def _findings(report: VerifyReport) -> dict[str, Any]:
+    return {
         "greedy": {
             "num_tokens": report.num_tokens,
-            "near_tie_eps": {str(k).removeprefix("mlx.core."): v for k, v in NEAR_TIE_EPS.items()},
-            "eps": {str(k).removeprefix("mlx.core."): v for k, v in EPS.items()},
+            "near_tie_bounds": {
+                str(dtype).removeprefix("mlx.core."): NEAR_TIE_EPS[dtype] * EPS[dtype]
+                for dtype in EPS
+            },
             "runs": [run.to_dict() for run in report.runs],
         },
         "sampling": {

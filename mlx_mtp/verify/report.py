@@ -94,7 +94,7 @@ class Tally:
         }
 
 
-@dataclass(kw_only=True)
+@dataclass
 class RunResult:
     """One way to decode, over all prompts; what was decoded again after near-ties counts too.
 
@@ -139,7 +139,7 @@ class RunResult:
         return values | {"tokens_per_step": self.tokens_per_step, "against": against}
 
 
-@dataclass(kw_only=True)
+@dataclass
 class VerifyReport:
     """Everything that was found.
 

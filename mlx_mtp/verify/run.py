@@ -24,7 +24,7 @@ from mlx_mtp.verify.report import (
     VerifyReport,
     VerifySettings,
 )
-from mlx_mtp.verify.sampling import check_sampling
+from mlx_mtp.verify.sampling import Way, check_sampling
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -53,40 +53,49 @@ def verify(
         ValueError: the model has no adapter, a depth is beyond it, or a prompt does not fit;
             raised before any work.
     """
-    settings = settings or VerifySettings()
+    settings, started = settings or VerifySettings(), time.monotonic()
     if model.config is None:
         raise ValueError(f"{model.name} has no MTP adapter, so there is nothing to verify")
     depths = settings.depths_for(model.num_draft_tokens)
     ids = [_encode(model, tokenizer, prompt) for prompt in prompts]
     if not ids:
         raise ValueError("there are no prompts")
-    started = time.monotonic()
     ways = [(layout, depth) for layout in settings.layouts for depth in depths]
-    report = VerifyReport(
-        settings=settings,
-        dtype=str(model.dtype).removeprefix("mlx.core."),
-        prompts=list(prompts),
-        runs=[RunResult(layout=layout, num_draft_tokens=d) for layout, d in [("plain", 0), *ways]],
-    )
-    report_progress = progress or (lambda *_: None)
-    check = _GreedyCheck(model, frozenset(tokenizer.eos_token_ids), report, report_progress)
+    report = VerifyReport(settings, str(model.dtype).removeprefix("mlx.core."), list(prompts))
+    report.runs = [RunResult(layout, depth) for layout, depth in [("plain", 0), *ways]]
+    progress = progress or (lambda *_: None)
+    check = _GreedyCheck(model, frozenset(tokenizer.eos_token_ids), report, progress)
     for index in range(len(ids)):
         check.prompt(index, ids[index], last_index=len(ids) - 1)
     if settings.sampling:
         # The prompt whose answer can begin in the most ways tells the most.
         index = max(range(len(ids)), key=lambda i: check.entropies[i])
-        report.sampling_prompt = prompts[index].id
-        report.sampling = check_sampling(
-            model,
-            ids[index],
-            ways=ways,
-            settings=settings.sampling,
-            num_draws=settings.num_draws,
-            seed=settings.seed,
-            progress=lambda done, total: report_progress("sampling", done, total),
-        )
+        _sample(model, ids[index], report, index=index, ways=ways, progress=progress)
     report.seconds = time.monotonic() - started
     return report
+
+
+def _sample(
+    model: MTPModel,
+    prompt: list[int],
+    report: VerifyReport,
+    *,
+    index: int,
+    ways: list[Way],
+    progress: Progress,
+) -> None:
+    """Test sampled answers to one prompt and put the tests into the report."""
+    settings = report.settings
+    report.sampling_prompt = report.prompts[index].id
+    report.sampling = check_sampling(
+        model,
+        prompt,
+        ways=ways,
+        settings=settings.sampling,
+        num_draws=settings.num_draws,
+        seed=settings.seed,
+        progress=lambda done, total: progress("sampling", done, total),
+    )
 
 
 class _Reference(ABC):

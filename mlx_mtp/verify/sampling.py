@@ -66,10 +66,10 @@ class SamplingTest:
     sampling: str
     layout: str
     num_draft_tokens: int
-    token: int
-    bins_by: str
-    num_draws: int
-    num_contexts: int
+    token: int = 0
+    bins_by: str = "id"
+    num_draws: int = 0
+    num_contexts: int = 0
     num_bins: int = 0
     statistic: float = 0.0
     df: int = 0
@@ -124,25 +124,22 @@ def check_sampling(
         progress: called with (draws done, draws in all).
     """
     source = _Source(model, prompt)
-    total = len(settings) * len(ways) * num_draws
-    tests, done = [], 0
+    per_setting = len(ways) * num_draws
     # Enough replicates to condemn one test of them all after Holm's correction.
     num_replicates = round(2 * _TESTS_PER_WAY * len(settings) * len(ways) / ALPHA)
-    simulation = {"num_replicates": num_replicates, "seed": seed}
-    for sampling in settings:
-        draws: dict[Way, list[Context]] = {}
-        for way in ways:
-            draws[way] = []
-            for _ in range(num_draws):
-                draws[way].append(source.draw(way, sampling, seed=seed + done))
-                done += 1
-                if progress:
-                    progress(done, total)
+    tests = []
+    for number, sampling in enumerate(settings):
+        draws: dict[Way, list[Context]] = defaultdict(list)
+        for i in range(per_setting):
+            done = number * per_setting + i
+            way = ways[i // num_draws]
+            draws[way].append(source.draw(way, sampling, seed=seed + done))
+            if progress:
+                progress(done + 1, per_setting * len(settings))
         targets = source.targets(sampling, (tokens for drawn in draws.values() for tokens in drawn))
         for way in ways:
-            tests += _test_way(
-                draws[way], targets, way=way, sampling=sampling, simulation=simulation
-            )
+            test = SamplingTest(sampling=describe(sampling), layout=way[0], num_draft_tokens=way[1])
+            tests += _test_way(test, draws[way], targets, num_replicates=num_replicates, seed=seed)
     return _confirmed(tests)
 
 
@@ -232,13 +229,14 @@ def _allowed(logits: mx.array, sampling: Sampling, slack: float) -> mx.array:
 
 
 def _test_way(
+    blank: SamplingTest,
     draws: Sequence[Context],
     targets: dict[Context, Target],
     *,
-    way: Way,
-    sampling: Sampling,
-    simulation: dict[str, int],
+    num_replicates: int,
+    seed: int,
 ) -> list[SamplingTest]:
+    """Test each position of the draws of one way and setting."""
     tests = []
     for position in range(NUM_TOKENS):
         counted: dict[Context, Counter[int]] = defaultdict(Counter)
@@ -247,16 +245,8 @@ def _test_way(
                 counted[tokens[:position]][tokens[position]] += 1
         # One context has one ranking, so ranks would say what ids say.
         for bins_by in ("id", "rank")[: len(counted)]:
-            test = SamplingTest(
-                sampling=describe(sampling),
-                layout=way[0],
-                num_draft_tokens=way[1],
-                token=position + 1,
-                bins_by=bins_by,
-                num_draws=sum(counts.total() for counts in counted.values()),
-                num_contexts=len(counted),
-            )
-            tests.append(_tested(test, counted, targets, **simulation))
+            test = dataclasses.replace(blank, token=position + 1, bins_by=bins_by)
+            tests.append(_tested(test, counted, targets, num_replicates=num_replicates, seed=seed))
     return tests
 
 
@@ -282,6 +272,8 @@ def _tested(
         p_value = simulated_p_value(groups, num_replicates=num_replicates, seed=seed)
     return dataclasses.replace(
         test,
+        num_draws=sum(counts.total() for counts in counted.values()),
+        num_contexts=len(counted),
         num_bins=num_bins,
         statistic=result.statistic if result else 0.0,
         df=result.df if result else 0,
