@@ -1,17 +1,20 @@
 """Which layout the next step gets.
 
-``linear`` and ``quadratic`` are the paper's; ``auto`` is, for now, a fixed budget of rows that
-pays on hardware where a row costs something; ``plain`` never drafts.
+``linear`` and ``quadratic`` are the paper's; ``plain`` never drafts.  ``auto`` is, for now, the
+largest quadratic layout within four rows, one draft with one mask behind each ordinary row: few
+devices take more rows for little (on the default model a second draft brings 1.71 tokens a step
+instead of 1.51, but takes nine rows).
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from math import isqrt
 
 from mlx_mtp.layout import StepLayout, linear_layout, plain_layout, quadratic_layout
 
 LAYOUTS = ("auto", "linear", "quadratic", "plain")
-AUTO_ROW_BUDGET = 9
+AUTO_ROW_BUDGET = 4
 
 
 class FixedPlanner:
@@ -47,7 +50,8 @@ class FixedPlanner:
             return _linear(num_pending, drafts, masks)
         if self.layout == "quadratic":
             return _quadratic(num_pending, drafts, masks)
-        return _budget(num_pending, drafts, masks)
+        group = min(masks, isqrt(AUTO_ROW_BUDGET) - 1)
+        return _quadratic(num_pending, min(drafts, group), group)
 
 
 @lru_cache(maxsize=128)
@@ -58,11 +62,3 @@ def _linear(num_pending: int, drafts: int, masks: int) -> StepLayout:
 @lru_cache(maxsize=128)
 def _quadratic(num_pending: int, drafts: int, masks: int) -> StepLayout:
     return quadratic_layout(num_pending=num_pending, num_draft_tokens=drafts, num_masks=masks)
-
-
-@lru_cache(maxsize=128)
-def _budget(num_pending: int, drafts: int, masks: int) -> StepLayout:
-    """Quadratic groups as large as the row budget allows, at least one mask each."""
-    drafts = min(drafts, 2)
-    group = max(1, min(masks, (AUTO_ROW_BUDGET - 1 - drafts) // (drafts + 1)))
-    return quadratic_layout(num_pending=num_pending, num_draft_tokens=drafts, num_masks=group)
