@@ -188,7 +188,8 @@ class MTPModel(nn.Module):
 
     def embed(self, ids: mx.array) -> mx.array:
         """Look up token embeddings, ``[...]`` to ``[..., D]``."""
-        return self._embedding(ids)
+        rows = self._embedding(ids.reshape(-1))  # a quantised table takes no scalar
+        return rows.reshape(*ids.shape, -1)
 
     def unembed_rows(self, ids: mx.array) -> mx.array:
         """Rows of the unembedding, ``[...]`` to ``[..., D]``."""
