@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -59,6 +60,8 @@ class MTPConfig:
         for name in ("num_draft_tokens", "rank", "base_hidden_size", "base_num_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not math.isfinite(self.scale):
+            raise ValueError(f"scale must be a finite number, got {self.scale}")
         if self.sampler not in (None, "mlp"):
             raise ValueError(f"sampler must be 'mlp' or null, got {self.sampler!r}")
         if self.fine_tune_type != "mtp":
