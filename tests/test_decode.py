@@ -67,6 +67,7 @@ def test_quantised_models_too(kind: str) -> None:
     drafted = ScriptedModel(model, mixed([*PROMPT, *expected], seed=0))
     for layout in LAYOUTS:
         assert ids_of(run(drafted, PROMPT, layout=layout, max_tokens=16)) == expected
+        assert ids_of(run(model, PROMPT, layout=layout, max_tokens=16)) == expected
 
 
 def adversary(name: str, sequence: list[int], seed: int) -> Script:
