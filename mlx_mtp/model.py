@@ -212,13 +212,18 @@ class MTPModel(nn.Module):
         self, config: MTPConfig, weights: Mapping[str, mx.array], embedding_path: str
     ) -> None:
         """Check the adapter against the model, then wrap the model's modules."""
-        dims, layers = embedding_dims(self._embedding), len(self.base.layers)
-        wanted = (config.base_hidden_size, config.base_num_layers)
-        if (dims, layers) != wanted or config.base_model_type != self.base.model_type:
+        dims = embedding_dims(self._embedding)
+        shape = "{}, {} layers of {}, {} tokens".format
+        given = shape(self.base.model_type, len(self.base.layers), dims, self.vocab_size)
+        wanted = shape(
+            config.base_model_type,
+            config.base_num_layers,
+            config.base_hidden_size,
+            config.base_vocab_size,
+        )
+        if given != wanted:
             raise ValueError(
-                f"the adapter is for {config.base_model} ({config.base_model_type}, "
-                f"{wanted[1]} layers of {wanted[0]}), not for {self.name} "
-                f"({self.base.model_type}, {layers} layers of {dims})"
+                f"the adapter is for {config.base_model} ({wanted}), not for {self.name} ({given})"
             )
         dtype = self.dtype
         cast = {key: value.astype(dtype) for key, value in weights.items()}
@@ -245,7 +250,10 @@ class MTPModel(nn.Module):
         tensors = [(name.removeprefix(SAMPLER_PREFIX), weights.pop(name)) for name in names]
         if config.sampler is not None:
             self.sampler_head = SamplerHead(dims)
-            self.sampler_head.load_weights(tensors, strict=True)
+            try:
+                self.sampler_head.load_weights(tensors, strict=True)
+            except ValueError as error:  # its message may have several lines
+                raise ValueError(f"sampler_head: {' '.join(str(error).split())}") from None
         elif tensors:
             raise ValueError(f"the adapter has no sampler, yet a tensor {names[0]}")
 
@@ -269,8 +277,16 @@ class MTPModel(nn.Module):
                 )
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
+            if lora_a.shape[-1] != config.rank:
+                raise ValueError(f"{path} has rank {lora_a.shape[-1]}, not {config.rank}")
         if weights:
             raise ValueError(f"the adapter has an unknown tensor {sorted(weights)[0]!r}")
+        names = sorted({path.rpartition(".")[-1] for path in paths})
+        if names != sorted(config.target_modules):
+            raise ValueError(
+                f"the adapter has tensors for {', '.join(names)}, while its target_modules are "
+                f"{', '.join(config.target_modules)}"
+            )
         _replace(self.base, wrapped)
 
     def _probe(self) -> None:
