@@ -148,7 +148,7 @@ def _load_base(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[s
         mx.eval(base.parameters())
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder}/config.json is not JSON: {error}") from None
-    except (FileNotFoundError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load the model in {folder}: {_first_line(error)}") from None
     return base, config
 
