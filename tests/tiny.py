@@ -180,9 +180,6 @@ def random_adapter(
     if sampler:
         for name, value in dict(tree_flatten(SamplerHead(dims).parameters())).items():
             weights[SAMPLER_PREFIX + name] = normal(*value.shape, scale=0.3)
-        # Embeddings are ten times smaller than hidden states; let the draft before matter.
-        weight = weights[f"{SAMPLER_PREFIX}linear_1.weight"]
-        weight[:, :dims] = 10 * weight[:, :dims]
     config = MTPConfig(
         num_draft_tokens=k,
         rank=rank,

@@ -1,0 +1,360 @@
+"""Loading: folders that mlx-lm reads too, and one clear line about everything that does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm
+import pytest
+from fixtures_generate import EOS
+from huggingface_hub.errors import LocalEntryNotFoundError
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+from tiny import (
+    BYTE_VOCAB,
+    KINDS,
+    random_adapter,
+    save_adapter,
+    save_tiny_model,
+    save_tiny_pair,
+    tiny_base,
+)
+
+from mlx_mtp.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig
+from mlx_mtp.decode import decode
+from mlx_mtp.loading import load, read_adapter, read_tensors, resolve
+from mlx_mtp.model import MASK_EMBEDDINGS, fingerprint
+
+BYTES: dict[str, Any] = {"vocab_size": BYTE_VOCAB, "eos_token_id": EOS}
+Q_PROJ = "model.layers.0.self_attn.q_proj"
+Weights = dict[str, mx.array]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny llama and its adapter."""
+    return save_tiny_pair(tmp_path_factory.mktemp("pair"))
+
+
+def refused(*args: Any, **options: Any) -> str:
+    """The one line that loading refuses with."""
+    with pytest.raises(ValueError) as error:
+        load(*args, **options)
+    message = str(error.value)
+    assert message.strip() and "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_folder_of_ours_is_one_of_mlx_lms(kind: str, tmp_path: Path) -> None:
+    model_path, adapter_path = save_tiny_pair(tmp_path, kind)
+    model, tokenizer = load(str(model_path), adapter_path=str(adapter_path))
+    stock, stock_tokenizer = mlx_lm.load(str(model_path))[:2]
+    ids = tokenizer.encode("Hello, wörld!")
+    assert ids == stock_tokenizer.encode("Hello, wörld!") == list("Hello, wörld!".encode())
+    assert tokenizer.eos_token_ids == {EOS}
+    expected = [int(token) for token, _ in generate_step(mx.array(ids), stock, max_tokens=12)]
+    steps = decode(model, ids, max_tokens=12, layout="quadratic")
+    assert [token for step in steps for token in step.tokens] == expected
+    assert model.config is not None and model.config.base_model_type == kind
+    assert model.name == str(model_path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3_moe"])
+def test_quantised_folders_load(kind: str, tmp_path: Path) -> None:
+    model_path, adapter_path = save_tiny_pair(tmp_path, kind, quantised=True)
+    model, _ = load(str(model_path), adapter_path=str(adapter_path))
+    stock = mlx_lm.load(str(model_path))[0]
+    ids = mx.array([[5, 6, 7]])
+    logits = model.logits(model(ids, cache=model.make_cache()))
+    assert mx.allclose(logits, stock(ids), rtol=1e-3, atol=1e-3)
+    if mx.default_device().type == mx.cpu:
+        parameters = dict(tree_flatten(model.base.parameters()))
+        types = {value.dtype for value in parameters.values()}
+        assert types == {mx.float32} or kind == "qwen3_moe"
+    plain = [step.tokens for step in decode(model, [5, 6], layout="plain", max_tokens=10)]
+    steps = decode(model, [5, 6], layout="quadratic", max_tokens=10)
+    assert [t for step in steps for t in step.tokens] == [t for tokens in plain for t in tokens]
+
+
+def test_without_an_adapter_the_model_decodes_plainly(pair: tuple[Path, Path]) -> None:
+    model_path, adapter_path = (str(path) for path in pair)
+    for options in ({}, {"adapter_path": adapter_path, "mtp": False}):
+        model, _ = load(model_path, **options)
+        assert model.config is None and model.num_draft_tokens == 0
+
+
+def test_options_reach_the_tokenizer(pair: tuple[Path, Path]) -> None:
+    _, tokenizer = load(str(pair[0]), tokenizer_config={"chat_template": "hi"})
+    assert tokenizer.chat_template == "hi"
+
+
+def test_adapters_survive_being_written(tmp_path: Path) -> None:
+    config, weights = random_adapter(tiny_base())
+    found_config, found = read_adapter(save_adapter(tmp_path, config, weights))
+    assert found_config == config and found.keys() == weights.keys()
+    assert all(mx.array_equal(found[name], weights[name]) for name in weights)
+
+
+# Folders that are not what they should be
+
+
+@pytest.mark.parametrize("kind", ["model", "adapter"])
+@pytest.mark.parametrize(
+    "name", ["./nowhere", "nowhere", "/no/where/at/all", "a/b/c", "~/no-where"]
+)
+def test_a_missing_folder(pair: tuple[Path, Path], kind: str, name: str) -> None:
+    options = {"adapter_path": name} if kind == "adapter" else {}
+    found = refused(str(pair[0]) if kind == "adapter" else name, **options)
+    assert found == f"{kind} {name} does not exist"
+
+
+def test_a_file_is_no_folder(pair: tuple[Path, Path]) -> None:
+    path = str(pair[0] / "config.json")
+    assert refused(path) == f"model {path} is a file, not a folder"
+    assert refused(str(pair[0]), adapter_path=path) == f"adapter {path} is a file, not a folder"
+
+
+def test_folders_in_the_wrong_place(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    model_path, adapter_path = pair
+    assert "it is an adapter" in refused(str(adapter_path))
+    assert "has no config.json" in refused(str(tmp_path))
+    found = refused(str(model_path), adapter_path=str(model_path))
+    assert found == f"{model_path} is not an adapter folder: it has no {CONFIG_FILE}"
+
+
+def test_a_hub_id_is_downloaded(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(name: str, **_: Any) -> str:
+        asked.append(name)
+        return str(pair[0])
+
+    monkeypatch.setattr("mlx_mtp.loading.snapshot_download", download)
+    assert resolve("some-one/some-model", kind="model") == pair[0] and len(asked) == 1
+
+    def fail(name: str, **_: Any) -> str:
+        raise LocalEntryNotFoundError("no network\nand more lines")
+
+    monkeypatch.setattr("mlx_mtp.loading.snapshot_download", fail)
+    found = refused("some-one/some-model")
+    assert found.startswith("model some-one/some-model is neither a folder nor") and "net" in found
+
+
+BROKEN_MODELS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
+    "not json": ("config.json", lambda path: path.write_text("{"), "is not JSON"),
+    "no keys": ("config.json", lambda path: path.write_text("{}"), "cannot load the model"),
+    "no object": ("config.json", lambda path: path.write_text("[]"), "cannot load the model"),
+    "unknown type": (
+        "config.json",
+        lambda path: path.write_text('{"model_type": "no-such-model"}'),
+        "no-such-model not supported",
+    ),
+    "no weights": ("model.safetensors", lambda path: path.unlink(), "cannot load the model"),
+    "empty weights": (
+        "model.safetensors",
+        lambda path: path.write_bytes(b""),
+        "cannot load the model",
+    ),
+    "garbage": (
+        "model.safetensors",
+        lambda path: path.write_bytes(b"garbage" * 100),
+        "cannot load the model",
+    ),
+    "truncated": (
+        "model.safetensors",
+        lambda path: path.write_bytes(path.read_bytes()[:-1000]),
+        "cannot load the model",
+    ),
+    "no tokenizer": ("tokenizer.json", lambda path: path.unlink(), "cannot load the tokenizer"),
+    "broken tokenizer": (
+        "tokenizer.json",
+        lambda path: path.write_text("{"),
+        "cannot load the tokenizer",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_MODELS)
+def test_a_broken_model_folder(name: str, tmp_path: Path) -> None:
+    file, damage, message = BROKEN_MODELS[name]
+    folder = save_tiny_model(tmp_path)
+    damage(folder / file)
+    found = refused(str(folder))
+    assert message in found and str(folder) in found
+
+
+def test_a_recurrent_model_is_refused_by_name(tmp_path: Path) -> None:
+    config = {
+        "model_type": "mamba",
+        "vocab_size": BYTE_VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "state_size": 4,
+        "num_hidden_layers": 1,
+        "conv_kernel": 4,
+        "use_bias": False,
+        "use_conv_bias": True,
+        "time_step_rank": 2,
+    }
+    folder = save_tiny_model(tmp_path)
+    model_class, args_class = mlx_lm.utils._get_classes(config)
+    tensors = dict(tree_flatten(model_class(args_class.from_dict(config)).parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors)
+    (folder / "config.json").write_text(json.dumps(config))
+    found = refused(str(folder))
+    assert "(mamba) cannot be used" in found and "recurrent" in found and str(folder) in found
+
+
+# Adapters that are not what they should be
+
+
+@pytest.mark.parametrize("share", [0.0, 0.0001, 0.01, 0.5, 0.999])
+def test_a_truncated_adapter(pair: tuple[Path, Path], tmp_path: Path, share: float) -> None:
+    content = (pair[1] / WEIGHTS_FILE).read_bytes()
+    (tmp_path / CONFIG_FILE).write_bytes((pair[1] / CONFIG_FILE).read_bytes())
+    path = tmp_path / WEIGHTS_FILE
+    path.write_bytes(content[: int(share * len(content))])
+    found = refused(str(pair[0]), adapter_path=str(tmp_path))
+    assert f"{path} is truncated or corrupt" in found
+
+
+@pytest.mark.parametrize(
+    "content", [b"garbage" * 50, b"\xff" * 64, b"\x10\0\0\0\0\0\0\0{not json at all}"]
+)
+def test_a_corrupt_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / WEIGHTS_FILE
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is truncated or corrupt"):
+        read_tensors(path)
+    with pytest.raises(ValueError, match="is missing"):
+        read_tensors(tmp_path / "other.safetensors")
+
+
+def damaged(changes: Callable[[Weights], Any]) -> Callable[[MTPConfig, Weights], MTPConfig]:
+    """Change tensors only."""
+
+    def change(config: MTPConfig, weights: Weights) -> MTPConfig:
+        changes(weights)
+        return config
+
+    return change
+
+
+def poison(name: str, value: float) -> Callable[[MTPConfig, Weights], MTPConfig]:
+    """Put one value into a tensor."""
+
+    def change(weights: Weights) -> None:
+        weights[name][1, 1] = value
+
+    return damaged(change)
+
+
+Change = Callable[[MTPConfig, Weights], MTPConfig]
+BROKEN_ADAPTERS: dict[str, tuple[Change, str]] = {
+    "nan": (poison(f"{Q_PROJ}.lora_a", float("nan")), f"{Q_PROJ}.lora_a holds NaN"),
+    "infinite": (poison(MASK_EMBEDDINGS, float("inf")), "mask_embeddings holds NaN or infinite"),
+    "unknown tensor": (
+        damaged(lambda w: w.update(extra=mx.zeros((2, 2)))),
+        "the adapter's tensors for '' do not fit",
+    ),
+    "unknown layer": (
+        damaged(lambda w: w.update({"model.layers.9.self_attn.q_proj.lora_a": mx.zeros((32, 4))})),
+        "tensors for 'model.layers.9.self_attn.q_proj' do not fit",
+    ),
+    "unknown part": (
+        damaged(lambda w: w.update({f"{Q_PROJ}.lora_c": mx.zeros((4, 4))})),
+        f"unknown tensor '{Q_PROJ}.lora_c'",
+    ),
+    "half a pair": (damaged(lambda w: w.pop(f"{Q_PROJ}.lora_b")), f"{Q_PROJ}' do not fit"),
+    "no masks": (damaged(lambda w: w.pop(MASK_EMBEDDINGS)), "mask_embeddings must be (4, 32)"),
+    "too few masks": (
+        damaged(lambda w: w.update({MASK_EMBEDDINGS: mx.zeros((3, 32))})),
+        "mask_embeddings must be (4, 32), got (3, 32)",
+    ),
+    "transposed": (
+        damaged(lambda w: w.update({f"{Q_PROJ}.lora_a": mx.zeros((4, 32))})),
+        f"{Q_PROJ}: lora_a (4, 32)",
+    ),
+    "vector": (
+        damaged(lambda w: w.update({f"{Q_PROJ}.lora_a": mx.zeros((32,))})),
+        f"{Q_PROJ}: lora_a (32,)",
+    ),
+    "a norm adapted": (
+        damaged(
+            lambda w: w.update(
+                {
+                    "model.norm.lora_a": mx.zeros((32, 4)),
+                    "model.norm.lora_b": mx.zeros((4, 32)),
+                }
+            )
+        ),
+        "model.norm: RMSNorm cannot carry",
+    ),
+    "part of a sampler": (
+        damaged(lambda w: w.pop("sampler_head.norm_1.weight")),
+        "norm_1.weight",
+    ),
+    "another sampler": (
+        damaged(lambda w: w.update({"sampler_head.linear_2.weight": mx.zeros((16, 32))})),
+        "linear_2.weight",
+    ),
+    "a sampler too many": (
+        lambda config, _: dataclasses.replace(config, sampler=None),
+        "the adapter has no sampler, yet a tensor sampler_head.",
+    ),
+    "other masks": (
+        lambda config, _: dataclasses.replace(config, num_draft_tokens=6),
+        "mask_embeddings must be (6, 32), got (4, 32)",
+    ),
+    "other rank": (lambda config, _: dataclasses.replace(config, rank=8), "has rank 4, not 8"),
+    "other modules": (
+        lambda config, _: dataclasses.replace(config, target_modules=("q_proj",)),
+        "while its target_modules are q_proj",
+    ),
+    "other width": (
+        lambda config, _: dataclasses.replace(config, base_hidden_size=48),
+        "2 layers of 48",
+    ),
+    "other vocabulary": (
+        lambda config, _: dataclasses.replace(config, base_vocab_size=300),
+        "2 layers of 32, 300 tokens), not for",
+    ),
+    "no tensors": (damaged(lambda w: w.clear()), "mask_embeddings must be"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN_ADAPTERS)
+def test_a_broken_adapter(pair: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+    change, message = BROKEN_ADAPTERS[name]
+    config, weights = random_adapter(tiny_base(**BYTES))
+    config = change(config, weights)
+    save_adapter(tmp_path, config, weights)
+    found = refused(str(pair[0]), adapter_path=str(tmp_path))
+    assert message in found and str(tmp_path) in found
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {"seed": 1}),
+        ("llama", {"num_hidden_layers": 3}),
+        ("llama", {"hidden_size": 64}),
+        ("qwen3", {}),
+    ],
+)
+def test_an_adapter_of_another_base_names_both(
+    pair: tuple[Path, Path], tmp_path: Path, kind: str, options: dict[str, Any]
+) -> None:
+    other = tiny_base(kind, **BYTES, **options)
+    config, weights = random_adapter(other)
+    save_adapter(tmp_path, dataclasses.replace(config, base_model="other-model"), weights)
+    found = refused(str(pair[0]), adapter_path=str(tmp_path))
+    for part in (tmp_path, "other-model", pair[0], fingerprint(other)[:12]):
+        assert str(part) in found
+    assert fingerprint(tiny_base(**BYTES))[:12] in found
