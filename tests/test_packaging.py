@@ -42,6 +42,7 @@ def test_the_wheel_made_from_the_sdist_is_complete(built):
 
 def test_the_wheel_is_small_and_the_sdist_can_be_tested(built):
     assert next(built.glob("*.whl")).stat().st_size < 24e6
-    names = tarfile.open(next(built.glob("*.tar.gz"))).getnames()
+    with tarfile.open(next(built.glob("*.tar.gz"))) as archive:
+        names = archive.getnames()
     inside = {name.partition("/")[2] for name in names}
     assert {"tests/conftest.py", "README.md", "CHANGELOG.md", "LICENSE", "Makefile"} <= inside
