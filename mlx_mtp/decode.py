@@ -7,7 +7,7 @@ without drafts and masks, so the same code serves both and speculation can only 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
@@ -102,9 +102,9 @@ class Decoder:
             emitted ids, num_accepted, their logits, the next drafts.  The cache holds all rows.
         """
         accept_key, draft_key = mx.random.split(key)
-        draft_ids = cast(list[int], drafts.tokens.tolist())
-        ids = mx.array([[*pending, *draft_ids, *layout.mask_offsets.tolist()]])
-        hidden = self.model(ids, cache=self.cache, layout=layout)[0]  # [rows, D]
+        draft_ids = drafts.ids()
+        rows = mx.array([[*pending, *draft_ids, *layout.mask_offsets.tolist()]])
+        hidden = self.model(rows, cache=self.cache, layout=layout)[0]  # [rows, D]
         hidden = hidden[layout.num_pending - 1 :]  # verify rows, then mask rows
         num_verify = layout.num_draft_tokens + 1
         one_pass = hidden.shape[0] <= HEAD_ROWS
@@ -115,21 +115,20 @@ class Decoder:
         tokens, num_accepted = self._accept(logits, drafts, accept_key)
         following = Drafts.none()
         if layout.num_masks:
-            rows = layout.group_rows[num_accepted] - (layout.num_pending - 1)
-            group = hidden[rows]  # [m, D]
+            group = layout.group_rows[num_accepted] - (layout.num_pending - 1)
+            mask_logits = head[group] if one_pass else self.model.logits(hidden[group][None])[0]
             following = draft_tokens(
                 self.model,
-                group,
-                head[rows] if one_pass else self.model.logits(group[None])[0],
+                hidden[group],  # [m, D]
+                mask_logits,
                 tokens[num_accepted],
                 sampling=self.sampling,
                 key=draft_key,
             )
-        counted = mx.concatenate([num_accepted[None], tokens])
-        mx.eval(counted, following.tokens, following.candidates, following.probs)  # the sync
-        accepted, *emitted = cast(list[int], counted.tolist())
+        accepted, *ids = _fetch(num_accepted, tokens, following)
+        following = replace(following, host_ids=ids[num_verify:])
         following = following.first(layout.mask_counts[accepted])
-        return emitted[: accepted + 1], accepted, logits[: accepted + 1], following
+        return ids[: accepted + 1], accepted, logits[: accepted + 1], following
 
     def _accept(self, logits: mx.array, drafts: Drafts, key: mx.array) -> tuple[mx.array, mx.array]:
         if self.sampling.greedy:
@@ -226,6 +225,7 @@ def _loop(
         cache.rewind(layout.num_rows - len(pending) - len(emitted) + 1)
         if len(context) == prompt_size:
             progress(prompt_size, prompt_size)
+            mx.clear_cache()  # prompt-sized buffers are not needed again
         context = context + emitted
         room -= len(emitted)
         yield StepResult(
@@ -239,6 +239,13 @@ def _loop(
         if finish_reason:
             return
         pending = emitted[-1:]
+
+
+def _fetch(num_accepted: mx.array, tokens: mx.array, following: Drafts) -> list[int]:
+    """The one host sync of a step: num_accepted, tokens and draft ids in one list."""
+    fetched = mx.concatenate([num_accepted[None], tokens, following.tokens])
+    mx.eval(fetched, following.candidates, following.probs)
+    return cast(list[int], fetched.tolist())
 
 
 def _cut(emitted: list[int], room: int, stop_ids: frozenset[int]) -> tuple[list[int], str | None]:

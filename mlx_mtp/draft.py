@@ -8,6 +8,7 @@ before.  k full unembeddings in a row would cost half a small model.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import mlx.core as mx
 
@@ -25,11 +26,13 @@ class Drafts:
         tokens: draft ids, int32 ``[m]``.
         candidates: ids that the draft distributions are over, ``[m, S]``.
         probs: the distributions that the drafts were drawn from, ``[m, S]``; one-hot when greedy.
+        host_ids: ``tokens`` on the host, once a sync has brought them there.
     """
 
     tokens: mx.array
     candidates: mx.array
     probs: mx.array
+    host_ids: list[int] | None = None
 
     @classmethod
     def none(cls) -> Drafts:
@@ -43,7 +46,16 @@ class Drafts:
 
     def first(self, count: int) -> Drafts:
         """The first drafts."""
-        return Drafts(self.tokens[:count], self.candidates[:count], self.probs[:count])
+        if count >= len(self):
+            return self
+        host_ids = None if self.host_ids is None else self.host_ids[:count]
+        return Drafts(self.tokens[:count], self.candidates[:count], self.probs[:count], host_ids)
+
+    def ids(self) -> list[int]:
+        """Draft ids on the host; a sync if they are not there yet."""
+        if self.host_ids is not None:
+            return self.host_ids
+        return cast(list[int], self.tokens.tolist())
 
     def __len__(self) -> int:
         return self.tokens.size
