@@ -16,7 +16,7 @@ from mlx_mtp.accept import Sampling
 from mlx_mtp.decode import decode
 
 VOCAB = 8
-TOKENS, SEEDS = 1_000, 5  # per run, runs
+TOKENS, SEEDS = 1_000, 4  # per run, runs
 PROMPT = [1, 2, 3]
 TABLE_SETTINGS = {
     "auto": Sampling(temp=1.0),
