@@ -238,7 +238,7 @@ def _answers(
     names: list[str],
     runs: dict[str, Callable[[list[int]], Answer]],
 ) -> tuple[dict[str, dict[str, list[Answer]]], int]:
-    """Answer every prompt in every mode; return answers by kind, and how many differ in our modes."""
+    """Answer every prompt in every mode; return answers by kind, and how many of ours differ."""
     answers: dict[str, dict[str, list[Answer]]] = {}
     different = 0
     for run in runs.values():
