@@ -74,10 +74,11 @@ class GatedLoRALinear(nn.Module):
         layout = self.scope.layout
         if layout is None or layout.num_masks == 0:
             return y
-        split = layout.gate_split
-        low_rank = x[..., split:, :] @ self.lora_a
-        mask_rows = mx.addmm(y[..., split:, :], low_rank, self.lora_b, alpha=self.scale)
-        return mx.concatenate([y[..., :split, :], mask_rows], axis=-2)
+        split = [layout.gate_split]
+        ordinary, masks = mx.split(y, split, axis=-2)  # quicker than two slices
+        low_rank = mx.split(x, split, axis=-2)[1] @ self.lora_a
+        masks = mx.addmm(masks, low_rank, self.lora_b, alpha=self.scale)
+        return mx.concatenate([ordinary, masks], axis=-2)
 
 
 def linear_dims(linear: Any) -> tuple[int, int]:
