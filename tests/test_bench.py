@@ -53,4 +53,4 @@ def test_the_command_ends_in_one_json_line():
     line = json.loads(done.stdout.strip().splitlines()[-1])
     assert line["different_answers"] == 0
     assert set(line["results"]["all"]) == {"plain", "auto", "quadratic"}
-    assert 0 < line["overhead"] < 1
+    assert line["overhead"] < 1  # noise may make it negative
