@@ -116,7 +116,8 @@ def build(config: dict[str, Any], *, seed: int = 0) -> Any:
     if config["model_type"] == "gemma3_text":
         base.sanitize({})  # no head among the weights: it ties the embedding
     rng = np.random.default_rng(seed)
-    values = [(name, _random(rng, name, value)) for name, value in tree_flatten(base.parameters())]
+    parameters: Any = tree_flatten(base.parameters())
+    values = [(name, _random(rng, name, value)) for name, value in parameters]
     base.update(tree_unflatten(values))
     base.eval()
     mx.eval(base.parameters())
