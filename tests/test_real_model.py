@@ -1,0 +1,63 @@
+"""The default model end to end, against mlx-lm's own layers on the same float32 weights."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.generate import generate_step
+from mlx_lm.utils import _get_classes
+
+from mlx_mtp.decode import decode
+from mlx_mtp.default_model import default_model_path
+from mlx_mtp.generate import chat_text, encode_prompt
+from mlx_mtp.loading import load
+from mlx_mtp.prompts import builtin_prompts
+
+pytestmark = pytest.mark.slow
+MAX_TOKENS = 20
+
+
+@pytest.fixture(scope="module")
+def ours() -> tuple[Any, Any]:
+    return load()
+
+
+@pytest.fixture(scope="module")
+def stock() -> Any:
+    """mlx-lm's model class with its own linear layers and our float32 weights."""
+    config = json.loads((default_model_path() / "config.json").read_text())
+    model_class, args_class = _get_classes(config)
+    model = model_class(args_class.from_dict(config))
+    plain, _ = load(mtp=False)
+    model.load_weights(tree_flatten(plain.base.parameters()), strict=True)
+    return model
+
+
+@pytest.mark.parametrize("prompt", builtin_prompts()[::25], ids=lambda prompt: prompt.id)
+def test_ids_equal_those_of_mlx_lm(ours, stock, prompt):
+    model, tokenizer = ours
+    text = chat_text(tokenizer, [{"role": "user", "content": prompt.text}])
+    ids = encode_prompt(tokenizer, text, add_special_tokens=False)
+    expected = [
+        int(token) for token, _ in generate_step(mx.array(ids), stock, max_tokens=MAX_TOKENS)
+    ]
+    for layout in ("plain", "auto", "linear", "quadratic"):
+        steps = list(decode(model, ids, max_tokens=MAX_TOKENS, layout=layout))
+        assert [token for step in steps for token in step.tokens] == expected, layout
+
+
+def test_the_shipped_adapter_drafts_well(ours):
+    model, tokenizer = ours
+    text = "Write a Python function that computes the factorial of n, and explain how it works."
+    ids = encode_prompt(
+        tokenizer,
+        chat_text(tokenizer, [{"role": "user", "content": text}]),
+        add_special_tokens=False,
+    )
+    steps = list(decode(model, ids, max_tokens=64, layout="quadratic"))
+    assert model.num_draft_tokens == 4
+    assert sum(len(step.tokens) for step in steps) / len(steps) > 1.9
