@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-from mlx_lm.sample_utils import apply_min_p, apply_top_k, apply_top_p, make_logits_processors
+from mlx_lm.sample_utils import make_logits_processors
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
@@ -122,11 +122,11 @@ def target_probs(logits: mx.array, sampling: Sampling) -> mx.array:
     logits = logits.astype(mx.float32)
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     if 0 < sampling.top_p < 1:
-        logprobs = apply_top_p(logprobs, sampling.top_p)
+        logprobs = _keep_top_p(logprobs, sampling.top_p)
     if sampling.min_p > 0:
-        logprobs = apply_min_p(logprobs, sampling.min_p, sampling.min_tokens_to_keep)
+        logprobs = _keep_min_p(logprobs, sampling.min_p, sampling.min_tokens_to_keep)
     if 0 < sampling.top_k < logits.shape[-1]:
-        logprobs = apply_top_k(logprobs, sampling.top_k)
+        logprobs = _keep_top_k(logprobs, sampling.top_k)
     return mx.softmax(logprobs * (1 / sampling.temp), axis=-1, precise=True)
 
 
@@ -188,6 +188,34 @@ def accept_sampled(
 def count_accepted(holds: mx.array) -> mx.array:
     """Length of the leading run of True in ``[d]``; a match after a mismatch never counts."""
     return mx.cumprod(holds.astype(mx.int32)).sum() if holds.size else mx.array(0)
+
+
+# mlx-lm's filters mean the same, but are compiled anew for every new value, which takes seconds on
+# a CPU.
+
+
+def _keep_top_p(logprobs: mx.array, top_p: float) -> mx.array:
+    """Keep the most likely ids whose predecessors have less than ``top_p`` of the mass."""
+    ordered = mx.sort(logprobs, axis=-1)[..., ::-1]
+    mass = mx.cumsum(mx.exp(ordered), axis=-1)
+    before = mass - mx.exp(ordered)
+    kept = mx.where(before < top_p * mass[..., -1:], ordered, mx.inf)
+    return mx.where(logprobs < kept.min(axis=-1, keepdims=True), -mx.inf, logprobs)
+
+
+def _keep_min_p(logprobs: mx.array, min_p: float, at_least: int) -> mx.array:
+    """Keep ids with at least ``min_p`` of the best id's probability, and the best few anyway."""
+    bound = logprobs.max(axis=-1, keepdims=True) + math.log(min_p)
+    if at_least > 1:
+        best = mx.topk(logprobs, min(at_least, logprobs.shape[-1]), axis=-1)
+        bound = mx.minimum(bound, best.min(axis=-1, keepdims=True))
+    return mx.where(logprobs < bound, -mx.inf, logprobs)
+
+
+def _keep_top_k(logprobs: mx.array, top_k: int) -> mx.array:
+    """Keep exactly ``top_k`` ids."""
+    others = mx.argpartition(-logprobs, kth=top_k - 1, axis=-1)[..., top_k:]
+    return mx.put_along_axis(logprobs, others, mx.array(-mx.inf), axis=-1)
 
 
 def _draw(weights: mx.array, key: mx.array) -> mx.array:

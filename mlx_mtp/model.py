@@ -154,14 +154,25 @@ class MTPModel(nn.Module):
         return self.embed(mx.array([0])).dtype
 
     def make_cache(self, **options: Any) -> MTPCache:
-        """Make fresh caches; see ``cache.make_cache`` for the options."""
-        return kv_cache.make_cache(self.base, scope=self._scope, **options)
+        """Make fresh caches; see ``cache.make_cache`` for the options and errors."""
+        cache = kv_cache.make_cache(self.base, scope=self._scope, **options)
+        if cache.kv_bits is not None:
+            size = self._sample_cache().layers[0].inner.keys.shape[-1]
+            if size % cache.kv_group_size:
+                raise ValueError(
+                    f"kv_group_size {cache.kv_group_size} does not divide the head size {size}"
+                )
+        return cache
 
     def load_prompt_cache(self, path: Path) -> tuple[MTPCache, dict[str, str]]:
         """Read a file of ``mlx_lm.cache_prompt``; see ``cache.load_prompt_cache``."""
-        sample = self.make_cache()
-        self(mx.array([[0]]), cache=sample)  # lazy: only its shapes are looked at
-        return kv_cache.load_prompt_cache(path, sample=sample, scope=self._scope)
+        return kv_cache.load_prompt_cache(path, sample=self._sample_cache(), scope=self._scope)
+
+    def _sample_cache(self) -> MTPCache:
+        """Caches of one row, never evaluated, to look at their shapes and types."""
+        sample = kv_cache.make_cache(self.base, scope=self._scope)
+        self(mx.array([[0]]), cache=sample)
+        return sample
 
     def __call__(
         self, ids: mx.array, *, cache: MTPCache, layout: StepLayout | None = None

@@ -11,9 +11,13 @@ import pytest
 from exact import exact_probs, filtered, holm, p_value
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx_lm import sample_utils
 
 from mlx_mtp.accept import (
     Sampling,
+    _keep_min_p,
+    _keep_top_k,
+    _keep_top_p,
     accept_greedy,
     accept_sampled,
     count_accepted,
@@ -323,3 +327,18 @@ def test_values_out_of_range_are_refused(name: str, value: Any) -> None:
 def test_greedy_is_temperature_zero() -> None:
     assert Sampling().greedy and not Sampling(temp=0.01).greedy
     assert Sampling().logits_processors() == []
+
+
+@pytest.mark.parametrize("spread", [0.3, 1.0, 4.0])
+def test_the_filters_keep_what_those_of_mlx_lm_keep(spread):
+    logits = spread * mx.random.normal((40, 50), key=mx.random.key(7))
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    for top_p in (0.1, 0.5, 0.9, 0.99):
+        expected = sample_utils.apply_top_p(logprobs, top_p)
+        assert mx.array_equal(_keep_top_p(logprobs, top_p), expected)
+    for min_p, at_least in ((0.01, 1), (0.2, 1), (0.9, 5)):
+        expected = sample_utils.apply_min_p(logprobs, min_p, at_least)
+        assert mx.array_equal(_keep_min_p(logprobs, min_p, at_least), expected)
+    for top_k in (1, 7, 49):
+        expected = sample_utils.apply_top_k(logprobs, top_k)
+        assert mx.array_equal(_keep_top_k(logprobs, top_k), expected)

@@ -298,3 +298,9 @@ def test_without_an_adapter_the_cache_is_the_same() -> None:
     cache = model.make_cache()
     model(mx.array([random_ids(6)]), cache=cache)
     assert_same_rows(cache, tiny_base("llama"), random_ids(6))
+
+
+def test_a_group_that_does_not_divide_the_heads_is_refused_at_once():
+    model = tiny_mtp("llama")  # heads of 8
+    with pytest.raises(ValueError, match="kv_group_size 64 does not divide the head size 8"):
+        model.make_cache(kv_bits=8, kv_group_size=64)
