@@ -15,7 +15,7 @@ help: ## say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.demo openblas ## set up and stream an answer from the default model
-	@$(BIN)/mlx-mtp generate --prompt "$(PROMPT)" --max-tokens 160
+	@$(BIN)/mlx-mtp generate --prompt "$(PROMPT)" --max-tokens 100
 
 test: $(VENV)/.test openblas ## set up and run all tests
 	@$(BIN)/python -m pytest $(ARGS)
