@@ -107,8 +107,8 @@ def overhead(model: Any, ids: list[int], *, k: int, repeats: int = 15) -> float:
             run()
             times[name].append(time.perf_counter() - start)
             cache.rewind(layout.num_rows)
-    step, forward = (statistics.median(times[name][2:]) for name in ("step", "forward"))
-    return 1 - forward / step
+    medians = {name: statistics.median(values[2:]) for name, values in times.items()}
+    return 1 - medians["forward"] / medians["step"]
 
 
 def _whole_step(decoder: Decoder, ids: list[int], drafts: Drafts, layout: StepLayout) -> None:
