@@ -185,13 +185,11 @@ def _spread(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
 
 def _folders(model: str | None, adapter_path: str | None) -> tuple[Path, Path]:
     """The folders that ``load`` has read."""
-    from mlx_mtp.default_model import default_adapter_path, default_model_path
-    from mlx_mtp.loading import resolve
+    from mlx_mtp.loading import locate
 
-    folder = default_model_path() if model is None else resolve(model, kind="model")
-    if adapter_path is None:
-        return folder, default_adapter_path()
-    return folder, resolve(adapter_path, kind="adapter")
+    folder, adapter = locate(model, adapter_path)
+    assert adapter is not None  # verify has refused a model without one
+    return folder, adapter
 
 
 class _Clock:

@@ -19,7 +19,41 @@ from typing import Any
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapters.safetensors"
+BUNDLED_ADAPTER = "adapter"  # folder in a model's folder, as published bundles have it
 FORMAT_VERSION = 1
+SAMPLER_NORMS = ("layer", "rms")
+SAMPLER_RESIDUALS = ("hidden", "inner", "none")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerKind:
+    """How a sampler head computes, with ``block = norm(silu(linear(x)))``.
+
+    Attributes:
+        norm: ``"layer"`` (weight and bias) or ``"rms"`` (weight).
+        norm_eps: epsilon of the normalisation.
+        bias: whether the linear layers have one.
+        residual: ``"hidden"`` gives ``z + block_2(h)`` with ``h = block_1([E(previous); z])``,
+            ``"inner"`` gives ``h + block_2(h)``, ``"none"`` gives ``block_2(h)``.
+
+    Raises:
+        ValueError: a value is not one of those.
+    """
+
+    norm: str = "layer"
+    norm_eps: float = 1e-5
+    bias: bool = True
+    residual: str = "hidden"
+
+    def __post_init__(self) -> None:
+        if self.norm not in SAMPLER_NORMS:
+            raise ValueError(f"sampler_norm must be one of {SAMPLER_NORMS}, got {self.norm!r}")
+        if self.residual not in SAMPLER_RESIDUALS:
+            raise ValueError(
+                f"sampler_residual must be one of {SAMPLER_RESIDUALS}, got {self.residual!r}"
+            )
+        if not (math.isfinite(self.norm_eps) and self.norm_eps >= 0):
+            raise ValueError(f"sampler_norm_eps must be 0 or more, got {self.norm_eps}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +62,9 @@ class MTPConfig:
 
     Attributes:
         num_draft_tokens: k, the number of learned mask tokens.
-        rank: rank of the gated LoRA weights.
-        scale: factor of the LoRA product, ``y += scale * (x @ lora_a) @ lora_b``.
+        rank: rank of the gated LoRA weights, but for the layers in ``rank_pattern``.
+        scale: factor of the LoRA product, ``y += scale * (x @ lora_a) @ lora_b``, but for the
+            layers in ``scale_pattern``.
         target_modules: leaf names of the adapted linear layers, such as ``q_proj``.
         sampler: kind of the sampler head (``"mlp"``) or None when the adapter has none.
         base_model: name of the base model, for messages and model cards.
@@ -40,6 +75,9 @@ class MTPConfig:
         base_fingerprint: hash that tells whether a model is that base (``model.fingerprint``).
         fine_tune_type: always ``"mtp"``; tells a reader what kind of adapter this is.
         format_version: version of this folder format.
+        sampler_norm, sampler_norm_eps, sampler_bias, sampler_residual: see ``SamplerKind``.
+        rank_pattern: rank by full module path, of layers whose rank is another.
+        scale_pattern: scale by full module path, of layers whose scale is another.
     """
 
     num_draft_tokens: int
@@ -55,6 +93,12 @@ class MTPConfig:
     base_fingerprint: str
     fine_tune_type: str = "mtp"
     format_version: int = FORMAT_VERSION
+    sampler_norm: str = "layer"
+    sampler_norm_eps: float = 1e-5
+    sampler_bias: bool = True
+    sampler_residual: str = "hidden"
+    rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
+    scale_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in ("num_draft_tokens", "rank", "base_hidden_size", "base_num_layers"):
@@ -70,6 +114,34 @@ class MTPConfig:
             raise ValueError(
                 f"format_version {self.format_version} is not supported (this is {FORMAT_VERSION})"
             )
+        for path, rank in self.rank_pattern.items():
+            if rank < 1:
+                raise ValueError(f"rank_pattern: {path} must be at least 1, got {rank}")
+        for path, scale in self.scale_pattern.items():
+            if not math.isfinite(scale):
+                raise ValueError(f"scale_pattern: {path} must be a finite number, got {scale}")
+        self._sampler_values()
+
+    @property
+    def sampler_kind(self) -> SamplerKind | None:
+        """How the sampler head computes; None when the adapter has none."""
+        return None if self.sampler is None else self._sampler_values()
+
+    def _sampler_values(self) -> SamplerKind:
+        return SamplerKind(
+            norm=self.sampler_norm,
+            norm_eps=self.sampler_norm_eps,
+            bias=self.sampler_bias,
+            residual=self.sampler_residual,
+        )
+
+    def rank_of(self, path: str) -> int:
+        """Rank of the layer at that module path."""
+        return self.rank_pattern.get(path, self.rank)
+
+    def scale_of(self, path: str) -> float:
+        """Scale of the layer at that module path."""
+        return self.scale_pattern.get(path, self.scale)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> MTPConfig:
@@ -83,9 +155,7 @@ class MTPConfig:
         if unknown:
             raise ValueError(f"unknown keys: {', '.join(unknown)}")
         missing = [
-            name
-            for name, field in fields.items()
-            if field.default is dataclasses.MISSING and name not in values
+            name for name, field in fields.items() if _is_required(field) and name not in values
         ]
         if missing:
             raise ValueError(f"missing keys: {', '.join(missing)}")
@@ -93,8 +163,36 @@ class MTPConfig:
         return cls(**{name: _coerce(name, value, hints[name]) for name, value in values.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as JSON-ready values, keys in declaration order."""
-        return dataclasses.asdict(self) | {"target_modules": list(self.target_modules)}
+        """Return the configuration as JSON-ready values, keys in declaration order.
+
+        What came after the first version of the format is left out where it is the default, so
+        that older readers understand what they can.
+        """
+        values = dataclasses.asdict(self) | {"target_modules": list(self.target_modules)}
+        for field in dataclasses.fields(self):
+            if field.name in _LATER and values[field.name] == _default(field):
+                del values[field.name]
+        return values
+
+
+_LATER = (
+    "sampler_norm",
+    "sampler_norm_eps",
+    "sampler_bias",
+    "sampler_residual",
+    "rank_pattern",
+    "scale_pattern",
+)
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    missing = dataclasses.MISSING
+    return field.default is missing and field.default_factory is missing
+
+
+def _default(field: dataclasses.Field[Any]) -> Any:
+    factory = field.default_factory
+    return field.default if factory is dataclasses.MISSING else factory()
 
 
 def read_config(folder: Path) -> MTPConfig:
@@ -121,14 +219,20 @@ def read_config(folder: Path) -> MTPConfig:
 
 def _coerce(name: str, value: Any, hint: Any) -> Any:
     """Check one value against its type hint; lists become tuples, whole numbers become floats."""
-    if typing.get_origin(hint) is tuple:
+    origin = typing.get_origin(hint)
+    if origin is tuple:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return tuple(value)
         raise ValueError(f"{name} must be a list of strings, got {value!r}")
+    if origin is dict:
+        if not isinstance(value, dict):
+            raise ValueError(f"{name} must be an object, got {value!r}")
+        kind = typing.get_args(hint)[1]
+        return {key: _coerce(f"{name}: {key}", item, kind) for key, item in value.items()}
     kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if isinstance(value, bool) or not isinstance(value, kinds):
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
     return value

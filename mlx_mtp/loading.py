@@ -1,6 +1,7 @@
 """Load models and adapters: a folder, a hub id, or the embedded default.
 
-On a CPU device weights become float32 (``dense.py``).
+On a CPU device weights become float32 (``dense.py``).  A model folder may carry its adapter in
+``adapter/``; such a bundle needs no ``adapter_path``.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from mlx_lm import utils as lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_mtp.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_config
+from mlx_mtp.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_config
 from mlx_mtp.default_model import DEFAULT_MODEL_NAME, default_adapter_path, default_model_path
 from mlx_mtp.dense import to_float32
 from mlx_mtp.model import MTPModel, fingerprint
@@ -36,7 +37,7 @@ def load(
     Args:
         path_or_hf_repo: folder or hub id; None is the embedded default model.
         adapter_path: adapter folder or hub id; None is the shipped adapter for the default model
-            and no adapter for others.
+            and the one in the model's own folder, if there is one, for others.
         tokenizer_config: options for the tokenizer.
         trust_remote_code: let the tokenizer run code from its folder.
         mtp: False leaves the adapter out.
@@ -45,16 +46,36 @@ def load(
     Raises:
         ValueError: something is missing, broken, or does not fit; the message is one line.
     """
-    is_default = path_or_hf_repo is None
-    if is_default:
-        folder, name = default_model_path(progress=progress), DEFAULT_MODEL_NAME
-    else:
-        folder, name = resolve(path_or_hf_repo, kind="model"), path_or_hf_repo
-    if adapter_path is None and is_default:
-        adapter_path = str(default_adapter_path())
+    folder, adapter = locate(path_or_hf_repo, adapter_path if mtp else None, progress=progress)
+    name = DEFAULT_MODEL_NAME if path_or_hf_repo is None else path_or_hf_repo
     base, config = _load_base(folder, trust_remote_code)
     tokenizer = _load_tokenizer(folder, config, tokenizer_config, trust_remote_code)
-    return _with_adapter(base, name, adapter_path if mtp else None), tokenizer
+    if adapter is None or not mtp:
+        return MTPModel(base, name=name), tokenizer
+    return _with_adapter(base, name, adapter, shown=adapter_path or str(adapter)), tokenizer
+
+
+def locate(
+    path_or_hf_repo: str | None, adapter_path: str | None, *, progress: Any = None
+) -> tuple[Path, Path | None]:
+    """Find the folders of a model and of its adapter, as ``load`` takes them.
+
+    Returns:
+        The model's folder and the adapter's; None when there is no adapter.
+
+    Raises:
+        ValueError: one is not there.
+    """
+    if path_or_hf_repo is None:
+        folder = default_model_path(progress=progress)
+    else:
+        folder = resolve(path_or_hf_repo, kind="model")
+    if adapter_path is not None:
+        return folder, resolve(adapter_path, kind="adapter")
+    if path_or_hf_repo is None:
+        return folder, default_adapter_path()
+    bundled = folder / BUNDLED_ADAPTER
+    return folder, bundled if (bundled / WEIGHTS_FILE).is_file() else None
 
 
 def resolve(path_or_hf_repo: str, *, kind: str) -> Path:
@@ -153,16 +174,14 @@ def _load_base(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[s
     return base, config
 
 
-def _with_adapter(base: nn.Module, name: str, adapter_path: str | None) -> MTPModel:
-    """Join a base model and an adapter, if there is one."""
-    if adapter_path is None:
-        return MTPModel(base, name=name)
-    config, weights = read_adapter(resolve(adapter_path, kind="adapter"))
-    check_base(base, config, adapter=adapter_path, name=name)
+def _with_adapter(base: nn.Module, name: str, folder: Path, *, shown: str) -> MTPModel:
+    """Join a base model and an adapter."""
+    config, weights = read_adapter(folder)
+    check_base(base, config, adapter=shown, name=name)
     try:
         return MTPModel(base, name=name, config=config, weights=weights)
     except ValueError as error:
-        raise ValueError(f"{adapter_path}: {error}") from None
+        raise ValueError(f"{shown}: {error}") from None
 
 
 def _load_tokenizer(

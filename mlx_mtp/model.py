@@ -260,7 +260,7 @@ class MTPModel(nn.Module):
         names = [name for name in weights if name.startswith(SAMPLER_PREFIX)]
         tensors = [(name.removeprefix(SAMPLER_PREFIX), weights.pop(name)) for name in names]
         if config.sampler is not None:
-            self.sampler_head = SamplerHead(dims)
+            self.sampler_head = SamplerHead(dims, config.sampler_kind)
             try:
                 self.sampler_head.load_weights(tensors, strict=True)
             except ValueError as error:  # its message may have several lines
@@ -283,13 +283,13 @@ class MTPModel(nn.Module):
                     modules[path],
                     lora_a=lora_a,
                     lora_b=lora_b,
-                    scale=config.scale,
+                    scale=config.scale_of(path),
                     scope=self._scope,
                 )
             except ValueError as error:
                 raise ValueError(f"{path}: {error}") from None
-            if lora_a.shape[-1] != config.rank:
-                raise ValueError(f"{path} has rank {lora_a.shape[-1]}, not {config.rank}")
+            if lora_a.shape[-1] != config.rank_of(path):
+                raise ValueError(f"{path} has rank {lora_a.shape[-1]}, not {config.rank_of(path)}")
         if weights:
             raise ValueError(f"the adapter has an unknown tensor {sorted(weights)[0]!r}")
         names = sorted({path.rpartition(".")[-1] for path in paths})

@@ -39,6 +39,14 @@ configs = st.builds(
     base_num_layers=st.integers(1, 1000),
     base_vocab_size=st.integers(1, 10**6),
     base_fingerprint=st.text(max_size=20),
+    sampler_norm=st.sampled_from(["layer", "rms"]),
+    sampler_norm_eps=st.floats(0, 1),
+    sampler_bias=st.booleans(),
+    sampler_residual=st.sampled_from(["hidden", "inner", "none"]),
+    rank_pattern=st.dictionaries(st.text(max_size=8), st.integers(1, 512), max_size=3),
+    scale_pattern=st.dictionaries(
+        st.text(max_size=8), st.floats(allow_nan=False, allow_infinity=False), max_size=3
+    ),
 )
 
 
@@ -51,6 +59,20 @@ def test_a_round_trip_through_json_changes_nothing(config: MTPConfig) -> None:
 def test_the_file_holds_no_key_that_mlx_lm_would_take_for_its_own() -> None:
     keys = MTPConfig.from_dict(VALUES).to_dict().keys()
     assert not keys & {"num_layers", "lora_parameters", "lora_layers"}
+
+
+def test_an_ordinary_adapter_says_nothing_of_later_keys() -> None:
+    assert set(MTPConfig.from_dict(VALUES).to_dict()) == set(VALUES) | {
+        "fine_tune_type",
+        "format_version",
+    }
+
+
+def test_a_layer_may_have_its_own_rank_and_scale() -> None:
+    patterns = {"rank_pattern": {"a.q": 8}, "scale_pattern": {"a.q": 3}}
+    config = MTPConfig.from_dict({**VALUES, **patterns})
+    assert (config.rank_of("a.q"), config.rank_of("a.v")) == (8, 32)
+    assert (config.scale_of("a.q"), config.scale_of("a.v")) == (3.0, 2.0)
 
 
 def test_whole_numbers_and_nulls_are_taken() -> None:
@@ -82,6 +104,14 @@ def test_whole_numbers_and_nulls_are_taken() -> None:
         ({"base_model": None}, "base_model must be str, got None"),
         ({"fine_tune_type": "lora"}, "fine_tune_type must be 'mtp', got 'lora'"),
         ({"format_version": 2}, "format_version 2 is not supported"),
+        ({"sampler_norm": "batch"}, "sampler_norm must be one of .*, got 'batch'"),
+        ({"sampler_residual": "z"}, "sampler_residual must be one of .*, got 'z'"),
+        ({"sampler_norm_eps": -1}, "sampler_norm_eps must be 0 or more, got -1.0"),
+        ({"sampler_bias": 1}, "sampler_bias must be bool, got 1"),
+        ({"rank_pattern": [4]}, r"rank_pattern must be an object, got \[4\]"),
+        ({"rank_pattern": {"x": 2.5}}, "rank_pattern: x must be int, got 2.5"),
+        ({"rank_pattern": {"x": 0}}, "rank_pattern: x must be at least 1, got 0"),
+        ({"scale_pattern": {"x": float("nan")}}, "scale_pattern: x must be a finite number"),
     ],
 )
 def test_wrong_values_are_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

@@ -8,9 +8,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from exact import filtered, p_value
+from mlx.utils import tree_flatten
 from tiny import random_adapter, tiny_base, tiny_mtp
 
 from mlx_mtp.accept import Sampling
+from mlx_mtp.config import SamplerKind
 from mlx_mtp.draft import Drafts, draft_tokens
 from mlx_mtp.model import SAMPLER_PREFIX, MTPModel
 from mlx_mtp.sampler_head import SamplerHead
@@ -164,3 +166,29 @@ def test_the_head_adds_to_the_hidden_state() -> None:
     head.norm_2.bias = mx.zeros((8,))
     hidden = mx.arange(8).astype(mx.float32)
     assert mx.array_equal(head(mx.ones((8,)), hidden), hidden)
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("residual", ["hidden", "inner", "none"])
+def test_every_kind_of_head_computes_its_formula(norm: str, bias: bool, residual: str) -> None:
+    kind = SamplerKind(norm=norm, norm_eps=0.01, bias=bias, residual=residual)
+    head = SamplerHead(8, kind)
+    rng = np.random.default_rng(0)
+    flat: Any = tree_flatten(head.parameters())
+    values = {name: rng.standard_normal(value.shape) for name, value in flat}
+    head.load_weights([(name, mx.array(value, mx.float32)) for name, value in values.items()])
+    previous, hidden = rng.standard_normal((2, 8))
+
+    def block(x: np.ndarray, index: int) -> np.ndarray:
+        y = values[f"linear_{index}.weight"] @ x + values.get(f"linear_{index}.bias", 0)
+        y = y / (1 + np.exp(-y))
+        y = y - y.mean() if norm == "layer" else y
+        y = y / np.sqrt((y**2).mean() + 0.01) * values[f"norm_{index}.weight"]
+        return y + values.get(f"norm_{index}.bias", 0)
+
+    inner = block(np.concatenate([previous, hidden]), 1)
+    expected = block(inner, 2) + {"hidden": hidden, "inner": inner, "none": 0}[residual]
+    found = head(mx.array(previous, mx.float32), mx.array(hidden, mx.float32))
+    assert np.allclose(np.array(found), expected, atol=1e-5)
+    assert ("linear_1.bias" in values) == bias and ("norm_1.bias" in values) == (norm == "layer")
