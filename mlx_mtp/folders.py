@@ -1,17 +1,22 @@
 """Folders that appear whole or not at all.
 
-A model or adapter folder is written beside its place and renamed into it, so that a reader never
-meets half of one and a failure leaves nothing behind.
+A model or adapter folder is written in a hidden workplace beside its place and renamed into it, so
+that a reader never meets half of one and a failure leaves nothing behind.  A process that is killed
+cannot tidy up: its workplace is removed by the next one that writes the same folder, which knows by
+a file lock that nobody works there any more.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+
+_LOCK, _NEW, _OLD = "lock", "new", "old"
 
 
 @contextlib.contextmanager
@@ -25,18 +30,59 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         FileExistsError: ``target`` exists and ``replace`` is off.
         OSError: the folder cannot be made or renamed.
     """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(target)
     if not replace and os.path.lexists(target):
         raise FileExistsError(f"{target} already exists")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Inside a private folder, so that the new one gets the ordinary mode and not mkdtemp's 0700.
-    workplace = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
-    try:
-        draft = workplace / "new"
+    with _workplace(target) as workplace:
+        # Inside a private folder, so that the new one gets the ordinary mode and not mkdtemp's.
+        draft = workplace / _NEW
         draft.mkdir()
         yield draft
-        _publish(draft, target, aside=workplace / "old" if replace else None)
+        _publish(draft, target, aside=workplace / _OLD if replace else None)
+
+
+@contextlib.contextmanager
+def _workplace(target: Path) -> Iterator[Path]:
+    """A private folder beside ``target``, locked as long as this process works in it."""
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target)))
+        try:
+            lock = os.open(folder / _LOCK, os.O_CREAT | os.O_RDWR, 0o600)
+        except FileNotFoundError:  # swept while it was still empty
+            continue
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (folder / _LOCK).exists():  # else another process swept it before the lock
+            break
+        os.close(lock)
+    try:
+        yield folder
     finally:
-        shutil.rmtree(workplace, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _sweep(target: Path) -> None:
+    """Remove the workplaces of processes that were killed; bring back what they had moved aside."""
+    for folder in target.parent.iterdir():
+        if not folder.name.startswith(_prefix(target)):
+            continue
+        try:
+            lock = os.open(folder / _LOCK, os.O_RDWR)
+        except OSError:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # killed before it was locked: empty
+            continue
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while somebody works there
+            if os.path.lexists(folder / _OLD) and not os.path.lexists(target):
+                os.rename(folder / _OLD, target)
+            shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _prefix(target: Path) -> str:
+    return f".{target.name}.mlx-mtp-"
 
 
 def _publish(draft: Path, target: Path, *, aside: Path | None) -> None:

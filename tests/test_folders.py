@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,3 +78,45 @@ def test_brings_the_old_folder_back_when_the_rename_fails(
     with pytest.raises(OSError, match="no"), new_folder(target, replace=True):
         pass
     assert (target / "x").read_text() == "old"
+
+
+_KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mlx_mtp.folders import new_folder
+rename = os.rename
+def die_before(source, target):
+    if sys.argv[2] == source.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+os.rename = die_before
+with new_folder(Path(sys.argv[1]), replace=True) as draft:
+    (draft / "x").write_text("new")
+"""
+
+
+@pytest.mark.parametrize("moment", ["[b]", "new"])  # before the old one is aside, and after
+def test_sweeps_up_after_a_killed_process(tmp_path: Path, moment: str) -> None:
+    target = tmp_path / "[b]"
+    target.mkdir()
+    (target / "x").write_text("old")
+    killed = subprocess.run([sys.executable, "-c", _KILLED, str(target), moment])
+    assert killed.returncode == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == (2 if moment == "[b]" else 1)
+    with pytest.raises(FileExistsError), new_folder(target):
+        pytest.fail("the old folder is back")
+    assert (target / "x").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["[b]"]
+
+
+def test_leaves_the_workplace_of_others_alone(tmp_path: Path) -> None:
+    target = tmp_path / "b"
+    with new_folder(target) as first:
+        (first / "x").write_text("first")
+        with new_folder(target) as second:
+            (second / "x").write_text("second")
+            assert (first / "x").read_text() == "first"
+        target.rename(tmp_path / "c")
+    assert (target / "x").read_text() == "first"
+    assert (tmp_path / "c" / "x").read_text() == "second"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c"]
