@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch_modules import DIMS, PADDED_VOCAB, Gate
 from torch_project import Project
+from transformers import AutoTokenizer
 
 ALL_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 MASKS = [VOCAB_SIZE, VOCAB_SIZE + 1, VOCAB_SIZE + 2, VOCAB_SIZE + 3]
@@ -198,10 +199,17 @@ def mtp_glora(
         model=live,
         backbone=live,
         k=3,
-        mask_ids=[VOCAB_SIZE] * 3,
+        mask_ids=[_new_mask_token(base)] * 3,
         gate=gate,
         sampler=outer.sampler_head,
     )
+
+
+def _new_mask_token(base: Path) -> int:
+    """The id that the base model's tokenizer gives to a new token."""
+    tokenizer: Any = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<mask>"]})
+    return tokenizer.convert_tokens_to_ids("<mask>")
 
 
 def _save_glora(folder: Path, outer: nn.Module, arguments: dict[str, Any], *, prefix: str) -> None:
