@@ -105,6 +105,10 @@ class Reference:
             states = self.adapter.sampler(embedded, torch.tensor(hidden))
             return self._run(embedded, final=states)[1]
 
+    def embedding_rows(self, count: int) -> np.ndarray:
+        """The first rows of the embedding table, ``[count, D]`` at most."""
+        return self.model.get_input_embeddings().weight[:count].detach().numpy().copy()
+
     def _embed(self, ids: Sequence[int]) -> torch.Tensor:
         import torch
 
