@@ -7,12 +7,34 @@ code from a checkpoint ever runs.
 
 from __future__ import annotations
 
+import re
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+
+from mlx_mtp.converters.safetensors_file import (
+    is_plain_name,
+    read_index,
+    read_json,
+    read_json_object,
+    read_safetensors,
+    shown,
+)
+
+ADAPTER_CONFIG = "adapter_config.json"
+LATEST_FILE = "latest.json"
+MAX_FILES = 1000
+
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_TRAINING_STATE = re.compile(
+    r"(optim|sched|lr_sched|rng_state|random_states|training_args|scaler|grad_scaler)|.*optim_states"
+)
+_MAYBE_STATE = re.compile(r"((train(ing|er)?_)?state|global_step\d*)\.(pt|pth|bin|ckpt)")
+_NO_SETTINGS = ("tokenizer.json", "vocab.json", "trainer_state.json", LATEST_FILE)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,7 +77,126 @@ def read_checkpoint(
 ) -> Checkpoint:
     """Read a checkpoint folder or file.
 
+    A folder that only points on is followed: ``latest.json`` to the step that it names, and a
+    folder without adapter to its ``adapter`` subfolder.  States of training (optimiser,
+    scheduler, random generators) are left out, and so is a PyTorch file whose tensors are there
+    as safetensors too.  A single file brings the settings that lie beside it.
+
+    Args:
+        path: the folder or file.
+        allow_pickle: read PyTorch files too, in a sandbox.
+        progress: called with a line of text before work that takes a while.
+
     Raises:
         ValueError: a file is missing, broken, refused or needs ``allow_pickle``; one line.
     """
-    raise NotImplementedError
+    try:
+        if path.is_dir():
+            folder = _follow(path)
+            names = _tensor_files(folder)
+            configs = _read_configs(folder, _config_names(folder))
+        elif path.exists():
+            folder, names = path.parent, [path.name]
+            beside = (f"{path.stem}.json", "adapter_config.json", "config.json")
+            configs = _read_configs(folder, [name for name in beside if (folder / name).is_file()])
+        else:
+            raise ValueError(f"{path} does not exist")
+    except OSError as error:
+        raise ValueError(f"{error.filename or path}: {error.strerror or error}") from None
+    if not names:
+        raise ValueError(f"{path} holds no tensors ({', '.join(f'*{s}' for s in _SUFFIXES)})")
+    files, values = _read_files(folder, names, allow_pickle=allow_pickle, progress=progress)
+    if path.is_dir():
+        _check_indexes(folder, files)
+    return Checkpoint(path=path, configs=configs, files=files, values=values)
+
+
+def _follow(folder: Path) -> Path:
+    """Return the folder that holds the adapter's own files."""
+    if (folder / LATEST_FILE).is_file():
+        name = read_json_object(folder / LATEST_FILE).get("latest")
+        if not is_plain_name(name) or not (folder / str(name)).is_dir():
+            raise ValueError(f"{folder / LATEST_FILE} names no folder beside it: {shown(name)}")
+        return folder / str(name)
+    inner = folder / "adapter"
+    if not (folder / ADAPTER_CONFIG).is_file() and (inner / ADAPTER_CONFIG).is_file():
+        return inner
+    return folder
+
+
+def _tensor_files(folder: Path) -> list[str]:
+    """Name the files of a folder that hold tensors of the checkpoint."""
+    found = sorted(p.name for p in folder.iterdir() if p.suffix in _SUFFIXES and p.is_file())
+    names = [name for name in found if not _TRAINING_STATE.match(name)]
+    safe = {Path(name).stem for name in names if name.endswith(".safetensors")}
+    whole_model = any(stem == "model" or stem.startswith("model-") for stem in safe)
+    kept = []
+    for name in names:
+        twice = Path(name).stem in safe or (whole_model and name.startswith("pytorch_model"))
+        state = bool(safe) and _MAYBE_STATE.fullmatch(name) is not None
+        if name.endswith(".safetensors") or not (twice or state):
+            kept.append(name)
+    if len(kept) > MAX_FILES:
+        raise ValueError(f"{folder} holds {len(kept)} tensor files, at most {MAX_FILES} are read")
+    return kept
+
+
+def _config_names(folder: Path) -> list[str]:
+    names = sorted(p.name for p in folder.iterdir() if p.suffix == ".json" and p.is_file())
+    return [n for n in names if n not in _NO_SETTINGS and not n.endswith(".index.json")]
+
+
+def _read_configs(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """Read the JSON objects; a file with a list in it holds no settings."""
+    found = {name: read_json(folder / name) for name in names}
+    return {name: value for name, value in found.items() if isinstance(value, dict)}
+
+
+def _read_files(
+    folder: Path,
+    names: list[str],
+    *,
+    allow_pickle: bool,
+    progress: Callable[[str], None] | None,
+) -> tuple[dict[str, dict[str, mx.array]], dict[str, Any]]:
+    """Open the tensor files; return their tensors by file, and the plain values."""
+    files: dict[str, dict[str, mx.array]] = {}
+    values: dict[str, Any] = {}
+    differing: set[str] = set()
+    for name in names:
+        if name.endswith(".safetensors"):
+            files[name] = read_safetensors(folder / name)
+            continue
+        if progress is not None and allow_pickle:
+            progress(f"reading {name} in a sandbox")
+        files[name], found = _read_torch_file(folder / name, allow_pickle=allow_pickle)
+        differing |= {key for key in found if key in values and values[key] != found[key]}
+        values |= found
+    # Two files that disagree (on an epoch, say) leave the question open.
+    return files, {key: value for key, value in values.items() if key not in differing}
+
+
+def _read_torch_file(
+    path: Path, *, allow_pickle: bool
+) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    # Imported here: the module is not needed for safetensors.
+    from mlx_mtp.converters.torch_checkpoint import torch_to_safetensors
+
+    with tempfile.TemporaryDirectory(prefix="mlx-mtp.") as scratch:
+        written, values = torch_to_safetensors(path, Path(scratch), allow_pickle=allow_pickle)
+        # MLX keeps the file open, so the tensors can be read after its name is gone.
+        return read_safetensors(written), values
+
+
+def _check_indexes(folder: Path, files: Mapping[str, Mapping[str, mx.array]]) -> None:
+    """Require every tensor that an index lists to be in the file that it names."""
+    for path in sorted(folder.glob("*.index.json")):
+        if _belongs_to(path, files):
+            for tensor, name in read_index(path).items():
+                if tensor not in files.get(name, {}):
+                    raise ValueError(f"{path}: {shown(tensor)} is not in {name}")
+
+
+def _belongs_to(index: Path, files: Mapping[str, object]) -> bool:
+    """Tell whether an index is of files that are read; a .bin index may lie beside safetensors."""
+    return any(index.name.endswith(f"{Path(name).suffix}.index.json") for name in files)

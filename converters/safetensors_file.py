@@ -117,8 +117,7 @@ def safe_member(folder: Path, name: str) -> Path:
     Raises:
         ValueError: the name is anything but a plain file name, or no such file is there.
     """
-    plain = 0 < len(name) <= 255 and name.isprintable() and not set(name) & set('/\\:*?"<>|')
-    if not plain or name.strip(" ") in (".", "..", ""):
+    if not is_plain_name(name):
         raise ValueError(f"{shown(repr(name))} is not a plain file name")
     path = folder / name
     if not path.is_file():
@@ -126,25 +125,41 @@ def safe_member(folder: Path, name: str) -> Path:
     return path
 
 
-def read_json_object(path: Path, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+def is_plain_name(name: object) -> bool:
+    """Tell whether this is a file name without any path in it, on any system."""
+    if not isinstance(name, str) or not 0 < len(name.encode(errors="replace")) <= 255:
+        return False
+    return name.isprintable() and not set(name) & set('/\\:*?"<>|') and bool(name.strip(". "))
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
     """Read a JSON file that must hold an object.
 
     Raises:
         ValueError: the file is missing, too long, not JSON, or not an object; one line.
     """
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of any kind.
+
+    Raises:
+        ValueError: the file is missing, too long or not JSON; one line.
+    """
     try:
         with open_regular(path) as file:
-            text = file.read(max_bytes + 1)
-        if len(text) > max_bytes:
-            raise ValueError(f"it is longer than {max_bytes >> 20} MiB")
-        value = parse_json(text, infinities=True)
+            text = file.read(MAX_JSON_BYTES + 1)
+        if len(text) > MAX_JSON_BYTES:
+            raise ValueError(f"it is longer than {MAX_JSON_BYTES >> 20} MiB")
+        return parse_json(text, infinities=True)
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise ValueError(f"{path} is not JSON: {shown(error)}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}")
-    return value
 
 
 def parse_json(text: bytes, *, infinities: bool = False) -> Any:
@@ -252,6 +267,8 @@ def _check_entry(name: str, entry: Any, data_start: int) -> TensorInfo:
 
 
 def _check_metadata(metadata: Any) -> None:
+    if metadata is None:  # what MLX writes when it has nothing to say
+        return
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise ValueError("its __metadata__ must map names to text")
 

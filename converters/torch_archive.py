@@ -1,0 +1,344 @@
+"""What a PyTorch file is, found out from its bytes alone: nothing in it is run or unpickled.
+
+Two forms are known, the zip archive that ``torch.save`` writes now and the row of pickles that it
+wrote before version 1.6.  The zip is read strictly: entries stored as they are, in one unbroken
+row from the first byte to the directory, named once, under one top folder.  Bombs, overlaps and
+names that two readers may take differently are therefore refused.  The pickle may use only the
+instructions and the globals of plain weights.  Whatever passes is still read in the sandbox alone.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickletools
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_mtp.converters.safetensors_file import open_regular, shown
+
+MAX_PICKLE_BYTES = 64 << 20
+MAX_INSTRUCTIONS = 1_000_000
+MAX_ENTRIES = 250_000
+
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+_LEGACY_PICKLES = 5  # magic, protocol, machine, the object, the storages' keys
+_ZIP_START = b"PK\x03\x04"
+_END, _END64, _LOCATOR64 = (struct.Struct(f) for f in ("<4s4H2IH", "<4sQ2H2I4Q", "<4sIQI"))
+_ENTRY, _LOCAL = (struct.Struct(f) for f in ("<4s6H3I5H2I", "<4s5H3I2H"))
+_ZIP64_FIELD = 1
+_REFUSED_FLAGS = 0x2041  # encrypted, strongly encrypted, directory encrypted
+_MAX_GAP = 24  # a data descriptor may follow an entry's bytes
+_ALL16, _ALL32 = 0xFFFF, 0xFFFFFFFF
+
+_PUSHES = "NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING"
+_BUILDS = "EMPTY_DICT EMPTY_LIST EMPTY_TUPLE EMPTY_SET TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS"
+_REST = "PROTO STOP MARK BINPUT LONG_BINPUT BINGET LONG_BINGET SETITEM SETITEMS BINPERSID"
+_INSTRUCTIONS = frozenset(f"{_PUSHES} {_BUILDS} {_REST} GLOBAL REDUCE BUILD".split())
+
+_STORAGES = "Float Half BFloat16 Double Int Long Short Char Byte Bool ComplexFloat"
+_TYPES = (
+    "float32 float16 bfloat16 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool "
+    "complex64 float8_e4m3fn float8_e5m2"
+)
+_REBUILDS = "_rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_parameter"
+_GLOBALS = frozenset(
+    {
+        "collections.OrderedDict",
+        "__builtin__.set",
+        "torch.Size",
+        "torch.device",
+        "torch.storage.UntypedStorage",
+        *(f"torch.{name}Storage" for name in _STORAGES.split()),
+        *(f"torch.{name}" for name in _TYPES.split()),
+        *(f"torch._utils.{name}" for name in _REBUILDS.split()),
+    }
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TorchFile:
+    """What the bytes of a PyTorch file say.
+
+    Attributes:
+        is_zip: whether it is a zip archive; else it is the older row of pickles.
+        num_bytes: its size.
+        globals: the globals that its pickles name, sorted.
+    """
+
+    is_zip: bool
+    num_bytes: int
+    globals: tuple[str, ...]
+
+
+def check_torch_file(path: Path) -> TorchFile:
+    """Refuse a PyTorch file that is more than plain weights; nothing in it is run.
+
+    Raises:
+        ValueError: the file is missing, broken, a bomb, or refers to code; one line.
+    """
+    try:
+        is_zip, size, pickles = _read_pickles(path)
+        found: set[str] = set()
+        for pickle in pickles:
+            found |= set(_check_pickle(pickle))
+        return TorchFile(is_zip=is_zip, num_bytes=size, globals=tuple(sorted(found)))
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is refused: {shown(error)}") from None
+
+
+def pickle_globals(path: Path) -> list[str]:
+    """Return the globals that a PyTorch file's pickles name, sorted; nothing in it is run.
+
+    Raises:
+        ValueError: the file is missing, broken, or no PyTorch file.
+    """
+    try:
+        pickles = _read_pickles(path)[2]
+        return sorted({name for pickle in pickles for name in _global_names(pickle)})
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is refused: {shown(error)}") from None
+
+
+def _read_pickles(path: Path) -> tuple[bool, int, list[list[Instruction]]]:
+    """Return whether the file is a zip, its size, and the instructions of its pickles."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if file.read(4) == _ZIP_START:
+            text = _zip_pickle(file, size)
+            pickle, end = _disassemble(text, 0)
+            if end != len(text):
+                raise ValueError(f"{len(text) - end} bytes follow its pickle")
+            return True, size, [pickle]
+        file.seek(0)
+        return False, size, _legacy_pickles(file.read(MAX_PICKLE_BYTES))
+
+
+# Pickles
+
+Instruction = tuple[str, Any]
+
+
+def _legacy_pickles(head: bytes) -> list[list[Instruction]]:
+    """Take the pickles at the start of a file from before version 1.6 apart."""
+    no_torch_file = "it is neither a zip archive nor an old PyTorch file"
+    try:
+        first, end = _disassemble(head[:64], 0)
+    except ValueError:
+        raise ValueError(no_torch_file) from None
+    if ("LONG1", _LEGACY_MAGIC) not in first:
+        raise ValueError(no_torch_file)
+    pickles = [first]
+    while len(pickles) < _LEGACY_PICKLES:
+        pickle, end = _disassemble(head, end)
+        pickles.append(pickle)
+    return pickles
+
+
+def _disassemble(text: bytes, start: int) -> tuple[list[Instruction], int]:
+    """Take one pickle apart.
+
+    Returns:
+        Its instructions and where it ends.
+    """
+    stream = io.BytesIO(text)
+    stream.seek(start)
+    instructions: list[Instruction] = []
+    try:
+        for opcode, argument, _ in pickletools.genops(stream):
+            instructions.append((opcode.name, argument))
+            if len(instructions) > MAX_INSTRUCTIONS:
+                raise ValueError(f"its pickle has over {MAX_INSTRUCTIONS} instructions")
+    except (ValueError, struct.error, OverflowError, IndexError, KeyError) as error:
+        raise ValueError(f"its pickle is broken: {shown(error)}") from None
+    return instructions, stream.tell()
+
+
+def _check_pickle(pickle: list[Instruction]) -> list[str]:
+    """Refuse a pickle that is not of plain weights; return its globals."""
+    for name, argument in pickle:
+        if name == "GLOBAL" and argument.replace(" ", ".", 1) not in _GLOBALS:
+            raise ValueError(
+                f"it refers to {shown(argument.replace(' ', '.', 1))}, which is not plain weights; "
+                "save its state_dict alone"
+            )
+        if name == "PROTO" and argument != 2:
+            raise ValueError(f"its pickle has protocol {argument}, that of weights is 2")
+        if name not in _INSTRUCTIONS:
+            raise ValueError(f"its pickle uses {name}, which plain weights never need")
+    return _global_names(pickle)
+
+
+def _global_names(pickle: list[Instruction]) -> list[str]:
+    """Name the globals of a pickle; where they come from its stack, as well as can be told."""
+    names: list[str] = []
+    texts: list[str] = ["?", "?"]  # the last two texts that were pushed
+    memo: dict[int, str] = {}
+    for name, argument in pickle:
+        if name in ("GLOBAL", "INST"):
+            names.append(argument.replace(" ", ".", 1))
+        elif name == "STACK_GLOBAL":
+            names.append(".".join(texts))
+        elif name in ("EXT1", "EXT2", "EXT4"):
+            names.append(f"extension {argument}")
+        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else argument] = texts[-1]
+        elif name in ("BINGET", "LONG_BINGET", "GET"):
+            texts = [texts[-1], memo.get(argument, "?")]
+        elif isinstance(argument, str):
+            texts = [texts[-1], argument]
+    return [shown(name) for name in names]
+
+
+# Zip archives
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    name: str
+    offset: int  # of its local header
+    num_bytes: int
+
+
+def _zip_pickle(file: Any, size: int) -> bytes:
+    """Check the whole archive and return its ``data.pkl``."""
+    count, start, end = _find_directory(file, size)
+    entries = sorted(_read_directory(file, count, start, end), key=lambda entry: entry.offset)
+    roots = {entry.name.partition("/")[0] for entry in entries}
+    if len(roots) != 1:
+        raise ValueError(f"its entries lie under {len(roots)} folders, not one")
+    if len({entry.name.lower() for entry in entries}) != len(entries):
+        raise ValueError("two of its entries have one name")
+    previous_end, found = 0, None
+    for index, entry in enumerate(entries):
+        if not 0 <= entry.offset - previous_end <= (_MAX_GAP if index else 0):
+            raise ValueError(f"its entry {entry.name} overlaps another or leaves a gap")
+        data = _data_start(file, entry)
+        previous_end = data + entry.num_bytes
+        record = entry.name.partition("/")[2]
+        if record == "constants.pkl" or record.startswith("code/"):
+            raise ValueError("it is a TorchScript program, not a checkpoint")
+        found = (data, entry.num_bytes) if record == "data.pkl" else found
+    if not 0 <= start - previous_end <= _MAX_GAP:
+        raise ValueError("its last entry overlaps its directory or leaves a gap")
+    if found is None:
+        raise ValueError("it is a zip archive without data.pkl")
+    if found[1] > MAX_PICKLE_BYTES:
+        raise ValueError(f"its pickle has {found[1]} bytes, at most {MAX_PICKLE_BYTES} are read")
+    return _read_at(file, *found)
+
+
+def _find_directory(file: Any, size: int) -> tuple[int, int, int]:
+    """Return how many entries there are, and where their directory begins and ends."""
+    at = size - _END.size
+    mark, disk, first, here, count, length, start, comment = _unpack(_END, file, at)
+    if mark != b"PK\x05\x06" or comment:
+        raise ValueError("it is a broken or truncated zip archive")
+    small = (here, count, length, start)
+    try:
+        found, first_disk, at64, disks = _unpack(_LOCATOR64, file, at - _LOCATOR64.size)
+    except ValueError:
+        found, first_disk, at64, disks = b"", 0, 0, 1
+    if found == b"PK\x06\x07":
+        if at64 != at - _LOCATOR64.size - _END64.size or first_disk or disks != 1:
+            raise ValueError("its zip64 directory is not where it must be")
+        mark, rest, _, _, disk, first, here, count, length, start = _unpack(_END64, file, at64)
+        if mark != b"PK\x06\x06" or rest != _END64.size - 12:
+            raise ValueError("its zip64 directory is broken")
+        for wide, narrow, full in zip((here, count, length, start), small, _SATURATED, strict=True):
+            if narrow not in (wide, full):
+                raise ValueError("its two zip directories differ")
+        at = at64
+    if disk or first or here != count or start + length != at or not 0 < count <= MAX_ENTRIES:
+        raise ValueError("its zip directory is broken or absurd")
+    return count, start, at
+
+
+_SATURATED = (_ALL16, _ALL16, _ALL32, _ALL32)
+
+
+def _read_directory(file: Any, count: int, start: int, end: int) -> Iterator[_Entry]:
+    """Yield the entries that the directory lists."""
+    if end - start > MAX_PICKLE_BYTES:
+        raise ValueError(f"its zip directory has {end - start} bytes")
+    text, at = _read_at(file, start, end - start), 0
+    for _ in range(count):
+        if at + _ENTRY.size > len(text):
+            raise ValueError("its zip directory is cut off")
+        fields = _ENTRY.unpack_from(text, at)
+        flags, method, packed, num_bytes = fields[3], fields[4], fields[8], fields[9]
+        name_length, extra_length, comment, disk, offset = *fields[10:14], fields[16]
+        name_end = at + _ENTRY.size + name_length
+        name = _entry_name(text[at + _ENTRY.size : name_end])
+        extra = text[name_end : name_end + extra_length]
+        num_bytes, packed, offset = _widen(extra, (num_bytes, packed, offset))
+        if fields[0] != b"PK\x01\x02" or disk or comment or flags & _REFUSED_FLAGS:
+            raise ValueError(f"its entry {name} is broken or encrypted")
+        if method != 0 or packed != num_bytes:
+            raise ValueError(f"its entry {name} is compressed, which torch.save never does")
+        yield _Entry(name=name, offset=offset, num_bytes=num_bytes)
+        at = name_end + extra_length
+    if at != len(text):
+        raise ValueError("its zip directory has bytes left over")
+
+
+def _entry_name(text: bytes) -> str:
+    """Decode a name, refusing what is no plain path of two parts or more."""
+    name = text.decode()
+    parts = name.split("/")
+    plain = name.isprintable() and "\\" not in name and len(name) <= 1024
+    if not plain or len(parts) < 2 or {"", ".", ".."} & set(parts):
+        raise ValueError(f"its entry {shown(repr(name))} has no plain name")
+    return name
+
+
+def _widen(extra: bytes, values: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Take the sizes and the offset that do not fit in 32 bits from the zip64 field."""
+    wide: bytes | None = None
+    at = 0
+    while at + 4 <= len(extra):
+        kind, length = struct.unpack_from("<HH", extra, at)
+        if kind == _ZIP64_FIELD:
+            if wide is not None:
+                raise ValueError("an entry has two zip64 fields")
+            wide = extra[at + 4 : at + 4 + length]
+        at += 4 + length
+    needed = sum(value == _ALL32 for value in values)
+    if not needed:
+        return values
+    if wide is None or len(wide) < 8 * needed:
+        raise ValueError("an entry lacks its zip64 field")
+    numbers = iter(struct.unpack_from(f"<{needed}Q", wide))
+    first, second, third = (next(numbers) if value == _ALL32 else value for value in values)
+    return first, second, third
+
+
+def _data_start(file: Any, entry: _Entry) -> int:
+    """Check the header before an entry's bytes and return where they begin."""
+    fields = _unpack(_LOCAL, file, entry.offset)
+    mark, flags, method, name_length, extra_length = *fields[:1], *fields[2:4], *fields[9:]
+    name = _read_at(file, entry.offset + _LOCAL.size, name_length)
+    if mark != _ZIP_START or method != 0 or flags & _REFUSED_FLAGS or name != entry.name.encode():
+        raise ValueError(f"its entry {entry.name} does not match the zip directory")
+    return entry.offset + _LOCAL.size + name_length + extra_length
+
+
+def _unpack(form: struct.Struct, file: Any, at: int) -> tuple[Any, ...]:
+    return form.unpack(_read_at(file, at, form.size))
+
+
+def _read_at(file: Any, at: int, length: int) -> bytes:
+    """Read exactly these bytes."""
+    if at < 0:
+        raise ValueError("it is a truncated zip archive")
+    text = os.pread(file.fileno(), length, at)
+    if len(text) != length:
+        raise ValueError("it is a truncated zip archive")
+    return text
