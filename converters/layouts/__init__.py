@@ -1,0 +1,152 @@
+"""Layouts of adapter checkpoints: which one a checkpoint has, and its adapter in our names.
+
+``LAYOUTS`` has them by name, in the order in which they are looked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from mlx_mtp.converters.layouts import glora, peft, state_dict
+from mlx_mtp.converters.layouts.common import (
+    BaseFacts,
+    ConvertedAdapter,
+    Layout,
+    LayoutSummary,
+    check_adapter,
+)
+from mlx_mtp.converters.layouts.options import OPTION_KEYS, Options
+from mlx_mtp.converters.layouts.peft_export import to_peft
+
+if TYPE_CHECKING:
+    from mlx_mtp.converters.checkpoint import Checkpoint
+
+__all__ = [
+    "LAYOUTS",
+    "OPTION_KEYS",
+    "BaseFacts",
+    "ConvertedAdapter",
+    "Layout",
+    "LayoutSummary",
+    "convert_layout",
+    "describe",
+    "recognise",
+    "to_peft",
+]
+
+LAYOUTS: Mapping[str, Layout] = {
+    layout.name: layout
+    for layout in (
+        Layout(
+            name="peft-mtp",
+            looks_for="adapter_config.json with peft_type and mask tokens or a sampler.mlp",
+            options=frozenset({"mask_token_ids", "num_draft_tokens"}),
+            recognise=peft.is_peft_mtp,
+            convert=peft.convert_peft_mtp,
+            describe=peft.describe_peft_mtp,
+        ),
+        Layout(
+            name="peft-lora",
+            looks_for="adapter_config.json with peft_type and neither",
+            options=frozenset({"num_draft_tokens", "mask_token_ids", "seed"}),
+            recognise=peft.is_peft_lora,
+            convert=peft.convert_peft_lora,
+            describe=peft.describe_peft_lora,
+        ),
+        Layout(
+            name="mtp-glora",
+            looks_for="lora_A.weight with draft_length and lora_rank in config.json, or with "
+            "sampler_head.layers",
+            options=frozenset({"mask_token_ids", "num_draft_tokens", "alpha", "rank", "norm_eps"}),
+            recognise=glora.is_glora,
+            convert=glora.convert_glora,
+            describe=glora.describe_glora,
+        ),
+        Layout(
+            name="state-dict",
+            looks_for="lora_A and lora_B under any name",
+            options=frozenset(OPTION_KEYS),
+            recognise=state_dict.is_state_dict,
+            convert=state_dict.convert_state_dict,
+            describe=state_dict.describe_state_dict,
+        ),
+    )
+}
+_NAMES_SHOWN = 3
+
+
+def recognise(checkpoint: Checkpoint, *, layout: str | None = None) -> str:
+    """Name the layout of a checkpoint.
+
+    Args:
+        checkpoint: what its files hold.
+        layout: the layout that it has, if the user says so.
+
+    Raises:
+        ValueError: there is no such layout, or the checkpoint has none of them; the message says
+            what was looked for and what was found.
+    """
+    if layout is not None:
+        if layout not in LAYOUTS:
+            raise ValueError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
+        return layout
+    if any(config.get("fine_tune_type") == "mtp" for config in checkpoint.configs.values()):
+        raise ValueError(f"{checkpoint.path} is an adapter of mlx-mtp already")
+    for name, entry in LAYOUTS.items():
+        if entry.recognise(checkpoint):
+            return name
+    looked_for = "; ".join(f"{name}: {entry.looks_for}" for name, entry in LAYOUTS.items())
+    raise ValueError(
+        f"{checkpoint.path} has no layout that is known. Looked for {looked_for}. "
+        f"Found {_contents(checkpoint)}"
+    )
+
+
+def convert_layout(
+    checkpoint: Checkpoint,
+    base: BaseFacts,
+    *,
+    layout: str | None = None,
+    options: Mapping[str, str] | None = None,
+) -> ConvertedAdapter:
+    """Turn a checkpoint into an adapter in our names, checked against its base model.
+
+    Args:
+        checkpoint: what its files hold.
+        base: the base model that it is for.
+        layout: its layout; None finds it out.
+        options: layout options as they were typed; ``OPTION_KEYS`` lists them.
+
+    Raises:
+        ValueError: an option is wrong, the checkpoint holds what is not understood or supported,
+            or does not fit the base model.  The message names it, on one line.
+    """
+    entry = LAYOUTS[recognise(checkpoint, layout=layout)]
+    parsed = Options.parse(options or {}, layout=entry.name, allowed=entry.options)
+    adapter = entry.convert(checkpoint, base, parsed)
+    if parsed.num_draft_tokens not in (None, adapter.num_draft_tokens):
+        raise ValueError(
+            f"layout option num_draft_tokens is {parsed.num_draft_tokens}, but the checkpoint has "
+            f"{adapter.num_draft_tokens} mask tokens"
+        )
+    check_adapter(adapter, base)
+    return adapter
+
+
+def describe(checkpoint: Checkpoint) -> LayoutSummary:
+    """Say what a checkpoint is, without its base model and without raising ``ValueError``."""
+    try:
+        return LAYOUTS[recognise(checkpoint)].describe(checkpoint)
+    except ValueError as error:
+        return LayoutSummary(layout=None, problems=(str(error),))
+
+
+def _contents(checkpoint: Checkpoint) -> str:
+    """A checkpoint's files and a few of its tensors' names, for a message."""
+    files = sorted({*checkpoint.files, *checkpoint.configs})
+    names = sorted(name for tensors in checkpoint.files.values() for name in tensors)
+    shown = ", ".join(names[:_NAMES_SHOWN])
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    listed = ", ".join(files[:_NAMES_SHOWN]) or "no files"
+    return f"{listed}; {len(names)} tensors" + (f": {shown}{more}" if shown else "")

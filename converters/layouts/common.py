@@ -1,0 +1,263 @@
+"""What every layout of a checkpoint shares: facts in, results out, and the last check.
+
+A layout is a pure function from a checkpoint's tensors and settings to our tensors.  It takes
+nothing on trust: names, shapes, ranks and values are held against the base model before a result
+leaves this package, and whatever is not understood is refused by name, for a tensor left out would
+change the drafts silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlx_mtp.config import SamplerKind
+from mlx_mtp.model import MASK_EMBEDDINGS, SAMPLER_PREFIX
+
+if TYPE_CHECKING:
+    from mlx_mtp.converters.checkpoint import Checkpoint
+    from mlx_mtp.converters.layouts.options import Options
+
+FLOATS = (mx.float16, mx.bfloat16, mx.float32)
+HEAD = "lm_head"
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseFacts:
+    """What a layout may know of the base model.
+
+    Attributes:
+        name: what to call it in messages.
+        model_type: mlx-lm's name of its architecture.
+        hidden_size: width D.
+        num_layers: number of its layers.
+        vocab_size: rows of its embedding table, padding included.
+        norm_eps: epsilon of its normalisations.
+        num_tokens: length of its tokenizer, None when it has none.
+        linears: (in, out) of its linear layers by mlx-lm's module path.
+        embed: rows ``[n, D]`` of its token embedding.
+        unembed: rows ``[n, D]`` of its unembedding, where that is a table of its own; None when
+            they cannot be had.
+        quantised: whether these rows went through quantisation and are only near the original.
+    """
+
+    name: str
+    model_type: str
+    hidden_size: int
+    num_layers: int
+    vocab_size: int
+    norm_eps: float
+    num_tokens: int | None
+    linears: Mapping[str, tuple[int, int]]
+    embed: Callable[[Sequence[int]], mx.array]
+    unembed: Callable[[Sequence[int]], mx.array] | None = None
+    quantised: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowRankLayer:
+    """The low-rank weights of one linear layer.
+
+    Attributes:
+        path: mlx-lm's module path of the layer.
+        lora_a: ``[in, r]``.
+        lora_b: ``[r, out]``.
+        scale: factor of their product.
+    """
+
+    path: str
+    lora_a: mx.array
+    lora_b: mx.array
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.lora_a.shape[-1]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertedAdapter:
+    """An adapter in our names and shapes.
+
+    Attributes:
+        layout: name of the layout that it came in.
+        tensors: ``mask_embeddings`` ``[k, D]``, ``*.lora_a`` ``[in, r]``, ``*.lora_b``
+            ``[r, out]`` and ``sampler_head.*``, each in the type that it was stored in.
+        num_draft_tokens: k.
+        rank, scale: of the layers that the two patterns do not name.
+        rank_pattern, scale_pattern: by full module path, where a layer's own value is another.
+        sampler: how the sampler head computes, None when there is none.
+        base_model: the base model that the checkpoint names, if it does.
+        notes: what was assumed or looked up elsewhere, a line each.
+    """
+
+    layout: str
+    tensors: dict[str, mx.array]
+    num_draft_tokens: int
+    rank: int
+    scale: float
+    rank_pattern: dict[str, int]
+    scale_pattern: dict[str, float]
+    sampler: SamplerKind | None
+    base_model: str | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayoutSummary:
+    """What a checkpoint is, as far as it tells without its base model.
+
+    Attributes:
+        layout: name of its layout, None when it has none of those that are known.
+        base_model: the base model that it names.
+        num_draft_tokens: k, None when it does not say.
+        rank: of most layers, None when there are none.
+        scale: of most layers, None when it does not say.
+        targets: leaf names of the adapted layers.
+        sampler: kind of the sampler head, in words; None when there is none.
+        problems: what would be refused and why, a line each.
+    """
+
+    layout: str | None
+    base_model: str | None = None
+    num_draft_tokens: int | None = None
+    rank: int | None = None
+    scale: float | None = None
+    targets: tuple[str, ...] = ()
+    sampler: str | None = None
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One way in which projects write their checkpoints.
+
+    Attributes:
+        name: what ``--layout`` calls it.
+        looks_for: what tells it from others, for messages.
+        options: the layout options that it takes.
+        recognise: whether a checkpoint has this layout.
+        convert: the conversion; raises ``ValueError`` and does not check its result.
+        describe: what a checkpoint of this layout is; never raises ``ValueError``.
+    """
+
+    name: str
+    looks_for: str
+    options: frozenset[str]
+    recognise: Callable[[Checkpoint], bool]
+    convert: Callable[[Checkpoint, BaseFacts, Options], ConvertedAdapter]
+    describe: Callable[[Checkpoint], LayoutSummary]
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise ``ValueError`` with the first problem, if there is one."""
+    if problems:
+        more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ValueError(problems[0] + more)
+
+
+def assemble(
+    layers: Sequence[LowRankLayer],
+    *,
+    layout: str,
+    masks: mx.array,
+    sampler: SamplerKind | None,
+    sampler_tensors: Mapping[str, mx.array],
+    base_model: str | None,
+    notes: Sequence[str] = (),
+    default: tuple[int, float] | None = None,
+) -> ConvertedAdapter:
+    """Put a result together.
+
+    Args:
+        layers: the adapted layers, at least one.
+        layout: name of the layout.
+        masks: mask embeddings ``[k, D]``.
+        sampler: how the sampler head computes, if there is one.
+        sampler_tensors: its tensors, by name within it (``linear_1.weight``).
+        base_model: the base model that the checkpoint names.
+        notes: see ``ConvertedAdapter``.
+        default: (rank, scale) of layers that no pattern names; None takes what is most common.
+    """
+    if masks.ndim != 2:
+        raise ValueError(f"{MASK_EMBEDDINGS} must be [k, D], its shape is {tuple(masks.shape)}")
+    rank, scale = default or _most_common(layers)
+    tensors = {MASK_EMBEDDINGS: masks}
+    for layer in layers:
+        tensors |= {f"{layer.path}.lora_a": layer.lora_a, f"{layer.path}.lora_b": layer.lora_b}
+    tensors |= {SAMPLER_PREFIX + name: value for name, value in sampler_tensors.items()}
+    return ConvertedAdapter(
+        layout=layout,
+        tensors=tensors,
+        num_draft_tokens=masks.shape[0],
+        rank=rank,
+        scale=scale,
+        rank_pattern={layer.path: layer.rank for layer in layers if layer.rank != rank},
+        scale_pattern={layer.path: layer.scale for layer in layers if layer.scale != scale},
+        sampler=sampler,
+        base_model=base_model,
+        notes=tuple(notes),
+    )
+
+
+def _most_common(layers: Sequence[LowRankLayer]) -> tuple[int, float]:
+    """The rank and the scale that most layers have; the first of equals."""
+    ranks = [layer.rank for layer in layers]
+    scales = [layer.scale for layer in layers]
+    return max(ranks, key=ranks.count), max(scales, key=scales.count)
+
+
+def check_adapter(adapter: ConvertedAdapter, base: BaseFacts) -> None:
+    """Hold a result against its base model.
+
+    Raises:
+        ValueError: a tensor does not fit, is of no floating-point type, or holds NaN or infinity.
+    """
+    wanted = _sampler_shapes(adapter.sampler, base.hidden_size)
+    wanted[MASK_EMBEDDINGS] = (adapter.num_draft_tokens, base.hidden_size)
+    for name in adapter.tensors:
+        path, _, half = name.rpartition(".")
+        if half in ("lora_a", "lora_b"):
+            in_dims, out_dims = _dims(path, base)
+            rank = adapter.rank_pattern.get(path, adapter.rank)
+            wanted[name] = (in_dims, rank) if half == "lora_a" else (rank, out_dims)
+    if missing := sorted(set(wanted) - set(adapter.tensors)):
+        raise ValueError(f"{missing[0]} is missing")
+    for name, tensor in sorted(adapter.tensors.items()):
+        if name not in wanted:
+            raise ValueError(f"{name} has no place in an adapter")
+        if tuple(tensor.shape) != wanted[name]:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, but {base.name} needs {wanted[name]}"
+            )
+        if tensor.dtype not in FLOATS:
+            raise ValueError(f"{name} must be floating point of 16 or 32 bits, got {tensor.dtype}")
+        if not mx.isfinite(tensor).all().item():
+            raise ValueError(f"{name} holds NaN or infinity")
+
+
+def _dims(path: str, base: BaseFacts) -> tuple[int, int]:
+    if path not in base.linears:
+        raise ValueError(f"{path} is no linear layer of {base.name} ({base.model_type})")
+    if path.rpartition(".")[2] == HEAD:
+        raise ValueError(f"{path}: low-rank weights of the unembedding are not supported")
+    return base.linears[path]
+
+
+def _sampler_shapes(kind: SamplerKind | None, dims: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of a sampler head's tensors by our names."""
+    if kind is None:
+        return {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for number, width in (("1", 2 * dims), ("2", dims)):
+        shapes[f"linear_{number}.weight"] = (dims, width)
+        shapes[f"norm_{number}.weight"] = (dims,)
+        if kind.bias:
+            shapes[f"linear_{number}.bias"] = (dims,)
+        if kind.norm == "layer":
+            shapes[f"norm_{number}.bias"] = (dims,)
+    return {SAMPLER_PREFIX + name: shape for name, shape in shapes.items()}

@@ -1,0 +1,252 @@
+"""MTP-GLoRA: trained tensors alone, with fused projections, one shared mask and RMSNorm.
+
+A checkpoint is a folder ``step-N`` whose ``config.json`` is the training's arguments.  A project
+that fuses projections gives the fused layer the ranks and alphas of its parts together, so that
+each part has, in effect, a low-rank layer with the same A and its own rows of B.  The embedding row
+of the one ``<mask>`` token is never trained and not saved: it is whatever the base model has there.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from mlx_mtp.config import SamplerKind
+from mlx_mtp.converters.layouts.common import (
+    BaseFacts,
+    ConvertedAdapter,
+    LayoutSummary,
+    LowRankLayer,
+    assemble,
+    refuse,
+)
+from mlx_mtp.converters.layouts.low_rank import Pair, leaves, pair_up, ranks, resolve_path
+from mlx_mtp.converters.layouts.options import Options
+from mlx_mtp.converters.layouts.tables import check_table, token_rows
+
+if TYPE_CHECKING:
+    from mlx_mtp.converters.checkpoint import Checkpoint
+
+CONFIG = "config.json"
+FUSED = {
+    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
+    "gate_up_proj": ("gate_proj", "up_proj"),
+}
+
+_LORA = re.compile(r"(.+)\.lora_(A|B)\.weight")
+_SAMPLER = re.compile(r"(?:.+\.)?sampler_head\.layers\.([01])\.(linear|norm)\.weight")
+_TABLE = re.compile(r"(?:.+\.)?embed_tokens\.weight")
+_WANTED = [f"{part}_{number}.weight" for number in "12" for part in ("linear", "norm")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arguments:
+    """The training's arguments that matter; None where ``config.json`` does not say."""
+
+    draft_length: int | None
+    rank: int | None
+    alpha: float | None
+    use_rslora: bool
+    base_model: str | None
+
+
+@dataclass(kw_only=True)
+class GloraTensors:
+    """The tensors of a checkpoint by what they are."""
+
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    sampler: dict[str, mx.array] = field(default_factory=dict)
+    table: tuple[str, mx.array] | None = None
+
+
+def is_glora(checkpoint: Checkpoint) -> bool:
+    """Whether it is a checkpoint of such a training."""
+    config = checkpoint.configs.get(CONFIG, {})
+    names = checkpoint.tensors
+    if not any(_LORA.fullmatch(name) for name in names):
+        return False
+    return {"draft_length", "lora_rank"} <= set(config) or any(
+        _SAMPLER.fullmatch(name) for name in names
+    )
+
+
+def convert_glora(checkpoint: Checkpoint, base: BaseFacts, options: Options) -> ConvertedAdapter:
+    """Convert a checkpoint of MTP-GLoRA."""
+    arguments, problems = _arguments(checkpoint.configs.get(CONFIG, {}))
+    tensors, unknown = _sort(checkpoint.tensors)
+    refuse(problems + unknown)
+    k = _given("draft_length", arguments.draft_length, options.num_draft_tokens, "num_draft_tokens")
+    row, notes = _mask_row(tensors, base, options)
+    norm_eps = base.norm_eps if options.norm_eps is None else options.norm_eps
+    kind = SamplerKind(norm="rms", norm_eps=norm_eps, bias=False, residual="inner")
+    return assemble(
+        _layers(tensors, arguments, base, options),
+        layout="mtp-glora",
+        masks=mx.repeat(row, k, axis=0),
+        sampler=kind if tensors.sampler else None,
+        sampler_tensors=tensors.sampler,
+        base_model=arguments.base_model,
+        notes=notes,
+    )
+
+
+def describe_glora(checkpoint: Checkpoint) -> LayoutSummary:
+    """Describe a checkpoint of MTP-GLoRA."""
+    arguments, problems = _arguments(checkpoint.configs.get(CONFIG, {}))
+    tensors, unknown = _sort(checkpoint.tensors)
+    found, broken = ranks(tensors.pairs)
+    rank, alpha = arguments.rank, arguments.alpha
+    scale = None
+    if rank is not None and alpha is not None:
+        scale = _scale(alpha, rank, use_rslora=arguments.use_rslora)
+    if rank is None and found:
+        rank = max(found.values(), key=list(found.values()).count)
+    return LayoutSummary(
+        layout="mtp-glora",
+        base_model=arguments.base_model,
+        num_draft_tokens=arguments.draft_length,
+        rank=rank,
+        scale=scale,
+        targets=leaves(tensors.pairs),
+        sampler="mlp, RMSNorm, residual inner" if tensors.sampler else None,
+        problems=tuple(problems + unknown + [text for text in broken if text not in unknown]),
+    )
+
+
+def _arguments(config: Mapping[str, Any]) -> tuple[Arguments, list[str]]:
+    """Read the training's arguments; returns what is wrong or not supported too."""
+    problems = []
+
+    def number(key: str, kinds: tuple[type, ...], least: float) -> Any:
+        value = config.get(key)
+        if value is None or (type(value) in kinds and least <= value < 2**31):
+            return value
+        problems.append(f"{CONFIG}: {key} must be a number of at least {least}, got {value!r}")
+        return None
+
+    if config.get("lora_bias"):
+        problems.append(f"{CONFIG}: lora_bias is not supported, got {config['lora_bias']!r}")
+    base_model = config.get("model_path")
+    arguments = Arguments(
+        draft_length=number("draft_length", (int,), 1),
+        rank=number("lora_rank", (int,), 1),
+        alpha=number("lora_alpha", (int, float), 0),
+        use_rslora=bool(config.get("lora_use_rslora")),
+        base_model=base_model if isinstance(base_model, str) and base_model else None,
+    )
+    return arguments, problems
+
+
+def _sort(tensors: Mapping[str, mx.array]) -> tuple[GloraTensors, list[str]]:
+    found, halves, problems = GloraTensors(), [], []
+    for name, tensor in sorted(tensors.items()):
+        if match := _LORA.fullmatch(name):
+            halves.append((match[1], match[2], name, tensor))
+        elif match := _SAMPLER.fullmatch(name):
+            key = f"{match[2]}_{int(match[1]) + 1}.weight"
+            if key in found.sampler:
+                problems.append(f"tensor {name} is there under two names")
+            found.sampler[key] = tensor
+        elif _TABLE.fullmatch(name) and found.table is None:
+            found.table = (name, tensor)
+        elif ".lora_" in name and name.endswith("bias"):
+            problems.append(f"tensor {name} is a trained bias, which is not supported")
+        else:
+            problems.append(f"tensor {name} is not known")
+    found.pairs, broken = pair_up(halves)
+    missing = [name for name in _WANTED if name not in found.sampler]
+    if found.sampler and missing:
+        problems.append(f"the sampler lacks {', '.join(missing)}")
+    return found, problems + broken
+
+
+def _given(key: str, own: Any, option: Any, name: str) -> Any:
+    """A value from ``config.json`` or a layout option, which must not contradict each other."""
+    if own is None and option is None:
+        raise ValueError(f"{CONFIG} does not say {key}; give it as layout option {name}")
+    if own is not None and option not in (None, own):
+        raise ValueError(f"layout option {name} is {option}, but {CONFIG} says {key} {own}")
+    return option if own is None else own
+
+
+def _mask_row(
+    tensors: GloraTensors, base: BaseFacts, options: Options
+) -> tuple[mx.array, list[str]]:
+    """The one row ``[1, D]`` that all mask tokens share, and notes on where it is from."""
+    ids = options.mask_token_ids
+    if ids is not None and len(set(ids)) != 1:
+        raise ValueError(f"mask_token_ids: this layout has one mask token, got {list(ids)}")
+    if ids is None and base.num_tokens is None:
+        raise ValueError(
+            "the mask token is the one behind the base model's tokenizer, which is not at hand; "
+            "give its id as layout option mask_token_ids"
+        )
+    token = ids[0] if ids is not None else base.num_tokens
+    assert token is not None
+    if tensors.table is not None:
+        name, table = tensors.table
+        notes = check_table(name, table, base, mask_ids=(token,))
+        if token >= table.shape[0]:
+            raise ValueError(f"{name} has {table.shape[0]} rows: no row for token {token}")
+        return table[token : token + 1], [f"mask row: row {token} of {name}", *notes]
+    if token >= base.vocab_size:
+        raise ValueError(
+            f"the mask token {token} is behind the {base.vocab_size} rows of {base.name}'s "
+            "embedding and its row is not in the checkpoint; give a row's id as layout option "
+            "mask_token_ids"
+        )
+    return token_rows(base, [token]), [f"mask row: row {token} of the base embedding"]
+
+
+def _layers(
+    tensors: GloraTensors, arguments: Arguments, base: BaseFacts, options: Options
+) -> list[LowRankLayer]:
+    found, problems = ranks(tensors.pairs)
+    refuse(problems)
+    rank = _given("lora_rank", arguments.rank, options.rank, "rank")
+    alpha = _given("lora_alpha", arguments.alpha, options.alpha, "alpha")
+    layers: dict[str, LowRankLayer] = {}
+    for name, pair in tensors.pairs.items():
+        leaf = name.rpartition(".")[2]
+        times, rest = divmod(found[name], rank)
+        if rest or times not in (1, len(FUSED.get(leaf, (leaf,)))):
+            raise ValueError(f"{name} has rank {found[name]}, but lora_rank is {rank}")
+        scale = _scale(times * alpha, found[name], use_rslora=arguments.use_rslora)
+        for layer in _parts(name, pair, scale, base):
+            if layer.path in layers:
+                raise ValueError(f"{name}: {layer.path} of {base.name} is there twice")
+            layers[layer.path] = layer
+    return list(layers.values())
+
+
+def _scale(alpha: float, rank: int, *, use_rslora: bool) -> float:
+    return alpha / math.sqrt(rank) if use_rslora else alpha / rank
+
+
+def _parts(name: str, pair: Pair, scale: float, base: BaseFacts) -> list[LowRankLayer]:
+    """The layers of the base model that one low-rank layer is for; one unless it is fused."""
+    lora_a, lora_b = pair.a.T, pair.b.T
+    path = resolve_path(name, base.linears)
+    if path is not None:
+        return [LowRankLayer(path=path, lora_a=lora_a, lora_b=lora_b, scale=scale)]
+    owner, _, leaf = name.rpartition(".")
+    paths = [resolve_path(f"{owner}.{part}", base.linears) for part in FUSED.get(leaf, ())]
+    known = [path for path in paths if path is not None]
+    if not known or len(known) != len(paths):
+        raise ValueError(f"{name} is no linear layer of {base.name} ({base.model_type})")
+    widths = [base.linears[path][1] for path in known]
+    if lora_b.shape[1] != sum(widths):
+        raise ValueError(
+            f"{name}.lora_B has {lora_b.shape[1]} rows, but {' + '.join(map(str, widths))} are "
+            f"those of {', '.join(known)}"
+        )
+    ends = [sum(widths[: index + 1]) for index in range(len(widths))]
+    return [
+        LowRankLayer(path=path, lora_a=lora_a, lora_b=lora_b[:, end - width : end], scale=scale)
+        for path, width, end in zip(known, widths, ends, strict=True)
+    ]

@@ -1,0 +1,278 @@
+"""The two PEFT layouts: mask tokens with a sampler head (pull request 3541), and LoRA alone (Uno).
+
+Both are folders that ``save_pretrained`` of a PEFT model wrote.  The first has trained rows for its
+mask tokens, in whatever way PEFT came to save them: rows alone, rows beside whole tables when the
+vocabulary was enlarged, or inside such a table.  The second (arXiv 2609.04010) has neither mask
+tokens nor a sampler head: its mask rows are random tokens of the base model's own vocabulary.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlx_mtp.config import SamplerKind
+from mlx_mtp.converters.layouts.common import (
+    HEAD,
+    BaseFacts,
+    ConvertedAdapter,
+    LayoutSummary,
+    LowRankLayer,
+    assemble,
+    refuse,
+)
+from mlx_mtp.converters.layouts.low_rank import Pair, leaves, pair_up, ranks, resolve_layers
+from mlx_mtp.converters.layouts.options import Options
+from mlx_mtp.converters.layouts.peft_config import EMBEDDING, PeftSettings, read_settings
+from mlx_mtp.converters.layouts.tables import check_table, random_rows, surplus_rows
+
+if TYPE_CHECKING:
+    from mlx_mtp.converters.checkpoint import Checkpoint
+
+PEFT_CONFIG = "adapter_config.json"
+PREFIX = "base_model.model."
+SAMPLER_LAYERS = {"0": "linear_1", "2": "norm_1", "3": "linear_2", "5": "norm_2"}
+
+_LORA = re.compile(r"(.+)\.lora_(A|B)(?:\.default)?\.weight")
+_ROWS = re.compile(rf"(?:.+\.)?({EMBEDDING}|{HEAD})\.token_adapter\.trainable_tokens_delta")
+_TABLE = re.compile(
+    rf"(?:.+\.)?({EMBEDDING}|{HEAD})\.(?:token_adapter\.base_layer\.|modules_to_save\.)?weight"
+)
+_SAMPLER = re.compile(r"(?:.+\.)?sampler\.mlp\.([0235])\.(weight|bias)")
+# Why a tensor is not understood, by what its name holds.
+_REASONS = {
+    "lora_magnitude_vector": "is of DoRA, which is not supported",
+    "lora_embedding_": "is low-rank weights of an embedding, which are not supported",
+    ".bias": "is a trained bias, which is not supported",
+}
+_RECURRENT = re.compile(r"sampler\.(?:rnn|mlp_pre|mlp_post)\.")
+
+
+@dataclass(kw_only=True)
+class PeftTensors:
+    """The tensors of a checkpoint by what they are; each keeps its name for messages."""
+
+    pairs: dict[str, Pair] = field(default_factory=dict)
+    rows: dict[str, tuple[str, mx.array]] = field(default_factory=dict)
+    tables: dict[str, tuple[str, mx.array]] = field(default_factory=dict)
+    sampler: dict[str, mx.array] = field(default_factory=dict)
+
+
+def is_peft_mtp(checkpoint: Checkpoint) -> bool:
+    """Whether it is a PEFT checkpoint with mask tokens or a sampler head."""
+    config = checkpoint.configs.get(PEFT_CONFIG, {})
+    if "peft_type" not in config:
+        return False
+    names = checkpoint.tensors
+    return bool(
+        config.get("trainable_token_indices")
+        or config.get("alora_invocation_tokens")
+        or any("sampler." in name or _ROWS.fullmatch(name) for name in names)
+        or any((match := _TABLE.fullmatch(name)) and match[1] == EMBEDDING for name in names)
+    )
+
+
+def is_peft_lora(checkpoint: Checkpoint) -> bool:
+    """Whether it is a PEFT checkpoint without either."""
+    config = checkpoint.configs.get(PEFT_CONFIG, {})
+    return "peft_type" in config and not is_peft_mtp(checkpoint)
+
+
+def convert_peft_mtp(checkpoint: Checkpoint, base: BaseFacts, options: Options) -> ConvertedAdapter:
+    """Convert the layout of PEFT pull request 3541."""
+    settings, tensors = _read(checkpoint)
+    masks, notes = _masks(settings, tensors, base, options)
+    return assemble(
+        _layers(settings, tensors, base),
+        layout="peft-mtp",
+        masks=masks,
+        sampler=SamplerKind() if tensors.sampler else None,
+        sampler_tensors=tensors.sampler,
+        base_model=settings.base_model,
+        notes=notes,
+        default=(settings.rank, settings.scale(settings.rank, settings.alpha)),
+    )
+
+
+def convert_peft_lora(
+    checkpoint: Checkpoint, base: BaseFacts, options: Options
+) -> ConvertedAdapter:
+    """Convert LoRA without mask tokens and without a sampler head."""
+    settings, tensors = _read(checkpoint)
+    if tensors.sampler or tensors.rows or settings.trained:
+        raise ValueError("layout peft-lora has neither mask tokens nor a sampler head")
+    why = (
+        "an ordinary fine-tune looks the same, so only you know how many drafts it was trained for"
+    )
+    masks, note = random_rows(base, options, why=why)
+    notes = [note]
+    for name, table in tensors.tables.values():
+        notes += check_table(name, table, base, mask_ids=())
+    return assemble(
+        _layers(settings, tensors, base),
+        layout="peft-lora",
+        masks=masks,
+        sampler=None,
+        sampler_tensors={},
+        base_model=settings.base_model,
+        notes=notes,
+        default=(settings.rank, settings.scale(settings.rank, settings.alpha)),
+    )
+
+
+def describe_peft_mtp(checkpoint: Checkpoint) -> LayoutSummary:
+    """Describe the layout of PEFT pull request 3541."""
+    return _describe(checkpoint, "peft-mtp")
+
+
+def describe_peft_lora(checkpoint: Checkpoint) -> LayoutSummary:
+    """Describe LoRA without mask tokens and without a sampler head."""
+    return _describe(checkpoint, "peft-lora")
+
+
+def _describe(checkpoint: Checkpoint, layout: str) -> LayoutSummary:
+    config = checkpoint.configs.get(PEFT_CONFIG, {})
+    settings, problems = read_settings(config)
+    tensors, unknown = sort_tensors(checkpoint.tensors)
+    problems += unknown + _rank_problems(settings, tensors)
+    ids = settings.order or settings.trained
+    sampler = "mlp, LayerNorm, residual hidden" if tensors.sampler else None
+    if any(_RECURRENT.search(name) for name in checkpoint.tensors):
+        sampler = "recurrent"
+    return LayoutSummary(
+        layout=layout,
+        base_model=settings.base_model,
+        num_draft_tokens=len(ids) if ids else None,
+        rank=settings.rank,
+        scale=settings.scale(settings.rank, settings.alpha),
+        targets=leaves(tensors.pairs),
+        sampler=sampler,
+        problems=tuple(problems),
+    )
+
+
+def _read(checkpoint: Checkpoint) -> tuple[PeftSettings, PeftTensors]:
+    if PEFT_CONFIG not in checkpoint.configs:
+        raise ValueError(f"{PEFT_CONFIG} is missing")
+    settings, problems = read_settings(checkpoint.configs[PEFT_CONFIG])
+    tensors, unknown = sort_tensors(checkpoint.tensors)
+    refuse(problems + unknown + _rank_problems(settings, tensors))
+    return settings, tensors
+
+
+def sort_tensors(tensors: Mapping[str, mx.array]) -> tuple[PeftTensors, list[str]]:
+    """Sort tensors by what they are; returns what is wrong too, every unknown tensor by name."""
+    found, halves, problems = PeftTensors(), [], []
+    for name, tensor in sorted(tensors.items()):  # so that messages name the same tensor each time
+        if match := _LORA.fullmatch(name):
+            halves.append((match[1].removeprefix(PREFIX), match[2], name, tensor))
+        elif match := _ROWS.fullmatch(name):
+            _put(found.rows, match[1], name, tensor, problems)
+        elif match := _TABLE.fullmatch(name):
+            _put(found.tables, match[1], name, tensor, problems)
+        elif match := _SAMPLER.fullmatch(name):
+            found.sampler[f"{SAMPLER_LAYERS[match[1]]}.{match[2]}"] = tensor
+        elif _RECURRENT.search(name):
+            problems.append(
+                f"the recurrent sampler ({name}) is not supported; the sampler without recurrence, "
+                "sampler.mlp, is"
+            )
+        else:
+            reason = next((why for part, why in _REASONS.items() if part in name), "is not known")
+            problems.append(f"tensor {name} {reason}")
+    found.pairs, broken = pair_up(halves)
+    return found, problems + broken + _sampler_problems(found.sampler)
+
+
+def _put(
+    group: dict[str, tuple[str, mx.array]],
+    key: str,
+    name: str,
+    tensor: mx.array,
+    problems: list[str],
+) -> None:
+    if key in group:
+        problems.append(f"{group[key][0]} and {name} are both {key}")
+    group[key] = (name, tensor)
+
+
+def _sampler_problems(sampler: Mapping[str, mx.array]) -> list[str]:
+    wanted = [f"{name}.{leaf}" for name in SAMPLER_LAYERS.values() for leaf in ("weight", "bias")]
+    missing = [name for name in wanted if name not in sampler]
+    return [f"the sampler lacks {', '.join(missing)}"] if sampler and missing else []
+
+
+def _rank_problems(settings: PeftSettings, tensors: PeftTensors) -> list[str]:
+    found, problems = ranks(tensors.pairs)
+    for layer, rank in found.items():
+        if rank != settings.rank_of(layer):
+            problems.append(f"{layer} has rank {rank}, but {PEFT_CONFIG} says "
+                            f"{settings.rank_of(layer)}")  # fmt: skip
+    return problems
+
+
+def _layers(settings: PeftSettings, tensors: PeftTensors, base: BaseFacts) -> list[LowRankLayer]:
+    paths = resolve_layers(tensors.pairs, base)
+    return [
+        LowRankLayer(
+            path=paths[layer],
+            lora_a=pair.a.T,
+            lora_b=pair.b.T,
+            scale=settings.scale_of(layer),
+        )
+        for layer, pair in tensors.pairs.items()
+    ]
+
+
+def _masks(
+    settings: PeftSettings, tensors: PeftTensors, base: BaseFacts, options: Options
+) -> tuple[mx.array, list[str]]:
+    """Mask embeddings ``[k, D]`` in drafting order, and notes."""
+    order, notes = options.mask_token_ids or settings.order or settings.trained, []
+    table = tensors.tables.get(EMBEDDING)
+    if order is None:
+        if table is None:
+            raise ValueError("neither trainable_token_indices nor alora_invocation_tokens is set")
+        order, note = surplus_rows(*table, base, options)
+        notes.append(note)
+    if EMBEDDING in tensors.rows:
+        masks = _trained_rows(settings, tensors, order)
+    elif table is not None and settings.trained is None:
+        masks = _rows_of(*table, order)
+    else:
+        raise ValueError(f"no tensor ends in {EMBEDDING}.token_adapter.trainable_tokens_delta")
+    if settings.head_saved and HEAD in base.linears and base.unembed is None:
+        raise ValueError("modules_to_save lm_head: the unembedding may have been trained")
+    for name, values in tensors.tables.values():
+        notes += check_table(name, values, base, mask_ids=order)
+    return masks, notes
+
+
+def _trained_rows(settings: PeftSettings, tensors: PeftTensors, order: tuple[int, ...]) -> mx.array:
+    """The trained rows in drafting order.  PEFT calls them a delta, yet stores the rows."""
+    name, rows = tensors.rows[EMBEDDING]
+    if settings.trained is None:
+        raise ValueError(f"{name}: trainable_token_indices does not say whose rows these are")
+    if sorted(order) != sorted(settings.trained):
+        raise ValueError(
+            f"mask tokens {list(order)} and trainable_token_indices {list(settings.trained)} "
+            "must be the same tokens"
+        )
+    if rows.ndim != 2 or rows.shape[0] != len(order):
+        raise ValueError(f"{name} must have {len(order)} rows, its shape is {tuple(rows.shape)}")
+    if HEAD in tensors.rows:
+        head_name, head_rows = tensors.rows[HEAD]
+        if head_rows.shape != rows.shape or not mx.array_equal(head_rows, rows).item():
+            raise ValueError(f"{head_name} differs from {name}: trained unembedding rows are "
+                             "not supported")  # fmt: skip
+    return rows[mx.array([settings.trained.index(token) for token in order])]
+
+
+def _rows_of(name: str, table: mx.array, order: tuple[int, ...]) -> mx.array:
+    if table.ndim != 2 or max(order) >= table.shape[0]:
+        raise ValueError(f"{name} has shape {tuple(table.shape)}: no row for token {max(order)}")
+    return table[mx.array(order)]

@@ -1,0 +1,170 @@
+"""Mask rows out of embedding tables, and whole tables held against the base model's own.
+
+Projects that enlarge the vocabulary save the whole embedding table, and sometimes the unembedding.
+An adapter cannot replace the base model's rows, so every such row must be what the base has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mtp.converters.layouts.common import FLOATS, HEAD, BaseFacts
+from mlx_mtp.converters.layouts.options import Options
+
+_ROWS_AT_ONCE = 4096
+# Relative root-mean-square error of 2-bit weights is about 0.5, that of a foreign table 1.4.
+_QUANTISED_ERROR = 0.6
+
+
+def token_rows(base: BaseFacts, ids: Sequence[int]) -> mx.array:
+    """Rows ``[n, D]`` of the base model's embedding.
+
+    Raises:
+        ValueError: an id is not in its table.
+    """
+    for token in ids:
+        if not 0 <= token < base.vocab_size:
+            raise ValueError(
+                f"token {token} is not in the embedding of {base.name}, which has "
+                f"{base.vocab_size} rows"
+            )
+    return base.embed(ids)
+
+
+def random_rows(base: BaseFacts, options: Options, *, why: str) -> tuple[mx.array, str]:
+    """Mask rows ``[k, D]`` that are tokens' own embeddings, drawn at random or given by id.
+
+    Args:
+        base: the base model.
+        options: ``num_draft_tokens``, ``seed`` and ``mask_token_ids``.
+        why: why the number must be given, for the message.
+
+    Returns:
+        The rows and a note that names the ids.
+
+    Raises:
+        ValueError: k is not known, or the options contradict each other.
+    """
+    k, ids = options.num_draft_tokens, options.mask_token_ids
+    if ids is None and k is None:
+        raise ValueError(f"num_draft_tokens must be given as a layout option: {why}")
+    if ids is None:
+        assert k is not None
+        seed = options.seed or 0
+        size = base.vocab_size if base.num_tokens is None else base.num_tokens
+        drawn = np.random.default_rng(seed).integers(min(size, base.vocab_size), size=k)
+        ids, how = tuple(drawn.tolist()), f"drawn with seed {seed}"
+    else:
+        if options.seed is not None:
+            raise ValueError("layout options seed and mask_token_ids exclude each other")
+        if k not in (None, len(ids)):
+            raise ValueError(f"mask_token_ids are {len(ids)}, but num_draft_tokens is {k}")
+        how = "as given"
+    listed = ", ".join(map(str, ids))
+    return token_rows(base, ids), f"mask rows: the base embedding's rows of {listed}, {how}"
+
+
+def check_table(
+    name: str, table: mx.array, base: BaseFacts, *, mask_ids: Collection[int]
+) -> list[str]:
+    """Hold a whole embedding or unembedding table ``[rows, D]`` against the base model's.
+
+    Args:
+        name: the tensor's name; with ``lm_head`` in it, it is an unembedding.
+        table: the table.
+        base: the base model.
+        mask_ids: rows that are mask tokens and may be anything.
+
+    Returns:
+        Notes.
+
+    Raises:
+        ValueError: a row of the base model differs.
+    """
+    if table.ndim != 2 or table.shape[1] != base.hidden_size or table.dtype not in FLOATS:
+        raise ValueError(
+            f"{name} has shape {tuple(table.shape)} of {table.dtype}, not rows of "
+            f"{base.hidden_size} numbers"
+        )
+    own, shared = base.embed, min(table.shape[0], base.vocab_size)
+    if HEAD in name and HEAD in base.linears:  # a table apart from the embedding
+        if base.unembed is None:
+            return [f"{name} was taken for the base model's own, which was not at hand"]
+        own = base.unembed
+    ids = np.setdiff1d(np.arange(shared), list(mask_ids))
+    for start in range(0, len(ids), _ROWS_AT_ONCE):
+        _check_rows(name, table, own, ids[start : start + _ROWS_AT_ONCE], base)
+    notes = []
+    if base.quantised:
+        notes.append(f"{name} is near the base model's, which is quantised")
+    surplus = set(range(base.vocab_size, table.shape[0])) - set(mask_ids)
+    if surplus and HEAD not in name:
+        notes.append(
+            f"{len(surplus)} rows of {name} from {min(surplus)} on are neither mask tokens nor "
+            "tokens of the base model and were left out"
+        )
+    return notes
+
+
+def _check_rows(
+    name: str,
+    table: mx.array,
+    own: Callable[[Sequence[int]], mx.array],
+    ids: np.ndarray,
+    base: BaseFacts,
+) -> None:
+    found, wanted = table[mx.array(ids)], own(ids.tolist())
+    # The one that was rounded says no more than its own type can.
+    narrow = next((t for t in (found.dtype, wanted.dtype) if t != mx.float32), mx.float32)
+    exact = {found.dtype, wanted.dtype} != {mx.float16, mx.bfloat16}
+    if exact:
+        found, wanted = found.astype(narrow), wanted.astype(narrow)
+    found, wanted = found.astype(mx.float32), wanted.astype(mx.float32)
+    error = mx.abs(found - wanted)
+    if base.quantised:
+        rms = mx.sqrt((error**2).mean() / mx.maximum((wanted**2).mean(), 1e-30))
+        wrong = mx.broadcast_to(~(rms < _QUANTISED_ERROR), (len(ids),))
+    elif exact:
+        wrong = ~(error == 0).all(axis=-1)
+    else:  # either type may have rounded: bfloat16 to 8 bits, float16 small numbers to 0
+        wrong = ~(error <= 2**-8 * mx.abs(wanted) + 2**-24).all(axis=-1)
+    if wrong.any().item():
+        first = int(ids[np.array(wrong).argmax()])
+        raise ValueError(
+            f"{name}: row {first} is not the row of {base.name}; an adapter cannot replace what "
+            "the base model has (is that the right base model?)"
+        )
+
+
+def surplus_rows(
+    name: str, table: mx.array, base: BaseFacts, options: Options
+) -> tuple[tuple[int, ...], str]:
+    """The ids of mask tokens that only a table tells: those given, else those behind the base's.
+
+    Returns:
+        The ids in drafting order and a note.
+
+    Raises:
+        ValueError: the table has no row behind the base model's, or not as many as asked for.
+    """
+    rows = table.shape[0] if table.ndim else 0
+    if options.mask_token_ids is not None:
+        ids = options.mask_token_ids
+        if max(ids) >= rows:
+            raise ValueError(f"mask_token_ids: {name} has {rows} rows, no row {max(ids)}")
+        return ids, f"mask rows: rows {', '.join(map(str, ids))} of {name}, as given"
+    ids = tuple(range(base.vocab_size, rows))
+    if not ids:
+        raise ValueError(
+            f"{name} has {rows} rows and {base.name} {base.vocab_size}: which are mask tokens "
+            "must be given as layout option mask_token_ids"
+        )
+    if options.num_draft_tokens not in (None, len(ids)):
+        raise ValueError(
+            f"{name} has {len(ids)} rows more than {base.name}, but num_draft_tokens is "
+            f"{options.num_draft_tokens}"
+        )
+    return ids, f"mask rows: the {len(ids)} rows of {name} behind the base model's"
