@@ -1,14 +1,15 @@
 """A process that looks at an untrusted file gives up, first, all that it will not need.
 
-``enter`` leaves the calling process able to read files, to compute, and to write in one scratch
-folder.  It cannot reach the network, start a process, signal another one, or change anything
-elsewhere, and it is held to limits of memory, time and file size.  There is no way back, also not
-for native code that a hostile file might get to run.
+``enter`` leaves the calling process able to read the files that it is for, to compute, and to
+write in one scratch folder.  It cannot reach the network, start a process, signal another one, or
+change anything elsewhere, and it is held to limits of memory, time and file size.  There is no
+way back, also not for native code that a hostile file might get to run.
 
 Linux: Landlock and seccomp (``sandbox_linux``).  macOS: the profile of ``macos_profile``, entered
-by ``sandbox_init``, the call behind the program sandbox-exec.  The macOS half cannot be run on
-the Linux machines where this is tested; so ``enter`` ends by trying the forbidden acts and raises
-if one of them works, and a file is refused rather than read without a sandbox.
+by ``sandbox_init``, the call behind the program sandbox-exec; there reading stays allowed.  The
+macOS half cannot be run on the Linux machines where this is tested; so ``enter`` ends by trying
+the forbidden acts and raises if one of them works, and a file is refused rather than read without
+a sandbox.
 
 This module is imported by the child process and therefore needs nothing but Python.
 """
@@ -22,6 +23,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,11 +61,12 @@ def why_unavailable() -> str | None:
     return f"{sys.platform} has neither Landlock nor sandbox-exec"
 
 
-def enter(scratch: Path, *, limits: Limits) -> None:
+def enter(scratch: Path, *, readable: Sequence[Path], limits: Limits) -> None:
     """Confine the calling process, for good; it must have one thread.
 
     Args:
         scratch: the folder that stays writable.
+        readable: what stays readable besides, and besides Python's own modules.
         limits: what the process may use.
 
     Raises:
@@ -72,7 +75,8 @@ def enter(scratch: Path, *, limits: Limits) -> None:
     scratch = scratch.resolve(strict=True)
     _set_limits(limits)
     if sys.platform == "linux":
-        sandbox_linux.restrict(scratch)
+        modules = [Path(folder) for folder in (*sys.path, sys.prefix, sys.base_prefix) if folder]
+        sandbox_linux.restrict(scratch, [*readable, *modules])
     elif sys.platform == "darwin":
         _restrict_macos(scratch)
         watch_memory(limits.memory_bytes + _peak_bytes())
@@ -155,11 +159,14 @@ def _prove(scratch: Path) -> None:
     Raises:
         OSError: something worked.
     """
-    for what, attempt in (
+    attempts: list[tuple[str, Callable[[], object]]] = [
         ("write outside the scratch folder", lambda: _write_beside(scratch)),
         ("reach the network", _reach_network),
         ("start a process", _start_process),
-    ):
+    ]
+    if sys.platform == "linux":
+        attempts.append(("read any folder", lambda: os.listdir("/")))
+    for what, attempt in attempts:
         try:
             attempt()
         except PermissionError:

@@ -1,10 +1,10 @@
 """The Linux half of the sandbox: Landlock for files, seccomp for system calls, through ctypes.
 
-Landlock takes every right to write, make, rename or remove outside one folder, and to run a
-program anywhere.  The seccomp filter lists the few system calls that reading a file and doing
-sums needs, with their harmless arguments; every other call fails with EPERM, so there is no
-network, no new process, no signal to others, no change of modes, owners, times or attributes.
-Both hold for the rest of the process's life, whoever runs it.  Reading stays allowed.
+Landlock takes every right to write, make, rename or remove outside one folder, to read but what
+was named, and to run a program anywhere.  The seccomp filter lists the few system calls that
+reading a file and doing sums needs, with their harmless arguments; every other call fails with
+EPERM, so there is no network, no new process, no signal to others, no change of modes, owners,
+times or attributes.  Both hold for the rest of the process's life, whoever runs it.
 
 Needs Linux 5.13 or newer on x86-64 or arm64.  Numbers are those of the kernel's user interface.
 """
@@ -16,6 +16,7 @@ import errno
 import os
 import platform
 import struct
+from collections.abc import Iterable
 from pathlib import Path
 
 # name: (x86-64, arm64); None where the machine has no such call.
@@ -140,17 +141,22 @@ _PR_SET_PDEATHSIG, _PR_SET_SECCOMP, _PR_GET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 1, 2
 _SECCOMP_FILTER = 2
 _SIGKILL = 9
 
-# Landlock's rights: run, write, remove folders and files, make eight kinds of things.
-_EXECUTE, _WRITE_FILE, _REMOVE_DIR, _REMOVE_FILE = 1 << 0, 1 << 1, 1 << 4, 1 << 5
+# Landlock's rights: run, write, read, remove, make seven kinds of things, and newer ones.
+_EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR = 1 << 0, 1 << 1, 1 << 2, 1 << 3
+_REMOVE_DIR, _REMOVE_FILE = 1 << 4, 1 << 5
 _MAKE_CHAR, _MAKE_DIR, _MAKE_REG, _MAKE_SOCK = 1 << 6, 1 << 7, 1 << 8, 1 << 9
 _MAKE_FIFO, _MAKE_BLOCK, _MAKE_SYM = 1 << 10, 1 << 11, 1 << 12
 _REFER, _TRUNCATE, _IOCTL_DEVICE = 1 << 13, 1 << 14, 1 << 15
 _HANDLED = (
-    _EXECUTE | _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_CHAR | _MAKE_DIR | _MAKE_REG
-    | _MAKE_SOCK | _MAKE_FIFO | _MAKE_BLOCK | _MAKE_SYM
+    _EXECUTE | _WRITE_FILE | _READ_FILE | _READ_DIR | _REMOVE_DIR | _REMOVE_FILE | _MAKE_CHAR
+    | _MAKE_DIR | _MAKE_REG | _MAKE_SOCK | _MAKE_FIFO | _MAKE_BLOCK | _MAKE_SYM
 )  # fmt: skip
 _NEWER_RIGHTS = {2: _REFER, 3: _TRUNCATE, 5: _IOCTL_DEVICE}  # since which version
-_IN_SCRATCH = _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _TRUNCATE
+_TO_READ = _READ_FILE | _READ_DIR
+_IN_SCRATCH = (
+    _TO_READ | _WRITE_FILE | _REMOVE_DIR | _REMOVE_FILE | _MAKE_DIR | _MAKE_REG | _TRUNCATE
+)
+_FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE  # the others are of folders
 
 Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, operand
 
@@ -166,8 +172,12 @@ def why_unavailable() -> str | None:
     return None
 
 
-def restrict(scratch: Path) -> None:
+def restrict(scratch: Path, readable: Iterable[Path]) -> None:
     """Take this process's rights, for good.  It must have one thread.
+
+    Args:
+        scratch: the folder where it may write.
+        readable: files and folders that it may read; missing ones are passed over.
 
     Raises:
         OSError: a step failed; nothing untrusted may be looked at.
@@ -178,7 +188,7 @@ def restrict(scratch: Path) -> None:
     libc = _libc()
     _check(libc.prctl(_PR_SET_PDEATHSIG, _SIGKILL, 0, 0, 0), "die with the parent")
     _check(libc.prctl(_PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "no new privileges")
-    _restrict_files(scratch)
+    _restrict_files(scratch, readable)
     _restrict_calls()
 
 
@@ -264,8 +274,8 @@ def _restrict_calls() -> None:
     _check(_libc().prctl(_PR_SET_SECCOMP, _SECCOMP_FILTER, fields, 0, 0), "the system call filter")
 
 
-def _restrict_files(scratch: Path) -> None:
-    """Leave no right to write but in ``scratch``."""
+def _restrict_files(scratch: Path, readable: Iterable[Path]) -> None:
+    """Leave the right to write in ``scratch`` alone, to read there and in ``readable``."""
     libc, version = _libc(), _landlock_version()
     handled = _HANDLED
     for since, right in _NEWER_RIGHTS.items():
@@ -275,14 +285,25 @@ def _restrict_files(scratch: Path) -> None:
     attributes = struct.pack("=QQQ", handled, network, scoped)
     ruleset = libc.syscall(_CREATE_RULESET, attributes, len(attributes), 0)
     _check(ruleset, "Landlock's rules")
-    folder = os.open(scratch, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        rule = struct.pack("=Qi", handled & _IN_SCRATCH, folder)
-        _check(libc.syscall(_ADD_RULE, ruleset, _RULE_PATH_BENEATH, rule, 0), "Landlock's rule")
+        _grant(ruleset, scratch, handled & _IN_SCRATCH)
+        for path in readable:
+            if path.exists():
+                _grant(ruleset, path, _TO_READ)
         _check(libc.syscall(_RESTRICT_SELF, ruleset, 0), "Landlock")
     finally:
-        os.close(folder)
         os.close(ruleset)
+
+
+def _grant(ruleset: int, path: Path, rights: int) -> None:
+    """Add a rule: ``rights`` for what lies below ``path``, or for this file."""
+    handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        rule = struct.pack("=Qi", rights if path.is_dir() else rights & _FILE_RIGHTS, handle)
+        added = _libc().syscall(_ADD_RULE, ruleset, _RULE_PATH_BENEATH, rule, 0)
+        _check(added, f"Landlock's rule for {path}")
+    finally:
+        os.close(handle)
 
 
 def _landlock_version() -> int:

@@ -68,7 +68,7 @@ def read_confined(
     values: dict[str, Any] = {}
     try:
         torch = _import_torch(scratch)
-        sandbox.enter(scratch, limits=limits)
+        sandbox.enter(scratch, readable=[path], limits=limits)
         ready()
         tensors, values = _flatten(_load(torch, path, is_zip=is_zip), torch=torch)
         _check_tensors(tensors, torch=torch, file_bytes=path.stat().st_size)
