@@ -1,4 +1,4 @@
-"""A folder whose tokenizer is only a sentencepiece model gets a fast tokenizer, checked on texts.
+"""Tokenizers: saved as fast tokenizers, from a sentencepiece model if that is all there is.
 
 A conversion counts only if ids and decoded text are sentencepiece's own on every text of a corpus.
 Control tokens (``<s>``) are the one intended difference: in a prompt they are recognised, as every
@@ -8,9 +8,13 @@ chat template needs, and sentencepiece itself never does that.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from mlx_lm import utils as lm_utils
+from transformers.utils import logging
 
 from mlx_mtp.converters.safetensors_file import read_json_object, shown
 from mlx_mtp.converters.sentencepiece_model import (
@@ -40,6 +44,44 @@ _NASTY = (
     "a" + SPACE + "b", "<|x|> [INST] {{y}}", "x" * 300, "snake_case camelCase",
     "https://example.org/a?b=c&d=%20", "\\n \\t \"quoted\" 'single' `code`", "don't I'm we'll",
 )  # fmt: skip
+
+
+def write_tokenizer(
+    source: Path, output: Path, scratch: Path, *, model_type: str, trust_remote_code: bool
+) -> int:
+    """Write a model's tokenizer as fast tokenizer files that give the same ids.
+
+    Args:
+        source: the model's folder.
+        output: an existing folder.
+        scratch: a folder on the same disk.
+        model_type: of the model.
+        trust_remote_code: whether a tokenizer's own code may run.
+
+    Returns:
+        On how many texts the written tokenizer was compared with its source.
+
+    Raises:
+        ValueError: there is no tokenizer, it is broken, or it cannot be converted exactly.
+    """
+    draft = scratch / "tokenizer"
+    draft.mkdir()
+    (draft / "config.json").symlink_to((source / "config.json").resolve())  # it names the class
+    if path := find_sentencepiece(source):
+        convert_sentencepiece(path, draft, model_type=model_type)
+        compared = check_sentencepiece(path, _load(draft, shown_as=path))
+    else:
+        original = _load(source, shown_as=source, trust_remote_code=trust_remote_code)
+        try:
+            original.save_pretrained(draft)
+        except Exception as error:  # a broken tokenizer can raise anything
+            raise ValueError(f"cannot save the tokenizer of {source}: {shown(error)}") from None
+        written = _load(draft, shown_as=source, trust_remote_code=trust_remote_code)
+        compared = _check_same(source, original, written)
+    for path in draft.iterdir():
+        if path.name != "config.json":
+            shutil.move(path, output / path.name)
+    return compared
 
 
 def find_sentencepiece(folder: Path) -> Path | None:
@@ -141,6 +183,28 @@ def check_sentencepiece(path: Path, tokenizer: Any) -> int:
     return len(texts)
 
 
+def _load(folder: Path, *, shown_as: Path, trust_remote_code: bool = False) -> Any:
+    """Load a tokenizer the way mlx-lm will, without transformers' remarks on the model."""
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        return lm_utils.load_tokenizer(folder, {"trust_remote_code": trust_remote_code})
+    except Exception as error:  # transformers raises many kinds for a broken folder
+        raise ValueError(f"cannot load the tokenizer of {shown_as}: {shown(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+
+
+def _check_same(source: Path, original: Any, written: Any) -> int:
+    """Compare a tokenizer with its written form."""
+    texts = corpus()
+    for text in texts:
+        wanted, found = original.encode(text), written.encode(text)
+        if found != wanted:
+            raise ValueError(_difference(source, text, found, wanted))
+    return len(texts)
+
+
 def _difference(path: Path, text: str, found: Any, wanted: Any) -> str:
     """Say in one line where two tokenizers differ."""
     if isinstance(found, list):
@@ -148,7 +212,7 @@ def _difference(path: Path, text: str, found: Any, wanted: Any) -> str:
         at = next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
         found, wanted = found[at : at + 4], wanted[at : at + 4]
     return (
-        f"{path}: a fast tokenizer would differ from sentencepiece on the text {text[:60]!r}: "
+        f"{path}: its fast tokenizer would differ on the text {text[:60]!r}: "
         f"{str(found)[:60]!r} instead of {str(wanted)[:60]!r}"
     )
 
