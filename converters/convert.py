@@ -1,26 +1,144 @@
-"""Convert an adapter checkpoint into an adapter folder, whole or not at all."""
+"""Convert a base model, an adapter checkpoint, or both, whole or not at all.
+
+A base model alone becomes an mlx-lm model folder, a checkpoint alone an adapter folder, and both
+together a bundle: the model at the root, its adapter in ``adapter/``, where ``loading`` finds it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx_lm import utils as lm_utils
 
-from mlx_mtp.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig
-from mlx_mtp.converters import adapters
-from mlx_mtp.default_model import DEFAULT_MODEL_NAME, default_model_path
+from mlx_mtp.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig, SamplerKind
+from mlx_mtp.converters.base_facts import base_name, find_base, load_base, read_facts
+from mlx_mtp.converters.base_model import BaseResult, ByteProgress, convert_base
+from mlx_mtp.converters.card import CARD_FILE, adapter_card, base_card, read_licence
+from mlx_mtp.converters.checkpoint import Checkpoint, read_checkpoint
+from mlx_mtp.converters.layouts import (
+    BaseFacts,
+    ConvertedAdapter,
+    convert_layout,
+    describe,
+    recognise,
+)
 from mlx_mtp.folders import new_folder
-from mlx_mtp.loading import read_tensors, resolve
-from mlx_mtp.lora import linear_dims
 from mlx_mtp.model import MTPModel, fingerprint
 
-PEFT_WEIGHTS_FILE = "adapter_model.safetensors"
-PEFT_SAMPLER_FILE = "sampler_model.safetensors"
-CARD_FILE = "README.md"
+MODEL_CONFIG_FILE = "config.json"
+Check = Callable[[Path], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOptions:
+    """How to read an adapter checkpoint.
+
+    Attributes:
+        layout: name of its layout; None finds it out.
+        layout_options: what the checkpoint does not say itself (``layouts`` lists the keys).
+        allow_pickle: whether PyTorch files may be read, in a sandbox.
+        licence: licence of the adapter as the hub writes it; None takes the checkpoint's own.
+    """
+
+    layout: str | None = None
+    layout_options: Mapping[str, str] = field(default_factory=dict)
+    allow_pickle: bool = False
+    licence: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseOptions:
+    """How to write the base model; meanings and defaults are those of ``convert_base``."""
+
+    quantise: bool = False
+    q_bits: int | None = None
+    q_group_size: int | None = None
+    dtype: str | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Converted:
+    """What a conversion wrote.
+
+    Attributes:
+        base: the base model, if one was converted.
+        adapter: the adapter's configuration, if one was converted.
+        layout: the layout of its checkpoint.
+        notes: what had to be assumed about the checkpoint, a line each.
+    """
+
+    base: BaseResult | None = None
+    adapter: MTPConfig | None = None
+    layout: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+def convert_model(
+    hf_path: str,
+    output: Path,
+    *,
+    checkpoint: Path | None = None,
+    base: BaseOptions | None = None,
+    adapter: AdapterOptions | None = None,
+    force: bool = False,
+    check: Check | None = None,
+    progress: ByteProgress | None = None,
+) -> Converted:
+    """Convert a base model and, if one is given, the adapter checkpoint that is for it.
+
+    Args:
+        hf_path: folder or hub id of the base model.
+        output: the new folder; the adapter goes to ``adapter/`` in it.
+        checkpoint: the adapter's checkpoint, a folder or a file.
+        base: how to write the model.
+        adapter: how to read the checkpoint.
+        force: replace ``output`` if it is a model or adapter folder, or empty.
+        check: called with the finished folder before it is renamed; what it raises stops that.
+        progress: shows the base model's bytes.
+
+    Raises:
+        ValueError: something cannot be read, converted or written; the message names it.
+    """
+    check_output(output, force=force)
+    options = adapter or AdapterOptions()
+    read = None if checkpoint is None else _read(checkpoint, options)
+    result, name = Converted(), base_name(hf_path)
+
+    def add_adapter(base_model: Any) -> None:
+        """Write the adapter before the model: a folder that lacks something must not load."""
+        nonlocal result
+        if read is not None:
+            model = MTPModel(base_model, name=name)
+            converted = _convert(read, read_facts(model, draft), options)
+            licence = options.licence or read_licence(read.path)
+            config = _write_adapter(draft / BUNDLED_ADAPTER, converted, model, licence)
+            result = Converted(adapter=config, layout=converted.layout, notes=converted.notes)
+
+    def add_card(written: BaseResult) -> None:
+        nonlocal result
+        result = replace(result, base=written)
+        card = base_card(name, written, adapter=result.adapter, licence=written.licence)
+        (draft / CARD_FILE).write_text(card, encoding="utf-8")
+
+    with output_folder(output, force=force) as draft:
+        convert_base(
+            hf_path,
+            draft,
+            progress=progress,
+            on_model=add_adapter,
+            on_written=add_card,
+            **vars(base or BaseOptions()),
+        )
+        if check is not None:
+            check(draft)
+    return result
 
 
 def convert_adapter(
@@ -28,190 +146,113 @@ def convert_adapter(
     output: Path,
     *,
     base_model: Path | str | None = None,
-    licence: str | None = None,
+    adapter: AdapterOptions | None = None,
     force: bool = False,
-) -> MTPConfig:
-    """Convert a checkpoint in the layout of PEFT pull request 3541 into an adapter folder.
+    check: Check | None = None,
+) -> Converted:
+    """Convert an adapter checkpoint into an adapter folder.
 
     Args:
-        checkpoint: folder with ``adapter_config.json``, ``adapter_model.safetensors`` and, if the
-            adapter has a sampler, ``sampler_model.safetensors``.
+        checkpoint: a folder or a file in one of the layouts of ``layouts``.
         output: the new folder: ``adapter_config.json``, ``adapters.safetensors``, a model card.
         base_model: folder or hub id of the mlx-lm model that the adapter is for.  None takes the
             one that the checkpoint names; for the default model that is the embedded copy.
-        licence: licence of the adapter as the hub writes it, for the model card.
+        adapter: how to read the checkpoint.
         force: replace ``output`` if it is an adapter folder or empty.
-
-    Returns:
-        The configuration that was written.
+        check: called with the finished folder before it is renamed; what it raises stops that.
 
     Raises:
         ValueError: the checkpoint cannot be converted or does not fit the base model, or the
             output exists or cannot be written.  The message names the file or tensor.
     """
-    _check_output(output, force=force)
-    settings, tensors = _read_checkpoint(checkpoint)
-    name, folder = _find_base(base_model, named=settings.base_model, checkpoint=checkpoint)
-    model = _load_base(folder, name=name)
-    try:
-        _check_fit(tensors, model)
-    except ValueError as error:
-        raise ValueError(f"{checkpoint}: {error}") from None
-    config = _describe(settings, tensors, model)
-    write_adapter(output, config, tensors, card=model_card(config, licence=licence), force=force)
-    return config
+    check_output(output, force=force)
+    options = adapter or AdapterOptions()
+    read = _read(checkpoint, options)
+    chosen = None if base_model is None else str(base_model)
+    name, folder = find_base(chosen, named=describe(read).base_model, checkpoint=checkpoint)
+    model = load_base(folder, name=name)
+    converted = _convert(read, read_facts(model, folder), options)
+    licence = options.licence or read_licence(checkpoint)
+    with output_folder(output, force=force) as draft:
+        config = _write_adapter(draft, converted, model, licence)
+        if check is not None:
+            check(draft)
+    return Converted(adapter=config, layout=converted.layout, notes=converted.notes)
 
 
-def write_adapter(
-    output: Path, config: MTPConfig, tensors: Mapping[str, mx.array], *, card: str, force: bool
-) -> None:
-    """Write an adapter folder beside ``output`` and rename it into place.
+def check_output(output: Path, *, force: bool) -> None:
+    """Refuse to overwrite, and even with ``force`` replace nothing but what was written here.
 
     Raises:
-        ValueError: the folder cannot be written.
+        ValueError: the message names ``output``.
     """
+    if not output.exists() and not output.is_symlink():
+        return
+    if not force:
+        raise ValueError(f"{output} already exists (--force replaces it)")
+    ours = any((output / name).is_file() for name in (CONFIG_FILE, MODEL_CONFIG_FILE))
+    if output.is_symlink() or not output.is_dir() or (any(output.iterdir()) and not ours):
+        raise ValueError(f"{output} exists and is neither a model nor an adapter folder")
+
+
+@contextlib.contextmanager
+def output_folder(output: Path, *, force: bool) -> Iterator[Path]:
+    """``new_folder`` with its failures told as ``ValueError``."""
     try:
         with new_folder(output, replace=force) as draft:
-            mx.save_safetensors(str(draft / WEIGHTS_FILE), dict(tensors), {"format": "mlx"})
-            text = json.dumps(config.to_dict(), indent=2) + "\n"
-            (draft / CONFIG_FILE).write_text(text, encoding="utf-8")
-            (draft / CARD_FILE).write_text(card, encoding="utf-8")
+            yield draft
     except (OSError, RuntimeError) as error:  # MLX reports a full disk as RuntimeError
         raise ValueError(f"cannot write {output}: {error}") from None
 
 
-def model_card(config: MTPConfig, *, licence: str | None) -> str:
-    """Return the adapter's model card, front matter first."""
-    front = {
-        "library_name": "mlx",
-        "base_model": config.base_model,
-        "base_model_relation": "adapter",
-        "license": licence,
-        "pipeline_tag": "text-generation",
-        "tags": "[mlx, mlx-mtp, multi-token-prediction, speculative-decoding, lora]",
-    }
-    lines = [f"{key}: {value}" for key, value in front.items() if value is not None]
-    sampler = "a sampler head" if config.sampler else "no sampler head"
-    return "\n".join(
-        [
-            "---",
-            *lines,
-            "---",
-            "",
-            f"# Multi-token prediction for {config.base_model}",
-            "",
-            f"An mlx-mtp adapter: {config.num_draft_tokens} mask tokens, gated LoRA of rank "
-            f"{config.rank} on {', '.join(config.target_modules)}, and {sampler}. The base model "
-            "drafts several tokens a step with it and checks them itself, so the output stays "
-            "the base model's own.",
-            "",
-            "```",
-            f"mlx-mtp generate --model {config.base_model} --adapter-path FOLDER --prompt TEXT",
-            "```",
-            "",
-            "It acts on mask rows only and cannot be fused; mlx-lm alone does not load it.",
-            "",
-        ]
-    )
+def _read(checkpoint: Path, options: AdapterOptions) -> Checkpoint:
+    """Read a checkpoint and make sure that its layout is known, before any slow work."""
+    read = read_checkpoint(checkpoint, allow_pickle=options.allow_pickle)
+    recognise(read, layout=options.layout)
+    return read
 
 
-def _check_output(output: Path, *, force: bool) -> None:
-    """Refuse to overwrite, and even with ``force`` replace nothing but an adapter folder."""
-    if not output.exists() and not output.is_symlink():
-        return
-    if not force:
-        raise ValueError(f"{output} already exists")
-    replaceable = output.is_dir() and not output.is_symlink()
-    if not replaceable or (any(output.iterdir()) and not (output / CONFIG_FILE).is_file()):
-        raise ValueError(f"{output} exists and is not an adapter folder")
-
-
-def _read_checkpoint(
-    checkpoint: Path,
-) -> tuple[adapters.PeftSettings, dict[str, mx.array]]:
-    """Read a checkpoint's settings and its tensors under our names."""
-    path = checkpoint / CONFIG_FILE
+def _convert(read: Checkpoint, facts: BaseFacts, options: AdapterOptions) -> ConvertedAdapter:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{checkpoint} is not an adapter checkpoint: no {CONFIG_FILE}") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot read {path}: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object")
-    tensors = read_tensors(checkpoint / PEFT_WEIGHTS_FILE)
-    if (checkpoint / PEFT_SAMPLER_FILE).is_file():
-        tensors |= read_tensors(checkpoint / PEFT_SAMPLER_FILE)
-    try:
-        settings = adapters.read_peft_settings(values)
-        return settings, _finite(adapters.convert_peft(tensors, settings=settings))
+        return convert_layout(read, facts, layout=options.layout, options=options.layout_options)
     except ValueError as error:
-        raise ValueError(f"{checkpoint}: {error}") from None
+        raise ValueError(f"{read.path}: {error}") from None
 
 
-def _finite(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
-    for name, tensor in tensors.items():
-        if not mx.issubdtype(tensor.dtype, mx.floating):
-            raise ValueError(f"{name} must be floating point, it is {tensor.dtype}")
-        if not mx.isfinite(tensor).all().item():
-            raise ValueError(f"{name} holds NaN or infinite values")
-    return tensors
-
-
-def _find_base(
-    base_model: Path | str | None, *, named: str | None, checkpoint: Path
-) -> tuple[str, Path]:
-    """Return the base model's name and folder."""
-    if base_model is None and named is None:
-        raise ValueError(f"{checkpoint} does not name its base model; give it")
-    if base_model is None and named == DEFAULT_MODEL_NAME:
-        return DEFAULT_MODEL_NAME, default_model_path()
-    chosen = str(base_model or named)
-    return named or chosen, resolve(chosen, kind="base model")
-
-
-def _load_base(folder: Path, *, name: str) -> MTPModel:
-    """Load the base model lazily: only its norms and shapes are needed."""
-    try:
-        base, _ = lm_utils.load_model(folder, lazy=True)
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"cannot load the base model in {folder}: {error}") from None
-    return MTPModel(base, name=name)
-
-
-def _describe(
-    settings: adapters.PeftSettings, tensors: Mapping[str, mx.array], model: MTPModel
+def _write_adapter(
+    folder: Path, converted: ConvertedAdapter, model: MTPModel, licence: str | None
 ) -> MTPConfig:
+    """Write an adapter's files into ``folder``, the configuration last."""
+    folder.mkdir(exist_ok=True)
+    config = adapter_config(converted, model)
+    mx.save_safetensors(str(folder / WEIGHTS_FILE), converted.tensors, {"format": "mlx"})
+    card = adapter_card(config, licence=licence, notes=converted.notes)
+    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+    return config
+
+
+def adapter_config(converted: ConvertedAdapter, model: MTPModel) -> MTPConfig:
+    """The configuration of a converted adapter for that base model."""
+    kind = converted.sampler or SamplerKind()
+    paths = [name.removesuffix(".lora_a") for name in converted.tensors if name.endswith(".lora_a")]
     return MTPConfig(
-        num_draft_tokens=len(settings.mask_rows),
-        rank=settings.rank,
-        scale=settings.scale,
-        target_modules=adapters.target_modules(tensors),
-        sampler="mlp" if adapters.has_sampler(tensors) else None,
-        base_model=model.name,
+        num_draft_tokens=converted.num_draft_tokens,
+        rank=converted.rank,
+        scale=converted.scale,
+        target_modules=tuple(sorted({path.rpartition(".")[2] for path in paths})),
+        sampler=None if converted.sampler is None else "mlp",
+        base_model=converted.base_model or model.name,
         base_model_type=model.base.model_type,
         base_hidden_size=model.hidden_size,
         base_num_layers=len(model.base.layers),
         base_vocab_size=model.vocab_size,
         base_fingerprint=fingerprint(model.base),
+        sampler_norm=kind.norm,
+        sampler_norm_eps=kind.norm_eps,
+        sampler_bias=kind.bias,
+        sampler_residual=kind.residual,
+        rank_pattern=dict(converted.rank_pattern),
+        scale_pattern=dict(converted.scale_pattern),
     )
-
-
-def _check_fit(tensors: Mapping[str, mx.array], model: MTPModel) -> None:
-    """Check every tensor's shape against the base model."""
-    modules = dict(model.base.named_modules())
-    for key, tensor in tensors.items():
-        path, _, leaf = key.rpartition(".")
-        if leaf in ("lora_a", "lora_b"):
-            layer = modules.get(path)
-            if not isinstance(layer, nn.Linear | nn.QuantizedLinear):
-                raise ValueError(f"{path} is no linear layer of {model.name}")
-            axis = 0 if leaf == "lora_a" else 1
-            found, wanted = tensor.shape[axis], linear_dims(layer)[axis]
-        else:
-            # [k, D], [D, 2D], [D, D] or [D]: the last axis tells.
-            width = model.hidden_size
-            found = tensor.shape[-1]
-            wanted = 2 * width if key == "sampler_head.linear_1.weight" else width
-        if found != wanted:
-            raise ValueError(f"{key} is {found} wide, but {model.name} needs {wanted}")

@@ -8,11 +8,12 @@ import json
 import sys
 from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import click
 
 import mlx_mtp
+from mlx_mtp.cli_convert import convert, export, inspect
 from mlx_mtp.cli_options import (
     cached_model,
     decoding_options,
@@ -98,30 +99,26 @@ def chat(**options: Any) -> None:
     )
 
 
-@cli.command()
-@click.option("--mtp-path", required=True, help="Folder of a PyTorch MTP checkpoint.")
-@click.option("--mlx-path", required=True, help="Adapter folder to write.")
-@click.option("--model", help="Base model folder or hub id; the one that the checkpoint names.")
-@click.option("--licence", help="Licence of the adapter, for its model card.")
-@click.option("--force", is_flag=True, help="Replace the folder if it is there.")
-def convert(
-    mtp_path: str, mlx_path: str, model: str | None, licence: str | None, force: bool
-) -> None:
-    """Turn a PyTorch MTP checkpoint into an adapter."""
-    from mlx_mtp.converters.convert import convert_adapter
-
-    config = convert_adapter(
-        Path(mtp_path), Path(mlx_path), base_model=model, licence=licence, force=force
-    )
-    print(f"wrote {mlx_path}: k {config.num_draft_tokens}, rank {config.rank}")
-
-
+cli.add_command(convert)
+cli.add_command(export)
+cli.add_command(inspect)
 cli.add_command(verify)
 
 
 def main() -> None:
     """Entry point of the installed command."""
+    _spare_torch(sys.argv[1:])
     cli(prog_name="mlx-mtp")
+
+
+def _spare_torch(args: list[str]) -> None:
+    """Hide PyTorch from transformers, which imports it wherever it is installed.
+
+    That takes over two seconds at every start and is of no use to commands that decode.  Code of a
+    model's own folder may want it.
+    """
+    if args[:1] in (["generate"], ["chat"], ["verify"]) and "--trust-remote-code" not in args:
+        sys.modules.setdefault("torch", cast(Any, None))
 
 
 def _read_prompt(prompt: str) -> str:

@@ -1,0 +1,313 @@
+"""What a folder or file is, told without changing anything and without running anything in it.
+
+Looking never loads a whole model: headers, configurations, file hashes, and for an adapter
+checkpoint its tensors' names and shapes.  PyTorch files are only read when the caller allows it;
+else their pickles are listed, not run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_mtp.config import BUNDLED_ADAPTER, CONFIG_FILE, MTPConfig, read_config
+from mlx_mtp.converters.base_facts import load_base
+from mlx_mtp.converters.checkpoint import read_checkpoint
+from mlx_mtp.converters.layouts import describe
+from mlx_mtp.converters.safetensors_file import check_safetensors, read_json_object
+from mlx_mtp.converters.torch_archive import pickle_globals
+
+MODEL_CONFIG_FILE = "config.json"
+TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+_CHUNK_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileFacts:
+    """One file: its path in the folder, size and SHA-256, and the tensors by type if it has any."""
+
+    name: str
+    num_bytes: int
+    sha256: str
+    tensors: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What was found.
+
+    Attributes:
+        path: what was looked at.
+        kind: ``"model"``, ``"adapter"`` (ours), ``"checkpoint"`` (another project's adapter) or
+            ``"unknown"``.
+        facts: label and value, in the order to print them; values are JSON-ready.
+        files: the files that matter.
+        problems: what would be refused and why, a line each.
+        adapter: the adapter in a bundle's folder.
+    """
+
+    path: str
+    kind: str
+    facts: dict[str, Any]
+    files: tuple[FileFacts, ...]
+    problems: tuple[str, ...] = ()
+    adapter: Inspection | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return everything as JSON-ready values."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """Return everything as lines for a terminal."""
+        rows = [(label, _shown(value)) for label, value in self.facts.items()]
+        width = max((len(label) for label, _ in rows), default=0)
+        lines = [f"{self.path}: {self.kind}"]
+        lines += [f"  {label:<{width}}  {value}" for label, value in rows if value]
+        lines += ["  files"]
+        name_width = max((len(file.name) for file in self.files), default=0)
+        lines += [
+            f"    {file.name:<{name_width}}  {human_bytes(file.num_bytes):>9}  "
+            f"sha256 {file.sha256[:16]}{_tensor_text(file.tensors)}"
+            for file in self.files
+        ]
+        lines += [f"  refused: {problem}" for problem in self.problems]
+        return "\n".join(lines + ([self.adapter.text()] if self.adapter else []))
+
+
+def inspect_path(
+    path: Path, *, allow_pickle: bool = False, say: Callable[[str], None] | None = None
+) -> Inspection:
+    """Look at a model, an adapter or a checkpoint.
+
+    Args:
+        path: a folder or a file.
+        allow_pickle: whether PyTorch files may be read, in a sandbox.
+        say: called with a line of text before work that takes a while.
+
+    Raises:
+        ValueError: there is nothing at ``path``, or it is not a folder or file.
+    """
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    files = tuple(_file_facts(path, file, say) for file in _files(path))
+    if path.is_dir() and _fine_tune_type(path) == "mtp":
+        return _adapter(path, files)
+    if path.is_dir() and "model_type" in _json(path / MODEL_CONFIG_FILE):
+        bundled = path / BUNDLED_ADAPTER
+        adapter = None
+        if (bundled / CONFIG_FILE).is_file():
+            adapter = inspect_path(bundled, allow_pickle=allow_pickle, say=say)
+        return _model(path, files, adapter)
+    return _checkpoint(path, files, allow_pickle)
+
+
+def human_bytes(count: float) -> str:
+    """Write a number of bytes as people read it, in powers of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
+def _adapter(path: Path, files: tuple[FileFacts, ...]) -> Inspection:
+    """An adapter folder of ours."""
+    try:
+        config = read_config(path)
+    except ValueError as error:
+        return Inspection(
+            path=str(path), kind="adapter", facts={}, files=files, problems=(str(error),)
+        )
+    return Inspection(
+        path=str(path),
+        kind="adapter",
+        facts=_adapter_facts(config),
+        files=files,
+        problems=tuple(_weights_problems(path)),
+    )
+
+
+def _adapter_facts(config: MTPConfig) -> dict[str, Any]:
+    kind = config.sampler_kind
+    return {
+        "layout": "mlx-mtp",
+        "base": config.base_model,
+        "base_type": config.base_model_type,
+        "k": config.num_draft_tokens,
+        "rank": config.rank,
+        "scale": config.scale,
+        "layers_that_differ": len(config.rank_pattern | config.scale_pattern),
+        "targets": list(config.target_modules),
+        "sampler": None if kind is None else f"mlp, {kind.norm} norm, residual {kind.residual}",
+        "base_fingerprint": config.base_fingerprint,
+    }
+
+
+def _model(path: Path, files: tuple[FileFacts, ...], adapter: Inspection | None) -> Inspection:
+    """A model folder, of Hugging Face or of mlx-lm."""
+    config = _json(path / MODEL_CONFIG_FILE)
+    quantisation = config.get("quantization") or config.get("quantization_config") or {}
+    facts = {
+        "model_type": config.get("model_type"),
+        "layers": config.get("num_hidden_layers"),
+        "hidden_size": config.get("hidden_size"),
+        "vocabulary": config.get("vocab_size"),
+        "context": config.get("max_position_embeddings"),
+        "dtype": config.get("dtype") or config.get("torch_dtype"),
+        "quantisation": {
+            key: value for key, value in quantisation.items() if not isinstance(value, dict)
+        },
+        "tokenizer": _tokenizer_kind(path),
+        "num_bytes": sum(file.num_bytes for file in files if file.tensors),
+    }
+    problems = [*_weights_problems(path), *_code_problems(path, config)]
+    if not problems:
+        problems = list(_mask_problems(path))
+    return Inspection(
+        path=str(path),
+        kind="model" if adapter is None else "bundle of a model and an adapter",
+        facts=facts,
+        files=files,
+        problems=tuple(problems),
+        adapter=adapter,
+    )
+
+
+def _checkpoint(path: Path, files: tuple[FileFacts, ...], allow_pickle: bool) -> Inspection:
+    """What is neither a model nor an adapter of ours: another project's checkpoint, or nothing."""
+    try:
+        summary = describe(read_checkpoint(path, allow_pickle=allow_pickle))
+    except ValueError as error:
+        facts = {"pickle_globals": _globals(path)}
+        return Inspection(
+            path=str(path), kind="unknown", facts=facts, files=files, problems=(str(error),)
+        )
+    return Inspection(
+        path=str(path),
+        kind="unknown" if summary.layout is None else "checkpoint",
+        facts={
+            "layout": summary.layout,
+            "base": summary.base_model,
+            "k": summary.num_draft_tokens,
+            "rank": summary.rank,
+            "scale": summary.scale,
+            "targets": list(summary.targets),
+            "sampler": summary.sampler,
+        },
+        files=files,
+        problems=summary.problems,
+    )
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a folder, not those in folders below it and not hidden ones."""
+    if path.is_file():
+        return [path]
+    return sorted(
+        file for file in path.iterdir() if file.is_file() and not file.name.startswith(".")
+    )
+
+
+def _file_facts(path: Path, file: Path, say: Callable[[str], None] | None) -> FileFacts:
+    if say is not None:
+        say(f"Hashing {file.name} ...")
+    tensors: Counter[str] = Counter()
+    if file.suffix == ".safetensors":
+        with contextlib.suppress(ValueError):  # told among the problems
+            tensors.update(info.dtype for info in check_safetensors(file).values())
+    digest = hashlib.sha256()
+    for chunk in _chunks(file):
+        digest.update(chunk)
+    return FileFacts(
+        name=file.name,
+        num_bytes=file.stat().st_size,
+        sha256=digest.hexdigest(),
+        tensors=dict(tensors),
+    )
+
+
+def _chunks(file: Path) -> Iterator[bytes]:
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            yield chunk
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """A JSON object, or an empty one where there is none that can be read."""
+    try:
+        return read_json_object(path)
+    except ValueError:
+        return {}
+
+
+def _fine_tune_type(path: Path) -> str | None:
+    return _json(path / CONFIG_FILE).get("fine_tune_type")
+
+
+def _weights_problems(path: Path) -> Iterator[str]:
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            check_safetensors(file)
+        except ValueError as error:
+            yield str(error)
+    if not any(path.glob("*.safetensors")):
+        pickles = [file.name for file in _files(path) if file.suffix in TORCH_SUFFIXES]
+        if pickles:
+            yield f"{pickles[0]} is a PyTorch pickle file: --allow-pickle reads it, in a sandbox"
+        else:
+            yield f"{path} holds no weights"
+
+
+def _code_problems(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
+    tokenizer = _json(path / "tokenizer_config.json")
+    for name, values in ((MODEL_CONFIG_FILE, config), ("tokenizer_config.json", tokenizer)):
+        for key in ("auto_map", "model_file"):
+            if values.get(key):
+                yield f"{name} asks for code of its own ({key}): --trust-remote-code lets it run"
+
+
+def _mask_problems(path: Path) -> Iterator[str]:
+    """Why mask tokens do not fit into a model, if they do not."""
+    try:
+        load_base(path, name=path.name)
+    except ValueError as error:
+        yield str(error)
+
+
+def _tokenizer_kind(path: Path) -> str | None:
+    if (path / "tokenizer.json").is_file():
+        return "fast"
+    if (path / "tokenizer.model").is_file():
+        return "sentencepiece (convert makes it fast)"
+    return None
+
+
+def _globals(path: Path) -> list[str]:
+    """What the pickles of PyTorch files refer to; nothing is run."""
+    names: set[str] = set()
+    for file in _files(path):
+        if file.suffix in TORCH_SUFFIXES:
+            try:
+                names.update(pickle_globals(file))
+            except ValueError as error:
+                names.add(f"({error})")
+    return sorted(names)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {item}" for key, item in value.items())
+    return "" if value is None else str(value)
+
+
+def _tensor_text(tensors: Mapping[str, int]) -> str:
+    if not tensors:
+        return ""
+    return "  " + ", ".join(f"{count} {dtype}" for dtype, count in sorted(tensors.items()))
