@@ -74,6 +74,7 @@ LAYOUTS: Mapping[str, Layout] = {
     )
 }
 _NAMES_SHOWN = 3
+_LONGEST_NAME = 512  # names are matched by patterns whose time grows with the square of this
 
 
 def recognise(checkpoint: Checkpoint, *, layout: str | None = None) -> str:
@@ -87,6 +88,11 @@ def recognise(checkpoint: Checkpoint, *, layout: str | None = None) -> str:
         ValueError: there is no such layout, or the checkpoint has none of them; the message says
             what was looked for and what was found.
     """
+    longest = max(
+        (name for names in checkpoint.files.values() for name in names), key=len, default=""
+    )
+    if len(longest) > _LONGEST_NAME:
+        raise ValueError(f"{checkpoint.path}: tensor {longest[:60]}... has too long a name")
     if layout is not None:
         if layout not in LAYOUTS:
             raise ValueError(f"unknown layout {layout!r}; there are {', '.join(LAYOUTS)}")
@@ -134,10 +140,15 @@ def convert_layout(
     return adapter
 
 
-def describe(checkpoint: Checkpoint) -> LayoutSummary:
-    """Say what a checkpoint is, without its base model and without raising ``ValueError``."""
+def describe(checkpoint: Checkpoint, *, layout: str | None = None) -> LayoutSummary:
+    """Say what a checkpoint is, without its base model and without raising ``ValueError``.
+
+    Args:
+        checkpoint: what its files hold.
+        layout: the layout that it has, if the user says so.
+    """
     try:
-        return LAYOUTS[recognise(checkpoint)].describe(checkpoint)
+        return LAYOUTS[recognise(checkpoint, layout=layout)].describe(checkpoint)
     except ValueError as error:
         return LayoutSummary(layout=None, problems=(str(error),))
 

@@ -185,6 +185,7 @@ def assemble(
     """
     if masks.ndim != 2:
         raise ValueError(f"{MASK_EMBEDDINGS} must be [k, D], its shape is {tuple(masks.shape)}")
+    layers = sorted(layers, key=lambda layer: layer.path)  # whatever order they were stored in
     rank, scale = default or _most_common(layers)
     tensors = {MASK_EMBEDDINGS: masks}
     for layer in layers:

@@ -9,7 +9,7 @@ tokens nor a sampler head: its mask rows are random tokens of the base model's o
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -40,7 +40,8 @@ SAMPLER_LAYERS = {"0": "linear_1", "2": "norm_1", "3": "linear_2", "5": "norm_2"
 _LORA = re.compile(r"(.+)\.lora_(A|B)(?:\.default)?\.weight")
 _ROWS = re.compile(rf"(?:.+\.)?({EMBEDDING}|{HEAD})\.token_adapter\.trainable_tokens_delta")
 _TABLE = re.compile(
-    rf"(?:.+\.)?({EMBEDDING}|{HEAD})\.(?:token_adapter\.base_layer\.|modules_to_save\.)?weight"
+    rf"(?:.+\.)?({EMBEDDING}|{HEAD})\.(?:token_adapter\.base_layer\.)?"
+    r"(?:modules_to_save\.|(original_module)\.)?weight"
 )
 _SAMPLER = re.compile(r"(?:.+\.)?sampler\.mlp\.([0235])\.(weight|bias)")
 # Why a tensor is not understood, by what its name holds.
@@ -58,8 +59,17 @@ class PeftTensors:
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     rows: dict[str, tuple[str, mx.array]] = field(default_factory=dict)
-    tables: dict[str, tuple[str, mx.array]] = field(default_factory=dict)
+    tables: dict[str, mx.array] = field(default_factory=dict)
     sampler: dict[str, mx.array] = field(default_factory=dict)
+
+    @property
+    def embeddings(self) -> list[tuple[str, mx.array]]:
+        """Embedding tables that training may have changed; PEFT may write one under two names."""
+        return [
+            (name, table)
+            for name, table in self.tables.items()
+            if (match := _TABLE.fullmatch(name)) and match.groups() == (EMBEDDING, None)
+        ]
 
 
 def is_peft_mtp(checkpoint: Checkpoint) -> bool:
@@ -110,7 +120,7 @@ def convert_peft_lora(
     )
     masks, note = random_rows(base, options, why=why)
     notes = [note]
-    for name, table in tensors.tables.values():
+    for name, table in tensors.tables.items():
         notes += check_table(name, table, base, mask_ids=())
     return assemble(
         _layers(settings, tensors, base),
@@ -172,8 +182,8 @@ def sort_tensors(tensors: Mapping[str, mx.array]) -> tuple[PeftTensors, list[str
             halves.append((match[1].removeprefix(PREFIX), match[2], name, tensor))
         elif match := _ROWS.fullmatch(name):
             _put(found.rows, match[1], name, tensor, problems)
-        elif match := _TABLE.fullmatch(name):
-            _put(found.tables, match[1], name, tensor, problems)
+        elif _TABLE.fullmatch(name):
+            found.tables[name] = tensor
         elif match := _SAMPLER.fullmatch(name):
             found.sampler[f"{SAMPLER_LAYERS[match[1]]}.{match[2]}"] = tensor
         elif _RECURRENT.search(name):
@@ -233,22 +243,22 @@ def _masks(
 ) -> tuple[mx.array, list[str]]:
     """Mask embeddings ``[k, D]`` in drafting order, and notes."""
     order, notes = options.mask_token_ids or settings.order or settings.trained, []
-    table = tensors.tables.get(EMBEDDING)
+    tables = tensors.embeddings
     if order is None:
-        if table is None:
+        if not tables:
             raise ValueError("neither trainable_token_indices nor alora_invocation_tokens is set")
-        order, note = surplus_rows(*table, base, options)
+        order, note = surplus_rows(*tables[0], base, options)
         notes.append(note)
     if EMBEDDING in tensors.rows:
         masks = _trained_rows(settings, tensors, order)
-    elif table is not None and settings.trained is None:
-        masks = _rows_of(*table, order)
+    elif tables and settings.trained is None:
+        masks = _rows_of(tables, order)
     else:
         raise ValueError(f"no tensor ends in {EMBEDDING}.token_adapter.trainable_tokens_delta")
     if settings.head_saved and HEAD in base.linears and base.unembed is None:
         raise ValueError("modules_to_save lm_head: the unembedding may have been trained")
-    for name, values in tensors.tables.values():
-        notes += check_table(name, values, base, mask_ids=order)
+    for name, table in tensors.tables.items():
+        notes += check_table(name, table, base, mask_ids=order)
     return masks, notes
 
 
@@ -272,7 +282,14 @@ def _trained_rows(settings: PeftSettings, tensors: PeftTensors, order: tuple[int
     return rows[mx.array([settings.trained.index(token) for token in order])]
 
 
-def _rows_of(name: str, table: mx.array, order: tuple[int, ...]) -> mx.array:
-    if table.ndim != 2 or max(order) >= table.shape[0]:
-        raise ValueError(f"{name} has shape {tuple(table.shape)}: no row for token {max(order)}")
-    return table[mx.array(order)]
+def _rows_of(tables: Sequence[tuple[str, mx.array]], order: tuple[int, ...]) -> mx.array:
+    """Rows of a table; where there are several, they must agree."""
+    found = []
+    for name, table in tables:
+        if table.ndim != 2 or max(order) >= table.shape[0]:
+            shape = tuple(table.shape)
+            raise ValueError(f"{name} has shape {shape}: no row for token {max(order)}")
+        found.append(table[mx.array(order)])
+        if not mx.array_equal(found[0], found[-1]).item():
+            raise ValueError(f"the mask tokens' rows of {tables[0][0]} and {name} differ")
+    return found[0]

@@ -212,8 +212,9 @@ def _layers(
             raise ValueError(f"{name} has rank {rank}, but layout option rank is {options.rank}")
         scale = _scale(name, rank, tensors, settings, options)
         layers.append(LowRankLayer(path=paths[name], lora_a=lora_a, lora_b=lora_b, scale=scale))
-    if options.scale is None and settings.rslora is None and not tensors.scalars:
-        notes.append(f"scale: {layers[0].scale:g} at rank {layers[0].rank}")
+    guessed = options.scale is None and settings.scale is None and not tensors.scalars
+    if guessed and settings.rslora is None:
+        notes.append(f"scale: alpha / rank, {layers[0].scale:g} at rank {layers[0].rank}")
     if settings.rank not in (None, *(layer.rank for layer in layers)):
         notes.append(f"the checkpoint says rank {settings.rank}, which no layer has")
     return layers, notes
