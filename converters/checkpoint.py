@@ -30,6 +30,7 @@ LATEST_FILE = "latest.json"
 MAX_FILES = 1000
 
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
+_KINDS = ", ".join(f"*{suffix}" for suffix in _SUFFIXES)
 _TRAINING_STATE = re.compile(
     r"(optim|sched|lr_sched|rng_state|random_states|training_args|scaler|grad_scaler)|.*optim_states"
 )
@@ -95,16 +96,18 @@ def read_checkpoint(
             folder = _follow(path)
             names = _tensor_files(folder)
             configs = _read_configs(folder, _config_names(folder))
-        elif path.exists():
+        elif path.suffix in _SUFFIXES and path.exists():
             folder, names = path.parent, [path.name]
             beside = (f"{path.stem}.json", "adapter_config.json", "config.json")
             configs = _read_configs(folder, [name for name in beside if (folder / name).is_file()])
+        elif path.exists():
+            raise ValueError(f"{path} is neither a folder nor a file of tensors ({_KINDS})")
         else:
             raise ValueError(f"{path} does not exist")
     except OSError as error:
         raise ValueError(f"{error.filename or path}: {error.strerror or error}") from None
     if not names:
-        raise ValueError(f"{path} holds no tensors ({', '.join(f'*{s}' for s in _SUFFIXES)})")
+        raise ValueError(f"{path} holds no file of tensors ({_KINDS})")
     files, values = _read_files(folder, names, allow_pickle=allow_pickle, progress=progress)
     if path.is_dir():
         _check_indexes(folder, files)

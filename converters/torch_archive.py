@@ -3,25 +3,25 @@
 Two forms are known, the zip archive that ``torch.save`` writes now and the row of pickles that it
 wrote before version 1.6.  The zip is read strictly: entries stored as they are, in one unbroken
 row from the first byte to the directory, named once, under one top folder.  Bombs, overlaps and
-names that two readers may take differently are therefore refused.  The pickle may use only the
-instructions and the globals of plain weights.  Whatever passes is still read in the sandbox alone.
+names that two readers may take differently are therefore refused.  The pickle must build plain
+weights that lie in the file (``torch_pickle``).  What passes is still read in the sandbox alone.
 """
 
 from __future__ import annotations
 
-import io
+import contextlib
 import os
-import pickletools
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_mtp.converters.safetensors_file import open_regular, shown
+from mlx_mtp.converters.torch_pickle import PickleFacts, check_pickle, named_globals
+from mlx_mtp.converters.torch_reader import MAX_GROWTH
 
 MAX_PICKLE_BYTES = 64 << 20
-MAX_INSTRUCTIONS = 1_000_000
 MAX_ENTRIES = 250_000
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -33,30 +33,6 @@ _ZIP64_FIELD = 1
 _REFUSED_FLAGS = 0x2041  # encrypted, strongly encrypted, directory encrypted
 _MAX_GAP = 24  # a data descriptor may follow an entry's bytes
 _ALL16, _ALL32 = 0xFFFF, 0xFFFFFFFF
-
-_PUSHES = "NONE NEWTRUE NEWFALSE BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINSTRING"
-_BUILDS = "EMPTY_DICT EMPTY_LIST EMPTY_TUPLE EMPTY_SET TUPLE TUPLE1 TUPLE2 TUPLE3 APPEND APPENDS"
-_REST = "PROTO STOP MARK BINPUT LONG_BINPUT BINGET LONG_BINGET SETITEM SETITEMS BINPERSID"
-_INSTRUCTIONS = frozenset(f"{_PUSHES} {_BUILDS} {_REST} GLOBAL REDUCE BUILD".split())
-
-_STORAGES = "Float Half BFloat16 Double Int Long Short Char Byte Bool ComplexFloat"
-_TYPES = (
-    "float32 float16 bfloat16 float64 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool "
-    "complex64 float8_e4m3fn float8_e5m2"
-)
-_REBUILDS = "_rebuild_tensor _rebuild_tensor_v2 _rebuild_tensor_v3 _rebuild_parameter"
-_GLOBALS = frozenset(
-    {
-        "collections.OrderedDict",
-        "__builtin__.set",
-        "torch.Size",
-        "torch.device",
-        "torch.storage.UntypedStorage",
-        *(f"torch.{name}Storage" for name in _STORAGES.split()),
-        *(f"torch.{name}" for name in _TYPES.split()),
-        *(f"torch._utils.{name}" for name in _REBUILDS.split()),
-    }
-)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,16 +56,17 @@ def check_torch_file(path: Path) -> TorchFile:
     Raises:
         ValueError: the file is missing, broken, a bomb, or refers to code; one line.
     """
-    try:
-        is_zip, size, pickles = _read_pickles(path)
-        found: set[str] = set()
-        for pickle in pickles:
-            found |= set(_check_pickle(pickle))
-        return TorchFile(is_zip=is_zip, num_bytes=size, globals=tuple(sorted(found)))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is refused: {shown(error)}") from None
+    with _refusals_of(path), open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        is_zip = file.read(4) == _ZIP_START
+        facts = _check_zip(file, size) if is_zip else _check_legacy(file, size)
+        if not facts.is_dict:
+            raise ValueError("it holds no dict of tensors")
+        if facts.tensor_bytes > MAX_GROWTH * size:
+            raise ValueError(
+                f"its tensors would fill {facts.tensor_bytes} bytes, the file has {size}"
+            )
+        return TorchFile(is_zip=is_zip, num_bytes=size, globals=tuple(sorted(facts.globals)))
 
 
 def pickle_globals(path: Path) -> list[str]:
@@ -98,103 +75,62 @@ def pickle_globals(path: Path) -> list[str]:
     Raises:
         ValueError: the file is missing, broken, or no PyTorch file.
     """
+    with _refusals_of(path), open_regular(path) as file:
+        if file.read(4) == _ZIP_START:
+            records = _zip_records(file, os.fstat(file.fileno()).st_size)
+            return sorted(set(named_globals(_zip_pickle(file, records))[0]))
+        head, end = _legacy_head(file)
+        found: set[str] = set()
+        for _ in range(_LEGACY_PICKLES - 1):
+            names, end = named_globals(head, start=end)
+            found.update(names)
+        return sorted(found)
+
+
+@contextlib.contextmanager
+def _refusals_of(path: Path) -> Iterator[None]:
+    """Name the file in what goes wrong."""
     try:
-        pickles = _read_pickles(path)[2]
-        return sorted({name for pickle in pickles for name in _global_names(pickle)})
+        yield
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
         raise ValueError(f"{path} is refused: {shown(error)}") from None
 
 
-def _read_pickles(path: Path) -> tuple[bool, int, list[list[Instruction]]]:
-    """Return whether the file is a zip, its size, and the instructions of its pickles."""
-    with open_regular(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if file.read(4) == _ZIP_START:
-            text = _zip_pickle(file, size)
-            pickle, end = _disassemble(text, 0)
-            if end != len(text):
-                raise ValueError(f"{len(text) - end} bytes follow its pickle")
-            return True, size, [pickle]
-        file.seek(0)
-        return False, size, _legacy_pickles(file.read(MAX_PICKLE_BYTES))
+# The form from before version 1.6: five pickles, then each storage behind its length
 
 
-# Pickles
-
-Instruction = tuple[str, Any]
-
-
-def _legacy_pickles(head: bytes) -> list[list[Instruction]]:
-    """Take the pickles at the start of a file from before version 1.6 apart."""
-    no_torch_file = "it is neither a zip archive nor an old PyTorch file"
+def _legacy_head(file: Any) -> tuple[bytes, int]:
+    """Return the part with the pickles, and where the first one, the magic number, ends."""
+    head = os.pread(file.fileno(), MAX_PICKLE_BYTES, 0)
     try:
-        first, end = _disassemble(head[:64], 0)
+        facts, end = check_pickle(head[:64])
     except ValueError:
-        raise ValueError(no_torch_file) from None
-    if ("LONG1", _LEGACY_MAGIC) not in first:
-        raise ValueError(no_torch_file)
-    pickles = [first]
-    while len(pickles) < _LEGACY_PICKLES:
-        pickle, end = _disassemble(head, end)
-        pickles.append(pickle)
-    return pickles
+        facts, end = None, 0
+    if facts is None or facts.result != _LEGACY_MAGIC:
+        raise ValueError("it is neither a zip archive nor an old PyTorch file")
+    return head, end
 
 
-def _disassemble(text: bytes, start: int) -> tuple[list[Instruction], int]:
-    """Take one pickle apart.
-
-    Returns:
-        Its instructions and where it ends.
-    """
-    stream = io.BytesIO(text)
-    stream.seek(start)
-    instructions: list[Instruction] = []
-    try:
-        for opcode, argument, _ in pickletools.genops(stream):
-            instructions.append((opcode.name, argument))
-            if len(instructions) > MAX_INSTRUCTIONS:
-                raise ValueError(f"its pickle has over {MAX_INSTRUCTIONS} instructions")
-    except (ValueError, struct.error, OverflowError, IndexError, KeyError) as error:
-        raise ValueError(f"its pickle is broken: {shown(error)}") from None
-    return instructions, stream.tell()
-
-
-def _check_pickle(pickle: list[Instruction]) -> list[str]:
-    """Refuse a pickle that is not of plain weights; return its globals."""
-    for name, argument in pickle:
-        if name == "GLOBAL" and argument.replace(" ", ".", 1) not in _GLOBALS:
-            raise ValueError(
-                f"it refers to {shown(argument.replace(' ', '.', 1))}, which is not plain weights; "
-                "save its state_dict alone"
-            )
-        if name == "PROTO" and argument != 2:
-            raise ValueError(f"its pickle has protocol {argument}, that of weights is 2")
-        if name not in _INSTRUCTIONS:
-            raise ValueError(f"its pickle uses {name}, which plain weights never need")
-    return _global_names(pickle)
-
-
-def _global_names(pickle: list[Instruction]) -> list[str]:
-    """Name the globals of a pickle; where they come from its stack, as well as can be told."""
-    names: list[str] = []
-    texts: list[str] = ["?", "?"]  # the last two texts that were pushed
-    memo: dict[int, str] = {}
-    for name, argument in pickle:
-        if name in ("GLOBAL", "INST"):
-            names.append(argument.replace(" ", ".", 1))
-        elif name == "STACK_GLOBAL":
-            names.append(".".join(texts))
-        elif name in ("EXT1", "EXT2", "EXT4"):
-            names.append(f"extension {argument}")
-        elif name in ("BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"):
-            memo[len(memo) if argument is None else argument] = texts[-1]
-        elif name in ("BINGET", "LONG_BINGET", "GET"):
-            texts = [texts[-1], memo.get(argument, "?")]
-        elif isinstance(argument, str):
-            texts = [texts[-1], argument]
-    return [shown(name) for name in names]
+def _check_legacy(file: Any, size: int) -> PickleFacts:
+    head, end = _legacy_head(file)
+    _, end = check_pickle(head, start=end)  # the protocol
+    _, end = check_pickle(head, start=end)  # the machine
+    facts, end = check_pickle(head, start=end)
+    keys, end = check_pickle(head, start=end)
+    entries = keys.result if isinstance(keys.result, list) else []
+    listed = [key for key in entries if isinstance(key, str)]
+    if sorted(listed) != sorted(facts.storages):
+        raise ValueError("its list of storages is not that of its tensors")
+    for key in listed:
+        storage = facts.storages[key]
+        if _read_at(file, end, 8) != struct.pack("<Q", storage.count):
+            raise ValueError(f"its storage {shown(key)} has another length than its tensors say")
+        end += 8 + storage.num_bytes
+    if end != size:
+        raise ValueError(f"its storages end at byte {end}, the file at {size}")
+    return facts
 
 
 # Zip archives
@@ -207,8 +143,33 @@ class _Entry:
     num_bytes: int
 
 
-def _zip_pickle(file: Any, size: int) -> bytes:
-    """Check the whole archive and return its ``data.pkl``."""
+def _check_zip(file: Any, size: int) -> PickleFacts:
+    records = _zip_records(file, size)
+    text = _zip_pickle(file, records)
+    facts, end = check_pickle(text)
+    if end != len(text):
+        raise ValueError(f"{len(text) - end} bytes follow its pickle")
+    for key, storage in facts.storages.items():
+        if f"data/{key}" not in records:
+            raise ValueError(f"its storage {shown(key)} is missing")
+        if storage.num_bytes > records[f"data/{key}"][1]:
+            raise ValueError(f"its storage {shown(key)} is shorter than its tensors say")
+    return facts
+
+
+def _zip_pickle(file: Any, records: Mapping[str, tuple[int, int]]) -> bytes:
+    if "data.pkl" not in records:
+        raise ValueError("it is a zip archive without data.pkl")
+    if "constants.pkl" in records or any(name.startswith("code/") for name in records):
+        raise ValueError("it is a TorchScript program, not a checkpoint")
+    start, length = records["data.pkl"]
+    if length > MAX_PICKLE_BYTES:
+        raise ValueError(f"its pickle has {length} bytes, at most {MAX_PICKLE_BYTES} are read")
+    return _read_at(file, start, length)
+
+
+def _zip_records(file: Any, size: int) -> dict[str, tuple[int, int]]:
+    """Check the whole archive; return where each record's bytes begin and how many there are."""
     count, start, end = _find_directory(file, size)
     entries = sorted(_read_directory(file, count, start, end), key=lambda entry: entry.offset)
     roots = {entry.name.partition("/")[0] for entry in entries}
@@ -216,23 +177,17 @@ def _zip_pickle(file: Any, size: int) -> bytes:
         raise ValueError(f"its entries lie under {len(roots)} folders, not one")
     if len({entry.name.lower() for entry in entries}) != len(entries):
         raise ValueError("two of its entries have one name")
-    previous_end, found = 0, None
+    previous_end = 0
+    records: dict[str, tuple[int, int]] = {}
     for index, entry in enumerate(entries):
         if not 0 <= entry.offset - previous_end <= (_MAX_GAP if index else 0):
             raise ValueError(f"its entry {entry.name} overlaps another or leaves a gap")
         data = _data_start(file, entry)
         previous_end = data + entry.num_bytes
-        record = entry.name.partition("/")[2]
-        if record == "constants.pkl" or record.startswith("code/"):
-            raise ValueError("it is a TorchScript program, not a checkpoint")
-        found = (data, entry.num_bytes) if record == "data.pkl" else found
+        records[entry.name.partition("/")[2]] = (data, entry.num_bytes)
     if not 0 <= start - previous_end <= _MAX_GAP:
         raise ValueError("its last entry overlaps its directory or leaves a gap")
-    if found is None:
-        raise ValueError("it is a zip archive without data.pkl")
-    if found[1] > MAX_PICKLE_BYTES:
-        raise ValueError(f"its pickle has {found[1]} bytes, at most {MAX_PICKLE_BYTES} are read")
-    return _read_at(file, *found)
+    return records
 
 
 def _find_directory(file: Any, size: int) -> tuple[int, int, int]:

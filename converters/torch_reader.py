@@ -22,6 +22,8 @@ from mlx_mtp.converters import sandbox
 
 TENSORS_FILE = "tensors.safetensors"
 RESULT_FILE = "result.json"
+# One storage may be written under several names, so the output may be longer than the file.
+MAX_GROWTH = 4
 MAX_VALUES = 10_000
 MAX_TEXT = 1024
 MAX_LIST = 4096
@@ -29,8 +31,6 @@ _MAX_DEPTH = 16
 _MAX_NODES = 1_000_000
 _MAX_DIMENSIONS = 8
 _SLICE_BYTES = 64 << 20
-# One storage may be written under several names, so the output may be longer than the file.
-_MAX_GROWTH = 4
 _SLACK_BYTES = 1 << 20
 _OLDEST_TORCH = (2, 6)  # older ones could be made to run code even with weights_only
 
@@ -45,7 +45,7 @@ _NOT_WEIGHTS = ("optim", "sched", "lr_sched", "rng", "scaler", "grad_scaler")
 
 def max_output_bytes(file_bytes: int) -> int:
     """The longest tensor file that may come of a PyTorch file of this size."""
-    return _MAX_GROWTH * file_bytes + _SLACK_BYTES
+    return MAX_GROWTH * file_bytes + _SLACK_BYTES
 
 
 def read_confined(
@@ -119,7 +119,7 @@ def _load(torch: Any, path: Path, *, is_zip: bool) -> Any:
 
 def _flatten(loaded: Any, *, torch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split what was loaded into tensors and plain values, both by dotted name."""
-    if not isinstance(loaded, Mapping):
+    if not isinstance(loaded, dict):
         raise ValueError(f"it holds a {type(loaded).__name__}, not a dict of tensors")
     tensors: dict[str, Any] = {}
     values: dict[str, Any] = {}
@@ -127,7 +127,8 @@ def _flatten(loaded: Any, *, torch: Any) -> tuple[dict[str, Any], dict[str, Any]
     nodes = 0
     while waiting:
         prefix, node, depth = waiting.pop()
-        items = node.items() if isinstance(node, Mapping) else enumerate(node)
+        # Not node.items(): a pickle may give an OrderedDict an attribute of that name.
+        items = dict.items(node) if isinstance(node, dict) else enumerate(node)
         nodes += len(node)
         if depth > _MAX_DEPTH or nodes > _MAX_NODES:
             raise ValueError("its dicts are nested too deeply or hold too much")
@@ -142,7 +143,7 @@ def _flatten(loaded: Any, *, torch: Any) -> tuple[dict[str, Any], dict[str, Any]
             elif _is_plain(value):
                 if len(values) < MAX_VALUES:
                     values[name] = value
-            elif isinstance(value, Mapping | list | tuple):
+            elif isinstance(value, dict | list | tuple):
                 waiting.append((name, value, depth + 1))
     return tensors, values
 
@@ -237,7 +238,10 @@ def _reason(problem: BaseException) -> str:
         return "it is nested too deeply"
     if isinstance(problem, KeyError | AttributeError | IndexError | EOFError | struct.error):
         return f"its pickle is broken ({type(problem).__name__} {problem})"[:MAX_TEXT]
-    text = str(problem)[: 64 * MAX_TEXT]
-    _, found, rest = text.partition("WeightsUnpickler error: ")
-    lines = [line.strip() for line in (rest if found else text).splitlines() if line.strip()]
-    return lines[0][:MAX_TEXT] if lines else type(problem).__name__
+    # torch wraps the reason in advice, part of which is to read the file without restraint.
+    before, wrapped, after = str(problem)[: 64 * MAX_TEXT].partition("WeightsUnpickler error:")
+    lines = [line.strip() for line in (after if wrapped else before).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].startswith("Weights only load failed"):
+        del lines[0]
+    sentence = lines[0].partition(". ")[0] if lines else type(problem).__name__
+    return sentence[:MAX_TEXT].rstrip(".")
