@@ -206,7 +206,13 @@ def output_folder(output: Path, *, force: bool) -> Iterator[Path]:
 
 
 def _read(checkpoint: Path, options: AdapterOptions) -> Checkpoint:
-    """Read a checkpoint and make sure that its layout is known, before any slow work."""
+    """Read a checkpoint and make sure that its layout is known, before any slow work.
+
+    Published bundles keep the adapter in a folder of the model's.
+    """
+    bundled = checkpoint / BUNDLED_ADAPTER
+    if (bundled / CONFIG_FILE).is_file() and not (checkpoint / CONFIG_FILE).is_file():
+        checkpoint = bundled
     read = read_checkpoint(checkpoint, allow_pickle=options.allow_pickle)
     recognise(read, layout=options.layout)
     return read
