@@ -166,8 +166,9 @@ def load_reference(
     """
     try:
         import torch  # noqa: F401
+        import transformers  # noqa: F401
     except ImportError:
-        raise ValueError(f"verifying a conversion needs torch: {EXTRA}") from None
+        raise ValueError(f"verifying a conversion needs torch and transformers: {EXTRA}") from None
     model = load_base(hf_path, scratch=scratch, allow_pickle=allow_pickle)
     reference = Reference(model=model, vocab_size=model.get_input_embeddings().weight.shape[0])
     if checkpoint is None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_mtp.converters.reference import Adapter, Gate
+from mlx_mtp.converters.reference import EXTRA, Adapter, Gate
 from mlx_mtp.converters.reference_files import Original, read_original
 
 if TYPE_CHECKING:
@@ -54,11 +54,11 @@ def attach(
         return _attach_glora(model, original, gate=gate, base=base, options=options)
     from mlx_mtp.converters.reference_state_dict import attach_state_dict
 
-    return attach_state_dict(model, original, gate=gate, options=options)
+    return attach_state_dict(model, original, gate=gate, options=options, written=written_rows)
 
 
 def recognise(original: Original) -> str:
-    """Name the layout of a checkpoint by its settings: PEFT's, MTP-GLoRA's, or none."""
+    """Name the layout of a checkpoint by its settings: PEFT's, MTP-GLoRA's, or neither."""
     if "peft_type" in original.configs.get("adapter_config.json", {}):
         return "peft"
     return (
@@ -98,8 +98,12 @@ def _attach_peft(
 ) -> Adapter:
     """Let PEFT load its adapter as ordinary LoRA, then gate every layer."""
     import torch
-    from peft import PeftModel
-    from peft.tuners.lora.layer import LoraLayer
+
+    try:
+        from peft import PeftModel
+        from peft.tuners.lora.layer import LoraLayer
+    except ImportError:
+        raise ValueError(f"verifying a PEFT checkpoint needs peft: {EXTRA}") from None
 
     config = original.configs["adapter_config.json"]
     tensors = {name: value for name, value in original.tensors.items() if ".lora_" in name}
@@ -112,7 +116,11 @@ def _attach_peft(
     if max(needed, default=0) > num_rows:
         model.resize_token_embeddings(max(needed), mean_resizing=False)
     if not ids:
-        ids = _look_up(model, written)
+        ids = look_up(model, written)
+    tensors = {
+        name: _with_base_rows(model, name, value, ids) if _is_table(name) else value
+        for name, value in tensors.items()
+    }
     with torch.no_grad():
         PeftModel.from_pretrained(model, _peft_folder(scratch / "peft", config, tensors))
         for module in list(model.modules()):
@@ -135,6 +143,16 @@ def _is_table(name: str) -> bool:
     return name.endswith("weight") and ("embed_tokens" in name or "lm_head" in name)
 
 
+def _with_base_rows(model: Any, name: str, table: torch.Tensor, ids: list[int]) -> torch.Tensor:
+    """A saved table with the base model's own rows, which saving may have rounded."""
+    is_head = "lm_head" in name
+    own = model.get_output_embeddings() if is_head else model.get_input_embeddings()
+    merged = own.weight.detach().clone()[: table.shape[0]]
+    rows = [token for token in ids if token < table.shape[0]]
+    merged[rows] = table[rows].float()
+    return merged
+
+
 def _peft_mask_ids(config: Mapping[str, Any], options: Mapping[str, str]) -> list[int]:
     """Ids of the mask tokens in drafting order; none where the checkpoint has no mask tokens."""
     if "mask_token_ids" in options:
@@ -145,7 +163,7 @@ def _peft_mask_ids(config: Mapping[str, Any], options: Mapping[str, str]) -> lis
     return list(config.get("alora_invocation_tokens") or trained or [])
 
 
-def _look_up(model: Any, written: np.ndarray | None) -> list[int]:
+def look_up(model: Any, written: np.ndarray | None) -> list[int]:
     """Ids of the base model's tokens whose embeddings were written as mask rows."""
     import torch
 
@@ -203,9 +221,11 @@ def _attach_glora(
     model: Any, original: Original, *, gate: Gate, base: Path, options: Mapping[str, str]
 ) -> Adapter:
     """Hook MTP-GLoRA's layers on, fused ones on each of their parts."""
-    arguments = original.configs["config.json"]
+    arguments = original.configs.get("config.json", {})
     tensors = {name.removeprefix("module."): v for name, v in original.tensors.items()}
-    alpha, rank = float(arguments["lora_alpha"]), int(arguments["lora_rank"])
+    alpha = float(_argument(arguments, "lora_alpha", options, "alpha"))
+    rank = int(_argument(arguments, "lora_rank", options, "rank"))
+    k = int(_argument(arguments, "draft_length", options, "num_draft_tokens"))
     for name, a in tensors.items():
         match = re.fullmatch(r"model\.(.+)\.lora_A\.weight", name)
         if match is None:
@@ -215,11 +235,20 @@ def _attach_glora(
         root = math.sqrt(wide) if arguments.get("lora_use_rslora") else wide
         scale = alpha * (wide / rank) / root  # a fused layer has its rank and alpha multiplied
         _hook_parts(model, match[1], a, b, scale=scale, gate=gate)
-    ids = _glora_mask_ids(base, options) * int(arguments["draft_length"])
+    eps = float(options.get("norm_eps", model.config.rms_norm_eps))
     return Adapter(
-        mask_rows=_glora_rows(model, tensors, ids[: int(arguments["draft_length"])]),
-        sampler=_glora_sampler(tensors, eps=float(model.config.rms_norm_eps)),
+        mask_rows=_glora_rows(model, tensors, (_glora_mask_ids(base, options) * k)[:k]),
+        sampler=_glora_sampler(tensors, eps=eps),
     )
+
+
+def _argument(
+    arguments: Mapping[str, Any], key: str, options: Mapping[str, str], option: str
+) -> Any:
+    """A training argument, or the layout option that stands in for it."""
+    if arguments.get(key) is None and option not in options:
+        raise ValueError(f"config.json does not say {key}; give {option}")
+    return options[option] if arguments.get(key) is None else arguments[key]
 
 
 def _hook_parts(

@@ -37,7 +37,7 @@ def read_original(path: Path, *, scratch: Path, allow_pickle: bool) -> Original:
     """
     from safetensors.torch import load_file
 
-    folder = _newest_step(path) if path.is_dir() else path.parent
+    folder = _follow(path) if path.is_dir() else path.parent
     files = _tensor_files(folder) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{path} holds no tensors")
@@ -52,16 +52,21 @@ def read_original(path: Path, *, scratch: Path, allow_pickle: bool) -> Original:
             file, found = torch_to_safetensors(file, target, allow_pickle=allow_pickle)
             values |= found
         tensors |= load_file(file)
-    return Original(tensors=tensors, configs=_json_objects(folder), values=values)
+    beside = ("adapter_config.json", "config.json", f"{path.stem}.json")
+    configs = _json_objects(folder)
+    if path.is_file():
+        configs = {name: content for name, content in configs.items() if name in beside}
+    return Original(tensors=tensors, configs=configs, values=values)
 
 
-def _newest_step(folder: Path) -> Path:
-    """The folder itself, or the one that its ``latest.json`` points at."""
-    pointer = folder / "latest.json"
-    if not pointer.is_file():
+def _follow(folder: Path) -> Path:
+    """The folder itself, the step that its ``latest.json`` points at, or its adapter."""
+    pointer, name = folder / "latest.json", "adapter"
+    if pointer.is_file():
+        name = Path(str(json.loads(pointer.read_text(encoding="utf-8"))["latest"])).name
+    elif (folder / "adapter_config.json").is_file() or not any((folder / name).glob("*.json")):
         return folder
-    step = folder / Path(str(json.loads(pointer.read_text(encoding="utf-8"))["latest"])).name
-    return step if step.is_dir() else folder
+    return folder / name if (folder / name).is_dir() else folder
 
 
 def _tensor_files(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from mlx_mtp.converters.reference import Adapter, Gate
 from mlx_mtp.converters.reference_files import Original
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 Sampler = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
@@ -18,14 +19,19 @@ _LORA = re.compile(r"(.+)\.lora_([ab])(?:\.default)?(?:\.weight)?", re.IGNORECAS
 
 
 def attach_state_dict(
-    model: Any, original: Original, *, gate: Gate, options: Mapping[str, str]
+    model: Any,
+    original: Original,
+    *,
+    gate: Gate,
+    options: Mapping[str, str],
+    written: np.ndarray | None,
 ) -> Adapter:
     """Hook every pair of low-rank tensors on; find mask rows and sampler by name and shape.
 
     Raises:
         ValueError: a tensor fits no layer, or the scale or the mask rows cannot be found.
     """
-    from mlx_mtp.converters.reference_adapters import add_low_rank
+    from mlx_mtp.converters.reference_adapters import add_low_rank, look_up
 
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for name, value in original.tensors.items():
@@ -35,8 +41,11 @@ def attach_state_dict(
     for path, pair in pairs.items():
         layer = layers[_layer_path(path, layers)]
         a, b = _oriented(path, pair, layer)
-        scale = _scale(original, options, rank=a.shape[0])
+        scale = _scale(original, options, path=path, rank=a.shape[0])
         add_low_rank(layer, a, b, scale=scale, gate=gate, columns=slice(None))
+    if "seed" in options:
+        ids = ",".join(map(str, look_up(model, written)))
+        options = {**options, "mask_token_ids": ids}
     return Adapter(
         mask_rows=_mask_rows(model, original, options),
         sampler=_sampler(model, original, options),
@@ -75,29 +84,42 @@ def _oriented(
     return a, b
 
 
-def _scale(original: Original, options: Mapping[str, str], *, rank: int) -> float:
-    """Factor of the low-rank product, from the options or the values saved beside it."""
+def _scale(original: Original, options: Mapping[str, str], *, path: str, rank: int) -> float:
+    """Factor of a low-rank product, from the options or the values saved beside it."""
     if "scale" in options:
         return float(options["scale"])
-    if "alpha" in options:
-        return float(options["alpha"]) / rank
-    scaling = _value(original, ("scaling", "scale", "lora_scale", "lora_scaling"))
+    rooted = _value(original, ("use_rslora", "rslora", "lora_use_rslora"))
+    alpha = float(options["alpha"]) if "alpha" in options else _own(original, path, "alpha")
+    if alpha is not None:
+        return alpha / (math.sqrt(rank) if rooted else rank)
+    scale = _own(original, path, "scale") or _own(original, path, "scaling")
+    if scale is not None:
+        return scale
     alpha = _value(original, ("lora_alpha", "alpha"))
-    if alpha is None and scaling is None:
+    scale = _value(original, ("scaling", "scale", "lora_scale", "lora_scaling"))
+    if alpha is None and scale is None:
         raise ValueError("the checkpoint does not say its alpha; give alpha")
-    if alpha is None:
-        assert scaling is not None
-        return scaling
-    return alpha / (math.sqrt(rank) if _value(original, ("use_rslora", "rslora")) else rank)
+    if scale is not None and (alpha is None or rooted is None):
+        return scale
+    assert alpha is not None
+    return alpha / (math.sqrt(rank) if rooted else rank)
+
+
+def _own(original: Original, path: str, word: str) -> float | None:
+    """A number that lies beside one layer's low-rank tensors."""
+    names = (f"{path}.{word}", f"{path}.lora_{word}")
+    found = [original.tensors[name] for name in names if name in original.tensors]
+    return float(found[0]) if found else None
 
 
 def _value(original: Original, names: tuple[str, ...]) -> float | None:
     """A number saved under one of these names, in a PyTorch file or a JSON file."""
     found = dict(original.values)
     for content in original.configs.values():
-        found |= content
-        for inner in content.values():
-            found |= inner if isinstance(inner, dict) else {}
+        if "model_type" not in content:  # else it is the base model's
+            found |= content
+            for inner in content.values():
+                found |= inner if isinstance(inner, dict) else {}
     for wanted in names:
         for name, value in found.items():
             if name.rpartition(".")[-1] == wanted and isinstance(value, int | float):
@@ -113,11 +135,11 @@ def _mask_rows(model: Any, original: Original, options: Mapping[str, str]) -> to
     num_rows, width = table.weight.shape
     tensors = original.tensors
     if "masks" in options:
-        return _repeated(tensors[options["masks"]].float(), options)
-    named = [v for name, v in tensors.items() if "mask" in name.lower() and v.ndim == 2]
-    named = [value for value in named if value.shape[1] == width]
+        return _repeated(tensors[options["masks"]], width, options)
+    named = [value for name, value in tensors.items() if "mask" in name.lower()]
+    named = [value for value in named if value.is_floating_point()]
     if len(named) == 1:
-        return _repeated(named[0].float(), options)
+        return _repeated(named[0], width, options)
     saved = [value for name, value in tensors.items() if name.endswith("embed_tokens.weight")]
     ids = [int(part) for part in options.get("mask_token_ids", "").split(",") if part]
     if saved and (ids or saved[0].shape[0] > num_rows):
@@ -128,8 +150,9 @@ def _mask_rows(model: Any, original: Original, options: Mapping[str, str]) -> to
     raise ValueError("the checkpoint's mask rows cannot be found; give masks or mask_token_ids")
 
 
-def _repeated(rows: torch.Tensor, options: Mapping[str, str]) -> torch.Tensor:
-    """One shared row k times; rows as they are."""
+def _repeated(rows: torch.Tensor, width: int, options: Mapping[str, str]) -> torch.Tensor:
+    """Rows ``[k, D]``; one shared row k times."""
+    rows = rows.float().reshape(-1, width)
     k = int(options.get("num_draft_tokens", rows.shape[0]))
     return rows.expand(k, -1) if rows.shape[0] == 1 else rows[:k]
 

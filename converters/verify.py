@@ -2,8 +2,8 @@
 
 Both sides run the same prompts, with the mask rows behind each, in float32 on the CPU.  Compared
 are the logits of ordinary rows, the hidden states and logits of mask rows, and the logits of the
-sampler head.  A converted model in lower precision cannot agree to the bound, so the base model is
-then converted once more, as it is, into a scratch folder; the report says so.
+sampler head.  A model that was quantised or cast cannot agree to the bound, so its original is then
+converted once more, to float32, into a scratch folder; the report says so.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def verify_conversion(
             folder = mlx_model
         model = _mlx_model(folder, written)
         found = [_mlx_case(model, case) for case in cases]
-    notes = (f"{mlx_model} {reason}; compared was the base model without that",) if reason else ()
+    notes = (f"the model that was written {reason}: compared was its original",) if reason else ()
     return ConversionReport(groups=_compare(found, cases, columns), notes=notes)
 
 
@@ -191,11 +191,11 @@ def _torch_side(reference: Reference) -> tuple[list[_Case], np.ndarray, np.ndarr
 
 
 def _convert_again(hf_path: Path, target: Path, *, allow_pickle: bool) -> Path:
-    """Convert the base model as it is, neither quantised nor cast; return the folder."""
+    """Convert the base model to float32, which loses nothing; return the folder."""
     from mlx_mtp.converters.base_model import convert_base
 
     target.mkdir()
-    convert_base(str(hf_path), target, allow_pickle=allow_pickle)
+    convert_base(str(hf_path), target, dtype="float32", allow_pickle=allow_pickle)
     return target
 
 

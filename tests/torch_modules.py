@@ -14,17 +14,19 @@ from typing import Any
 import torch
 from fixtures_generate import EOS, VOCAB_SIZE, byte_tokenizer
 from torch import nn
-from transformers import (
-    AutoModelForCausalLM,
-    LlamaConfig,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 DIMS = 32
 PADDED_VOCAB = VOCAB_SIZE + 12
-CONFIGS: dict[str, Any] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0}
+LLAMA3_ROPE: dict[str, Any] = {
+    "rope_type": "llama3",
+    "rope_theta": 50000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
 
 
 def tiny_causal_lm(
@@ -33,10 +35,14 @@ def tiny_causal_lm(
     seed: int = 0,
     tied: bool = False,
     vocab_size: int = VOCAB_SIZE,
-    rope_theta: float = 10000.0,
+    rope: dict[str, Any] = ROPE,
 ) -> PreTrainedModel:
-    """A transformers model of 2 layers with random float32 weights, in evaluation mode."""
-    config = CONFIGS[kind](
+    """A transformers model of 2 layers with random float32 weights, in evaluation mode.
+
+    Its greedy answers are bytes: the logits of other tokens, the end among them, stay near 0.
+    """
+    config = AutoConfig.for_model(
+        kind,
         vocab_size=vocab_size,
         hidden_size=DIMS,
         intermediate_size=48,
@@ -47,13 +53,15 @@ def tiny_causal_lm(
         max_position_embeddings=1024,
         rms_norm_eps=1e-5,
         tie_word_embeddings=tied,
-        rope_parameters={"rope_type": "default", "rope_theta": rope_theta},
+        rope_parameters=rope,
         bos_token_id=None,
         eos_token_id=EOS,
         pad_token_id=None,
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     randomise(model, seed=seed)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[EOS:] *= 0.02
     return model.float().eval()
 
 
@@ -120,17 +128,21 @@ class GatedLinear(nn.Module):
 
 
 class BareGatedLinear(nn.Module):
-    """The same with bare parameters; ``transposed`` stores them as ``[in, r]`` and ``[r, out]``."""
+    """The same with bare parameters; ``transposed`` stores them as ``[in, r]`` and ``[r, out]``.
+
+    With ``own_alpha`` each layer has an alpha of its own, kept in a buffer.
+    """
 
     def __init__(
         self,
         base_layer: nn.Linear,
         *,
         rank: int,
-        scale: float,
+        alpha: float,
         gate: Gate,
         transposed: bool = False,
         lower_case: bool = False,
+        own_alpha: bool = False,
     ) -> None:
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
@@ -139,7 +151,10 @@ class BareGatedLinear(nn.Module):
         for name, size in zip(self.names, sizes, strict=True):
             value = torch.zeros(size[::-1] if transposed else size)
             self.register_parameter(name, nn.Parameter(value))
-        self.scale = scale
+        if own_alpha:
+            alpha += base_layer.out_features / 16
+            self.register_buffer("alpha", torch.tensor(alpha))
+        self.scale = alpha / rank
         self.gate = gate
         self.transposed = transposed
 

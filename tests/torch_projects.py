@@ -40,14 +40,14 @@ def peft_mtp(
     sampler: bool = True,
     order: Sequence[int] = MASKS,
     by_name: bool = False,
-    rope_theta: float = 10000.0,
+    rope: dict[str, Any] = parts.ROPE,
     pickled: bool = False,
     dtype: torch.dtype = torch.float32,
     **lora: Any,
 ) -> Project:
     """A PEFT model that gates by itself: LoRA is active from the first mask token on."""
     size = VOCAB_SIZE if resize else PADDED_VOCAB
-    live = parts.tiny_causal_lm(kind, tied=tied, vocab_size=size, rope_theta=rope_theta)
+    live = parts.tiny_causal_lm(kind, tied=tied, vocab_size=size, rope=rope)
     base = parts.save_model(live, root / "base")
     live = parts.load_model(base)
     if resize:
@@ -92,6 +92,8 @@ def _save_peft(project: Project, dtype: torch.dtype) -> None:
             for name, value in model.named_parameters():
                 if "lora_" in name or "delta" in name:
                     value.copy_(value.to(dtype))
+            table = project.backbone.get_input_embeddings().weight
+            table[project.mask_ids] = table[project.mask_ids].to(dtype).float()
     model.save_pretrained(project.checkpoint, safe_serialization=not project.pickled)
     if dtype != torch.float32:
         path = project.checkpoint / "adapter_model.safetensors"
@@ -232,6 +234,7 @@ def amateur(
     file: str,
     kind: str = "llama",
     prefix: str = "",
+    masks: str = "own",
     hidden_first: bool = False,
     rms: bool = False,
     residual: bool = False,
@@ -239,7 +242,6 @@ def amateur(
     container: str | None = None,
     whole: bool = False,
     alpha_beside: bool = True,
-    options: dict[str, str] | None = None,
     **layer: Any,
 ) -> Project:
     """Bare parameters, saved in whatever way came to mind."""
@@ -249,38 +251,51 @@ def amateur(
 
     def make(leaf: str, linear: nn.Linear) -> nn.Module:
         del leaf
-        return parts.BareGatedLinear(linear, rank=rank, scale=alpha / rank, gate=gate, **layer)
+        return parts.BareGatedLinear(linear, rank=rank, alpha=alpha, gate=gate, **layer)
 
     parts.replace_linears(live, ("q_proj", "v_proj", "up_proj", "down_proj"), make)
-    live.mask_embeddings = nn.Parameter(torch.zeros(5, DIMS))
     head: nn.Module | None = None
     if sampler:
         head = parts.PlainSampler(DIMS, hidden_first=hidden_first, rms=rms, residual=residual)
         live.sampler = head
-    parts.randomise(live, seed=3, only=("lora_", "mask_embeddings", "sampler"))
+    mask_rows = _amateur_masks(live, masks)
+    parts.randomise(live, seed=3, only=("lora_", "mask_", "sampler"))
     tensors = {prefix + name: value for name, value in live.state_dict().items() if whole or (
-        name.startswith(("sampler.", "mask_")) or "lora_" in name
+        name.startswith(("sampler.", "mask_")) or "lora_" in name or name.endswith(".alpha")
     )}  # fmt: skip
-    checkpoint = root / file
     settings = {"lora_alpha": alpha, "lora_rank": rank} if alpha_beside else {}
-    _save_amateur(checkpoint, tensors, settings, container=container)
+    _save_amateur(root / file, tensors, settings, container=container)
     given = {"residual": "hidden"} if residual else {}
     given |= {"concat": "hidden-embedding"} if hidden_first else {}
     given |= {"norm_eps": "1e-6"} if rms else {}
-    given |= {} if alpha_beside else {"alpha": str(alpha)}
+    given |= {} if alpha_beside or "own_alpha" in layer else {"alpha": str(alpha)}
+    given |= {"num_draft_tokens": "5"} if masks == "shared" else {}
     return Project(
         base=base,
-        checkpoint=checkpoint,
+        checkpoint=root / file,
         layout="state-dict",
         model=live,
         backbone=live,
         k=5,
-        mask_rows=live.mask_embeddings.detach(),
+        mask_rows=mask_rows.detach().expand(5, -1),
         gate=gate,
         sampler=head,
         options=given,
-        pickled=checkpoint.suffix != ".safetensors",
+        pickled=not file.endswith(".safetensors"),
     )
+
+
+def _amateur_masks(live: Any, masks: str) -> torch.Tensor:
+    """Give a model mask rows: of its own, one for all, or new rows of its embedding table."""
+    if masks == "table":
+        size = live.config.vocab_size
+        live.resize_token_embeddings(size + 5)
+        return live.get_input_embeddings().weight[size:]
+    if masks == "shared":
+        live.mask_token = nn.Parameter(torch.zeros(1, 1, DIMS))
+        return live.mask_token[0]
+    live.mask_embeddings = nn.Parameter(torch.zeros(5, DIMS))
+    return live.mask_embeddings
 
 
 def _save_amateur(
@@ -310,9 +325,15 @@ PROJECTS: dict[str, tuple[Callable[..., Project], dict[str, Any]]] = {
         peft_mtp,
         {"use_rslora": True, "order": [262, 260, 263, 261], "by_name": True, **PATTERNS},
     ),
-    "peft-mtp-qwen2": (peft_mtp, {"kind": "qwen2", "sampler": False, "rope_theta": 50000.0}),
+    "peft-mtp-qwen2": (peft_mtp, {"kind": "qwen2", "sampler": False}),
+    "peft-mtp-rope-scaling": (peft_mtp, {"rope": parts.LLAMA3_ROPE}),
+    "peft-mtp-phi3": (peft_mtp, {"kind": "phi3", "target_modules": "all-linear"}),
     "peft-mtp-few-targets": (peft_mtp, {"target_modules": r".*layers\.1.*\.(q|o|up)_proj"}),
     "peft-mtp-bfloat16": (peft_mtp, {"dtype": torch.bfloat16}),
+    "peft-mtp-whole-bfloat16": (
+        peft_mtp,
+        {"resize": True, "whole_tables": True, "dtype": torch.bfloat16},
+    ),
     "peft-mtp-bin": (peft_mtp, {"pickled": True}),
     "peft-lora": (peft_lora, {}),
     "peft-lora-no-prefix": (peft_lora, {"prefixed": False, "use_rslora": True}),
@@ -321,6 +342,7 @@ PROJECTS: dict[str, tuple[Callable[..., Project], dict[str, Any]]] = {
     "mtp-glora-tied": (mtp_glora, {"tied": True, "from_parent": True, "distributed": True}),
     "mtp-glora-fused": (mtp_glora, {"kind": "qwen3", "fused": True}),
     "mtp-glora-fused-rslora": (mtp_glora, {"kind": "qwen2", "fused": True, "rslora": True}),
+    "mtp-glora-phi3": (mtp_glora, {"kind": "phi3", "modules": ("qkv_proj", "gate_up_proj")}),
     "mtp-glora-few-modules": (mtp_glora, {"modules": ("q_proj", "down_proj"), "rslora": True}),
     "amateur-pt": (amateur, {"file": "mtp.pt", "container": "lora"}),
     "amateur-hidden-first": (
@@ -337,8 +359,23 @@ PROJECTS: dict[str, tuple[Callable[..., Project], dict[str, Any]]] = {
         {"file": "epoch3.pth", "whole": True, "container": "model_state_dict",
          "prefix": "_orig_mod.", "kind": "qwen3", "rms": True},
     ),
+    "amateur-shared-mask": (
+        amateur,
+        {"file": "lora.safetensors", "masks": "shared", "own_alpha": True, "alpha_beside": False},
+    ),
+    "amateur-new-rows": (
+        amateur,
+        {"file": "all.safetensors", "masks": "table", "whole": True, "prefix": "module."},
+    ),
     "amateur-no-sampler": (amateur, {"file": "mtp.pt", "sampler": False, "container": "model"}),
 }  # fmt: skip
+
+
+def is_pickled(name: str) -> bool:
+    """Whether that project writes a PyTorch pickle."""
+    settings = PROJECTS[name][1]
+    suffix = Path(settings.get("file", "")).suffix
+    return settings.get("pickled", suffix not in ("", ".safetensors"))
 
 
 def make_project(name: str, root: Path) -> Project:
