@@ -180,6 +180,9 @@ def _normalizer(proto: Any, *, legacy: bool) -> Any:
     rules = proto.normalizer_spec
     steps: list[Any] = []
     if rules.precompiled_charsmap:
+        # The library looks up a letter with its marks, takes the first rule and drops the other
+        # marks; composed beforehand, they are one letter.  All NFKC rules compose anyway.
+        steps += [normalizers.NFC()] if "nfkc" in rules.name else []
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
         steps.append(normalizers.Replace(Regex(r"\A +"), ""))

@@ -8,6 +8,7 @@ chat template needs, and sentencepiece itself never does that.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -39,7 +40,9 @@ _NASTY = (
     "0x1F + 1e-9 == -.5", "\x00a", "\x07bell\x1b[0m", "\x7f\x80\x85", "\xa0x\xa0y\u3000z",
     "\u200b\u200d\ufeffx", "日本語テキスト。", "中文,混合 text", "한국어 문장", "Привет, мир!",
     "مرحبا بالعالم", "שלום עולם", "नमस्ते दुनिया", "สวัสดี", "Ελληνικά", "Tiếng Việt", "ქართული",
-    "😀👍🏽", "👨\u200d👩\u200d👧 🇩🇪", "e\u0301 é", "ﬁ ２３ ① ½ Å", "𝔘𝔫𝔦 𐍈", "\ud7ff\ue000\uffff",
+    "😀👍🏽", "👨\u200d👩\u200d👧 🇩🇪", "e\u0301 é", "Tie\u0302\u0301ng Vie\u0323\u0302t",
+    "c\u0301\u0301", "\u1112\u1161\u11ab\u1100\u1173\u11af", "ハ\u309aー",
+    "ﬁ ２３ ① ½ Å", "𝔘𝔫𝔦 𐍈", "\ud7ff\ue000\uffff",
     "a" * 37, "=" * 21 + "-" * 13, "." * 9, "!" * 8, "ー" * 9, "ababababab", SPACE + "a " + SPACE,
     "a" + SPACE + "b", "<|x|> [INST] {{y}}", "x" * 300, "snake_case camelCase",
     "https://example.org/a?b=c&d=%20", "\\n \\t \"quoted\" 'single' `code`", "don't I'm we'll",
@@ -85,13 +88,20 @@ def write_tokenizer(
 
 
 def find_sentencepiece(folder: Path) -> Path | None:
-    """Return the sentencepiece model of a folder that has no other form of its tokenizer."""
-    if (folder / "tokenizer.json").is_file():
+    """Return the sentencepiece model of a folder that has no other form of its tokenizer.
+
+    Raises:
+        ValueError: what should be one is broken.
+    """
+    if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         return None
     for name in SENTENCEPIECE_FILES:
         path = folder / name
         if path.is_file() and parse(path) is not None:
             return path
+        # Some projects call lists of tokens with their ranks tokenizer.model as well.
+        if path.is_file() and not re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", path.read_bytes()[:1000]):
+            raise ValueError(f"{path} is not a sentencepiece model")
     return None
 
 
