@@ -47,6 +47,7 @@ def work(request):
         sandbox.enter(scratch, readable=[path], limits=limits)
     Unpickler(io.BytesIO(path.read_bytes())).load()
 
+print("ready", flush=True)
 for line in sys.stdin:
     request = json.loads(line)
     child = os.fork()
@@ -82,6 +83,8 @@ class Zygote:
             env={"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"},
         )
         self.slowest_s = 0.0
+        assert self._process.stdout is not None
+        assert self._process.stdout.readline() == "ready\n"
 
     def __call__(self, request: Request, *, way: str = "read") -> int:
         """Serve one request; returns the exit code or raises TimeoutError."""
