@@ -99,14 +99,27 @@ class Project:
         return self.backbone.get_output_embeddings()(states)[:, self.columns].numpy()
 
 
-def greedy_ids(base: Path, prompt: Sequence[int], count: int) -> list[int]:
-    """The ids that transformers generates greedily in float32, whatever they are."""
+def greedy_answer(base: Path, prompt: Sequence[int], count: int) -> tuple[list[int], float]:
+    """What transformers generates greedily in float32, end tokens or not.
+
+    Returns:
+        The ids, and the smallest distance between the two best logits of a row over the row's
+        largest: an answer with a tie in it could rightly go on in two ways.
+    """
     model = load_model(base)
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     ids = torch.tensor([list(prompt)])
     out: Any = model.generate(  # type: ignore[operator]
-        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=count
+        ids,
+        attention_mask=torch.ones_like(ids),
+        do_sample=False,
+        max_new_tokens=count,
+        output_logits=True,
+        return_dict_in_generate=True,
     )
-    return out[0, len(prompt) :].tolist()
+    logits = torch.cat(out.logits)  # [count, V]
+    best, second = logits.topk(2).values.T
+    margin = ((best - second) / logits.abs().amax(dim=1)).min()
+    return out.sequences[0, len(prompt) :].tolist(), float(margin)
