@@ -35,6 +35,7 @@ _TRAINING_STATE = re.compile(
     r"(optim|sched|lr_sched|rng_state|random_states|training_args|scaler|grad_scaler)|.*optim_states"
 )
 _MAYBE_STATE = re.compile(r"((train(ing|er)?_)?state|global_step\d*)\.(pt|pth|bin|ckpt)")
+_NAMED_SETTINGS = {ADAPTER_CONFIG, "config.json"}
 _NO_SETTINGS = ("tokenizer.json", "vocab.json", "trainer_state.json", LATEST_FILE)
 
 
@@ -152,7 +153,24 @@ def _config_names(folder: Path) -> list[str]:
 def _read_configs(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     """Read the JSON objects; a file with a list in it holds no settings."""
     found = {name: read_json(folder / name) for name in names}
+    for name in _NAMED_SETTINGS & found.keys():
+        if (key := _odd_key(found[name])) is not None:
+            raise ValueError(f"{folder / name}: {shown(repr(key))} is no name for a setting")
     return {name: value for name, value in found.items() if isinstance(value, dict)}
+
+
+def _odd_key(value: Any) -> str | None:
+    """Find a key that cannot be shown in a message; tokens may be such keys, settings not."""
+    waiting = [value]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, dict):
+            if odd := [key for key in node if not key.isprintable()]:
+                return odd[0]
+            waiting += node.values()
+        elif isinstance(node, list):
+            waiting += node
+    return None
 
 
 def _read_files(

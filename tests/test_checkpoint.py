@@ -115,3 +115,13 @@ def test_what_is_no_checkpoint_is_said_so(tmp_path: Path) -> None:
 def test_a_checkpoint_can_be_made_by_hand() -> None:
     checkpoint = Checkpoint(path=Path("x"), files={"x": {"a": mx.ones(1)}})
     assert (checkpoint.configs, checkpoint.values, list(checkpoint.tensors)) == ({}, {}, ["a"])
+
+
+def test_settings_have_names_that_can_be_shown(tmp_path: Path) -> None:
+    _save(tmp_path / "a.safetensors", a=mx.ones(2))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"\n\n": 5}))
+    assert read_checkpoint(tmp_path).configs == {"added_tokens.json": {"\n\n": 5}}
+    for settings in ({"a\x1b[31m": 1}, {"rank_pattern": {"a\n": 1}}, {"a": [{"\0": 1}]}):
+        (tmp_path / "adapter_config.json").write_text(json.dumps(settings))
+        with pytest.raises(ValueError, match="adapter_config.json: .* is no name for a setting"):
+            read_checkpoint(tmp_path)
