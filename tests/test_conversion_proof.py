@@ -194,6 +194,16 @@ class TestOtherBases:
         assert "the same as PyTorch" in printed
         assert "mask rows" not in printed
 
+    @pytest.mark.parametrize("kind", ["mistral", "granite", "olmo2", "phi3", "smollm3", "cohere"])
+    def test_other_architectures(self, tmp_path: Path, kind: str) -> None:
+        factors = ("logits_scaling", "embedding_multiplier", "residual_multiplier")
+        settings = dict.fromkeys(factors, 1.5) if kind == "granite" else {}
+        rope = {"rope_type": "default", "rope_theta": 50000.0}
+        model = parts.tiny_causal_lm(kind, rope=rope, **settings)
+        base, output = parts.save_model(model, tmp_path / "base"), str(tmp_path / "model")
+        printed = run("convert", "--hf-path", str(base), "--mlx-path", output, "--verify")
+        assert "the same as PyTorch" in printed
+
 
 class TestStockMlxLm:
     """mlx-lm knows nothing of gates; it must not run an adapter of ours as ordinary LoRA."""

@@ -36,6 +36,7 @@ def tiny_causal_lm(
     tied: bool = False,
     vocab_size: int = VOCAB_SIZE,
     rope: dict[str, Any] = ROPE,
+    **settings: Any,
 ) -> PreTrainedModel:
     """A transformers model of 2 layers with random float32 weights, in evaluation mode.
 
@@ -57,6 +58,7 @@ def tiny_causal_lm(
         bos_token_id=None,
         eos_token_id=EOS,
         pad_token_id=None,
+        **settings,
     )
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     randomise(model, seed=seed)
