@@ -187,13 +187,10 @@ def assemble(
         raise ValueError(f"{MASK_EMBEDDINGS} must be [k, D], its shape is {tuple(masks.shape)}")
     layers = sorted(layers, key=lambda layer: layer.path)  # whatever order they were stored in
     rank, scale = default or _most_common(layers)
-    tensors = {MASK_EMBEDDINGS: masks}
-    for layer in layers:
-        tensors |= {f"{layer.path}.lora_a": layer.lora_a, f"{layer.path}.lora_b": layer.lora_b}
-    tensors |= {SAMPLER_PREFIX + name: value for name, value in sampler_tensors.items()}
+    head = {SAMPLER_PREFIX + name: value for name, value in sampler_tensors.items()}
     return ConvertedAdapter(
         layout=layout,
-        tensors=tensors,
+        tensors={MASK_EMBEDDINGS: masks, **_low_rank_tensors(layers), **head},
         num_draft_tokens=masks.shape[0],
         rank=rank,
         scale=scale,
@@ -205,11 +202,17 @@ def assemble(
     )
 
 
+def _low_rank_tensors(layers: Sequence[LowRankLayer]) -> dict[str, mx.array]:
+    tensors: dict[str, mx.array] = {}
+    for layer in layers:
+        tensors |= {f"{layer.path}.lora_a": layer.lora_a, f"{layer.path}.lora_b": layer.lora_b}
+    return tensors
+
+
 def _most_common(layers: Sequence[LowRankLayer]) -> tuple[int, float]:
-    """The rank and the scale that most layers have; the first of equals."""
-    ranks = [layer.rank for layer in layers]
-    scales = [layer.scale for layer in layers]
-    return max(ranks, key=ranks.count), max(scales, key=scales.count)
+    """The rank and scale that most layers have, the first of equals; some layer has both."""
+    pairs = [(layer.rank, layer.scale) for layer in layers]
+    return max(pairs, key=pairs.count)
 
 
 def check_adapter(adapter: ConvertedAdapter, base: BaseFacts) -> None:

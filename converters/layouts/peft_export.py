@@ -47,27 +47,28 @@ def to_peft(
     _check_sampler(config.sampler_kind)
     adapter: dict[str, mx.array] = {}
     sampler: dict[str, mx.array] = {}
-    paths = []
     for name, tensor in tensors.items():
         path, _, half = name.rpartition(".")
         if name == MASK_EMBEDDINGS:
             adapter[_MASK_ROWS] = tensor
         elif half in ("lora_a", "lora_b"):
             adapter[f"{PREFIX}{path}.lora_{half[-1].upper()}.weight"] = tensor.T
-            if half == "lora_a":
-                _check_rank(config, path, tensor)
-                paths.append(path)
         elif name.startswith(SAMPLER_PREFIX):
             sampler[_sampler_name(name)] = tensor
         else:
             raise ValueError(f"tensor {name} is not known")
+    tokens = {"trainable_token_indices": ids, "alora_invocation_tokens": ids}
+    return _settings(config, _adapted(config, tensors)) | tokens, adapter, sampler or None
+
+
+def _adapted(config: MTPConfig, tensors: Mapping[str, mx.array]) -> list[str]:
+    """Paths of the adapted layers, of which PEFT's layout needs some."""
+    paths = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
     if not paths:
         raise ValueError("the adapter has no low-rank weights, and PEFT's layout needs some")
-    settings = _settings(config, paths) | {
-        "trainable_token_indices": ids,
-        "alora_invocation_tokens": ids,
-    }
-    return settings, adapter, sampler or None
+    for path in paths:
+        _check_rank(config, path, tensors[f"{path}.lora_a"])
+    return paths
 
 
 def _check_sampler(kind: SamplerKind | None) -> None:
