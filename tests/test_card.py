@@ -205,7 +205,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         "mlx_mtp.converters.upload.HfApi",
         lambda: huggingface_hub.HfApi(endpoint=server.address, token="hf_test"),
     )
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread = threading.Thread(target=lambda: server.serve_forever(0.02), daemon=True)
     thread.start()
     yield server
     server.shutdown()
