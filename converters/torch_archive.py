@@ -292,8 +292,8 @@ def _unpack(form: struct.Struct, file: Any, at: int) -> tuple[Any, ...]:
 def _read_at(file: Any, at: int, length: int) -> bytes:
     """Read exactly these bytes."""
     if at < 0:
-        raise ValueError("it is a truncated zip archive")
+        raise ValueError("it is cut off")
     text = os.pread(file.fileno(), length, at)
     if len(text) != length:
-        raise ValueError("it is a truncated zip archive")
+        raise ValueError("it is cut off")
     return text

@@ -161,13 +161,16 @@ def _stream_at(text: bytes, start: int) -> io.BytesIO:
 
 def _disassemble(stream: io.BytesIO) -> Iterator[tuple[str, Any]]:
     """Yield the names and arguments of one pickle's instructions; leave the stream at its end."""
-    try:
-        for count, (opcode, argument, _) in enumerate(pickletools.genops(stream)):
-            if count > MAX_INSTRUCTIONS:
-                raise ValueError(f"its pickle has over {MAX_INSTRUCTIONS} instructions")
-            yield opcode.name, argument
-    except (struct.error, OverflowError, UnicodeError) as error:
-        raise ValueError(f"its pickle is broken: {shown(error)}") from None
+    instructions = pickletools.genops(stream)
+    for _ in range(MAX_INSTRUCTIONS):
+        try:
+            found = next(instructions, None)
+        except (ValueError, struct.error, OverflowError) as error:
+            raise ValueError(f"its pickle is broken: {shown(error)}") from None
+        if found is None:
+            return
+        yield found[0].name, found[1]
+    raise ValueError(f"its pickle has over {MAX_INSTRUCTIONS} instructions")
 
 
 class _Machine:

@@ -35,19 +35,24 @@ def whole(body: bytes) -> bytes:
     return b"\x80\x02" + body + b"."
 
 
-def _doubled(times: int) -> bytes:
+def _doubled(times: int) -> Raw:
     """A tuple that holds the tuple before it twice, and so on."""
-    body = push("x")
-    for _ in range(times):
-        body = Raw(body + b"q\x000h\x00h\x00\x86")
-    return body
+    return Raw(push("x") + b"q\x00h\x00\x86" * times)
+
+
+def old(pickle: bytes) -> bytes:
+    """The old form around a pickle, with its storage if it has one."""
+    if b"storage" in pickle:
+        with_view = pickle.replace(b"tQ", b"NtQ")  # the id has one part more in this form
+        return legacy(with_view, tail=struct.pack("<Q", 2) + bytes(8))
+    return legacy(pickle, keys=b"\x80\x02].")
 
 
 def pickles() -> dict[str, bytes]:
     """Pickles by name."""
     laughs = push([{}])
     for _ in range(12):
-        laughs = Raw(laughs + b"q\x000](" + b"h\x00" * 10 + b"e")
+        laughs = Raw(b"(" + laughs + b"q\x00" + b"h\x00" * 9 + b"t")
     good = tensor(storage(), 0, (2,), (1,))
     return _broken() | {
         "billion laughs": finish(laughs),
@@ -119,6 +124,17 @@ def pickles() -> dict[str, bytes]:
         "a bytearray": finish(call(named("builtins", "bytearray"), 1 << 40)),
         "a set of a doubled tuple": finish(
             call(named("__builtin__", "set"), Raw(b"](" + _doubled(60) + b"e"))
+        ),
+        "a doubled tuple as a shape": finish(
+            call(named("torch._utils", "_rebuild_tensor_v2"), storage(), 0, _doubled(60), (1,),
+                 False, push({}))
+        ),
+        "a doubled tuple as a storage": finish(
+            push(("storage", named("torch", "FloatStorage"), _doubled(60), "cpu", 2)) + b"Q"
+        ),
+        "a doubled tuple as a persistent id": finish(_doubled(60) + b"Q"),
+        "a doubled tuple as a state": finish(
+            call(named("collections", "OrderedDict")) + _doubled(60) + b"b"
         ),
     }  # fmt: skip
 
@@ -275,4 +291,4 @@ def _tar(members: dict[str, bytes]) -> bytes:
     return stream.getvalue()
 
 
-FORMS: dict[str, Callable[[bytes], bytes]] = {"zip": zipped, "old": legacy}
+FORMS: dict[str, Callable[[bytes], bytes]] = {"zip": zipped, "old": old}

@@ -185,6 +185,8 @@ def test_malformed_pickles_are_refused(
     pickles = malformed.pickles()
     assert len(pickles) >= 80
     files = {f"{name}, {f}": w for name, p in pickles.items() for f, w in _forms(p).items()}
+    if gate == "open":  # torch spends all its time on each doubled tuple; one form is enough
+        files = {n: c for n, c in files.items() if "doubled" not in n or n.endswith("zip")}
     wrongs = _refuse_all(files, tmp_path)
     if gate == "open":  # torch is lenient with a few; what it makes of them is harmless
         wrongs = {name: wrong for name, wrong in wrongs.items() if wrong != "was read"}
