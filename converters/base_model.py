@@ -77,7 +77,9 @@ class BaseResult:
     @property
     def summary(self) -> str:
         """What it is, in a few words."""
-        numbers = f"{self.num_parameters / 1e6:.1f}M parameters, {self.num_bytes / 1e6:.1f} MB"
+        mega = self.num_bytes >= 10**6
+        size = f"{self.num_bytes / 1e6:.1f} MB" if mega else f"{self.num_bytes / 1e3:.1f} KB"
+        numbers = f"{self.num_parameters / 1e6:.1f}M parameters, {size}"
         if self.quantisation is None:
             return f"{self.model_type}, {numbers}" + (f", {self.dtype}" if self.dtype else "")
         kind = f"{self.quantisation.bits}-bit in groups of {self.quantisation.group_size}"
