@@ -29,6 +29,7 @@ from mlx_mtp.converters.base_files import (
 )
 from mlx_mtp.converters.card import read_licence
 from mlx_mtp.converters.progress import ByteProgress
+from mlx_mtp.converters.rope import older_rope_keys
 from mlx_mtp.converters.safetensors_file import shown
 from mlx_mtp.converters.shards import write_shards
 from mlx_mtp.converters.tokenizer import write_tokenizer
@@ -136,7 +137,9 @@ def convert_base(
             trust_remote_code=trust_remote_code,
         )
         staged = stage(source, config, scratch, allow_pickle=allow_pickle, progress=bar)
-        model, config = _load(source, staged, trust_remote_code=trust_remote_code)
+        model, config = _load(
+            source, staged, older_rope_keys(config), trust_remote_code=trust_remote_code
+        )
         cast = _cast(model, config, dtype)
         if on_model is not None:
             on_model(model)
@@ -208,10 +211,14 @@ def _scratch(output: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _load(source: Path, staged: Path, *, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
+def _load(
+    source: Path, staged: Path, added: dict[str, Any], *, trust_remote_code: bool
+) -> tuple[Any, dict[str, Any]]:
     """Build the model; its weights stay on the disk until they are written."""
     try:
-        model, config = lm_utils.load_model(staged, lazy=True, trust_remote_code=trust_remote_code)
+        model, config = lm_utils.load_model(
+            staged, lazy=True, model_config=added, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # a broken file or setting can raise anything in there
         raise ValueError(f"cannot load the model in {source}: {shown(error)}") from None
     parameters: Any = dict(tree_flatten(model.parameters()))
