@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -14,6 +15,7 @@ from mlx_mtp.default_model import DEFAULT_MODEL_NAME, default_model_path
 from mlx_mtp.loading import resolve
 from mlx_mtp.lora import linear_dims
 from mlx_mtp.model import MTPModel
+from mlx_mtp.safetensors_file import check_safetensors
 
 DEFAULT_NORM_EPS = 1e-6
 
@@ -54,6 +56,8 @@ def load_base(folder: Path, *, name: str) -> MTPModel:
         ValueError: it cannot be loaded, or mask tokens do not fit into it.
     """
     try:
+        for file in sorted(folder.glob("model*.safetensors")):
+            check_safetensors(file)
         base, _ = lm_utils.load_model(folder, lazy=True)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load the base model in {folder}: {error}") from None
@@ -62,6 +66,7 @@ def load_base(folder: Path, *, name: str) -> MTPModel:
 
 def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
     """Tell a layout what it may ask of the base model."""
+    num_tokens, mask_token = _tokens(folder)
     linears = {
         path: linear_dims(module)
         for path, module in model.base.named_modules()
@@ -81,7 +86,8 @@ def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
         num_layers=len(model.base.layers),
         vocab_size=model.vocab_size,
         norm_eps=float(getattr(model.base.args, "rms_norm_eps", DEFAULT_NORM_EPS)),
-        num_tokens=_num_tokens(folder),
+        num_tokens=num_tokens,
+        mask_token=mask_token,
         linears=linears,
         embed=embed,
         unembed=unembed if "lm_head" in model.base else None,
@@ -92,9 +98,10 @@ def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
     )
 
 
-def _num_tokens(folder: Path) -> int | None:
-    """Length of the base model's tokenizer, where it has one that loads."""
+def _tokens(folder: Path) -> tuple[int | None, int | None]:
+    """Length of the base model's tokenizer and its ``<mask>``, where there are such."""
     try:
-        return len(lm_utils.load_tokenizer(folder)._tokenizer)
+        tokenizer: Any = lm_utils.load_tokenizer(folder)._tokenizer
     except Exception:  # transformers raises many kinds for a folder without a tokenizer
-        return None
+        return None, None
+    return len(tokenizer), tokenizer.get_vocab().get("<mask>")

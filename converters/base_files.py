@@ -18,7 +18,9 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from mlx_mtp.converters.progress import ByteProgress
-from mlx_mtp.converters.safetensors_file import (
+from mlx_mtp.converters.tokenizer import SENTENCEPIECE_FILES
+from mlx_mtp.converters.torch_checkpoint import torch_to_safetensors
+from mlx_mtp.safetensors_file import (
     READABLE,
     check_safetensors,
     read_index,
@@ -26,8 +28,6 @@ from mlx_mtp.converters.safetensors_file import (
     safe_member,
     shown,
 )
-from mlx_mtp.converters.tokenizer import SENTENCEPIECE_FILES
-from mlx_mtp.converters.torch_checkpoint import torch_to_safetensors
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"

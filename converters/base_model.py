@@ -30,9 +30,9 @@ from mlx_mtp.converters.base_files import (
 from mlx_mtp.converters.card import read_licence
 from mlx_mtp.converters.progress import ByteProgress
 from mlx_mtp.converters.rope import older_rope_keys
-from mlx_mtp.converters.safetensors_file import shown
 from mlx_mtp.converters.shards import write_shards
 from mlx_mtp.converters.tokenizer import write_tokenizer
+from mlx_mtp.safetensors_file import shown
 
 __all__ = ["BaseResult", "ByteProgress", "Quantisation", "convert_base", "resolve_base"]
 

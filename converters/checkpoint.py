@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.converters.safetensors_file import (
+from mlx_mtp.safetensors_file import (
     is_plain_name,
     read_index,
     read_json,

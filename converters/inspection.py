@@ -19,8 +19,8 @@ from mlx_mtp.config import BUNDLED_ADAPTER, CONFIG_FILE, MTPConfig, read_config
 from mlx_mtp.converters.base_facts import load_base
 from mlx_mtp.converters.checkpoint import read_checkpoint
 from mlx_mtp.converters.layouts import describe
-from mlx_mtp.converters.safetensors_file import check_safetensors, read_json_object
 from mlx_mtp.converters.torch_archive import pickle_globals
+from mlx_mtp.safetensors_file import check_safetensors, read_json_object, shown
 
 MODEL_CONFIG_FILE = "config.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -66,16 +66,16 @@ class Inspection:
         """Return everything as lines for a terminal."""
         rows = [(label, _shown(value)) for label, value in self.facts.items()]
         width = max((len(label) for label, _ in rows), default=0)
-        lines = [f"{self.path}: {self.kind}"]
+        lines = [f"{shown(self.path, limit=1000)}: {self.kind}"]
         lines += [f"  {label:<{width}}  {value}" for label, value in rows if value]
         lines += ["  files"]
         name_width = max((len(file.name) for file in self.files), default=0)
         lines += [
-            f"    {file.name:<{name_width}}  {human_bytes(file.num_bytes):>9}  "
+            f"    {shown(file.name):<{name_width}}  {human_bytes(file.num_bytes):>9}  "
             f"sha256 {file.sha256[:16]}{_tensor_text(file.tensors)}"
             for file in self.files
         ]
-        lines += [f"  refused: {problem}" for problem in self.problems]
+        lines += [f"  refused: {shown(problem, limit=1000)}" for problem in self.problems]
         return "\n".join(lines + ([self.adapter.text()] if self.adapter else []))
 
 
@@ -300,11 +300,12 @@ def _globals(path: Path) -> list[str]:
 
 
 def _shown(value: Any) -> str:
+    """A value in one line; what came from a file must not reach the terminal as escape codes."""
     if isinstance(value, list):
-        return ", ".join(map(str, value))
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {item}" for key, item in value.items())
-    return "" if value is None else str(value)
+        value = ", ".join(map(str, value))
+    elif isinstance(value, dict):
+        value = ", ".join(f"{key} {item}" for key, item in value.items())
+    return "" if value in (None, "") else shown(value, limit=1000)
 
 
 def _tensor_text(tensors: Mapping[str, int]) -> str:

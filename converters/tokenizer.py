@@ -17,7 +17,6 @@ from typing import Any
 from mlx_lm import utils as lm_utils
 from transformers.utils import logging
 
-from mlx_mtp.converters.safetensors_file import read_json_object, shown
 from mlx_mtp.converters.sentencepiece_model import (
     SPACE,
     AddedPiece,
@@ -27,6 +26,7 @@ from mlx_mtp.converters.sentencepiece_model import (
     user_defined,
 )
 from mlx_mtp.prompts import builtin_prompts
+from mlx_mtp.safetensors_file import read_json_object, shown
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 

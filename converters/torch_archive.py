@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp.converters.safetensors_file import open_regular, shown
 from mlx_mtp.converters.torch_pickle import PickleFacts, check_pickle, named_globals
 from mlx_mtp.converters.torch_reader import MAX_GROWTH
+from mlx_mtp.safetensors_file import open_regular, shown
 
 MAX_PICKLE_BYTES = 64 << 20
 MAX_ENTRIES = 250_000

@@ -25,7 +25,6 @@ from typing import Any
 
 import mlx_mtp
 from mlx_mtp.converters import sandbox
-from mlx_mtp.converters.safetensors_file import check_safetensors, read_json_object, shown
 from mlx_mtp.converters.torch_archive import check_torch_file, pickle_globals
 from mlx_mtp.converters.torch_reader import (
     MAX_TEXT,
@@ -33,6 +32,7 @@ from mlx_mtp.converters.torch_reader import (
     TENSORS_FILE,
     max_output_bytes,
 )
+from mlx_mtp.safetensors_file import check_safetensors, read_json_object, shown
 
 __all__ = ["Request", "limits_for", "pickle_globals", "run_child", "torch_to_safetensors"]
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_mtp.converters.safetensors_file import MAX_DIMENSIONS, shown
+from mlx_mtp.safetensors_file import MAX_DIMENSIONS, shown
 
 MAX_INSTRUCTIONS = 400_000  # of some 10,000 tensors
 

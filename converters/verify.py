@@ -24,6 +24,7 @@ from mlx_mtp.converters.reference import Reference, StepRows, load_reference
 from mlx_mtp.layout import StepLayout
 from mlx_mtp.loading import load, read_adapter
 from mlx_mtp.model import MASK_EMBEDDINGS, MTPModel
+from mlx_mtp.safetensors_file import read_safetensors
 
 BOUND = 1e-4
 PROMPT_SIZES = (24, 7, 1)
@@ -212,12 +213,12 @@ def lossy(mlx_model: Path, sample: np.ndarray) -> str | None:
     path = mlx_model / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-        files = [mx.load(str(file)) for file in sorted(mlx_model.glob("model*.safetensors"))]
+        files = [read_safetensors(file) for file in sorted(mlx_model.glob("model*.safetensors"))]
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot read the model in {mlx_model}: {error}") from None
     if "quantization" in config:
         return "is quantised"
-    for name, value in (item for file in files for item in cast(_Tensors, file).items()):
+    for name, value in (item for file in files for item in file.items()):
         original = mx.array(sample)
         if name.endswith("embed_tokens.weight") and not mx.array_equal(
             original.astype(value.dtype).astype(mx.float32), original

@@ -21,6 +21,7 @@ from mlx_mtp.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig
 from mlx_mtp.default_model import DEFAULT_MODEL_NAME, default_adapter_path, default_model_path
 from mlx_mtp.dense import to_float32
 from mlx_mtp.model import MTPModel, fingerprint
+from mlx_mtp.safetensors_file import check_safetensors, read_safetensors
 
 
 def load(
@@ -128,16 +129,15 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     """Read a safetensors file.
 
     Raises:
-        ValueError: the file is missing, truncated or corrupt.
+        ValueError: the file is missing or not a sound safetensors file.
     """
     if not path.is_file():
         raise ValueError(f"{path} is missing")
+    tensors = read_safetensors(path)
     try:
-        tensors = mx.load(str(path))
         mx.eval(tensors)
-    except (RuntimeError, ValueError) as error:
-        raise ValueError(f"{path} is truncated or corrupt: {_first_line(error)}") from None
-    assert isinstance(tensors, dict)
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be read: {_first_line(error)}") from None
     return tensors
 
 
@@ -162,6 +162,8 @@ def _load_base(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[s
         hint = ": it is an adapter" if (folder / CONFIG_FILE).is_file() else ""
         raise ValueError(f"{folder} is not a model folder{hint} (it has no config.json)")
     try:
+        for file in sorted(folder.glob("model*.safetensors")):  # the files that mlx-lm will load
+            check_safetensors(file)
         base, config = lm_utils.load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
         base.eval()
         if mx.default_device().type == mx.cpu:

@@ -15,7 +15,7 @@ from mlx_lm.convert import convert as mlx_lm_convert
 from tiny import BYTE_VOCAB
 
 from mlx_mtp.converters.base_model import BaseResult, convert_base
-from mlx_mtp.converters.safetensors_file import check_safetensors
+from mlx_mtp.safetensors_file import check_safetensors
 
 IDS = [[5, 1, 77, 30, 2, 9, 9, 200]]
 TRANSFORMERS = {

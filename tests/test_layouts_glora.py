@@ -106,6 +106,11 @@ class TestMaskRow:
         found = convert_layout(checkpoint(samples.glora_tensors(fused=False)), base)
         assert found.tensors["mask_embeddings"].dtype == mx.bfloat16
 
+    def test_a_mask_token_of_the_tokenizer(self) -> None:
+        read = checkpoint(samples.glora_tensors(fused=False))
+        found = convert_layout(read, facts(num_tokens=VOCAB - 1, mask_token=7))
+        assert np.array_equal(np.array(found.tensors["mask_embeddings"]), TABLE[[7, 7, 7]])
+
     def test_behind_the_table(self) -> None:
         read = checkpoint(samples.glora_tensors(fused=False))
         with pytest.raises(ValueError, match="mask token 40 is behind the 40 rows of tiny's"):

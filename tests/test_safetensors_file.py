@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_mtp.converters.safetensors_file import (
+from mlx_mtp.safetensors_file import (
     check_safetensors,
     read_index,
     read_json_object,

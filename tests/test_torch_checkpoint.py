@@ -17,8 +17,8 @@ from torch_zygote import Zygote
 
 from mlx_mtp.converters import sandbox, torch_checkpoint
 from mlx_mtp.converters.checkpoint import read_checkpoint
-from mlx_mtp.converters.safetensors_file import read_safetensors
 from mlx_mtp.converters.torch_checkpoint import Request, torch_to_safetensors
+from mlx_mtp.safetensors_file import read_safetensors
 
 sandboxed = pytest.mark.skipif(
     sandbox.why_unavailable() is not None, reason="there is no sandbox here"

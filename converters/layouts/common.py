@@ -37,6 +37,7 @@ class BaseFacts:
         vocab_size: rows of its embedding table, padding included.
         norm_eps: epsilon of its normalisations.
         num_tokens: length of its tokenizer, None when it has none.
+        mask_token: id of ``<mask>`` in its tokenizer, None when it has no such token.
         linears: (in, out) of its linear layers by mlx-lm's module path.
         embed: rows ``[n, D]`` of its token embedding.
         unembed: rows ``[n, D]`` of its unembedding, where that is a table of its own; None when
@@ -55,6 +56,7 @@ class BaseFacts:
     embed: Callable[[Sequence[int]], mx.array]
     unembed: Callable[[Sequence[int]], mx.array] | None = None
     quantised: bool = False
+    mask_token: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

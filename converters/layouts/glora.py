@@ -181,12 +181,14 @@ def _mask_row(
     ids = options.mask_token_ids
     if ids is not None and len(set(ids)) != 1:
         raise ValueError(f"mask_token_ids: this layout has one mask token, got {list(ids)}")
-    if ids is None and base.num_tokens is None:
+    # The trainer adds the token unless the tokenizer has it.
+    own = base.num_tokens if base.mask_token is None else base.mask_token
+    if ids is None and own is None:
         raise ValueError(
             "the mask token is the one behind the base model's tokenizer, which is not at hand; "
             "give its id as layout option mask_token_ids"
         )
-    token = ids[0] if ids is not None else base.num_tokens
+    token = ids[0] if ids is not None else own
     assert token is not None
     if tensors.table is not None:
         name, table = tensors.table
