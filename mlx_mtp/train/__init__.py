@@ -1,0 +1,1 @@
+"""Training an adapter: the model teaches itself its own future."""

@@ -1,0 +1,108 @@
+"""Packed anchors: many mask blocks of one sequence in one forward.
+
+An anchor is the last token that a block of k masks may see.  Behind the anchor at position i stand
+masks at i+1 .. i+k; mask j sees the sequence up to its anchor and the masks of its own block up to
+itself, and predicts the token at i+j+1 (arXiv 2507.11851, section 3.1).  The ordinary rows are in
+the cache already, so a forward has mask rows only.
+
+    sequence  x_0 x_1 x_2 x_3 x_4 x_5          position   sees           predicts
+    anchor 1          m_1 m_2                  2 3        x_0 x_1        x_3 x_4
+    anchor 2              m_1 m_2              3 4        x_0 x_1 x_2    x_4 x_5
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+
+@dataclass(frozen=True)
+class MaskRows:
+    """The mask rows of one forward; for the model's wrapped modules, a step without ordinary rows.
+
+    Attributes:
+        anchors: position of the last token that each block sees.
+        num_masks_each: k, masks of a block.
+    """
+
+    anchors: tuple[int, ...]
+    num_masks_each: int
+
+    @property
+    def gate_split(self) -> int:
+        """Index of the first mask row."""
+        return 0
+
+    @property
+    def num_masks(self) -> int:
+        """Mask rows of all blocks together, R."""
+        return len(self.anchors) * self.num_masks_each
+
+    @property
+    def num_rows(self) -> int:
+        """All rows of the forward."""
+        return self.num_masks
+
+    @cached_property
+    def mask_offsets(self) -> np.ndarray:
+        """Which mask token each row is, counted from 0, int32 ``[R]``."""
+        return np.tile(np.arange(self.num_masks_each, dtype=np.int32), len(self.anchors))
+
+    @cached_property
+    def row_anchors(self) -> np.ndarray:
+        """The anchor of each row, int32 ``[R]``."""
+        return np.repeat(np.array(self.anchors, dtype=np.int32), self.num_masks_each)
+
+    @cached_property
+    def row_positions(self) -> np.ndarray:
+        """Position of each row in the sequence, int32 ``[R]``."""
+        return self.row_anchors + 1 + self.mask_offsets
+
+    @cached_property
+    def positions(self) -> mx.array:
+        """``row_positions`` on the device."""
+        return mx.array(self.row_positions)
+
+    def attention(self, num_held: int, window: int | None = None) -> mx.array:
+        """Which row may see which held row and which mask row, bool ``[R, num_held + R]``."""
+        return mx.array(self._sees(num_held, window))
+
+    def _sees(self, num_held: int, window: int | None) -> Any:
+        held = np.arange(num_held)
+        sees_held = held[None] <= self.row_anchors[:, None]
+        blocks = np.repeat(np.arange(len(self.anchors)), self.num_masks_each)
+        sees_masks = (blocks[:, None] == blocks[None]) & (
+            self.mask_offsets[None] <= self.mask_offsets[:, None]
+        )
+        sees = np.concatenate([sees_held, sees_masks], axis=1)
+        if window is not None:
+            positions = np.concatenate([held, self.row_positions])
+            sees &= self.row_positions[:, None] - positions[None] < window
+        return sees
+
+
+def choose_anchors(
+    answer: Sequence[bool], *, count: int, rng: np.random.Generator
+) -> tuple[int, ...]:
+    """Draw the anchors of a sequence, without repetition, in order.
+
+    An anchor may be any token whose next token belongs to an answer and behind which at least two
+    tokens of the sequence follow: the first is the model's own prediction, the second that of the
+    first mask.  Masks whose target lies behind the end or outside the answer are left out of the
+    loss, not of the forward (``has_target``).
+
+    Args:
+        answer: for each token of the sequence, whether it belongs to an answer.
+        count: how many anchors are wanted; fewer where there is no room.
+        rng: the generator to draw from.
+    """
+    flags = np.array(answer, dtype=bool)
+    allowed = np.flatnonzero(flags[1:-1] & flags[2:])
+    if len(allowed) > count:
+        allowed = np.sort(rng.choice(allowed, size=count, replace=False))
+    return tuple(int(anchor) for anchor in allowed)
