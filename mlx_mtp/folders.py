@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-_LOCK, _NEW, _OLD = "lock", "new", "old"
+_LOCK, _NEW, _OLD, _DONE = "lock", "new", "old", "done"
 
 
 @contextlib.contextmanager
@@ -58,7 +58,7 @@ def _workplace(target: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
         os.close(lock)
 
 
@@ -77,8 +77,16 @@ def _sweep(target: Path) -> None:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while somebody works there
             if os.path.lexists(folder / _OLD) and not os.path.lexists(target):
                 os.rename(folder / _OLD, target)
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         os.close(lock)
+
+
+def _remove(folder: Path) -> None:
+    """Remove a workplace, its lock last: without one, nobody would sweep up what is left."""
+    for path in folder.iterdir():
+        if path.name != _LOCK:
+            shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _prefix(target: Path) -> str:
@@ -98,3 +106,6 @@ def _publish(draft: Path, target: Path, *, aside: Path | None) -> None:
         if aside is not None and moved:
             os.rename(aside, target)
         raise
+    if aside is not None and moved:
+        # From here on it must never come back: it is about to be removed, bit by bit.
+        os.rename(aside, aside.with_name(_DONE))

@@ -120,3 +120,24 @@ def test_leaves_the_workplace_of_others_alone(tmp_path: Path) -> None:
     assert (target / "x").read_text() == "first"
     assert (tmp_path / "c" / "x").read_text() == "second"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b", "c"]
+
+
+def test_a_process_killed_while_it_tidies_up_is_swept_too(tmp_path: Path) -> None:
+    """What was replaced is gone for good once the new folder stands, however little of it is."""
+    target = tmp_path / "b"
+    target.mkdir()
+    (target / "x").write_text("old")
+    script = _KILLED.replace("os.rename = die_before", "").replace(
+        "rename = os.rename",
+        "import shutil\n"
+        "shutil.rmtree = lambda *args, **options: os.kill(os.getpid(), signal.SIGKILL)",
+        1,
+    )
+    killed = subprocess.run([sys.executable, "-c", script, str(target), ""])
+    assert killed.returncode == -signal.SIGKILL
+    assert (target / "x").read_text() == "new" and len(list(tmp_path.iterdir())) == 2
+    (target / "x").unlink()
+    target.rmdir()
+    with new_folder(target):
+        assert [path.name for path in tmp_path.iterdir() if path.name == "b"] == []
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
