@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError
 
 from mlx_mtp.converters.progress import ByteProgress
 from mlx_mtp.converters.tokenizer import SENTENCEPIECE_FILES
 from mlx_mtp.converters.torch_checkpoint import torch_to_safetensors
+from mlx_mtp.loading import resolve
 from mlx_mtp.safetensors_file import (
     READABLE,
     check_safetensors,
@@ -54,20 +55,8 @@ def resolve_base(hf_path: str, *, trust_remote_code: bool = False) -> Path:
     Raises:
         ValueError: neither is there.
     """
-    path = Path(hf_path).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise ValueError(f"model {hf_path} is a file, not a folder")
-    if hf_path.startswith((".", "/", "~")) or hf_path.count("/") != 1:
-        raise ValueError(f"model {hf_path} does not exist")
     small = [*_SMALL_FILES, *(["*.py"] if trust_remote_code else [])]
-    try:
-        return Path(snapshot_download(hf_path, allow_patterns=[*small, _weights_pattern(hf_path)]))
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise ValueError(
-            f"model {hf_path} is neither a folder nor to be had from the hub: {shown(error)}"
-        ) from None
+    return resolve(hf_path, kind="model", patterns=lambda: [*small, _weights_pattern(hf_path)])
 
 
 def read_config(source: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from mlx_mtp.converters.convert import AdapterOptions, Converted
 
 DTYPES = ("float16", "bfloat16", "float32")
+TORCH_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 @click.command()
@@ -56,7 +57,9 @@ def convert(mlx_path: str, upload_repo: str | None, **options: Any) -> None:
 
     _check_flags(options)
     output, hf_path = Path(mlx_path), options["hf_path"]
-    checkpoint = None if options["mtp_path"] is None else _checkpoint_path(options["mtp_path"])
+    checkpoint = None
+    if options["mtp_path"] is not None:
+        checkpoint = _checkpoint_path(options["mtp_path"], allow_pickle=options["allow_pickle"])
     adapter = _adapter_options(options)
     report: list[str] = []
     check = _verifier(options, checkpoint, report) if options["verify"] else None
@@ -115,7 +118,7 @@ def inspect(path: str, as_json: bool, allow_pickle: bool) -> None:
     from mlx_mtp.converters.inspection import inspect_path
 
     with Progress("Looking ...") as progress:
-        found = _checkpoint_path(path)
+        found = _checkpoint_path(path, allow_pickle=allow_pickle)
         report = inspect_path(found, allow_pickle=allow_pickle, say=progress.say)
     print(json.dumps(report.to_dict(), ensure_ascii=False) if as_json else report.text())
 
@@ -137,12 +140,13 @@ def _check_flags(options: dict[str, Any]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} needs -q")
 
 
-def _checkpoint_path(text: str) -> Path:
+def _checkpoint_path(text: str, *, allow_pickle: bool) -> Path:
     """A folder or file as it is, or a hub repository downloaded."""
-    from mlx_mtp.loading import resolve
+    from mlx_mtp.loading import HUB_FILES, resolve
 
     path = Path(text).expanduser()
-    return path if path.exists() else resolve(text, kind="checkpoint")
+    files = (*HUB_FILES, "*.md", *(TORCH_FILES if allow_pickle else ()))
+    return path if path.exists() else resolve(text, kind="checkpoint", patterns=lambda: files)
 
 
 def _adapter_options(options: dict[str, Any]) -> AdapterOptions:

@@ -7,6 +7,7 @@ On a CPU device weights become float32 (``dense.py``).  A model folder may carry
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,10 @@ from mlx_mtp.default_model import DEFAULT_MODEL_NAME, default_adapter_path, defa
 from mlx_mtp.dense import to_float32
 from mlx_mtp.model import MTPModel, fingerprint
 from mlx_mtp.safetensors_file import check_safetensors, read_safetensors
+
+HUB_FILES = (
+    "*.json", "*.safetensors", "*.txt", "*.jsonl", "*.jinja", "tokenizer.model", "*.py"
+)  # fmt: skip
 
 
 def load(
@@ -79,8 +84,15 @@ def locate(
     return folder, bundled if (bundled / WEIGHTS_FILE).is_file() else None
 
 
-def resolve(path_or_hf_repo: str, *, kind: str) -> Path:
+def resolve(
+    path_or_hf_repo: str, *, kind: str, patterns: Callable[[], Sequence[str]] | None = None
+) -> Path:
     """Find a folder, or download a hub repository.
+
+    Args:
+        path_or_hf_repo: folder or hub id.
+        kind: what it should be, for messages.
+        patterns: says which files to download; by default those of models and adapters.
 
     Raises:
         ValueError: neither is there.
@@ -93,9 +105,9 @@ def resolve(path_or_hf_repo: str, *, kind: str) -> Path:
     looks_local = path_or_hf_repo.startswith((".", "/", "~")) or path_or_hf_repo.count("/") != 1
     if looks_local:
         raise ValueError(f"{kind} {path_or_hf_repo} does not exist")
-    patterns = ["*.json", "*.safetensors", "*.txt", "*.jsonl", "*.jinja", "tokenizer.model", "*.py"]
     try:
-        return Path(snapshot_download(path_or_hf_repo, allow_patterns=patterns))
+        wanted = list(patterns() if patterns else HUB_FILES)
+        return Path(snapshot_download(path_or_hf_repo, allow_patterns=wanted))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(

@@ -208,7 +208,7 @@ def test_only_what_is_needed_is_downloaded(tmp_path, monkeypatch, names, pattern
         asked.append((repo, allow_patterns))
         return str(tmp_path)
 
-    monkeypatch.setattr("mlx_mtp.converters.base_files.snapshot_download", download)
+    monkeypatch.setattr("mlx_mtp.loading.snapshot_download", download)
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", lambda *_: names)
     assert resolve_base("user/name") == tmp_path
     assert resolve_base("user/name", trust_remote_code=True) == tmp_path

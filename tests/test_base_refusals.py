@@ -216,6 +216,6 @@ def test_a_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
     def fail(*_: Any, **__: Any) -> None:
         raise OSError("no network\nat all")
 
-    monkeypatch.setattr("mlx_mtp.converters.base_files.snapshot_download", fail)
+    monkeypatch.setattr("mlx_mtp.loading.snapshot_download", fail)
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", fail)
     assert "neither a folder nor to be had from the hub" in refusal("user/name", tmp_path)
