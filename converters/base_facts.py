@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as lm_utils
 
+from mlx_mtp.converters.card import is_hub_id
 from mlx_mtp.converters.layouts import BaseFacts
 from mlx_mtp.default_model import DEFAULT_MODEL_NAME, default_model_path
+from mlx_mtp.folders import without_wildcards
 from mlx_mtp.loading import resolve
 from mlx_mtp.lora import linear_dims
 from mlx_mtp.model import MTPModel
@@ -40,13 +43,20 @@ def find_base(base_model: str | None, *, named: str | None, checkpoint: Path) ->
         return DEFAULT_MODEL_NAME, default_model_path()
     chosen = base_model or named
     assert chosen is not None
-    return named or base_name(chosen), resolve(chosen, kind="base model")
+    return base_name(chosen, named=named), resolve(chosen, kind="base model")
 
 
-def base_name(path_or_hf_repo: str) -> str:
-    """Name of a base model for configurations and cards: a hub id, or a folder's own name."""
+def base_name(path_or_hf_repo: str, *, named: str | None = None) -> str:
+    """Name of a base model for configurations and cards: a hub id, or a folder's own name.
+
+    A folder is called what the checkpoint ``named``, unless that is a path: it would tell the world
+    how somebody's disk is laid out.
+    """
     path = Path(path_or_hf_repo).expanduser()
-    return path.resolve().name if path.exists() else path_or_hf_repo
+    if not path.exists():
+        return path_or_hf_repo
+    is_name = named is not None and (is_hub_id(named) or re.fullmatch(r"[\w.-]+", named))
+    return named if named is not None and is_name else path.resolve().name
 
 
 def load_base(folder: Path, *, name: str) -> MTPModel:
@@ -58,7 +68,8 @@ def load_base(folder: Path, *, name: str) -> MTPModel:
     try:
         for file in sorted(folder.glob("model*.safetensors")):
             check_safetensors(file)
-        base, _ = lm_utils.load_model(folder, lazy=True)
+        with without_wildcards(folder) as path:
+            base, _ = lm_utils.load_model(path, lazy=True)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load the base model in {folder}: {error}") from None
     return MTPModel(base, name=name)

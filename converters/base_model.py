@@ -32,6 +32,7 @@ from mlx_mtp.converters.progress import ByteProgress
 from mlx_mtp.converters.rope import older_rope_keys
 from mlx_mtp.converters.shards import write_shards
 from mlx_mtp.converters.tokenizer import write_tokenizer
+from mlx_mtp.folders import without_wildcards
 from mlx_mtp.safetensors_file import shown
 
 __all__ = ["BaseResult", "ByteProgress", "Quantisation", "convert_base", "resolve_base"]
@@ -216,9 +217,10 @@ def _load(
 ) -> tuple[Any, dict[str, Any]]:
     """Build the model; its weights stay on the disk until they are written."""
     try:
-        model, config = lm_utils.load_model(
-            staged, lazy=True, model_config=added, trust_remote_code=trust_remote_code
-        )
+        with without_wildcards(staged) as folder:
+            model, config = lm_utils.load_model(
+                folder, lazy=True, model_config=added, trust_remote_code=trust_remote_code
+            )
     except Exception as error:  # a broken file or setting can raise anything in there
         raise ValueError(f"cannot load the model in {source}: {shown(error)}") from None
     parameters: Any = dict(tree_flatten(model.parameters()))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from mlx_mtp.converters.layouts import (
 )
 from mlx_mtp.folders import new_folder
 from mlx_mtp.model import MTPModel, fingerprint
+from mlx_mtp.safetensors_file import read_json_object, shown
 
 MODEL_CONFIG_FILE = "config.json"
 Check = Callable[[Path], None]
@@ -106,10 +107,11 @@ def convert_model(
     Raises:
         ValueError: something cannot be read, converted or written; the message names it.
     """
-    check_output(output, force=force)
+    check_output(output, force=force, inputs=[hf_path, checkpoint])
     options = adapter or AdapterOptions()
     read = None if checkpoint is None else _read(checkpoint, options)
-    result, name = Converted(), base_name(hf_path)
+    named = None if read is None else describe(read).base_model
+    result, name = Converted(), base_name(hf_path, named=named)
 
     def add_adapter(base_model: Any) -> None:
         """Write the adapter before the model: a folder that lacks something must not load."""
@@ -165,7 +167,7 @@ def convert_adapter(
         ValueError: the checkpoint cannot be converted or does not fit the base model, or the
             output exists or cannot be written.  The message names the file or tensor.
     """
-    check_output(output, force=force)
+    check_output(output, force=force, inputs=[checkpoint, base_model])
     options = adapter or AdapterOptions()
     read = _read(checkpoint, options)
     chosen = None if base_model is None else str(base_model)
@@ -180,19 +182,46 @@ def convert_adapter(
     return Converted(adapter=config, layout=converted.layout, notes=converted.notes)
 
 
-def check_output(output: Path, *, force: bool) -> None:
+def check_output(output: Path, *, force: bool, inputs: Sequence[Path | str | None]) -> None:
     """Refuse to overwrite, and even with ``force`` replace nothing but what was written here.
+
+    Args:
+        output: the folder to be written.
+        force: whether it may be replaced.
+        inputs: folders, files or hub ids that are read; they must not lie in what is replaced.
 
     Raises:
         ValueError: the message names ``output``.
     """
     if not output.exists() and not output.is_symlink():
         return
+    place = output.resolve()
+    for source in [Path.cwd(), *inputs]:
+        path = None if source is None else Path(source).expanduser().resolve()
+        if path is not None and path.exists() and (path == place or place in path.parents):
+            what = "the working directory" if source == Path.cwd() else f"{source}, which is read"
+            raise ValueError(f"{output} would replace {what}: choose another folder")
     if not force:
         raise ValueError(f"{output} already exists (--force replaces it)")
-    ours = any((output / name).is_file() for name in (CONFIG_FILE, MODEL_CONFIG_FILE))
-    if output.is_symlink() or not output.is_dir() or (any(output.iterdir()) and not ours):
+    if output.is_symlink():
+        raise ValueError(f"{output} is a link and is not replaced")
+    if not output.is_dir() or (any(output.iterdir()) and not _is_replaceable(output)):
         raise ValueError(f"{output} exists and is neither a model nor an adapter folder")
+
+
+def _is_replaceable(folder: Path) -> bool:
+    """Whether a folder is a model or an adapter, and not somebody's repository."""
+    if (folder / ".git").exists():
+        return False
+    model, adapter = (_json_keys(folder / name) for name in (MODEL_CONFIG_FILE, CONFIG_FILE))
+    return "model_type" in model or bool({"fine_tune_type", "peft_type"} & adapter)
+
+
+def _json_keys(path: Path) -> set[str]:
+    try:
+        return set(read_json_object(path))
+    except ValueError:
+        return set()
 
 
 @contextlib.contextmanager
@@ -220,9 +249,13 @@ def _read(checkpoint: Path, options: AdapterOptions) -> Checkpoint:
 
 def _convert(read: Checkpoint, facts: BaseFacts, options: AdapterOptions) -> ConvertedAdapter:
     try:
-        return convert_layout(read, facts, layout=options.layout, options=options.layout_options)
+        found = convert_layout(read, facts, layout=options.layout, options=options.layout_options)
     except ValueError as error:
         raise ValueError(f"{read.path}: {error}") from None
+    if found.base_model is None or found.base_model == facts.name:
+        return found
+    note = f"the checkpoint names {shown(found.base_model)} as its base, taken was {facts.name}"
+    return replace(found, notes=(*found.notes, note))
 
 
 def _write_adapter(
@@ -249,7 +282,7 @@ def adapter_config(converted: ConvertedAdapter, model: MTPModel) -> MTPConfig:
         scale=converted.scale,
         target_modules=tuple(sorted({path.rpartition(".")[2] for path in paths})),
         sampler=None if converted.sampler is None else "mlp",
-        base_model=converted.base_model or model.name,
+        base_model=model.name,
         base_model_type=model.base.model_type,
         base_hidden_size=model.hidden_size,
         base_num_layers=len(model.base.layers),

@@ -43,7 +43,7 @@ def export_adapter(
         ValueError: the adapter holds what that layout cannot express, or a folder cannot be read
             or written; the message names it.
     """
-    check_output(output, force=force)
+    check_output(output, force=force, inputs=[adapter_path, base_model])
     folder = resolve(adapter_path, kind="adapter")
     config, tensors = read_adapter(folder)
     _, base = find_base(base_model, named=config.base_model, checkpoint=folder)
@@ -78,7 +78,14 @@ def _card(config: MTPConfig) -> str:
             "",
             f"Written by mlx-mtp from an adapter of {config.num_draft_tokens} mask tokens, in the "
             "layout of PEFT pull request 3541. The LoRA weights are for mask tokens only: applied "
-            "to every token they change what the model says.",
+            "to every token they change what the model says. The tokenizer here has the mask "
+            "tokens; the model needs rows for them before PEFT loads the rest:",
+            "",
+            "```python",
+            "tokenizer = AutoTokenizer.from_pretrained(folder)",
+            "model.resize_token_embeddings(len(tokenizer))",
+            "model = PeftModel.from_pretrained(model, folder, is_trainable=True)",
+            "```",
             "",
         ]
     )

@@ -17,6 +17,7 @@ from typing import Any
 
 from mlx_mtp.config import BUNDLED_ADAPTER, CONFIG_FILE, MTPConfig, read_config
 from mlx_mtp.converters.base_facts import load_base
+from mlx_mtp.converters.base_files import weight_files
 from mlx_mtp.converters.checkpoint import read_checkpoint
 from mlx_mtp.converters.layouts import describe
 from mlx_mtp.converters.torch_archive import pickle_globals
@@ -43,8 +44,8 @@ class Inspection:
 
     Attributes:
         path: what was looked at.
-        kind: ``"model"``, ``"adapter"`` (ours), ``"checkpoint"`` (another project's adapter) or
-            ``"unknown"``.
+        kind: ``"model"``, ``"adapter"`` (ours), ``"bundle"`` of these two, ``"checkpoint"``
+            (another project's adapter) or ``"unknown"``.
         facts: label and value, in the order to print them; values are JSON-ready.
         files: the files that matter.
         problems: what would be refused and why, a line each.
@@ -94,6 +95,8 @@ def inspect_path(
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist")
+    if not (path.is_dir() or path.is_file()):
+        raise ValueError(f"{path} is neither a folder nor a file")
     files = tuple(_file_facts(path, file, say) for file in _files(path))
     if path.is_dir() and _fine_tune_type(path) == "mtp":
         return _adapter(path, files)
@@ -102,7 +105,7 @@ def inspect_path(
         adapter = None
         if (bundled / CONFIG_FILE).is_file():
             adapter = inspect_path(bundled, allow_pickle=allow_pickle, say=say)
-        return _model(path, files, adapter)
+        return _model(path, files, adapter, allow_pickle)
     return _checkpoint(path, files, allow_pickle)
 
 
@@ -148,7 +151,9 @@ def _adapter_facts(config: MTPConfig) -> dict[str, Any]:
     }
 
 
-def _model(path: Path, files: tuple[FileFacts, ...], adapter: Inspection | None) -> Inspection:
+def _model(
+    path: Path, files: tuple[FileFacts, ...], adapter: Inspection | None, allow_pickle: bool
+) -> Inspection:
     """A model folder, of Hugging Face or of mlx-lm."""
     config = _json(path / MODEL_CONFIG_FILE)
     quantisation = config.get("quantization") or config.get("quantization_config") or {}
@@ -163,14 +168,14 @@ def _model(path: Path, files: tuple[FileFacts, ...], adapter: Inspection | None)
             key: value for key, value in quantisation.items() if not isinstance(value, dict)
         },
         "tokenizer": _tokenizer_kind(path),
-        "num_bytes": sum(file.num_bytes for file in files if file.tensors),
+        "num_bytes": sum(file.num_bytes for file in files if _is_weights(file)),
     }
-    problems = [*_weights_problems(path), *_code_problems(path, config)]
-    if not problems:
+    problems = [*_shard_problems(path, allow_pickle), *_code_problems(path, config)]
+    if not problems and any(path.glob("*.safetensors")):
         problems = list(_mask_problems(path))
     return Inspection(
         path=str(path),
-        kind="model" if adapter is None else "bundle of a model and an adapter",
+        kind="model" if adapter is None else "bundle",
         facts=facts,
         files=files,
         problems=tuple(problems),
@@ -261,6 +266,23 @@ def _weights_problems(path: Path) -> Iterator[str]:
             yield f"{pickles[0]} is a PyTorch pickle file: --allow-pickle reads it, in a sandbox"
         else:
             yield f"{path} holds no weights"
+
+
+def _shard_problems(path: Path, allow_pickle: bool) -> Iterator[str]:
+    """What is wrong with a model's weights files."""
+    try:
+        weights = weight_files(path)
+    except ValueError as error:
+        yield str(error)
+        return
+    if weights[0].suffix == ".safetensors":
+        yield from _weights_problems(path)
+    elif not allow_pickle:
+        yield f"{weights[0].name} is a PyTorch pickle file: --allow-pickle reads it, in a sandbox"
+
+
+def _is_weights(file: FileFacts) -> bool:
+    return bool(file.tensors) or Path(file.name).suffix in TORCH_SUFFIXES
 
 
 def _code_problems(path: Path, config: Mapping[str, Any]) -> Iterator[str]:

@@ -224,10 +224,10 @@ def _safe_folder(hf_path: Path, target: Path, *, allow_pickle: bool) -> Path:
     """The folder itself if it has safetensors, else a copy with its PyTorch files converted."""
     if any(hf_path.glob("*.safetensors")):
         return hf_path
-    shards = sorted(hf_path.glob("pytorch_model*.bin"))
-    if not shards:
-        raise ValueError(f"{hf_path} holds no weights")
+    from mlx_mtp.converters.base_files import weight_files
     from mlx_mtp.converters.torch_checkpoint import torch_to_safetensors
+
+    shards = weight_files(hf_path)
 
     target.mkdir()
     for file in hf_path.glob("*.json"):

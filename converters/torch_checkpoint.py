@@ -93,6 +93,7 @@ def torch_to_safetensors(
             f"{path} is a PyTorch pickle file: give --allow-pickle to read it "
             "(weights only, in a sandbox)"
         )
+    scratch = scratch.resolve()  # the child has a working directory of its own
     found = check_torch_file(path)
     if reason := sandbox.why_unavailable():
         raise ValueError(f"{path} cannot be read in a sandbox and is refused: {reason}")

@@ -112,6 +112,7 @@ def verify_conversion(
     mlx_model: Path | None,
     adapter: Path | None,
     allow_pickle: bool = False,
+    trust_remote_code: bool = False,
     layout: str | None = None,
     options: Mapping[str, str] | None = None,
 ) -> ConversionReport:
@@ -123,6 +124,7 @@ def verify_conversion(
         mlx_model: the model folder that was written; None takes the base model from ``hf_path``.
         adapter: the adapter folder that was written, if one was.
         allow_pickle: read PyTorch files, in a sandbox.
+        trust_remote_code: let the tokenizer's code run where the model is converted once more.
         layout: the checkpoint's layout; found out if None.
         options: the layout options of the conversion.
 
@@ -148,7 +150,10 @@ def verify_conversion(
         )
         reason = None if mlx_model is None else lossy(mlx_model, sample)
         if mlx_model is None or reason:
-            folder = _convert_again(hf_path, scratch / "mlx", allow_pickle=allow_pickle)
+            folder = scratch / "mlx"
+            _convert_again(
+                hf_path, folder, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+            )
         else:
             folder = mlx_model
         model = _mlx_model(folder, written)
@@ -191,13 +196,20 @@ def _torch_side(reference: Reference) -> tuple[list[_Case], np.ndarray, np.ndarr
     return cases, ids, reference.embedding_rows(SAMPLE_ROWS)
 
 
-def _convert_again(hf_path: Path, target: Path, *, allow_pickle: bool) -> Path:
-    """Convert the base model to float32, which loses nothing; return the folder."""
+def _convert_again(
+    hf_path: Path, target: Path, *, allow_pickle: bool, trust_remote_code: bool
+) -> None:
+    """Convert the base model to float32, which loses nothing."""
     from mlx_mtp.converters.base_model import convert_base
 
     target.mkdir()
-    convert_base(str(hf_path), target, dtype="float32", allow_pickle=allow_pickle)
-    return target
+    convert_base(
+        str(hf_path),
+        target,
+        dtype="float32",
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+    )
 
 
 def lossy(mlx_model: Path, sample: np.ndarray) -> str | None:

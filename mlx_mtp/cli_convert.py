@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -27,13 +28,13 @@ TORCH_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 @click.option("--quantize", "-q", is_flag=True, help="Quantise the base model.")
 @click.option("--q-bits", type=int, help="Bits per weight with -q.  [default: 4]")
 @click.option("--q-group-size", type=int, help="Weights per scale with -q.  [default: 64]")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Float type; the model's own.")
+@click.option("--dtype", type=click.Choice(DTYPES), help="Float type.  [default: the model's]")
 @click.option(
     "--base-model",
     metavar="MODEL",
-    help="MLX model that a checkpoint alone is for; the one that it names.",
+    help="MLX model that a checkpoint alone is for.  [default: named in it]",
 )
-@click.option("--layout", help="Layout of the checkpoint; found out by default.")
+@click.option("--layout", help="Layout of the checkpoint.  [default: found out]")
 @click.option(
     "--layout-option",
     multiple=True,
@@ -46,7 +47,7 @@ TORCH_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 @click.option("--licence", "--license", help="Licence of the adapter, for its model card.")
 @click.option("--upload-repo", metavar="REPO", help="Hub repository to push the folder to.")
 @click.option("--force", is_flag=True, help="Replace the folder if it is there.")
-def convert(mlx_path: str, upload_repo: str | None, **options: Any) -> None:
+def convert(**options: Any) -> None:
     """Turn PyTorch and Hugging Face checkpoints into MLX folders.
 
     --hf-path alone writes a model, --mtp-path alone an adapter, both together a model with its
@@ -56,7 +57,7 @@ def convert(mlx_path: str, upload_repo: str | None, **options: Any) -> None:
     from mlx_mtp.converters.progress import ByteProgress
 
     _check_flags(options)
-    output, hf_path = Path(mlx_path), options["hf_path"]
+    output, hf_path = Path(options["mlx_path"]).expanduser(), options["hf_path"]
     checkpoint = None
     if options["mtp_path"] is not None:
         checkpoint = _checkpoint_path(options["mtp_path"], allow_pickle=options["allow_pickle"])
@@ -86,22 +87,25 @@ def convert(mlx_path: str, upload_repo: str | None, **options: Any) -> None:
                 force=options["force"],
                 check=check,
             )
+    if report and result.notes:
+        report[-1] += ", if the assumptions above hold"
     print("\n".join(_summary(output, result, bundle=hf_path is not None) + report))
-    if upload_repo is not None:
-        _upload(output, upload_repo)
+    if options["upload_repo"] is not None:
+        _upload(output, options["upload_repo"])
 
 
 @click.command()
 @click.option("--adapter-path", required=True, help="Adapter folder or hub id.")
 @click.option("--peft-path", required=True, metavar="OUT", help="PEFT checkpoint folder to write.")
-@click.option("--model", help="Base model, for its tokenizer; the one that the adapter names.")
+@click.option("--model", help="Base model, for its tokenizer.  [default: named in it]")
 @click.option("--force", is_flag=True, help="Replace the folder if it is there.")
 def export(adapter_path: str, peft_path: str, model: str | None, force: bool) -> None:
     """Write an adapter as a PEFT checkpoint, for PyTorch."""
     from mlx_mtp.converters.export import export_adapter
 
     with Progress("Exporting ..."):
-        settings = export_adapter(adapter_path, Path(peft_path), base_model=model, force=force)
+        output = Path(peft_path).expanduser()
+        settings = export_adapter(adapter_path, output, base_model=model, force=force)
     masks = settings["alora_invocation_tokens"]
     print(
         f"wrote {peft_path}: PEFT LoRA of rank {settings['r']} for "
@@ -127,6 +131,15 @@ def _check_flags(options: dict[str, Any]) -> None:
     """Refuse flags that do not go together."""
     if options["hf_path"] is None and options["mtp_path"] is None:
         raise ValueError("give --hf-path, --mtp-path or both")
+    for name in ("hf_path", "mtp_path", "mlx_path", "base_model"):
+        if options[name] == "":
+            raise ValueError(f"--{name.replace('_', '-')} is empty")
+    if options["verify"]:
+        for module in ("torch", "peft") if options["mtp_path"] else ("torch",):
+            if importlib.util.find_spec(module) is None:
+                raise ValueError(f'--verify needs {module}: pip install "mlx-mtp[convert]"')
+    if options["upload_repo"] is not None:
+        _check_repo(options["upload_repo"])
     if options["hf_path"] is not None and options["base_model"] is not None:
         raise ValueError("--base-model is for --mtp-path alone; --hf-path is the base model here")
     for name in ("quantize", "q_bits", "q_group_size", "dtype", "verify"):
@@ -185,11 +198,14 @@ def _verifier(
 
         adapter = _adapter_options(options)
         result = verify_conversion(
-            hf_path=resolve_base(options["hf_path"]),
+            hf_path=resolve_base(
+                options["hf_path"], trust_remote_code=options["trust_remote_code"]
+            ),
             checkpoint=checkpoint,
             mlx_model=folder,
             adapter=None if checkpoint is None else folder / BUNDLED_ADAPTER,
             allow_pickle=adapter.allow_pickle,
+            trust_remote_code=options["trust_remote_code"],
             layout=adapter.layout,
             options=adapter.layout_options,
         )
@@ -219,9 +235,24 @@ def _summary(output: Path, result: Converted, *, bundle: bool) -> list[str]:
     return lines
 
 
+def _check_repo(repo: str) -> None:
+    """Refuse a name that the hub would refuse, before the work."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ValueError(f"--upload-repo {repo!r} is no name for a repository: {error}") from None
+
+
 def _upload(folder: Path, repo: str) -> None:
     from mlx_mtp.converters.upload import upload
 
     with Progress(f"Uploading to {repo} ..."):
-        upload(folder, repo)
-    print(f"uploaded to {repo}")
+        try:
+            address = upload(folder, repo)
+        except ValueError as error:
+            hint = f"{folder} is written, upload it with: hf upload {repo} {folder}"
+            raise ValueError(f"{error}; {hint}") from None
+    print(f"uploaded to {address}")

@@ -211,6 +211,11 @@ def read_config(folder: Path) -> MTPConfig:
         raise ValueError(f"cannot read {path}: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a JSON object")
+    if "peft_type" in values:
+        raise ValueError(
+            f"{folder} is a PEFT checkpoint, not an adapter folder: convert it first "
+            "(mlx-mtp convert --mtp-path)"
+        )
     try:
         return MTPConfig.from_dict(values)
     except ValueError as error:

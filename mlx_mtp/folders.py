@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -30,6 +31,7 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         FileExistsError: ``target`` exists and ``replace`` is off.
         OSError: the folder cannot be made or renamed.
     """
+    target = Path(os.path.abspath(target))  # whose name holds even if the folder itself is moved
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
     if not replace and os.path.lexists(target):
@@ -40,6 +42,21 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         draft.mkdir()
         yield draft
         _publish(draft, target, aside=workplace / _OLD if replace else None)
+
+
+@contextlib.contextmanager
+def without_wildcards(folder: Path) -> Iterator[Path]:
+    """Yield a folder with the same files whose path means itself to ``glob``.
+
+    mlx-lm globs for weights in the path as it is given, so brackets in it would hide them.
+    """
+    if glob.escape(str(folder)) == str(folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix="mlx-mtp-") as name:
+        for path in folder.iterdir():
+            (Path(name) / path.name).symlink_to(path.resolve())
+        yield Path(name)
 
 
 @contextlib.contextmanager

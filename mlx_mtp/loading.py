@@ -21,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_mtp.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_config
 from mlx_mtp.default_model import DEFAULT_MODEL_NAME, default_adapter_path, default_model_path
 from mlx_mtp.dense import to_float32
+from mlx_mtp.folders import without_wildcards
 from mlx_mtp.model import MTPModel, fingerprint
 from mlx_mtp.safetensors_file import check_safetensors, read_safetensors
 
@@ -176,7 +177,8 @@ def _load_base(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[s
     try:
         for file in sorted(folder.glob("model*.safetensors")):  # the files that mlx-lm will load
             check_safetensors(file)
-        base, config = lm_utils.load_model(folder, lazy=True, trust_remote_code=trust_remote_code)
+        with without_wildcards(folder) as path:
+            base, config = lm_utils.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
         base.eval()
         if mx.default_device().type == mx.cpu:
             to_float32(base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +228,27 @@ class TestOutput:
         convert_adapter(checkpoint, out, base_model=model, force=True)
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
+    def test_force_replaces_no_input(
+        self, sources: tuple[Path, Path, Path], tmp_path: Path
+    ) -> None:
+        model, adapter, checkpoint = sources
+        root = model.parent
+        for args, out in (
+            (["convert", "--hf-path", model, "--mlx-path"], model),
+            (
+                ["convert", "--mtp-path", checkpoint, "--base-model", model, "--mlx-path"],
+                checkpoint,
+            ),
+            (["convert", "--mtp-path", checkpoint, "--base-model", model, "--mlx-path"], model),
+            (["convert", "--hf-path", model, "--mtp-path", checkpoint, "--mlx-path"], root),
+            (["export", "--adapter-path", adapter, "--model", model, "--peft-path"], adapter),
+        ):
+            line = failure(*args, out, "--force")
+            assert f"{out} would replace" in line and "choose another folder" in line
+        link = tmp_path / "link"
+        link.symlink_to(model)
+        assert "would replace" in failure("convert", "--hf-path", model, "--mlx-path", link)
+
     @pytest.mark.parametrize("kind", ["folder", "file", "link"])
     def test_force_replaces_nothing_else(
         self, sources: tuple[Path, Path, Path], tmp_path: Path, kind: str
@@ -240,7 +262,8 @@ class TestOutput:
             out.write_text("")
         else:
             out.symlink_to(precious)
-        with pytest.raises(ValueError, match="neither a model nor an adapter folder"):
+        message = "is a link" if kind == "link" else "neither a model nor an adapter folder"
+        with pytest.raises(ValueError, match=message):
             convert_model(str(sources[0]), out, force=True)
         assert out.exists()
 
@@ -259,6 +282,46 @@ class TestOutput:
             convert_adapter(sources[2], tmp_path / "out", base_model=sources[0])
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.parametrize(
+        "content", [{"config.json": '{"port": 80}'}, {"config.json": "[]"}, {"index.html": ""}]
+    )
+    def test_force_knows_a_model_by_its_content(
+        self, sources: tuple[Path, Path, Path], tmp_path: Path, content: dict[str, str]
+    ) -> None:
+        for name, text in content.items():
+            (tmp_path / name).write_text(text)
+        line = failure("convert", "--hf-path", sources[0], "--mlx-path", tmp_path, "--force")
+        assert "neither a model nor an adapter folder" in line
+        copy = tmp_path / "model"
+        convert_model(str(sources[0]), copy)
+        (copy / ".git").mkdir()
+        line = failure("convert", "--hf-path", sources[0], "--mlx-path", copy, "--force")
+        assert "neither a model nor an adapter folder" in line
+
+    def test_the_working_directory_is_not_replaced(
+        self, sources: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        convert_model(str(sources[0]), tmp_path / "here")
+        monkeypatch.chdir(tmp_path / "here")
+        for out in (".", "../here"):
+            line = failure("convert", "--hf-path", sources[0], "--mlx-path", out, "--force")
+            assert "would replace the working directory" in line
+
+    @pytest.mark.parametrize("name", ["out", "sp ace [1] *", "new/[a-b]?/out"])
+    def test_paths_may_be_relative_and_hold_anything(
+        self,
+        sources: tuple[Path, Path, Path],
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+        name: str,
+    ) -> None:
+        model, _, checkpoint = sources
+        monkeypatch.chdir(tmp_path)
+        run("convert", "--hf-path", model, "--mtp-path", checkpoint, "--mlx-path", name)
+        assert load("./" + name)[0].config is not None
+        run("convert", "--hf-path", name, "--mlx-path", "again", "-q", "--q-group-size", 32)
+        assert "refused" not in run("inspect", name)
+
 
 BAD_FLAGS = [
     ([], "give --hf-path, --mtp-path or both"),
@@ -273,6 +336,8 @@ BAD_FLAGS = [
     (["--mtp-path", "/no/such/folder"], "checkpoint /no/such/folder does not exist"),
     (["--hf-path", "/no/such/folder"], "/no/such/folder"),
     (["--hf-path", "m", "--dtype", "int8"], "--dtype"),
+    (["--hf-path", ""], "--hf-path is empty"),
+    (["--hf-path", "m", "--upload-repo", "bad name!!"], "--upload-repo 'bad name!!' is no name"),
 ]
 
 
@@ -280,6 +345,40 @@ BAD_FLAGS = [
 def test_flags_that_do_not_fit_are_named(flags: list[str], message: str, tmp_path: Path) -> None:
     assert message in failure("convert", *flags, "--mlx-path", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def named(checkpoint: Path, copy: Path, base: str) -> Path:
+    """A copy of a checkpoint that names another base model."""
+    shutil.copytree(checkpoint, copy)
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = base
+    (copy / "adapter_config.json").write_text(json.dumps(settings))
+    return copy
+
+
+class TestNames:
+    def test_paths_of_this_machine_are_never_written(
+        self, sources: tuple[Path, Path, Path], tmp_path: Path
+    ) -> None:
+        copy = named(sources[2], tmp_path / "checkpoint", "/home/alice/secret/base")
+        out = tmp_path / "out"
+        text = run("convert", "--hf-path", sources[0], "--mtp-path", copy, "--mlx-path", out)
+        assert "the checkpoint names /home/alice/secret/base as its base, taken was model" in text
+        assert read_config(out / "adapter").base_model == "model"
+
+    def test_a_hub_id_that_the_checkpoint_names_is_kept(
+        self, sources: tuple[Path, Path, Path], tmp_path: Path
+    ) -> None:
+        copy = named(sources[2], tmp_path / "checkpoint", "someone/tiny")
+        out = tmp_path / "out"
+        run("convert", "--hf-path", sources[0], "--mtp-path", copy, "--mlx-path", out)
+        assert read_config(out / "adapter").base_model == "someone/tiny"
+        assert "base_model: someone/tiny" in (out / "README.md").read_text()
+
+    def test_a_checkpoint_is_no_adapter(self, sources: tuple[Path, Path, Path]) -> None:
+        model, _, checkpoint = sources
+        line = failure("generate", "--model", model, "--adapter-path", checkpoint, "-p", "x")
+        assert "is a PEFT checkpoint, not an adapter folder: convert it first" in line
 
 
 class TestBaseModel:

@@ -81,7 +81,7 @@ def test_a_model_and_a_bundle(sources: tuple[Path, Path, Path], tmp_path: Path) 
     assert (facts["model_type"], facts["layers"], facts["tokenizer"]) == ("llama", 2, "fast")
     convert_model(str(sources[0]), tmp_path / "out", checkpoint=sources[2])
     bundle = look(tmp_path / "out")
-    assert bundle["kind"] == "bundle of a model and an adapter"
+    assert bundle["kind"] == "bundle"
     assert bundle["adapter"]["kind"] == "adapter" and bundle["adapter"]["facts"]["k"] == 4
 
 
