@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
@@ -25,6 +26,7 @@ from tiny import KINDS, save_tiny_model
 from mlx_mtp.converters import sandbox
 from mlx_mtp.converters.base_files import weight_files
 from mlx_mtp.converters.base_model import resolve_base
+from mlx_mtp.converters.convert import BaseOptions, convert_model
 from mlx_mtp.converters.rope import older_rope_keys
 from mlx_mtp.loading import load
 
@@ -119,6 +121,15 @@ def test_shards_become_what_one_file_becomes(tmp_path):
     second, _ = convert(sharded, tmp_path / "2")
     for name in ("model.safetensors", "config.json", "model.safetensors.index.json"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
+
+
+@SANDBOX
+def test_pytorch_files_and_a_relative_output(tmp_path, monkeypatch):
+    source = save_tiny_model(tmp_path / "in")
+    torch_files(source, parts=1)
+    monkeypatch.chdir(tmp_path)
+    convert_model("in", Path("new/out"), base=BaseOptions(allow_pickle=True))
+    assert load("./new/out")[0].config is None
 
 
 @SANDBOX

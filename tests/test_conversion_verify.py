@@ -251,7 +251,7 @@ class TestRefusals:
 
     def test_folder_without_weights(self, bundle: Conversion, tmp_path: Path) -> None:
         shutil.copy(bundle.project.base / "config.json", tmp_path)
-        with pytest.raises(ValueError, match="holds no weights"):
+        with pytest.raises(ValueError, match="has no weights"):
             verify_conversion(hf_path=tmp_path, checkpoint=None, mlx_model=None, adapter=None)
 
     def test_broken_weights(self, bundle: Conversion, tmp_path: Path) -> None:
