@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import signal
 import sys
 from collections.abc import Generator
 from pathlib import Path
@@ -108,7 +109,11 @@ cli.add_command(verify)
 def main() -> None:
     """Entry point of the installed command."""
     _spare_torch(sys.argv[1:])
-    cli(prog_name="mlx-mtp")
+    try:
+        cli(prog_name="mlx-mtp")
+    finally:
+        # All is said: another Ctrl-C while Python tidies up would only spoil the exit code.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _spare_torch(args: list[str]) -> None:
