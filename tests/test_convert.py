@@ -60,6 +60,15 @@ def same_adapter(first: Path, second: Path) -> bool:
     )
 
 
+def named(checkpoint: Path, copy: Path, base: str | None) -> Path:
+    """A copy of a checkpoint that names another base model."""
+    shutil.copytree(checkpoint, copy)
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    settings["base_model_name_or_path"] = base
+    (copy / "adapter_config.json").write_text(json.dumps(settings))
+    return copy
+
+
 class TestBundle:
     def test_one_command_makes_a_folder_that_generates(
         self, sources: tuple[Path, Path, Path], tmp_path: Path
@@ -136,13 +145,7 @@ class TestAdapterAlone:
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
         model, _, checkpoint = sources
-        copy = tmp_path / "checkpoint"
-        copy.mkdir()
-        for path in checkpoint.iterdir():
-            (copy / path.name).write_bytes(path.read_bytes())
-        settings = json.loads((copy / "adapter_config.json").read_text())
-        settings["base_model_name_or_path"] = DEFAULT_MODEL_NAME
-        (copy / "adapter_config.json").write_text(json.dumps(settings))
+        copy = named(checkpoint, tmp_path / "checkpoint", DEFAULT_MODEL_NAME)
         monkeypatch.setattr("mlx_mtp.converters.base_facts.default_model_path", lambda: model)
         result = convert_adapter(copy, tmp_path / "out")
         assert result.adapter is not None and result.adapter.base_model == DEFAULT_MODEL_NAME
@@ -151,10 +154,7 @@ class TestAdapterAlone:
         self, sources: tuple[Path, Path, Path], tmp_path: Path
     ) -> None:
         model, _, checkpoint = sources
-        copy = tmp_path / "checkpoint"
-        copy.mkdir()
-        for path in checkpoint.iterdir():
-            (copy / path.name).write_bytes(path.read_bytes())
+        copy = shutil.copytree(checkpoint, tmp_path / "checkpoint")
         (copy / "README.md").write_text("---\nlicense: apache-2.0\n---\n")
         convert_adapter(copy, tmp_path / "a", base_model=model)
         assert "license: apache-2.0\n" in (tmp_path / "a" / "README.md").read_text()
@@ -167,9 +167,7 @@ class TestAdapterAlone:
     ) -> None:
         model, adapter, checkpoint = sources
         bundle = save_tiny_model(tmp_path / "bundle")
-        (bundle / "adapter").mkdir()
-        for path in checkpoint.iterdir():
-            (bundle / "adapter" / path.name).write_bytes(path.read_bytes())
+        shutil.copytree(checkpoint, bundle / "adapter")
         convert_adapter(bundle, tmp_path / "out", base_model=model)
         assert same_adapter(tmp_path / "out", adapter)
 
@@ -347,15 +345,6 @@ def test_flags_that_do_not_fit_are_named(flags: list[str], message: str, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-def named(checkpoint: Path, copy: Path, base: str) -> Path:
-    """A copy of a checkpoint that names another base model."""
-    shutil.copytree(checkpoint, copy)
-    settings = json.loads((copy / "adapter_config.json").read_text())
-    settings["base_model_name_or_path"] = base
-    (copy / "adapter_config.json").write_text(json.dumps(settings))
-    return copy
-
-
 class TestNames:
     def test_paths_of_this_machine_are_never_written(
         self, sources: tuple[Path, Path, Path], tmp_path: Path
@@ -385,13 +374,7 @@ class TestBaseModel:
     def test_a_checkpoint_that_names_none(
         self, sources: tuple[Path, Path, Path], tmp_path: Path
     ) -> None:
-        copy = tmp_path / "checkpoint"
-        copy.mkdir()
-        for path in sources[2].iterdir():
-            (copy / path.name).write_bytes(path.read_bytes())
-        settings = json.loads((copy / "adapter_config.json").read_text())
-        settings["base_model_name_or_path"] = None
-        (copy / "adapter_config.json").write_text(json.dumps(settings))
+        copy = named(sources[2], tmp_path / "checkpoint", None)
         line = failure("convert", "--mtp-path", copy, "--mlx-path", tmp_path / "out")
         assert "does not name its base model; give it with --base-model" in line
 
