@@ -6,6 +6,7 @@ take minutes; a child runs the same functions as the command.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import random
@@ -73,7 +74,8 @@ class Zygote:
         self.process.stdin.write(b"force\n" if force else b"new\n")
         pid = int(self.process.stdout.readline())
         if kill_after_s is not None and not self._ends_within(kill_after_s):
-            os.kill(pid, signal.SIGKILL)  # a zombie until the zygote waits, so the pid is its own
+            with contextlib.suppress(ProcessLookupError):  # it ended just now, and was waited for
+                os.kill(pid, signal.SIGKILL)
         return int(self.process.stdout.readline().split()[1])
 
     def _ends_within(self, seconds: float) -> bool:
