@@ -20,6 +20,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_mtp import BLAS
 from mlx_mtp.blas import has_small_matrix_kernels
+from mlx_mtp.dense_blocks import replace_blocks
 
 MEMORY_SHARE = 0.8
 UNPACKED_LIMIT = 1_000_000  # multiply-adds, see OpenBLAS's sgemm_small_kernel_permit
@@ -116,6 +117,7 @@ def to_float32(base: nn.Module) -> bool:
     )
     base.update_modules(dense)
     base.apply(lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x)
+    replace_blocks(base)
     return True
 
 
