@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm import utils as lm_utils
 
-from mlx_mtp.converters.card import is_hub_id
+from mlx_mtp.cards import is_hub_id
 from mlx_mtp.converters.layouts import BaseFacts
 from mlx_mtp.default_model import DEFAULT_MODEL_NAME, default_model_path
 from mlx_mtp.folders import without_wildcards

@@ -20,6 +20,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from mlx_lm import utils as lm_utils
 
+from mlx_mtp.cards import read_licence
 from mlx_mtp.converters.base_files import (
     CONFIG_FILE,
     copy_papers,
@@ -27,7 +28,6 @@ from mlx_mtp.converters.base_files import (
     resolve_base,
     stage,
 )
-from mlx_mtp.converters.card import read_licence
 from mlx_mtp.converters.progress import ByteProgress
 from mlx_mtp.converters.rope import older_rope_keys
 from mlx_mtp.converters.shards import write_shards

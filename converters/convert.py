@@ -15,10 +15,11 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mtp.cards import CARD_FILE, read_licence
 from mlx_mtp.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig, SamplerKind
 from mlx_mtp.converters.base_facts import base_name, find_base, load_base, read_facts
 from mlx_mtp.converters.base_model import BaseResult, ByteProgress, convert_base
-from mlx_mtp.converters.card import CARD_FILE, adapter_card, base_card, read_licence
+from mlx_mtp.converters.card import adapter_card, base_card
 from mlx_mtp.converters.checkpoint import Checkpoint, read_checkpoint
 from mlx_mtp.converters.layouts import (
     BaseFacts,

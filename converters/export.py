@@ -12,9 +12,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mtp.cards import CARD_FILE, is_hub_id
 from mlx_mtp.config import MTPConfig
 from mlx_mtp.converters.base_facts import find_base
-from mlx_mtp.converters.card import CARD_FILE, is_hub_id
 from mlx_mtp.converters.convert import check_output, output_folder
 from mlx_mtp.converters.layouts import to_peft
 from mlx_mtp.loading import read_adapter, resolve

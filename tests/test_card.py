@@ -16,8 +16,9 @@ import pytest
 import yaml
 from tiny import random_adapter, tiny_base
 
+from mlx_mtp.cards import is_hub_id, model_card, read_licence
 from mlx_mtp.converters.base_model import BaseResult, Quantisation
-from mlx_mtp.converters.card import adapter_card, base_card, is_hub_id, model_card, read_licence
+from mlx_mtp.converters.card import adapter_card, base_card
 from mlx_mtp.converters.upload import upload
 
 
