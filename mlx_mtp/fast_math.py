@@ -34,7 +34,7 @@ _PIECE = 1_000_000  # elements that stay in the processor's cache from one opera
 def exp(x: mx.array) -> mx.array:
     """Exponential of float32 values; 0 below -88, infinite above 88.4.
 
-    The relative error is at most ``4e-7 + 6e-8 * |x|``; the second part is that of rounding
+    The relative error is at most ``4e-7 + 1e-7 * |x|``; the second part is that of rounding
     ``x / ln 2``.
     """
     scaled = mx.clip(x * _LOG2_E, -127.0, 128.0)
