@@ -123,18 +123,19 @@ def _draw_acceptance(axes: Any, evaluations: list[dict[str, Any]]) -> None:
             for record, count in zip(evaluations, counts, strict=True)
             if position < count
         ]
-    _draw_lines(axes, lines)
+    _draw_lines(axes, lines, legend_outside=True)
     axes.set_ylim(0, 1)
     axes.set_title("drafts accepted, by position")
 
 
-def _draw_lines(axes: Any, lines: dict[str, Points]) -> None:
+def _draw_lines(axes: Any, lines: dict[str, Points], *, legend_outside: bool = False) -> None:
     lines = {name: points for name, points in lines.items() if points}
     for name, points in lines.items():
         steps, values = zip(*points, strict=True)
         axes.plot(steps, values, label=name, marker="o" if len(points) < 30 else None, markersize=3)
     if len(lines) > 1:
-        axes.legend(fontsize="small")
+        place = {"loc": "upper left", "bbox_to_anchor": (1, 1)} if legend_outside else {}
+        axes.legend(fontsize="small", **place)
 
 
 def _one_line(name: str, points: Points, width: int) -> str:
