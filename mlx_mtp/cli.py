@@ -25,6 +25,7 @@ from mlx_mtp.cli_options import (
     stream_options,
     template_options,
 )
+from mlx_mtp.cli_train import train
 from mlx_mtp.cli_verify import verify
 from mlx_mtp.terminal import INTERRUPTED, Interrupt, PoliteGroup, Progress
 
@@ -103,6 +104,7 @@ def chat(**options: Any) -> None:
 cli.add_command(convert)
 cli.add_command(export)
 cli.add_command(inspect)
+cli.add_command(train)
 cli.add_command(verify)
 
 
@@ -122,7 +124,10 @@ def _spare_torch(args: list[str]) -> None:
     That takes over two seconds at every start and is of no use to commands that decode.  Code of a
     model's own folder may want it.
     """
-    if args[:1] in (["generate"], ["chat"], ["verify"]) and "--trust-remote-code" not in args:
+    if (
+        args[:1] in (["generate"], ["chat"], ["train"], ["verify"])
+        and "--trust-remote-code" not in args
+    ):
         sys.modules.setdefault("torch", cast(Any, None))
 
 

@@ -152,7 +152,7 @@ class RunFolder:
         names = sorted(each.name for each in self.path.iterdir() if each.name[0] != ".")
         if names == [TRAINING]:
             ours = {COMMAND_FILE, DATA_FILE, "data.settings.json", HISTORY_FILE, _LOCK_FILE}
-            found = sorted(each.name for each in self.training.iterdir())
+            found = sorted(each.name for each in self.training.iterdir() if each.name[0] != ".")
             return [f"{TRAINING}/{name}" for name in found if name not in ours]
         return names
 

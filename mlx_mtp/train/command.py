@@ -1,0 +1,361 @@
+"""The flow of ``mlx-mtp train``: folder, model, data, memory, training, summary.
+
+What is cheap and can fail is done first.  The options of a run are kept in its folder; resuming
+takes them from there, and refuses others that would make it another run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import os
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_mtp.config import WEIGHTS_FILE, read_config
+from mlx_mtp.loading import load
+from mlx_mtp.terminal import Interrupt, one_line
+from mlx_mtp.train.adapter import new_adapter
+from mlx_mtp.train.display import Display
+from mlx_mtp.train.events import Event
+from mlx_mtp.train.loop import TrainData, TrainResult
+from mlx_mtp.train.loop import train as run_loop
+from mlx_mtp.train.memory import estimate
+from mlx_mtp.train.pipeline import (
+    DataSettings,
+    Prepared,
+    expected_length,
+    kept_records,
+    make_records,
+    prepare,
+    read_source,
+    room_for,
+)
+from mlx_mtp.train.records import Record
+from mlx_mtp.train.run_folder import RunFolder
+from mlx_mtp.train.settings import TrainSettings
+from mlx_mtp.train.summary import finish, tracked_values
+from mlx_mtp.train.topics import read_topics
+from mlx_mtp.train.trackers import Tracker, make_tracker
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from mlx_mtp.model import MTPModel
+
+PROJECT = "mlx-mtp"
+DATA_OPTIONS = (
+    "data", "data_as_is", "num_records", "topics", "max_prompt_tokens", "max_answer_tokens",
+    "distil_batch_size", "held_out",
+)  # fmt: skip
+_PATHS = ("model", "data", "topics", "resume_adapter_file")
+_NOT_KEPT = ("adapter_path", "resume", "estimate")
+_NEGATIONS = {"no_sampler": "sampler", "no_gate": "gate"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What the options of a run mean."""
+
+    settings: TrainSettings
+    data: DataSettings
+    options: dict[str, Any]
+    start: Path | None
+    resume: bool
+
+
+def run(given: Mapping[str, Any]) -> bool:
+    """Train an adapter, or only say what it would take.
+
+    Args:
+        given: options by name, those alone that the user gave.
+
+    Returns:
+        Whether it came to its end; False after Ctrl-C.
+
+    Raises:
+        ValueError: something is wrong with the options, the folder, the model or the data, or the
+            training cannot go on; one line.
+        OSError: a file cannot be read or written.
+    """
+    folder = RunFolder(Path(given["adapter_path"]).expanduser())
+    plan = make_plan(given, folder)
+    only_estimate = bool(given.get("estimate"))
+    with Display() as display:
+        source: list[Record] = []
+        if "data_hash" not in folder.read_command() or plan.data.as_is:
+            source = read_source(plan.data, output=folder.path, tell=display.tell)
+        model, tokenizer = _load(plan, display)
+        settings = dataclasses.replace(
+            plan.settings,
+            max_seq_length=room_for(
+                model, plan.settings.max_seq_length, plan.settings.num_draft_tokens
+            ),
+        )
+        plan = dataclasses.replace(plan, settings=settings)
+        model = new_adapter(model, settings, start=plan.start)
+        lines = _check_memory(model, plan, refuse=not only_estimate)
+        if not only_estimate:
+            for line in lines:
+                display.tell(line)
+            with folder.held():
+                return _run_in(folder, plan, model, tokenizer, source, display)
+    print("\n".join(lines))
+    return True
+
+
+def make_plan(given: Mapping[str, Any], folder: RunFolder) -> Plan:
+    """Check the options and the folder.
+
+    Raises:
+        ValueError: they are refused.
+    """
+    resume = bool(given.get("resume"))
+    if resume:
+        folder.check_begun()
+    else:
+        folder.check_new()
+    options = {name: value for name, value in given.items() if name not in _NOT_KEPT}
+    for name in _PATHS:
+        options |= {name: _full_path(options[name])} if name in options else {}
+    if resume:
+        options = _resumed(options, folder)
+    if (tracker := options.get("report_to")) and importlib.util.find_spec(tracker) is None:
+        raise ValueError(f"--report-to {tracker} needs it: pip install {tracker}")
+    named = options.get("resume_adapter_file")
+    start = None if named is None else _adapter_folder(named, resume=resume)
+    return Plan(
+        settings=_train_settings(options, start),
+        data=_data_settings(options),
+        options=options,
+        start=start,
+        resume=resume,
+    )
+
+
+def _resumed(options: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
+    """The options of a run that is gone on with."""
+    command = folder.read_command()
+    kept = command.get("options", {})
+    fixed = {"model", "resume_adapter_file", *DATA_OPTIONS}
+    if "data_hash" not in command:
+        fixed -= {"num_records"}  # whoever finds it too many may be content with fewer
+    for name in sorted(fixed.intersection(options)):
+        if command and options[name] != kept.get(name):
+            flag = "--" + name.replace("_", "-")
+            raise ValueError(
+                f"{flag} was {kept.get(name, 'not given')} when the run began, not "
+                f"{options[name]}: a run that is resumed keeps it"
+            )
+    return {**kept, **options}
+
+
+def _train_settings(options: Mapping[str, Any], start: Path | None) -> TrainSettings:
+    """Settings from the options, where they are silent from the adapter that is gone on with."""
+    values: dict[str, Any] = {}
+    if start is not None:
+        config = read_config(start)
+        values = {
+            "num_draft_tokens": config.num_draft_tokens,
+            "rank": config.rank,
+            "scale": config.scale,
+            "sampler": config.sampler is not None,
+        }
+        values |= {"target_modules": config.target_modules} if config.target_modules else {}
+    names = {field.name for field in dataclasses.fields(TrainSettings)}
+    values |= {name: value for name, value in options.items() if name in names}
+    values |= {_NEGATIONS[name]: False for name in _NEGATIONS if options.get(name)}
+    if isinstance(values.get("target_modules"), str):
+        modules = (name.strip() for name in values["target_modules"].split(","))
+        values["target_modules"] = tuple(name for name in modules if name)
+    return TrainSettings(**values)
+
+
+def _data_settings(options: Mapping[str, Any]) -> DataSettings:
+    names = {"num_records", "max_prompt_tokens", "max_answer_tokens", "held_out", "data", "seed"}
+    values = {name: value for name, value in options.items() if name in names}
+    if "topics" in options:
+        values["topics"] = read_topics(Path(options["topics"]))
+    if "distil_batch_size" in options:
+        values["batch_size"] = options["distil_batch_size"]
+    return DataSettings(as_is=bool(options.get("data_as_is")), **values)
+
+
+def _full_path(name: str) -> str:
+    """A name that means the same from everywhere, if it is a path; hub ids stay as they are."""
+    path = os.path.expanduser(name)
+    return os.path.abspath(path) if os.path.exists(path) else name
+
+
+def _adapter_folder(name: str, *, resume: bool) -> Path | None:
+    """The folder of an adapter, which may be named by its weights.
+
+    A resumed run has the weights in its own state, so the adapter may be gone by then.
+    """
+    path = Path(name).expanduser()
+    if path.name == WEIGHTS_FILE and path.is_file():
+        path = path.parent
+    if path.is_dir():
+        return path
+    if resume:
+        return None
+    if path.is_file():
+        raise ValueError(f"{name} is neither an adapter folder nor its {WEIGHTS_FILE}")
+    raise ValueError(f"adapter {name} does not exist")
+
+
+def _load(plan: Plan, display: Display) -> tuple[MTPModel, TokenizerWrapper]:
+    display.say("Loading ...")
+    return load(
+        plan.options.get("model"),
+        trust_remote_code=bool(plan.options.get("trust_remote_code")),
+        mtp=False,
+        progress=display.say,
+    )
+
+
+def _check_memory(
+    model: MTPModel, plan: Plan, *, longest: int | None = None, refuse: bool
+) -> list[str]:
+    if longest is None:
+        longest = expected_length(model, plan.data, max_seq_length=plan.settings.max_seq_length)
+    found = estimate(model, plan.settings, longest=longest)
+    if refuse:
+        found.check()
+    return found.lines()
+
+
+def _run_in(
+    folder: RunFolder,
+    plan: Plan,
+    model: MTPModel,
+    tokenizer: TokenizerWrapper,
+    source: list[Record],
+    display: Display,
+) -> bool:
+    """Write the text, train on it, and say how it went."""
+    command = {"command": command_line(folder, plan.options), "options": plan.options}
+    kept_hash = folder.read_command().get("data_hash") if plan.resume else None
+    command |= {"data_hash": kept_hash} if kept_hash else {}
+    folder.write_command(command)
+    with Interrupt() as interrupt:
+        try:
+            with _nothing_lost(folder):
+                prepared = _prepare(
+                    folder, plan, model, tokenizer, source, kept_hash, display, interrupt
+                )
+                folder.write_command(command | {"data_hash": prepared.data_hash})
+                _check_memory(model, plan, longest=prepared.longest, refuse=True)
+                result = _train(folder, plan, model, prepared, display, interrupt)
+        except KeyboardInterrupt:
+            display.tell(f"\nStopped. Go on with: {folder.way_on()}")
+            return False
+    display.say("")
+    finish(folder, model, result, tell=display.tell)
+    return result.finished
+
+
+def _prepare(
+    folder: RunFolder,
+    plan: Plan,
+    model: MTPModel,
+    tokenizer: TokenizerWrapper,
+    source: list[Record],
+    kept_hash: str | None,
+    display: Display,
+    interrupt: Interrupt,
+) -> Prepared:
+    """Make the sequences, or read them again."""
+
+    def on_progress(progress: Any) -> None:
+        display.data(progress)
+        interrupt.check()
+
+    if kept_hash is not None and not plan.data.as_is:
+        records = kept_records(folder.data, plan.data, wanted_hash=kept_hash)
+    else:
+        if not plan.data.as_is:
+            display.say("Writing text ...")
+        records = make_records(
+            model, tokenizer, source, folder.data, plan.data,
+            progress=on_progress, tell=display.tell,
+        )  # fmt: skip
+    interrupt.check()
+    prepared = prepare(
+        records,
+        tokenizer,
+        max_seq_length=plan.settings.max_seq_length,
+        held_out=plan.data.held_out,
+    )
+    if kept_hash is not None and prepared.data_hash != kept_hash:
+        raise ValueError(f"{plan.data.data} was changed since the run began")
+    for line in prepared.lines:
+        display.tell(line)
+    return prepared
+
+
+def _train(
+    folder: RunFolder,
+    plan: Plan,
+    model: MTPModel,
+    prepared: Prepared,
+    display: Display,
+    interrupt: Interrupt,
+) -> TrainResult:
+    display.say("Training ...")
+    tracker = make_tracker(
+        plan.options.get("report_to"),
+        project=plan.options.get("project_name") or PROJECT,
+        run=folder.path.name,
+        config=plan.settings.to_dict(),
+    )
+    data = TrainData(train=prepared.train, held_out=prepared.held_out, data_hash=prepared.data_hash)
+    try:
+        return run_loop(
+            model,
+            data,
+            plan.settings,
+            folder.path,
+            resume=plan.resume and folder.newest_step() is not None,
+            on_event=_teller(display, tracker),
+            should_stop=lambda: interrupt.requested,
+        )
+    finally:
+        tracker.finish()
+
+
+def _teller(display: Display, tracker: Tracker) -> Callable[[Event], None]:
+    def tell(event: Event) -> None:
+        display.event(event)
+        if values := tracked_values(event):
+            tracker.log(values, step=event.step)
+
+    return tell
+
+
+@contextlib.contextmanager
+def _nothing_lost(folder: RunFolder) -> Iterator[None]:
+    """Say of a full disk, or of a training that cannot go on, what still stands."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        step = folder.newest_step()
+        if step is None and (isinstance(error, ValueError) or not folder.is_begun()):
+            raise
+        kept = "the text so far" if step is None else f"the checkpoint of step {step}"
+        way_on = f", go on with: {folder.way_on()}" if isinstance(error, OSError) else ""
+        raise ValueError(f"{one_line(error)}; {kept} is kept{way_on}") from error
+
+
+def command_line(folder: RunFolder, options: Mapping[str, Any]) -> str:
+    """The command that makes such a run."""
+    words = ["mlx-mtp", "train", "--adapter-path", str(folder.path)]
+    for name, value in options.items():
+        words.append("--" + name.replace("_", "-"))
+        if value is not True:
+            words.append(str(value))
+    return shlex.join(words)
