@@ -149,7 +149,7 @@ def test_drafts_are_those_of_decoding(kind: str, quantised: bool, monkeypatch: A
             for at in anchors
         ]
         assert found.tolist() == wanted
-        assert {0, 1, 2} <= set(wanted)
+        assert len(set(wanted)) > 2
 
 
 def test_chunks_and_order_make_no_difference() -> None:
@@ -253,13 +253,13 @@ def test_nothing_to_evaluate_on() -> None:
 @pytest.mark.slow
 def test_the_default_model_and_its_adapter() -> None:
     model, tokenizer = load()
-    for prompt in builtin_prompts()[::24]:
+    for prompt in builtin_prompts()[16::40]:
         text = chat_text(tokenizer, [{"role": "user", "content": prompt.text}])
         ids = encode_prompt(tokenizer, text, add_special_tokens=False)
-        for layout, k in (("quadratic", 4), ("linear", 4), ("quadratic", 2)):
+        for layout, k in (("quadratic", 4), ("linear", 2)):
             options: dict[str, Any] = {"layout": layout, "num_draft_tokens": k}
             stop_ids = tokenizer.eos_token_ids
-            steps = list(decode(model, ids, max_tokens=40, stop_ids=stop_ids, **options))
+            steps = list(decode(model, ids, max_tokens=24, stop_ids=stop_ids, **options))
             found = evaluate(model, [text_of(ids, steps)], **options)
             assert found.num_steps == len(steps), (prompt.id, layout, k)
             assert found.num_tokens == sum(len(step.tokens) for step in steps)

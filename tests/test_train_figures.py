@@ -1,0 +1,135 @@
+"""The benchmarks of adapters: kept texts, tokens per step by kind, figures and ablations."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from tiny import save_tiny_pair
+
+from mlx_mtp.bench import texts as room
+from mlx_mtp.bench import tokens_per_step
+from mlx_mtp.bench.texts import GreedyText, greedy_texts, texts_hash
+from mlx_mtp.decode import decode
+from mlx_mtp.loading import load
+from mlx_mtp.prompts import Prompt
+from mlx_mtp.train.evaluate import evaluate
+
+PROMPTS = [
+    Prompt(f"p{number}", "odd" if number % 2 else "even", "ab cd " * (number + 1))
+    for number in range(5)
+]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: Any) -> tuple[Path, Path]:
+    return save_tiny_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def loaded(pair: tuple[Path, Path]) -> Any:
+    return load(str(pair[0]), adapter_path=str(pair[1]))
+
+
+@pytest.fixture
+def prompt_file(tmp_path: Path) -> Path:
+    lines = [{"id": p.id, "kind": p.kind, "text": p.text} for p in PROMPTS]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def test_texts_are_those_of_decoding(loaded: Any) -> None:
+    model, tokenizer = loaded
+    for text in greedy_texts(model, tokenizer, PROMPTS, max_tokens=12, batch_size=2):
+        stop_ids = tokenizer.eos_token_ids
+        steps = list(decode(model, text.prompt, max_tokens=12, stop_ids=stop_ids))
+        assert text.answer == [token for step in steps for token in step.tokens]
+        found = evaluate(model, [text.sequence], num_draft_tokens=1)
+        assert found.num_tokens == len(text.answer)
+        quadratic: dict[str, Any] = {"layout": "quadratic", "num_draft_tokens": 1}
+        again = decode(model, text.prompt, max_tokens=12, stop_ids=stop_ids, **quadratic)
+        assert found.num_steps == len(list(again))
+
+
+def test_a_stop_id_is_the_last_of_its_text(loaded: Any, monkeypatch: Any) -> None:
+    model, tokenizer = loaded
+    plain = greedy_texts(model, tokenizer, PROMPTS, max_tokens=12)
+    stops = {plain[0].answer[4], plain[1].answer[2]}
+    monkeypatch.setattr(tokenizer, "_eos_token_ids", stops)
+    for before, after in zip(
+        plain, greedy_texts(model, tokenizer, PROMPTS, max_tokens=12), strict=True
+    ):
+        ends = [at for at, token in enumerate(before.answer) if token in stops]
+        assert after.answer == before.answer[: ends[0] + 1 if ends else None]
+
+
+def test_texts_are_kept(loaded: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    model, tokenizer = loaded
+    file = tmp_path / "texts.jsonl"
+    first = greedy_texts(model, tokenizer, PROMPTS[:3], max_tokens=6, path=file)
+    asked: list[int] = []
+    generate = room.generate_batch
+
+    def counting(model: Any, prompts: Any, **options: Any) -> Any:
+        asked.append(len(prompts))
+        return generate(model, prompts, **options)
+
+    monkeypatch.setattr(room, "generate_batch", counting)
+    every = greedy_texts(model, tokenizer, PROMPTS, max_tokens=6, path=file)
+    assert every[:3] == first and asked == [2]
+    assert greedy_texts(model, tokenizer, PROMPTS, max_tokens=6, path=file) == every
+    assert asked == [2] and texts_hash(every) != texts_hash(first)
+
+
+def test_texts_of_others_are_refused(loaded: Any, tmp_path: Path) -> None:
+    model, tokenizer = loaded
+    file = tmp_path / "texts.jsonl"
+    greedy_texts(model, tokenizer, PROMPTS[:1], max_tokens=6, path=file)
+    with pytest.raises(ValueError, match="was made with max_tokens 6, not 7"):
+        greedy_texts(model, tokenizer, PROMPTS[:1], max_tokens=7, path=file)
+    file.write_text('{"torn')
+    with pytest.raises(ValueError, match="is damaged"):
+        greedy_texts(model, tokenizer, PROMPTS[:1], max_tokens=6, path=file)
+
+
+def test_kinds_of_the_built_in_prompts_have_a_sum_without_languages() -> None:
+    def answer(sequence: int) -> Any:
+        return tokens_per_step.Answer(1, 2, 3, None, sequence)  # type: ignore[arg-type]
+
+    texts = [GreedyText(kind, kind, [1], [2]) for kind in tokens_per_step.KINDS]
+    answers = [answer(at) for at in range(len(texts))]
+    found = tokens_per_step.by_kind(texts, answers)
+    assert set(found) == {*tokens_per_step.KINDS, "english", "all"}
+    assert len(found["english"]) == len(texts) - 1 and found["all"] == answers
+    assert set(tokens_per_step.by_kind(texts[:1], answers[:1])) == {texts[0].kind}
+
+
+def test_the_table_and_its_json_line(
+    pair: tuple[Path, Path], prompt_file: Path, tmp_path: Path
+) -> None:
+    model, adapter = map(str, pair)
+    arguments = ["--model", model, "--adapter-path", adapter, "--adapter-path", f"{adapter}/"]
+    arguments += ["--prompts", str(prompt_file), "--max-tokens", "10", "--num-draft-tokens", "2"]
+    arguments += ["--texts", str(tmp_path / "kept.jsonl")]
+    done = CliRunner().invoke(tokens_per_step.main, arguments)
+    assert done.exit_code == 0, done.output
+    *shown, last = done.stdout.strip().splitlines()
+    line = json.loads(last)
+    assert shown[0].startswith("tokens per step") and any("even" in each for each in shown)
+    one, two = line["results"].values()
+    assert one == two and set(one) == {"odd", "even", "all"}
+    assert one["all"]["num_sequences"] == 5 and len(one["all"]["acceptance"]) == 2
+    again = CliRunner().invoke(tokens_per_step.main, [*arguments, "--json"])
+    assert json.loads(again.stdout)["results"] == line["results"]
+
+
+def test_bad_input_is_one_line(pair: tuple[Path, Path], prompt_file: Path) -> None:
+    model, adapter = map(str, pair)
+    arguments = ["--model", model, "--adapter-path", adapter, "--prompts", str(prompt_file)]
+    done = CliRunner().invoke(tokens_per_step.main, [*arguments, "--num-draft-tokens", "9"])
+    assert done.exit_code == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("Error: num_draft_tokens must be")
