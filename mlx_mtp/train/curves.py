@@ -83,7 +83,7 @@ def terminal_curves(
     if plain is None:
         plain = not sys.stdout.isatty()
     columns = (width - _GAP * (len(curves) - 1)) // max(len(curves), 1)
-    if plain or height < 4 or columns < _GUTTER + 8:
+    if plain or height < 4 or columns < _GUTTER + 15:
         return "\n".join(_one_line(name, points, width) for name, points in curves.items())
     charts = [_chart(name, points, columns, height) for name, points in curves.items()]
     rows = zip(*charts, strict=True)
