@@ -59,11 +59,21 @@ _NEGATIONS = {"no_sampler": "sampler", "no_gate": "gate"}
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the options of a run mean."""
+    """What the options of a run mean.
+
+    Attributes:
+        settings: for the loop.
+        data: for the text.
+        options: by name, with full paths, so that a run is resumed from anywhere.
+        typed: the same as the user typed them, for the adapter's card.
+        start: folder of the adapter to start from.
+        resume: whether the run was begun before.
+    """
 
     settings: TrainSettings
     data: DataSettings
     options: dict[str, Any]
+    typed: dict[str, Any]
     start: Path | None
     resume: bool
 
@@ -119,10 +129,10 @@ def make_plan(given: Mapping[str, Any], folder: RunFolder) -> Plan:
         folder.check_begun()
     else:
         folder.check_new()
-    options = {name: value for name, value in given.items() if name not in _NOT_KEPT}
-    for name in _PATHS:
-        options |= {name: _full_path(options[name])} if name in options else {}
+    typed = {name: value for name, value in given.items() if name not in _NOT_KEPT}
+    options = typed | {name: _full_path(typed[name]) for name in _PATHS if name in typed}
     if resume:
+        typed = folder.read_command().get("typed", {}) | typed
         options = _resumed(options, folder)
     if (tracker := options.get("report_to")) and importlib.util.find_spec(tracker) is None:
         raise ValueError(f"--report-to {tracker} needs it: pip install {tracker}")
@@ -132,6 +142,7 @@ def make_plan(given: Mapping[str, Any], folder: RunFolder) -> Plan:
         settings=_train_settings(options, start),
         data=_data_settings(options),
         options=options,
+        typed=typed,
         start=start,
         resume=resume,
     )
@@ -238,7 +249,15 @@ def _run_in(
     display: Display,
 ) -> bool:
     """Write the text, train on it, and say how it went."""
-    command = {"command": command_line(folder, plan.options), "options": plan.options}
+    tracker = make_tracker(
+        plan.options.get("report_to"),
+        project=plan.options.get("project_name") or PROJECT,
+        run=folder.path.name,
+        config=plan.settings.to_dict(),
+        tell=display.tell,
+    )
+    command = {"command": command_line(folder, plan.typed)}
+    command |= {"options": plan.options, "typed": plan.typed}
     kept_hash = folder.read_command().get("data_hash") if plan.resume else None
     command |= {"data_hash": kept_hash} if kept_hash else {}
     folder.write_command(command)
@@ -250,12 +269,15 @@ def _run_in(
                 )
                 folder.write_command(command | {"data_hash": prepared.data_hash})
                 _check_memory(model, plan, longest=prepared.longest, refuse=True)
-                result = _train(folder, plan, model, prepared, display, interrupt)
+                tell = _teller(display, tracker)
+                result = _train(folder, plan, model, prepared, tell, interrupt)
         except KeyboardInterrupt:
-            display.tell(f"\nStopped. Go on with: {folder.way_on()}")
+            display.tell(f"Stopped. Go on with: {folder.way_on()}")
             return False
+        finally:
+            tracker.finish()
     display.say("")
-    finish(folder, model, result, tell=display.tell)
+    finish(folder, model, result, seed=plan.settings.seed, tell=display.tell)
     return result.finished
 
 
@@ -303,29 +325,19 @@ def _train(
     plan: Plan,
     model: MTPModel,
     prepared: Prepared,
-    display: Display,
+    on_event: Callable[[Event], None],
     interrupt: Interrupt,
 ) -> TrainResult:
-    display.say("Training ...")
-    tracker = make_tracker(
-        plan.options.get("report_to"),
-        project=plan.options.get("project_name") or PROJECT,
-        run=folder.path.name,
-        config=plan.settings.to_dict(),
-    )
     data = TrainData(train=prepared.train, held_out=prepared.held_out, data_hash=prepared.data_hash)
-    try:
-        return run_loop(
-            model,
-            data,
-            plan.settings,
-            folder.path,
-            resume=plan.resume and folder.newest_step() is not None,
-            on_event=_teller(display, tracker),
-            should_stop=lambda: interrupt.requested,
-        )
-    finally:
-        tracker.finish()
+    return run_loop(
+        model,
+        data,
+        plan.settings,
+        folder.path,
+        resume=plan.resume and folder.newest_step() is not None,
+        on_event=on_event,
+        should_stop=lambda: interrupt.requested,
+    )
 
 
 def _teller(display: Display, tracker: Tracker) -> Callable[[Event], None]:

@@ -37,6 +37,7 @@ def finish(
     model: MTPModel,
     result: TrainResult,
     *,
+    seed: int,
     tell: Callable[[str], None],
 ) -> None:
     """Draw the curves, write the adapter's card, and say how it went.
@@ -45,6 +46,7 @@ def finish(
         folder: of the run, which has ended or was stopped.
         model: with its adapter.
         result: from the loop.
+        seed: of the run.
         tell: called with a line for the user.
 
     Raises:
@@ -59,7 +61,7 @@ def finish(
         except ValueError as error:  # the training is done; no picture is no failure
             tell(f"No {folder.curves.name}: {one_line(error)}")
     if result.best is not None and model.config is not None:
-        recipe = recipe_of(command, seconds=_seconds(records), result=result)
+        recipe = recipe_of(command, seed=seed, seconds=_seconds(records), result=result)
         card = training_card(model.config, recipe=recipe, best=result.best)
         write_atomically(folder.path / README_FILE, card)
     if not result.finished:
@@ -104,9 +106,10 @@ def summary_lines(
     return lines
 
 
-def recipe_of(command: Mapping[str, Any], *, seconds: float, result: TrainResult) -> dict[str, Any]:
+def recipe_of(
+    command: Mapping[str, Any], *, seed: int, seconds: float, result: TrainResult
+) -> dict[str, Any]:
     """How an adapter was made, for its card."""
-    seed = command.get("options", {}).get("seed", 0)
     return {
         "command": command.get("command", ""),
         "seed": seed,
