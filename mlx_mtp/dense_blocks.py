@@ -56,7 +56,7 @@ class DenseAttention(nn.Module):
     def _heads(self, x: mx.array, norm: str | None, heads: int) -> mx.array:
         x = x.reshape(*x.shape[:-1], heads, -1)
         if norm is not None and norm in self:
-            x = self[norm](x)
+            x = getattr(self, norm)(x)
         return x.transpose(0, 2, 1, 3)
 
     def _attend(self, queries: mx.array, keys: mx.array, values: mx.array, mask: Any) -> mx.array:

@@ -71,13 +71,21 @@ def _up_gradient(gate: mx.array, sigmoid: mx.array, ahead: mx.array) -> mx.array
     return ahead * gate * sigmoid
 
 
-@mx.custom_function
 def swiglu(gate: mx.array, up: mx.array) -> mx.array:
     """``silu(gate) * up``, float32 of one shape."""
-    return _swiglu(gate, up)
+    return _differentiable_swiglu(gate, up)
 
 
-@swiglu.vjp
+def softmax(x: mx.array) -> mx.array:
+    """Softmax over the last axis, float32."""
+    return _differentiable_softmax(x)
+
+
+def logsumexp(x: mx.array) -> mx.array:
+    """Log of the sum of exponentials over the last axis, float32 ``[R, V]`` to ``[R]``."""
+    return _differentiable_logsumexp(x)
+
+
 def _swiglu_vjp(primals: Sequence[mx.array], cotangent: mx.array, output: mx.array) -> Any:
     del output
     gate, up = primals
@@ -85,27 +93,21 @@ def _swiglu_vjp(primals: Sequence[mx.array], cotangent: mx.array, output: mx.arr
     return _gate_gradient(gate, up, sigmoid, cotangent), _up_gradient(gate, sigmoid, cotangent)
 
 
-@mx.custom_function
-def softmax(x: mx.array) -> mx.array:
-    """Softmax over the last axis, float32."""
+def _softmax(x: mx.array) -> mx.array:
     powers = _shifted_exp(x, x.max(axis=-1, keepdims=True))
     return powers * mx.reciprocal(powers.sum(axis=-1, keepdims=True))
 
 
-@softmax.vjp
 def _softmax_vjp(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     del primals
     product = cotangent * output
     return product - output * product.sum(axis=-1, keepdims=True)
 
 
-@mx.custom_function
-def logsumexp(x: mx.array) -> mx.array:
-    """Log of the sum of exponentials over the last axis, float32 ``[R, V]`` to ``[R]``."""
-    return mx.concatenate([_logsumexp(piece) for piece in _pieces(x)])
+def _logsumexp(x: mx.array) -> mx.array:
+    return mx.concatenate([_logsumexp_piece(piece) for piece in _pieces(x)])
 
 
-@logsumexp.vjp
 def _logsumexp_vjp(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
     size = _rows_of_a_piece(primals)
     starts = range(0, primals.shape[0], size)
@@ -114,7 +116,7 @@ def _logsumexp_vjp(primals: mx.array, cotangent: mx.array, output: mx.array) -> 
     return mx.concatenate([_shifted_exp(x, shift) * factor for x, (shift, factor) in pairs])
 
 
-def _logsumexp(x: mx.array) -> mx.array:
+def _logsumexp_piece(x: mx.array) -> mx.array:
     most = x.max(axis=-1, keepdims=True)
     return most[:, 0] + mx.log(_shifted_exp(x, most).sum(axis=-1))
 
@@ -126,3 +128,14 @@ def _rows_of_a_piece(x: mx.array) -> int:
 def _pieces(x: mx.array) -> list[mx.array]:
     size = _rows_of_a_piece(x)
     return [x[start : start + size] for start in range(0, x.shape[0], size)]
+
+
+def _with_vjp(function: Any, vjp: Any) -> Any:
+    made: Any = mx.custom_function(function)
+    made.vjp(vjp)
+    return made
+
+
+_differentiable_swiglu = _with_vjp(_swiglu, _swiglu_vjp)
+_differentiable_softmax = _with_vjp(_softmax, _softmax_vjp)
+_differentiable_logsumexp = _with_vjp(_logsumexp, _logsumexp_vjp)

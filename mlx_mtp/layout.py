@@ -119,11 +119,13 @@ class StepScope:
 
     mlx-lm's modules are called without a word about mask rows; embedding, rotary embedding, gated
     linear layers and caches look here instead.  ``layout`` is None outside a forward and for
-    forwards whose rows are all ordinary and contiguous.
+    forwards whose rows are all ordinary and contiguous.  ``gated`` is True but in one ablation of
+    training, where the low-rank weights act on ordinary rows too.
     """
 
     def __init__(self) -> None:
         self.layout: StepLayout | None = None
+        self.gated = True
 
     @property
     def has_masks(self) -> bool:

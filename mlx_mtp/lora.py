@@ -72,6 +72,8 @@ class GatedLoRALinear(nn.Module):
         """Map ``[..., L, in]`` to ``[..., L, out]``; rows from the gate split on are adapted."""
         y = self.linear(x)
         layout = self.scope.layout
+        if not self.scope.gated:
+            return mx.addmm(y, x @ self.lora_a, self.lora_b, alpha=self.scale)
         if layout is None or layout.num_masks == 0:
             return y
         split = [layout.gate_split]

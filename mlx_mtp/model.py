@@ -136,6 +136,15 @@ class MTPModel(nn.Module):
         return self.config.num_draft_tokens if self.config else 0
 
     @property
+    def gated(self) -> bool:
+        """Whether low-rank weights act on mask rows only, as they always do outside an ablation."""
+        return self._scope.gated
+
+    @gated.setter
+    def gated(self, value: bool) -> None:
+        self._scope.gated = value
+
+    @property
     def vocab_size(self) -> int:
         """Rows of the embedding table."""
         return self._embedding.weight.shape[0]

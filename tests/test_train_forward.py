@@ -16,10 +16,10 @@ from mlx_mtp.layout import StepLayout
 from mlx_mtp.model import MTPModel
 from mlx_mtp.train.forward import mask_rows, ordinary_rows
 from mlx_mtp.train.losses import LossWeights, loss_terms, make_targets, total_loss
-from mlx_mtp.train.packing import MaskRows, choose_anchors
+from mlx_mtp.train.packing import MaskRows, choose_anchors, chunks, count_masks
 
 LENGTH, K = 20, 4
-ROWS = MaskRows((3, 7, 8, 15), K)
+ROWS = MaskRows((3, 7, 8, 14), K)
 STEP = 2e-3  # MLX's float64 exp and matmul round to 1e-7 or so, which smaller steps would show
 
 
@@ -78,24 +78,21 @@ class TestTargets:
     def test_of_the_text(self) -> None:
         model, ids = tiny_mtp(), sequence()
         ordinary = ordinary_rows(model, ids)
-        keep = mx.ones(ROWS.num_rows)
-        targets = make_targets(model, ordinary, ids, ROWS, keep=keep, teacher="sample")
+        targets = make_targets(model, ordinary, ids, ROWS, teacher="sample")
         text: Any = ids.tolist()
         for row, (anchor, j) in enumerate((a, j) for a in ROWS.anchors for j in range(K)):
             position = anchor + 1 + j
-            if position + 1 < LENGTH:
-                assert targets.tokens[row].item() == text[position + 1]
+            assert targets.tokens[row].item() == text[position + 1]
             assert targets.previous[row].item() == text[position]
             assert targets.twins[row].item() == position
 
     def test_of_the_model(self) -> None:
         model, ids = tiny_mtp(), sequence()
         ordinary = ordinary_rows(model, ids)
-        keep = mx.ones(ROWS.num_rows)
         logits = model.logits(ordinary.hidden[None])[0]
-        best = make_targets(model, ordinary, ids, ROWS, keep=keep, teacher="argmax")
+        best = make_targets(model, ordinary, ids, ROWS, teacher="argmax")
         assert mx.array_equal(best.tokens, mx.argmax(logits, axis=-1)[best.twins])
-        whole = make_targets(model, ordinary, ids, ROWS, keep=keep, teacher="dist")
+        whole = make_targets(model, ordinary, ids, ROWS, teacher="dist")
         assert whole.probs is not None
         assert mx.allclose(whole.probs, mx.softmax(logits, axis=-1)[best.twins], atol=1e-6)
 
@@ -103,7 +100,7 @@ class TestTargets:
         model, ids = tiny_mtp(), sequence()
         ordinary = ordinary_rows(model, ids)
         with pytest.raises(ValueError, match="teacher must be one of .*, got 'me'"):
-            make_targets(model, ordinary, ids, ROWS, keep=mx.ones(16), teacher="me")
+            make_targets(model, ordinary, ids, ROWS, teacher="me")
 
 
 def trainable(model: MTPModel) -> None:
@@ -143,11 +140,10 @@ def double(model: MTPModel) -> MTPModel:
 
 
 def checked_loss(model: MTPModel, term: str, teacher: str) -> Callable[[], mx.array]:
-    """One term of the loss, in float64; some rows weigh nothing, some half."""
+    """One term of the loss, in float64."""
     ids = sequence()
     ordinary = ordinary_rows(model, ids)
-    keep = mx.array(np.tile([1.0, 0.5, 0.0, 1.0], 4), mx.float64)
-    targets = make_targets(model, ordinary, ids, ROWS, keep=keep, teacher=teacher)
+    targets = make_targets(model, ordinary, ids, ROWS, teacher=teacher)
     weights = LossWeights(**{name: float(name == term) for name in ("base", "sampler", "lcm")})
     return lambda: total_loss(loss_terms(model, ordinary, ROWS, targets), weights)
 
@@ -185,15 +181,50 @@ def test_gradients_are_those_of_finite_differences(term: str, teacher: str) -> N
     assert moved > 5
 
 
-def test_rows_of_no_weight_do_not_count() -> None:
+def test_forwards_of_a_few_blocks_add_up() -> None:
+    model, ids = tiny_mtp(), sequence()
+    rows = MaskRows((2, 5, 9, 12, 16), (4, 1, 3, 4, 2))
+    ordinary = ordinary_rows(model, ids)
+    whole = loss_terms(
+        model, ordinary, rows, make_targets(model, ordinary, ids, rows, teacher="sample")
+    )
+    assert whole.keys() == {"base", "sampler", "lcm"}
+    parts = chunks(rows, most_rows=5)
+    assert [part.anchors for part in parts] == [(2, 5), (9,), (12,), (16,)]
+    for name, value in whole.items():
+        total = 0.0
+        for part in parts:
+            targets = make_targets(
+                model, ordinary, ids, part, teacher="sample", total=rows.num_rows
+            )
+            total += number(loss_terms(model, ordinary, part, targets)[name])
+        assert total == pytest.approx(number(value), rel=1e-5)
+
+
+def test_blocks_of_several_lengths_are_beginnings_of_whole_ones() -> None:
     model, ids = tiny_mtp(), sequence()
     ordinary = ordinary_rows(model, ids)
-    half = mx.array(np.repeat([1.0, 0.0], 8), mx.float32)
-    both = make_targets(model, ordinary, ids, ROWS, keep=half, teacher="sample")
-    first = MaskRows(ROWS.anchors[:2], K)
-    alone = make_targets(model, ordinary, ids, first, keep=mx.ones(8), teacher="sample")
-    left = loss_terms(model, ordinary, ROWS, both)
-    right = loss_terms(model, ordinary, first, alone)
-    assert left.keys() == right.keys() == {"base", "sampler", "lcm"}
-    for name in left:
-        assert mx.allclose(left[name], right[name], rtol=1e-5)
+    whole = mask_rows(model, ordinary, MaskRows((3, 7, 12), 4)).reshape(3, 4, -1)
+    some = mask_rows(model, ordinary, MaskRows((3, 7, 12), (2, 4, 1)))
+    wanted = mx.concatenate([whole[0, :2], whole[1], whole[2, :1]])
+    assert mx.allclose(some, wanted, rtol=0, atol=1e-5)
+
+
+class TestCounts:
+    def test_masks_predict_tokens_of_the_answer_alone(self) -> None:
+        answer = [False] * 3 + [True] * 6 + [False] * 2 + [True] * 4
+        rng = np.random.default_rng(0)
+        anchors = choose_anchors(answer, count=99, rng=rng)
+        counts = count_masks(answer, anchors, most=3, drop_late=0.0, rng=rng)
+        for anchor, count in zip(anchors, counts, strict=True):
+            assert count >= 1 and all(answer[anchor + 1 : anchor + 2 + count])
+            further = anchor + 2 + count
+            assert count == 3 or further >= len(answer) or not answer[further]
+
+    def test_late_masks_are_dropped_at_the_wanted_rate(self) -> None:
+        answer, rng = [True] * 20_000, np.random.default_rng(0)
+        anchors = choose_anchors(answer, count=15_000, rng=rng)
+        counts = np.array(count_masks(answer, anchors, most=8, drop_late=0.25, rng=rng))
+        for length in range(1, 8):
+            goes_on = (counts > length).sum() / (counts >= length).sum()
+            assert goes_on == pytest.approx(0.75, abs=0.03)

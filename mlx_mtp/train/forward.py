@@ -64,27 +64,28 @@ class HeldRows:
         return self._rows.attention(self._keys.shape[-2], window_size)
 
 
-def ordinary_rows(model: MTPModel, ids: mx.array) -> OrdinaryRows:
-    """Run the base model over a sequence ``[L]``."""
+def ordinary_rows(model: MTPModel, ids: mx.array, *, gradient: bool = False) -> OrdinaryRows:
+    """Run the base model over a sequence ``[L]``; a gradient flows only where it is asked for."""
     caches: Any = [KVCache() for _ in model.base.layers]
     held = cast(MTPCache, SimpleNamespace(layers=caches))
     hidden = model(ids[None], cache=held)[0]
-    return OrdinaryRows(
-        hidden=mx.stop_gradient(hidden),
-        keys_and_values=[
-            (mx.stop_gradient(keys), mx.stop_gradient(values))
-            for keys, values in (cache.keys_and_values() for cache in caches)
-        ],
-    )
+    pairs = [cache.keys_and_values() for cache in caches]
+    if not gradient:
+        pairs = [(mx.stop_gradient(keys), mx.stop_gradient(values)) for keys, values in pairs]
+    return OrdinaryRows(hidden=mx.stop_gradient(hidden), keys_and_values=pairs)
 
 
 def mask_rows(model: MTPModel, ordinary: OrdinaryRows, rows: MaskRows) -> mx.array:
-    """Run the mask blocks of a sequence.
+    """Run mask blocks of a sequence; the rows behind the last anchor are not looked at.
 
     Returns:
         Final hidden states ``[R, D]``, block by block.
     """
-    layers: Any = [HeldRows(keys, values, rows) for keys, values in ordinary.keys_and_values]
+    seen = max(rows.anchors) + 1
+    layers: Any = [
+        HeldRows(keys[..., :seen, :], values[..., :seen, :], rows)
+        for keys, values in ordinary.keys_and_values
+    ]
     held = cast(MTPCache, SimpleNamespace(layers=layers))
     ids = mx.array(rows.mask_offsets[None])
     return model(ids, cache=held, layout=cast(StepLayout, rows))[0]

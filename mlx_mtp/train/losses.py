@@ -5,17 +5,21 @@
 - lcm: mean squared distance between a mask row's final hidden state and that of the ordinary row
   that predicts the same token (latent consistency).
 
-Each is a weighted mean over the rows that have a target.
+Each is a mean over mask rows, of which several forwards may make up one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_mtp import fast_math
 from mlx_mtp.model import MTPModel
-from mlx_mtp.train.forward import OrdinaryRows, mask_rows
+from mlx_mtp.train import sequences as texts
+from mlx_mtp.train.forward import OrdinaryRows, mask_rows, ordinary_rows
 from mlx_mtp.train.packing import MaskRows
 
 TEACHERS = ("argmax", "sample", "dist")
@@ -29,14 +33,14 @@ class Targets:
         tokens: the token of each row, ``[R]``.
         previous: the token before it, ``[R]``.
         twins: index of the ordinary row that predicts the same token, ``[R]``.
-        weights: weight of each row, 0 for rows without a target, float32 ``[R]``.
+        total: how many rows the mean is over; the terms of all its forwards add up to it.
         probs: the base model's distribution ``[R, V]``, for the teacher ``dist`` alone.
     """
 
     tokens: mx.array
     previous: mx.array
     twins: mx.array
-    weights: mx.array
+    total: int
     probs: mx.array | None = None
 
 
@@ -55,39 +59,37 @@ def make_targets(
     ids: mx.array,
     rows: MaskRows,
     *,
-    keep: mx.array,
     teacher: str,
+    total: int | None = None,
 ) -> Targets:
-    """Say what the mask rows should predict.
+    """Say what the mask rows should predict; each must have a token to predict.
 
     Args:
         model: for the base model's head.
         ordinary: the sequence's ordinary rows.
         ids: the sequence ``[L]``.
         rows: its mask blocks.
-        keep: weight of each row ``[R]``; 0 where there is no target.
         teacher: ``sample`` takes the token that stands in the text; ``argmax`` the one that the
             base model would choose there; ``dist`` its whole distribution.
+        total: rows that the mean is over, these alone if None.
 
     Raises:
         ValueError: the teacher is none of these.
     """
     if teacher not in TEACHERS:
         raise ValueError(f"teacher must be one of {', '.join(TEACHERS)}, got {teacher!r}")
-    last = ids.shape[0] - 1
-    twins = mx.minimum(rows.positions, last)
-    tokens = ids[mx.minimum(rows.positions + 1, last)]
-    probs = None
+    tokens, probs = ids[rows.positions + 1], None
     if teacher != "sample":
-        logits = _wide(model.logits(ordinary.hidden[twins][None])[0])
-        tokens = mx.argmax(logits, axis=-1)
+        needed, where = np.unique(rows.row_positions, return_inverse=True)
+        logits = _wide(model.logits(ordinary.hidden[mx.array(needed)][None])[0])
+        tokens = mx.argmax(logits, axis=-1)[mx.array(where)]
         if teacher == "dist":
-            probs = mx.stop_gradient(mx.softmax(logits, axis=-1))
+            probs = mx.stop_gradient(mx.softmax(logits, axis=-1)[mx.array(where)])
     return Targets(
         tokens=mx.stop_gradient(tokens),
-        previous=ids[twins],
-        twins=twins,
-        weights=keep,
+        previous=ids[rows.positions],
+        twins=rows.positions,
+        total=rows.num_rows if total is None else total,
         probs=probs,
     )
 
@@ -102,7 +104,7 @@ def loss_terms(
         state = model.sampler_head(model.embed(targets.previous), hidden)
         terms["sampler"] = _cross_entropy(model, state, targets)
     apart = _wide(hidden - ordinary.hidden[targets.twins])
-    terms["lcm"] = _mean(mx.square(apart).mean(axis=-1), targets.weights)
+    terms["lcm"] = mx.square(apart).mean(axis=-1).sum() / targets.total
     return terms
 
 
@@ -118,7 +120,13 @@ def _cross_entropy(model: MTPModel, hidden: mx.array, targets: Targets) -> mx.ar
         chosen = mx.take_along_axis(logits, targets.tokens[:, None], axis=-1)[:, 0]
     else:
         chosen = (targets.probs * logits).sum(axis=-1)
-    return _mean(mx.logsumexp(logits, axis=-1) - chosen, targets.weights)
+    return (_logsumexp(logits) - chosen).sum() / targets.total
+
+
+def _logsumexp(logits: mx.array) -> mx.array:
+    if logits.dtype == mx.float32 and mx.default_device().type == mx.cpu:
+        return fast_math.logsumexp(logits)
+    return mx.logsumexp(logits, axis=-1)
 
 
 def _wide(x: mx.array) -> mx.array:
@@ -126,5 +134,27 @@ def _wide(x: mx.array) -> mx.array:
     return x if x.dtype == mx.float64 else x.astype(mx.float32)
 
 
-def _mean(values: mx.array, weights: mx.array) -> mx.array:
-    return (values * weights).sum() / mx.maximum(weights.sum(), 1e-9)
+def next_token_loss(
+    model: MTPModel, sequences: Sequence[texts.Sequence], *, rows_per_piece: int = 128
+) -> float:
+    """Cross-entropy of the ordinary rows over the answers of sequences, in nats per token.
+
+    With the gate it is the base model's own and never changes.
+
+    Raises:
+        ValueError: there is no answer in them.
+    """
+    total, count = 0.0, 0
+    for sequence in sequences:
+        ids = mx.array(sequence.ids)
+        hidden = ordinary_rows(model, ids).hidden
+        places = np.flatnonzero(sequence.answer[1:])  # rows whose next token is an answer's
+        for start in range(0, len(places), rows_per_piece):
+            rows = mx.array(places[start : start + rows_per_piece])
+            logits = _wide(model.logits(hidden[rows][None])[0])
+            chosen = mx.take_along_axis(logits, ids[rows + 1][:, None], axis=-1)[:, 0]
+            total += float((_logsumexp(logits) - chosen).sum().item())
+        count += len(places)
+    if count == 0:
+        raise ValueError("there are no answers to evaluate on")
+    return total / count

@@ -27,11 +27,11 @@ class MaskRows:
 
     Attributes:
         anchors: position of the last token that each block sees.
-        num_masks_each: k, masks of a block.
+        num_masks_each: masks of every block, or of each.
     """
 
     anchors: tuple[int, ...]
-    num_masks_each: int
+    num_masks_each: int | tuple[int, ...]
 
     @property
     def gate_split(self) -> int:
@@ -41,7 +41,7 @@ class MaskRows:
     @property
     def num_masks(self) -> int:
         """Mask rows of all blocks together, R."""
-        return len(self.anchors) * self.num_masks_each
+        return int(self._counts.sum())
 
     @property
     def num_rows(self) -> int:
@@ -49,14 +49,19 @@ class MaskRows:
         return self.num_masks
 
     @cached_property
+    def _counts(self) -> np.ndarray:
+        return np.broadcast_to(np.array(self.num_masks_each, dtype=np.int32), len(self.anchors))
+
+    @cached_property
     def mask_offsets(self) -> np.ndarray:
         """Which mask token each row is, counted from 0, int32 ``[R]``."""
-        return np.tile(np.arange(self.num_masks_each, dtype=np.int32), len(self.anchors))
+        starts = np.cumsum(self._counts) - self._counts
+        return np.arange(self.num_masks, dtype=np.int32) - np.repeat(starts, self._counts)
 
     @cached_property
     def row_anchors(self) -> np.ndarray:
         """The anchor of each row, int32 ``[R]``."""
-        return np.repeat(np.array(self.anchors, dtype=np.int32), self.num_masks_each)
+        return np.repeat(np.array(self.anchors, dtype=np.int32), self._counts)
 
     @cached_property
     def row_positions(self) -> np.ndarray:
@@ -75,7 +80,7 @@ class MaskRows:
     def _sees(self, num_held: int, window: int | None) -> Any:
         held = np.arange(num_held)
         sees_held = held[None] <= self.row_anchors[:, None]
-        blocks = np.repeat(np.arange(len(self.anchors)), self.num_masks_each)
+        blocks = np.repeat(np.arange(len(self.anchors)), self._counts)
         sees_masks = (blocks[:, None] == blocks[None]) & (
             self.mask_offsets[None] <= self.mask_offsets[:, None]
         )
@@ -91,10 +96,8 @@ def choose_anchors(
 ) -> tuple[int, ...]:
     """Draw the anchors of a sequence, without repetition, in order.
 
-    An anchor may be any token whose next token belongs to an answer and behind which at least two
-    tokens of the sequence follow: the first is the model's own prediction, the second that of the
-    first mask.  Masks whose target lies behind the end or outside the answer are left out of the
-    loss, not of the forward (``has_target``).
+    An anchor may be any token whose next two tokens belong to an answer: the first is the model's
+    own prediction, the second that of the first mask.
 
     Args:
         answer: for each token of the sequence, whether it belongs to an answer.
@@ -106,3 +109,41 @@ def choose_anchors(
     if len(allowed) > count:
         allowed = np.sort(rng.choice(allowed, size=count, replace=False))
     return tuple(int(anchor) for anchor in allowed)
+
+
+def count_masks(
+    answer: Sequence[bool],
+    anchors: Sequence[int],
+    *,
+    most: int,
+    drop_late: float,
+    rng: np.random.Generator,
+) -> tuple[int, ...]:
+    """Say how many masks stand behind each anchor: those that have something to predict.
+
+    Args:
+        answer: for each token of the sequence, whether it belongs to an answer.
+        anchors: from ``choose_anchors``.
+        most: k, the most masks of a block.
+        drop_late: chance that a block ends before each mask but its first.
+        rng: the generator to draw from.
+    """
+    flags = np.array(answer, dtype=bool)
+    ends = np.append(np.flatnonzero(~flags), len(flags))
+    counts = []
+    for anchor in anchors:
+        room = int(ends[np.searchsorted(ends, anchor + 1)]) - anchor - 2
+        length = int(rng.geometric(drop_late)) if drop_late else most
+        counts.append(min(most, room, length))
+    return tuple(counts)
+
+
+def chunks(rows: MaskRows, *, most_rows: int) -> list[MaskRows]:
+    """Divide blocks, in order, into forwards of at most that many rows; a block stays whole."""
+    found: list[tuple[list[int], list[int]]] = []
+    for anchor, count in zip(rows.anchors, rows._counts.tolist(), strict=True):
+        if not found or sum(found[-1][1]) + count > most_rows:
+            found.append(([], []))
+        found[-1][0].append(anchor)
+        found[-1][1].append(count)
+    return [MaskRows(tuple(anchors), tuple(counts)) for anchors, counts in found]

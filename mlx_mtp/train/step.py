@@ -1,0 +1,185 @@
+"""The gradient of one optimiser step: some sequences, their anchors, and the losses behind these.
+
+Ordinary rows are computed once a sequence; its mask rows follow in forwards of a bounded number of
+rows, whose gradients add up to that of the mean over all mask rows of the step.  Which sequences,
+anchors and masks a step has is decided by the seed and the step's number alone, so a run that is
+resumed goes on as if it had not stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_map
+
+from mlx_mtp.model import MTPModel
+from mlx_mtp.train import sequences as texts
+from mlx_mtp.train.forward import OrdinaryRows, ordinary_rows
+from mlx_mtp.train.losses import Targets, loss_terms, make_targets, total_loss
+from mlx_mtp.train.packing import MaskRows, choose_anchors, chunks, count_masks
+from mlx_mtp.train.settings import TrainSettings
+
+_ORDER, _ANCHORS = 1, 2  # what a random draw is for
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step found.
+
+    Attributes:
+        gradients: of the trainable parameters, float32.
+        loss: all terms, weighted.
+        terms: each term by name.
+        num_tokens: ids of the sequences.
+        num_rows: mask rows.
+    """
+
+    gradients: Any
+    loss: float
+    terms: dict[str, float]
+    num_tokens: int
+    num_rows: int
+
+
+def sequences_of_step(step: int, *, num_sequences: int, batch_size: int, seed: int) -> list[int]:
+    """Indices of a step's sequences: every sequence once before any comes again.
+
+    Args:
+        step: the step's number, from 0.
+        num_sequences: how many there are.
+        batch_size: how many a step has.
+        seed: decides the order of each round.
+    """
+    found, orders = [], {}
+    for place in range(step * batch_size, (step + 1) * batch_size):
+        number, at = divmod(place, num_sequences)
+        if number not in orders:
+            orders[number] = np.random.default_rng([seed, _ORDER, number]).permutation(
+                num_sequences
+            )
+        found.append(int(orders[number][at]))
+    return found
+
+
+def blocks_of(sequence: texts.Sequence, settings: TrainSettings, *, key: Sequence[int]) -> MaskRows:
+    """Draw the mask blocks of a sequence; there is none where the answer is too short."""
+    rng = np.random.default_rng([settings.seed, _ANCHORS, *key])
+    anchors = choose_anchors(sequence.answer, count=settings.num_anchors, rng=rng)
+    counts = count_masks(
+        sequence.answer,
+        anchors,
+        most=settings.num_draft_tokens,
+        drop_late=settings.drop_late,
+        rng=rng,
+    )
+    return MaskRows(anchors, counts)
+
+
+class StepGradient:
+    """Computes the gradient of steps.
+
+    Args:
+        model: from ``adapter.new_adapter``.
+        settings: of the run.
+    """
+
+    def __init__(self, model: MTPModel, settings: TrainSettings) -> None:
+        self._model = model
+        self._settings = settings
+        self._dtype = model.dtype
+        self._value_and_grad = mx.value_and_grad(self._loss)
+
+    def __call__(
+        self, parameters: Any, sequences: Sequence[texts.Sequence], *, step: int
+    ) -> StepResult:
+        """Compute the gradient of a step.
+
+        Args:
+            parameters: the trainable parameters, float32, as ``trainable_parameters`` has them.
+            sequences: those of the step.
+            step: its number, which decides the anchors.
+
+        Raises:
+            ValueError: none of the sequences has a place for a mask.
+        """
+        blocks = [
+            blocks_of(each, self._settings, key=(step, at)) for at, each in enumerate(sequences)
+        ]
+        total = sum(rows.num_rows for rows in blocks)
+        if total == 0:
+            raise ValueError(f"step {step}: no sequence has an answer of three tokens")
+        gradients, loss, terms = None, 0.0, {}
+        for sequence, rows in zip(sequences, blocks, strict=True):
+            for value, found, slope in self._forwards(parameters, sequence, rows, total=total):
+                gradients = slope if gradients is None else tree_map(mx.add, gradients, slope)
+                mx.eval(gradients, value, found)
+                loss += value.item()
+                terms = {name: terms.get(name, 0.0) + found[name].item() for name in found}
+        self.load(parameters)
+        tokens = sum(len(each.ids) for each in sequences)
+        return StepResult(gradients, loss, terms, tokens, total)
+
+    def _forwards(
+        self, parameters: Any, sequence: texts.Sequence, rows: MaskRows, *, total: int
+    ) -> Any:
+        """Yield loss, terms and gradient of each forward of a sequence."""
+        if not rows.anchors:
+            return
+        ids = mx.array(sequence.ids)
+        ordinary = ordinary_rows(self._model, ids)
+        mx.eval(ordinary.hidden, ordinary.keys_and_values)
+        for part in chunks(rows, most_rows=self._settings.rows_per_forward):
+            targets = make_targets(
+                self._model, ordinary, ids, part, teacher=self._settings.teacher, total=total
+            )
+            (value, terms), slope = self._value_and_grad(parameters, ids, ordinary, part, targets)
+            yield value, terms, slope
+
+    def _loss(
+        self,
+        parameters: Any,
+        ids: mx.array,
+        ordinary: OrdinaryRows,
+        rows: MaskRows,
+        targets: Targets,
+    ) -> tuple[mx.array, dict[str, mx.array]]:
+        self.load(parameters)
+        if not self._model.gated:  # then ordinary rows depend on the parameters too
+            ordinary = ordinary_rows(self._model, ids, gradient=True)
+        terms = loss_terms(self._model, ordinary, rows, targets)
+        return total_loss(terms, self._settings.loss_weights), terms
+
+    def load(self, parameters: Any) -> None:
+        """Put the parameters into the model, in the type that it computes in."""
+        self._model.update(tree_map(lambda each: each.astype(self._dtype), parameters))
+
+
+class CheckpointedLayer(nn.Module):
+    """A layer whose inner values are computed again for the gradient instead of being kept."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        dict.update(self, layer)  # the same modules under the same names
+        self.__dict__.update(layer.__dict__)
+        self._layer: Any = layer
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """Map ``[1, L, D]`` as the layer does."""
+
+        def run(parameters: Any, x: mx.array) -> mx.array:
+            self._layer.update(parameters)
+            return self._layer(x, *args, **kwargs)
+
+        return mx.checkpoint(run)(self._layer.trainable_parameters(), x)
+
+
+def checkpoint_layers(model: MTPModel) -> None:
+    """Let the layers of a model compute again what their gradient needs, in place."""
+    layers = model.base.layers
+    for index, layer in enumerate(layers):
+        layers[index] = CheckpointedLayer(layer)
