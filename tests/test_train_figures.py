@@ -10,14 +10,16 @@ import pytest
 from click.testing import CliRunner
 from tiny import save_tiny_pair
 
+from mlx_mtp.bench import ablations, reproduction, tokens_per_step
 from mlx_mtp.bench import texts as room
-from mlx_mtp.bench import tokens_per_step
+from mlx_mtp.bench.figures import draw_lines
 from mlx_mtp.bench.texts import GreedyText, greedy_texts, texts_hash
 from mlx_mtp.decode import decode
 from mlx_mtp.loading import load
 from mlx_mtp.prompts import Prompt
 from mlx_mtp.train.evaluate import evaluate
 
+FORMATS = ("png", "svg")
 PROMPTS = [
     Prompt(f"p{number}", "odd" if number % 2 else "even", "ab cd " * (number + 1))
     for number in range(5)
@@ -133,3 +135,104 @@ def test_bad_input_is_one_line(pair: tuple[Path, Path], prompt_file: Path) -> No
     done = CliRunner().invoke(tokens_per_step.main, [*arguments, "--num-draft-tokens", "9"])
     assert done.exit_code == 1
     assert done.stderr.strip().splitlines()[-1].startswith("Error: num_draft_tokens must be")
+
+
+DATA = [f"{word} {number} " * 6 for number in range(8) for word in ("one", "two", "three")]
+SMALL = ["--iters", "3", "--batch-size", "2", "--num-anchors", "4", "--num-draft-tokens", "2"]
+SMALL += ["--steps-per-eval", "2", "--warmup", "1", "--rank", "2", "--ranks", "1,2,4"]
+
+
+@pytest.fixture(scope="module")
+def runs(pair: tuple[Path, Path], tmp_path_factory: Any) -> tuple[list[str], Path, dict[str, Any]]:
+    """All variants, trained for three steps on a few words."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = folder / "data.jsonl"
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in DATA))
+    arguments = ["--model", str(pair[0]), "--data", str(data), "--output", str(folder / "out")]
+    done = CliRunner().invoke(ablations.main, [*arguments, *SMALL], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return [*arguments, *SMALL], folder / "out", json.loads(done.stdout.splitlines()[-1])
+
+
+def test_every_variant_is_trained_alike(runs: Any) -> None:
+    _, folder, line = runs
+    wanted = {"rank-1", "rank-2", "rank-4", "no-lcm", "no-sampler", "no-gate"}
+    assert set(line["runs"]) == wanted and line["finished"]
+    assert all(each["step"] == 3 for each in line["runs"].values())
+    found = {
+        name: json.loads((folder / name / "training" / "settings.json").read_text())
+        for name in wanted
+    }
+    assert len({each["data_hash"] for each in found.values()}) == 1
+    assert found["rank-4"]["rank"] == 4 and found["no-lcm"]["lcm_weight"] == 0
+    assert not found["no-gate"]["gate"] and not found["no-sampler"]["sampler"]
+
+
+def test_finished_runs_are_passed_over(runs: Any) -> None:
+    arguments, folder, line = runs
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    done = CliRunner().invoke(ablations.main, [*arguments, "--only", "rank-1"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["runs"] == {"rank-1": line["runs"]["rank-1"]}
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    done = CliRunner().invoke(ablations.main, [*arguments, "--only", "rank-9"])
+    assert done.exit_code == 1 and "no run is named rank-9" in done.stderr
+
+
+def test_a_stopped_variant_goes_on(runs: Any, tmp_path: Path) -> None:
+    arguments, folder, line = runs
+    moved = [str(tmp_path) if each == str(folder) else each for each in arguments]
+    context = ablations.main.make_context("ablations", [*moved, "--only", "rank-2"])
+    asked = iter([False, True, True, True])
+    stopped = ablations.ablate(context.params, should_stop=lambda: next(asked))
+    assert not stopped["finished"]
+    again = ablations.ablate(context.params)
+    assert again["finished"] and again["runs"]["rank-2"] == line["runs"]["rank-2"]
+
+
+@pytest.mark.slow
+def test_figures_of_runs(
+    runs: Any, pair: tuple[Path, Path], prompt_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    _, folder, line = runs
+    arguments = ["--model", str(pair[0]), "--adapter-path", str(pair[1])]
+    arguments += ["--prompts", str(prompt_file), "--max-tokens", "8", "--output", str(tmp_path)]
+    arguments += line["figures"].split()
+    done = CliRunner().invoke(reproduction.main, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    summary = json.loads((tmp_path / "figures.json").read_text())
+    names = {f"{name}.{kind}" for name in ("masks", "losses", "ranks", "gate") for kind in FORMATS}
+    assert set(summary["files"]) == names
+    assert names | {"figures.json"} == {path.name for path in tmp_path.iterdir()} - {
+        prompt_file.name
+    }
+    assert len(summary["masks"]) == 4
+    assert all(set(points) == {"1", "2", "3", "4"} for points in summary["masks"].values())
+    assert summary["runs"]["no-gate"]["tokens_per_step"] == {}  # it cannot decode
+    whole = summary["runs"]["rank-2"]
+    assert set(whole["tokens_per_step"]) == {"1", "2"}
+    assert [each["step"] for each in whole["evaluations"]] == [0, 2, 3]
+    losses = [each["next_token_loss"] for each in whole["evaluations"]]
+    assert losses[0] == losses[-1]  # with the gate nothing changes
+    rising = [each["next_token_loss"] for each in summary["runs"]["no-gate"]["evaluations"]]
+    assert rising[0] != rising[-1]
+
+
+def test_the_same_numbers_give_the_same_files(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    lines = {"linear": [(1, 1.5), (2, 2.0)], "quadratic": [(1, 1.6), (2, 2.5)]}
+    for folder in ("a", "b"):
+        draw_lines(lines, tmp_path / folder / "x", x="masks", y="speed", log_x=True)
+    for ending in FORMATS:
+        one, two = ((tmp_path / folder / f"x.{ending}").read_bytes() for folder in ("a", "b"))
+        assert one == two and len(one) > 1000
+
+
+@pytest.mark.parametrize(
+    ("run", "told"),
+    [("no-folder", "--run takes NAME=FOLDER"), ("a=nowhere", "holds no training run")],
+)
+def test_a_run_that_is_none(pair: tuple[Path, Path], run: str, told: str) -> None:
+    done = CliRunner().invoke(reproduction.main, ["--model", str(pair[0]), "--run", run])
+    assert done.exit_code == 1 and told in done.stderr
