@@ -77,7 +77,7 @@ def write_chats(path: Path, count: int = 6) -> Path:
 
 def test_a_users_data_are_answered_by_the_model_unless_taken_as_they_are(tmp_path):
     data = str(write_chats(tmp_path / "chats.jsonl"))
-    limits = {"max_prompt_tokens": 60, "max_answer_tokens": 20}
+    limits: dict[str, Any] = {"max_prompt_tokens": 60, "max_answer_tokens": 20}
     own = make(tmp_path / "own.jsonl", data=data, **limits)
     theirs = make(tmp_path / "theirs.jsonl", data=data, as_is=True)
     assert {each.prompt for each in own} == {each.prompt for each in theirs}

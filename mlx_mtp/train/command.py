@@ -221,12 +221,16 @@ def _adapter_folder(name: str, *, resume: bool) -> Path | None:
 
 def _load(plan: Plan, display: Display) -> tuple[MTPModel, TokenizerWrapper]:
     display.say("Loading ...")
-    return load(
-        plan.options.get("model"),
+    name = plan.options.get("model")
+    model, tokenizer = load(
+        name,
         trust_remote_code=bool(plan.options.get("trust_remote_code")),
         mtp=False,
         progress=display.say,
     )
+    if name is not None and os.path.isdir(name):
+        model.name = Path(name).name  # the adapter names its base: no path of somebody's disk
+    return model, tokenizer
 
 
 def _check_memory(
