@@ -86,6 +86,11 @@ def logsumexp(x: mx.array) -> mx.array:
     return _differentiable_logsumexp(x)
 
 
+def cross_entropy(logits: mx.array, tokens: mx.array) -> mx.array:
+    """``logsumexp(logits) - logits[token]``, float32 ``[R, V]`` and ids ``[R]`` to ``[R]``."""
+    return _differentiable_cross_entropy(logits, tokens)
+
+
 def _swiglu_vjp(primals: Sequence[mx.array], cotangent: mx.array, output: mx.array) -> Any:
     del output
     gate, up = primals
@@ -105,15 +110,34 @@ def _softmax_vjp(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx
 
 
 def _logsumexp(x: mx.array) -> mx.array:
-    return mx.concatenate([_logsumexp_piece(piece) for piece in _pieces(x)])
+    return mx.concatenate([_logsumexp_piece(piece) for piece in _pieces(x, _piece_rows(x))])
 
 
 def _logsumexp_vjp(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    size = _rows_of_a_piece(primals)
-    starts = range(0, primals.shape[0], size)
-    columns = [(output[at : at + size, None], cotangent[at : at + size, None]) for at in starts]
-    pairs = zip(_pieces(primals), columns, strict=True)
-    return mx.concatenate([_shifted_exp(x, shift) * factor for x, (shift, factor) in pairs])
+    values = (_pieces(each, _piece_rows(primals)) for each in (primals, output, cotangent))
+    return mx.concatenate(
+        [
+            _shifted_exp(x, shift[:, None]) * factor[:, None]
+            for x, shift, factor in zip(*values, strict=True)
+        ]
+    )
+
+
+def _cross_entropy(logits: mx.array, tokens: mx.array) -> mx.array:
+    return _logsumexp(logits) - _of_tokens(logits, tokens)
+
+
+def _cross_entropy_vjp(
+    primals: Sequence[mx.array], cotangent: mx.array, output: mx.array
+) -> tuple[mx.array, mx.array]:
+    logits, tokens = primals
+    gradient = _logsumexp_vjp(logits, cotangent, output + _of_tokens(logits, tokens))
+    gradient[mx.arange(tokens.size), tokens] -= cotangent
+    return gradient, mx.zeros_like(tokens)
+
+
+def _of_tokens(logits: mx.array, tokens: mx.array) -> mx.array:
+    return mx.take_along_axis(logits, tokens[:, None], axis=-1)[:, 0]
 
 
 def _logsumexp_piece(x: mx.array) -> mx.array:
@@ -121,13 +145,12 @@ def _logsumexp_piece(x: mx.array) -> mx.array:
     return most[:, 0] + mx.log(_shifted_exp(x, most).sum(axis=-1))
 
 
-def _rows_of_a_piece(x: mx.array) -> int:
+def _piece_rows(x: mx.array) -> int:
     return max(1, _PIECE // x.shape[-1])
 
 
-def _pieces(x: mx.array) -> list[mx.array]:
-    size = _rows_of_a_piece(x)
-    return [x[start : start + size] for start in range(0, x.shape[0], size)]
+def _pieces(x: mx.array, rows: int) -> list[mx.array]:
+    return [x[start : start + rows] for start in range(0, x.shape[0], rows)]
 
 
 def _with_vjp(function: Any, vjp: Any) -> Any:
@@ -139,3 +162,4 @@ def _with_vjp(function: Any, vjp: Any) -> Any:
 _differentiable_swiglu = _with_vjp(_swiglu, _swiglu_vjp)
 _differentiable_softmax = _with_vjp(_softmax, _softmax_vjp)
 _differentiable_logsumexp = _with_vjp(_logsumexp, _logsumexp_vjp)
+_differentiable_cross_entropy = _with_vjp(_cross_entropy, _cross_entropy_vjp)

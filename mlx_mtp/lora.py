@@ -72,7 +72,7 @@ class GatedLoRALinear(nn.Module):
         """Map ``[..., L, in]`` to ``[..., L, out]``; rows from the gate split on are adapted."""
         y = self.linear(x)
         layout = self.scope.layout
-        if not self.scope.gated:
+        if not self.scope.gated or (layout is not None and layout.gate_split == 0):
             return mx.addmm(y, x @ self.lora_a, self.lora_b, alpha=self.scale)
         if layout is None or layout.num_masks == 0:
             return y

@@ -15,7 +15,14 @@ from tiny import KINDS, tiny_mtp
 from mlx_mtp.layout import StepLayout
 from mlx_mtp.model import MTPModel
 from mlx_mtp.train.forward import mask_rows, ordinary_rows
-from mlx_mtp.train.losses import LossWeights, loss_terms, make_targets, total_loss
+from mlx_mtp.train.losses import (
+    LossWeights,
+    _head,
+    is_plain_head,
+    loss_terms,
+    make_targets,
+    total_loss,
+)
 from mlx_mtp.train.packing import MaskRows, choose_anchors, chunks, count_masks
 
 LENGTH, K = 20, 4
@@ -208,6 +215,39 @@ def test_blocks_of_several_lengths_are_beginnings_of_whole_ones() -> None:
     some = mask_rows(model, ordinary, MaskRows((3, 7, 12), (2, 4, 1)))
     wanted = mx.concatenate([whole[0, :2], whole[1], whole[2, :1]])
     assert mx.allclose(some, wanted, rtol=0, atol=1e-5)
+
+
+class TestCandidates:
+    @pytest.mark.parametrize("teacher", ["sample", "dist"])
+    def test_all_tokens_give_the_whole_loss(self, teacher: str) -> None:
+        model, ids = tiny_mtp(), sequence()
+        ordinary = ordinary_rows(model, ids)
+        targets = make_targets(model, ordinary, ids, ROWS, teacher=teacher)
+        whole = loss_terms(model, ordinary, ROWS, targets)
+        some = loss_terms(model, ordinary, ROWS, targets, candidates=model.vocab_size - 1)
+        few = loss_terms(model, ordinary, ROWS, targets, candidates=20)
+        for name in ("base", "sampler"):
+            assert number(some[name]) == pytest.approx(number(whole[name]), abs=0.1)
+            assert 0 < number(few[name]) <= number(whole[name]) + 1e-4
+        assert mx.array_equal(some["lcm"], whole["lcm"])
+
+    def test_targets_are_always_among_them(self) -> None:
+        model, ids = tiny_mtp(), sequence()
+        ordinary = ordinary_rows(model, ids)
+        targets = make_targets(model, ordinary, ids, ROWS, teacher="sample")
+        hidden = mask_rows(model, ordinary, ROWS)
+        logits = model.logits(hidden[None])[0]
+        for count in (1, 16, 40):
+            head = _head(model, hidden, targets, count)
+            assert head.chosen is not None
+            chosen: Any = head.chosen.tolist()
+            assert chosen == sorted(set(chosen)) and len(chosen) == max(count, ROWS.num_rows)
+            assert set(targets.tokens.tolist()) <= set(chosen)  # type: ignore[arg-type]
+            assert mx.allclose(head.logits(hidden), logits[:, head.chosen], atol=1e-4)
+
+    def test_a_head_that_scales_is_found_out(self) -> None:
+        assert is_plain_head(tiny_mtp()) and is_plain_head(tiny_mtp("qwen2", quantised=True))
+        assert not is_plain_head(tiny_mtp("granite"))
 
 
 class TestCounts:

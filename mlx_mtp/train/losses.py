@@ -10,10 +10,11 @@ Each is a mean over mask rows, of which several forwards may make up one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 
 from mlx_mtp import fast_math
@@ -95,14 +96,33 @@ def make_targets(
 
 
 def loss_terms(
-    model: MTPModel, ordinary: OrdinaryRows, rows: MaskRows, targets: Targets
+    model: MTPModel,
+    ordinary: OrdinaryRows,
+    rows: MaskRows,
+    targets: Targets,
+    *,
+    candidates: int = 0,
 ) -> dict[str, mx.array]:
-    """Return the terms by name, float32 scalars; ``sampler`` only where there is a sampler head."""
+    """Compute the terms of the loss.
+
+    Args:
+        model: with its adapter.
+        ordinary: the sequence's ordinary rows.
+        rows: mask blocks of it.
+        targets: what they should predict.
+        candidates: tokens that the cross-entropies are taken over: those that any of the rows finds
+            likeliest, and the targets.  0, and any head that does more than multiply, take the
+            whole vocabulary.
+
+    Returns:
+        The terms by name, float32 scalars; ``sampler`` only where there is a sampler head.
+    """
     hidden = mask_rows(model, ordinary, rows)
-    terms = {"base": _cross_entropy(model, hidden, targets)}
+    head = _head(model, hidden, targets, candidates)
+    terms = {"base": _cross_entropy(head, hidden, targets)}
     if model.sampler_head is not None:
         state = model.sampler_head(model.embed(targets.previous), hidden)
-        terms["sampler"] = _cross_entropy(model, state, targets)
+        terms["sampler"] = _cross_entropy(head, state, targets)
     apart = _wide(hidden - ordinary.hidden[targets.twins])
     terms["lcm"] = mx.square(apart).mean(axis=-1).sum() / targets.total
     return terms
@@ -113,20 +133,64 @@ def total_loss(terms: dict[str, mx.array], weights: LossWeights) -> mx.array:
     return mx.stack([term * getattr(weights, name) for name, term in terms.items()]).sum()
 
 
-def _cross_entropy(model: MTPModel, hidden: mx.array, targets: Targets) -> mx.array:
+@dataclass(frozen=True)
+class _Head:
+    """The base model's head over the whole vocabulary or over some tokens of it.
+
+    Attributes:
+        logits: hidden states ``[R, D]`` to logits ``[R, V]`` or ``[R, C]``.
+        chosen: ids of the tokens, ascending ``[C]``; None for the whole vocabulary.
+    """
+
+    logits: Callable[[mx.array], mx.array]
+    chosen: mx.array | None = None
+
+
+def _head(model: MTPModel, hidden: mx.array, targets: Targets, candidates: int) -> _Head:
+    def whole(hidden: mx.array) -> mx.array:
+        return _wide(model.logits(hidden[None])[0])
+
+    if not 0 < candidates < model.vocab_size:
+        return _Head(whole)
+    logits = mx.stop_gradient(whole(hidden))
+    score = (logits - logits.max(axis=-1, keepdims=True)).max(axis=0)
+    score = mx.put_along_axis(score, targets.tokens, mx.array(mx.inf), axis=0)
+    size = max(candidates, min(targets.tokens.size, model.vocab_size))
+    chosen = mx.sort(mx.argpartition(-score, kth=size - 1)[:size])
+    weights = mx.stop_gradient(_wide(model.unembed_rows(chosen)))
+    return _Head(lambda hidden: _wide(hidden) @ weights.T, chosen)
+
+
+def is_plain_head(model: MTPModel) -> bool:
+    """Whether the base model's head is a product with the unembedding and nothing else."""
+    rows = mx.random.normal((2, model.hidden_size), key=mx.random.key(0)).astype(model.dtype)
+    ids = mx.arange(min(64, model.vocab_size))
+    whole = _wide(model.logits(rows[None])[0][:, : ids.size])
+    product = _wide(rows @ model.unembed_rows(ids).T)
+    return bool((mx.abs(whole - product).max() <= 0.02 * mx.abs(product).max()).item())
+
+
+def _cross_entropy(head: _Head, hidden: mx.array, targets: Targets) -> mx.array:
     """Cross-entropy of the base model's head over hidden states ``[R, D]``."""
-    logits = _wide(model.logits(hidden[None])[0])
-    if targets.probs is None:
-        chosen = mx.take_along_axis(logits, targets.tokens[:, None], axis=-1)[:, 0]
-    else:
-        chosen = (targets.probs * logits).sum(axis=-1)
-    return (_logsumexp(logits) - chosen).sum() / targets.total
+    logits, tokens, probs = head.logits(hidden), targets.tokens, targets.probs
+    if head.chosen is not None:
+        tokens = (head.chosen[None] < tokens[:, None]).sum(axis=-1)  # where each stands among them
+        if probs is not None:
+            probs = probs[:, head.chosen]
+            probs = probs / probs.sum(axis=-1, keepdims=True)
+    if probs is not None:
+        return (_logsumexp(logits) - (probs * logits).sum(axis=-1)).sum() / targets.total
+    if _is_fast(logits):
+        return fast_math.cross_entropy(logits, tokens).sum() / targets.total
+    return nn.losses.cross_entropy(logits, tokens, reduction="sum") / targets.total
 
 
 def _logsumexp(logits: mx.array) -> mx.array:
-    if logits.dtype == mx.float32 and mx.default_device().type == mx.cpu:
-        return fast_math.logsumexp(logits)
-    return mx.logsumexp(logits, axis=-1)
+    return fast_math.logsumexp(logits) if _is_fast(logits) else mx.logsumexp(logits, axis=-1)
+
+
+def _is_fast(x: mx.array) -> bool:
+    return x.dtype == mx.float32 and mx.default_device().type == mx.cpu
 
 
 def _wide(x: mx.array) -> mx.array:

@@ -34,6 +34,8 @@ class TrainSettings:
         drop_late: chance that a block ends before each mask but its first; 0 keeps them all.
         teacher: what the mask rows learn, see ``losses.make_targets``.
         base_weight, sampler_weight, lcm_weight: how much each term of the loss counts.
+        candidates: tokens that a loss is taken over, the likeliest of a forward's rows; 0 takes the
+            whole vocabulary.
         max_seq_length: most ids of a sequence.
         rows_per_forward: most mask rows that are computed at once.
         grad_checkpoint: whether layers are computed again for the gradient, to save memory.
@@ -64,6 +66,7 @@ class TrainSettings:
     base_weight: float = 1.0
     sampler_weight: float = 1.0
     lcm_weight: float = 1.0
+    candidates: int = 0
     max_seq_length: int = 2048
     rows_per_forward: int = 128
     grad_checkpoint: bool = False
@@ -142,5 +145,6 @@ _AMOUNTS = (
     "base_weight",
     "sampler_weight",
     "lcm_weight",
+    "candidates",
     "seed",
 )

@@ -20,7 +20,7 @@ from mlx.utils import tree_map
 from mlx_mtp.model import MTPModel
 from mlx_mtp.train import sequences as texts
 from mlx_mtp.train.forward import OrdinaryRows, ordinary_rows
-from mlx_mtp.train.losses import Targets, loss_terms, make_targets, total_loss
+from mlx_mtp.train.losses import Targets, is_plain_head, loss_terms, make_targets, total_loss
 from mlx_mtp.train.packing import MaskRows, choose_anchors, chunks, count_masks
 from mlx_mtp.train.settings import TrainSettings
 
@@ -92,6 +92,7 @@ class StepGradient:
         self._model = model
         self._settings = settings
         self._dtype = model.dtype
+        self._candidates = settings.candidates if is_plain_head(model) else 0
         self._value_and_grad = mx.value_and_grad(self._loss)
 
     def __call__(
@@ -151,7 +152,7 @@ class StepGradient:
         self.load(parameters)
         if not self._model.gated:  # then ordinary rows depend on the parameters too
             ordinary = ordinary_rows(self._model, ids, gradient=True)
-        terms = loss_terms(self._model, ordinary, rows, targets)
+        terms = loss_terms(self._model, ordinary, rows, targets, candidates=self._candidates)
         return total_loss(terms, self._settings.loss_weights), terms
 
     def load(self, parameters: Any) -> None:
