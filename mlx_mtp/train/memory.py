@@ -32,13 +32,15 @@ _LAYER_OUTPUTS = 2.6  # of what every linear layer of a layer puts out
 _LAYER_WIDTHS = 1.0  # of the layer's width
 _SCORES = 1.25  # of the attention weights of every head
 _KEYS = 1.0  # of the keys and values, held rows and mask rows in one
-_LOGITS = 3.9  # of the logits, and one more for each head
+_LOGITS, _LOGITS_OF_HEAD = 3.9, 1.0  # of the logits, and more for each head
+_LOGITS_CPU, _LOGITS_OF_HEAD_CPU = 7.0, 2.6
 _GRADIENTS = 2.0  # of the adapter: the sum so far and the newest
 
 # Copies that the ordinary rows take while one layer is computed.
 _ORDINARY_OUTPUTS = 1.25
 _ORDINARY_WIDTHS = 9.0
 _ORDINARY_SCORES = 1.15
+_ORDINARY_SCORES_CPU = 8.0  # whose softmax is made of basic operations
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +150,8 @@ def estimate(model: MTPModel, settings: TrainSettings, *, longest: int) -> Memor
     moments = 2 * _WIDE * sum(value.size for value in _arrays(model.trainable_parameters()))
     rows = min(settings.rows_per_forward, settings.num_anchors * settings.num_draft_tokens)
     rows = max(rows, settings.num_draft_tokens)
-    activation = _activation_bytes(shape, rows, longest, checkpoint=settings.grad_checkpoint)
+    kept = rows if settings.gate else rows + longest  # without the gate all rows have a gradient
+    activation = _activation_bytes(shape, kept, longest, checkpoint=settings.grad_checkpoint)
     logits = _logits_bytes(shape, rows, settings, sampler=model.sampler_head is not None)
     held = longest * (sum(shape.keys) + shape.width) * shape.item_bytes
     return MemoryEstimate(
@@ -187,14 +190,19 @@ def _activation_bytes(shape: _Shape, rows: int, held: int, *, checkpoint: bool) 
 
 
 def _logits_bytes(shape: _Shape, rows: int, settings: TrainSettings, *, sampler: bool) -> int:
-    copies = _LOGITS + 1 + sampler + (settings.teacher == "dist")
+    on_cpu = mx.default_device().type == mx.cpu
+    copies, of_head = _LOGITS, _LOGITS_OF_HEAD
+    if on_cpu:
+        copies, of_head = _LOGITS_CPU, _LOGITS_OF_HEAD_CPU
+    copies += of_head * (1 + sampler + (settings.teacher == "dist"))
     return round(copies * rows * shape.vocab * _WIDE)
 
 
 def _prefill_bytes(shape: _Shape, length: int) -> int:
     """What computing the ordinary rows of a sequence takes, beyond what stays of them."""
     row = _ORDINARY_OUTPUTS * max(shape.outputs) + _ORDINARY_WIDTHS * shape.width
-    scores = _ORDINARY_SCORES * shape.heads * length
+    on_cpu = mx.default_device().type == mx.cpu
+    scores = (_ORDINARY_SCORES_CPU if on_cpu else _ORDINARY_SCORES) * shape.heads * length
     return round(length * (row + scores) * shape.item_bytes)
 
 
