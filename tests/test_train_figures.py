@@ -135,6 +135,9 @@ def test_bad_input_is_one_line(pair: tuple[Path, Path], prompt_file: Path) -> No
     done = CliRunner().invoke(tokens_per_step.main, [*arguments, "--num-draft-tokens", "9"])
     assert done.exit_code == 1
     assert done.stderr.strip().splitlines()[-1].startswith("Error: num_draft_tokens must be")
+    for command in (tokens_per_step.main, reproduction.main):
+        done = CliRunner().invoke(command, ["--model", model, "--prompts", str(prompt_file)])
+        assert done.exit_code == 1 and "has no adapter" in done.stderr
 
 
 DATA = [f"{word} {number} " * 6 for number in range(8) for word in ("one", "two", "three")]

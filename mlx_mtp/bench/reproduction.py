@@ -28,7 +28,7 @@ from mlx_mtp.bench.tokens_per_step import prompts_of, stamp
 from mlx_mtp.config import WEIGHTS_FILE
 from mlx_mtp.model import MTPModel
 from mlx_mtp.terminal import Progress
-from mlx_mtp.train.evaluate import LAYOUTS, count_answers, summarise
+from mlx_mtp.train.evaluate import LAYOUTS, checked_num_masks, count_answers, summarise
 from mlx_mtp.train.history import read_history
 from mlx_mtp.train.records import write_atomically
 from mlx_mtp.train.run_folder import SETTINGS_FILE, RunFolder
@@ -254,6 +254,7 @@ def reproduce(**options: Any) -> dict[str, Any]:
     output, max_tokens = options["output"], options["max_tokens"]
     runs = _named_runs(options["runs"])
     model, tokenizer = load(options["model"], adapter_path=options["adapter_path"])
+    checked_num_masks(model, None)  # before the slow part
     texts = _texts(model, tokenizer, options)
     with Progress("Evaluating ...") as line:
         masks = mask_curves(

@@ -25,7 +25,14 @@ from mlx_mtp.bench.throughput import human_eval_prompts
 from mlx_mtp.model import MTPModel
 from mlx_mtp.prompts import ENGLISH_KINDS, KINDS, Prompt, builtin_prompts, read_prompts
 from mlx_mtp.terminal import Progress
-from mlx_mtp.train.evaluate import LAYOUTS, Answer, Evaluation, count_answers, summarise
+from mlx_mtp.train.evaluate import (
+    LAYOUTS,
+    Answer,
+    Evaluation,
+    checked_num_masks,
+    count_answers,
+    summarise,
+)
 
 DEFAULT_ADAPTER = "default"
 
@@ -68,7 +75,7 @@ def measure(
             progress=say,
         )
     )
-    k = num_draft_tokens or model.num_draft_tokens
+    k = checked_num_masks(model, num_draft_tokens)
     return {
         kind: summarise(answers, num_draft_tokens=k, layout=layout)
         for kind, answers in by_kind(texts, counted).items()
@@ -140,6 +147,7 @@ def run(
     start, generation_s = time.perf_counter(), 0.0
     for name in adapter_path or [DEFAULT_ADAPTER]:
         loaded, tokenizer = load(model, adapter_path=None if name == DEFAULT_ADAPTER else name)
+        checked_num_masks(loaded, num_draft_tokens)  # before the slow part
         if not written:
             with Progress("Answering the prompts ...", delay_s=0) as line:
                 written = greedy_texts(

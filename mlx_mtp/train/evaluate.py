@@ -123,7 +123,7 @@ def accepted_counts(
     Raises:
         ValueError: an argument is out of range.
     """
-    k = _num_masks(model, num_draft_tokens)
+    k = checked_num_masks(model, num_draft_tokens)
     if rows_per_forward < 1:
         raise ValueError(f"rows_per_forward must be at least 1, got {rows_per_forward}")
     counts = np.zeros(len(anchors), dtype=np.int64)
@@ -279,7 +279,7 @@ def evaluate(
         ValueError: an argument is out of range, or the sequences hold no answer.
     """
     _check_layout(layout)
-    k = _num_masks(model, num_draft_tokens)
+    k = checked_num_masks(model, num_draft_tokens)
     answers = list(
         count_answers(
             model,
@@ -292,6 +292,21 @@ def evaluate(
         )
     )
     return summarise(answers, num_draft_tokens=k, layout=layout)
+
+
+def checked_num_masks(model: MTPModel, num_draft_tokens: int | None) -> int:
+    """Masks of a block: as many as wanted, or the adapter's k.
+
+    Raises:
+        ValueError: the adapter has fewer, or there is none.
+    """
+    most = model.num_draft_tokens
+    if most == 0:
+        raise ValueError(f"{model.name} has no adapter, so there are no drafts to evaluate")
+    k = most if num_draft_tokens is None else num_draft_tokens
+    if not 1 <= k <= most:
+        raise ValueError(f"num_draft_tokens must be between 1 and the adapter's {most}, got {k}")
+    return k
 
 
 def _answers(sequence: texts.Sequence) -> list[tuple[int, int]]:
@@ -348,17 +363,6 @@ def _drafts(model: MTPModel, hidden: mx.array, previous: mx.array, use_sampler: 
     scores = (model.unembed_rows(candidates) @ states[..., None])[..., 0]  # [A, S]
     picks = mx.argmax(scores, axis=-1, keepdims=True)
     return mx.take_along_axis(candidates, picks, axis=-1)[:, 0]
-
-
-def _num_masks(model: MTPModel, num_draft_tokens: int | None) -> int:
-    """Masks of a block, checked against the adapter."""
-    most = model.num_draft_tokens
-    if most == 0:
-        raise ValueError(f"{model.name} has no adapter, so there are no drafts to evaluate")
-    k = most if num_draft_tokens is None else num_draft_tokens
-    if not 1 <= k <= most:
-        raise ValueError(f"num_draft_tokens must be between 1 and the adapter's {most}, got {k}")
-    return k
 
 
 def _check_layout(layout: str) -> None:
