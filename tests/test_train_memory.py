@@ -41,7 +41,7 @@ def test_the_parts_grow_with_what_they_are_made_of() -> None:
     many = estimate(model, TrainSettings(rows_per_forward=256), longest=256)
     kept = estimate(model, TrainSettings(rows_per_forward=64, grad_checkpoint=True), longest=256)
     assert many.activation_bytes > 3 * few.activation_bytes
-    assert many.logits_bytes == pytest.approx(4 * few.logits_bytes)
+    assert many.logits_bytes == pytest.approx(4 * few.logits_bytes, abs=4)
     assert kept.activation_bytes < few.activation_bytes
     assert estimate(model, TrainSettings(), longest=1024).total_bytes > few.total_bytes
     assert few.lines()[-1].startswith("available") and len(few.lines()) == 8
