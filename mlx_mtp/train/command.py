@@ -166,23 +166,25 @@ def _resumed(options: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
 
 
 def _train_settings(options: Mapping[str, Any], start: Path | None) -> TrainSettings:
-    """Settings from the options, where they are silent from the adapter that is gone on with."""
-    values: dict[str, Any] = {}
-    if start is not None:
-        config = read_config(start)
-        values = {
-            "num_draft_tokens": config.num_draft_tokens,
-            "rank": config.rank,
-            "scale": config.scale,
-            "sampler": config.sampler is not None,
-        }
-        values |= {"target_modules": config.target_modules} if config.target_modules else {}
+    """Settings from the options and the adapter that is gone on with, of which only k may differ.
+
+    Raises:
+        ValueError: a value is out of range, or the adapter has another.
+    """
     names = {field.name for field in dataclasses.fields(TrainSettings)}
-    values |= {name: value for name, value in options.items() if name in names}
+    values = {name: value for name, value in options.items() if name in names}
     values |= {_NEGATIONS[name]: False for name in _NEGATIONS if options.get(name)}
     if isinstance(values.get("target_modules"), str):
         modules = (name.strip() for name in values["target_modules"].split(","))
         values["target_modules"] = tuple(name for name in modules if name)
+    if start is not None:
+        config = read_config(start)
+        values.setdefault("num_draft_tokens", config.num_draft_tokens)
+        fixed = {"rank": config.rank, "scale": config.scale, "sampler": config.sampler is not None}
+        fixed |= {"target_modules": config.target_modules} if config.target_modules else {}
+        for name, value in fixed.items():
+            if values.setdefault(name, value) != value:
+                raise ValueError(f"the adapter {start} has {name} {value}, not {values[name]}")
     return TrainSettings(**values)
 
 
