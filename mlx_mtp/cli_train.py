@@ -178,7 +178,15 @@ def _training_options() -> list[Callable[..., Any]]:
         _option(
             group, "--warmup", kind=click.IntRange(0), help="Steps to the peak.  [default: 50]"
         ),
+        _option(
+            group, "--min-learning-rate", kind=AMOUNT,
+            help="Share of the peak that the cosine ends in.  [default: 0.05]",
+        ),
         _option(group, "--weight-decay", kind=AMOUNT, help="AdamW's.  [default: 0.01]"),
+        _option(
+            group, "--clip", kind=AMOUNT,
+            help="Largest norm of a gradient; 0 does not clip.  [default: 1.0]",
+        ),
         _option(
             group, "--seed", kind=click.IntRange(0, 2**63 - 1),
             help="Decides all random draws.  [default: 0]",
@@ -186,6 +194,15 @@ def _training_options() -> list[Callable[..., Any]]:
         _option(
             group, "--rows-per-forward", kind=COUNT,
             help="Mask rows computed at once; fewer save memory.  [default: 128]",
+        ),
+        _option(
+            group, "--candidates", kind=click.IntRange(0),
+            help="Take losses over that many likely tokens; 0 is the whole vocabulary, which takes "
+            "longer on a CPU.  [default: 0]",
+        ),
+        _option(
+            group, "--workers", kind=click.IntRange(0),
+            help="Processes; 0 is one a core on a Linux CPU, else one.  [default: 0]",
         ),
         _option(
             group, "--grad-checkpoint", is_flag=True,

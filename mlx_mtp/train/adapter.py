@@ -8,8 +8,9 @@ token embeddings.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -61,17 +62,20 @@ def new_adapter(model: MTPModel, settings: TrainSettings, *, start: Path | None 
     return adapted
 
 
-def file_name(parameter: str) -> str:
-    """Name in an adapter file of a parameter of ``MTPModel``."""
-    if parameter.endswith(MASK_EMBEDDINGS):
-        return MASK_EMBEDDINGS
-    return parameter.removeprefix(_BASE_PREFIX)
+def trainable(model: MTPModel) -> dict[str, mx.array]:
+    """Trainable parameters of a model by name, float32, in the order of their names."""
+    flat = cast(list[tuple[str, mx.array]], tree_flatten(model.trainable_parameters()))
+    return {name: value.astype(mx.float32) for name, value in sorted(flat)}
 
 
-def adapter_tensors(parameters: Any) -> dict[str, mx.array]:
-    """Trainable parameters of a model as the tensors of an adapter file."""
-    flat = cast(list[tuple[str, mx.array]], tree_flatten(parameters))
-    return {file_name(name): value for name, value in flat}
+def adapter_tensors(parameters: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """What ``trainable`` gives as the tensors of an adapter file."""
+    return {
+        MASK_EMBEDDINGS
+        if name.endswith(MASK_EMBEDDINGS)
+        else name.removeprefix(_BASE_PREFIX): value
+        for name, value in parameters.items()
+    }
 
 
 def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[str, mx.array]]:

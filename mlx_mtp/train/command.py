@@ -41,6 +41,7 @@ from mlx_mtp.train.settings import TrainSettings
 from mlx_mtp.train.summary import finish, tracked_values
 from mlx_mtp.train.topics import read_topics
 from mlx_mtp.train.trackers import Tracker, make_tracker
+from mlx_mtp.train.workers import WorkerSpec
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -341,6 +342,12 @@ def _train(
         plan.settings,
         folder.path,
         resume=plan.resume and folder.newest_step() is not None,
+        workers=WorkerSpec(
+            model=plan.options.get("model"),
+            trust_remote_code=bool(plan.options.get("trust_remote_code")),
+            start=plan.start,
+            settings=plan.settings,
+        ),
         on_event=on_event,
         should_stop=lambda: interrupt.requested,
     )

@@ -7,6 +7,7 @@ newest state and gives, in float32 on a CPU, the very bits that it would have gi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import resource
@@ -15,15 +16,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+import numpy as np
 
 from mlx_mtp.model import MTPModel
 from mlx_mtp.train import sequences as texts
-from mlx_mtp.train.adapter import adapter_tensors
+from mlx_mtp.train.adapter import adapter_tensors, trainable
 from mlx_mtp.train.checkpoint import TrainState, newest_state, save_adapter, save_state, write_json
 from mlx_mtp.train.evaluate import Evaluation, evaluate
 from mlx_mtp.train.events import Evaluated, Event, Reported, Saved, Stepped
@@ -31,6 +32,7 @@ from mlx_mtp.train.history import History
 from mlx_mtp.train.losses import next_token_loss
 from mlx_mtp.train.settings import TrainSettings
 from mlx_mtp.train.step import StepGradient, StepResult, checkpoint_layers, sequences_of_step
+from mlx_mtp.train.workers import Workers, WorkerSpec, one_blas_thread, worker_count
 
 TRAINING = "training"
 _PARAMETERS, _OPTIMISER = "parameters.", "optimizer."
@@ -75,6 +77,7 @@ def train(
     output: Path,
     *,
     resume: bool = False,
+    workers: WorkerSpec | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> TrainResult:
@@ -83,10 +86,11 @@ def train(
     Args:
         model: from ``adapter.new_adapter``.
         data: sequences to train on and to hold out.
-        settings: of the run; those that a run was begun with may only differ in how long it is
-            and what is shown.
+        settings: of the run; when it is resumed only how long it is, what is shown and how its
+            forwards are cut may differ (the last two not for the very same bits).
         output: the adapter folder.
         resume: go on from the newest state in it.
+        workers: how other processes load the same model; None trains in this one alone.
         on_event: told what happens.
         should_stop: asked after each step; when it says so the run saves and ends.
 
@@ -104,7 +108,8 @@ def train(
         raise ValueError(f"{output} holds no checkpoint to resume from")
     with History(run.folder / "history.jsonl", keep=run.restore(state)) as history:
         run.history = history
-        return run.go_on(should_stop)
+        with run.helped_by(workers), one_blas_thread(run.workers is not None):
+            return run.go_on(should_stop)
 
 
 @dataclass
@@ -142,9 +147,7 @@ class _Run:
         self.model, self.data, self.settings = model, data, settings
         self.output, self.folder, self.on_event = output, output / TRAINING, on_event
         self.gradient = StepGradient(model, settings)
-        self.parameters = tree_map(
-            lambda each: each.astype(mx.float32), model.trainable_parameters()
-        )
+        self.parameters = trainable(model)
         self.optimiser = optim.AdamW(
             learning_rate=schedule(settings), weight_decay=settings.weight_decay
         )
@@ -153,6 +156,15 @@ class _Run:
         self.best: Evaluation | None = None
         self.best_step = 0
         self.history: History | None = None
+        self.workers: Workers | None = None
+
+    def helped_by(self, spec: WorkerSpec | None) -> contextlib.AbstractContextManager[Any]:
+        """Start the workers, where more than one process is wanted."""
+        count = worker_count(self.settings.workers, batch_size=self.settings.batch_size)
+        if spec is None or count == 1:
+            return contextlib.nullcontext()
+        self.workers = Workers(spec, self.data.train, count=count, like=self.parameters)
+        return self.workers
 
     def restore(self, state: TrainState | None) -> int:
         """Take over a state, or begin; returns how many lines of the history stand."""
@@ -166,8 +178,8 @@ class _Run:
                 f"{self.output} holds a run of other {', '.join(others)}: it cannot be resumed"
             )
         self.step = state.step
-        self.parameters = _tree(state.tensors, _PARAMETERS)
-        self.optimiser.state = _tree(state.tensors, _OPTIMISER)
+        self.parameters = _under(_PARAMETERS, state.tensors)
+        self.optimiser.state = _nested(_under(_OPTIMISER, state.tensors), self.parameters)
         self.sums = _Sums(**state.values["sums"])
         if state.values["best"]:
             self.best = Evaluation.from_dict(state.values["best"])
@@ -205,10 +217,10 @@ class _Run:
             seed=settings.seed,
         )
         found = self.gradient(
-            self.parameters, [self.data.train[at] for at in chosen], step=self.step
+            self.parameters, self.data.train, chosen, step=self.step, workers=self.workers
         )
         gradients, norm = optim.clip_grad_norm(found.gradients, settings.clip or math.inf)
-        self.grad_norm = float(norm.item())
+        self.grad_norm = float(np.array(norm))
         if not (math.isfinite(found.loss) and math.isfinite(self.grad_norm)):
             what = "gradient" if math.isfinite(found.loss) else "loss"
             numbers = ", ".join(str(at) for at in chosen)
@@ -231,7 +243,7 @@ class _Run:
             step=self.step,
             loss=sums.loss / sums.steps,
             terms={name: value / sums.steps for name, value in sums.terms.items()},
-            learning_rate=float(cast(Any, self.optimiser.learning_rate).item()),
+            learning_rate=float(np.array(self.optimiser.learning_rate)),
             grad_norm=self.grad_norm,
             tokens_per_s=sums.num_tokens / seconds,
             rows_per_s=sums.num_rows / seconds,
@@ -248,17 +260,24 @@ class _Run:
         is_best = self.best is None or evaluation.tokens_per_step > self.best.tokens_per_step
         if is_best:
             self.best, self.best_step = evaluation, self.step
-            assert self.model.config is not None
-            save_adapter(self.output, self.model.config, adapter_tensors(self.parameters))
+            self._save_adapter()
         record = evaluation.to_dict() | {"next_token_loss": loss, "is_best": is_best}
         self._write("evaluation", {"step": self.step} | record)
         self.on_event(
             Evaluated(step=self.step, evaluation=evaluation, next_token_loss=loss, is_best=is_best)
         )
 
+    def _save_adapter(self) -> None:
+        """Write the adapter, but for the ablation's, which would decode with the gate on."""
+        assert self.model.config is not None
+        if self.settings.gate:
+            save_adapter(self.output, self.model.config, adapter_tensors(self.parameters))
+
     def _save(self) -> None:
         assert self.history is not None
-        tensors = _flat(self.parameters, _PARAMETERS) | _flat(self.optimiser.state, _OPTIMISER)
+        moments = _flat(self.optimiser.state)
+        tensors = {_PARAMETERS + name: value for name, value in self.parameters.items()}
+        tensors |= {_OPTIMISER + name: value for name, value in moments.items()}
         values = {
             "identity": self._identity(),
             "sums": dataclasses.asdict(self.sums),
@@ -280,10 +299,20 @@ class _Run:
         return {
             "base_fingerprint": self.model.config.base_fingerprint,
             "data_hash": self.data.data_hash,
+            "processes": worker_count(self.settings.workers, batch_size=self.settings.batch_size),
         } | {name: value for name, value in settings.items() if name not in _FREE}
 
 
-_FREE = ("iters", "steps_per_report", "steps_per_eval", "save_every", "val_batches")
+_FREE = (
+    "iters",
+    "steps_per_report",
+    "steps_per_eval",
+    "save_every",
+    "val_batches",
+    "workers",
+    "rows_per_forward",
+    "grad_checkpoint",
+)
 
 
 def schedule(settings: TrainSettings) -> Callable[[mx.array], mx.array]:
@@ -304,15 +333,31 @@ def peak_memory_bytes() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
-def _flat(tree: Any, prefix: str) -> dict[str, mx.array]:
-    return {prefix + name: value for name, value in cast(Any, tree_flatten(tree))}
+def _flat(state: Any) -> dict[str, mx.array]:
+    """The optimiser's state as tensors by name: numbers of its own and moments of parameters."""
+    found = {}
+    for name, value in state.items():
+        found |= (
+            {f"{name}.{part}": each for part, each in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+    return found
 
 
-def _tree(tensors: dict[str, mx.array], prefix: str) -> Any:
-    """The tree whose leaves lie under a prefix."""
-    chosen = [
-        (name.removeprefix(prefix), value)
-        for name, value in tensors.items()
-        if name.startswith(prefix)
-    ]
-    return tree_unflatten(chosen)
+def _nested(tensors: dict[str, mx.array], parameters: dict[str, mx.array]) -> dict[str, Any]:
+    """The optimiser's state from what ``_flat`` gave."""
+    found: dict[str, Any] = {}
+    for name, value in tensors.items():
+        owner, _, part = name.rpartition(".")
+        if owner in parameters:
+            found.setdefault(owner, {})[part] = value
+        else:
+            found[name] = value
+    return found
+
+
+def _under(prefix: str, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Tensors whose names begin with a prefix, without it, in the order of their names."""
+    names = sorted(name for name in tensors if name.startswith(prefix))
+    return {name.removeprefix(prefix): tensors[name] for name in names}

@@ -10,7 +10,17 @@ from typing import Any
 
 from mlx_mtp.train.losses import TEACHERS, LossWeights
 
-PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PROJECTIONS = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "down_proj",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +48,7 @@ class TrainSettings:
             whole vocabulary.
         max_seq_length: most ids of a sequence.
         rows_per_forward: most mask rows that are computed at once.
+        workers: processes that train; 0 is one a core on a Linux CPU, else one.
         grad_checkpoint: whether layers are computed again for the gradient, to save memory.
         gate: False trains ordinary LoRA on all rows, for the ablation alone.
         steps_per_report, steps_per_eval, save_every: after how many steps each happens.
@@ -69,6 +80,7 @@ class TrainSettings:
     candidates: int = 0
     max_seq_length: int = 2048
     rows_per_forward: int = 128
+    workers: int = 0
     grad_checkpoint: bool = False
     gate: bool = True
     steps_per_report: int = 10
@@ -146,5 +158,6 @@ _AMOUNTS = (
     "sampler_weight",
     "lcm_weight",
     "candidates",
+    "workers",
     "seed",
 )

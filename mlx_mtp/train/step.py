@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_map
+from mlx.utils import tree_unflatten
 
 from mlx_mtp.model import MTPModel
 from mlx_mtp.train import sequences as texts
@@ -23,8 +23,13 @@ from mlx_mtp.train.forward import OrdinaryRows, ordinary_rows
 from mlx_mtp.train.losses import Targets, is_plain_head, loss_terms, make_targets, total_loss
 from mlx_mtp.train.packing import MaskRows, choose_anchors, chunks, count_masks
 from mlx_mtp.train.settings import TrainSettings
+from mlx_mtp.train.workers import Workers
 
 _ORDER, _ANCHORS = 1, 2  # what a random draw is for
+
+
+Parameters = dict[str, mx.array]
+Part = tuple[Parameters, float, dict[str, float]]  # gradients, loss, terms
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class StepResult:
         num_rows: mask rows.
     """
 
-    gradients: Any
+    gradients: Parameters
     loss: float
     terms: dict[str, float]
     num_tokens: int
@@ -92,41 +97,82 @@ class StepGradient:
         self._model = model
         self._settings = settings
         self._dtype = model.dtype
+        self._is_warm = False
         self._candidates = settings.candidates if is_plain_head(model) else 0
         self._value_and_grad = mx.value_and_grad(self._loss)
 
     def __call__(
-        self, parameters: Any, sequences: Sequence[texts.Sequence], *, step: int
+        self,
+        parameters: Parameters,
+        data: Sequence[texts.Sequence],
+        chosen: Sequence[int],
+        *,
+        step: int,
+        workers: Workers | None = None,
     ) -> StepResult:
         """Compute the gradient of a step.
 
         Args:
-            parameters: the trainable parameters, float32, as ``trainable_parameters`` has them.
-            sequences: those of the step.
+            parameters: from ``adapter.trainable``, as they are now.
+            data: all sequences.
+            chosen: indices of those of the step.
             step: its number, which decides the anchors.
+            workers: processes that take a part.
 
         Raises:
             ValueError: none of the sequences has a place for a mask.
         """
-        blocks = [
-            blocks_of(each, self._settings, key=(step, at)) for at, each in enumerate(sequences)
-        ]
-        total = sum(rows.num_rows for rows in blocks)
+        places = [(at, data[index]) for at, index in enumerate(chosen)]
+        total = sum(blocks_of(each, self._settings, key=(step, at)).num_rows for at, each in places)
         if total == 0:
             raise ValueError(f"step {step}: no sequence has an answer of three tokens")
-        gradients, loss, terms = None, 0.0, {}
-        for sequence, rows in zip(sequences, blocks, strict=True):
-            for value, found, slope in self._forwards(parameters, sequence, rows, total=total):
-                gradients = slope if gradients is None else tree_map(mx.add, gradients, slope)
-                mx.eval(gradients, value, found)
-                loss += value.item()
-                terms = {name: terms.get(name, 0.0) + found[name].item() for name in found}
+        tokens = sum(len(each.ids) for _, each in places)
+        if workers is None:
+            part = self.part(parameters, places, step=step, total=total)
+            assert part is not None
+            return StepResult(*part, tokens, total)
+        if self._is_warm:
+            workers.start(parameters, chosen, step=step, total=total)
+        own = self.part(parameters, places[:: workers.count], step=step, total=total)
+        if not self._is_warm:  # the code that MLX compiled meanwhile is there for all
+            workers.start(parameters, chosen, step=step, total=total)
+            self._is_warm = True
+        parts = [each for each in (own, *workers.collect()) if each is not None]
+        return StepResult(*_sum(parts), tokens, total)
+
+    def part(
+        self,
+        parameters: Parameters,
+        places: Sequence[tuple[int, texts.Sequence]],
+        *,
+        step: int,
+        total: int,
+    ) -> Part | None:
+        """Compute what some sequences add to a step: gradients, loss and terms.
+
+        Args:
+            parameters: as for ``__call__``.
+            places: sequences with their places in the step.
+            step: its number.
+            total: mask rows of the whole step.
+
+        Returns:
+            None where there is nothing to add.
+        """
+        found: Part | None = None
+        for at, sequence in places:
+            rows = blocks_of(sequence, self._settings, key=(step, at))
+            for value, terms, slope in self._forwards(parameters, sequence, rows, total=total):
+                mx.eval(slope, value, terms)
+                numbers = {name: _number(term) for name, term in terms.items()}
+                new = (slope, _number(value), numbers)
+                found = new if found is None else _sum([found, new])
+                mx.eval(found[0])
         self.load(parameters)
-        tokens = sum(len(each.ids) for each in sequences)
-        return StepResult(gradients, loss, terms, tokens, total)
+        return found
 
     def _forwards(
-        self, parameters: Any, sequence: texts.Sequence, rows: MaskRows, *, total: int
+        self, parameters: Parameters, sequence: texts.Sequence, rows: MaskRows, *, total: int
     ) -> Any:
         """Yield loss, terms and gradient of each forward of a sequence."""
         if not rows.anchors:
@@ -143,7 +189,7 @@ class StepGradient:
 
     def _loss(
         self,
-        parameters: Any,
+        parameters: Parameters,
         ids: mx.array,
         ordinary: OrdinaryRows,
         rows: MaskRows,
@@ -155,9 +201,24 @@ class StepGradient:
         terms = loss_terms(self._model, ordinary, rows, targets, candidates=self._candidates)
         return total_loss(terms, self._settings.loss_weights), terms
 
-    def load(self, parameters: Any) -> None:
+    def load(self, parameters: Parameters) -> None:
         """Put the parameters into the model, in the type that it computes in."""
-        self._model.update(tree_map(lambda each: each.astype(self._dtype), parameters))
+        cast_ones = [(name, value.astype(self._dtype)) for name, value in parameters.items()]
+        self._model.update(tree_unflatten(cast_ones))
+
+
+def _number(x: mx.array) -> float:
+    return float(cast(Any, x.item()))
+
+
+def _sum(parts: Sequence[Part]) -> Part:
+    """Add parts up, in their order."""
+    gradients, loss, terms = parts[0]
+    for more, value, others in parts[1:]:
+        gradients = {name: value + more[name] for name, value in gradients.items()}
+        loss += value
+        terms = {name: terms[name] + others[name] for name in terms}
+    return gradients, loss, terms
 
 
 class CheckpointedLayer(nn.Module):

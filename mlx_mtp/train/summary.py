@@ -21,7 +21,7 @@ from mlx_mtp.train.curves import draw_curves, terminal_curves
 from mlx_mtp.train.display import acceptance_text, duration
 from mlx_mtp.train.evaluate import Evaluation
 from mlx_mtp.train.events import Evaluated, Event, Reported
-from mlx_mtp.train.history import History
+from mlx_mtp.train.history import read_history
 from mlx_mtp.train.records import write_atomically
 from mlx_mtp.train.run_folder import RunFolder
 
@@ -52,8 +52,7 @@ def finish(
     Raises:
         OSError: a file cannot be written.
     """
-    with History(folder.history) as history:
-        records = history.records
+    records = read_history(folder.history)
     command = folder.read_command()
     if records:
         try:
