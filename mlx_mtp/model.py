@@ -136,13 +136,9 @@ class MTPModel(nn.Module):
         return self.config.num_draft_tokens if self.config else 0
 
     @property
-    def gated(self) -> bool:
-        """Whether low-rank weights act on mask rows only, as they always do outside an ablation."""
-        return self._scope.gated
-
-    @gated.setter
-    def gated(self, value: bool) -> None:
-        self._scope.gated = value
+    def scope(self) -> StepScope:
+        """What the wrapped modules look at during a forward."""
+        return self._scope
 
     @property
     def vocab_size(self) -> int:

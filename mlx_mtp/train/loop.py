@@ -99,7 +99,7 @@ def train(
             there is no state to resume from, or it is of another run.
         OSError: a file cannot be written; the states that were there before still are.
     """
-    model.gated = settings.gate
+    model.scope.gated = settings.gate
     if settings.grad_checkpoint:
         checkpoint_layers(model)
     run = _Run(model, data, settings, output, on_event)

@@ -17,6 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlx_mtp.layout import StepScope
 from mlx_mtp.model import MTPModel
 from mlx_mtp.train import sequences as texts
 from mlx_mtp.train.forward import OrdinaryRows, ordinary_rows
@@ -196,7 +197,7 @@ class StepGradient:
         targets: Targets,
     ) -> tuple[mx.array, dict[str, mx.array]]:
         self.load(parameters)
-        if not self._model.gated:  # then ordinary rows depend on the parameters too
+        if not self._model.scope.gated:  # then ordinary rows depend on the parameters too
             ordinary = ordinary_rows(self._model, ids, gradient=True)
         terms = loss_terms(self._model, ordinary, rows, targets, candidates=self._candidates)
         return total_loss(terms, self._settings.loss_weights), terms
@@ -224,18 +225,24 @@ def _sum(parts: Sequence[Part]) -> Part:
 class CheckpointedLayer(nn.Module):
     """A layer whose inner values are computed again for the gradient instead of being kept."""
 
-    def __init__(self, layer: nn.Module) -> None:
+    def __init__(self, layer: nn.Module, scope: StepScope) -> None:
         super().__init__()
         dict.update(self, layer)  # the same modules under the same names
         self.__dict__.update(layer.__dict__)
         self._layer: Any = layer
+        self._scope = scope
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
         """Map ``[1, L, D]`` as the layer does."""
+        layout = self._scope.layout
 
         def run(parameters: Any, x: mx.array) -> mx.array:
-            self._layer.update(parameters)
-            return self._layer(x, *args, **kwargs)
+            before, self._scope.layout = self._scope.layout, layout  # the forward is over by then
+            try:
+                self._layer.update(parameters)
+                return self._layer(x, *args, **kwargs)
+            finally:
+                self._scope.layout = before
 
         return mx.checkpoint(run)(self._layer.trainable_parameters(), x)
 
@@ -244,4 +251,4 @@ def checkpoint_layers(model: MTPModel) -> None:
     """Let the layers of a model compute again what their gradient needs, in place."""
     layers = model.base.layers
     for index, layer in enumerate(layers):
-        layers[index] = CheckpointedLayer(layer)
+        layers[index] = CheckpointedLayer(layer, model.scope)

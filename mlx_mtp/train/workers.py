@@ -127,6 +127,11 @@ class Workers:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the others."""
+        return [process.pid for process, _ in self._ends]
+
     def start(
         self, parameters: Mapping[str, mx.array], chosen: Sequence[int], *, step: int, total: int
     ) -> None:
