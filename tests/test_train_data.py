@@ -19,6 +19,7 @@ from mlx_mtp.train.records import (
     parse_record,
     read_json,
     read_jsonl,
+    remove_drafts,
     write_atomically,
 )
 from mlx_mtp.train.sequences import Sequence, encode, encode_all, split
@@ -151,6 +152,13 @@ def test_a_small_file_is_replaced_whole(tmp_path):
     write_atomically(path, "2")
     assert path.read_text() == "2"
     assert os.listdir(path.parent) == ["settings.json"]
+
+
+def test_what_killed_writes_left_is_removed(tmp_path):
+    for name in (".settings.json.123", "settings.json", ".lock", "state-0000003"):
+        (tmp_path / name).touch()
+    remove_drafts(tmp_path)
+    assert sorted(os.listdir(tmp_path)) == [".lock", "settings.json", "state-0000003"]
 
 
 def test_the_hash_is_of_the_words():

@@ -109,6 +109,15 @@ class TestTargets:
         with pytest.raises(ValueError, match="teacher must be one of .*, got 'me'"):
             make_targets(model, ordinary, ids, ROWS, teacher="me")
 
+    @pytest.mark.parametrize("teacher", ["argmax", "sample"])
+    def test_a_mask_behind_the_last_token(self, teacher: str) -> None:
+        model, ids = tiny_mtp(), sequence()
+        rows = MaskRows((3, LENGTH - 1 - K), K)
+        with pytest.raises(ValueError, match="position 19 has no token to predict: 20 ids"):
+            make_targets(model, ordinary_rows(model, ids), ids, rows, teacher=teacher)
+        rows = MaskRows((3, LENGTH - 2 - K), K)
+        make_targets(model, ordinary_rows(model, ids), ids, rows, teacher=teacher)
+
 
 def trainable(model: MTPModel) -> None:
     """Leave only the adapter trainable."""

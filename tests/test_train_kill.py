@@ -46,9 +46,9 @@ def texts(count, seed):
 def run(output):
     mx.set_default_device(mx.cpu)
     settings = TrainSettings(
-        num_draft_tokens=3, rank=4, iters=30, batch_size=2, num_anchors=4, warmup=3,
+        num_draft_tokens=3, rank=4, iters=14, batch_size=2, num_anchors=4, warmup=3,
         learning_rate=3e-3, rows_per_forward=9, steps_per_report=2, steps_per_eval=5,
-        save_every=3, val_batches=2, drop_late=0.1, seed=5,
+        save_every=3, val_batches=2, drop_late=0.1, seed=5, workers=1,
     )
     model = new_adapter(MTPModel(tiny_base()), settings)
     data = TrainData(train=texts(7, 1), held_out=texts(2, 2), data_hash="x")
@@ -134,4 +134,4 @@ def test_a_killed_training_goes_on_bit_for_bit(tmp_path: Path) -> None:
             runs += 1
     finally:
         zygote.close()
-    assert len(wanted["history"]) == 22
+    assert len(wanted["history"]) == 11  # 7 reports; evaluations at steps 0, 5, 10 and 14

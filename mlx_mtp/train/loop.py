@@ -30,6 +30,7 @@ from mlx_mtp.train.evaluate import Evaluation, evaluate
 from mlx_mtp.train.events import Evaluated, Event, Reported, Saved, Stepped
 from mlx_mtp.train.history import History
 from mlx_mtp.train.losses import next_token_loss
+from mlx_mtp.train.records import remove_drafts
 from mlx_mtp.train.settings import TrainSettings
 from mlx_mtp.train.step import StepGradient, StepResult, checkpoint_layers, sequences_of_step
 from mlx_mtp.train.workers import Workers, WorkerSpec, one_blas_thread, worker_count
@@ -107,7 +108,9 @@ def train(
     if resume and state is None:
         raise ValueError(f"{output} holds no checkpoint to resume from")
     with History(run.folder / "history.jsonl", keep=run.restore(state)) as history:
-        run.history = history
+        run.history = history  # held, so nobody else writes here
+        remove_drafts(output)
+        remove_drafts(run.folder)
         with run.helped_by(workers), one_blas_thread(run.workers is not None):
             return run.go_on(should_stop)
 
@@ -190,7 +193,7 @@ class _Run:
     def go_on(self, should_stop: Callable[[], bool]) -> TrainResult:
         """Do the steps that are left."""
         settings = self.settings
-        if self.step == 0:
+        if self.best is None:  # a run that was stopped at step 0 has this behind it
             self._evaluate()
             self._save()
         while self.step < settings.iters and not should_stop():

@@ -75,10 +75,13 @@ def make_targets(
         total: rows that the mean is over, these alone if None.
 
     Raises:
-        ValueError: the teacher is none of these.
+        ValueError: the teacher is none of these, or a row has no token to predict.
     """
     if teacher not in TEACHERS:
         raise ValueError(f"teacher must be one of {', '.join(TEACHERS)}, got {teacher!r}")
+    last = int(rows.row_positions.max())
+    if last + 1 >= ids.size:  # MLX would read what lies behind the array
+        raise ValueError(f"the mask at position {last} has no token to predict: {ids.size} ids")
     tokens, probs = ids[rows.positions + 1], None
     if teacher != "sample":
         needed, where = np.unique(rows.row_positions, return_inverse=True)

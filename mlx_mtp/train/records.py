@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,6 +35,7 @@ _SPEAKERS = {
 }
 _ANSWERS = ("completion", "response")
 _UTF8_BOM = b"\xef\xbb\xbf"
+_DRAFT = re.compile(r"\..+\.\d+")  # see ``write_atomically``
 
 
 @dataclass(frozen=True)
@@ -237,6 +239,13 @@ def write_atomically(path: Path, text: str) -> None:
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what killed calls of ``write_atomically`` left; nobody else may write there now."""
+    for path in folder.iterdir():
+        if _DRAFT.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _numbered_records(path: Path) -> Iterator[tuple[int, Record]]:
