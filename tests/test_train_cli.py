@@ -236,3 +236,30 @@ def test_estimate_of_a_tiny_model(tmp_path):
     model = save_tiny_model(tmp_path / "model")
     result = done("--model", str(model), "--adapter-path", str(tmp_path / "out"), "--estimate")
     assert "B" in result.stdout and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_ctrl_c_stopped_ends_like_any_other(tmp_path):
+    model, data = save_tiny_model(tmp_path / "model"), write_chats(tmp_path / "chats.jsonl")
+    options = ("--model", str(model), "--data", str(data), *CHATTY)
+    options += ("--iters", "16", "--workers", "1")
+    words = [sys.executable, "-m", "mlx_mtp", "train", "--adapter-path", str(tmp_path / "part")]
+    with subprocess.Popen([*words, *options], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        seen = ""
+        for line in process.stderr:
+            seen += line
+            if line.startswith("step 3/16"):
+                process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130, seen
+    assert re.search(r"Stopped and saved at step \d+\. Go on with: mlx-mtp train", seen), seen
+    done("--adapter-path", str(tmp_path / "part"), "--resume")
+    done("--adapter-path", str(tmp_path / "whole"), *options)
+    part, whole = (final_files(tmp_path / name) for name in ("part", "whole"))
+    assert part == whole and len(whole) == 3
+
+
+def final_files(out: Path) -> dict[str, bytes]:
+    """The tensors that a run leaves, by file."""
+    paths = out.rglob("*.safetensors")
+    return {str(path.relative_to(out)): path.read_bytes() for path in paths}
