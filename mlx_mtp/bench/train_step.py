@@ -162,7 +162,10 @@ def measure(
     repeats: int,
     say: Callable[[str], None] = lambda text: None,
 ) -> Timings:
-    """Warm both sides up, choose how PyTorch cuts its forwards, and time steps in turns."""
+    """Warm both sides up, choose how PyTorch cuts its forwards, and time steps in turns.
+
+    PyTorch is warm from ``compare``, and its two trials warm it further.
+    """
     chosen = range(len(data))
     say("Warming up ...")
     for step in range(2):  # the first is computed without the workers, see ``StepGradient``
@@ -171,9 +174,7 @@ def measure(
     tried = {}
     for name, rows in ways.items():
         say(f"Trying PyTorch with forwards of {name} ...")
-        rival(data, chosen, step=0, most_rows=rows)
-        again = _seconds(lambda rows=rows: rival(data, chosen, step=0, most_rows=rows))
-        tried[name] = round(again, 4)
+        tried[name] = round(_seconds(lambda r=rows: rival(data, chosen, step=0, most_rows=r)), 4)
     most_rows = ways[min(tried, key=lambda name: tried[name])]
     seconds: dict[str, list[float]] = {"ours": [], "torch": []}
     tokens, counts = [], []
