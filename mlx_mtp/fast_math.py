@@ -28,7 +28,7 @@ _POLYNOMIAL = (  # (ln 2)**j / j!, highest power first
     6.9314718055994531e-1,
     1.0,
 )
-_PIECE = 1_000_000  # elements that stay in the processor's cache from one operation to the next
+PIECE = 1_000_000  # elements that stay in the processor's cache from one operation to the next
 
 
 def exp(x: mx.array) -> mx.array:
@@ -146,7 +146,7 @@ def _logsumexp_piece(x: mx.array) -> mx.array:
 
 
 def _piece_rows(x: mx.array) -> int:
-    return max(1, _PIECE // x.shape[-1])
+    return max(1, PIECE // x.shape[-1])
 
 
 def _pieces(x: mx.array, rows: int) -> list[mx.array]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 
+import mlx.core as mx
+import numpy as np
 import pytest
 from tiny import tiny_base
 
 from mlx_mtp.model import MTPModel
-from mlx_mtp.train.adapter import new_adapter
+from mlx_mtp.train.adapter import new_adapter, trainable
 from mlx_mtp.train.memory import MemoryEstimate, estimate
+from mlx_mtp.train.sequences import Sequence
 from mlx_mtp.train.settings import TrainSettings
+from mlx_mtp.train.step import StepGradient
 
 SMALL = MemoryEstimate(
     weights_bytes=1, trainable_bytes=1, optimizer_bytes=1, ordinary_bytes=1,
@@ -45,3 +49,41 @@ def test_the_parts_grow_with_what_they_are_made_of() -> None:
     assert kept.activation_bytes < few.activation_bytes
     assert estimate(model, TrainSettings(), longest=1024).total_bytes > few.total_bytes
     assert few.lines()[-1].startswith("available") and len(few.lines()) == 8
+
+
+def test_every_process_counts() -> None:
+    alone = TrainSettings(rank=4, batch_size=3, workers=1)
+    model = new_adapter(MTPModel(tiny_base()), alone)
+    one = estimate(model, alone, longest=256)
+    three = estimate(model, dataclasses.replace(alone, workers=8), longest=256)
+    for part in ("weights_bytes", "ordinary_bytes", "activation_bytes", "logits_bytes"):
+        assert getattr(three, part) == 3 * getattr(one, part), part
+    assert three.trainable_bytes > 3 * one.trainable_bytes
+    assert three.optimizer_bytes == one.optimizer_bytes
+
+
+def test_candidates_take_less_than_the_whole_vocabulary() -> None:
+    settings = TrainSettings(rank=4, rows_per_forward=64)
+    model = new_adapter(MTPModel(tiny_base(vocab_size=4096)), settings)
+    sizes = [
+        estimate(model, dataclasses.replace(settings, candidates=count), longest=64).logits_bytes
+        for count in (256, 1024, 0)
+    ]
+    assert sizes == sorted(sizes) and sizes[0] < 0.7 * sizes[2]
+
+
+def test_the_estimate_is_near_the_peak_of_a_step() -> None:
+    settings = TrainSettings(num_draft_tokens=4, rank=4, rows_per_forward=64, workers=1)
+    base = tiny_base(vocab_size=4096, hidden_size=64, intermediate_size=192)
+    model = new_adapter(MTPModel(base), settings)
+    ids = np.random.default_rng(0).integers(0, 4096, 128).tolist()
+    data = [Sequence(ids, [False] * 8 + [True] * 120)]
+    parameters, gradient = trainable(model), StepGradient(model, settings)
+    mx.eval(parameters, gradient(parameters, data, [0], step=0).gradients)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(gradient(parameters, data, [0], step=1).gradients)
+    found = estimate(model, settings, longest=128)
+    own = sum(value.nbytes for value in parameters.values())
+    step = found.total_bytes - found.weights_bytes - found.optimizer_bytes - own
+    assert 0.7 < step / (mx.get_peak_memory() - before) < 1.5

@@ -1,10 +1,14 @@
 """How much memory a training run will take, before it takes it.
 
 A step holds the model, the adapter with its gradients and AdamW's two moments, what the base model
-made of one sequence, and what the mask rows of one forward leave behind for their gradient.  The
-factors below were fitted to peaks that MLX counted on a CPU in float32, over 21 shapes of tiny
-models (width 128 to 256, 6 or 12 layers, 16 to 256 mask rows behind 256 to 1024 tokens, 256 to
-16384 ids).  The program itself, some 0.3 GB, is not counted.
+made of one sequence, and what the mask rows of one forward leave behind for their gradient.  Every
+further process that trains holds a model and a step of its own.
+
+The factors below were fitted to peaks that MLX counted on a CPU in float32, for tiny models (width
+128, 2 or 6 layers, 16 to 256 mask rows behind 256 or 1024 tokens, 2048 to 32768 ids, with and
+without candidates); those without ``_CPU`` come from such runs with MLX's own exponentials and were
+never compared with a GPU.  The program itself is not counted: on Linux a process took 0.45 GB more
+than MLX counted.
 """
 
 from __future__ import annotations
@@ -19,9 +23,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
+from mlx_mtp.fast_math import PIECE
 from mlx_mtp.model import MTPModel
 from mlx_mtp.train.forward import ordinary_rows
 from mlx_mtp.train.settings import TrainSettings
+from mlx_mtp.train.workers import worker_count
 
 MEMORY_SHARE = 0.9  # of a machine's memory; the rest is the system's
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -33,7 +39,10 @@ _LAYER_WIDTHS = 1.0  # of the layer's width
 _SCORES = 1.25  # of the attention weights of every head
 _KEYS = 1.0  # of the keys and values, held rows and mask rows in one
 _LOGITS, _LOGITS_OF_HEAD = 3.9, 1.0  # of the logits, and more for each head
-_LOGITS_CPU, _LOGITS_OF_HEAD_CPU = 7.0, 2.6
+_LOGITS_CPU, _LOGITS_OF_HEAD_CPU, _LOGITS_OF_DIST_CPU = 4.2, 1.6, 3.7
+_PIECE_CPU = 3.0  # of the logits that ``fast_math`` takes at once
+_CHOOSING = 4.0  # of the logits, where candidates are chosen from them
+_CANDIDATES = 4.0  # of the logits of the candidates
 _GRADIENTS = 2.0  # of the adapter: the sum so far and the newest
 
 # Copies that the ordinary rows take while one layer is computed.
@@ -48,8 +57,8 @@ class MemoryEstimate:
     """Bytes at the peak of a step, by what takes them.
 
     Attributes:
-        weights_bytes: the base model.
-        trainable_bytes: the adapter's weights and gradients.
+        weights_bytes: the base model, in all processes.
+        trainable_bytes: the adapter's weights and gradients, in all processes and between them.
         optimizer_bytes: AdamW's moments.
         ordinary_bytes: keys, values and hidden states of the longest sequence; where computing
             them takes more than the mask rows do later, that too.
@@ -137,30 +146,33 @@ class _Shape:
 def estimate(model: MTPModel, settings: TrainSettings, *, longest: int) -> MemoryEstimate:
     """Estimate the memory that training takes.
 
-    Against the peaks that it was fitted to, the estimate of a step's mask rows was from 10% below
-    (a model with more normalisations than others) to 15% above.
+    Against MLX's peak of a step in one process, the estimate was from 13% below (a model with more
+    normalisations than others) to 16% above for the shapes that it was fitted to, and about 15%
+    above, weights included, for the default model with 64 or 128 mask rows behind 512 or 1024
+    tokens.
 
     Args:
         model: with the adapter that is to be trained; nothing else of it may be trainable.
         settings: of the run.
         longest: tokens of the longest sequence.
     """
-    shape = _shape(model)
+    shape, count = _shape(model), worker_count(settings.workers, batch_size=settings.batch_size)
     trainable = _bytes(model.trainable_parameters())
-    moments = 2 * _WIDE * sum(value.size for value in _arrays(model.trainable_parameters()))
+    wide = _WIDE * sum(value.size for value in _arrays(model.trainable_parameters()))
     rows = min(settings.rows_per_forward, settings.num_anchors * settings.num_draft_tokens)
     rows = max(rows, settings.num_draft_tokens)
     kept = rows if settings.gate else rows + longest  # without the gate all rows have a gradient
     activation = _activation_bytes(shape, kept, longest, checkpoint=settings.grad_checkpoint)
     logits = _logits_bytes(shape, rows, settings, sampler=model.sampler_head is not None)
     held = longest * (sum(shape.keys) + shape.width) * shape.item_bytes
+    ordinary = max(held, held + _prefill_bytes(shape, longest) - activation - logits)
     return MemoryEstimate(
-        weights_bytes=_bytes(model.parameters()) - trainable,
-        trainable_bytes=round((1 + _GRADIENTS) * trainable),
-        optimizer_bytes=moments,
-        ordinary_bytes=max(held, held + _prefill_bytes(shape, longest) - activation - logits),
-        activation_bytes=activation,
-        logits_bytes=logits,
+        weights_bytes=count * (_bytes(model.parameters()) - trainable),
+        trainable_bytes=_adapter_bytes(wide, narrow=trainable, count=count),
+        optimizer_bytes=2 * wide,  # the first process alone has one
+        ordinary_bytes=count * ordinary,
+        activation_bytes=count * activation,
+        logits_bytes=count * logits,
         available_bytes=available_bytes(),
     )
 
@@ -178,6 +190,16 @@ def available_bytes() -> int:
     return int(MEMORY_SHARE * machine)
 
 
+def _adapter_bytes(wide: int, *, narrow: int, count: int) -> int:
+    """The adapter in ``count`` processes, of ``wide`` bytes in float32.
+
+    Where the model computes in another type, ``narrow`` bytes of that are beside it.
+    """
+    own = (1 + _GRADIENTS) * wide + (narrow if narrow != wide else 0)
+    shared = (2 * count - 1) * wide if count > 1 else 0  # sent, received, and the copies of these
+    return round(count * own + shared)
+
+
 def _activation_bytes(shape: _Shape, rows: int, held: int, *, checkpoint: bool) -> int:
     """What mask rows behind ``held`` tokens keep for their gradient."""
     layers = [
@@ -190,12 +212,13 @@ def _activation_bytes(shape: _Shape, rows: int, held: int, *, checkpoint: bool) 
 
 
 def _logits_bytes(shape: _Shape, rows: int, settings: TrainSettings, *, sampler: bool) -> int:
-    on_cpu = mx.default_device().type == mx.cpu
-    copies, of_head = _LOGITS, _LOGITS_OF_HEAD
-    if on_cpu:
-        copies, of_head = _LOGITS_CPU, _LOGITS_OF_HEAD_CPU
-    copies += of_head * (1 + sampler + (settings.teacher == "dist"))
-    return round(copies * rows * shape.vocab * _WIDE)
+    size, is_dist = rows * shape.vocab, settings.teacher == "dist"
+    if 0 < settings.candidates < shape.vocab:
+        return round((_CHOOSING * size + _CANDIDATES * rows * settings.candidates) * _WIDE)
+    if mx.default_device().type == mx.cpu:
+        copies = _LOGITS_CPU + _LOGITS_OF_HEAD_CPU * (1 + sampler) + _LOGITS_OF_DIST_CPU * is_dist
+        return round((copies * size + _PIECE_CPU * min(size, PIECE)) * _WIDE)
+    return round((_LOGITS + _LOGITS_OF_HEAD * (1 + sampler + is_dist)) * size * _WIDE)
 
 
 def _prefill_bytes(shape: _Shape, length: int) -> int:
