@@ -38,12 +38,13 @@ def test_no_more_processes_than_sequences():
     assert 1 <= worker_count(0, batch_size=8) <= os.cpu_count()  # type: ignore[operator]
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
 @pytest.mark.slow
 class TestProcesses:
-    @pytest.fixture(scope="class")
-    def folder(self, tmp_path_factory: pytest.TempPathFactory) -> Path:
-        return save_tiny_model(tmp_path_factory.mktemp("model"))
-
     def test_give_the_gradient_of_one(self, folder):
         model = new_adapter(load(str(folder), mtp=False)[0], SETTINGS)
         parameters, data = trainable(model), texts(5)

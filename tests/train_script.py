@@ -23,6 +23,7 @@ from mlx_mtp.train.evaluate import Evaluation
 from mlx_mtp.train.events import Evaluated, Reported, Saved, Stepped
 from mlx_mtp.train.history import History
 from mlx_mtp.train.loop import TrainData, TrainResult
+from mlx_mtp.train.workers import WorkerSpec
 
 SMALL = ("--num-records", "8", "--max-prompt-tokens", "40", "--max-answer-tokens", "20",
          "--distil-batch-size", "4", "--held-out", "0.3")  # fmt: skip
@@ -65,10 +66,14 @@ class ScriptedLoop:
         output: Path,
         *,
         resume: bool = False,
+        workers: WorkerSpec,
         on_event: Callable[[Any], None],
         should_stop: Callable[[], bool],
     ) -> TrainResult:
-        self.calls.append(SimpleNamespace(data=data, settings=settings, resume=resume))
+        assert workers.settings == settings
+        self.calls.append(
+            SimpleNamespace(data=data, settings=settings, resume=resume, workers=workers)
+        )
         training = output / "training"
         states = sorted(training.glob("state-*"))
         first = int(states[-1].name.removeprefix("state-")) if resume else 0

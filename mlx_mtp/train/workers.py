@@ -12,14 +12,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
+import mmap
 import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import reduction
 from multiprocessing.connection import Connection
-from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
 from typing import Any
 
@@ -99,24 +101,26 @@ class Workers:
     ) -> None:
         self.count = count
         self._layout = SharedParameters(like)
-        self._shared: list[SharedMemory] = []
         self._ends: list[tuple[Any, Connection]] = []
         bytes_each = self._layout.size * 4
         context = multiprocessing.get_context("spawn")
         try:
-            parameters = self._share(bytes_each)
-            self._given = _numbers(parameters)
+            parameters = _shared_file(bytes_each)
+            self._given = _numbers(parameters, bytes_each)
             self._found = []
             with _environment(_THREADS, "1"):
                 for _ in range(count - 1):
-                    gradients = self._share(bytes_each)
-                    self._found.append(_numbers(gradients))
+                    gradients = _shared_file(bytes_each)
+                    self._found.append(_numbers(gradients, bytes_each))
                     ours, theirs = context.Pipe()
-                    job = (spec, list(sequences), parameters.name, gradients.name, theirs)
+                    files = _ForChild(parameters), _ForChild(gradients)
+                    job = (spec, list(sequences), *files, theirs)
                     process = context.Process(target=_work, args=job, daemon=True)
                     process.start()
-                    theirs.close()
                     self._ends.append((process, ours))
+                    theirs.close()
+                    os.close(gradients)
+            os.close(parameters)
         except BaseException:
             self.close()
             raise
@@ -172,15 +176,6 @@ class Workers:
             process.join()
         self._ends = []
         self._given, self._found = np.zeros(0), []
-        for memory in self._shared:
-            memory.close()
-            memory.unlink()
-        self._shared = []
-
-    def _share(self, size: int) -> SharedMemory:
-        memory = SharedMemory(create=True, size=size)
-        self._shared.append(memory)
-        return memory
 
 
 def worker_count(wanted: int, *, batch_size: int) -> int:
@@ -211,8 +206,8 @@ def one_blas_thread(needed: bool) -> Iterator[None]:
 def _work(
     spec: WorkerSpec,
     sequences: list[texts.Sequence],
-    parameters_name: str,
-    gradients_name: str,
+    parameters: _ForChild,
+    gradients: _ForChild,
     end: Connection,
 ) -> None:
     """The life of a worker: load, then a step at a time until the other end is closed."""
@@ -226,16 +221,16 @@ def _work(
         model = new_adapter(model, spec.settings, start=spec.start)
         gradient = StepGradient(model, spec.settings)
         layout = SharedParameters(trainable(model))
-        given = SharedMemory(parameters_name)
-        found = SharedMemory(gradients_name)
+        given = _numbers(parameters.open(), layout.size * 4)
+        found = _numbers(gradients.open(), layout.size * 4)
         while True:
             step, total, places = end.recv()
-            tree = layout.read(_numbers(given))
+            tree = layout.read(given)
             part = gradient.part(
                 tree, [(at, sequences[index]) for at, index in places], step=step, total=total
             )
             if part is not None:
-                layout.write(part[0], _numbers(found))
+                layout.write(part[0], found)
             end.send(part and part[1:])
     except (EOFError, ConnectionResetError, BrokenPipeError):
         pass
@@ -244,9 +239,40 @@ def _work(
             end.send(f"{type(error).__name__}: {error}")
 
 
-def _numbers(memory: SharedMemory) -> np.ndarray:
-    view: Any = memory.buf
-    return np.frombuffer(view, dtype=np.float32)
+class _ForChild:
+    """An open file on its way into a process that is being started."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __getstate__(self) -> Any:
+        return reduction.DupFd(self._descriptor)
+
+    def __setstate__(self, state: Any) -> None:
+        self._descriptor = state.detach()
+
+    def open(self) -> int:
+        """The descriptor, in either process."""
+        return self._descriptor
+
+
+def _shared_file(size: int) -> int:
+    """A file without a name, in memory where the system has such, so that no kill leaves it.
+
+    Not ``/dev/shm``, of which a container has 64 MB.
+    """
+    if sys.platform.startswith("linux"):
+        descriptor = os.memfd_create("mlx-mtp")
+    else:
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    os.ftruncate(descriptor, size)
+    return descriptor
+
+
+def _numbers(descriptor: int, size: int) -> np.ndarray:
+    """What a shared file holds, as float32."""
+    return np.frombuffer(mmap.mmap(descriptor, size), dtype=np.float32)
 
 
 @contextlib.contextmanager
