@@ -13,11 +13,14 @@ import random
 import select
 import shutil
 import signal
+import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny import save_tiny_pair
@@ -121,22 +124,29 @@ def zygote(sources: tuple[Path, Path], tmp_path: Path) -> Iterator[Zygote]:
     zygote.close()
 
 
+def timed(zygote: Zygote, **options: Any) -> tuple[int, float]:
+    """Run a conversion; returns its wait status and its seconds."""
+    started = time.perf_counter()
+    return zygote.run(**options), time.perf_counter() - started
+
+
 def kill_at_random(zygote: Zygote, work: Path, *, times: int, seed: int) -> int:
     """Kill that many conversions; returns how many of them really died by it."""
     output, rng, killed = work / "out", random.Random(seed), 0
     whole = contents(output)
-    seconds = []
+    seconds: deque[float] = deque(maxlen=5)  # of runs that ended; the machine's speed changes
     for _ in range(3):
         shutil.rmtree(output)
-        started = time.perf_counter()
-        assert zygote.run() == 0
-        seconds.append(time.perf_counter() - started)
+        seconds.append(timed(zygote)[1])
     for turn in range(times):
         force = turn % 2 == 0
         if not force:
             shutil.rmtree(output, ignore_errors=True)
-        status = zygote.run(force=force, kill_after_s=rng.uniform(0, 1.1 * max(seconds)))
+        delay = rng.uniform(0, 1.1 * statistics.median(seconds))
+        status, took = timed(zygote, force=force, kill_after_s=delay)
         killed += status == signal.SIGKILL
+        if status == 0:
+            seconds.append(took)
         for folder in (output, *work.glob(".out.*/*")):
             if folder.is_dir() and contents(folder) != whole:
                 assert not loads(folder), f"turn {turn}: {folder} is half written, yet loads"
