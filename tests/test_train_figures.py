@@ -141,7 +141,18 @@ def test_bad_input_is_one_line(pair: tuple[Path, Path], prompt_file: Path) -> No
 
 
 DATA = [f"{word} {number} " * 6 for number in range(8) for word in ("one", "two", "three")]
-SMALL = ["--iters", "3", "--batch-size", "2", "--num-anchors", "4", "--num-draft-tokens", "2"]
+SMALL = [
+    "--workers",
+    "1",
+    "--iters",
+    "3",
+    "--batch-size",
+    "2",
+    "--num-anchors",
+    "4",
+    "--num-draft-tokens",
+    "2",
+]
 SMALL += ["--steps-per-eval", "2", "--warmup", "1", "--rank", "2", "--ranks", "1,2,4"]
 
 

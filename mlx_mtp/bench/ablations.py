@@ -67,6 +67,7 @@ def train_variant(
     output: Path,
     *,
     load_model: Load,
+    model_name: str | None,
     records: Sequence[Any],
     held_out: float,
     tell: Callable[[str], None],
@@ -79,6 +80,7 @@ def train_variant(
         settings: of the run.
         output: its folder.
         load_model: gives a fresh model without an adapter.
+        model_name: the same model as ``loading.load`` takes it, for other processes.
         records: what all runs train on.
         held_out: share of them that is not trained on.
         tell: called with a line about each evaluation.
@@ -93,6 +95,7 @@ def train_variant(
     from mlx_mtp.train.adapter import new_adapter
     from mlx_mtp.train.events import Evaluated
     from mlx_mtp.train.loop import TrainData, train
+    from mlx_mtp.train.workers import WorkerSpec
 
     folder = RunFolder(output)
     step = folder.newest_step()
@@ -120,6 +123,7 @@ def train_variant(
             settings,
             output,
             resume=step is not None,
+            workers=WorkerSpec(model=model_name, settings=settings),
             on_event=on_event,
             should_stop=should_stop,
         )
@@ -138,6 +142,11 @@ def train_variant(
 @click.option("--batch-size", default=4, show_default=True)
 @click.option("--num-anchors", default=32, show_default=True)
 @click.option("--num-draft-tokens", default=8, show_default=True)
+@click.option("--drop-late", default=0.0, show_default=True)
+@click.option("--teacher", default="argmax", show_default=True)
+@click.option("--candidates", default=0, show_default=True)
+@click.option("--rows-per-forward", default=128, show_default=True)
+@click.option("--workers", default=0, show_default=True)
 @click.option("--learning-rate", default=1e-3, show_default=True)
 @click.option("--warmup", default=20, show_default=True)
 @click.option("--max-seq-length", default=512, show_default=True)
@@ -179,6 +188,7 @@ def ablate(
             settings,
             output / name,
             load_model=lambda: load(options["model"], mtp=False),
+            model_name=options["model"],
             records=records,
             held_out=options["held_out"],
             tell=lambda line: print(line, file=sys.stderr, flush=True),
