@@ -84,6 +84,17 @@ class TestProcesses:
             with pytest.raises(ValueError, match=r"a training worker ended \(exit code -9\)"):
                 gradient(parameters, data, BATCH, step=1, workers=workers)
 
+    def test_never_see_ctrl_c(self, folder):
+        model = new_adapter(load(str(folder), mtp=False)[0], SETTINGS)
+        parameters, data = trainable(model), texts(5)
+        spec = WorkerSpec(model=str(folder), settings=SETTINGS)
+        with Workers(spec, data, count=2, like=parameters) as workers:
+            os.kill(workers.pids[0], signal.SIGINT)  # it has hardly begun
+            gradient = StepGradient(model, SETTINGS)
+            assert gradient(parameters, data, BATCH, step=0, workers=workers).num_rows
+            os.kill(workers.pids[0], signal.SIGINT)
+            assert gradient(parameters, data, BATCH, step=1, workers=workers).num_rows
+
     def test_that_fail_say_why(self, folder):
         model = new_adapter(load(str(folder), mtp=False)[0], SETTINGS)
         parameters, data = trainable(model), texts(5)

@@ -20,7 +20,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import reduction
+from multiprocessing import reduction, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,7 @@ class Workers:
             parameters = _shared_file(bytes_each)
             self._given = _numbers(parameters, bytes_each)
             self._found = []
-            with _environment(_THREADS, "1"):
+            with _environment(_THREADS, "1"), _ctrl_c_held_back():
                 for _ in range(count - 1):
                     gradients = _shared_file(bytes_each)
                     self._found.append(_numbers(gradients, bytes_each))
@@ -273,6 +273,20 @@ def _shared_file(size: int) -> int:
 def _numbers(descriptor: int, size: int) -> np.ndarray:
     """What a shared file holds, as float32."""
     return np.frombuffer(mmap.mmap(descriptor, size), dtype=np.float32)
+
+
+@contextlib.contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Processes started meanwhile never see Ctrl-C, which goes to all of a terminal's processes.
+
+    A worker takes seconds to come as far as ignoring it by itself.  This process sees it after.
+    """
+    resource_tracker.ensure_running()  # starting it later would let the signal through again
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager
