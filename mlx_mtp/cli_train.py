@@ -287,7 +287,8 @@ def _from_file(path: Path, context: click.Context) -> dict[str, Any]:
         if value is None:
             continue
         is_flag = getattr(known[name], "is_flag", False)
-        if isinstance(value, list | dict) or isinstance(value, bool) != is_flag:
+        is_cut = isinstance(value, float) and isinstance(known[name].type, click.IntRange)
+        if is_cut or isinstance(value, list | dict) or isinstance(value, bool) != is_flag:
             raise ValueError(f"{path}: {key}: {value!r} is not what this option takes")
         try:
             found[name] = known[name].type_cast_value(context, value)

@@ -132,15 +132,44 @@ def test_ctrl_c_while_training_saves_and_says_how_to_go_on(tmp_path, loop):
     assert [call.resume for call in loop.calls] == [False, True]
 
 
-def test_a_second_ctrl_c_stops_at_once(tmp_path, loop):
+@pytest.mark.parametrize(("at", "told"), [(1, "Nothing was kept."), (2, "Go on with: ")])
+def test_a_second_ctrl_c_stops_at_once(tmp_path, loop, at, told):
     def press(step: int) -> None:
-        for _ in range(2):
+        for _ in range(2 * (step == at)):
             os.kill(os.getpid(), signal.SIGINT)
 
     loop.before = press
     data = write_chats(tmp_path / "chats.jsonl")
     result = invoke("--adapter-path", str(tmp_path / "out"), "--data", str(data), "--data-as-is")
-    assert result.exit_code == 130 and "Stopped. Go on with: " in result.stderr
+    assert result.exit_code == 130 and f"Stopped. {told}" in result.stderr
+    assert (tmp_path / "out").exists() == (at == 2)
+
+
+def test_options_that_the_loop_refuses_are_not_kept(tmp_path, loop, monkeypatch):
+    out, data = str(tmp_path / "out"), str(write_chats(tmp_path / "chats.jsonl"))
+    done("--adapter-path", out, "--iters", "1", "--data", data, "--data-as-is")
+
+    def refuse(*args: object, **options: object) -> None:
+        raise ValueError("another run")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_mtp.train.command.run_loop", refuse)
+        failure("--adapter-path", out, "--resume", "--rank", "7")
+    done("--adapter-path", out, "--resume", "--iters", "2")
+    assert loop.calls[-1].settings.rank == loop.calls[0].settings.rank
+
+
+def test_a_resumed_run_does_without_the_adapter_that_it_began_with(tmp_path, loop):
+    _, adapter = save_tiny_pair(tmp_path)
+    data, out = str(write_chats(tmp_path / "chats.jsonl")), tmp_path / "out"
+    done("--adapter-path", str(out), "--iters", "1", "--data", data, "--data-as-is",
+         "--resume-adapter-file", str(adapter))  # fmt: skip
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        (adapter / name).replace(out / name)  # the loop is a stand-in that writes no adapter
+    adapter.rmdir()
+    done("--adapter-path", str(out), "--resume", "--iters", "2")
+    first, second = (call.settings for call in loop.calls)
+    assert second == dataclasses.replace(first, iters=2)
 
 
 def test_options_may_stand_in_a_file(tmp_path, loop):
@@ -162,6 +191,7 @@ def test_options_may_stand_in_a_file(tmp_path, loop):
         ("iter: 3", "unknown option 'iter'"),
         ("iters: many", "iters: 'many' is not a valid integer"),
         ("iters: 0", "iters: 0 is not in the range"),
+        ("iters: 1.5", "iters: 1.5 is not what this option takes"),
         ("iters: true", "iters: True is not what this option takes"),
         ("no_gate: 1", "no_gate: 1 is not what this option takes"),
         ("config: other.yaml", "unknown option 'config'"),

@@ -160,6 +160,18 @@ def test_every_option_trains(tmp_path, values):
     assert set(config.target_modules) <= set(settings.target_modules)
 
 
+def test_another_number_of_processes_is_named_with_the_way_on(tmp_path, monkeypatch):
+    run(tmp_path, change(iters=2, workers=1))
+    monkeypatch.setattr("mlx_mtp.train.loop.worker_count", lambda wanted, **_: 3)
+    with pytest.raises(ValueError, match=r"begun with --workers 1,.* resume it with that"):
+        run(tmp_path, change(iters=3), resume=True)
+
+
+def test_layers_are_not_computed_again_without_the_gate():
+    with pytest.raises(ValueError, match="grad_checkpoint does not go together"):
+        change(gate=False, grad_checkpoint=True)
+
+
 class TestGradients:
     def gradient(self, settings: TrainSettings, model: MTPModel | None = None) -> Any:
         model = model or model_for(settings)

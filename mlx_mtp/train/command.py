@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_mtp.config import WEIGHTS_FILE, read_config
+from mlx_mtp.config import CONFIG_FILE, WEIGHTS_FILE, read_config
 from mlx_mtp.loading import load
 from mlx_mtp.terminal import Interrupt, one_line
 from mlx_mtp.train.adapter import new_adapter
@@ -98,7 +98,8 @@ def run(given: Mapping[str, Any]) -> bool:
     only_estimate = bool(given.get("estimate"))
     with Display() as display:
         source: list[Record] = []
-        if "data_hash" not in folder.read_command() or plan.data.as_is:
+        has_text = plan.resume and "data_hash" in folder.read_command()
+        if not has_text or plan.data.as_is:
             source = read_source(plan.data, output=folder.path, tell=display.tell)
         model, tokenizer = _load(plan, display)
         settings = dataclasses.replace(
@@ -138,7 +139,7 @@ def make_plan(given: Mapping[str, Any], folder: RunFolder) -> Plan:
     if (tracker := options.get("report_to")) and importlib.util.find_spec(tracker) is None:
         raise ValueError(f"--report-to {tracker} needs it: pip install {tracker}")
     named = options.get("resume_adapter_file")
-    start = None if named is None else _adapter_folder(named, resume=resume)
+    start = None if named is None else _adapter_folder(named, own=folder.path if resume else None)
     return Plan(
         settings=_train_settings(options, start),
         data=_data_settings(options),
@@ -205,18 +206,19 @@ def _full_path(name: str) -> str:
     return os.path.abspath(path) if os.path.exists(path) else name
 
 
-def _adapter_folder(name: str, *, resume: bool) -> Path | None:
+def _adapter_folder(name: str, *, own: Path | None) -> Path | None:
     """The folder of an adapter, which may be named by its weights.
 
-    A resumed run has the weights in its own state, so the adapter may be gone by then.
+    A resumed run has the weights in its own state, so the adapter may be gone by then: ``own``, the
+    run's folder, holds one of the same shape.
     """
     path = Path(name).expanduser()
     if path.name == WEIGHTS_FILE and path.is_file():
         path = path.parent
     if path.is_dir():
         return path
-    if resume:
-        return None
+    if own is not None:
+        return own if (own / CONFIG_FILE).is_file() else None
     if path.is_file():
         raise ValueError(f"{name} is neither an adapter folder nor its {WEIGHTS_FILE}")
     raise ValueError(f"adapter {name} does not exist")
@@ -267,19 +269,23 @@ def _run_in(
     command |= {"options": plan.options, "typed": plan.typed}
     kept_hash = folder.read_command().get("data_hash") if plan.resume else None
     command |= {"data_hash": kept_hash} if kept_hash else {}
-    folder.write_command(command)
+    if not plan.resume or folder.newest_step() is None:  # else the loop may refuse the options
+        folder.write_command(command)
     with Interrupt() as interrupt:
         try:
             with _nothing_lost(folder):
                 prepared = _prepare(
                     folder, plan, model, tokenizer, source, kept_hash, display, interrupt
                 )
-                folder.write_command(command | {"data_hash": prepared.data_hash})
+                command |= {"data_hash": prepared.data_hash}
+                if not plan.resume or folder.newest_step() is None:
+                    folder.write_command(command)
                 _check_memory(model, plan, longest=prepared.longest, refuse=True)
-                tell = _teller(display, tracker)
+                tell = _teller(display, tracker, lambda: folder.write_command(command))
                 result = _train(folder, plan, model, prepared, tell, interrupt)
         except KeyboardInterrupt:
-            display.tell(f"Stopped. Go on with: {folder.way_on()}")
+            kept = f"Go on with: {folder.way_on()}" if folder.is_begun() else "Nothing was kept."
+            display.tell(f"Stopped. {kept}")
             return False
         finally:
             tracker.finish()
@@ -353,8 +359,14 @@ def _train(
     )
 
 
-def _teller(display: Display, tracker: Tracker) -> Callable[[Event], None]:
+def _teller(
+    display: Display, tracker: Tracker, at_first: Callable[[], None]
+) -> Callable[[Event], None]:
+    waiting = [at_first]
+
     def tell(event: Event) -> None:
+        while waiting:
+            waiting.pop()()
         display.event(event)
         if values := tracked_values(event):
             tracker.log(values, step=event.step)

@@ -176,6 +176,12 @@ class _Run:
             write_json(self.folder / "settings.json", identity | self.settings.to_dict())
             return 0
         others = [key for key in identity if state.values["identity"].get(key) != identity[key]]
+        if others == ["processes"]:
+            count = state.values["identity"]["processes"]
+            raise ValueError(
+                f"{self.output} was begun with --workers {count}, on which its bits depend: "
+                "resume it with that"
+            )
         if others:
             raise ValueError(
                 f"{self.output} holds a run of other {', '.join(others)}: it cannot be resumed"

@@ -107,6 +107,8 @@ class TrainSettings:
             raise ValueError("target_modules must name at least one layer")
         if not (self.base_weight or self.sampler_weight or self.lcm_weight):
             raise ValueError("the loss has no term: all of its weights are 0")
+        if self.grad_checkpoint and not self.gate:  # ordinary rows would get no gradient
+            raise ValueError("grad_checkpoint does not go together with an adapter without a gate")
         if self.val_batches < 1 and self.val_batches != -1:
             raise ValueError(f"val_batches must be at least 1, or -1, got {self.val_batches}")
 

@@ -52,6 +52,8 @@ def finish(
     Raises:
         OSError: a file cannot be written.
     """
+    if not result.finished:  # first, for who stops once more does not wait for the rest
+        tell(f"Stopped and saved at step {result.step}. Go on with: {folder.way_on()}")
     records = read_history(folder.history)
     command = folder.read_command()
     if records:
@@ -64,7 +66,6 @@ def finish(
         card = training_card(model.config, recipe=recipe, best=result.best)
         write_atomically(folder.path / README_FILE, card)
     if not result.finished:
-        tell(f"Stopped and saved at step {result.step}. Go on with: {folder.way_on()}")
         return
     width, height = CURVES_SIZE
     print("\n".join(summary_lines(folder, records, result, model=command_model(command))))
