@@ -13,7 +13,7 @@ from typing import TextIO
 from mlx_mtp.terminal import Progress
 from mlx_mtp.train.distil_run import DistilProgress
 from mlx_mtp.train.evaluate import Evaluation
-from mlx_mtp.train.events import Evaluated, Event, Reported, Saved, Stepped
+from mlx_mtp.train.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
 
 BAR_WIDTH = 16
 PLAIN_LINES_S = 30.0
@@ -86,6 +86,8 @@ class Display:
                     self.tell(self._step_line(event.step))
             case Evaluated():
                 self.tell(evaluation_line(event))
+            case Noticed():
+                self.tell(event.text)
             case Saved():
                 pass
 

@@ -127,6 +127,7 @@ def generate_batch(
     stops: Iterable[Sequence[int]],
     samplers: Sequence[Callable[[mx.array], mx.array]],
     batch_size: int,
+    on_step: Callable[[int], None] = lambda count: None,
 ) -> Iterator[tuple[int, list[int], bool]]:
     """Continue prompts together by mlx-lm's own batch generation.
 
@@ -138,6 +139,7 @@ def generate_batch(
         samplers: for each, log-probabilities ``[1, V]`` to ids ``[1]``; a sampler that all share
             is called once a step with all rows.
         batch_size: how many run at a time; the next one starts when one has ended.
+        on_step: called after every step with the number of ids that it gave.
 
     Yields:
         As each ends: its index, its ids without a stop of one id, whether a stop ended it.
@@ -157,6 +159,7 @@ def generate_batch(
         index_of = {number: index for index, number in enumerate(numbers)}
         found: list[list[int]] = [[] for _ in prompts]
         while responses := generator.next_generated():
+            on_step(len(responses))
             for response in responses:
                 index, ended = index_of[response.uid], response.finish_reason
                 found[index].append(response.token)
@@ -258,16 +261,19 @@ class Run:
             stops = [[each] for each in sorted(self.specials)]
             end = token_ids(self.tokenizer, around_user(self.tokenizer)[1])
             stops += [end] if end and end[0] not in self.specials else []
-        for index, ids, stopped in generate_batch(
+        yield from generate_batch(
             self.model,
             prompts,
             max_tokens=most,
             stops=stops,
             samplers=list(draws) if temp else [_greedy] * len(numbers),
             batch_size=settings.batch_size,
-        ):
-            self.num_tokens += len(ids) + stopped
-            yield index, ids, stopped
+            on_step=self._count,
+        )
+
+    def _count(self, num_ids: int) -> None:
+        self.num_tokens += num_ids
+        self.report()  # at every step, because whoever watches may want to stop
 
     def fill(self, first: int, jobs: list[Job], finish: Finish) -> None:
         """Do the jobs of a group and write what they yield.

@@ -73,4 +73,17 @@ class Saved:
     path: Path
 
 
-Event = Stepped | Reported | Evaluated | Saved
+@dataclass(frozen=True, kw_only=True)
+class Noticed:
+    """Something that the user should know, in a line.
+
+    Attributes:
+        step: optimiser steps done.
+        text: the line.
+    """
+
+    step: int
+    text: str
+
+
+Event = Noticed | Stepped | Reported | Evaluated | Saved

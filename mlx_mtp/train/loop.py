@@ -27,7 +27,7 @@ from mlx_mtp.train import sequences as texts
 from mlx_mtp.train.adapter import adapter_tensors, trainable
 from mlx_mtp.train.checkpoint import TrainState, newest_state, save_adapter, save_state, write_json
 from mlx_mtp.train.evaluate import Evaluation, evaluate
-from mlx_mtp.train.events import Evaluated, Event, Reported, Saved, Stepped
+from mlx_mtp.train.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
 from mlx_mtp.train.history import History
 from mlx_mtp.train.losses import next_token_loss
 from mlx_mtp.train.records import remove_drafts
@@ -104,7 +104,10 @@ def train(
     if settings.grad_checkpoint:
         checkpoint_layers(model)
     run = _Run(model, data, settings, output, on_event)
-    state = newest_state(output / TRAINING) if resume else None
+    damaged: list[str] = []
+    state = newest_state(output / TRAINING, tell=damaged.append) if resume else None
+    for line in damaged:
+        on_event(Noticed(step=state.step if state else 0, text=line))
     if resume and state is None:
         raise ValueError(f"{output} holds no checkpoint to resume from")
     with History(run.folder / "history.jsonl", keep=run.restore(state)) as history:

@@ -5,7 +5,7 @@
 - lcm: mean squared distance between a mask row's final hidden state and that of the ordinary row
   that predicts the same token (latent consistency).
 
-Each is a mean over mask rows, of which several forwards may make up one.
+Each is a mean over the mask rows of a forward.
 """
 
 from __future__ import annotations
@@ -34,14 +34,12 @@ class Targets:
         tokens: the token of each row, ``[R]``.
         previous: the token before it, ``[R]``.
         twins: index of the ordinary row that predicts the same token, ``[R]``.
-        total: how many rows the mean is over; the terms of all its forwards add up to it.
         probs: the base model's distribution ``[R, V]``, for the teacher ``dist`` alone.
     """
 
     tokens: mx.array
     previous: mx.array
     twins: mx.array
-    total: int
     probs: mx.array | None = None
 
 
@@ -61,7 +59,6 @@ def make_targets(
     rows: MaskRows,
     *,
     teacher: str,
-    total: int | None = None,
 ) -> Targets:
     """Say what the mask rows should predict; each must have a token to predict.
 
@@ -72,7 +69,6 @@ def make_targets(
         rows: its mask blocks.
         teacher: ``sample`` takes the token that stands in the text; ``argmax`` the one that the
             base model would choose there; ``dist`` its whole distribution.
-        total: rows that the mean is over, these alone if None.
 
     Raises:
         ValueError: the teacher is none of these, or a row has no token to predict.
@@ -93,7 +89,6 @@ def make_targets(
         tokens=mx.stop_gradient(tokens),
         previous=ids[rows.positions],
         twins=rows.positions,
-        total=rows.num_rows if total is None else total,
         probs=probs,
     )
 
@@ -127,7 +122,7 @@ def loss_terms(
         state = model.sampler_head(model.embed(targets.previous), hidden)
         terms["sampler"] = _cross_entropy(head, state, targets)
     apart = _wide(hidden - ordinary.hidden[targets.twins])
-    terms["lcm"] = mx.square(apart).mean(axis=-1).sum() / targets.total
+    terms["lcm"] = mx.square(apart).mean()
     return terms
 
 
@@ -183,10 +178,10 @@ def _cross_entropy(head: _Head, hidden: mx.array, targets: Targets) -> mx.array:
             probs = probs[:, head.chosen]
             probs = probs / probs.sum(axis=-1, keepdims=True)
     if probs is not None:
-        return (_logsumexp(logits) - (probs * logits).sum(axis=-1)).sum() / targets.total
+        return (_logsumexp(logits) - (probs * logits).sum(axis=-1)).mean()
     if _is_fast(logits):
-        return fast_math.cross_entropy(logits, tokens).sum() / targets.total
-    return nn.losses.cross_entropy(logits, tokens, reduction="sum") / targets.total
+        return fast_math.cross_entropy(logits, tokens).mean()
+    return nn.losses.cross_entropy(logits, tokens, reduction="mean")
 
 
 def _logsumexp(logits: mx.array) -> mx.array:

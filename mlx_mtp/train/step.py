@@ -8,7 +8,7 @@ resumed goes on as if it had not stopped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -163,30 +163,32 @@ class StepGradient:
         found: Part | None = None
         for at, sequence in places:
             rows = blocks_of(sequence, self._settings, key=(step, at))
-            for value, terms, slope in self._forwards(parameters, sequence, rows, total=total):
-                mx.eval(slope, value, terms)
-                numbers = {name: _number(term) for name, term in terms.items()}
-                new = (slope, _number(value), numbers)
-                found = new if found is None else _sum([found, new])
+            for new, num_rows in self._forwards(parameters, sequence, rows):
+                weighted = _scaled(new, num_rows / total)
+                found = weighted if found is None else _sum([found, weighted])
                 mx.eval(found[0])
         self.load(parameters)
         return found
 
     def _forwards(
-        self, parameters: Parameters, sequence: texts.Sequence, rows: MaskRows, *, total: int
-    ) -> Any:
-        """Yield loss, terms and gradient of each forward of a sequence."""
+        self, parameters: Parameters, sequence: texts.Sequence, rows: MaskRows
+    ) -> Iterator[tuple[Part, int]]:
+        """Yield what each forward of a sequence gives, a mean, and over how many rows.
+
+        The share in the step comes in later, in float32: gradients of a thousandth of a row would
+        be lost in half precision.
+        """
         if not rows.anchors:
             return
         ids = mx.array(sequence.ids)
         ordinary = ordinary_rows(self._model, ids)
         mx.eval(ordinary.hidden, ordinary.keys_and_values)
         for part in chunks(rows, most_rows=self._settings.rows_per_forward):
-            targets = make_targets(
-                self._model, ordinary, ids, part, teacher=self._settings.teacher, total=total
-            )
+            targets = make_targets(self._model, ordinary, ids, part, teacher=self._settings.teacher)
             (value, terms), slope = self._value_and_grad(parameters, ids, ordinary, part, targets)
-            yield value, terms, slope
+            mx.eval(slope, value, terms)
+            numbers = {name: _number(term) for name, term in terms.items()}
+            yield (slope, _number(value), numbers), part.num_rows
 
     def _loss(
         self,
@@ -210,6 +212,15 @@ class StepGradient:
 
 def _number(x: mx.array) -> float:
     return float(cast(Any, x.item()))
+
+
+def _scaled(part: Part, factor: float) -> Part:
+    gradients, loss, terms = part
+    return (
+        {name: value * factor for name, value in gradients.items()},
+        loss * factor,
+        {name: value * factor for name, value in terms.items()},
+    )
 
 
 def _sum(parts: Sequence[Part]) -> Part:
