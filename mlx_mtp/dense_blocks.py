@@ -24,6 +24,10 @@ _TOLERANCE = 1e-4
 class DenseMLP(nn.Module):
     """``down(silu(gate(x)) * up(x))``."""
 
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
+
     def __init__(self, block: nn.Module) -> None:
         super().__init__()
         _take_over(self, block)
@@ -35,6 +39,15 @@ class DenseMLP(nn.Module):
 
 class DenseAttention(nn.Module):
     """Grouped-query attention with rotary embedding, with or without norms of queries and keys."""
+
+    q_proj: Any
+    k_proj: Any
+    v_proj: Any
+    o_proj: Any
+    rope: Any
+    n_heads: int
+    n_kv_heads: int
+    scale: float
 
     def __init__(self, block: nn.Module, biases: MaskBiases) -> None:
         super().__init__()
