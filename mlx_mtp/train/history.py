@@ -6,12 +6,13 @@ A line is written whole or not at all; what a crash left of the last one is cut 
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from mlx_mtp.train.records import append_line, lock_file
 
 
 class History:
@@ -34,7 +35,7 @@ class History:
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
-            self._lock()
+            lock_file(self._file, path=path)
             lines = path.read_bytes().splitlines(keepends=True)
             lines = [line for line in lines if line.endswith(b"\n")][:keep]
             self.records = [_record(line, path, number) for number, line in enumerate(lines, 1)]
@@ -49,18 +50,7 @@ class History:
         Raises:
             OSError: there is no room; the file is as it was before.
         """
-        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
-        size = os.fstat(self._file).st_size
-        try:
-            written = 0
-            while written < len(line):  # a nearly full disk takes a part without complaint
-                written += os.write(self._file, line[written:])
-            os.fsync(self._file)
-        except BaseException as error:
-            os.ftruncate(self._file, size)
-            if isinstance(error, OSError) and error.filename is None:
-                raise OSError(error.errno, error.strerror, str(self.path)) from None
-            raise
+        append_line(self._file, record, path=self.path)
         self.records.append(record)
 
     def close(self) -> None:
@@ -82,14 +72,6 @@ class History:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.path} is being written by another process") from None
-        except OSError:
-            pass  # a file system without locks
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:

@@ -166,7 +166,7 @@ class RecordWriter:
         self.path = path
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         try:
-            self._lock()
+            lock_file(self._file, path=path)
             self._drop_torn_line()
             self.records = read_jsonl(path)
         except BaseException:
@@ -179,18 +179,7 @@ class RecordWriter:
         Raises:
             OSError: there is no room; the file is as it was before.
         """
-        line = json.dumps(record.to_dict(), ensure_ascii=False).encode() + b"\n"
-        size = os.fstat(self._file).st_size
-        try:
-            written = 0
-            while written < len(line):  # a nearly full disk takes a part without complaint
-                written += os.write(self._file, line[written:])
-            os.fsync(self._file)
-        except BaseException as error:
-            os.ftruncate(self._file, size)
-            if isinstance(error, OSError) and error.filename is None:
-                raise OSError(error.errno, error.strerror, str(self.path)) from None
-            raise
+        append_line(self._file, record.to_dict(), path=self.path)
         self.records.append(record)
 
     def close(self) -> None:
@@ -208,18 +197,44 @@ class RecordWriter:
     ) -> None:
         self.close()
 
-    def _lock(self) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(f"{self.path} is being written by another process") from None
-        except OSError:
-            pass  # a file system without locks
-
     def _drop_torn_line(self) -> None:
         data = self.path.read_bytes()
         if not data.endswith(b"\n"):
             os.ftruncate(self._file, data.rfind(b"\n") + 1)
+
+
+def lock_file(descriptor: int, *, path: Path) -> None:
+    """Hold an open file alone, where the file system has locks.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{path} is being written by another process") from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def append_line(descriptor: int, values: Mapping[str, Any], *, path: Path) -> None:
+    """Append a JSON line to an open file, to the disk and not only to the system's memory.
+
+    Raises:
+        OSError: there is no room; the file is as it was before.
+    """
+    line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
+    size = os.fstat(descriptor).st_size
+    try:
+        written = 0
+        while written < len(line):  # a nearly full disk takes a part without complaint
+            written += os.write(descriptor, line[written:])
+        os.fsync(descriptor)
+    except BaseException as error:
+        os.ftruncate(descriptor, size)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def write_atomically(path: Path, text: str) -> None:
