@@ -9,6 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 from tiny import KINDS, tiny_mtp
 
@@ -214,6 +216,23 @@ def test_the_means_of_a_few_blocks_make_up_the_mean_of_all() -> None:
             share = part.num_rows / rows.num_rows
             total += share * number(loss_terms(model, ordinary, part, targets)[name])
         assert total == pytest.approx(number(value), rel=1e-5)
+
+
+@given(
+    counts=st.lists(st.integers(1, 8), max_size=40),
+    most_rows=st.integers(8, 64),
+)
+def test_chunks_are_few_and_of_about_one_size(counts: list[int], most_rows: int) -> None:
+    anchors = tuple(range(1, len(counts) + 1))
+    parts = chunks(MaskRows(anchors, tuple(counts)), most_rows=most_rows)
+    assert tuple(at for part in parts for at in part.anchors) == anchors
+    sizes = [part.num_rows for part in parts]
+    assert sum(sizes) == sum(counts)
+    assert all(0 < size <= most_rows for size in sizes)
+    if sum(counts) <= most_rows:
+        assert len(parts) == bool(counts)
+    if len(parts) == -(-sum(counts) // most_rows):  # no block had to be put off
+        assert all(size >= sum(counts) / len(parts) - 7 * len(parts) for size in sizes)
 
 
 def test_blocks_of_several_lengths_are_beginnings_of_whole_ones() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_train_loop import SETTINGS, change, texts
 from tiny import save_tiny_model
 
@@ -16,7 +19,7 @@ from mlx_mtp.loading import load, read_adapter
 from mlx_mtp.train.adapter import new_adapter, trainable
 from mlx_mtp.train.loop import TrainData, train
 from mlx_mtp.train.step import StepGradient
-from mlx_mtp.train.workers import SharedParameters, Workers, WorkerSpec, worker_count
+from mlx_mtp.train.workers import SharedParameters, Workers, WorkerSpec, shares, worker_count
 
 BATCH = [0, 1, 2, 3, 4]
 
@@ -36,6 +39,25 @@ def test_no_more_processes_than_sequences():
     assert worker_count(4, batch_size=3) == 3
     assert worker_count(1, batch_size=8) == 1
     assert 1 <= worker_count(0, batch_size=8) <= os.cpu_count()  # type: ignore[operator]
+
+
+@given(
+    costs=st.lists(st.integers(0, 50), max_size=7),
+    count=st.integers(1, 3),
+)
+def test_shares_take_each_piece_once_and_end_about_together(costs, count):
+    found = shares([float(cost) for cost in costs], count)
+    assert len(found) == count
+    assert sorted(at for share in found for at in share) == list(range(len(costs)))
+    longest = max(sum(costs[at] for at in share) for share in found)
+    best = min(
+        max(
+            sum(c for c, who in zip(costs, owners, strict=True) if who == one)
+            for one in range(count)
+        )
+        for owners in itertools.product(range(count), repeat=len(costs))
+    )
+    assert longest <= best * (4 / 3 - 1 / (3 * count)) + 1e-9
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +122,6 @@ class TestProcesses:
         parameters, data = trainable(model), texts(5)
         spec = WorkerSpec(model=str(folder / "gone"), settings=SETTINGS)
         with Workers(spec, data, count=2, like=parameters) as workers:
-            workers.start(parameters, BATCH, step=0, total=9)
+            workers.start(parameters, BATCH, shares([1.0] * len(BATCH), 2), step=0, total=9)
             with pytest.raises(ValueError, match="worker failed: .*gone does not exist"):
                 list(workers.collect())

@@ -139,10 +139,17 @@ def count_masks(
 
 
 def chunks(rows: MaskRows, *, most_rows: int) -> list[MaskRows]:
-    """Divide blocks, in order, into forwards of at most that many rows; a block stays whole."""
+    """Divide blocks, in order, into as few forwards of at most that many rows, of about one size.
+
+    A block stays whole.  What a forward costs beside its rows is paid for few rows as for many.
+    """
+    counts = rows._counts.tolist()
+    fewest = -(-rows.num_rows // most_rows)
+    even = -(-rows.num_rows // max(fewest, 1)) + max(counts, default=1) - 1
+    limit = min(even, most_rows)
     found: list[tuple[list[int], list[int]]] = []
-    for anchor, count in zip(rows.anchors, rows._counts.tolist(), strict=True):
-        if not found or sum(found[-1][1]) + count > most_rows:
+    for anchor, count in zip(rows.anchors, counts, strict=True):
+        if not found or sum(found[-1][1]) + count > limit:
             found.append(([], []))
         found[-1][0].append(anchor)
         found[-1][1].append(count)

@@ -24,9 +24,10 @@ from mlx_mtp.train.forward import OrdinaryRows, ordinary_rows
 from mlx_mtp.train.losses import Targets, is_plain_head, loss_terms, make_targets, total_loss
 from mlx_mtp.train.packing import MaskRows, choose_anchors, chunks, count_masks
 from mlx_mtp.train.settings import TrainSettings
-from mlx_mtp.train.workers import Workers
+from mlx_mtp.train.workers import Workers, shares
 
 _ORDER, _ANCHORS = 1, 2  # what a random draw is for
+_ORDINARY_ROW = 0.25  # its cost in mask rows, which have a gradient and a loss besides
 
 
 Parameters = dict[str, mx.array]
@@ -124,7 +125,8 @@ class StepGradient:
             ValueError: none of the sequences has a place for a mask.
         """
         places = [(at, data[index]) for at, index in enumerate(chosen)]
-        total = sum(blocks_of(each, self._settings, key=(step, at)).num_rows for at, each in places)
+        rows = [blocks_of(each, self._settings, key=(step, at)).num_rows for at, each in places]
+        total = sum(rows)
         if total == 0:
             raise ValueError(f"step {step}: no sequence has an answer of three tokens")
         tokens = sum(len(each.ids) for _, each in places)
@@ -132,11 +134,16 @@ class StepGradient:
             part = self.part(parameters, places, step=step, total=total)
             assert part is not None
             return StepResult(*part, tokens, total)
+        costs = [
+            each + _ORDINARY_ROW * len(sequence.ids) if each else 0.0
+            for each, (_, sequence) in zip(rows, places, strict=True)
+        ]
+        shared = shares(costs, workers.count)
         if self._is_warm:
-            workers.start(parameters, chosen, step=step, total=total)
-        own = self.part(parameters, places[:: workers.count], step=step, total=total)
+            workers.start(parameters, chosen, shared, step=step, total=total)
+        own = self.part(parameters, [places[at] for at in shared[0]], step=step, total=total)
         if not self._is_warm:  # the code that MLX compiled meanwhile is there for all
-            workers.start(parameters, chosen, step=step, total=total)
+            workers.start(parameters, chosen, shared, step=step, total=total)
             self._is_warm = True
         parts = [each for each in (own, *workers.collect()) if each is not None]
         return StepResult(*_sum(parts), tokens, total)

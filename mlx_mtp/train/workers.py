@@ -2,9 +2,9 @@
 
 Matmuls use all cores, everything else in MLX's CPU back-end uses one.  With one process a core,
 each with its own copy of the model, the sequences of a step are shared out: parameters go to the
-workers and gradients come back through shared memory.  Who computes what is fixed by the sequence's
-place in the step and sums are taken in the order of the workers, so the result depends on their
-number but not on their speed.
+workers and gradients come back through shared memory.  Who computes what is fixed by what the
+sequences cost and sums are taken in the order of the workers, so the result depends on their number
+but not on their speed.
 """
 
 from __future__ import annotations
@@ -137,21 +137,27 @@ class Workers:
         return [process.pid for process, _ in self._ends]
 
     def start(
-        self, parameters: Mapping[str, mx.array], chosen: Sequence[int], *, step: int, total: int
+        self,
+        parameters: Mapping[str, mx.array],
+        chosen: Sequence[int],
+        shared: Sequence[Sequence[int]],
+        *,
+        step: int,
+        total: int,
     ) -> None:
         """Let the workers begin a step.
 
         Args:
             parameters: the trainable parameters.
-            chosen: indices of the step's sequences; worker i takes places i, i + count, ...
+            chosen: indices of the step's sequences.
+            shared: places in ``chosen`` for each process, from ``shares``; the first is this one.
             step: the step's number.
             total: mask rows of the whole step.
         """
         self._layout.write(parameters, self._given)
-        for number, (_, end) in enumerate(self._ends, start=1):
-            places = [(at, chosen[at]) for at in range(number, len(chosen), self.count)]
+        for (_, end), part in zip(self._ends, shared[1:], strict=True):
             with contextlib.suppress(OSError):  # ``collect`` says why it is gone
-                end.send((step, total, places))
+                end.send((step, total, [(at, chosen[at]) for at in part]))
 
     def collect(self) -> Iterator[tuple[Any, float, dict[str, float]]]:
         """Wait for the workers; yields gradients, loss and terms of each that had a part."""
@@ -187,6 +193,28 @@ def worker_count(wanted: int, *, batch_size: int) -> int:
         is_linux_cpu = mx.default_device().type == mx.cpu and sys.platform.startswith("linux")
         wanted = len(os.sched_getaffinity(0)) if is_linux_cpu else 1
     return max(1, min(wanted, batch_size))
+
+
+def shares(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Share work out so that all are done at about the same time.
+
+    The dearest piece that is left goes to whoever has least to do (Graham 1969, longest processing
+    time first), so no share is dearer than 4/3 of the best possible one.
+
+    Args:
+        costs: of the pieces.
+        count: how many there are to share them.
+
+    Returns:
+        Indices of each one's pieces, ascending.
+    """
+    found: list[list[int]] = [[] for _ in range(count)]
+    loads = [0.0] * count
+    for at in sorted(range(len(costs)), key=lambda at: (-costs[at], at)):
+        least = loads.index(min(loads))
+        loads[least] += costs[at]
+        found[least].append(at)
+    return [sorted(each) for each in found]
 
 
 @contextlib.contextmanager
