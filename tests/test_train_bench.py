@@ -174,5 +174,5 @@ def test_the_command_uses_workers_and_candidates(tmp_path):
 
 def test_bad_options_are_one_line(tmp_path):
     done = run(save_tiny_model(tmp_path / "qwen", "qwen3"))
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert done.stderr == "Error: the PyTorch step is written for llama, not for qwen3\n"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from fixtures_generate import ASSISTANT, EOS, byte_tokenizer, ids_of
 
+from mlx_mtp.small_files import remove_drafts, write_atomically
 from mlx_mtp.train import sources
 from mlx_mtp.train.clean import Seen, clean, why_degenerate
 from mlx_mtp.train.records import (
@@ -19,8 +20,6 @@ from mlx_mtp.train.records import (
     parse_record,
     read_json,
     read_jsonl,
-    remove_drafts,
-    write_atomically,
 )
 from mlx_mtp.train.sequences import Sequence, encode, encode_all, split
 from mlx_mtp.train.sources import read_data, split_text

@@ -133,11 +133,11 @@ def test_bad_input_is_one_line(pair: tuple[Path, Path], prompt_file: Path) -> No
     model, adapter = map(str, pair)
     arguments = ["--model", model, "--adapter-path", adapter, "--prompts", str(prompt_file)]
     done = CliRunner().invoke(tokens_per_step.main, [*arguments, "--num-draft-tokens", "9"])
-    assert done.exit_code == 1
+    assert done.exit_code == 2
     assert done.stderr.strip().splitlines()[-1].startswith("Error: num_draft_tokens must be")
     for command in (tokens_per_step.main, reproduction.main):
         done = CliRunner().invoke(command, ["--model", model, "--prompts", str(prompt_file)])
-        assert done.exit_code == 1 and "has no adapter" in done.stderr
+        assert done.exit_code == 2 and "has no adapter" in done.stderr
 
 
 DATA = [f"{word} {number} " * 6 for number in range(8) for word in ("one", "two", "three")]
@@ -190,7 +190,7 @@ def test_finished_runs_are_passed_over(runs: Any) -> None:
     assert json.loads(done.stdout)["runs"] == {"rank-1": line["runs"]["rank-1"]}
     assert before == {path: path.stat().st_mtime_ns for path in before}
     done = CliRunner().invoke(ablations.main, [*arguments, "--only", "rank-9"])
-    assert done.exit_code == 1 and "no run is named rank-9" in done.stderr
+    assert done.exit_code == 2 and "no run is named rank-9" in done.stderr
 
 
 def test_a_stopped_variant_goes_on(runs: Any, tmp_path: Path) -> None:
@@ -249,4 +249,4 @@ def test_the_same_numbers_give_the_same_files(tmp_path: Path) -> None:
 )
 def test_a_run_that_is_none(pair: tuple[Path, Path], run: str, told: str) -> None:
     done = CliRunner().invoke(reproduction.main, ["--model", str(pair[0]), "--run", run])
-    assert done.exit_code == 1 and told in done.stderr
+    assert done.exit_code == 2 and told in done.stderr

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_mtp.bench.tokens_per_step import stamp
-from mlx_mtp.terminal import Interrupt, one_line
+from mlx_mtp.terminal import BadInput, Interrupt, one_line
 from mlx_mtp.train.pipeline import Prepared, prepare, room_for
 from mlx_mtp.train.run_folder import HISTORY_FILE, RunFolder
 from mlx_mtp.train.settings import TrainSettings
@@ -159,7 +159,7 @@ def main(**options: Any) -> None:
         with Interrupt() as interrupt:
             summary = ablate(options, should_stop=lambda: interrupt.requested)
     except (ValueError, OSError) as error:
-        raise click.ClickException(one_line(error)) from None
+        raise BadInput(one_line(error)) from None
     print(json.dumps(summary))
     if not summary["finished"]:
         sys.exit(130)

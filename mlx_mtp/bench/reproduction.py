@@ -27,10 +27,10 @@ from mlx_mtp.bench.texts import GreedyText, greedy_texts, texts_hash
 from mlx_mtp.bench.tokens_per_step import prompts_of, stamp
 from mlx_mtp.config import WEIGHTS_FILE
 from mlx_mtp.model import MTPModel
-from mlx_mtp.terminal import Progress
+from mlx_mtp.small_files import write_atomically
+from mlx_mtp.terminal import BadInput, Progress, one_line
 from mlx_mtp.train.evaluate import LAYOUTS, checked_num_masks, count_answers, summarise
 from mlx_mtp.train.history import read_history
-from mlx_mtp.train.records import write_atomically
 from mlx_mtp.train.run_folder import SETTINGS_FILE, RunFolder
 
 if TYPE_CHECKING:
@@ -241,7 +241,7 @@ def main(**options: Any) -> None:
     try:
         summary = reproduce(**options)
     except ValueError as error:
-        raise click.ClickException(str(error)) from None
+        raise BadInput(one_line(error)) from None
     for run in summary["runs"].values():
         run.pop("evaluations")
     print(json.dumps(summary))

@@ -20,8 +20,8 @@ import mlx.core as mx
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.model import MTPModel, fingerprint
 from mlx_mtp.prompts import Prompt
+from mlx_mtp.small_files import write_atomically
 from mlx_mtp.train.distil_run import generate_batch
-from mlx_mtp.train.records import write_atomically
 from mlx_mtp.train.sequences import Sequence as Text
 
 if TYPE_CHECKING:

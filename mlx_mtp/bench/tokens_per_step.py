@@ -24,7 +24,7 @@ from mlx_mtp.bench.texts import GreedyText, greedy_texts, texts_hash
 from mlx_mtp.bench.throughput import human_eval_prompts
 from mlx_mtp.model import MTPModel
 from mlx_mtp.prompts import ENGLISH_KINDS, KINDS, Prompt, builtin_prompts, read_prompts
-from mlx_mtp.terminal import Progress
+from mlx_mtp.terminal import BadInput, Progress, one_line
 from mlx_mtp.train.evaluate import (
     LAYOUTS,
     Answer,
@@ -122,7 +122,7 @@ def main(**options: Any) -> None:
     try:
         run(**options)
     except ValueError as error:
-        raise click.ClickException(str(error)) from None
+        raise BadInput(one_line(error)) from None
 
 
 def run(

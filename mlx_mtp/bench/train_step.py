@@ -32,7 +32,7 @@ from mlx_mtp.bench.step_agreement import Agreement, compare
 from mlx_mtp.bench.tokens_per_step import stamp
 from mlx_mtp.model import MTPModel
 from mlx_mtp.prompts import builtin_prompts
-from mlx_mtp.terminal import Progress
+from mlx_mtp.terminal import BadInput, Progress, one_line
 from mlx_mtp.train import sequences as texts
 from mlx_mtp.train.adapter import new_adapter, trainable
 from mlx_mtp.train.loop import schedule
@@ -209,7 +209,7 @@ def main(**options: Any) -> None:
     try:
         run(**options)
     except ValueError as error:
-        raise click.ClickException(str(error)) from None
+        raise BadInput(one_line(error)) from None
 
 
 def run(*, model: str | None, repeats: int, length: int, only_json: bool, **options: int) -> None:

@@ -26,7 +26,7 @@ import numpy as np
 
 from mlx_mtp.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig
 from mlx_mtp.safetensors_file import check_safetensors, read_json_object
-from mlx_mtp.train.records import write_atomically
+from mlx_mtp.small_files import write_atomically
 
 TENSORS_FILE = "state.safetensors"
 VALUES_FILE = "state.json"

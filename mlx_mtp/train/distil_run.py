@@ -22,8 +22,9 @@ import mlx.core as mx
 
 from mlx_mtp.generate import chat_text
 from mlx_mtp.model import MTPModel, fingerprint
+from mlx_mtp.small_files import write_atomically
 from mlx_mtp.train.clean import Seen
-from mlx_mtp.train.records import Message, Record, RecordWriter, write_atomically
+from mlx_mtp.train.records import Message, Record, RecordWriter
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -12,7 +12,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from mlx_mtp.train.records import append_line, lock_file
+from mlx_mtp.small_files import append_line, lock_file
 
 
 class History:

@@ -23,6 +23,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mlx_mtp.model import MTPModel
+from mlx_mtp.small_files import remove_drafts
 from mlx_mtp.train import sequences as texts
 from mlx_mtp.train.adapter import adapter_tensors, trainable
 from mlx_mtp.train.checkpoint import TrainState, newest_state, save_adapter, save_state, write_json
@@ -30,7 +31,6 @@ from mlx_mtp.train.evaluate import Evaluation, evaluate
 from mlx_mtp.train.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
 from mlx_mtp.train.history import History
 from mlx_mtp.train.losses import next_token_loss
-from mlx_mtp.train.records import remove_drafts
 from mlx_mtp.train.settings import TrainSettings
 from mlx_mtp.train.step import StepGradient, StepResult, checkpoint_layers, sequences_of_step
 from mlx_mtp.train.workers import Workers, WorkerSpec, one_blas_thread, worker_count

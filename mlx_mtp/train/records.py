@@ -11,17 +11,16 @@ line is cut off before the next one is written.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from mlx_mtp.small_files import append_line, lock_file
 
 Message = dict[str, str]
 
@@ -35,7 +34,6 @@ _SPEAKERS = {
 }
 _ANSWERS = ("completion", "response")
 _UTF8_BOM = b"\xef\xbb\xbf"
-_DRAFT = re.compile(r"\..+\.\d+")  # see ``write_atomically``
 
 
 @dataclass(frozen=True)
@@ -201,66 +199,6 @@ class RecordWriter:
         data = self.path.read_bytes()
         if not data.endswith(b"\n"):
             os.ftruncate(self._file, data.rfind(b"\n") + 1)
-
-
-def lock_file(descriptor: int, *, path: Path) -> None:
-    """Hold an open file alone, where the file system has locks.
-
-    Raises:
-        ValueError: another process holds it.
-    """
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{path} is being written by another process") from None
-    except OSError:
-        pass  # a file system without locks
-
-
-def append_line(descriptor: int, values: Mapping[str, Any], *, path: Path) -> None:
-    """Append a JSON line to an open file, to the disk and not only to the system's memory.
-
-    Raises:
-        OSError: there is no room; the file is as it was before.
-    """
-    line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
-    size = os.fstat(descriptor).st_size
-    try:
-        written = 0
-        while written < len(line):  # a nearly full disk takes a part without complaint
-            written += os.write(descriptor, line[written:])
-        os.fsync(descriptor)
-    except BaseException as error:
-        os.ftruncate(descriptor, size)
-        if isinstance(error, OSError) and error.filename is None:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file whole or not at all.
-
-    Raises:
-        OSError: it cannot be written; what was there before still is.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(draft, path)
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-
-
-def remove_drafts(folder: Path) -> None:
-    """Remove what killed calls of ``write_atomically`` left; nobody else may write there now."""
-    for path in folder.iterdir():
-        if _DRAFT.fullmatch(path.name):
-            path.unlink(missing_ok=True)
 
 
 def _numbered_records(path: Path) -> Iterator[tuple[int, Record]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mtp.config import CONFIG_FILE
-from mlx_mtp.train.records import write_atomically
+from mlx_mtp.small_files import write_atomically
 
 TRAINING = "training"
 DATA_FILE = "data.jsonl"

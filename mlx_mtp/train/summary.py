@@ -14,6 +14,7 @@ import mlx.core as mx
 
 import mlx_mtp
 from mlx_mtp.config import CONFIG_FILE
+from mlx_mtp.small_files import write_atomically
 from mlx_mtp.terminal import one_line
 from mlx_mtp.train.card import training_card
 from mlx_mtp.train.checkpoint import README_FILE
@@ -22,7 +23,6 @@ from mlx_mtp.train.display import acceptance_text, duration
 from mlx_mtp.train.evaluate import Evaluation
 from mlx_mtp.train.events import Evaluated, Event, Reported
 from mlx_mtp.train.history import read_history
-from mlx_mtp.train.records import write_atomically
 from mlx_mtp.train.run_folder import RunFolder
 
 if TYPE_CHECKING:

@@ -1,0 +1,74 @@
+"""Files that appear whole or not at all, and files of lines that grow by whole lines."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+_DRAFT = re.compile(r"\..+\.\d+")  # see ``write_atomically``
+
+
+def lock_file(descriptor: int, *, path: Path) -> None:
+    """Hold an open file alone, where the file system has locks.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{path} is being written by another process") from None
+    except OSError:
+        pass  # a file system without locks
+
+
+def append_line(descriptor: int, values: Mapping[str, Any], *, path: Path) -> None:
+    """Append a JSON line to an open file, to the disk and not only to the system's memory.
+
+    Raises:
+        OSError: there is no room; the file is as it was before.
+    """
+    line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
+    size = os.fstat(descriptor).st_size
+    try:
+        written = 0
+        while written < len(line):  # a nearly full disk takes a part without complaint
+            written += os.write(descriptor, line[written:])
+        os.fsync(descriptor)
+    except BaseException as error:
+        os.ftruncate(descriptor, size)
+        if isinstance(error, OSError) and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a small file whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there before still is.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(draft, path)
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+
+
+def remove_drafts(folder: Path) -> None:
+    """Remove what killed calls of ``write_atomically`` left; nobody else may write there now."""
+    for path in folder.iterdir():
+        if _DRAFT.fullmatch(path.name):
+            path.unlink(missing_ok=True)
