@@ -128,7 +128,8 @@ SEEN = [
 CLEAN = [
     Case("reversal", f"sh[lid]=x[gid]; {BARRIER} y[gid]=sh[127-lid];"),
     Case("reversal with both flags",
-         "sh[lid]=x[gid]; threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device); y[gid]=sh[127-lid];"),
+         "sh[lid]=x[gid]; threadgroup_barrier(mem_flags::mem_threadgroup | mem_flags::mem_device);"
+         "y[gid]=sh[127-lid];"),
     Case("reversal in device memory", f"y[gid]=x[gid]; {DEVICE_BARRIER} float v=y[gid^64]; "
          f"{DEVICE_BARRIER} y[gid]=v;"),
     Case("reversal in a simdgroup", f"sh[lid]=x[gid]; {SIMD_BARRIER} y[gid]=sh[sg*32+31-sl];"),
