@@ -92,6 +92,7 @@ GROUP = {  # expression: lane → value, x being the lane's number
     "float(extract_bits(uint(0xabcd), 4, 8))": lambda i: 0xBC,
     "dot(float4(x[gid]), float4(1, 2, 3, 4))": lambda i: 10 * i,
     "float(as_type<uint>(1.0f) >> 23)": lambda i: 127,
+    "float(half2(float4(1, x[gid], 2, 3).yz).x)": lambda i: i,
     "select(1.0f, 2.0f, lane > 3)": lambda i: 1 + (i > 3),
     "clamp(x[gid], 3.0f, 9.0f)": lambda i: min(max(i, 3), 9),
     "float(half(x[gid]) + 2048.0h)": lambda i: float(np.float16(i) + np.float16(2048)),

@@ -21,7 +21,7 @@ from . import native
 from .compiler import Program, build
 from .errors import MslError
 from .signature import Kind, Parameter
-from .symbols import source_place
+from .symbols import source_places
 
 WARNINGS = ("SAME-VALUE", "PARTIAL")
 STACK_BYTES = {"fast": 128 << 10, "check": 128 << 10, "check0": 256 << 10, "count": 128 << 10}
@@ -215,11 +215,9 @@ class Kernel:
     def _report(self, num_errors: int, held: list[_Buffer]) -> Report:
         runtime = native.runtime()
         base = runtime.msl_host_base(self._entry)
-        messages = []
-        for i in range(num_errors):
-            text, pc = native.named_value(runtime.msl_host_error, i)
-            place = source_place(self.program.library, pc, base) if pc else ""
-            messages.append(text + place)
+        found = [native.named_value(runtime.msl_host_error, i) for i in range(num_errors)]
+        places = source_places(self.program.library, [pc for _, pc in found if pc], base)
+        messages = [text + places.get(pc, "") for text, pc in found]
         totals = native.values(runtime.msl_host_totals, 11)
         names = [native.named_value(runtime.msl_host_collective, i) for i in range(totals[10])]
         return Report(

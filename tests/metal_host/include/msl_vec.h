@@ -17,6 +17,8 @@ struct msl_swizzle {
 template <class S, class T> using msl_if_other_number =
     enable_if_t<is_arithmetic_v<S> && !is_same_v<S, T>>;
 template <class T, class U> using msl_if_differs = enable_if_t<!is_same_v<T, U>>;
+template <class T, class U, int N, int... I>
+using msl_if_selects = enable_if_t<sizeof...(I) == N && !is_same_v<T, U>>;
 
 template <class T>
 struct alignas(2 * sizeof(T)) vec<T, 2> {
@@ -35,6 +37,8 @@ struct alignas(2 * sizeof(T)) vec<T, 2> {
   template <class S, class = msl_if_other_number<S, T>>
   constexpr vec(S s) : vec(static_cast<T>(s)) {}
   constexpr vec(T a, T b) : x(a), y(b) {}
+  template <class U, int K, int... I, class = msl_if_selects<T, U, 2, I...>>
+  explicit constexpr vec(msl_swizzle<U, K, I...> s) : vec(vec<U, 2>(s)) {}
   template <class U, class = msl_if_differs<T, U>>
   explicit constexpr vec(vec<U, 2> o) : x(static_cast<T>(o.x)), y(static_cast<T>(o.y)) {}
   constexpr T& operator[](int i) { return v[i]; }
@@ -60,6 +64,8 @@ struct alignas(4 * sizeof(T)) vec<T, 3> {
   constexpr vec(T p, T q, T s) : x(p), y(q), z(s) {}
   constexpr vec(vec<T, 2> p, T q) : vec(p.x, p.y, q) {}
   constexpr vec(T p, vec<T, 2> q) : vec(p, q.x, q.y) {}
+  template <class U, int K, int... I, class = msl_if_selects<T, U, 3, I...>>
+  explicit constexpr vec(msl_swizzle<U, K, I...> s) : vec(vec<U, 3>(s)) {}
   template <class U, class = msl_if_differs<T, U>>
   explicit constexpr vec(vec<U, 3> o)
       : vec(static_cast<T>(o.x), static_cast<T>(o.y), static_cast<T>(o.z)) {}
@@ -93,6 +99,8 @@ struct alignas(4 * sizeof(T)) vec<T, 4> {
   constexpr vec(T p, vec<T, 3> q) : vec(p, q.x, q.y, q.z) {}
   constexpr vec(vec<T, 2> p, T q, T s) : vec(p.x, p.y, q, s) {}
   constexpr vec(T p, T q, vec<T, 2> s) : vec(p, q, s.x, s.y) {}
+  template <class U, int K, int... I, class = msl_if_selects<T, U, 4, I...>>
+  explicit constexpr vec(msl_swizzle<U, K, I...> s) : vec(vec<U, 4>(s)) {}
   template <class U, class = msl_if_differs<T, U>>
   explicit constexpr vec(vec<U, 4> o)
       : vec(static_cast<T>(o.x), static_cast<T>(o.y), static_cast<T>(o.z), static_cast<T>(o.w)) {}
