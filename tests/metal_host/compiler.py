@@ -34,7 +34,10 @@ FLAGS = {
     "check": ["-O1", "-gdwarf-4", "-ffp-contract=off", *CHECKS],
     "check0": ["-O0", "-gdwarf-4", "-ffp-contract=off", *CHECKS],
     # What a GPU would run, roughly: scalar code, a * b + c contracted within an expression.
-    "count": ["-O2", "-ffp-contract=on", "-fno-vectorize", "-fno-slp-vectorize", "-DMSL_COUNT=1"],
+    "count": [
+        *("-O2", "-ffp-contract=on", "-fno-vectorize", "-fno-slp-vectorize"),
+        *("-mllvm", "-unroll-runtime=false", "-DMSL_COUNT=1"),
+    ],
 }
 
 

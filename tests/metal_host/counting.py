@@ -17,7 +17,6 @@ FLOAT_KINDS = {
     "fdiv": "divide",
     "frem": "divide",
     "fcmp": "compare",
-    "fneg": "add",
 }
 CONVERSIONS = {"fpext", "fptrunc", "sitofp", "uitofp", "fptosi", "fptoui"}
 INTEGERS = {"add", "sub", "mul", "and", "or", "xor", "shl", "lshr", "ashr", "icmp", "select"}

@@ -2,7 +2,7 @@
 #pragma once
 
 #if defined(MSL_COUNT)  // kept whole, so that a conversion counts as one (see counting.py)
-#define MSL_CONVERSION __attribute__((noinline))
+#define MSL_CONVERSION __attribute__((noinline, const))
 #else
 #define MSL_CONVERSION
 #endif
