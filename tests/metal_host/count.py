@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable
-from dataclasses import asdict
-
-import mlx.core as mx
+from importlib.metadata import version
 
 from .contenders import CONTENDERS, Contender
 from .kernel import Report
@@ -87,7 +85,7 @@ def table(rows: list[dict]) -> str:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="What kernels move and compute.")
     parser.add_argument("--m", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32], help="rows of x")
     parser.add_argument("--n", type=int, default=128, help="rows of the weight")
     parser.add_argument("--k", type=int, default=1024, help="columns of the weight")
@@ -108,8 +106,8 @@ def main(arguments: list[str] | None = None) -> None:
             if args.only in contender.label and contender.takes(shape):
                 rows.append({"kernel": contender.label, "m": m, **measure(contender, problem)})
     print(table(rows))
-    settings = {key: value for key, value in asdict(shape).items() if key != "m"}
-    print(json.dumps({"mlx": mx.__version__, **settings, "rows": rows}))
+    settings = vars(args) | {"mlx": version("mlx")}
+    print(json.dumps({**settings, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -53,13 +53,21 @@ def version_of(compiler: str) -> str:
     return run([compiler, "--version"]).split("\n")[0]
 
 
+def _has_half(compiler: str) -> bool:
+    """Whether C++ has _Float16 there: g++ 12 has it on x86-64 alone, 13 on aarch64 too."""
+    probe = "_Float16 twice(_Float16 x) { return x + x; }\n"
+    command = [compiler, "-x", "c++", "-fsyntax-only", "-"]
+    return subprocess.run(command, input=probe, capture_output=True, text=True).returncode == 0
+
+
 @functools.cache
 def cxx() -> str:
-    """The compiler that kernels run through: $CXX, g++ or clang++."""
-    for name in (os.environ.get("CXX"), "g++", "clang++"):
-        if name and shutil.which(name):
+    """The compiler that kernels run through: $CXX, g++ or clang++, the first that has half."""
+    clangs = [name.replace("clang", "clang++") for name in CLANGS]
+    for name in (os.environ.get("CXX"), "g++", "clang++", *clangs):
+        if name and shutil.which(name) and _has_half(name):
             return name
-    raise MslError("neither g++ nor clang++ is installed")
+    raise MslError("neither a g++ nor a clang++ with _Float16 is installed")
 
 
 @functools.cache

@@ -38,13 +38,13 @@ void add_totals(const Worker& worker) {
   sum.threadgroup_stored += part.threadgroup_stored;
   sum.private_loaded += part.private_loaded;
   sum.private_stored += part.private_stored;
-  for (const auto& [name, count] : worker.collectives) {
-    auto same = [&](const auto& known) { return known.first == name; };
+  for (const auto& entry : worker.collectives) {
+    auto same = [&](const auto& known) { return known.first == entry.first; };
     auto at = std::find_if(sum.collectives.begin(), sum.collectives.end(), same);
     if (at == sum.collectives.end())
-      sum.collectives.push_back({name, count});
+      sum.collectives.push_back({entry.first, entry.second});
     else
-      at->second += count;
+      at->second += entry.second;
   }
 }
 
