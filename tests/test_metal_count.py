@@ -63,6 +63,19 @@ def test_an_expression_contracts_as_on_a_gpu():
     assert "multiply" not in kinds and "add" not in kinds
 
 
+@pytest.mark.parametrize("kind", ["float", "half", "bfloat"])
+def test_a_vector_is_one_load(kind):
+    body = """vec<T, 4> v = *(const device vec<T, 4>*)(x + 4 * gid);
+    float total = 0;
+    for (int i = 0; i < 4; i++) total += float(v[i]);
+    float2 pair = ((const device float2*)w)[lid & 3];
+    y[gid] = total + pair.x + pair.y;"""
+    y, _, counts = count(body, kind)
+    assert (y == 6).all()
+    assert counts.instructions["load"] == 2 * THREADS
+    assert counts.buffers[0].loaded == THREADS * 4 * (4 if kind == "float" else 2)
+
+
 def test_threadgroup_memory_matrices_and_collectives():
     body = """threadgroup float sh[64];
     sh[lid] = x[gid];

@@ -36,7 +36,7 @@ FLAGS = {
     # What a GPU would run, roughly: scalar code, a * b + c contracted within an expression.
     "count": [
         *("-O2", "-ffp-contract=on", "-fno-vectorize", "-fno-slp-vectorize"),
-        *("-mllvm", "-unroll-runtime=false", "-DMSL_COUNT=1"),
+        *("-mllvm", "-unroll-runtime=false", "-mllvm", "-disable-vector-combine", "-DMSL_COUNT=1"),
     ],
 }
 

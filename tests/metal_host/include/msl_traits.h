@@ -106,7 +106,13 @@ using msl_if_plain = enable_if_t<is_arithmetic_v<T> && !is_same_v<T, bfloat>>;
 template <class To, class From>
 constexpr To as_type(From value) {
   static_assert(sizeof(To) == sizeof(From), "as_type needs equal sizes");
-  return __builtin_bit_cast(To, value);
+  if constexpr (__is_trivially_copyable(To) && __is_trivially_copyable(From)) {
+    return __builtin_bit_cast(To, value);
+  } else {  // vectors in mode count
+    To result;
+    __builtin_memcpy((void*)&result, (const void*)&value, sizeof result);
+    return result;
+  }
 }
 
 }  // namespace metal

@@ -20,6 +20,28 @@ template <class T, class U> using msl_if_differs = enable_if_t<!is_same_v<T, U>>
 template <class T, class U, int N, int... I>
 using msl_if_selects = enable_if_t<sizeof...(I) == N && !is_same_v<T, U>>;
 
+// Mode count: a vector is copied by one load and one store, as on a GPU; elsewhere the compiler may
+// take it apart.
+#if defined(MSL_COUNT)
+template <int bytes> struct msl_word_of { using type = uint; };
+template <> struct msl_word_of<1> { using type = uchar; };
+template <> struct msl_word_of<2> { using type = ushort; };
+template <> struct msl_word_of<8> { using type = ulong; };
+#define MSL_WHOLE_COPY(N)                                                                         \
+  typedef typename msl_word_of<sizeof(T)>::type msl_whole                                         \
+      __attribute__((vector_size(N * sizeof(T)), may_alias));                                     \
+  constexpr vec(const vec& o) : v{} { *this = o; }                                                \
+  constexpr vec& operator=(const vec& o) {                                                        \
+    if (__builtin_is_constant_evaluated())                                                        \
+      for (int i = 0; i < N; i++) v[i] = o.v[i];                                                  \
+    else                                                                                          \
+      *(msl_whole*)v = *(const msl_whole*)o.v;                                                    \
+    return *this;                                                                                 \
+  }
+#else
+#define MSL_WHOLE_COPY(N)
+#endif
+
 template <class T>
 struct alignas(2 * sizeof(T)) vec<T, 2> {
   using value_type = T;
@@ -33,6 +55,7 @@ struct alignas(2 * sizeof(T)) vec<T, 2> {
     msl_swizzle<T, 2, 1, 1> yy;
   };
   vec() = default;
+  MSL_WHOLE_COPY(2)
   constexpr vec(T s) : x(s), y(s) {}
   template <class S, class = msl_if_other_number<S, T>>
   constexpr vec(S s) : vec(static_cast<T>(s)) {}
@@ -90,6 +113,7 @@ struct alignas(4 * sizeof(T)) vec<T, 4> {
     msl_swizzle<T, 4, 3, 2, 1, 0> wzyx;
   };
   vec() = default;
+  MSL_WHOLE_COPY(4)
   constexpr vec(T s) : x(s), y(s), z(s), w(s) {}
   template <class S, class = msl_if_other_number<S, T>>
   constexpr vec(S s) : vec(static_cast<T>(s)) {}
