@@ -139,16 +139,10 @@ class Kernel:
         constants: function constants by id; threadgroup_memory: bytes of threadgroup arguments;
         seed: 0 for a fixed order, else for a random one; preempt: switch lanes between any two
         accesses (mode check); strict: stop where lanes of a simdgroup part; workers: host threads
-        (mode fast).  Raises MslError for the first launch that has errors, if asked to."""
+        (mode fast).  Raises MslError where there are errors, if asked to."""
         runtime = native.runtime()
         runtime.msl_host_reset()
-        for number, value in (constants or {}).items():
-            data = np.ascontiguousarray(value)
-            self._library.msl_set_constant(number, ctypes.c_void_p(data.ctypes.data))
-        for parameter in self.parameters:
-            if parameter.kind == Kind.THREADGROUP:
-                size = (threadgroup_memory or {})[parameter.index]
-                runtime.msl_host_threadgroup_argument(parameter.index, size)
+        self._set(constants or {}, threadgroup_memory or {})
         with ExitStack() as stack:
             held = self._hold(buffers, uninit, stack)
             launch = self._launch(grid, threadgroup, held)
@@ -156,13 +150,19 @@ class Kernel:
             launch.workers, launch.threadgroup_limit = workers, tg_limit
             launch.max_threads = min(max_threads, self.program.signature.max_threads or 1024)
             launch.sum_order = ORDERS[sum_order]
-            num_errors = runtime.msl_host_run(ctypes.byref(launch))
-            for buffer in held:
-                buffer.copy_back()
-            report = self._report(num_errors, held)
+            report = self._report(runtime.msl_host_run(ctypes.byref(launch)), held)
         if report.errors and raise_on_error:
             raise MslError("\n".join(report.errors))
         return report
+
+    def _set(self, constants: Mapping, threadgroup_memory: Mapping[int, int]) -> None:
+        for number, value in constants.items():
+            data = np.ascontiguousarray(value)
+            self._library.msl_set_constant(number, ctypes.c_void_p(data.ctypes.data))
+        for parameter in self.parameters:
+            if parameter.kind == Kind.THREADGROUP:
+                size = threadgroup_memory[parameter.index]
+                native.runtime().msl_host_threadgroup_argument(parameter.index, size)
 
     def _hold(self, buffers, uninit, stack: ExitStack) -> list[_Buffer]:
         held = []
@@ -214,6 +214,8 @@ class Kernel:
 
     def _report(self, num_errors: int, held: list[_Buffer]) -> Report:
         runtime = native.runtime()
+        for buffer in held:
+            buffer.copy_back()
         base = runtime.msl_host_base(self._entry)
         found = [native.named_value(runtime.msl_host_error, i) for i in range(num_errors)]
         places = source_places(self.program.library, [pc for _, pc in found if pc], base)

