@@ -77,7 +77,8 @@ struct atomic {
 };
 
 #define GATE_UPDATE(space, n) \
-  template <class T> T atomic_##n##_explicit(volatile space atomic<T>*, decltype(T()), memory_order);
+  template <class T>          \
+  T atomic_##n##_explicit(volatile space atomic<T>*, decltype(T()), memory_order);
 #define GATE_MEMORY(space)                                                                     \
   template <class T>                                                                           \
   void simdgroup_load(thread gate_matrix<T>&, const space T*, ulong = 8,                       \
