@@ -15,6 +15,7 @@ import click
 
 import mlx_mtp
 from mlx_mtp.cli_convert import convert, export, inspect
+from mlx_mtp.cli_doctor import doctor
 from mlx_mtp.cli_options import (
     cached_model,
     decoding_options,
@@ -102,6 +103,7 @@ def chat(**options: Any) -> None:
 
 
 cli.add_command(convert)
+cli.add_command(doctor)
 cli.add_command(export)
 cli.add_command(inspect)
 cli.add_command(train)

@@ -22,6 +22,7 @@ from mlx_mtp.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig
 from mlx_mtp.default_model import DEFAULT_MODEL_NAME, default_adapter_path, default_model_path
 from mlx_mtp.dense import to_float32
 from mlx_mtp.folders import without_wildcards
+from mlx_mtp.kernel_setup import set_up_kernels
 from mlx_mtp.model import MTPModel, fingerprint
 from mlx_mtp.safetensors_file import check_safetensors, read_safetensors
 
@@ -37,6 +38,7 @@ def load(
     tokenizer_config: dict[str, Any] | None = None,
     trust_remote_code: bool = False,
     mtp: bool = True,
+    kernels: bool = True,
     progress: Any = None,
 ) -> tuple[MTPModel, TokenizerWrapper]:
     """Load a model with its tokenizer and adapter.
@@ -48,6 +50,7 @@ def load(
         tokenizer_config: options for the tokenizer.
         trust_remote_code: let the tokenizer run code from its folder.
         mtp: False leaves the adapter out.
+        kernels: False leaves the model's own layers in place, which training needs.
         progress: called with a line of text before work that takes a while.
 
     Raises:
@@ -58,8 +61,12 @@ def load(
     base, config = _load_base(folder, trust_remote_code)
     tokenizer = _load_tokenizer(folder, config, tokenizer_config, trust_remote_code)
     if adapter is None or not mtp:
-        return MTPModel(base, name=name), tokenizer
-    return _with_adapter(base, name, adapter, shown=adapter_path or str(adapter)), tokenizer
+        model = MTPModel(base, name=name)
+    else:
+        model = _with_adapter(base, name, adapter, shown=adapter_path or str(adapter))
+    if kernels:
+        set_up_kernels(model.base, tell=progress or (lambda line: None))
+    return model, tokenizer
 
 
 def locate(

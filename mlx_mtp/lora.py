@@ -8,12 +8,45 @@ weights is only formed for mask rows.  Such an adapter cannot be fused into ``W`
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_mtp.kernels import GatedTerm
 from mlx_mtp.layout import StepScope
+
+_ALIGNED_RANKS = 8
+
+
+class SharedLowRank:
+    """The products ``x lora_a`` of layers that take the same rows, formed once for all of them.
+
+    Args:
+        lora_as: ``[in, r]`` of each layer.
+        down: forms ``[G, R]`` of rows ``[M, in]``, stacked ranks ``[R, in]`` and a gate split.
+    """
+
+    def __init__(self, lora_as: Sequence[mx.array], *, down: Callable[..., mx.array]) -> None:
+        ranks = [each.shape[1] for each in lora_as]
+        self._first = [0, *accumulate(ranks)]
+        stacked = mx.concatenate([each.T for each in lora_as])
+        self._stacked = mx.pad(stacked, [(0, -stacked.shape[0] % _ALIGNED_RANKS), (0, 0)])
+        mx.eval(self._stacked)
+        self._down = down
+        self._rows: mx.array | None = None
+        self._split = 0
+        self._low_rank = mx.zeros((0, 0))
+
+    def of(self, x: mx.array, index: int, *, gate_split: int) -> tuple[mx.array, int]:
+        """The product of ``x`` ``[1, L, in]``: ``[G, R]``, and where a layer's ranks begin."""
+        if self._rows is not x or self._split != gate_split:
+            rows = x.reshape(-1, x.shape[-1])
+            self._low_rank = self._down(rows, self._stacked, gate_split=gate_split)
+            self._rows, self._split = x, gate_split
+        return self._low_rank, self._first[index]
 
 
 class GatedLoRALinear(nn.Module):
@@ -41,6 +74,12 @@ class GatedLoRALinear(nn.Module):
         self.lora_b = lora_b
         self.scale = scale
         self.scope = scope
+        self.shared: SharedLowRank | None = None
+        self._index = 0
+
+    def share(self, shared: SharedLowRank, index: int) -> None:
+        """Let the base layer's kernel add the low-rank product; the layer is number ``index``."""
+        self.shared, self._index = shared, index
 
     @classmethod
     def from_base(
@@ -70,8 +109,12 @@ class GatedLoRALinear(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map ``[..., L, in]`` to ``[..., L, out]``; rows from the gate split on are adapted."""
-        y = self.linear(x)
         layout = self.scope.layout
+        if self.shared is not None and layout is not None and layout.num_masks and self.scope.gated:
+            y = self.linear.gated(x, self._term)
+            if y is not None:
+                return y
+        y = self.linear(x)
         if not self.scope.gated or (layout is not None and layout.gate_split == 0):
             return mx.addmm(y, x @ self.lora_a, self.lora_b, alpha=self.scale)
         if layout is None or layout.num_masks == 0:
@@ -81,6 +124,19 @@ class GatedLoRALinear(nn.Module):
         low_rank = mx.split(x, split, axis=-2)[1] @ self.lora_a
         masks = mx.addmm(masks, low_rank, self.lora_b, alpha=self.scale)
         return mx.concatenate([ordinary, masks], axis=-2)
+
+    def _term(self, x: mx.array) -> GatedTerm:
+        """What is to be added to the rows of ``x`` from the gate split on."""
+        assert self.shared is not None and self.scope.layout is not None
+        split = self.scope.layout.gate_split
+        low_rank, first = self.shared.of(x, self._index, gate_split=split)
+        return GatedTerm(
+            low_rank=low_rank,
+            first_rank=first,
+            lora_b=self.lora_b,
+            scale=self.scale,
+            gate_split=split,
+        )
 
 
 def linear_dims(linear: Any) -> tuple[int, int]:

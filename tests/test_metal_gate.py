@@ -84,6 +84,8 @@ ALLOWED = {
                  "simdgroup_multiply_accumulate(a, b, b, a); y[gid]=a.thread_elements()[0];"),
     "atomics": ("", "atomic_fetch_add_explicit(c, 1u, memory_order_relaxed); y[gid]=0;"),
     "deleted functions": ("struct S { S(int) thread = delete; };", "y[gid]=0;"),
+    "a copy that nobody wrote": ("struct S { int v; }; int f(S s) { return s.v; }",
+                                 "S s{3}; y[gid]=f(s)+f(S{4});"),
     "namespaces": ("namespace a { namespace b { constant int g = 1; } }", "y[gid]=a::b::g;"),
 }  # fmt: skip
 

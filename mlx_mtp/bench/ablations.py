@@ -187,7 +187,7 @@ def ablate(
             name,
             settings,
             output / name,
-            load_model=lambda: load(options["model"], mtp=False),
+            load_model=lambda: load(options["model"], mtp=False, kernels=False),
             model_name=options["model"],
             records=records,
             held_out=options["held_out"],

@@ -219,7 +219,7 @@ def run(*, model: str | None, repeats: int, length: int, only_json: bool, **opti
     if length < 8:
         raise ValueError(f"length must be at least 8, got {length}")
     settings = TrainSettings.from_dict(options)
-    loaded, tokenizer = load(model, mtp=False)
+    loaded, tokenizer = load(model, mtp=False, kernels=False)
     adapted = new_adapter(loaded, settings)
     data = sample_sequences(tokenizer, count=settings.batch_size, length=length)
     num_threads = _cores()

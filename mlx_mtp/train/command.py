@@ -231,6 +231,7 @@ def _load(plan: Plan, display: Display) -> tuple[MTPModel, TokenizerWrapper]:
         name,
         trust_remote_code=bool(plan.options.get("trust_remote_code")),
         mtp=False,
+        kernels=False,
         progress=display.say,
     )
     if name is not None and os.path.isdir(name):

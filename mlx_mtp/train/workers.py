@@ -245,7 +245,9 @@ def _work(
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides when to stop
     try:
-        model, _ = load(spec.model, trust_remote_code=spec.trust_remote_code, mtp=False)
+        model, _ = load(
+            spec.model, trust_remote_code=spec.trust_remote_code, mtp=False, kernels=False
+        )
         model = new_adapter(model, spec.settings, start=spec.start)
         gradient = StepGradient(model, spec.settings)
         layout = SharedParameters(trainable(model))

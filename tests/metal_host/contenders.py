@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from . import our_kernels
 from .mlx_kernels import qmm_t, qmv, qmv_wide
 from .quantised import Launch, Problem, Shape
 
@@ -30,4 +31,6 @@ CONTENDERS: list[Contender] = [
     Contender("mlx qmv", lambda problem: [qmv(problem)]),
     Contender("mlx qmv_wide", lambda problem: [qmv_wide(problem)], lambda shape: shape.m > 1),
     Contender("mlx qmm", lambda problem: [qmm_t(problem)]),
+    Contender("our scalar", lambda problem: [our_kernels.scalar(problem)]),
+    Contender("our matrix", lambda problem: [our_kernels.matrix(problem)]),
 ]

@@ -150,15 +150,22 @@ def _clang(text: str, instantiate: Sequence[str]) -> Iterator[str]:
 
 def _unqualified(tree: str) -> Iterator[str]:
     """Pointers and references without an address space: clang makes them generic, Metal refuses."""
-    file, line, seen = "", "", set()
+    file, line, seen, implicit = "", "", set(), -1
     for text in tree.split("\n"):
         places = LOCATION.findall(text)
         if places:
             file, line = places[-1]
         elif number := re.search(r"<line:(\d+)", text):
             line = number.group(1)
+        depth = len(text) - len(text.lstrip(" |`-"))
+        if depth <= implicit:
+            implicit = -1
+        if "implicit" in text and implicit < 0:
+            implicit = (
+                depth  # what lies deeper, nobody wrote: parameters of a copy constructor, say
+            )
         match = DECLARATION.search(text)
-        if not match or "implicit" in text or "gate" in file or not file:
+        if not match or implicit >= 0 or "gate" in file or not file:
             continue
         kind = match.group("type")
         function = "(" in kind or "&&" in kind

@@ -51,10 +51,11 @@ struct product_slot {
   matrix<D> d;
 };
 
-// c + sum of a[i] b[i], float, ascending; the order that a GPU takes is not documented.
+// c + sum of a[i] b[i], float.  The order that a GPU takes is not documented: a chain of fused
+// multiply-adds is what was seen on some; the other sum orders stand for GPUs that differ.
 inline float multiply_add(float c, const float* a, const float* b) {
   if (msl_rt_sum_order == 0) {
-    for (int i = 0; i < 8; i++) c += a[i] * b[i * 8];
+    for (int i = 0; i < 8; i++) c = __builtin_fmaf(a[i], b[i * 8], c);
     return c;
   }
   float sum = 0;

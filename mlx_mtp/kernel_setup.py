@@ -1,0 +1,139 @@
+"""Choosing kernels for a model when it is loaded, once for each machine.
+
+The choice takes up to a second of self-checks and races.  It is kept in the cache folder by
+machine, MLX, kernels and the model's shapes; any of them changes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_mtp.default_model import cache_dir
+from mlx_mtp.kernel_checks import MetalRunner, Runner
+from mlx_mtp.kernel_choice import (
+    KernelChoice,
+    Mode,
+    choice_from_dict,
+    choice_to_dict,
+    choose,
+    gpu_generation,
+    kernel_mode,
+)
+from mlx_mtp.kernels import kernel_header
+from mlx_mtp.skinny import ShapeKey, use_kernels, weights_by_shape
+from mlx_mtp.small_files import write_atomically
+
+RACE_SECONDS = 1.0
+
+
+def has_metal() -> bool:
+    """Whether models run on a Metal GPU here."""
+    return mx.metal.is_available() and mx.default_device().type == mx.gpu
+
+
+def set_up_kernels(base: nn.Module, *, tell: Callable[[str], None] = lambda line: None) -> int:
+    """Let a loaded model use our kernels where they win on this machine, in place.
+
+    Args:
+        base: an mlx-lm model, its adapter attached.
+        tell: called with a line before a race.
+
+    Returns:
+        How many layers use them.
+
+    Raises:
+        ValueError: ``MLX_MTP_KERNELS`` asks for something unknown.
+    """
+    mode = kernel_mode()
+    if mode == "stock" or not has_metal():
+        return 0
+    return use_kernels(base, choices_for(base, mode=mode, runner=MetalRunner(), tell=tell))
+
+
+def choices_for(
+    base: nn.Module,
+    *,
+    mode: Mode,
+    runner: Runner,
+    tell: Callable[[str], None] = lambda line: None,
+    device: Mapping[str, Any] | None = None,
+    keep: bool = True,
+) -> dict[ShapeKey, KernelChoice]:
+    """What multiplies the weights of each shape of a model: from the cache, or decided now.
+
+    Args:
+        base: the model.
+        mode: from ``kernel_mode``.
+        runner: where to check and race.
+        tell: called with a line before a race.
+        device: what ``mx.device_info`` says.
+        keep: False neither reads nor writes the cache.
+    """
+    weights = weights_by_shape(base)
+    if not weights:
+        return {}
+    info = dict(mx.device_info() if device is None else device)
+    path = cache_dir() / "kernels" / f"{_digest(info, mode, list(weights))}.json"
+    cached = _read(path, list(weights)) if keep else None
+    if cached is not None:
+        return cached
+    tell("Choosing kernels for this machine ...")
+    generation = gpu_generation(str(info.get("architecture", "")))
+    deadline = time.perf_counter() + RACE_SECONDS
+    found = {
+        key: choose(
+            of_shape,
+            mode=mode,
+            runner=runner,
+            generation=generation,
+            seconds_left=lambda: deadline - time.perf_counter(),
+        )
+        # What takes the most time decides first.
+        for key, of_shape in sorted(weights.items(), key=lambda item: -_bytes(item[1]))
+    }
+    if keep:
+        _write(path, found)
+    return found
+
+
+def shape_name(key: ShapeKey) -> str:
+    """Such as ``4096x14336 4-bit g64 float16`` (outputs x inputs)."""
+    outputs, inputs, bits, group_size, dtype = key
+    return f"{outputs}x{inputs} {bits}-bit g{group_size} {str(dtype).removeprefix('mlx.core.')}"
+
+
+def _bytes(weights: Any) -> int:
+    return sum(each.weight.nbytes for each in weights)
+
+
+def _digest(info: Mapping[str, Any], mode: Mode, keys: list[ShapeKey]) -> str:
+    machine = [str(info.get(name)) for name in ("architecture", "device_name", "memory_size")]
+    text = hashlib.sha256(kernel_header().encode()).hexdigest()
+    names = sorted(shape_name(key) for key in keys)
+    everything = [*machine, mode, version("mlx"), text, *names]
+    return hashlib.sha256("\n".join(everything).encode()).hexdigest()[:24]
+
+
+def _read(path: Path, keys: list[ShapeKey]) -> dict[ShapeKey, KernelChoice] | None:
+    """The choices of a file, if it is sound and has them all."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return {key: choice_from_dict(values[shape_name(key)]) for key in keys}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+
+
+def _write(path: Path, choices: Mapping[ShapeKey, KernelChoice]) -> None:
+    values = {shape_name(key): choice_to_dict(choice) for key, choice in choices.items()}
+    with contextlib.suppress(OSError):  # a cache that cannot be written is raced for again
+        write_atomically(path, json.dumps(values, indent=2) + "\n")
