@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as lm_cache
 
+from mlx_mtp.attention_hook import StepAttention, attention_of
 from mlx_mtp.layout import StepScope
 
 WINDOW_SLACK = 256
@@ -26,11 +27,15 @@ class LayerCache:
 
     Attributes:
         inner: mlx-lm's ``KVCache`` or ``QuantizedKVCache`` that holds the arrays.
+        attention: what may attend in place of mlx-lm; see ``attention_hook``.
     """
 
-    def __init__(self, inner: Any, *, scope: StepScope) -> None:
+    def __init__(
+        self, inner: Any, *, scope: StepScope, attention: StepAttention | None = None
+    ) -> None:
         self.inner = inner
         self.scope = scope
+        self.attention = attention
 
     @property
     def offset(self) -> int:
@@ -107,8 +112,15 @@ class WindowLayerCache(LayerCache):
     into steps.  Rows out of sight are dropped between steps, in blocks.
     """
 
-    def __init__(self, *, window: int, keep: int = 0, scope: StepScope) -> None:
-        super().__init__(lm_cache.KVCache(), scope=scope)
+    def __init__(
+        self,
+        *,
+        window: int,
+        keep: int = 0,
+        scope: StepScope,
+        attention: StepAttention | None = None,
+    ) -> None:
+        super().__init__(lm_cache.KVCache(), scope=scope, attention=attention)
         self.window = window
         self.keep = keep
         self.dropped = 0
@@ -265,13 +277,14 @@ def make_cache(
     if kv_group_size not in (32, 64, 128):
         raise ValueError(f"kv_group_size must be 32, 64 or 128, got {kv_group_size}")
     layers: list[LayerCache] = []
+    seams: Any = {"scope": scope, "attention": attention_of(base)}
     for inner in lm_cache.make_prompt_cache(base):
         if isinstance(inner, lm_cache.RotatingKVCache):
-            layers.append(WindowLayerCache(window=inner.max_size, scope=scope))
+            layers.append(WindowLayerCache(window=inner.max_size, **seams))
         elif max_kv_size is not None:
-            layers.append(WindowLayerCache(window=max_kv_size - 4, keep=4, scope=scope))
+            layers.append(WindowLayerCache(window=max_kv_size - 4, keep=4, **seams))
         else:
-            layers.append(LayerCache(inner, scope=scope))
+            layers.append(LayerCache(inner, **seams))
     if kv_bits is not None and any(isinstance(layer, WindowLayerCache) for layer in layers):
         raise ValueError("kv_bits cannot be combined with a sliding window or max_kv_size")
     return MTPCache(
@@ -333,8 +346,9 @@ def _adopt(inner: Any, like: LayerCache, path: Path, scope: StepScope) -> LayerC
             f"{path} was made with another model: its keys have {heads} heads of {given[0]}, "
             f"this model's have {wanted[0]} of {wanted[1]}"
         )
-    kind = QuantizedLayerCache if isinstance(inner, lm_cache.QuantizedKVCache) else LayerCache
-    return kind(inner, scope=scope)
+    if isinstance(inner, lm_cache.QuantizedKVCache):
+        return QuantizedLayerCache(inner, scope=scope)
+    return LayerCache(inner, scope=scope, attention=like.attention)
 
 
 _HELD = (lm_cache.KVCache, lm_cache.QuantizedKVCache)

@@ -1,8 +1,8 @@
 """What a machine does with few rows: whether our kernels are right there, and what rows cost.
 
 The result is one dictionary, made to be attached to a report: the machine and versions, for each
-shape of the model's linear layers what the self-check found, and the time of a layer by number of
-rows with stock MLX and with ours.
+shape of the model's linear layers and of its attention what the self-check found, and the time of a
+layer by number of rows with stock MLX and with ours.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import mlx.core as mx
 import mlx.nn as nn
 
 import mlx_mtp
+from mlx_mtp.attention_choice import MetalAttention
+from mlx_mtp.doctor_attention import examine_attention
 from mlx_mtp.kernel_checks import MetalRunner, self_check
 from mlx_mtp.kernel_choice import gpu_generation
-from mlx_mtp.kernel_setup import choices_for, has_metal, shape_name
+from mlx_mtp.kernel_setup import all_choices, has_metal, shape_name
 from mlx_mtp.kernels import PackedWeight
 from mlx_mtp.skinny import packed_weight, shape_key
 
@@ -101,19 +103,24 @@ def examine(
     for number, group in enumerate(groups, start=1):
         say(f"Examining {group.name} ({number}/{len(groups)}) ...")
         shapes.append(_examine_group(group, rows))
+    attention = examine_attention(base, rows=rows, has_metal=has_metal(), say=say)
     choices = {}
     if has_metal():
         say("Racing ...")
-        found = choices_for(base, mode="auto", runner=MetalRunner(), keep=False)
-        choices = {shape_name(key): choice.why for key, choice in found.items()}
+        found = all_choices(
+            base, mode="auto", runner=MetalRunner(), attention=MetalAttention(), keep=False
+        )
+        choices = {shape_name(key): choice.why for key, choice in found.layers.items()}
+        choices |= {key.name: choice.why for key, choice in found.attention.items()}
     return {
         "mlx_mtp": mlx_mtp.__version__,
         "machine": machine(),
         "model": name,
         "shapes": shapes,
+        "attention": attention,
         "choices": choices,
         "step_ms": {kind: _step_ms(shapes, kind, rows) for kind in ("stock", "ours")},
-        "passed": all(shape["check"]["passed"] for shape in shapes if shape["check"]),
+        "passed": all(each["check"]["passed"] for each in (*shapes, *attention) if each["check"]),
     }
 
 
@@ -208,9 +215,10 @@ def table(report: dict[str, Any]) -> list[str]:
         "cost of M rows over the cost of one",
     ]
     rows = list(report["shapes"][0]["stock_ms"])
-    width = max(len(shape["shape"]) for shape in report["shapes"]) + 8
+    everything = [*report["shapes"], *report["attention"]]
+    width = max(len(each["shape"]) for each in everything) + 8
     lines.append("".ljust(width) + "".join(f"M={each}".rjust(7) for each in rows) + "   M=1 ms")
-    for shape in report["shapes"]:
+    for shape in everything:
         for kind in ("stock", "ours"):
             lines += _cost_line(f"{shape['shape']}  {kind}", shape[f"{kind}_ms"], width)
     for kind in ("stock", "ours"):
@@ -221,10 +229,11 @@ def table(report: dict[str, Any]) -> list[str]:
 def _kernels_line(report: dict[str, Any]) -> str:
     if not report["machine"]["has_metal"]:
         return "our kernels: not checked, there is no Metal GPU here; stock MLX does the work"
-    checked = [shape["check"] for shape in report["shapes"] if shape["check"]]
+    everything = [*report["shapes"], *report["attention"]]
+    checked = [shape["check"] for shape in everything if shape["check"]]
     bad = [
         f"{shape['shape']}: {shape['check']['problem']}"
-        for shape in report["shapes"]
+        for shape in everything
         if shape["check"] and not shape["check"]["passed"]
     ]
     if bad:

@@ -95,6 +95,7 @@ class Launch:
         threadgroup: threads.
         output_shape: of the one output, ``y``.
         output_dtype: likewise.
+        row_contiguous: False hands arrays over with the strides that they have.
     """
 
     name: str
@@ -105,6 +106,7 @@ class Launch:
     threadgroup: tuple[int, int, int]
     output_shape: tuple[int, ...]
     output_dtype: mx.Dtype
+    row_contiguous: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -287,7 +289,7 @@ def run(launch: Launch) -> mx.array:
         RuntimeError: there is no Metal device, or it cannot run so many threads together; the
             second comes out when the result is evaluated.
     """
-    kernel = _kernel(launch.name, launch.source, tuple(launch.inputs))
+    kernel = _kernel(launch.name, launch.source, tuple(launch.inputs), launch.row_contiguous)
     (y,) = kernel(
         inputs=list(launch.inputs.values()),
         template=list(launch.template.items()),
@@ -307,7 +309,7 @@ def kernel_header() -> str:
 
 
 @functools.cache
-def _kernel(name: str, source: str, inputs: Sequence[str]) -> Any:
+def _kernel(name: str, source: str, inputs: Sequence[str], row_contiguous: bool) -> Any:
     header = kernel_header()
     # Two kernels of one name have run each other's code, so the text is part of the name.
     digest = hashlib.sha256((header + source).encode()).hexdigest()[:12]
@@ -317,6 +319,7 @@ def _kernel(name: str, source: str, inputs: Sequence[str]) -> Any:
         output_names=["y"],
         source=source,
         header=header,
+        ensure_row_contiguous=row_contiguous,
     )
 
 
@@ -335,7 +338,13 @@ def _gated_inputs(gated: GatedTerm) -> dict[str, Any]:
     }
 
 
-_FILES = ("skinny_qmm", "skinny_qmm_matrix", "gated_lora")
+_FILES = (
+    "skinny_qmm",
+    "skinny_qmm_matrix",
+    "gated_lora",
+    "step_attention",
+    "step_attention_spans",
+)
 
 _PLAIN_STORE = "StoreSum store;\n"
 _GATED_STORE = """AddGatedLora<T> store{

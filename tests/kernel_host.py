@@ -9,7 +9,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from metal_host import Kernel, KernelText, Report, from_bfloat16, kernel_text, to_bfloat16
+from metal_host import Kernel, KernelText, Report, from_bfloat16, kernel_text
 
 from mlx_mtp import kernels
 from mlx_mtp.kernel_checks import LowRank
@@ -45,17 +45,15 @@ def launch_text(
     kernel: Kernel, text: KernelText, launch: Launch, **options: Any
 ) -> tuple[mx.array, Report]:
     """Run a compiled kernel on a launch's inputs."""
-    y = to_numpy(mx.zeros(launch.output_shape, dtype=launch.output_dtype))
+    y = np.array(to_numpy(mx.zeros(launch.output_shape, dtype=launch.output_dtype)))
     buffers = text.buffers([to_numpy(each) for each in launch.inputs.values()], [y])
     report = kernel(text.grid, text.threadgroup, buffers, uninit=(max(buffers),), **options)
     return from_numpy(y, launch.output_dtype), report
 
 
 def to_numpy(x: mx.array) -> np.ndarray:
-    """The array's elements; bfloat16 as its bits."""
-    if x.dtype != mx.bfloat16:
-        return np.array(x)
-    return to_bfloat16(np.array(x.astype(mx.float32)))
+    """The array's elements where they lie, with its strides; bfloat16 as its bits."""
+    return np.asarray(x.view(mx.uint16) if x.dtype == mx.bfloat16 else x)
 
 
 def from_numpy(x: np.ndarray, dtype: mx.Dtype) -> mx.array:

@@ -31,6 +31,16 @@ def test_the_report_has_a_time_for_every_number_of_rows():
     assert any(line.startswith("all layers  stock") for line in lines)
 
 
+def test_attention_is_timed_too():
+    base = tiny_base(head_dim=64, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
+    report = examine(base, name="tiny", rows=(1, 2))
+    (found,) = report["attention"]
+    assert found["shape"] == "attention 2/1 heads of 64 float32, 1024 keys"
+    assert found["check"] is None and not found["ours_ms"]  # without Metal
+    assert list(found["stock_ms"]) == ["1", "2"] and min(found["stock_ms"].values()) > 0
+    assert any(line.startswith(f"{found['shape']}  stock") for line in table(report))
+
+
 @pytest.mark.slow
 def test_the_command_writes_the_report(tmp_path):
     model = save_tiny_model(tmp_path / "model")

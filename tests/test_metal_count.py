@@ -141,3 +141,14 @@ def test_the_command_prints_a_table_and_one_line_of_json(capsys):
     assert [line[:28].strip() for line in lines] == ["kernel", "mlx qmv", "mlx qmv", "mlx qmv_wide"]
     found = json.loads(last)
     assert (found["n"], found["k"], len(found["rows"])) == (32, 512, 3)
+
+
+@pytest.mark.slow
+def test_how_often_attention_reads_its_keys(capsys):
+    """sdpa_vector reads them for each row and head, ours once for all that share them."""
+    main(["--attention", "--m", "1", "3", "--keys", "128"])
+    rows = json.loads(capsys.readouterr().out.strip().split("\n")[-1])["rows"]
+    keys = {(row["kernel"], row["m"]): row["keys"] for row in rows}
+    assert keys["mlx sdpa_vector", 1] == 3 and keys["mlx sdpa_vector", 3] > 8
+    assert keys["our step attention", 1] == keys["our step attention", 3] == 1
+    assert all(row["error"] < 2e-3 and row["madds"] >= 1 for row in rows)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from .errors import MslError
 from .mlx_headers import include_folder, kernel_source
@@ -35,18 +36,30 @@ class KernelText:
     include: tuple[Path, ...]
     metadata: tuple[tuple[bool, bool, bool], ...]  # per input: takes its shape, strides, ndim
     initialised: bool  # outputs start at init_value
+    row_contiguous: bool = True  # MLX copies inputs that are not
 
     def buffers(
         self, inputs: Sequence[np.ndarray], outputs: Sequence[np.ndarray]
     ) -> dict[int, np.ndarray]:
-        """Arguments by buffer index; inputs row-contiguous, in the kernel's order."""
+        """Arguments by buffer index; inputs in the kernel's order, with their strides where MLX
+        would hand them over as they are."""
         arguments: list[np.ndarray] = []
-        for array, (shape, strides, ndim) in zip(inputs, self.metadata, strict=True):
+        for given, (shape, strides, ndim) in zip(inputs, self.metadata, strict=True):
+            array = np.ascontiguousarray(given) if self.row_contiguous else given
             steps = np.array(array.strides, np.int64) // array.itemsize
-            arguments.append(array)
+            arguments.append(_memory(array))
             arguments += [np.array(array.shape, np.int32)] * shape
             arguments += [steps] * strides + [np.array(array.ndim, np.int32)] * ndim
         return dict(enumerate([*arguments, *outputs]))
+
+
+def _memory(array: np.ndarray) -> np.ndarray:
+    """What lies from an array's first element to its last, in memory's order."""
+    if array.flags.c_contiguous:
+        return array
+    last = sum((size - 1) * step for size, step in zip(array.shape, array.strides, strict=True))
+    length = last // array.itemsize + 1
+    return as_strided(array, (length,), (array.itemsize,), writeable=False)
 
 
 def kernel_texts(fn: Callable, *inputs: mx.array) -> list[KernelText]:
@@ -82,4 +95,5 @@ def _read(arguments: list) -> KernelText:
         include=(include_folder(),),
         metadata=metadata,  # type: ignore[arg-type]
         initialised=arguments[10] is not None,
+        row_contiguous=bool(arguments[9]),
     )

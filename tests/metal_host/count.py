@@ -1,27 +1,33 @@
 """What kernels move and compute, over the least that the problem needs.
 
     python -m tests.metal_host.count --m 1 4 8 16 --n 128 --k 1024 --bits 4
+    python -m tests.metal_host.count --attention --m 1 8 --keys 512
 
 Bytes are those that a perfect cache in each threadgroup would fetch: what a threadgroup loads
 counts once, what two load counts twice.  The least: every weight, scale, bias and x once, y once.
 Multiply-adds are multiplications, fused or not, and 512 for each 8x8x8 matrix product; the least is
 M N K.  `lanes` is the weight's bytes that lanes ask for.  The other columns are instructions of all
 lanes for each of these M N K (an estimate: see the README).
+
+Of attention, `keys` are the keys and values, `groups` the threadgroups of the first launch.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 
+from . import attention
+from .attention import make_attention, measure_attention
 from .contenders import CONTENDERS, Contender
 from .kernel import Report
 from .quantised import Launch, Problem, Shape, make_problem
 
 PARTS = ("weight", "scales", "biases", "x")
 COLUMNS = ["bytes", "weight", "x", "lanes", "madds", "float", "convert", "integer", "loads"]
+ATTENTION_COLUMNS = ["bytes", "keys", "lanes", "madds", "groups"]
 OTHER_FLOAT = ("add", "divide", "compare", "math")
 
 
@@ -74,11 +80,11 @@ def measure(contender: Contender, problem: Problem) -> dict[str, float]:
     }
 
 
-def table(rows: list[dict]) -> str:
+def table(rows: list[dict], columns: Sequence[str] = COLUMNS) -> str:
     """Rows under a heading, aligned."""
-    head = f"{'kernel':28} {'M':>3} " + " ".join(f"{name:>8}" for name in COLUMNS)
+    head = f"{'kernel':28} {'M':>3} " + " ".join(f"{name:>8}" for name in columns)
     lines = [
-        f"{row['kernel']:28} {row['m']:>3} " + " ".join(f"{row[name]:8.2f}" for name in COLUMNS)
+        f"{row['kernel']:28} {row['m']:>3} " + " ".join(f"{row[name]:8.2f}" for name in columns)
         for row in rows
     ]
     return "\n".join([head, *lines])
@@ -93,11 +99,35 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--dtype", default="float16", choices=["float16", "bfloat16", "float32"])
     parser.add_argument("--only", default="", help="kernels whose label holds this text")
+    parser.add_argument("--attention", action="store_true", help="attention, not matmuls")
+    parser.add_argument("--keys", type=int, default=512, help="of the attention")
+    parser.add_argument("--heads", type=int, nargs=2, default=[9, 3], help="query and key heads")
+    parser.add_argument("--head-dim", type=int, default=64)
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     args = parse(arguments)
+    rows = _attention_rows(args) if args.attention else _matmul_rows(args)
+    print(table(rows, ATTENTION_COLUMNS if args.attention else COLUMNS))
+    settings = vars(args) | {"mlx": version("mlx")}
+    print(json.dumps({**settings, "rows": rows}))
+
+
+def _attention_rows(args: argparse.Namespace) -> list[dict]:
+    rows = []
+    for m in args.m:
+        heads, kv_heads = args.heads
+        problem = make_attention(m, args.keys, heads, kv_heads, args.head_dim, args.dtype)
+        for label in attention.CONTENDERS:
+            # MLX takes sdpa_vector for up to 8 rows and 32 query heads of one key head.
+            stock = label.startswith("mlx") and (m > 8 or m * problem.shared_by > 32)
+            if args.only in label and not stock:
+                rows.append({"kernel": label, "m": m, **measure_attention(label, problem)})
+    return rows
+
+
+def _matmul_rows(args: argparse.Namespace) -> list[dict]:
     rows = []
     for m in args.m:
         shape = Shape(m, args.n, args.k, args.bits, args.group_size, args.dtype)
@@ -105,9 +135,7 @@ def main(arguments: list[str] | None = None) -> None:
         for contender in CONTENDERS:
             if args.only in contender.label and contender.takes(shape):
                 rows.append({"kernel": contender.label, "m": m, **measure(contender, problem)})
-    print(table(rows))
-    settings = vars(args) | {"mlx": version("mlx")}
-    print(json.dumps({**settings, "rows": rows}))
+    return rows
 
 
 if __name__ == "__main__":
