@@ -27,7 +27,15 @@ from mlx_mtp.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig
 from mlx_mtp.loading import read_adapter
 from mlx_mtp.train import checkpoint
 from mlx_mtp.train.card import training_card
-from mlx_mtp.train.checkpoint import TrainState, newest_state, save_adapter, save_state, write_json
+from mlx_mtp.train.checkpoint import (
+    TrainState,
+    newest_state,
+    remove_old_states,
+    save_adapter,
+    save_state,
+    state_name,
+    write_json,
+)
 from mlx_mtp.train.evaluate import Evaluation
 from mlx_mtp.train.history import History, read_history
 from mlx_mtp.train.trackers import make_tracker
@@ -104,6 +112,18 @@ def test_the_newest_two_are_kept(tmp_path: Path) -> None:
     assert newest(tmp_path / "training").step == 300_000_000
     save_state(tmp_path / "training", state(300_000_100), keep=1)
     assert names(tmp_path / "training") == ["state-300000100"]
+
+
+def test_what_a_kill_left_of_old_states_goes(tmp_path: Path) -> None:
+    for step in (3, 5, 7):
+        save_state(tmp_path, state(step), keep=9)
+    (tmp_path / state_name(3) / checkpoint.VALUES_FILE).unlink()  # killed while it was removed
+    kept = [state_name(5), state_name(7)]
+    remove_old_states(tmp_path, 7)
+    assert [name for name in names(tmp_path) if name.startswith("state")] == kept
+    save_state(tmp_path, state(9), keep=9)
+    remove_old_states(tmp_path, 7)  # of what lies beyond, nothing is said
+    assert names(tmp_path)[-1] == state_name(9)
 
 
 def test_a_step_can_be_saved_again_and_ends_a_past(tmp_path: Path) -> None:

@@ -96,11 +96,22 @@ def save_state(folder: Path, state: TrainState, *, keep: int = 2) -> Path:
         raise
     _sync(folder)
     # A step beyond this one belongs to a past that the run has left by resuming further back.
-    steps = _steps(folder)
-    later = [step for step in steps if step > state.step]
-    older = [step for step in steps if step <= state.step][:-keep]
-    _remove([aside, *(folder / state_name(step) for step in [*later, *older])])
+    _remove(folder / state_name(step) for step in _steps(folder) if step > state.step)
+    remove_old_states(folder, state.step, keep=keep)
     return target
+
+
+def remove_old_states(folder: Path, step: int, *, keep: int = 2) -> None:
+    """Remove states before a step, but for the newest, and what killed calls left behind.
+
+    Args:
+        folder: where states lie.
+        step: of a state that is whole.
+        keep: how many states stay, that one included.
+    """
+    older = [each for each in _steps(folder) if each <= step][:-keep]
+    drafts = [folder / _DRAFT, folder / _ASIDE]
+    _remove([*drafts, *(folder / state_name(each) for each in older)])
 
 
 def newest_state(folder: Path, *, tell: Callable[[str], None] | None = None) -> TrainState | None:

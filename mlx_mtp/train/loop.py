@@ -26,7 +26,14 @@ from mlx_mtp.model import MTPModel
 from mlx_mtp.small_files import remove_drafts
 from mlx_mtp.train import sequences as texts
 from mlx_mtp.train.adapter import adapter_tensors, trainable
-from mlx_mtp.train.checkpoint import TrainState, newest_state, save_adapter, save_state, write_json
+from mlx_mtp.train.checkpoint import (
+    TrainState,
+    newest_state,
+    remove_old_states,
+    save_adapter,
+    save_state,
+    write_json,
+)
 from mlx_mtp.train.evaluate import Evaluation, evaluate
 from mlx_mtp.train.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
 from mlx_mtp.train.history import History
@@ -114,6 +121,8 @@ def train(
         run.history = history  # held, so nobody else writes here
         remove_drafts(output)
         remove_drafts(run.folder)
+        if state is not None:
+            remove_old_states(run.folder, state.step)
         with run.helped_by(workers), one_blas_thread(run.workers is not None):
             return run.go_on(should_stop)
 
