@@ -27,6 +27,7 @@ from mlx_mtp.cli_options import (
     template_options,
 )
 from mlx_mtp.cli_train import train
+from mlx_mtp.cli_tune import tune
 from mlx_mtp.cli_verify import verify
 from mlx_mtp.terminal import INTERRUPTED, Interrupt, PoliteGroup, Progress
 
@@ -107,6 +108,7 @@ cli.add_command(doctor)
 cli.add_command(export)
 cli.add_command(inspect)
 cli.add_command(train)
+cli.add_command(tune)
 cli.add_command(verify)
 
 
@@ -127,7 +129,7 @@ def _spare_torch(args: list[str]) -> None:
     model's own folder may want it.
     """
     if (
-        args[:1] in (["generate"], ["chat"], ["train"], ["verify"])
+        args[:1] in (["generate"], ["chat"], ["train"], ["tune"], ["verify"])
         and "--trust-remote-code" not in args
     ):
         sys.modules.setdefault("torch", cast(Any, None))

@@ -29,7 +29,7 @@ Command = Callable[..., Any]
 LAYOUTS = ("auto", "linear", "quadratic")
 STREAM_OPTIONS = (
     "max_tokens", "stop", "seed", "num_draft_tokens", "max_kv_size", "kv_bits", "kv_group_size",
-    "quantized_kv_start", "prefill_step_size",
+    "quantized_kv_start", "prefill_step_size", "lookup",
 )  # fmt: skip
 SAMPLING_OPTIONS = (
     "temp", "top_p", "min_p", "top_k", "min_tokens_to_keep", "repetition_penalty",
@@ -117,6 +117,13 @@ def decoding_options(*, max_tokens: int) -> Callable[[Command], Command]:
                 "--layout", type=click.Choice(LAYOUTS), default="auto", show_default=True,
                 help="Where mask tokens go.",
             ),
+            click.option(
+                "--lookup/--no-lookup", default=True,
+                help="With layout auto: drafts from the text so far, where they pay.",
+            ),
+            click.option(
+                "--explain", is_flag=True, help="Tell on stderr what each step does and why."
+            ),
             click.option("--max-kv-size", type=int, help="Most rows that the cache keeps."),
             click.option("--kv-bits", type=int, help="Quantise the cache to that many bits."),
             click.option(
@@ -148,6 +155,8 @@ def stream_options(options: dict[str, Any]) -> dict[str, Any]:
     )
     layout = options["layout"] if options["mtp"] else "plain"
     picked = {name: options[name] for name in STREAM_OPTIONS}
+    if options["explain"]:
+        picked["explain"] = lambda line: print(line, file=sys.stderr, flush=True)
     return picked | {"sampling": sampling, "layout": layout}
 
 
@@ -160,6 +169,7 @@ def load_model(
         ValueError: the model or adapter cannot be used, or an end token does not exist.
     """
     from mlx_mtp.loading import load
+    from mlx_mtp.tuning import speculation_for
 
     with Progress("Loading the model ...") as progress:
         model, tokenizer = load(
@@ -170,6 +180,8 @@ def load_model(
             mtp=options["mtp"],
             progress=progress.say,
         )
+        if options["mtp"] and options.get("layout") == "auto" and model.config is not None:
+            speculation_for(model, say=progress.say)
     for token in options["extra_eos_token"]:
         _add_eos_token(tokenizer, token)
     if options["mtp"] and model.config is None:

@@ -8,6 +8,7 @@ output would change silently; those two names are therefore never used here.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import types
@@ -78,6 +79,8 @@ class MTPConfig:
         sampler_norm, sampler_norm_eps, sampler_bias, sampler_residual: see ``SamplerKind``.
         rank_pattern: rank by full module path, of layers whose rank is another.
         scale_pattern: scale by full module path, of layers whose scale is another.
+        acceptance: for each mask, the share of places behind which its draft and all drafts before
+            it held when the adapter was last evaluated, ``[k]``; empty if it never was.
     """
 
     num_draft_tokens: int
@@ -99,6 +102,7 @@ class MTPConfig:
     sampler_residual: str = "hidden"
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     scale_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
+    acceptance: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("num_draft_tokens", "rank", "base_hidden_size", "base_num_layers"):
@@ -120,12 +124,22 @@ class MTPConfig:
         for path, scale in self.scale_pattern.items():
             if not math.isfinite(scale):
                 raise ValueError(f"scale_pattern: {path} must be a finite number, got {scale}")
+        self._check_acceptance()
         self._sampler_values()
 
     @property
     def sampler_kind(self) -> SamplerKind | None:
         """How the sampler head computes; None when the adapter has none."""
         return None if self.sampler is None else self._sampler_values()
+
+    def _check_acceptance(self) -> None:
+        shares = self.acceptance
+        falls = all(1 >= a >= b >= 0 for a, b in itertools.pairwise((1.0, *shares)))
+        if shares and (len(shares) != self.num_draft_tokens or not falls):
+            raise ValueError(
+                f"acceptance must be {self.num_draft_tokens} shares that fall from 1 to 0, "
+                f"got {list(shares)}"
+            )
 
     def _sampler_values(self) -> SamplerKind:
         return SamplerKind(
@@ -168,11 +182,12 @@ class MTPConfig:
         What came after the first version of the format is left out where it is the default, so
         that older readers understand what they can.
         """
-        values = dataclasses.asdict(self) | {"target_modules": list(self.target_modules)}
+        values = dataclasses.asdict(self)
         for field in dataclasses.fields(self):
             if field.name in _LATER and values[field.name] == _default(field):
                 del values[field.name]
-        return values
+        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+        return values | lists
 
 
 _LATER = (
@@ -182,6 +197,7 @@ _LATER = (
     "sampler_residual",
     "rank_pattern",
     "scale_pattern",
+    "acceptance",
 )
 
 
@@ -226,9 +242,12 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     """Check one value against its type hint; lists become tuples, whole numbers become floats."""
     origin = typing.get_origin(hint)
     if origin is tuple:
-        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
-            return tuple(value)
-        raise ValueError(f"{name} must be a list of strings, got {value!r}")
+        kind = typing.get_args(hint)[0]
+        try:
+            return tuple(_coerce(name, item, kind) for item in _listed(value))
+        except ValueError:
+            what = "strings" if kind is str else "numbers"
+            raise ValueError(f"{name} must be a list of {what}, got {value!r}") from None
     if origin is dict:
         if not isinstance(value, dict):
             raise ValueError(f"{name} must be an object, got {value!r}")
@@ -240,4 +259,10 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
         wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
         raise ValueError(f"{name} must be {wanted}, got {value!r}")
+    return value
+
+
+def _listed(value: Any) -> list[Any] | tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError("not a list")
     return value

@@ -6,6 +6,7 @@ without drafts and masks, so the same code serves both and speculation can only 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,10 +23,13 @@ from mlx_mtp.accept import (
     target_probs,
 )
 from mlx_mtp.cache import MTPCache
+from mlx_mtp.decision import LOOKUP, Decision
 from mlx_mtp.draft import Drafts, draft_tokens
-from mlx_mtp.layout import StepLayout
+from mlx_mtp.fixed_planner import FixedPlanner
+from mlx_mtp.layout import StepLayout, plain_layout
+from mlx_mtp.lookup import LONGEST_LOOKUP, Found, SuffixLookup
 from mlx_mtp.model import MTPModel
-from mlx_mtp.planner import FixedPlanner
+from mlx_mtp.planner import LAYOUTS, AutoPlanner, Speculation
 
 Progress = Callable[[int, int], None]
 HEAD_ROWS = 12  # up to here one pass of the head over all rows costs less than two over some
@@ -41,6 +45,7 @@ class StepResult:
         num_draft_tokens: drafts verified in this step.
         num_accepted: drafts kept and emitted; never a match after a mismatch or past a stop.
         num_rows: rows of the forward, pending prompt rows of the first step included.
+        source: where the verified drafts are from: "mask", "lookup", or "" without any.
         finish_reason: ``"stop"``, ``"length"`` or None while it goes on.
         logits: processed logits of the emitted ids, ``[len(tokens), V]``.
     """
@@ -49,6 +54,7 @@ class StepResult:
     num_draft_tokens: int
     num_accepted: int
     num_rows: int
+    source: str
     finish_reason: str | None
     logits: mx.array
 
@@ -151,6 +157,9 @@ def decode(
     seed: int | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
     prompt_progress_callback: Progress | None = None,
+    speculation: Speculation | None = None,
+    lookup: bool = True,
+    explain: Callable[[str], None] | None = None,
 ) -> Iterator[StepResult]:
     """Decode step by step.
 
@@ -168,6 +177,11 @@ def decode(
         seed: random seed; None draws one from mlx's global state.
         logits_processors: more processors in mlx-lm's form, applied along the drafted prefix.
         prompt_progress_callback: called with (rows done, rows in all) during prefill.
+        speculation: what is known of steps and drafts, for ``"auto"``, updated in place; without
+            it the planner guesses and learns anew (``tuning.speculation_for`` has one).  Sampling
+            with a seed uses a copy of its beginnings, so that the same ids come again.
+        lookup: whether ``"auto"`` may take drafts from the text so far.
+        explain: called with a line about every step.
 
     Raises:
         ValueError: an argument is out of range; raised before any work.
@@ -177,14 +191,18 @@ def decode(
     if prefill_step_size < 1:
         raise ValueError(f"prefill_step_size must be at least 1, got {prefill_step_size}")
     _check_ids(model, prompt, sampling)
-    planner = _planner(model, layout, num_draft_tokens)
+    k = _num_draft_tokens(model, num_draft_tokens)
+    known = speculation or Speculation.guess(k)
+    if seed is not None and not sampling.greedy:
+        known = known.repeatable()  # drawn ids depend on the steps, so these must come again
+    planner = _planner(model, layout, k, known, lookup)
     room = _room(model, cache.offset + len(prompt), max_tokens)
     if seed is None:
         seed = cast(int, mx.random.randint(0, 2**31 - 1).item())
     processors = [*sampling.logits_processors(), *logits_processors]
     return _loop(
         Decoder(model, cache, sampling, processors),
-        planner,
+        _Pilot(planner, explain),
         [int(token) for token in prompt],
         room=room,
         stop_ids=frozenset(stop_ids),
@@ -194,9 +212,62 @@ def decode(
     )
 
 
+class _Pilot:
+    """Brings a planner and its drafts into the loop: the ones that wait, or looked-up ones."""
+
+    def __init__(
+        self, planner: FixedPlanner | AutoPlanner, explain: Callable[[str], None] | None
+    ) -> None:
+        self._planner = planner
+        self._explain = explain
+        self._lookup = SuffixLookup()
+        self._found = Found([], 0)
+        self._decision = Decision(plain_layout())
+        self._held = 0
+        self._began = 0.0
+
+    def plan(
+        self, drafts: Drafts, *, num_pending: int, room: int, held: int
+    ) -> tuple[Decision, Drafts]:
+        """The next step and the drafts that it verifies; ``held`` ids are in the cache."""
+        self._began, self._held = time.perf_counter(), held
+        self._found = self._lookup.find(LONGEST_LOOKUP)
+        self._decision = decision = self._planner.plan(
+            num_pending=num_pending,
+            num_waiting=len(drafts),
+            room=room,
+            context=held,
+            num_found=len(self._found.tokens),
+            match=self._found.match,
+        )
+        count = decision.layout.num_draft_tokens
+        if decision.source != LOOKUP:
+            return decision, drafts.first(count)
+        tokens = self._found.tokens[:count]
+        return decision, replace(Drafts.certain(mx.array(tokens, mx.int32)), host_ids=tokens)
+
+    def learn(self, num_accepted: int) -> None:
+        """Tell the planner how the step went."""
+        ms = (time.perf_counter() - self._began) * 1e3
+        self._planner.observe(
+            self._decision,
+            num_accepted=num_accepted,
+            context=self._held,
+            ms=ms,
+            match=self._found.match,
+        )
+        if self._explain:
+            self._explain(f"{self._decision.line()} -> {num_accepted} held, {ms:.1f} ms")
+
+    def read(self, ids: Sequence[int]) -> None:
+        """Take note of ids that now stand in the text."""
+        if self._planner.uses_lookup:
+            self._lookup.extend(ids)
+
+
 def _loop(
     decoder: Decoder,
-    planner: FixedPlanner,
+    pilot: _Pilot,
     context: list[int],
     *,
     room: int,
@@ -208,19 +279,18 @@ def _loop(
     cache = decoder.cache
     prompt_size = len(context)
     pending = decoder.prefill(context, prefill_step_size, progress)
-    drafts = Drafts.none()
+    drafts, emitted = Drafts.none(), context
     while room > 0:
+        pilot.read(emitted)
         cache.begin_step()
-        layout = planner.plan(
-            num_pending=len(pending),
-            num_waiting=len(drafts),
-            room=min(room, cache.rows_until_change or room),
-        )
+        may = min(room, cache.rows_until_change or room)
+        decision, drafts = pilot.plan(drafts, num_pending=len(pending), room=may, held=cache.offset)
+        layout = decision.layout
         key, step_key = mx.random.split(key)
-        drafts = drafts.first(layout.num_draft_tokens)
         emitted, num_accepted, logits, drafts = decoder.step(
             pending, drafts, layout, context=context, key=step_key
         )
+        pilot.learn(num_accepted)
         emitted, finish_reason = _cut(emitted, room, stop_ids)
         cache.rewind(layout.num_rows - len(pending) - len(emitted) + 1)
         if len(context) == prompt_size:
@@ -233,6 +303,7 @@ def _loop(
             num_draft_tokens=layout.num_draft_tokens,
             num_accepted=min(num_accepted, len(emitted)),
             num_rows=layout.num_rows,
+            source=decision.source,
             finish_reason=finish_reason,
             logits=logits[: len(emitted)],
         )
@@ -256,8 +327,8 @@ def _cut(emitted: list[int], room: int, stop_ids: frozenset[int]) -> tuple[list[
     return emitted[:room], "length" if len(emitted) >= room else None
 
 
-def _planner(model: MTPModel, layout: str, num_draft_tokens: int | None) -> FixedPlanner:
-    """Make the planner after checking k against the adapter."""
+def _num_draft_tokens(model: MTPModel, num_draft_tokens: int | None) -> int:
+    """k, after a check against the adapter."""
     k = model.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
     if k < 0:
         raise ValueError(f"num_draft_tokens must be at least 0, got {k}")
@@ -265,7 +336,18 @@ def _planner(model: MTPModel, layout: str, num_draft_tokens: int | None) -> Fixe
         raise ValueError(
             f"num_draft_tokens is {k}, but the adapter was trained for {model.num_draft_tokens}"
         )
-    return FixedPlanner(layout, num_draft_tokens=min(k, model.num_draft_tokens))
+    return min(k, model.num_draft_tokens)
+
+
+def _planner(
+    model: MTPModel, layout: str, k: int, known: Speculation, lookup: bool
+) -> FixedPlanner | AutoPlanner:
+    """Make the planner of a layout."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if layout != "auto" or not model.num_draft_tokens:
+        return FixedPlanner(layout if layout != "auto" else "plain", num_draft_tokens=k)
+    return AutoPlanner(known, num_draft_tokens=k, use_lookup=lookup)
 
 
 def _room(model: MTPModel, num_prompt: int, max_tokens: int) -> int:

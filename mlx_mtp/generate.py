@@ -135,6 +135,8 @@ def stream_generate(
     quantized_kv_start: int = 5000,
     prefill_step_size: int = 2048,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
+    lookup: bool = True,
+    explain: Callable[[str], None] | None = None,
 ) -> Generator[GenerationResponse, None, None]:
     """Answer a prompt, one response per emitted id, as soon as a step has decided it.
 
@@ -157,12 +159,15 @@ def stream_generate(
         quantized_kv_start: ... from that context length on.
         prefill_step_size: rows of the prompt per forward.
         prompt_progress_callback: called with (ids prefilled, all ids of the prompt).
+        lookup: whether layout "auto" may take drafts from the text so far.
+        explain: called with a line about every step.
 
     Raises:
         ContextOverflow: the prompt does not fit the model's context.
         ValueError: an argument is out of range or the prompt is empty; raised at the call.
     """
     from mlx_mtp.decode import decode
+    from mlx_mtp.tuning import speculation_for
 
     tokenizer, stop = _wrapped(tokenizer), _stop_strings(stop)
     ids = encode_prompt(tokenizer, prompt)
@@ -188,6 +193,9 @@ def stream_generate(
         prefill_step_size=prefill_step_size,
         seed=seed,
         prompt_progress_callback=prompt_progress_callback,
+        speculation=speculation_for(model, measure=False),
+        lookup=lookup,
+        explain=explain,
     )
     meter = StatsMeter(
         prompt_tokens=len(ids),
@@ -342,7 +350,7 @@ def _respond(
     try:
         with contextlib.closing(steps), _wired_memory():  # type: ignore[type-var]
             for step in steps:
-                meter.add_step(step.num_draft_tokens)
+                meter.add_step(step.num_draft_tokens, source=step.source)
                 num_unused = len(step.tokens)
                 for index, token in enumerate(step.tokens):
                     from_draft = index < step.num_accepted

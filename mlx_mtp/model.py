@@ -17,7 +17,7 @@ import copy
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -30,6 +30,9 @@ from mlx_mtp.config import MTPConfig
 from mlx_mtp.layout import StepLayout, StepScope, quadratic_layout
 from mlx_mtp.lora import GatedLoRALinear
 from mlx_mtp.sampler_head import SamplerHead
+
+if TYPE_CHECKING:
+    from mlx_mtp.planner import Speculation
 
 MASK_EMBEDDINGS = "mask_embeddings"
 SAMPLER_PREFIX = "sampler_head."
@@ -120,6 +123,7 @@ class MTPModel(nn.Module):
         self.base = base
         self.config = config
         self.sampler_head: SamplerHead | None = None
+        self.speculation: Speculation | None = None  # what the planner knows; see ``tuning``
         self._scope = StepScope()
         self._embedding, embedding_path = _find_embedding(base)
         if config is not None:

@@ -16,6 +16,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mtp.decision import LOOKUP
+
 RULE = "=" * 10
 
 
@@ -35,6 +37,8 @@ class GenerationStats:
         num_draft_tokens: drafts verified, all steps together.
         num_accepted: drafts accepted, counted like ``generation_tokens``.
         mtp: whether the model drafts at all; False for plain decoding.
+        num_lookup_tokens: of the verified drafts, those found by suffix lookup.
+        num_lookup_accepted: of the accepted drafts, those found by suffix lookup.
     """
 
     prompt_tokens: int
@@ -47,6 +51,8 @@ class GenerationStats:
     num_draft_tokens: int
     num_accepted: int
     mtp: bool
+    num_lookup_tokens: int = 0
+    num_lookup_accepted: int = 0
 
     @property
     def tokens_per_step(self) -> float:
@@ -71,6 +77,11 @@ class GenerationStats:
             lines.append(
                 f"MTP: {self.num_accepted}/{self.num_draft_tokens} drafts accepted{rate}, "
                 f"{self.tokens_per_step:.2f} tokens/step"
+            )
+        if self.num_lookup_tokens:
+            lines.append(
+                f"Lookup: {self.num_lookup_accepted}/{self.num_lookup_tokens} of these drafts "
+                "were found in the text"
             )
         return lines
 
@@ -102,9 +113,13 @@ class StatsMeter:
         self._first_step = self._last_step = self._started
         self._peak_memory = 0.0
         self._tokens = self._steps = self._drafted = self._accepted = 0
+        self._looked_up = self._lookup_accepted = 0
+        self._is_lookup = False
 
-    def add_step(self, num_draft_tokens: int) -> None:
+    def add_step(self, num_draft_tokens: int, *, source: str = "") -> None:
         """Count a step that has just arrived; its ids follow one by one."""
+        self._is_lookup = source == LOOKUP
+        self._looked_up += num_draft_tokens * self._is_lookup
         self._last_step = self._clock()
         if self._steps == 0:
             self._first_step = self._last_step
@@ -116,6 +131,7 @@ class StatsMeter:
         """Count one emitted id of the current step."""
         self._tokens += 1
         self._accepted += from_draft
+        self._lookup_accepted += from_draft and self._is_lookup
 
     def counts(self) -> dict[str, Any]:
         """Return the fields of ``GenerationStats`` as they stand."""
@@ -129,6 +145,8 @@ class StatsMeter:
             "num_steps": self._steps,
             "num_draft_tokens": self._drafted,
             "num_accepted": self._accepted,
+            "num_lookup_tokens": self._looked_up,
+            "num_lookup_accepted": self._lookup_accepted,
             "mtp": self._mtp,
         }
 

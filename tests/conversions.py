@@ -22,7 +22,7 @@ ADAPTER = "adapter"
 def run(*arguments: str) -> str:
     """Run the command in this process; return its stdout."""
     result = CliRunner().invoke(cli, list(arguments))
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 0, (result.output, result.exception)
     return result.stdout
 
 

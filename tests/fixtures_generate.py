@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +16,10 @@ from mlx_lm.tokenizer_utils import (
 )
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
+
+from mlx_mtp.acceptance import Acceptance
+from mlx_mtp.cost_curve import UNMEASURED, LiveCosts
+from mlx_mtp.planner import Speculation
 
 EOS = 256
 USER = 257
@@ -81,6 +85,11 @@ class FakeCache:
         del self.ids[len(self.ids) - num_rows :]
 
 
+def _measured() -> Speculation:
+    curve = replace(UNMEASURED, source="a test")
+    return Speculation(LiveCosts(curve), Acceptance([0.5]))
+
+
 @dataclass
 class FakeModel:
     """Stands in for an MTPModel; its answers are written down beforehand.
@@ -88,7 +97,9 @@ class FakeModel:
     Attributes:
         answers: ids of each answer, taken in turn; a stop id ends one.
         group: ids emitted per step after the first, which emits one.
+        source: where the drafts are from.
         calls: the arguments of every call of the loop.
+        speculation: what its planner knows; nothing is measured.
     """
 
     answers: list[list[int]] = field(default_factory=list)
@@ -96,6 +107,8 @@ class FakeModel:
     k: int | None = 4
     name: str = "fake"
     max_context: int | None = 1000
+    source: str = "mask"
+    speculation: Speculation = field(default_factory=_measured)
     calls: list[SimpleNamespace] = field(default_factory=list)
     caches: list[FakeCache] = field(default_factory=list)
     cache_options: dict[str, Any] = field(default_factory=dict)
@@ -140,6 +153,7 @@ def _steps(
         yield SimpleNamespace(
             tokens=tokens,
             num_draft_tokens=drafts,
+            source=model.source if drafts else "",
             num_accepted=min(len(tokens), max(size - 1, 0)) if drafts else 0,
             finish_reason=reason,
             logprobs=mx.zeros((len(tokens), VOCAB_SIZE)),

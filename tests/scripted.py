@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_mtp.decision import Decision
 from mlx_mtp.layout import StepLayout, plain_layout
 from mlx_mtp.model import MTPModel
 
@@ -86,17 +87,22 @@ def one_wrong(sequence: Sequence[int], *, which_is_wrong: int) -> Script:
 class UnevenPlanner:
     """Plans groups of random sizes, empty ones too."""
 
+    uses_lookup = False
+
     def __init__(self, num_draft_tokens: int, *, seed: int = 0) -> None:
         self.k = num_draft_tokens
         self.rng = np.random.default_rng(seed)
         self.plans: list[StepLayout] = []
 
-    def plan(self, *, num_pending: int, num_waiting: int, room: int) -> StepLayout:
+    def plan(self, *, num_pending: int, num_waiting: int, room: int, **_: Any) -> Decision:
         """A layout with up to k masks in each group."""
         drafts = min(num_waiting, self.k, room - 1)
         counts = tuple(self.rng.integers(0, self.k + 1, drafts + 1).tolist())
         self.plans.append(StepLayout(num_pending, drafts, counts))
-        return self.plans[-1]
+        return Decision(self.plans[-1], source="mask" if drafts else "")
+
+    def observe(self, decision: Decision, **_: Any) -> None:
+        """Learn nothing."""
 
 
 class TableCache:

@@ -50,7 +50,7 @@ def test_ten_thousand_random_steps_leave_what_a_fresh_prefill_leaves(layout: str
     options: dict[str, Any] = {"vocab_size": 6, "num_hidden_layers": 1, "num_key_value_heads": 1}
     model = tiny_mtp("llama", k=2, sampler=False, low_rank=False, **options)
     base = tiny_base("llama", **options)
-    steps, most, counts = 0, 0, Counter[int]()
+    steps, counts = 0, Counter[int]()
     for seed in range(STEPS):
         prompt = random_ids(5 + seed % 9, vocab=6, seed=seed)
         cache, ids = model.make_cache(), list(prompt)
@@ -66,7 +66,6 @@ def test_ten_thousand_random_steps_leave_what_a_fresh_prefill_leaves(layout: str
         for step in found:
             ids += step.tokens
             counts[step.num_accepted] += 1
-            most = max(most, step.num_draft_tokens)
             steps += 1
             if steps % 40 == 0:
                 assert_same_rows(cache, base, ids[:-1])
@@ -74,7 +73,7 @@ def test_ten_thousand_random_steps_leave_what_a_fresh_prefill_leaves(layout: str
         if steps >= STEPS / 3:
             break
     assert steps >= STEPS / 3
-    assert most > 0 and min(counts[accepted] for accepted in range(most + 1)) > 100
+    assert min(counts[accepted] for accepted in range(3)) > 100
 
 
 @pytest.mark.parametrize("kind", KINDS)

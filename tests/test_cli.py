@@ -97,6 +97,7 @@ def test_defaults_are_those_of_mlx_lm(loaded, scripted):
     assert call.prompt == [USER, *ids_of("hello"), EOS, ASSISTANT]
     assert (call.max_tokens, call.seed, call.prefill_step_size) == (100, None, 2048)
     assert (call.layout, call.num_draft_tokens) == ("auto", None)
+    assert call.lookup and call.explain is None and call.speculation is scripted.speculation
     sampling = call.sampling
     assert (sampling.temp, sampling.top_p, sampling.min_p, sampling.top_k) == (0, 1, 0, 0)
     assert (sampling.repetition_penalty, sampling.logit_bias) == (None, None)
@@ -105,6 +106,20 @@ def test_defaults_are_those_of_mlx_lm(loaded, scripted):
     }  # fmt: skip
     assert loaded["path"] is loaded["adapter_path"] is None
     assert loaded["mtp"] and not loaded["trust_remote_code"]
+
+
+def test_drafts_from_the_text_are_counted_apart(loaded, scripted):
+    scripted.answers = [[*ids_of("Hello."), EOS]]
+    scripted.source = "lookup"
+    result = invoke("generate", "--prompt", "hi")
+    assert result.stdout.endswith("\nLookup: 4/6 of these drafts were found in the text\n")
+
+
+def test_each_step_can_be_explained(loaded, scripted):
+    scripted.answers = [[*ids_of("Hello."), EOS]]
+    assert invoke("generate", "--explain", "--no-lookup").exit_code == 0
+    call = scripted.calls[0]
+    assert not call.lookup and callable(call.explain)
 
 
 def test_options_arrive(loaded, scripted):

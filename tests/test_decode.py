@@ -9,13 +9,23 @@ import numpy as np
 import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_logits_processors
-from scripted import Script, ScriptedModel, UnevenPlanner, mixed, one_wrong, right, wrong
+from scripted import (
+    Script,
+    ScriptedModel,
+    TableModel,
+    UnevenPlanner,
+    mixed,
+    one_wrong,
+    right,
+    wrong,
+)
 from tiny import KINDS, tiny_base, tiny_mtp
 
 from mlx_mtp import cache as kv_cache
 from mlx_mtp.accept import Sampling
 from mlx_mtp.decode import StepResult, decode
 from mlx_mtp.model import MTPModel
+from mlx_mtp.planner import Speculation
 
 PROMPT = [3, 17, 42, 8, 29, 55, 1, 33, 20]
 LAYOUTS = ("plain", "auto", "linear", "quadratic")
@@ -91,7 +101,8 @@ def test_a_thousand_sequences_of_adversarial_drafts(name: str, count: int) -> No
         length = 1 + 2 * (k + 1)
         expected = plain_ids(model, prompt, max_tokens=length)
         drafted = ScriptedModel(model, adversary(name, [*prompt, *expected], seed))
-        steps = run(drafted, prompt, layout=layout, num_draft_tokens=k, max_tokens=length)
+        options: dict[str, Any] = {"layout": layout, "num_draft_tokens": k, "lookup": False}
+        steps = run(drafted, prompt, max_tokens=length, **options)
         assert ids_of(steps) == expected, (prompt, k, layout)
         assert all(len(step.tokens) == step.num_accepted + 1 for step in steps)
         accepted |= {step.num_accepted for step in steps}
@@ -333,3 +344,36 @@ def test_bad_arguments_are_refused_before_any_work(
     with pytest.raises(ValueError, match=message):
         decode(model, prompt, cache=cache, **options)
     assert cache.offset == 0
+
+
+def repeating_model() -> TableModel:
+    """Its text goes round in circles, and its masks know nothing."""
+    rng = np.random.default_rng(5)
+    logits = 4 * rng.normal(size=(1, 8, 8)).astype(np.float32)
+    return TableModel(logits, np.zeros((1, 8), np.float32), np.zeros((8, 8), np.float32))
+
+
+@pytest.mark.parametrize("temp", [0.0, 0.3])
+@pytest.mark.parametrize("k", [1, 4])
+def test_looked_up_drafts_change_nothing_but_the_steps(temp: float, k: int) -> None:
+    model = repeating_model()
+    options: dict[str, Any] = {"max_tokens": 80, "sampling": Sampling(temp=temp), "seed": 3}
+    steps = run(model, [1, 2, 3], num_draft_tokens=k, **options)
+    found = [step for step in steps if step.source == "lookup"]
+    assert sum(step.num_accepted for step in found) > 10
+    assert all(bool(step.source) == bool(step.num_draft_tokens) for step in steps)
+    without = run(model, [1, 2, 3], num_draft_tokens=k, lookup=False, **options)
+    assert not any(step.source == "lookup" for step in without)
+    if temp == 0:
+        plain = plain_ids(model, [1, 2, 3], max_tokens=80)
+        assert ids_of(steps) == ids_of(without) == plain
+        assert len(steps) < len(without)
+
+
+def test_what_the_planner_knows_goes_on_from_answer_to_answer() -> None:
+    model = tiny_mtp("llama", k=2, **FAST)
+    known = Speculation.guess(2)
+    lines: list[str] = []
+    run(model, PROMPT, max_tokens=40, speculation=known, lookup=False, explain=lines.append)
+    assert known.acceptance.chances()[0] != 0.5
+    assert lines and all(" rows" in line and " held, " in line for line in lines)

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_mtp.fixed_planner import FIXED_LAYOUTS, FixedPlanner
 from mlx_mtp.layout import (
     StepLayout,
     StepScope,
@@ -16,7 +17,6 @@ from mlx_mtp.layout import (
     plain_layout,
     quadratic_layout,
 )
-from mlx_mtp.planner import LAYOUTS, FixedPlanner
 
 layouts = st.lists(st.integers(0, 4), min_size=1, max_size=6).flatmap(
     lambda counts: st.builds(
@@ -116,7 +116,7 @@ def test_a_scope_has_masks_only_inside_a_step_with_masks() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(
-    name=st.sampled_from(LAYOUTS),
+    name=st.sampled_from(FIXED_LAYOUTS),
     k=st.integers(0, 8),
     pending=st.integers(1, 5),
     waiting=st.integers(0, 8),
@@ -126,7 +126,7 @@ def test_a_plan_verifies_no_more_than_there_is_and_can_be_emitted(
     name: str, k: int, pending: int, waiting: int, room: int
 ) -> None:
     planner = FixedPlanner(name, num_draft_tokens=k)
-    layout = planner.plan(num_pending=pending, num_waiting=waiting, room=room)
+    layout = planner.plan(num_pending=pending, num_waiting=waiting, room=room).layout
     assert layout.num_pending == pending
     assert layout.num_draft_tokens <= min(waiting, k, room - 1)
     assert max(layout.mask_counts) <= k

@@ -29,6 +29,7 @@ from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.layout import StepLayout
 from mlx_mtp.planner import LAYOUTS
 from mlx_mtp.prompts import ENGLISH_KINDS, Prompt, builtin_prompts, read_prompts
+from mlx_mtp.tuning import speculation_for
 
 STOCK = "stock"  # stock mlx_lm on the model folder as it is
 
@@ -119,6 +120,7 @@ def _modes(
     names: Sequence[str], model: Any, stop_ids: Any, *, k: int | None, max_tokens: int
 ) -> dict[str, Callable[[list[int]], Answer]]:
     """A function from prompt ids to a timed answer for each mode."""
+    known = speculation_for(model) if "auto" in names else None
     runs: dict[str, Callable[[list[int]], Answer]] = {}
 
     def ours(layout: str) -> Callable[[list[int]], Answer]:
@@ -130,6 +132,7 @@ def _modes(
                 stop_ids=stop_ids,
                 layout=layout,
                 num_draft_tokens=k,
+                speculation=known,
             )
             return timed(step.tokens for step in steps)
 

@@ -54,6 +54,11 @@ class Evaluation:
     num_steps: int
     num_sequences: int
 
+    def falling_shares(self) -> tuple[float, ...]:
+        """The acceptance for an adapter's configuration: rounded, and no share above one before."""
+        falling = np.minimum.accumulate(np.round(self.acceptance, 4))
+        return tuple(falling.tolist())
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
         return dataclasses.asdict(self) | {"acceptance": list(self.acceptance)}

@@ -290,9 +290,10 @@ class _Run:
 
     def _save_adapter(self) -> None:
         """Write the adapter, but for the ablation's, which would decode with the gate on."""
-        assert self.model.config is not None
+        assert self.model.config is not None and self.best is not None
         if self.settings.gate:
-            save_adapter(self.output, self.model.config, adapter_tensors(self.parameters))
+            config = dataclasses.replace(self.model.config, acceptance=self.best.falling_shares())
+            save_adapter(self.output, config, adapter_tensors(self.parameters))
 
     def _save(self) -> None:
         assert self.history is not None
