@@ -435,7 +435,7 @@ class TestShippedAdapter:
         base, _ = lm_utils.load_model(folder, lazy=True)
         assert config.base_fingerprint == fingerprint(base)
         assert config.base_model == default_model.DEFAULT_MODEL_NAME
-        assert (config.num_draft_tokens, config.rank, config.scale) == (4, 32, 2.0)
+        assert (config.num_draft_tokens, config.rank, config.scale) == (8, 32, 2.0)
 
     def test_size_and_card(self) -> None:
         folder = default_adapter_path()
@@ -449,7 +449,7 @@ class TestShippedAdapter:
         assert isinstance(tensors, dict)
         assert len(tensors) == 30 * 7 * 2 + 8 + 1
         assert {value.dtype for value in tensors.values()} == {mx.float16}
-        assert tensors["mask_embeddings"].shape == (4, 576)
+        assert tensors["mask_embeddings"].shape == (8, 576)
         assert tensors["model.layers.29.mlp.down_proj.lora_a"].shape == (1536, 32)
         assert tensors["model.layers.29.mlp.down_proj.lora_b"].shape == (32, 576)
 

@@ -59,5 +59,5 @@ def test_the_shipped_adapter_drafts_well(ours):
         add_special_tokens=False,
     )
     steps = list(decode(model, ids, max_tokens=64, layout="quadratic"))
-    assert model.num_draft_tokens == 4
+    assert model.num_draft_tokens == 8
     assert sum(len(step.tokens) for step in steps) / len(steps) > 1.9
