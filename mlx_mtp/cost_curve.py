@@ -62,13 +62,14 @@ class CostCurve:
     def forward(self, context: int) -> np.ndarray:
         """Milliseconds of a forward by its rows, ``[R + 1]``, 0.0 at 0.
 
-        Between the measured numbers it is a straight line, and it never falls.
+        Between the measured numbers it is a straight line.  More rows cannot cost less, so where
+        they seem to, the smaller number's time was disturbed and is lowered.
         """
         lines = np.array(self.forward_ms)
         measured = [np.interp(context, self.contexts, lines[:, at]) for at in range(len(self.rows))]
         every = np.interp(np.arange(self.rows[-1] + 1), self.rows, measured)
         every[0] = 0.0
-        return np.maximum.accumulate(every)
+        return _rising(every)
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
@@ -148,3 +149,8 @@ class LiveCosts:
         if at not in self._forward:
             self._forward[at] = self.curve.forward(at * _CONTEXT_STEP)
         return self._forward[at]
+
+
+def _rising(times: np.ndarray) -> np.ndarray:
+    """The largest times that never fall and are nowhere above those given."""
+    return np.minimum.accumulate(times[::-1])[::-1]

@@ -12,7 +12,6 @@ import hashlib
 import json
 import os
 import platform
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -95,14 +94,16 @@ class StepBench:
         mx.eval(model(mx.array([self._ids]), cache=self._cache))
 
     def ms(self, layouts: Sequence[StepLayout], rounds: int) -> list[float]:
-        """Median time of each step; the rounds go through all of them in turn."""
+        """Least time of each step; the rounds go through all of them in turn.
+
+        Whatever else the machine does only adds, so the least is nearest to the step's own time.
+        """
         times: list[list[float]] = [[] for _ in layouts]
         for turn in range(rounds + 1):
             for at, layout in enumerate(layouts):
-                times[at] += [self._step_ms(layout)] if turn else []
-                if not turn:
-                    self._step_ms(layout)
-        return [statistics.median(each) for each in times]
+                ms = self._step_ms(layout)
+                times[at] += [ms] if turn else []  # the first one warms up
+        return [min(each) for each in times]
 
     def draft_ms(self, rounds: int) -> list[float]:
         """What drafting adds to a step by the size of the group, ``[k + 1]``."""
@@ -113,9 +114,8 @@ class StepBench:
         rows = max(_DRAFT_ROWS, k + 1)
         layouts = [_verify_only(rows), *(_one_group(rows, size) for size in sizes)]
         bare, *drafting = self.ms(layouts, rounds)
-        added = [0.0]
-        for each in drafting:
-            added.append(max(added[-1], each - bare))
+        added = [0.0, *(max(each - bare, 0.0) for each in drafting)]
+        added = np.minimum.accumulate(added[::-1])[::-1].tolist()
         return np.interp(np.arange(k + 1), [0, *sizes], added).tolist()
 
     def forward_ms(
@@ -129,8 +129,8 @@ class StepBench:
             times = self.ms(layouts, rounds)
             for layout, ms in zip(layouts, times, strict=True):
                 drafting = draft_ms[max(layout.mask_counts)]
-                found.append(max(ms - drafting, found[-1] if found else ms / 2))
-            if k and found[-1] > (k + 1) * found[0]:
+                found.append(max(ms - drafting, ms / 4))
+            if k and found[-1] > (k + 1) * min(found):
                 break
         return found
 
