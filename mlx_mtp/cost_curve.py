@@ -96,7 +96,7 @@ class CostCurve:
             raise ValueError(f"not a cost curve: {error!r}") from None
 
 
-# Where nothing was measured: what rows cost on many GPUs with few-row kernels, in plain steps.
+# Where nothing was measured, a guess, in plain steps.
 UNMEASURED = CostCurve(
     rows=(1, 4, 8, 16, 32),
     contexts=(0,),

@@ -25,6 +25,7 @@ from mlx_mtp.kernel_checks import MetalRunner, self_check
 from mlx_mtp.kernel_choice import gpu_generation
 from mlx_mtp.kernel_setup import all_choices, has_metal, shape_name
 from mlx_mtp.kernels import PackedWeight
+from mlx_mtp.machine import gpu_info, machine_name
 from mlx_mtp.skinny import packed_weight, shape_key
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24, 32)
@@ -127,13 +128,13 @@ def examine(
 def machine() -> dict[str, Any]:
     """The machine, its GPU and the versions that matter."""
     device = mx.default_device()
-    info = mx.device_info() if device.type == mx.gpu else {}
+    info = gpu_info()
     return {
         "device": "gpu" if device.type == mx.gpu else "cpu",
         "has_metal": has_metal(),
         "architecture": str(info.get("architecture", platform.machine())),
         "generation": gpu_generation(str(info.get("architecture", ""))),
-        "name": str(info.get("device_name", platform.processor() or platform.machine())),
+        "name": machine_name(info),
         "memory_bytes": info.get("memory_size"),
         "system": platform.platform(),
         "python": platform.python_version(),

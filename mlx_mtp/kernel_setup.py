@@ -33,6 +33,7 @@ from mlx_mtp.kernel_choice import (
     kernel_mode,
 )
 from mlx_mtp.kernels import PackedWeight, kernel_header
+from mlx_mtp.machine import gpu_marks
 from mlx_mtp.skinny import ShapeKey, use_kernels, weights_by_shape
 from mlx_mtp.small_files import write_atomically
 
@@ -171,9 +172,8 @@ def _bytes(weights: Any) -> int:
 
 
 def _digest(info: Mapping[str, Any], mode: Mode, names: Sequence[str]) -> str:
-    machine = [str(info.get(name)) for name in ("architecture", "device_name", "memory_size")]
     text = hashlib.sha256(kernel_header().encode()).hexdigest()
-    everything = [*machine, mode, version("mlx"), text, *sorted(names)]
+    everything = [*gpu_marks(info), mode, version("mlx"), text, *sorted(names)]
     return hashlib.sha256("\n".join(everything).encode()).hexdigest()[:24]
 
 

@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
-from typing import Any, cast
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -31,6 +31,7 @@ from mlx_mtp.draft import Drafts
 from mlx_mtp.kernel_choice import SWITCH
 from mlx_mtp.layout import StepLayout
 from mlx_mtp.lookup import LONGEST_LOOKUP
+from mlx_mtp.machine import gpu_info, gpu_marks, machine_name
 from mlx_mtp.model import MTPModel
 from mlx_mtp.planner import Speculation
 from mlx_mtp.small_files import write_atomically
@@ -55,9 +56,9 @@ def measure_costs(
 
     Args:
         model: with its adapter; without one only verification is timed.
-        contexts: ids in the cache meanwhile; of those that do not fit into half of the model's
-            context none is left but half of it, and steps take no more than the other half.
-        rounds: how often each step is run; the median counts, after one run to warm up.
+        contexts: ids in the cache meanwhile; half of the model's context at most, so that steps
+            fit into the other half.
+        rounds: how often each step is run; the least time counts, after one run to warm up.
         say: called with a line about what is going on.
     """
     k, half = model.num_draft_tokens, max((model.max_context or 2**62) // 2, 1)
@@ -79,7 +80,7 @@ def measure_costs(
         contexts=tuple(contexts),
         forward_ms=tuple(lines),
         draft_ms=tuple(draft_ms),
-        source=f"measured {time.strftime('%Y-%m-%d')} on {machine_name()}",
+        source=f"measured {time.strftime('%Y-%m-%d')} on {machine_name(gpu_info())}",
     )
 
 
@@ -222,16 +223,9 @@ def curve_lines(curve: CostCurve) -> list[str]:
     return lines
 
 
-def machine_name() -> str:
-    """What a person would call this machine."""
-    info = mx.device_info() if mx.default_device().type == mx.gpu else {}
-    return str(info.get("device_name") or platform.processor() or platform.machine())
-
-
 def _digest(model: MTPModel) -> str:
     """Hash of everything that changes what steps cost."""
-    info: dict[str, Any] = dict(mx.device_info()) if mx.default_device().type == mx.gpu else {}
-    machine = [str(info.get(name)) for name in ("architecture", "device_name", "memory_size")]
+    machine = gpu_marks(gpu_info())
     machine += [platform.platform(), str(os.cpu_count()), os.environ.get("OMP_NUM_THREADS", "")]
     packages = [mlx_mtp.__version__, version("mlx"), str(mlx_mtp.BLAS)]
     weights = [

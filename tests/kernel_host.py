@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from metal_host import Kernel, KernelText, Report, from_bfloat16, kernel_text
+from metal_host.mutants import mutant, mutants, original, switchable_barriers
 
 from mlx_mtp import kernels
 from mlx_mtp.kernel_checks import LowRank
@@ -49,6 +50,37 @@ def launch_text(
     buffers = text.buffers([to_numpy(each) for each in launch.inputs.values()], [y])
     report = kernel(text.grid, text.threadgroup, buffers, uninit=(max(buffers),), **options)
     return from_numpy(y, launch.output_dtype), report
+
+
+def unseen_mutants(
+    launch: Launch, *, start: int, text: KernelText, skip: Callable[[int, str], bool]
+) -> list[tuple[int, str]]:
+    """Barriers that can be taken out or weakened without a race that check mode sees.
+
+    Args:
+        launch: what to run; as it is written it must be free of findings.
+        start: where in the text barriers begin to count.
+        text: of the launch.
+        skip: tells of a barrier and a way to weaken it whether the launch can do with it.
+    """
+    source, scopes = switchable_barriers(text.source, start=start)
+    kernel = Kernel(source, text.name, text.template_args, include=text.include, mode="check")
+    _, report = launch_text(kernel, text, launch, constants=original(), raise_on_error=False)
+    assert not report.errors and not report.warnings
+    tried = [each for each in mutants(scopes) if not skip(*each)]
+    assert tried
+    unseen = []
+    for barrier, how in tried:
+        seen = []
+        for seed in (0, 1):
+            _, report = launch_text(
+                kernel, text, launch, constants=mutant(barrier, how), seed=seed,
+                raise_on_error=False,
+            )  # fmt: skip
+            seen += report.errors
+        if not any(error.startswith("RACE") for error in seen):
+            unseen.append((barrier, how))
+    return unseen
 
 
 def to_numpy(x: mx.array) -> np.ndarray:

@@ -9,16 +9,15 @@ from kernel_host import (
     EPS,
     exact_product,
     float64,
-    launch_text,
     random_rows,
     random_weight,
     relative_error,
     run_launch,
     text_of,
+    unseen_mutants,
 )
-from metal_host import Kernel
 from metal_host.gate import check
-from metal_host.mutants import mutant, mutants, original, switchable_barriers
+from metal_host.mutants import switchable_barriers
 from metal_host.toolchain import find_clang
 
 from mlx_mtp import kernels
@@ -186,22 +185,10 @@ def launches() -> list[Launch]:
 def test_each_barrier_is_missed(number):
     launch = launches()[number]
     text = text_of(launch)
-    source, scopes = switchable_barriers(text.source)
-    kernel = Kernel(source, text.name, text.template_args, include=text.include, mode="check")
     used = _barriers_of(text.source, "matrix" if number > 1 else "scalar")
-    _, report = launch_text(kernel, text, launch, constants=original(), raise_on_error=False)
-    assert not report.errors and not report.warnings
-    for barrier, how in mutants(scopes):
-        if barrier not in used:
-            continue
-        seen = []
-        for seed in (0, 1):
-            _, report = launch_text(
-                kernel, text, launch, constants=mutant(barrier, how), seed=seed,
-                raise_on_error=False,
-            )  # fmt: skip
-            seen += report.errors
-        assert any(error.startswith("RACE") for error in seen), (barrier, how)
+    assert not unseen_mutants(
+        launch, start=0, text=text, skip=lambda barrier, how: barrier not in used
+    )
 
 
 def _barriers_of(source: str, variant: Variant) -> set[int]:
