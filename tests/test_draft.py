@@ -13,7 +13,7 @@ from tiny import random_adapter, tiny_base, tiny_mtp
 
 from mlx_mtp.accept import Sampling
 from mlx_mtp.config import SamplerKind
-from mlx_mtp.draft import Drafts, draft_tokens
+from mlx_mtp.draft import Drafts, draft_tokens, shortlisted
 from mlx_mtp.model import SAMPLER_PREFIX, MTPModel
 from mlx_mtp.sampler_head import SamplerHead
 
@@ -113,6 +113,20 @@ def test_a_shortlist_holds_the_heads_best(size: int) -> None:
     assert np.abs(np.array(drafts.probs).sum(-1) - 1).max() < 1e-5
     for token, candidates in zip(drafts.tokens.tolist(), drafts.candidates.tolist(), strict=True):  # type: ignore[arg-type]
         assert candidates.count(token) == 1
+
+
+@pytest.mark.parametrize("vocab", [2048, 3000, 49152])
+def test_a_large_vocabulary_is_shortlisted_by_blocks(vocab: int) -> None:
+    rng = np.random.default_rng(vocab)
+    logits = rng.standard_normal((4, vocab)).astype(np.float32)
+    found = np.array(shortlisted(mx.array(logits), 64))
+    for row, ids in zip(logits, found, strict=True):
+        best_of_block: dict[int, int] = {}
+        for token in np.argsort(-row):
+            best_of_block.setdefault(int(token) % 1024, int(token))
+        wanted = sorted(best_of_block.values(), key=lambda token: -row[token])[:64]
+        assert sorted(ids) == sorted(wanted)
+        assert row.argmax() in ids and len(set(ids)) == 64
 
 
 def test_sampled_drafts_follow_the_distribution_that_they_report() -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.draft import SHORTLIST
+from mlx_mtp.draft import SHORTLIST, shortlisted
 from mlx_mtp.train.forward import OrdinaryRows, mask_rows, ordinary_rows
 from mlx_mtp.train.packing import MaskRows
 
@@ -362,8 +362,7 @@ def _drafts(model: MTPModel, hidden: mx.array, previous: mx.array, use_sampler: 
     head = model.sampler_head if use_sampler else None
     if head is None:
         return mx.argmax(logits, axis=-1)
-    size = min(SHORTLIST, logits.shape[-1])
-    candidates = mx.argpartition(-logits, kth=size - 1, axis=-1)[:, :size]  # [A, S]
+    candidates = shortlisted(logits, SHORTLIST)  # [A, S]
     states = head(model.embed(previous), hidden)  # [A, D]
     scores = (model.unembed_rows(candidates) @ states[..., None])[..., 0]  # [A, S]
     picks = mx.argmax(scores, axis=-1, keepdims=True)
