@@ -7,6 +7,38 @@
 
 constant constexpr int RANKS_EACH = 2;  // of a simdgroup
 
+// Add the products of four inputs, from k on, to the sums of a lane.
+template <typename T, int rows>
+METAL_FUNC void add_low_rank(
+    thread float (&sums)[rows][RANKS_EACH],
+    const device T* x,
+    const device T* lora_a,
+    SkinnyShape shape,
+    int first_row,
+    int first_rank,
+    int k) {
+  vec<T, 4> weights[RANKS_EACH];
+#pragma clang loop unroll(full)
+  for (int rank = 0; rank < RANKS_EACH; rank++) {
+    const int r = min(first_rank + rank, shape.outputs - 1);
+    weights[rank] =
+        *reinterpret_cast<const device vec<T, 4>*>(lora_a + ulong(r) * shape.inputs + k);
+  }
+#pragma clang loop unroll(full)
+  for (int row = 0; row < rows; row++) {
+    const int m = min(first_row + row, shape.rows - 1);
+    const vec<T, 4> inputs =
+        *reinterpret_cast<const device vec<T, 4>*>(x + ulong(m) * shape.inputs + k);
+#pragma clang loop unroll(full)
+    for (int rank = 0; rank < RANKS_EACH; rank++) {
+#pragma clang loop unroll(full)
+      for (int i = 0; i < 4; i++) {
+        sums[row][rank] = fma(float(inputs[i]), float(weights[rank][i]), sums[row][rank]);
+      }
+    }
+  }
+}
+
 // Entry of the first product: low_rank[G, R] = x[gate_split:, K] A[R, K]^T, with G = M - gate_split.
 //
 // Grid: threadgroups (ceil(R / (2 * simdgroups)), ceil(G / rows)) of 32 * simdgroups threads.  K is a
@@ -32,26 +64,7 @@ METAL_FUNC void gated_lora_down(
     }
   }
   for (int k = lane * 4; k < shape.inputs; k += SIMD_WIDTH * 4) {
-    vec<T, 4> weights[RANKS_EACH];
-#pragma clang loop unroll(full)
-    for (int rank = 0; rank < RANKS_EACH; rank++) {
-      const int r = min(first_rank + rank, shape.outputs - 1);
-      weights[rank] =
-          *reinterpret_cast<const device vec<T, 4>*>(lora_a + ulong(r) * shape.inputs + k);
-    }
-#pragma clang loop unroll(full)
-    for (int row = 0; row < rows; row++) {
-      const int m = min(first_row + row, shape.rows - 1);
-      const vec<T, 4> inputs =
-          *reinterpret_cast<const device vec<T, 4>*>(x + ulong(m) * shape.inputs + k);
-#pragma clang loop unroll(full)
-      for (int rank = 0; rank < RANKS_EACH; rank++) {
-#pragma clang loop unroll(full)
-        for (int i = 0; i < 4; i++) {
-          sums[row][rank] = fma(float(inputs[i]), float(weights[rank][i]), sums[row][rank]);
-        }
-      }
-    }
+    add_low_rank<T, rows>(sums, x, lora_a, shape, first_row, first_rank, k);
   }
 #pragma clang loop unroll(full)
   for (int row = 0; row < rows; row++) {

@@ -182,6 +182,46 @@ METAL_FUNC void add_block(
   }
 }
 
+// Store the chunks' sums, added by the tree: four chunks of a simdgroup, then the four simdgroups.
+// `partial` has rows * outputs * 32 floats and may lie where the copied x lay.
+template <typename T, int rows, int outputs, typename Store>
+METAL_FUNC void store_scalar_sums(
+    const thread float (&sums)[rows][outputs],
+    device T* y,
+    SkinnyShape shape,
+    const thread Store& store,
+    threadgroup float* partial,
+    int first_row,
+    int first_output,
+    uint thread_index) {
+  const int simdgroup = int(thread_index) / SIMD_WIDTH;
+  const int lane = int(thread_index) % SIMD_WIDTH;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma clang loop unroll(full)
+  for (int row = 0; row < rows; row++) {
+#pragma clang loop unroll(full)
+    for (int output = 0; output < outputs; output++) {
+      float sum = sums[row][output];
+      sum += simd_shuffle_xor(sum, 1);
+      sum += simd_shuffle_xor(sum, 2);
+      if (lane % 4 == 0) {
+        partial[((simdgroup * rows) + row) * 8 * outputs + output * 8 + lane / 4] = sum;
+      }
+    }
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  constexpr int tile_size = rows * 8 * outputs;
+  for (int at = int(thread_index); at < tile_size; at += SCALAR_SIMDGROUPS * SIMD_WIDTH) {
+    const int row = first_row + at / (8 * outputs);
+    const int n = first_output + at % (8 * outputs);
+    if (row < shape.rows && n < shape.outputs) {
+      const float low = partial[at] + partial[at + tile_size];
+      const float high = partial[at + 2 * tile_size] + partial[at + 3 * tile_size];
+      y[ulong(row) * shape.outputs + n] = T(store(low + high, row, n));
+    }
+  }
+}
+
 // Entry of the scalar variant.
 //
 // Grid: threadgroups (ceil(N / (8 * outputs)), ceil(M / rows)) of 128 threads.  `shared` has
@@ -231,30 +271,7 @@ METAL_FUNC void skinny_qmm_scalar(
     }
   }
 
-  // The tree: four chunks of a simdgroup, then the four simdgroups.
-  threadgroup float* partial = reinterpret_cast<threadgroup float*>(shared);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-#pragma clang loop unroll(full)
-  for (int row = 0; row < rows; row++) {
-#pragma clang loop unroll(full)
-    for (int output = 0; output < outputs; output++) {
-      float sum = sums[row][output];
-      sum += simd_shuffle_xor(sum, 1);
-      sum += simd_shuffle_xor(sum, 2);
-      if (chunk_lane == 0) {
-        partial[((simdgroup * rows) + row) * 8 * outputs + output * 8 + column] = sum;
-      }
-    }
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-  constexpr int tile_size = rows * 8 * outputs;
-  for (int at = int(thread_index); at < tile_size; at += SCALAR_SIMDGROUPS * SIMD_WIDTH) {
-    const int row = first_row + at / (8 * outputs);
-    const int n = first_output + at % (8 * outputs);
-    if (row < shape.rows && n < shape.outputs) {
-      const float low = partial[at] + partial[at + tile_size];
-      const float high = partial[at + 2 * tile_size] + partial[at + 3 * tile_size];
-      y[ulong(row) * shape.outputs + n] = T(store(low + high, row, n));
-    }
-  }
+  store_scalar_sums<T, rows, outputs>(
+      sums, y, shape, store, reinterpret_cast<threadgroup float*>(shared), first_row, first_output,
+      thread_index);
 }

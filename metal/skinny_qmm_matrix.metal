@@ -229,6 +229,37 @@ METAL_FUNC float tree_sum(const threadgroup float* partial, int stride) {
   return sums[0];
 }
 
+// Store the sums of one tile of 8 rows: into threadgroup memory, and from there through the tree.
+template <typename T, int column_tiles, int simdgroups, typename Store>
+METAL_FUNC void store_matrix_tile(
+    const thread float2 (&sums)[column_tiles],
+    device T* y,
+    SkinnyShape shape,
+    const thread Store& store,
+    threadgroup float* partial,
+    MatrixLane at,
+    int first_row,
+    int first_output,
+    uint thread_index) {
+  constexpr int width = 8 * column_tiles;
+  threadgroup float* mine = partial + int(thread_index) / SIMD_WIDTH * 8 * width;
+#pragma clang loop unroll(full)
+  for (int column = 0; column < column_tiles; column++) {
+    const float2 pair = sums[column];
+    mine[at.column * width + column * 8 + at.row] = pair.x;
+    mine[(at.column + 1) * width + column * 8 + at.row] = pair.y;
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (int i = int(thread_index); i < 8 * width; i += simdgroups * SIMD_WIDTH) {
+    const int row = first_row + i / width;
+    const int n = first_output + i % width;
+    if (row < shape.rows && n < shape.outputs) {
+      const float sum = tree_sum<simdgroups>(partial + i, 8 * width);
+      y[ulong(row) * shape.outputs + n] = T(store(sum, row, n));
+    }
+  }
+}
+
 // Entry of the matrix variant.
 //
 // Grid: threadgroups (ceil(N / (8 * column_tiles)), ceil(M / (8 * row_tiles))) of 32 * simdgroups
@@ -276,25 +307,11 @@ METAL_FUNC void skinny_qmm_matrix(
     }
   }
 
-  constexpr int width = 8 * column_tiles;
 #pragma clang loop unroll(full)
   for (int row_tile = 0; row_tile < row_tiles; row_tile++) {
-    threadgroup float* mine = partial + simdgroup * 8 * width;
-#pragma clang loop unroll(full)
-    for (int column = 0; column < column_tiles; column++) {
-      const float2 pair = sums[row_tile][column];
-      mine[at.column * width + column * 8 + at.row] = pair.x;
-      mine[(at.column + 1) * width + column * 8 + at.row] = pair.y;
-    }
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-    for (int i = int(thread_index); i < 8 * width; i += simdgroups * SIMD_WIDTH) {
-      const int row = first_row + row_tile * 8 + i / width;
-      const int n = first_output + i % width;
-      if (row < shape.rows && n < shape.outputs) {
-        const float sum = tree_sum<simdgroups>(partial + i, 8 * width);
-        y[ulong(row) * shape.outputs + n] = T(store(sum, row, n));
-      }
-    }
+    store_matrix_tile<T, column_tiles, simdgroups>(
+        sums[row_tile], y, shape, store, partial, at, first_row + row_tile * 8, first_output,
+        thread_index);
     if (row_tile + 1 < row_tiles) {
       threadgroup_barrier(mem_flags::mem_threadgroup);  // before the next tile takes the place
     }

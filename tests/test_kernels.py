@@ -193,11 +193,13 @@ def test_each_barrier_is_missed(number):
 
 def _barriers_of(source: str, variant: Variant) -> set[int]:
     """Numbers of the barriers in the text of a variant, counted over the whole text."""
-    _, before = switchable_barriers(
-        source[: source.index(f"METAL_FUNC void skinny_qmm_{variant}(")]
-    )
+    first, num_barriers = {"scalar": ("store_scalar_sums", 4), "matrix": ("store_matrix_tile", 2)}[
+        variant
+    ]
+    _, before = switchable_barriers(source[: source.index(f"METAL_FUNC void {first}(")])
     end = source.index("\n}\n", source.index(f"METAL_FUNC void skinny_qmm_{variant}("))
     _, within = switchable_barriers(source[:end])
+    assert len(within) - len(before) == num_barriers
     return set(range(len(before), len(within)))
 
 

@@ -115,13 +115,17 @@ class TestBits:
             assert same_bits(y, alone[:, :, :rows]), rows
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("dtype", DTYPES)
-    def test_are_the_same_with_masked_keys_behind_and_every_kind_of_mask(self, dtype):
-        problem = attention(6, 260, dtype=dtype)
-        causal, _ = problem.rows(0, 6, keys=131, mask="causal").run()
-        for count in (131, 140, 260):
-            mask = mx.array(np.tri(6, count, 125, dtype=bool))
-            y, _ = problem.rows(0, 6, keys=count, mask=mask).run()
+    @pytest.mark.parametrize(
+        ("rows", "dtype"),
+        [(6, dtype) for dtype in DTYPES] + [(rows, mx.float32) for rows in (1, 11, 17, 32)],
+    )
+    def test_are_the_same_with_masked_keys_behind_and_every_kind_of_mask(self, rows, dtype):
+        seen = 125 + rows
+        problem = attention(rows, 260, dtype=dtype)
+        causal, _ = problem.rows(0, rows, keys=seen, mask="causal").run()
+        for count in (seen, seen + 9, 260):
+            mask = mx.array(np.tri(rows, count, 125, dtype=bool))
+            y, _ = problem.rows(0, rows, keys=count, mask=mask).run()
             assert same_bits(y, causal), count
 
     @pytest.mark.slow
