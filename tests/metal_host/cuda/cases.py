@@ -51,6 +51,8 @@ def default_cases() -> Iterator[Case]:
             yield matmul(rows, dtype=dtype)
         for rows in MATRIX_ROWS:
             yield matmul(rows, dtype=dtype, variant="matrix")
+        for rows in (16, 32):
+            yield matmul(rows, dtype=dtype, variant="matrix", simdgroups=8)
         for variant in ("scalar", "matrix"):
             yield matmul(8, dtype=dtype, variant=variant, gated=True)
         for rows in range(1, 5):

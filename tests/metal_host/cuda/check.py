@@ -20,7 +20,7 @@ from ..attention import make_attention
 from ..quantised import MLX_TYPES, Problem, Shape, make_problem, to_float64, to_numpy
 
 Run = Callable[[Launch], mx.array]
-VARIANTS: tuple[Variant, ...] = ("scalar", "matrix")
+VARIANTS: tuple[tuple[Variant, int], ...] = (("scalar", 16), ("matrix", 16), ("matrix", 8))
 DTYPES = ("float16", "bfloat16", "float32")
 BOUND = 1e-5  # of the largest value, before the one rounding
 ALL_ROWS = range(1, kernels.MAX_ROWS + 1)
@@ -87,10 +87,13 @@ def check_rows(run: Run, shape: Shape, *, rows: Sequence[int] = ALL_ROWS) -> Fin
         [run(kernels.skinny_qmm_launch(x[i : i + 1], packed)) for i in range(shape.m)]
     )
     for count in rows:
-        for variant in VARIANTS:
-            y = run(kernels.skinny_qmm_launch(x[:count], packed, variant=variant))
-            judge.near(y, problem.expected[:count], f"{variant}, {count} rows")
-            judge.same_bits(y, alone[:count], f"{variant}, {count} rows")
+        for variant, simdgroups in VARIANTS:
+            launch = kernels.skinny_qmm_launch(
+                x[:count], packed, variant=variant, simdgroups=simdgroups
+            )
+            y, name = run(launch), f"{variant}, {count} rows"
+            judge.near(y, problem.expected[:count], name)
+            judge.same_bits(y, alone[:count], name)
     return judge.finding()
 
 
@@ -110,9 +113,11 @@ def check_gated(run: Run, shape: Shape) -> Finding:
     expected[GATE_SPLIT:] += low.scale * (to_float64(problem.x)[GATE_SPLIT:] @ a.T) @ b
     low_rank = run(kernels.gated_lora_down_launch(x, low.lora_a, gate_split=GATE_SPLIT))
     plain = run(kernels.skinny_qmm_launch(x, packed))
-    for variant in VARIANTS:
-        term = low.term(low_rank)
-        y = run(kernels.skinny_qmm_launch(x, packed, variant=variant, gated=term))
+    for variant, simdgroups in VARIANTS:
+        launch = kernels.skinny_qmm_launch(
+            x, packed, variant=variant, gated=low.term(low_rank), simdgroups=simdgroups
+        )
+        y = run(launch)
         judge.near(y, expected, variant)
         judge.same_bits(y[:GATE_SPLIT], plain[:GATE_SPLIT], f"{variant}, ordinary rows")
     return judge.finding()

@@ -35,7 +35,7 @@ def build_all(cases: Sequence[Case], *, arch: str = ARCH) -> list[Built]:
     texts = [text_of(case.launch) for case in cases]  # MLX traces in one thread
     with (
         Progress("Compiling ...") as progress,
-        ThreadPoolExecutor(int(os.environ.get("JOBS", os.cpu_count() or 1))) as pool,
+        ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         tasks = [pool.submit(build, text, arch=arch) for text in texts]
         for done, _ in enumerate(as_completed(tasks), 1):

@@ -24,6 +24,7 @@ from .gpu import ROUNDS, Gpu
 
 CACHES = 4  # the weights together are so many times the cache
 MOST_COPIES = 64
+MATRIX_SIMDGROUPS = 8  # with 16, rows beyond 8 need more registers than 512 threads have
 TIMES = 20  # passes over all copies that are timed together
 
 
@@ -76,7 +77,9 @@ def our_costs(gpu: Gpu, packed: PackedWeight, rows: Sequence[int]) -> Iterator[d
             for variant in ("scalar", "matrix"):
                 if variant == "matrix" and m < kernels.MATRIX_MIN_ROWS:
                     continue
-                launch = kernels.skinny_qmm_launch(x[:m], packed, variant=variant)
+                launch = kernels.skinny_qmm_launch(
+                    x[:m], packed, variant=variant, simdgroups=MATRIX_SIMDGROUPS
+                )
                 ready = gpu.ready(text_of(launch))
                 small = [to_numpy(launch.inputs[name]) for name in ("x", "shape")]
                 with gpu.held(small) as (rows_at, shape_at):
@@ -94,10 +97,7 @@ def stock_costs(packed: PackedWeight, rows: Sequence[int], *, copies: int) -> It
     dtype = packed.scales.dtype
     x = mx.random.normal((max(rows), packed.shape[1]), key=mx.random.key(1)).astype(dtype)
     parts = (packed.weight, packed.scales, packed.biases)
-    weights = [
-        [mx.array(np.array(to_numpy(each))).view(each.dtype) for each in parts]
-        for _ in range(copies)
-    ]
+    weights = [[mx.array(to_numpy(each)).view(each.dtype) for each in parts] for _ in range(copies)]
     for m in rows:
         some = mx.contiguous(x[:m])
         mx.eval(some, weights)

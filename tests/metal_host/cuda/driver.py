@@ -176,7 +176,11 @@ class Driver:
         """A copy of an array's elements, in memory of its own."""
         data = np.ascontiguousarray(array)
         pointer = self.allocate(max(data.nbytes, 1))
-        self.call("cuMemcpyHtoD_v2", pointer, data.ctypes.data, data.nbytes)
+        try:
+            self.call("cuMemcpyHtoD_v2", pointer, data.ctypes.data, data.nbytes)
+        except DriverError:
+            self.free(pointer)
+            raise
         return pointer
 
     def download(self, pointer: int, array: np.ndarray) -> None:

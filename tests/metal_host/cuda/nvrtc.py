@@ -23,9 +23,10 @@ def library_path() -> Path | None:
     """The library in NVIDIA's wheel, None where it is not installed."""
     spec = importlib.util.find_spec("nvidia")
     for place in (spec.submodule_search_locations or []) if spec else []:
-        found = sorted(Path(place).glob("*/lib/libnvrtc.so.*"))
-        if found:
-            return found[-1]
+        found = Path(place).glob("*/lib/libnvrtc.so.*")
+        newest = max(found, key=lambda path: int(path.suffix[1:]), default=None)
+        if newest is not None:
+            return newest
     return None
 
 
@@ -33,7 +34,7 @@ def library_path() -> Path | None:
 def _library() -> ctypes.CDLL:
     path = library_path()
     if path is None:
-        raise MslError(f"NVRTC is not installed: pip install {WHEEL} (Linux, x86-64 or aarch64)")
+        raise MslError(f"NVRTC is not installed: pip install {WHEEL}")
     library = ctypes.CDLL(str(path))
     library.nvrtcGetErrorString.restype = ctypes.c_char_p
     return library
