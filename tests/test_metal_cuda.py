@@ -24,8 +24,8 @@ needs_nvrtc = pytest.mark.skipif(
     reason="the test extra brings NVRTC on Linux x86-64 alone",
 )
 MOST_SHARED = 48 << 10  # of a block that asks for no more
-# 512 threads have 128 registers each, and more than 8 rows on 16 simdgroups need more of them.  On 8
-# simdgroups one still spills, by the assembler's choice; heads of 256 in float32 need more than 255.
+# 512 threads have 128 registers each, and more than 8 rows on 16 simdgroups need more of them.  On
+# 8 simdgroups one still spills, by the assembler's choice; heads of 256 in float32 need over 255.
 # Bounds for NVRTC 13.5: what it said, with room for less than another 128 bytes.
 KNOWN_SPILLS = {
     "matrix, 4 bits by 64, half, 16 rows": 128,

@@ -93,8 +93,11 @@ class Gpu:
 
         The launches of a pass are a graph, so that the host takes no part in what is measured.
         """
-        driver = self.driver
-        driver.call("cuCtxSynchronize")  # copies are done before another stream begins
+        driver, unit = self.driver, ready.unit
+        # A kernel may be loaded at its first launch, which must not be while a graph is made; and
+        # copies are done before another stream begins.
+        driver.launch(ready.function, unit.grid, unit.block, arguments[0])
+        driver.call("cuCtxSynchronize")
         stream = driver.handle("cuStreamCreate", NON_BLOCKING)
         start, end = (driver.handle("cuEventCreate", 0) for _ in range(2))
         graph = self._captured(stream, ready, arguments)
