@@ -1,0 +1,146 @@
+"""Which kernels the dispatch can launch, each as a small launch of it: what the gate compiles.
+
+A template has more arguments than anyone would compile in all combinations.  DEFAULT has every one
+of the default format; SAMPLED has each of the other formats, with the number of rows changing from
+one to the next, so that all meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import mlx.core as mx
+
+from mlx_mtp import kernels
+from mlx_mtp.kernels import GatedTerm, Launch, PackedWeight, Variant
+from mlx_mtp.step_attention import HEAD_DIMS, Mask, merge_launch, step_attention_launch
+
+from ..capture import KernelText, kernel_text
+
+BITS, GROUP_SIZE = 4, 64  # of the default format, in half and bfloat16
+OUTPUTS, INPUTS, RANK = 64, 256, 8
+TYPES = {mx.float16: "half", mx.bfloat16: "bfloat16", mx.float32: "float32"}
+MATRIX_ROWS = (8, 16, 24, 32)  # one for each number of row tiles
+KEYS = 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """kernel: for people; rows: of the step; launch: an example."""
+
+    kernel: str
+    rows: int
+    launch: Launch
+
+
+def text_of(launch: Launch) -> KernelText:
+    """What MLX would compile for a launch."""
+    names = list(launch.inputs)
+
+    def call(*inputs: mx.array) -> mx.array:
+        return kernels.run(replace(launch, inputs=dict(zip(names, inputs, strict=True))))
+
+    return kernel_text(call, *launch.inputs.values())
+
+
+def default_cases() -> Iterator[Case]:
+    """Every kernel of 4 bits, groups of 64, half and bfloat16; attention from heads of 64."""
+    for dtype in (mx.float16, mx.bfloat16):
+        for rows in range(1, kernels.SCALAR_ROWS + 1):
+            yield matmul(rows, dtype=dtype)
+        for rows in MATRIX_ROWS:
+            yield matmul(rows, dtype=dtype, variant="matrix")
+        for rows in (16, 32):
+            yield matmul(rows, dtype=dtype, variant="matrix", simdgroups=8)
+        for variant in ("scalar", "matrix"):
+            yield matmul(8, dtype=dtype, variant=variant, gated=True)
+        for rows in range(1, 5):
+            yield lora_down(rows, dtype=dtype)
+        for rows in (1, 4, 8, 32):
+            yield spans(rows, dtype=dtype, mask="causal")
+        yield merge(64, dtype=dtype)
+
+
+def sampled_cases() -> Iterator[Case]:
+    """Every other format, smaller threadgroups, other heads and masks, at some number of rows."""
+    formats = [(bits, size) for bits in kernels.BITS for size in kernels.GROUP_SIZES]
+    for i, (bits, size) in enumerate(formats):
+        yield matmul(
+            i % kernels.SCALAR_ROWS + 1,
+            dtype=kernels.DTYPES[(i + i // 3) % 3],
+            bits=bits,
+            group_size=size,
+            gated=i % 4 == 1,
+        )
+    for i, bits in enumerate(kernels.BITS):
+        yield matmul(
+            MATRIX_ROWS[i % 4],
+            dtype=kernels.DTYPES[(i + i // 3) % 3],
+            bits=bits,
+            group_size=kernels.GROUP_SIZES[i % 3],
+            variant="matrix",
+            gated=i % 4 == 2,
+            simdgroups=8 if i % 2 else 16,
+        )
+    for i, head_dim in enumerate(HEAD_DIMS):
+        rows, dtype = i + 2, kernels.DTYPES[(i + 1) % 3]
+        masks: tuple[Mask, ...] = ("causal", None, mx.zeros((rows, KEYS), dtype=mx.bool_))
+        yield spans(rows, dtype=dtype, head_dim=head_dim, mask=masks[i % 3])
+        yield merge(head_dim, dtype=kernels.DTYPES[(i + 2) % 3])
+
+
+def matmul(
+    rows: int,
+    *,
+    dtype: mx.Dtype,
+    bits: int = BITS,
+    group_size: int = GROUP_SIZE,
+    variant: Variant = "scalar",
+    gated: bool = False,
+    simdgroups: int = 16,
+) -> Case:
+    """A quantised matmul; of a gated one, all rows but the first are adapted."""
+    empty = mx.zeros((OUTPUTS, INPUTS), dtype=dtype)
+    weight, scales, biases = mx.quantize(empty, group_size=group_size, bits=bits)
+    packed = PackedWeight(
+        weight=weight, scales=scales, biases=biases, group_size=group_size, bits=bits
+    )
+    term = GatedTerm(
+        low_rank=mx.zeros((rows, RANK)),
+        first_rank=0,
+        lora_b=mx.zeros((RANK, OUTPUTS), dtype=dtype),
+        scale=1.0,
+        gate_split=1,
+    )
+    launch = kernels.skinny_qmm_launch(
+        mx.zeros((rows, INPUTS), dtype=dtype),
+        packed,
+        variant=variant,
+        gated=term if gated else None,
+        simdgroups=simdgroups,
+    )
+    name = f"{variant}{' gated' if gated else ''}, {bits} bits by {group_size}, {TYPES[dtype]}"
+    return Case(name if simdgroups == 16 else f"{name}, 8 simdgroups", rows, launch)
+
+
+def lora_down(rows: int, *, dtype: mx.Dtype) -> Case:
+    """The first product of gated low-rank weights, of so many adapted rows."""
+    x, lora_a = (mx.zeros((count, INPUTS), dtype=dtype) for count in (rows + 1, RANK))
+    launch = kernels.gated_lora_down_launch(x, lora_a, gate_split=1)
+    return Case(f"gated_lora_down, {TYPES[dtype]}", rows, launch)
+
+
+def spans(rows: int, *, dtype: mx.Dtype, head_dim: int = 64, mask: Mask = None) -> Case:
+    """The first kernel of step attention, three query heads for each kv head."""
+    queries = mx.zeros((1, 3, rows, head_dim), dtype=dtype)
+    keys = mx.zeros((1, 1, KEYS, head_dim), dtype=dtype)
+    launch = step_attention_launch(queries, keys, keys, scale=1.0, mask=mask)
+    sees = launch.name.rsplit("_", 1)[-1]
+    return Case(f"attention spans, heads of {head_dim}, {sees}, {TYPES[dtype]}", rows, launch)
+
+
+def merge(head_dim: int, *, dtype: mx.Dtype) -> Case:
+    """The second kernel of step attention, which knows nothing of rows."""
+    launch = merge_launch(mx.zeros((3, 2, head_dim + 2)), heads=3, dtype=dtype)
+    return Case(f"attention merge, heads of {head_dim}, {TYPES[dtype]}", 1, launch)
