@@ -238,7 +238,9 @@ def _write(render: Callable[[str], str], *, output: str, output_file: Path | Non
     """Print a result in one shape, and write it to a file in the shape that its ending says."""
     from mlx_mtp.small_files import write_atomically
 
-    if output_file is not None:
-        shape = output_file.suffix.removeprefix(".")
-        write_atomically(output_file.expanduser(), render(shape) + "\n")
-    click.echo(render(output))
+    try:
+        if output_file is not None:
+            shape = output_file.suffix.removeprefix(".")
+            write_atomically(output_file.expanduser(), render(shape) + "\n")
+    finally:  # a full disk must not cost an hour's figures
+        click.echo(render(output))

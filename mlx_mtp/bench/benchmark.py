@@ -69,10 +69,19 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Prepared:
-    """All that a measurement needs, loaded and checked."""
+    """All that a measurement needs, loaded and checked.
+
+    Attributes:
+        wanted: what is to be measured.
+        model: ours.
+        facts: what a report says of the model and its adapter.
+        modes: in the wanted order.
+        questions: what is asked.
+    """
 
     wanted: Wanted
     model: MTPModel
+    facts: dict[str, Any]
     modes: list[Mode]
     questions: list[text_before.Question]
 
@@ -100,11 +109,9 @@ def prepare(wanted: Wanted, *, say: Say = lambda text: None) -> Prepared:
     _check_contexts(model, wanted)
     questions = text_before.questions(tokenizer, wanted.prompts, wanted.contexts, say=say)
     text_before.check_room(
-        questions,
-        max_tokens=wanted.max_tokens,
-        max_context=model.max_context,
-        model=model.name,
-    )
+        questions, max_tokens=wanted.max_tokens,
+        max_context=model.max_context, model=model.name,
+    )  # fmt: skip
     found = our_modes(
         wanted.modes,
         model,
@@ -116,7 +123,7 @@ def prepare(wanted: Wanted, *, say: Say = lambda text: None) -> Prepared:
     )
     found += _stock_modes(wanted, tokenizer, say)
     found.sort(key=lambda mode: wanted.modes.index(mode.name))
-    return Prepared(wanted, model, found, questions)
+    return Prepared(wanted, model, _model_facts(wanted, model), found, questions)
 
 
 def _check_contexts(model: MTPModel, wanted: Wanted) -> None:
@@ -192,7 +199,7 @@ def _setup(prepared: Prepared) -> Setup:
     wanted, model = prepared.wanted, prepared.model
     curve = model.speculation.costs.curve.to_dict() if model.speculation else None
     return Setup(
-        model=_model_facts(prepared),
+        model=prepared.facts,
         modes=prepared.modes,
         prompts=wanted.prompts,
         source=wanted.source,
@@ -210,12 +217,11 @@ def _setup(prepared: Prepared) -> Setup:
     )
 
 
-def _model_facts(prepared: Prepared) -> dict[str, Any]:
+def _model_facts(wanted: Wanted, model: MTPModel) -> dict[str, Any]:
     from mlx_mtp.loading import locate
     from mlx_mtp.model import fingerprint
     from mlx_mtp.verify.receipt import hash_files
 
-    model, wanted = prepared.model, prepared.wanted
     adapter = None
     if model.config is not None:
         adapter = {"sha256": hash_files(locate(wanted.model, wanted.adapter_path)[1])}

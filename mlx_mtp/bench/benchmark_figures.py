@@ -14,14 +14,15 @@ from mlx_mtp.bench.tables import ALL
 from mlx_mtp.cost_curve import CostCurve
 
 _LEGEND = {"fontsize": "small"}
+_NAMED = 3  # layouts of a mode that are named
 
 
 def draw_report(report: dict[str, Any], path: Path) -> list[Path]:
     """Draw a report; the same report gives the same files.
 
     Three panels, at the first of its contexts: the speed-up of each mode by kind of text, with its
-    interval; milliseconds of a step by its rows, as the planner knows them and as steps took here,
-    above the share of steps with so many rows; and the share of drafts that held by position.
+    interval; milliseconds of a step by its rows, as the planner knows them and as each layout took
+    here (drafts + masks), above the share of steps with so many rows; and the share of drafts that held by position.
 
     Args:
         report: from ``report.build_report``.
@@ -79,24 +80,17 @@ def _draw_speedups(axes: Any, report: dict[str, Any], cells: list[dict[str, Any]
 
 
 def _draw_costs(axes: Any, report: dict[str, Any], context: int) -> None:
-    """Milliseconds by rows as lines, shares of steps as bars on a scale of their own."""
-    by_mode: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0, 0.0]))
+    """Milliseconds of layouts by their rows; shares of steps as bars on a scale of their own."""
+    by_mode: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for row in report["layouts"]:
         if row["context"] == context and row["mode"] not in ("stock", "draft"):
-            entry = by_mode[row["mode"]][1 + row["drafts"] + row["masks"]]
-            entry[0] += row["steps"]
-            entry[1] += row["steps"] * row["ms"]
+            by_mode[row["mode"]].append(row | {"rows": 1 + row["drafts"] + row["masks"]})
     bars = axes.twinx()
     width = 0.8 / max(len(by_mode), 1)
-    for place, (mode, rows) in enumerate(sorted(by_mode.items())):
-        total = sum(count for count, _ in rows.values())
-        numbers = sorted(rows)
+    for place, (mode, found) in enumerate(sorted(by_mode.items())):
         shift = (place - (len(by_mode) - 1) / 2) * width
-        heights = [rows[each][0] / total for each in numbers]
-        bars.bar([each + shift for each in numbers], heights, width=width, alpha=0.3, label=mode)
-        times = [rows[each][1] / rows[each][0] for each in numbers]
-        axes.plot(numbers, times, marker="o", linestyle="", label=f"{mode}, steps taken")
-    last = max((max(rows) for rows in by_mode.values()), default=1)
+        _draw_layouts(axes, bars, mode, found, shift=shift, width=width)
+    last = max((row["rows"] for found in by_mode.values() for row in found), default=1)
     if report["cost_curve"]:
         forward = CostCurve.from_dict(report["cost_curve"]).forward(context)[: last + 2]
         axes.plot(range(1, len(forward)), forward[1:], color="black", label="forward, measured")
@@ -108,6 +102,33 @@ def _draw_costs(axes: Any, report: dict[str, Any], context: int) -> None:
     axes.grid(alpha=0.3)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(**_LEGEND)
+
+
+def _draw_layouts(
+    axes: Any,
+    bars: Any,
+    mode: str,
+    found: list[dict[str, Any]],
+    *,
+    shift: float,
+    width: float,
+) -> None:
+    """One mode's layouts: a point each, the commonest named as drafts + masks, and bars by rows."""
+    total = sum(row["steps"] for row in found)
+    shares_of: dict[int, float] = defaultdict(float)
+    for row in found:
+        shares_of[row["rows"]] += row["steps"] / total
+    at = [rows + shift for rows in shares_of]
+    bars.bar(at, list(shares_of.values()), width=width, alpha=0.3)
+    axes.scatter(
+        [row["rows"] for row in found],
+        [row["ms"] for row in found],
+        s=[12 + 60 * row["steps"] / total for row in found],
+        label=f"{mode}, steps taken",
+    )
+    for row in sorted(found, key=lambda row: -row["steps"])[:_NAMED]:
+        name = f"{row['drafts']}+{row['masks']}"
+        axes.annotate(name, (row["rows"], row["ms"]), (4, 4), textcoords="offset points")
 
 
 def _draw_acceptance(axes: Any, cells: list[dict[str, Any]]) -> None:

@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
 def backend() -> str:
     """What models run on here, with the BLAS on a CPU."""
     if mx.default_device().type == mx.cpu:
-        return f"CPU, {mlx_mtp.BLAS} BLAS"
+        return f"CPU ({mlx_mtp.BLAS} BLAS)"
     return "Metal" if mx.metal.is_available() else "CUDA"
 
 

@@ -76,8 +76,7 @@ def measure(
         modes: how; every question is answered in each.
         settings: how often.
         power: reads energy; None leaves it out.
-        check: called after every step; KeyboardInterrupt out of it breaks off, and what is there
-            by then is returned.
+        check: called after every step; KeyboardInterrupt out of it ends with what is there.
         say: called with a line about what is going on.
     """
     found = Measurement()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -88,36 +89,40 @@ def our_modes(
             f"mode {drafting[0]} needs an MTP adapter, and {model.name} has none; "
             "measure it with --modes plain,stock"
         )
-    known = speculation_for(model, say=say) if "auto" in names else None
+    options: dict[str, Any] = {
+        "max_tokens": max_tokens,
+        "stop_ids": stop_ids,
+        "num_draft_tokens": num_draft_tokens,
+        "speculation": speculation_for(model, say=say) if "auto" in names else None,
+        "lookup": lookup,
+    }
+    return [
+        Mode(
+            name,
+            partial(_our_steps, model, options | {"layout": name}),
+            True,
+            _parameters(model.base),
+            _bytes(model),
+        )
+        for name in names
+    ]
 
-    def mode(layout: str) -> Mode:
-        def begin(ids: list[int], check: Check) -> Iterator[Step]:
-            steps = decode(
-                model,
-                ids,
-                max_tokens=max_tokens,
-                stop_ids=stop_ids,
-                layout=layout,
-                num_draft_tokens=num_draft_tokens,
-                speculation=known,
-                lookup=lookup,
-                prompt_progress_callback=lambda *_: check(),
-            )
-            pending = None  # rows of the prompt's last chunk, in the first step
-            for step in steps:
-                rows = step.num_rows - step.num_draft_tokens
-                yield Step(
-                    tokens=step.tokens,
-                    num_draft_tokens=step.num_draft_tokens,
-                    num_accepted=step.num_accepted,
-                    num_masks=0 if pending is None else rows - pending,
-                    source=step.source,
-                )
-                pending = 1
 
-        return Mode(layout, begin, True, _parameters(model.base), _bytes(model))
-
-    return [mode(name) for name in names]
+def _our_steps(
+    model: MTPModel, options: dict[str, Any], ids: list[int], check: Check
+) -> Iterator[Step]:
+    """Decode; ``options`` are those of ``decode``."""
+    pending = None  # rows of the prompt's last chunk, in the first step
+    for step in decode(model, ids, prompt_progress_callback=lambda *_: check(), **options):
+        rows = step.num_rows - step.num_draft_tokens
+        yield Step(
+            tokens=step.tokens,
+            num_draft_tokens=step.num_draft_tokens,
+            num_accepted=step.num_accepted,
+            num_masks=0 if pending is None else rows - pending,
+            source=step.source,
+        )
+        pending = 1
 
 
 def stock_mode(stock: Any, stop_ids: Collection[int], *, max_tokens: int) -> Mode:

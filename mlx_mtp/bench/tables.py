@@ -112,7 +112,7 @@ def _markdown(report: dict[str, Any]) -> list[str]:
         title = f"By kind of text, behind {context} tokens:" if context else "By kind of text:"
         some = [_kind_cells(cell) for cell in kinds if cell["context"] == context]
         lines += ["", title, "", *markdown(_KINDS, some, left=2)]
-    return [*lines, "", *notes(report)]
+    return [*lines, "", *(f"- {note}" for note in notes(report))]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
