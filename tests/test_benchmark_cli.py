@@ -297,6 +297,6 @@ def test_a_draft_model_with_another_tokenizer(
     (tmp_path / "draft").symlink_to(pair[0])
     monkeypatch.setattr(flow, "load_stock", other)
     told = failure(*on_tiny(pair, prompts, "--draft-model", tmp_path / "draft"))
-    assert "has 7 tokens, the model 260: it needs the same tokenizer" in told
+    assert "has 7 tokens, the model 256: it needs the same tokenizer" in told
     told = failure(*on_tiny(pair, prompts, "--draft-model", tmp_path / "nowhere"))
     assert "nowhere does not exist" in told

@@ -22,7 +22,8 @@ def draw_report(report: dict[str, Any], path: Path) -> list[Path]:
 
     Three panels, at the first of its contexts: the speed-up of each mode by kind of text, with its
     interval; milliseconds of a step by its rows, as the planner knows them and as each layout took
-    here (drafts + masks), above the share of steps with so many rows; and the share of drafts that held by position.
+    here (drafts + masks), above the share of steps with so many rows; and the share of drafts that
+    held by position.
 
     Args:
         report: from ``report.build_report``.
