@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +189,50 @@ def test_a_wrong_answer_is_told(
     done = invoke("--prompts", prompts)
     assert "Answers that differ from plain: 1 of 32: p1 (auto)" in done.stdout
     assert done.stderr == "answers differ from plain decoding: see mlx-mtp verify\n"
+
+
+def test_a_planted_wrong_id_is_caught(
+    pair: tuple[Path, Path], prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One id of one step of one mode is another."""
+    right = modes.decode
+
+    def wrong(model: Any, ids: list[int], **options: Any) -> Any:
+        for at, step in enumerate(right(model, ids, **options)):
+            if at == 1 and options["layout"] == "linear":
+                step = replace(step, tokens=[(step.tokens[0] + 1) % 260, *step.tokens[1:]])
+            yield step
+
+    monkeypatch.setattr(modes, "decode", wrong)
+    args = on_tiny(pair, prompts, "--modes", "plain,linear,quadratic", "--limit", 2)
+    report = json.loads(invoke(*args, "--warmup", 0, "--output", "json").stdout)
+    outputs = report["outputs"]
+    assert (outputs["compared"], outputs["different"]) == (4, 2)
+    assert {each.split()[1] for each in outputs["where"]} == {"(linear)"}
+
+
+def test_a_full_disk_does_not_cost_the_figures(
+    measured: Any, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(cli_benchmark, "_measure", lambda wanted: measured[1])
+    monkeypatch.setattr("mlx_mtp.small_files.write_atomically", full)
+    file = tmp_path / "x.json"
+    done = invoke("--prompts", prompts, "--output", "json", "--output-file", file)
+    assert done.exit_code == 2 and json.loads(done.stdout) == measured[1]
+    assert done.stderr == f"Error: {file}: No space left on device\n"
+
+
+def test_files_that_cannot_be_written_are_refused_first(
+    prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = failure("--output-file", prompts / "x.json")
+    assert told == f"Error: {prompts} is not a folder"
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert 'pip install "mlx-mtp[bench]"' in failure("--picture", "x.png")
 
 
 @pytest.mark.parametrize(("steps", "answers"), [(3, 0), (60, 1)])
