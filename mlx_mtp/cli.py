@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 import mlx_mtp
+from mlx_mtp.cli_benchmark import benchmark
 from mlx_mtp.cli_convert import convert, export, inspect
 from mlx_mtp.cli_doctor import doctor
 from mlx_mtp.cli_options import (
@@ -103,6 +104,7 @@ def chat(**options: Any) -> None:
     )
 
 
+cli.add_command(benchmark)
 cli.add_command(convert)
 cli.add_command(doctor)
 cli.add_command(export)
@@ -129,7 +131,7 @@ def _spare_torch(args: list[str]) -> None:
     model's own folder may want it.
     """
     if (
-        args[:1] in (["generate"], ["chat"], ["train"], ["tune"], ["verify"])
+        args[:1] in (["benchmark"], ["generate"], ["chat"], ["train"], ["tune"], ["verify"])
         and "--trust-remote-code" not in args
     ):
         sys.modules.setdefault("torch", cast(Any, None))

@@ -348,7 +348,7 @@ def _respond(
     """Yield one response per id, then leave the cache at the last id that was handed out."""
     num_unused = 0
     try:
-        with contextlib.closing(steps), _wired_memory():  # type: ignore[type-var]
+        with contextlib.closing(steps), wired_memory():  # type: ignore[type-var]
             for step in steps:
                 meter.add_step(step.num_draft_tokens, source=step.source)
                 num_unused = len(step.tokens)
@@ -375,7 +375,7 @@ def _respond(
 
 
 @contextlib.contextmanager
-def _wired_memory() -> Iterator[None]:
+def wired_memory() -> Iterator[None]:
     """Keep the model in the memory that a Mac's GPU may wire, as long as it generates."""
     if not mx.metal.is_available():
         yield

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from mlx_mtp.prompts import ENGLISH_KINDS, KINDS, Prompt, builtin_prompts, read_prompts
+from mlx_mtp.prompts import (
+    BENCHMARK_KINDS,
+    ENGLISH_KINDS,
+    KINDS,
+    Prompt,
+    builtin_prompts,
+    read_prompts,
+)
 
 GOOD = b'{"prompt": "What is a fjord?"}\n'
 
@@ -29,26 +36,35 @@ def test_twelve_of_each_kind_in_order() -> None:
     assert all(prompt.id.startswith(prompt.kind + "-") for prompt in prompts)
 
 
+def test_the_kinds_for_benchmarks_come_on_top() -> None:
+    every = builtin_prompts(BENCHMARK_KINDS)
+    assert every[:72] == builtin_prompts()  # figures in the README were measured on these
+    more = [f"{kind}-{number:02d}" for kind in BENCHMARK_KINDS[6:] for number in range(1, 9)]
+    assert [prompt.id for prompt in every[72:]] == more
+    assert all(prompt.id.startswith(prompt.kind + "-") for prompt in every)
+
+
 def test_ids_and_texts_are_unique() -> None:
-    prompts = builtin_prompts()
+    prompts = builtin_prompts(BENCHMARK_KINDS)
     assert len({prompt.id for prompt in prompts}) == len(prompts)
     assert len({" ".join(prompt.text.split()).lower() for prompt in prompts}) == len(prompts)
 
 
 def test_lengths_are_ordinary() -> None:
-    for prompt in builtin_prompts(ENGLISH_KINDS):
+    longer = ("edit", *BENCHMARK_KINDS[6:])
+    for prompt in builtin_prompts([*ENGLISH_KINDS, *longer]):
         words = len(prompt.text.split())
-        low, high = (60, 200) if prompt.kind == "edit" else (8, 150)
+        low, high = (60, 200) if prompt.kind in longer else (8, 150)
         assert low <= words <= high, (prompt.id, words)
     for prompt in builtin_prompts(["languages"]):
         assert 30 <= len(prompt.text) <= 400, prompt.id
 
 
 def test_texts_are_clean_and_only_languages_leave_ascii() -> None:
-    for prompt in builtin_prompts():
+    for prompt in builtin_prompts(BENCHMARK_KINDS):
         assert prompt.text == prompt.text.strip()
         assert "\ufffd" not in prompt.text and "\r" not in prompt.text
-        if prompt.kind in ENGLISH_KINDS:
+        if prompt.kind != "languages":
             assert prompt.text.isascii(), prompt.id
 
 
@@ -81,7 +97,7 @@ def test_prompt_is_frozen() -> None:
 
 def test_builtin_file_reads_back_as_a_user_file(tmp_path: Path) -> None:
     data = (files("mlx_mtp") / "prompts.jsonl").read_bytes()
-    assert read_prompts(write(tmp_path, data)) == builtin_prompts()
+    assert read_prompts(write(tmp_path, data)) == builtin_prompts(BENCHMARK_KINDS)
 
 
 def test_user_file_defaults(tmp_path: Path) -> None:

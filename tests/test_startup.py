@@ -27,6 +27,7 @@ print("torch" in sys.modules and sys.modules["torch"] is not None)
         (["generate", "--seed", "x"], False),
         (["chat", "--seed", "x"], False),
         (["verify", "--seed", "x"], False),
+        (["benchmark", "--seed", "x"], False),
         (["generate", "--seed", "x", "--trust-remote-code"], True),
         (["inspect", "--seed", "x"], True),
     ],

@@ -1,10 +1,11 @@
-"""Line charts for the documentation, as PNG and SVG files."""
+"""Charts as PNG and SVG files; line charts for the documentation."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 Points = Sequence[tuple[float, float]]
 _FORMATS = {"png": {"Software": None}, "svg": {"Date": None, "Creator": None}}
@@ -37,15 +38,7 @@ def draw_lines(
     Raises:
         ValueError: matplotlib is missing.
     """
-    try:
-        from matplotlib import rc_context
-        from matplotlib.figure import Figure  # no pyplot: it wants a display and keeps figures
-        from matplotlib.ticker import ScalarFormatter
-    except ImportError:
-        raise ValueError(
-            'figures are drawn with matplotlib: pip install "mlx-mtp[train]"'
-        ) from None
-    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    figure = figure_class()(figsize=(6.4, 4), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
         axes.plot(
@@ -57,6 +50,8 @@ def draw_lines(
         )
     ticks = sorted({point[0] for points in lines.values() for point in points})
     if log_x:
+        from matplotlib.ticker import ScalarFormatter
+
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
     if log_x or (marks and len(ticks) <= 16):
@@ -64,13 +59,49 @@ def draw_lines(
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.3)
     axes.legend()
+    return save_figure(figure, path)
+
+
+def figure_class() -> Any:
+    """matplotlib's ``Figure``; pyplot would want a display and keep figures.
+
+    Raises:
+        ValueError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError(
+            'figures are drawn with matplotlib: pip install "mlx-mtp[bench]"'
+        ) from None
+    return Figure
+
+
+def save_figure(figure: Any, path: Path) -> list[Path]:
+    """Write a figure as PNG and SVG, each whole or not at all; the same figure gives the same.
+
+    Args:
+        figure: matplotlib's.
+        path: file name, whose ending is replaced.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: one cannot be written.
+    """
+    from matplotlib import rc_context
+
     path.parent.mkdir(parents=True, exist_ok=True)
     files = []
     with rc_context({"svg.hashsalt": path.name}):
         for ending, metadata in _FORMATS.items():
             file = path.with_suffix(f".{ending}")
             draft = file.with_name(f".{file.name}.{os.getpid()}")
-            figure.savefig(draft, format=ending, dpi=120, metadata=metadata)
-            os.replace(draft, file)
+            try:
+                figure.savefig(draft, format=ending, dpi=120, metadata=metadata)
+                os.replace(draft, file)
+            finally:
+                draft.unlink(missing_ok=True)
             files.append(file)
     return files

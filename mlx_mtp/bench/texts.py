@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from mlx_mtp.generate import chat_text, encode_prompt
+from mlx_mtp.bench.contexts import prompt_ids
 from mlx_mtp.model import MTPModel, fingerprint
 from mlx_mtp.prompts import Prompt
 from mlx_mtp.small_files import write_atomically
@@ -42,14 +42,6 @@ class GreedyText:
         """As evaluation takes it."""
         flags = [False] * len(self.prompt) + [True] * len(self.answer)
         return Text(self.prompt + self.answer, flags)
-
-
-def prompt_ids(tokenizer: TokenizerWrapper, text: str) -> list[int]:
-    """A user's message in the chat template, or as it is where the model has none."""
-    if not tokenizer.has_chat_template:
-        return encode_prompt(tokenizer, text)
-    rendered = chat_text(tokenizer, [{"role": "user", "content": text}])
-    return encode_prompt(tokenizer, rendered, add_special_tokens=False)
 
 
 def greedy_texts(

@@ -20,8 +20,8 @@ from typing import Any
 import click
 
 import mlx_mtp
+from mlx_mtp.bench.prompt_sets import human_eval_prompts
 from mlx_mtp.bench.texts import GreedyText, greedy_texts, texts_hash
-from mlx_mtp.bench.throughput import human_eval_prompts
 from mlx_mtp.model import MTPModel
 from mlx_mtp.prompts import ENGLISH_KINDS, KINDS, Prompt, builtin_prompts, read_prompts
 from mlx_mtp.terminal import BadInput, Progress, one_line

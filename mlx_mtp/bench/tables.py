@@ -1,0 +1,252 @@
+"""A report as text: tables in llama-bench's shape, CSV, JSON, JSON lines."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_mtp.bench.report import INTERRUPTED, without_answers
+from mlx_mtp.bench.summary import shares
+
+FORMATS = ("md", "csv", "json", "jsonl")
+ALL = "all"  # shown for all kinds together
+_HEAD = (
+    "model", "size", "params", "backend", "threads", "test", "t/s", "ttft p50 / p99 ms",
+    "tok/step", "speed-up",
+)  # fmt: skip
+_KINDS = ("kind", "mode", "prompts", "t/s", "tok/step", "speed-up", "drafts held by position, %")
+
+
+def render(report: dict[str, Any], shape: str) -> str:
+    """A report in one of ``FORMATS``, without a newline at its end.
+
+    ``md`` has tables, notes, and the report without its answers as a last line; ``csv`` and
+    ``jsonl`` have a line for each test (``flat_rows``), the latter the report without its answers
+    as its last; ``json`` is the whole report in one line.
+    """
+    if shape == "json":
+        return dump(report)
+    last = dump(without_answers(report))
+    if shape == "csv":
+        return as_csv(flat_rows(report))
+    if shape == "jsonl":
+        return "\n".join([*(dump(row) for row in flat_rows(report)), last])
+    return "\n".join([*_markdown(report), "", last])
+
+
+def dump(values: Any) -> str:
+    """One line of JSON."""
+    return json.dumps(values, ensure_ascii=False, allow_nan=False)
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows with the same keys as CSV, numbers as they are; None is an empty field."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().rstrip("\n")
+
+
+def flat_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """One flat row for each test: prompt (``pp``) and generation (``tg``) of each figure."""
+    return [row for cell in report["figures"] for row in _tests(report, cell)]
+
+
+def _tests(report: dict[str, Any], cell: dict[str, Any]) -> list[dict[str, Any]]:
+    """Both tests of a cell."""
+    mode = next(each for each in report["modes"] if each["name"] == cell["mode"])
+    place = {
+        "model": report["model"]["name"],
+        "size_bytes": mode["weight_bytes"],
+        "parameters": mode["parameters"],
+        "backend": report["machine"]["backend"],
+        "threads": report["machine"]["threads"],
+        "machine": report["machine"]["name"],
+        "date": report["date"],
+        "status": report["status"],
+    }
+    limit = report["settings"]["max_tokens"]
+    return [place | _test(cell, test, limit) for test in ("pp", "tg")]
+
+
+def _test(cell: dict[str, Any], test: str, limit: int) -> dict[str, Any]:
+    is_prompt = test == "pp"
+    tps = "prompt_tps" if is_prompt else "tps"
+    depth = f" @ d{cell['context']}" if cell["context"] and not is_prompt else ""
+    count = round(cell["prompt_tokens"]) if is_prompt else limit
+    generation = {
+        name: None if is_prompt else cell.get(name)
+        for name in (
+            "tokens_per_step", "median_tps", "speedup", "speedup_low", "speedup_high",
+            "median_speedup", "peak_memory_bytes", "joules_per_token",
+        )
+    }  # fmt: skip
+    held = "" if is_prompt else " ".join(f"{share:.3f}" for share in shares(cell))
+    return {
+        "test": f"{test}{count}{depth} ({cell['mode']})",
+        "measure": test,
+        "context": cell["context"],
+        "kind": cell["kind"] or ALL,
+        "mode": cell["mode"],
+        "prompts": cell["prompts"],
+        "answers": cell["answers"],
+        "tps": cell[tps],
+        "tps_sd": cell[f"{tps}_sd"],
+        "ttft_p50_ms": cell["ttft_p50_ms"] if is_prompt else None,
+        "ttft_p99_ms": cell["ttft_p99_ms"] if is_prompt else None,
+        **generation,
+        "held_by_position": held,
+    }
+
+
+def _markdown(report: dict[str, Any]) -> list[str]:
+    totals = [cell for cell in report["figures"] if cell["kind"] is None]
+    rows = [row for cell in totals for row in _tests(report, cell)]
+    lines = markdown(_HEAD, [_cells(row) for row in rows])
+    kinds = [cell for cell in report["figures"] if cell["kind"] is not None]
+    for context in dict.fromkeys(cell["context"] for cell in kinds):
+        title = f"By kind of text, behind {context} tokens:" if context else "By kind of text:"
+        some = [_kind_cells(cell) for cell in kinds if cell["context"] == context]
+        lines += ["", title, "", *markdown(_KINDS, some, left=2)]
+    return [*lines, "", *(f"- {note}" for note in notes(report))]
+
+
+def _cells(row: dict[str, Any]) -> list[str]:
+    waits = "" if row["ttft_p50_ms"] is None else _waits(row)
+    return [
+        row["model"].replace("|", "/"),
+        size(row["size_bytes"]),
+        f"{row['parameters'] / 1e6:.2f} M",
+        row["backend"],
+        str(row["threads"]),
+        row["test"],
+        speed(row["tps"], row["tps_sd"]),
+        waits,
+        number(row["tokens_per_step"]),
+        speedup(row),
+    ]
+
+
+def _waits(row: dict[str, Any]) -> str:
+    return f"{row['ttft_p50_ms']:.1f} / {row['ttft_p99_ms']:.1f}"
+
+
+def _kind_cells(cell: dict[str, Any]) -> list[str]:
+    return [
+        cell["kind"].replace("|", "/"),
+        cell["mode"],
+        str(cell["prompts"]),
+        speed(cell["tps"], cell["tps_sd"]),
+        number(cell["tokens_per_step"]),
+        speedup(cell),
+        " ".join(f"{100 * share:.0f}" for share in shares(cell)),
+    ]
+
+
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
+    """A Markdown table whose columns are aligned in plain text too; the first ``left`` to the left.
+
+    A column of nothing but empty cells stays, so that tables of several runs fit together.
+    """
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+
+    def line(cells: Sequence[str]) -> str:
+        padded = [
+            cell.ljust(width) if at < left else cell.rjust(width)
+            for at, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = [
+        "-" * (width + 2) if at < left else "-" * (width + 1) + ":"
+        for at, width in enumerate(widths)
+    ]
+    return [line(head), "|" + "|".join(rule) + "|", *map(line, rows)]
+
+
+def size(count: float) -> str:
+    """Bytes as llama-bench shows them."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
+
+
+def number(value: float | None) -> str:
+    """Two digits behind the point; nothing for None."""
+    return "" if value is None else f"{value:.2f}"
+
+
+def speed(tps: float | None, deviation: float | None) -> str:
+    """Tokens a second, and how far passes lie apart where there were several."""
+    return number(tps) + ("" if deviation is None else f" ± {deviation:.2f}")
+
+
+def speedup(cell: dict[str, Any]) -> str:
+    """A speed-up and its interval."""
+    if cell.get("speedup") is None:
+        return ""
+    low, high = cell["speedup_low"], cell["speedup_high"]
+    return f"{cell['speedup']:.2f}" + ("" if low is None else f" [{low:.2f}, {high:.2f}]")
+
+
+def notes(report: dict[str, Any]) -> list[str]:
+    """What stands below the tables."""
+    base = report["modes"][0]["name"]
+    machine, versions = report["machine"], report["versions"]
+    lines = [
+        f"{machine['name']}, {machine['system']}; "
+        + ", ".join(f"{name} {number}" for name, number in versions.items()),
+        f"Speed-up: all tokens over all seconds against {base}, same prompts, interleaved; "
+        "in brackets its 95% interval over prompts.",
+        *_output_notes(report["outputs"]),
+        *_memory_notes(report),
+    ]
+    if report["drift"] is not None:
+        lines.append(
+            f"Speed of {base} at the end over that at the beginning: {report['drift']:.3f}"
+        )
+    if report["power"] != "read":
+        lines.append(f"Power: {report['power']}.")
+    if report["status"] == INTERRUPTED:
+        lines.append("INTERRUPTED: figures are of what was measured until then.")
+    return lines
+
+
+def _output_notes(outputs: dict[str, Any]) -> list[str]:
+    lines = []
+    reference = outputs["reference"]
+    if outputs["compared"]:
+        where = f": {', '.join(outputs['where'])}" if outputs["where"] else ""
+        lines.append(
+            f"Answers that differ from {reference}: {outputs['different']} of "
+            f"{outputs['compared']}{where}"
+        )
+    for mode, counts in outputs["others"].items():
+        lines.append(
+            f"Answers of {mode} that differ from {reference}: {counts['different']} of "
+            f"{counts['compared']} (its weights or kernels round otherwise; no error)"
+        )
+    return lines
+
+
+def _memory_notes(report: dict[str, Any]) -> list[str]:
+    peaks: dict[str, int] = {}
+    joules = {}
+    for cell in report["figures"]:
+        peaks[cell["mode"]] = max(peaks.get(cell["mode"], 0), cell["peak_memory_bytes"])
+        if cell["kind"] is None and cell["joules_per_token"] is not None:
+            joules[cell["mode"]] = cell["joules_per_token"]
+    told = ", ".join(f"{mode} {size(peak)}" for mode, peak in peaks.items())
+    before, after = (report["swap_bytes"][when] for when in ("before", "after"))
+    swap = "not readable" if None in (before, after) else f"{size(before)} to {size(after)}"
+    lines = [f"Peak memory: {told}; swap in use, before and after: {swap}"]
+    if wanted := report["machine"]["recommended_working_set_bytes"]:
+        limit = report["machine"]["wired_limit_mb"]
+        wired = "not readable" if limit is None else f"{limit} MB (0 is the system's own)"
+        lines.append(f"Recommended working set: {size(wanted)}; wired limit: {wired}")
+    if joules:
+        told = ", ".join(f"{mode} {value:.2f}" for mode, value in joules.items())
+        lines.append(f"Joules of the processor per token: {told}")
+    return lines
