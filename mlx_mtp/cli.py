@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 import mlx_mtp
+from mlx_mtp.cli_average import average
 from mlx_mtp.cli_benchmark import benchmark
 from mlx_mtp.cli_convert import convert, export, inspect
 from mlx_mtp.cli_doctor import doctor
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from mlx_mtp.generate import GenerationResponse
 
 _QUERY = "@@mlx-mtp-query@@"
+_WITHOUT_TORCH = ("average", "benchmark", "generate", "chat", "train", "tune", "verify")
 
 
 @click.group(cls=PoliteGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -104,6 +106,7 @@ def chat(**options: Any) -> None:
     )
 
 
+cli.add_command(average)
 cli.add_command(benchmark)
 cli.add_command(convert)
 cli.add_command(doctor)
@@ -130,10 +133,7 @@ def _spare_torch(args: list[str]) -> None:
     That takes over two seconds at every start and is of no use to commands that decode.  Code of a
     model's own folder may want it.
     """
-    if (
-        args[:1] in (["benchmark"], ["generate"], ["chat"], ["train"], ["tune"], ["verify"])
-        and "--trust-remote-code" not in args
-    ):
+    if args and args[0] in _WITHOUT_TORCH and "--trust-remote-code" not in args:
         sys.modules.setdefault("torch", cast(Any, None))
 
 

@@ -1,0 +1,27 @@
+"""The command ``mlx-mtp average``: the mean of adapters, as an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_mtp.terminal import Progress
+
+
+@click.command()
+@click.argument("adapters", nargs=-1, metavar="ADAPTER ADAPTER ...")
+@click.option("--adapter-path", required=True, metavar="OUT", help="Folder to write.")
+def average(adapters: tuple[str, ...], adapter_path: str) -> None:
+    """Write the mean of adapters that were trained from one another.
+
+    It often drafts better than each of them, and is a good place to train on from, at a low
+    learning rate: mlx-mtp train --resume-adapter-file OUT.
+    """
+    from mlx_mtp.loading import resolve
+    from mlx_mtp.train.average import save_mean
+
+    with Progress("Reading the adapters ..."):
+        folders = [resolve(each, kind="adapter") for each in adapters]
+        config = save_mean(folders, Path(adapter_path).expanduser(), named=adapters)
+    print(f"wrote {adapter_path}: the mean of {len(adapters)} adapters for {config.base_model}")
