@@ -26,6 +26,7 @@ from mlx_mtp.cli_options import (
     stream_options,
     template_options,
 )
+from mlx_mtp.cli_simulate import simulate
 from mlx_mtp.cli_train import train
 from mlx_mtp.cli_tune import tune
 from mlx_mtp.cli_verify import verify
@@ -107,6 +108,7 @@ cli.add_command(convert)
 cli.add_command(doctor)
 cli.add_command(export)
 cli.add_command(inspect)
+cli.add_command(simulate)
 cli.add_command(train)
 cli.add_command(tune)
 cli.add_command(verify)
@@ -129,7 +131,7 @@ def _spare_torch(args: list[str]) -> None:
     model's own folder may want it.
     """
     if (
-        args[:1] in (["generate"], ["chat"], ["train"], ["tune"], ["verify"])
+        args[:1] in (["generate"], ["chat"], ["simulate"], ["train"], ["tune"], ["verify"])
         and "--trust-remote-code" not in args
     ):
         sys.modules.setdefault("torch", cast(Any, None))
