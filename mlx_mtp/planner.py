@@ -35,18 +35,19 @@ from mlx_mtp.probing import Probing
 LAYOUTS = ("auto", *FIXED_LAYOUTS)
 LOOK_STEPS = 32  # steps between two looks for the best rule
 EARLY_LOOKS = (2, 4, 8, 16)  # more looks while little is known
-MOVED = 0.01  # chances, or costs in plain steps, that moved by less leave the rule as it is
+MOVED = 0.05  # chances, or costs in plain steps, that moved by less leave the rule as it is
 PROBE_MASKS = 2
 
 
 @dataclass
 class Rule:
-    """The best rule, and what it was worked out for."""
+    """The best rule, what it was worked out for, and what it decided so far."""
 
     policy: Policy
     holds: np.ndarray  # [k + 1]
     forward_ms: np.ndarray  # [R + 1]
     draft_ms: np.ndarray  # [k + 1]
+    decisions: dict[tuple[int, int, int, bool], Decision] = field(default_factory=dict)
 
     def still_fits(self, holds: np.ndarray, forward_ms: np.ndarray) -> bool:
         """Whether little has moved since; what is best hardly changes with it."""
@@ -112,7 +113,6 @@ class AutoPlanner:
         known.probing.waits = False  # the drafts of an answer that ended are gone
         self._rule: Rule | None = None
         self._look_at = 0  # the step before which to look for a better rule
-        self._decisions: dict[tuple[int, int, int, bool], Decision] = {}
 
     def plan(
         self,
@@ -144,7 +144,7 @@ class AutoPlanner:
             if longer is not None:
                 return _decide(longer, rule, 1, room, source=LOOKUP, holds=chances)
         key = (waiting, num_pending, min(room, 2 * self.num_draft_tokens + 2), is_probe)
-        if (decision := self._decisions.get(key)) is None:
+        if (decision := rule.decisions.get(key)) is None:
             plan = rule.policy.plans[waiting]
             if is_probe:
                 masks = min(PROBE_MASKS, self.num_draft_tokens)
@@ -153,7 +153,8 @@ class AutoPlanner:
             decision = _decide(
                 plan, rule, num_pending, room, source=source, holds=rule.holds, is_probe=is_probe
             )
-            self._decisions[key] = decision
+            if num_pending == 1:  # prompts differ too much for theirs to come again
+                rule.decisions[key] = decision
         return decision
 
     def observe(
@@ -195,15 +196,13 @@ class AutoPlanner:
         if rule is None or not rule.still_fits(holds, forward):
             draft = known.costs.draft_ms(k)
             start = rule.policy if rule else None
-            rounds = MOST_ROUNDS if known.num_steps < LOOK_STEPS else 2
+            rounds = MOST_ROUNDS if known.num_steps < LOOK_STEPS else 1
             rule = Rule(
                 best_policy(holds, forward, draft, start=start, rounds=rounds),
                 holds,
                 forward,
                 draft,
             )
-        if rule is not self._rule:
-            self._decisions.clear()
         self._rule = known.rule = rule
         return rule
 

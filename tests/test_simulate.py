@@ -209,8 +209,9 @@ class TestAuto:
     @pytest.mark.slow
     @pytest.mark.parametrize("name", list(chips()))
     def test_on_the_shipped_trace_too(self, name: str) -> None:
+        """As closely as the trace can tell: answers differ, and few of them leave much to luck."""
         found = simulate(read_trace(), chips()[name].machine(8))
-        assert found.of_optimum >= 0.99
+        assert found.of_optimum >= 0.99 - 2 * found.optimum_error
 
     def test_never_loses_to_plain_decoding_where_rows_are_dear(self) -> None:
         for name in ("m2", "linux-cpu-stock"):

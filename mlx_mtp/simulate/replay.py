@@ -9,7 +9,7 @@ of itself is not in a trace, so nothing is looked up.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -128,14 +128,17 @@ class Replay:
     Attributes:
         total: over all answers.
         kinds: by kind of text.
+        answers: each answer's.
     """
 
     total: Tally = field(default_factory=Tally)
     kinds: dict[str, Tally] = field(default_factory=dict)
+    answers: list[Tally] = field(default_factory=list)
 
     def add(self, kind: str, tally: Tally) -> None:
         """Count an answer."""
         self.total.add(tally)
+        self.answers.append(tally)
         self.kinds.setdefault(kind, Tally()).add(tally)
 
 
@@ -189,12 +192,3 @@ def speculation(curve: CostCurve, shares: tuple[float, ...], num_draft_tokens: i
     """What a planner knows before the first answer: the curve, and the adapter's configuration."""
     prior = Acceptance.from_shares(shares) if shares else Acceptance([UNKNOWN] * num_draft_tokens)
     return Speculation(LiveCosts(curve), prior)
-
-
-def speedups(replays: Mapping[str, Replay], *, kind: str | None = None) -> dict[str, float]:
-    """Tokens a second over those of the replay named "plain", in all or for one kind."""
-    tallies = {
-        name: each.total if kind is None else each.kinds[kind] for name, each in replays.items()
-    }
-    plain = tallies["plain"].tps
-    return {name: each.tps / plain if plain else 0.0 for name, each in tallies.items()}

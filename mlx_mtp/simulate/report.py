@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from mlx_mtp.simulate.trace import Trace
 
 HEAD = "A simulation: nothing here was measured on these chips."
 COLUMNS = (*MODES, "best fixed", "optimum")
-_WIDTH = 12
+_WIDTH = 15
 
 
 def report_lines(found: Sequence[Simulation], trace: Trace, *, by_kind: bool = False) -> list[str]:
@@ -32,7 +33,8 @@ def report_lines(found: Sequence[Simulation], trace: Trace, *, by_kind: bool = F
         "",
     ]
     for each in found:
-        auto = f"auto is at {100 * each.of_optimum:.1f}% of the offline optimum"
+        error = f" (+- {100 * each.optimum_error:.1f})" if math.isfinite(each.optimum_error) else ""
+        auto = f"auto is at {100 * each.of_optimum:.1f}%{error} of the offline optimum"
         lines += [f"{each.machine.name}: {each.machine.curve.source}"]
         lines += [f"  {auto} ({each.optimum.name}); best fixed layout: {each.fixed[0]}"]
         lines += [f"  {note}" for note in each.machine.notes]

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+
+import numpy as np
 
 from mlx_mtp.fixed_planner import FixedPlanner
 from mlx_mtp.planner import AutoPlanner
@@ -40,6 +43,15 @@ class Simulation:
         """Speed of auto over that of the offline optimum."""
         return self.replays["auto"].total.tps / self.optimum.replay.total.tps
 
+    @property
+    def optimum_error(self) -> float:
+        """Standard error of ``of_optimum``: both replayed the same answers, which differ."""
+        pairs = zip(self.replays["auto"].answers, self.optimum.replay.answers, strict=True)
+        more = np.array([auto.ms - best.ms for auto, best in pairs])
+        if len(more) < 2:
+            return float("inf")
+        return float(more.std(ddof=1) * len(more) ** 0.5 / self.optimum.replay.total.ms)
+
     def is_reckoned(self, tally: Tally) -> bool:
         """Whether steps were wider than what is known."""
         return tally.widest > self.machine.most_rows
@@ -60,6 +72,9 @@ class Simulation:
             "best_fixed": self.fixed[0],
             "optimum": self.optimum.name,
             "auto_of_optimum": round(self.of_optimum, 4),
+            "auto_of_optimum_error": (
+                round(self.optimum_error, 4) if math.isfinite(self.optimum_error) else None
+            ),
             "clairvoyant_speedup": self._ratio(self.clairvoyant_tps, None),
             "all": {name: self._cell(each.total, None) for name, each in self.columns().items()},
             "kinds": {
