@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mlx_mtp.simulate.chips import Machine
     from mlx_mtp.simulate.trace import Trace
 
+_TIMED_TOKENS = 6000  # for --time-planner, so that what comes once does not weigh too much
 _FILE = click.Path(path_type=Path)
 
 
@@ -132,9 +133,11 @@ def _planner_times(trace: Trace, machines: list[Machine]) -> list[str]:
     """Processor time of the planner on each machine."""
     from mlx_mtp.simulate.planner_time import planner_us
 
+    tokens = sum(each.num_tokens for each in trace.answers)
+    passes = max(2, -(-_TIMED_TOKENS // tokens))
     lines = ["planner, microseconds of processor time a step: p50, p99, mean"]
     for each in machines:
-        times = sorted(planner_us(trace, each, passes=2))
+        times = sorted(planner_us(trace, each, passes=passes))
         p50, p99 = times[len(times) // 2], times[int(0.99 * len(times))]
         mean = sum(times) / len(times)
         lines.append(f"{each.name:<20}{p50:8.1f}{p99:8.1f}{mean:8.1f}  ({len(times)} steps)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -166,6 +166,7 @@ class TestOptimum:
         costs = StepCosts(dataclasses.replace(CURVE, draft_ms=(0.0, 0.5, 0.9)), most_rows=9)
         counts = trace.answers[0].counts
 
+        @cache
         def least(at: int, waiting: int) -> float:
             """Any step, over and over."""
             if at >= len(counts):
