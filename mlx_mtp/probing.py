@@ -1,8 +1,9 @@
 """When plain decoding is left for a moment, to see whether drafts hold by now.
 
 A try is a step with a few masks and the step that verifies their drafts.  It comes after a pause
-that doubles each time, and never so soon that tries would take more than a small share of the time.
-Where the drafts of a try all held, the next one follows at once: what was believed may be wrong.
+that doubles as long as no draft holds, and never so soon that tries would take more than a small
+share of the time.  Where the drafts of a try all held, the next one follows at once: what was
+believed may be wrong.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Probing:
         elif is_probe:
             self.give_up()
             self.waits, self._held = False, num_accepted == drafts
+            if num_accepted:
+                self._pause = FIRST_PAUSE
             return True
         elif masks or drafts:
             self._plain_steps, self._pause, self._held = 0, FIRST_PAUSE, False
