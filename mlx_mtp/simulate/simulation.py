@@ -45,12 +45,8 @@ class Simulation:
 
     @property
     def optimum_error(self) -> float:
-        """Standard error of ``of_optimum``: both replayed the same answers, which differ."""
-        pairs = zip(self.replays["auto"].answers, self.optimum.replay.answers, strict=True)
-        more = np.array([auto.ms - best.ms for auto, best in pairs])
-        if len(more) < 2:
-            return float("inf")
-        return float(more.std(ddof=1) * len(more) ** 0.5 / self.optimum.replay.total.ms)
+        """Standard error of ``of_optimum``."""
+        return slowdown_error(self.replays["auto"], self.optimum.replay)
 
     def is_reckoned(self, tally: Tally) -> bool:
         """Whether steps were wider than what is known."""
@@ -104,6 +100,14 @@ class Simulation:
         if self.machine.in_ms:
             cell |= {"tps": round(tally.tps, 3), "ms_per_step": round(tally.ms_per_step, 3)}
         return cell
+
+
+def slowdown_error(one: Replay, other: Replay) -> float:
+    """Standard error of one replay's time over another's, of the same answers, which differ."""
+    more = np.array([a.ms - b.ms for a, b in zip(one.answers, other.answers, strict=True)])
+    if len(more) < 2:
+        return float("inf")
+    return float(more.std(ddof=1) * len(more) ** 0.5 / other.total.ms)
 
 
 def simulate(
