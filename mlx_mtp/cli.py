@@ -28,6 +28,7 @@ from mlx_mtp.cli_options import (
     stream_options,
     template_options,
 )
+from mlx_mtp.cli_simulate import simulate
 from mlx_mtp.cli_train import train
 from mlx_mtp.cli_tune import tune
 from mlx_mtp.cli_verify import verify
@@ -39,7 +40,9 @@ if TYPE_CHECKING:
     from mlx_mtp.generate import GenerationResponse
 
 _QUERY = "@@mlx-mtp-query@@"
-_WITHOUT_TORCH = ("average", "benchmark", "generate", "chat", "train", "tune", "verify")
+_WITHOUT_TORCH = (
+    "average", "benchmark", "chat", "generate", "simulate", "train", "tune", "verify",
+)  # fmt: skip
 
 
 @click.group(cls=PoliteGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -112,6 +115,7 @@ cli.add_command(convert)
 cli.add_command(doctor)
 cli.add_command(export)
 cli.add_command(inspect)
+cli.add_command(simulate)
 cli.add_command(train)
 cli.add_command(tune)
 cli.add_command(verify)

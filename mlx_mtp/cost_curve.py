@@ -121,33 +121,35 @@ class LiveCosts:
         self.curve = curve
         self._learns = learns
         self._pace = 1.0
-        self._factors = np.ones(curve.rows[-1] + 1)
-        self._forward: dict[int, np.ndarray] = {}
-        self._draft = np.array(curve.draft_ms)
+        # Plain lists where single numbers are looked up, which happens in every step.
+        self._factors = [1.0] * (curve.rows[-1] + 1)
+        self._forward: dict[int, tuple[np.ndarray, list[float]]] = {}
+        self._draft = list(curve.draft_ms)
 
     def draft_ms(self, num_draft_tokens: int) -> np.ndarray:
         """Milliseconds to draft by the size of the mask group, ``[k + 1]``."""
         sizes = np.arange(num_draft_tokens + 1)
-        return self._draft[np.minimum(sizes, len(self._draft) - 1)]
+        return np.array(self._draft)[np.minimum(sizes, len(self._draft) - 1)]
 
     def forward_ms(self, context: int) -> np.ndarray:
         """Milliseconds of a forward by its rows, ``[R + 1]``, at the pace of the measurement."""
-        return np.maximum.accumulate(self._measured(context) * self._factors)
+        return np.maximum.accumulate(self._measured(context)[0] * self._factors)
 
     def observe(self, *, rows: int, largest_group: int, context: int, ms: float) -> None:
         """Learn from a step; one with more rows than were measured says nothing."""
         if not self._learns or rows >= len(self._factors) or ms <= 0:
             return
-        forward = self._measured(context)[rows] * self._factors[rows]
+        forward = self._measured(context)[1][rows] * self._factors[rows]
         ratio = ms / (forward + self._draft[min(largest_group, len(self._draft) - 1)])
         ratio = min(max(ratio / self._pace, 1 / _MOST_RATIO), _MOST_RATIO)
         self._pace *= ratio**_FAST
         self._factors[rows] *= ratio**_SLOW
 
-    def _measured(self, context: int) -> np.ndarray:
+    def _measured(self, context: int) -> tuple[np.ndarray, list[float]]:
         at = context // _CONTEXT_STEP
         if at not in self._forward:
-            self._forward[at] = self.curve.forward(at * _CONTEXT_STEP)
+            forward = self.curve.forward(at * _CONTEXT_STEP)
+            self._forward[at] = forward, forward.tolist()
         return self._forward[at]
 
 

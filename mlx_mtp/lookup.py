@@ -18,6 +18,7 @@ LONGEST_LOOKUP = 24  # drafts of one lookup
 _KEPT = 4  # places remembered for a run of ids
 _CLASSES = (3, 4, 6, 10)  # matches of such lengths, up to the next, are counted together
 _PRIOR = (0.4, 0.5, 0.65, 0.8)
+_PRIOR_WEIGHT = 6.0  # texts differ in how they repeat themselves
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class LookupAcceptance:
     """How looked-up drafts hold, by the length of the match."""
 
     def __init__(self) -> None:
-        self._classes = [Acceptance([chance]) for chance in _PRIOR]
+        self._classes = [Acceptance([chance], weight=_PRIOR_WEIGHT) for chance in _PRIOR]
 
     def holds(self, match: int, num_draft_tokens: int) -> np.ndarray:
         """Chance that at least j drafts hold, ``[drafts + 1]``."""

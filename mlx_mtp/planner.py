@@ -1,15 +1,16 @@
 """The planner behind ``auto``: spends rows where drafts are likely to hold, where rows are cheap.
 
 It knows what steps cost here (``LiveCosts``) and how drafts have held so far (``Acceptance``), and
-follows the best rule for both (``policy``), which it works out anew every few steps.  Where plain
-decoding wins, nothing is drafted; now and then two masks are tried again, each time after a longer
-pause.  Drafts found by suffix lookup take a step whenever they are worth more.
+follows the best rule for both (``policy``).  Every few steps it looks whether they have moved, and
+works the rule out anew if so.  Where plain decoding wins, nothing is drafted; now and then two
+masks are tried again (``probing``).  Drafts found by suffix lookup take a step whenever they are
+worth more.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -22,18 +23,45 @@ from mlx_mtp.lookup import LONGEST_LOOKUP, LookupAcceptance
 from mlx_mtp.policy import (
     FORGET,
     MOST_ROUNDS,
+    PLAIN,
     Policy,
     StepPlan,
     best_policy,
     expected_tokens,
     step_ms,
 )
+from mlx_mtp.probing import Probing
 
 LAYOUTS = ("auto", *FIXED_LAYOUTS)
-REFRESH_STEPS = 32  # steps between two looks for the best rule
-EARLY_REFRESH = (2, 4, 8, 16)  # more looks while little is known
+LOOK_STEPS = 32  # steps between two looks for the best rule
+EARLY_LOOKS = (2, 4, 8, 16)  # more looks while little is known
+MOVED = 0.05  # chances, or costs in plain steps, that moved by less leave the rule as it is
 PROBE_MASKS = 2
-FIRST_PAUSE, LONGEST_PAUSE = 16, 512  # plain steps before drafting is tried again
+
+
+@dataclass
+class Rule:
+    """The best rule, what it was worked out for, and what it decided so far."""
+
+    policy: Policy
+    holds: np.ndarray  # [k + 1]
+    forward_ms: np.ndarray  # [R + 1]
+    draft_ms: np.ndarray  # [k + 1]
+    decisions: dict[tuple[int, int, int, bool], Decision] = field(default_factory=dict)
+
+    def still_fits(self, holds: np.ndarray, forward_ms: np.ndarray) -> bool:
+        """Whether little has moved since; what is best hardly changes with it."""
+        if holds.shape != self.holds.shape or np.abs(holds - self.holds).max() > MOVED:
+            return False
+        moved = np.abs(forward_ms - self.forward_ms).max()
+        return bool(moved <= MOVED * self.forward_ms[1])
+
+    @cached_property
+    def could_draft(self) -> bool:
+        """Whether drafts that always hold would pay."""
+        sure = np.ones_like(self.holds)
+        plans = best_policy(sure, self.forward_ms, self.draft_ms, start=self.policy).plans
+        return plans[0] != PLAIN
 
 
 @dataclass
@@ -44,11 +72,17 @@ class Speculation:
         costs: what steps cost here.
         acceptance: how the adapter's drafts hold.
         lookup: how looked-up drafts hold.
+        probing: when drafts are tried again where plain decoding wins.
+        rule: the best rule so far.
+        num_steps: steps observed so far.
     """
 
     costs: LiveCosts
     acceptance: Acceptance
     lookup: LookupAcceptance = field(default_factory=LookupAcceptance)
+    probing: Probing = field(default_factory=Probing)
+    rule: Rule | None = None
+    num_steps: int = 0
 
     @classmethod
     def guess(cls, num_draft_tokens: int) -> Speculation:
@@ -62,7 +96,7 @@ class Speculation:
 
 
 class AutoPlanner:
-    """Plans each step for the most tokens a millisecond.
+    """Plans each step of one answer for the most tokens a millisecond.
 
     Args:
         known: what steps cost and how drafts hold; it goes on learning.
@@ -75,14 +109,10 @@ class AutoPlanner:
     ) -> None:
         self.num_draft_tokens = num_draft_tokens
         self.uses_lookup = use_lookup
-        self._costs = known.costs
-        self._acceptance = known.acceptance
-        self._lookup = known.lookup
-        self._policy: Policy | None = None
-        self._num_steps = 0
-        self._plain_steps = 0
-        self._pause = FIRST_PAUSE
-        self._probe_waits = False
+        self._known = known
+        known.probing.waits = False  # the drafts of an answer that ended are gone
+        self._rule: Rule | None = None
+        self._look_at = 0  # the step before which to look for a better rule
 
     def plan(
         self,
@@ -104,24 +134,28 @@ class AutoPlanner:
             num_found: drafts that suffix lookup has found.
             match: ids that matched for them.
         """
-        self._refresh(context)
-        assert self._policy is not None
-        policy, k = self._policy, self.num_draft_tokens
-        waiting = min(num_waiting, k, room - 1)
-        best, is_probe = policy.plans[waiting], False
-        if self._probe_waits and waiting:
-            best, is_probe = _all_of(best, waiting), True
-        elif k and not any(best.mask_counts) and self._plain_steps >= self._pause:
-            best, is_probe = StepPlan(0, (min(PROBE_MASKS, k),)), True
-        source = MASK if best.num_draft_tokens else ""
-        holds = self._holds
-        found = min(num_found, LONGEST_LOOKUP, room - 1, len(self._forward) - 2)
+        rule = self._best_rule(context)
+        waiting = min(num_waiting, self.num_draft_tokens, room - 1)
+        is_probe = self._is_probe(rule, waiting, room)
+        found = min(num_found, LONGEST_LOOKUP, room - 1, len(rule.forward_ms) - 2)
         if found > 0 and num_pending == 1 and not is_probe:
-            chances = self._lookup.holds(match, found)
-            longer = self._lookup_plan(policy, chances, float(policy.values[waiting]))
+            chances = self._known.lookup.holds(match, found)
+            longer = self._lookup_plan(rule, chances, float(rule.policy.values[waiting]))
             if longer is not None:
-                best, source, holds = longer, LOOKUP, chances
-        return self._decide(best, num_pending, room, source=source, is_probe=is_probe, holds=holds)
+                return _decide(longer, rule, 1, room, source=LOOKUP, holds=chances)
+        key = (waiting, num_pending, min(room, 2 * self.num_draft_tokens + 2), is_probe)
+        if (decision := rule.decisions.get(key)) is None:
+            plan = rule.policy.plans[waiting]
+            if is_probe:
+                masks = min(PROBE_MASKS, self.num_draft_tokens)
+                plan = _all_of(plan, waiting) if waiting else StepPlan(0, (masks,))
+            source = MASK if plan.num_draft_tokens else ""
+            decision = _decide(
+                plan, rule, num_pending, room, source=source, holds=rule.holds, is_probe=is_probe
+            )
+            if num_pending == 1:  # prompts differ too much for theirs to come again
+                rule.decisions[key] = decision
+        return decision
 
     def observe(
         self, decision: Decision, *, num_accepted: int, context: int, ms: float, match: int = 0
@@ -135,51 +169,69 @@ class AutoPlanner:
             ms: what the step took.
             match: as given to ``plan``.
         """
-        layout = decision.layout
+        layout, known = decision.layout, self._known
         drafts, largest = layout.num_draft_tokens, max(layout.mask_counts)
         if layout.num_pending == 1:
-            self._costs.observe(rows=layout.num_rows, largest_group=largest, context=context, ms=ms)
+            known.costs.observe(rows=layout.num_rows, largest_group=largest, context=context, ms=ms)
         if decision.source == LOOKUP:
-            self._lookup.observe(match, drafts, num_accepted)
+            known.lookup.observe(match, drafts, num_accepted)
+            drafts = 0
         elif drafts:
-            self._acceptance.observe(drafts, num_accepted)
-        self._num_steps += 1
-        self._keep_probing(decision, drafts, largest)
-
-    def _keep_probing(self, decision: Decision, drafts: int, largest: int) -> None:
-        """Count plain steps; a probe is a step with masks and the step that verifies its drafts."""
-        if decision.is_probe and largest and not drafts:
-            self._probe_waits = True
-        elif decision.is_probe:
-            self._probe_waits, self._plain_steps = False, 0
-            self._pause = min(2 * self._pause, LONGEST_PAUSE)
-            self._num_steps = -(-self._num_steps // REFRESH_STEPS) * REFRESH_STEPS  # look now
-        elif largest or decision.source == MASK:
-            self._plain_steps, self._pause = 0, FIRST_PAUSE
-        else:
-            self._plain_steps += 1
-
-    def _refresh(self, context: int) -> None:
-        is_due = self._num_steps % REFRESH_STEPS == 0 or self._num_steps in EARLY_REFRESH
-        if self._policy is not None and not is_due:
-            return
-        self._holds = self._acceptance.holds(self.num_draft_tokens)
-        self._forward = self._costs.forward_ms(context)
-        self._draft = self._costs.draft_ms(self.num_draft_tokens)
-        rounds = MOST_ROUNDS if self._num_steps < REFRESH_STEPS else 2
-        self._policy = best_policy(
-            self._holds, self._forward, self._draft, start=self._policy, rounds=rounds
+            known.acceptance.observe(drafts, num_accepted)
+        known.num_steps += 1
+        ended = known.probing.observe(
+            is_probe=decision.is_probe, masks=largest, drafts=drafts, num_accepted=num_accepted
         )
+        if ended or known.num_steps in EARLY_LOOKS:
+            self._look_at = known.num_steps
 
-    def _lookup_plan(self, policy: Policy, chances: np.ndarray, least: float) -> StepPlan | None:
+    def _best_rule(self, context: int) -> Rule:
+        """The rule for what is known now, looked for every few steps."""
+        known, k = self._known, self.num_draft_tokens
+        if self._rule is not None and known.num_steps < self._look_at:
+            return self._rule
+        self._look_at = known.num_steps + LOOK_STEPS
+        holds, forward = known.acceptance.holds(k), known.costs.forward_ms(context)
+        rule = known.rule
+        if rule is None or not rule.still_fits(holds, forward):
+            draft = known.costs.draft_ms(k)
+            start = rule.policy if rule else None
+            rounds = MOST_ROUNDS if known.num_steps < LOOK_STEPS else 1
+            rule = Rule(
+                best_policy(holds, forward, draft, start=start, rounds=rounds),
+                holds,
+                forward,
+                draft,
+            )
+        self._rule = known.rule = rule
+        return rule
+
+    def _is_probe(self, rule: Rule, waiting: int, room: int) -> bool:
+        """Whether the next step is one of a try."""
+        probing = self._known.probing
+        if probing.waits and waiting:
+            return True
+        masks = min(PROBE_MASKS, self.num_draft_tokens)
+        if not masks or waiting or room < masks + 2 or not probing.may_be_due:
+            return False
+        if any(rule.policy.plans[0].mask_counts):
+            return False
+        if masks + 1 >= len(rule.forward_ms) or not rule.could_draft:
+            probing.give_up()
+            return False
+        ms = 2 * rule.forward_ms[masks + 1] + rule.draft_ms[masks]
+        brings = 1 + expected_tokens(rule.holds, masks)
+        return probing.is_due(ms / rule.forward_ms[1] - brings)
+
+    def _lookup_plan(self, rule: Rule, chances: np.ndarray, least: float) -> StepPlan | None:
         """The best number of looked-up drafts, with no masks or some behind the last of them."""
         counts = np.arange(1, len(chances))
         emitted, whole = np.cumsum(chances)[1:], chances[1:]
-        best = None
+        policy, forward, best = rule.policy, rule.forward_ms, None
         for masks in {0, max(policy.plans[0].mask_counts)}:
             rows = 1 + counts + masks
-            fits = rows < len(self._forward)
-            ms = self._forward[np.minimum(rows, len(self._forward) - 1)] + self._draft[masks]
+            fits = rows < len(forward)
+            ms = forward[np.minimum(rows, len(forward) - 1)] + rule.draft_ms[masks]
             later = (1 - FORGET) * whole * policy.values[masks]
             value = np.where(fits, emitted + later - policy.rate * ms, -np.inf)
             at = int(value.argmax())
@@ -187,27 +239,29 @@ class AutoPlanner:
                 least, best = float(value[at]), (at + 1, masks)
         return best and StepPlan(best[0], (0,) * best[0] + (best[1],))
 
-    def _decide(
-        self,
-        plan: StepPlan,
-        num_pending: int,
-        room: int,
-        *,
-        source: str,
-        is_probe: bool,
-        holds: np.ndarray,
-    ) -> Decision:
-        useful = [max(0, min(c, room - 2 - at)) for at, c in enumerate(plan.mask_counts)]
-        plan = StepPlan(plan.num_draft_tokens, tuple(useful))
-        known = plan.num_rows < len(self._forward)
-        return Decision(
-            layout=_layout(num_pending, plan),
-            source=source,
-            is_probe=is_probe,
-            expected_tokens=expected_tokens(holds, plan.num_draft_tokens),
-            expected_ms=step_ms(plan, self._forward, self._draft) if known else float("nan"),
-            plain_ms=float(self._forward[1]),
-        )
+
+def _decide(
+    plan: StepPlan,
+    rule: Rule,
+    num_pending: int,
+    room: int,
+    *,
+    source: str,
+    holds: np.ndarray,
+    is_probe: bool = False,
+) -> Decision:
+    """A plan as a decision, without masks whose drafts could never be emitted."""
+    useful = [max(0, min(c, room - 2 - at)) for at, c in enumerate(plan.mask_counts)]
+    plan = StepPlan(plan.num_draft_tokens, tuple(useful))
+    known = plan.num_rows < len(rule.forward_ms)
+    return Decision(
+        layout=_layout(num_pending, plan),
+        source=source,
+        is_probe=is_probe,
+        expected_tokens=expected_tokens(holds, plan.num_draft_tokens),
+        expected_ms=step_ms(plan, rule.forward_ms, rule.draft_ms) if known else float("nan"),
+        plain_ms=float(rule.forward_ms[1]),
+    )
 
 
 def _all_of(plan: StepPlan, waiting: int) -> StepPlan:

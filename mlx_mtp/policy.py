@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 FORGET = (
     1e-3  # chance that a step's drafts are lost, as at an answer's end; ties all states together
@@ -180,17 +181,24 @@ def _improve(
     """The best step for each state, if ``values`` is what follows it.
 
     ``room[cap, t]`` is the most that t masks in groups of at most ``cap`` are worth, over the
-    anchors so far; an anchor's group is chosen by a maximum over its sizes.
+    anchors so far; an anchor's group is chosen by a maximum over its sizes.  An anchor may be the
+    last one or not, which is reckoned at once: it is the calls that take the time.
     """
     k, most = len(holds) - 1, len(forward_ms) - 2
-    room = np.full((k + 1, most + 1), -np.inf)
+    padded = np.full((k + 1, k + most + 1), -np.inf)
+    shifted = sliding_window_view(padded, most + 1, axis=1)[:, ::-1]  # [cap, c, t]: room[cap, t-c]
+    too_large = np.where(np.tri(k + 1, dtype=bool), 0.0, -np.inf)  # [cap, c]
+    room = padded[:, k:].copy()
     room[:, 0] = 0.0
     cost = rate * (forward_ms[1:] + draft_ms[:, None])  # [cap, rows - 1]
     rooms, worths = [room], []
     best, plan, plans = -np.inf, PLAIN, []
     for drafts in range(min(k, most) + 1):
         worth = (1 - FORGET) * holds[drafts] * values
-        whole = _add_anchor(room, worth)
+        goes_on = (1 - FORGET) * (holds[drafts] - holds[min(drafts + 1, k)]) * values
+        padded[:, k:] = room
+        both = np.stack([worth, goes_on])[:, None] + too_large  # [2, cap, c]
+        whole, more = (shifted + both[..., None]).max(axis=2)
         score = whole[:, : most + 1 - drafts] - cost[:, drafts:]
         at = int(score.argmax())
         cap, total = divmod(at, score.shape[1])
@@ -199,19 +207,11 @@ def _improve(
             best = value
             plan = _trace([*rooms, whole], [*worths, worth], cap, total)
         if drafts < k:
-            worths.append((1 - FORGET) * (holds[drafts] - holds[drafts + 1]) * values)
-            room = _add_anchor(room, worths[-1])
+            worths.append(goes_on)
+            room = more
             rooms.append(room)
         plans.append(plan)
     return tuple(plans + [plan] * (k + 1 - len(plans)))
-
-
-def _add_anchor(room: np.ndarray, worth: np.ndarray) -> np.ndarray:
-    """Best sums with one more anchor, whose group of c masks is worth ``worth[c]``."""
-    found = room + worth[0]
-    for size in range(1, min(len(worth), room.shape[1])):
-        np.maximum(found[size:, size:], room[size:, :-size] + worth[size], out=found[size:, size:])
-    return found
 
 
 def _trace(rooms: list[np.ndarray], worths: list[np.ndarray], cap: int, total: int) -> StepPlan:

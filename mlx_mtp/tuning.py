@@ -173,19 +173,24 @@ def kept_costs(
 
     Args:
         model: with its adapter.
-        measure: whether to measure where none is kept; None is returned otherwise.
+        measure: whether to measure where none is kept; None is returned otherwise.  What another
+            machine or version measured does not count, even if its file was copied here.
         again: measure even so.
         say: called with a line while it measures.
     """
-    path = cache_dir() / "costs" / f"{_digest(model)}.json"
+    digest = _digest(model)
+    path = cache_dir() / "costs" / f"{digest}.json"
     if not again:
         with contextlib.suppress(OSError, ValueError):
-            return CostCurve.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(values, dict) and values.get("made_for") == digest:
+                return CostCurve.from_dict(values)
     if not (measure or again):
         return None
     curve = measure_costs(model, say=say)
     with contextlib.suppress(OSError):  # a cache that cannot be written is measured for again
-        write_atomically(path, json.dumps(curve.to_dict(), indent=2) + "\n")
+        values = {"made_for": digest} | curve.to_dict()
+        write_atomically(path, json.dumps(values, indent=2) + "\n")
     return curve
 
 

@@ -29,6 +29,8 @@ def test_the_wheel_made_from_the_sdist_is_complete(built):
     for name in [
         "mlx_mtp/cli.py",
         "mlx_mtp/prompts.jsonl",
+        "mlx_mtp/simulate/chips.json",
+        "mlx_mtp/simulate/trace.json",
         "mlx_mtp/converters/convert.py",
         "mlx_mtp/metal/README.md",
         "mlx_mtp/apps/README.md",

@@ -53,10 +53,26 @@ def test_it_is_kept_and_measured_again_when_asked(model: MTPModel, monkeypatch, 
     kept_costs(model, again=True)
     assert len(calls) == 2
     (file,) = (tmp_path / "costs").iterdir()
-    for text in ("", "{}", "[]", json.dumps(UNMEASURED.to_dict() | {"rows": [2]})):
+    damaged = json.loads(file.read_text()) | {"rows": [2]}
+    for text in ("", "{}", "[]", json.dumps(damaged)):
         file.write_text(text)
         assert kept_costs(model) == UNMEASURED
     assert len(calls) == 6
+
+
+def test_a_curve_of_another_machine_is_ignored(model: MTPModel, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(tuning, "measure_costs", lambda *_, **__: UNMEASURED)
+    kept_costs(model)
+    (file,) = (tmp_path / "costs").iterdir()
+    for change in ({"made_for": "elsewhere"}, {"made_for": None}):
+        file.write_text(json.dumps(json.loads(file.read_text()) | change))
+        assert kept_costs(model, measure=False) is None
+    assert kept_costs(model) == UNMEASURED  # measured again, and kept again
+    assert kept_costs(model, measure=False) == UNMEASURED
+    monkeypatch.setattr(tuning.mlx_mtp, "__version__", "9.9")
+    mine = tuning._digest(model)
+    file.rename(file.with_name(f"{mine}.json"))  # as if copied from the older version
+    assert kept_costs(model, measure=False) is None
 
 
 def test_another_version_or_machine_measures_for_itself(model: MTPModel, monkeypatch) -> None:
