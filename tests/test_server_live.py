@@ -20,7 +20,7 @@ import openai
 import pytest
 from click.testing import CliRunner
 from server_command import Served, command, served
-from server_soak import fuzz, kill_often, soak
+from server_soak import ARGUMENTS, fuzz, kill_often, soak
 
 from mlx_mtp.cli import cli
 from mlx_mtp.generate import chat_text, generate
@@ -41,7 +41,7 @@ def folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(folder) -> Iterator[Served]:
-    with served(folder) as running:
+    with served(folder, *ARGUMENTS) as running:
         yield running
 
 
