@@ -28,6 +28,7 @@ from mlx_mtp.cli_options import (
     stream_options,
     template_options,
 )
+from mlx_mtp.cli_serve import serve
 from mlx_mtp.cli_simulate import simulate
 from mlx_mtp.cli_train import train
 from mlx_mtp.cli_tune import tune
@@ -115,6 +116,7 @@ cli.add_command(convert)
 cli.add_command(doctor)
 cli.add_command(export)
 cli.add_command(inspect)
+cli.add_command(serve)
 cli.add_command(simulate)
 cli.add_command(train)
 cli.add_command(tune)
