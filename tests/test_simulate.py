@@ -57,7 +57,7 @@ class TestAgainstTheDecoder:
     @pytest.mark.parametrize("k", [1, 2, 4])
     def test_fixed_layouts_take_the_same_steps(self, decoded: Any, layout: str, k: int) -> None:
         model, texts, trace = decoded
-        costs = StepCosts(CURVE, most_rows=25)
+        costs, fewest = StepCosts(CURVE, most_rows=25), self.TOKENS
         for text, answer in zip(texts, trace.answers, strict=True):
             steps = list(
                 decode(
@@ -67,7 +67,8 @@ class TestAgainstTheDecoder:
             tally = replay_answer(answer, fixed(layout, k)(), costs, max_tokens=self.TOKENS)
             assert (tally.steps, tally.tokens) == (len(steps), self.TOKENS)
             assert tally.rows == sum(step.num_rows for step in steps[1:])
-        assert tally.steps < self.TOKENS  # something held
+            fewest = min(fewest, tally.steps)
+        assert fewest < self.TOKENS  # something held
 
     def test_auto_takes_the_same_steps(self, decoded: Any) -> None:
         model, texts, trace = decoded
