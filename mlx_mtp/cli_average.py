@@ -15,8 +15,7 @@ from mlx_mtp.terminal import Progress
 def average(adapters: tuple[str, ...], adapter_path: str) -> None:
     """Write the mean of adapters that were trained from one another.
 
-    It often drafts better than each of them, and is a good place to train on from, at a low
-    learning rate: mlx-mtp train --resume-adapter-file OUT.
+    It often drafts better than each of them.
     """
     from mlx_mtp.loading import resolve
     from mlx_mtp.train.average import save_mean
