@@ -47,6 +47,8 @@ def events(response: httpx.Response) -> list[Any]:
     found = []
     for block in response.text.removesuffix("\n\n").split("\n\n"):
         lines = block.split("\n")
+        if lines[0].startswith(":"):  # a comment, which says that the stream still lives
+            continue
         data = lines[-1].removeprefix("data: ")
         found.append(data if data == "[DONE]" else json.loads(data))
         if len(lines) == 2:
