@@ -52,7 +52,9 @@ def soak(server: Server, *, clients: int, seconds: float) -> dict[str, Any]:
     def ask(number: int) -> None:
         rng, expected = random.Random(number), None
         with httpx.Client(base_url=server.url, timeout=300) as client:
-            while time.monotonic() < ends:
+            asked = 0
+            while asked == 0 or time.monotonic() < ends:
+                asked += 1
                 text, fault = _asked(client, number, streamed=rng.random() < 0.5)
                 expected = text if expected is None and not fault else expected
                 with lock:

@@ -279,6 +279,9 @@ def test_image_urls_are_refused_and_never_fetched(host):
     [
         (b"", "JSON"),
         (b"[1]", "object"),
+        (b"0.0", "object"),
+        (b"null", "object"),
+        (b'"text"', "object"),
         (b"{", "JSON"),
         (b'{"prompt": "\xff"}', "UTF-8"),
         (b'{"prompt": "\\ud800"}', "surrogate"),
