@@ -46,43 +46,55 @@ def soak(server: Server, *, clients: int, seconds: float) -> dict[str, Any]:
     """
     ends = time.monotonic() + seconds
     counts = {"replies": 0, "lost": 0, "crossed": 0}
+    reasons: set[str] = set()
     lock = threading.Lock()
 
     def ask(number: int) -> None:
         rng, expected = random.Random(number), None
         with httpx.Client(base_url=server.url, timeout=300) as client:
-            while time.monotonic() < ends:
-                text, lost = _asked(client, number, streamed=rng.random() < 0.5)
-                expected = text if expected is None else expected
+            asked = 0
+            while asked == 0 or time.monotonic() < ends:
+                asked += 1
+                text, fault = _asked(client, number, streamed=rng.random() < 0.5)
+                expected = text if expected is None and not fault else expected
                 with lock:
                     counts["replies"] += 1
-                    counts["lost"] += lost
-                    counts["crossed"] += not lost and text != expected
+                    counts["lost"] += bool(fault)
+                    counts["crossed"] += not fault and text != expected
+                    reasons.update([fault] if fault else [])
 
     with ThreadPoolExecutor(clients + 1) as pool:
         health = pool.submit(_watch, server, ends)
         asking = [pool.submit(ask, number) for number in range(clients)]
         for each in asking:
             each.result()
-    return {"clients": clients, "seconds": seconds} | counts | health.result()
+    told = {"clients": clients, "seconds": seconds} | counts | {"why": sorted(reasons)}
+    return told | health.result()
 
 
-def _asked(client: httpx.Client, number: int, *, streamed: bool) -> tuple[str, bool]:
-    """Ask one question; return the answer and whether it was lost."""
+def _asked(client: httpx.Client, number: int, *, streamed: bool) -> tuple[str, str]:
+    """Ask one question; return the answer, and why there is none."""
     messages = [{"role": "user", "content": f"I am client {number}, who are you?"}]
     body = {"messages": messages, "max_tokens": 8 + number % 9, "stream": streamed}
     try:
         reply = client.post("/v1/chat/completions", json=body)
-        if reply.status_code != 200:
-            return "", True
-        if not streamed:
-            return reply.json()["choices"][0]["message"]["content"], False
-        *chunks, done = reply.text.removesuffix("\n\n").split("\n\n")
-        found = [json.loads(chunk.removeprefix("data: "))["choices"][0] for chunk in chunks]
-        text = "".join(choice["delta"].get("content") or "" for choice in found)
-        return text, done != "data: [DONE]" or found[-1]["finish_reason"] is None
-    except (httpx.HTTPError, ValueError, KeyError):
-        return "", True
+    except httpx.HTTPError as error:
+        return "", repr(error)
+    if reply.status_code != 200:
+        return "", reply.text[:200]
+    if not streamed:
+        return reply.json()["choices"][0]["message"]["content"], ""
+    *chunks, done = _data(reply.text)
+    if done != "[DONE]":
+        return "", done[:200]
+    found = [json.loads(chunk)["choices"][0] for chunk in chunks]
+    return "".join(choice["delta"].get("content") or "" for choice in found), ""
+
+
+def _data(stream: str) -> list[str]:
+    """The data of a stream's events; comments, which say that it still lives, are left out."""
+    lines = stream.split("\n")
+    return [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
 
 
 def _watch(server: Server, ends: float) -> dict[str, Any]:
@@ -262,7 +274,7 @@ def _dying(server: Server, streamed: bool) -> tuple[str, float]:
     if not streamed:
         code = reply.json().get("error", {}).get("code", "an answer")
         return (code if reply.status_code == 503 else f"{reply.status_code} {code}"), ended
-    last = json.loads(reply.text.strip().split("\n\n")[-1].removeprefix("data: "))
+    last = json.loads(_data(reply.text)[-1])
     return last.get("error", {}).get("code", "no error"), ended
 
 

@@ -47,6 +47,8 @@ def events(response: httpx.Response) -> list[Any]:
     found = []
     for block in response.text.removesuffix("\n\n").split("\n\n"):
         lines = block.split("\n")
+        if lines[0].startswith(":"):  # a comment, which says that the stream still lives
+            continue
         data = lines[-1].removeprefix("data: ")
         found.append(data if data == "[DONE]" else json.loads(data))
         if len(lines) == 2:
@@ -277,6 +279,9 @@ def test_image_urls_are_refused_and_never_fetched(host):
     [
         (b"", "JSON"),
         (b"[1]", "object"),
+        (b"0.0", "object"),
+        (b"null", "object"),
+        (b'"text"', "object"),
         (b"{", "JSON"),
         (b'{"prompt": "\xff"}', "UTF-8"),
         (b'{"prompt": "\\ud800"}', "surrogate"),

@@ -113,7 +113,7 @@ def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _check_levels(values: Any) -> None:
     """Refuse what is nested deeper than any request needs."""
-    level: list[Any] = [values]
+    level = _inner([values])
     for _ in range(MOST_LEVELS):
         level = [inner for value in level for inner in _inner(value)]
         if not level:
@@ -121,7 +121,7 @@ def _check_levels(values: Any) -> None:
     raise refused(f"the body is nested deeper than {MOST_LEVELS} levels")
 
 
-def _inner(value: Any) -> Iterable[Any]:
+def _inner(value: Any) -> list[Any]:
     """Lists and objects within a list or an object."""
     each = value.values() if isinstance(value, dict) else value
     return [inner for inner in each if isinstance(inner, dict | list)]
