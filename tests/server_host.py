@@ -23,6 +23,14 @@ from mlx_mtp.apps.server.supervisor import Engine
 
 FAKE = (sys.executable, "-S", str(Path(__file__).with_name("fake_engine.py")))
 
+HI = [{"role": "user", "content": "hello"}]
+PATHS = {
+    "/v1/chat/completions": {"messages": HI},
+    "/v1/completions": {"prompt": "hello"},
+    "/v1/responses": {"input": "hello"},
+    "/v1/messages": {"messages": HI, "max_tokens": 20},
+}
+
 
 class Host:
     """A running server.

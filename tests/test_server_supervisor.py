@@ -15,7 +15,7 @@ import pytest
 from server_host import Host, hosted
 from server_soak import fuzz, kill_often
 
-SOON_S = 3.0  # one on a quiet machine; server_soak reports what it was
+SOON_S = 1.0
 
 
 def wait_until(condition, *, seconds: float = 5) -> float:

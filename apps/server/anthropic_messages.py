@@ -22,7 +22,7 @@ from mlx_mtp.apps.server.jobs import Desk, new_id
 from mlx_mtp.apps.server.protocol import Message
 from mlx_mtp.apps.server.replies import json_response
 from mlx_mtp.apps.server.reports import mtp_summary, timings, usage
-from mlx_mtp.apps.server.streams import EventStream, event, unless_gone
+from mlx_mtp.apps.server.streams import answer, event
 from mlx_mtp.apps.server.tools import Tool, chat_tools
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -35,17 +35,15 @@ async def create(request: Request) -> Any:
     desk.check_model(body.model)
     batch, first = await desk.begin(request, [_job(body, desk)])
     reply = _Reply(body, desk)
-    if body.stream:
-        return EventStream(
-            reply.events(batch, first),
-            batch,
-            failed=lambda error: event(error.anthropic(), name="error"),
-            ping_s=desk.settings.ping_s,
-        )
-    try:
-        return await unless_gone(request, reply.whole(batch, first))
-    finally:
-        batch.cancel()
+    return await answer(
+        request,
+        reply,
+        batch,
+        first,
+        stream=bool(body.stream),
+        failed=lambda error: event(error.anthropic(), name="error"),
+        ping_s=desk.settings.ping_s,
+    )
 
 
 def _job(body: MessagesRequest, desk: Desk) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from mlx_mtp.apps.server.protocol import Message
 from mlx_mtp.apps.server.replies import json_response
 from mlx_mtp.apps.server.reports import mtp_summary, timings, usage
 from mlx_mtp.apps.server.schemas import MOST_TOKENS, OpenAISampled, Strict, flat_text
-from mlx_mtp.apps.server.streams import DONE, EventStream, event, unless_gone
+from mlx_mtp.apps.server.streams import DONE, answer, event
 from mlx_mtp.apps.server.tools import Tool, ToolCall, chat_tools, new_call, template_calls
 
 MOST_TOP_LOGPROBS = 20
@@ -76,17 +76,15 @@ async def create(request: Request) -> Any:
     jobs = choices_of(_job(body, desk), body.n or 1)
     batch, first = await desk.begin(request, jobs)
     reply = _Reply(body, desk, len(jobs))
-    if body.stream:
-        return EventStream(
-            reply.events(batch, first),
-            batch,
-            failed=lambda error: event(error.openai()),
-            ping_s=desk.settings.ping_s,
-        )
-    try:
-        return await unless_gone(request, reply.whole(batch, first))
-    finally:
-        batch.cancel()
+    return await answer(
+        request,
+        reply,
+        batch,
+        first,
+        stream=bool(body.stream),
+        failed=lambda error: event(error.openai()),
+        ping_s=desk.settings.ping_s,
+    )
 
 
 def _job(body: ChatRequest, desk: Desk) -> dict[str, Any]:

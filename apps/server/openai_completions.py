@@ -16,7 +16,7 @@ from mlx_mtp.apps.server.protocol import Message
 from mlx_mtp.apps.server.replies import json_response
 from mlx_mtp.apps.server.reports import mtp_summary, timings, usage
 from mlx_mtp.apps.server.schemas import MOST_CHOICES, MOST_TOKENS, OpenAISampled
-from mlx_mtp.apps.server.streams import DONE, EventStream, event, unless_gone
+from mlx_mtp.apps.server.streams import DONE, answer, event
 
 TokenId = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
 Ids = Annotated[list[TokenId], Field(min_length=1)]
@@ -45,17 +45,15 @@ async def create(request: Request) -> Any:
     jobs = _jobs(body, desk, prompts)
     batch, first = await desk.begin(request, jobs)
     reply = _Reply(body, desk, len(jobs), len(prompts))
-    if body.stream:
-        return EventStream(
-            reply.events(batch, first),
-            batch,
-            failed=lambda error: event(error.openai()),
-            ping_s=desk.settings.ping_s,
-        )
-    try:
-        return await unless_gone(request, reply.whole(batch, first))
-    finally:
-        batch.cancel()
+    return await answer(
+        request,
+        reply,
+        batch,
+        first,
+        stream=bool(body.stream),
+        failed=lambda error: event(error.openai()),
+        ping_s=desk.settings.ping_s,
+    )
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
@@ -101,6 +101,47 @@ class EventStream:
         finally:
             if coming is not None:
                 coming.cancel()
+
+
+class Reply(Protocol):
+    """An answer in the shape of an API."""
+
+    def events(self, batch: Batch, first: Any) -> AsyncGenerator[bytes, None]:
+        """It as a stream."""
+        ...
+
+    def whole(self, batch: Batch, first: Any) -> Coroutine[Any, Any, Any]:
+        """It at once."""
+        ...
+
+
+async def answer(
+    request: Request,
+    reply: Reply,
+    batch: Batch,
+    first: Any,
+    *,
+    stream: bool,
+    failed: Callable[[ApiError], bytes],
+    ping_s: float,
+) -> Any:
+    """The response to a request, streamed or whole; the batch is cancelled when it ends.
+
+    Args:
+        request: from a client that may go away.
+        reply: the answer in the API's shape.
+        batch: what the engine works on.
+        first: its first message.
+        stream: whether the client asked for a stream.
+        failed: the last event of a stream after an error.
+        ping_s: see ``EventStream``.
+    """
+    if stream:
+        return EventStream(reply.events(batch, first), batch, failed=failed, ping_s=ping_s)
+    try:
+        return await unless_gone(request, reply.whole(batch, first))
+    finally:
+        batch.cancel()
 
 
 async def unless_gone(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
