@@ -15,7 +15,8 @@ from mlx_mtp.terminal import Progress
 def average(adapters: tuple[str, ...], adapter_path: str) -> None:
     """Write the mean of adapters that were trained from one another.
 
-    It often drafts better than each of them.
+    It often drafts better than each of them.  An ADAPTER is a folder, a hub id, or a state that a
+    run has kept, RUN/training/state-0000100: its adapter need not be the run's best.
     """
     from mlx_mtp.loading import resolve
     from mlx_mtp.train.average import save_mean

@@ -14,6 +14,7 @@ from tiny import random_adapter, save_adapter, save_tiny_pair, tiny_base
 from mlx_mtp.cli import cli
 from mlx_mtp.loading import load, read_adapter
 from mlx_mtp.train.average import mean_adapter, save_mean
+from mlx_mtp.train.checkpoint import TrainState, save_state
 
 
 def three(root: Path) -> list[Path]:
@@ -35,6 +36,21 @@ def test_of_an_adapter_with_itself_is_that_adapter(tmp_path):
     folder = three(tmp_path)[0]
     for name, value in mean_adapter([folder, folder])[1].items():
         assert mx.array_equal(value, read_adapter(folder)[1][name])
+
+
+def test_takes_the_state_of_a_run_too(tmp_path):
+    folders = three(tmp_path)
+    weights = [read_adapter(folder)[1] for folder in folders]
+    tensors = {"parameters.base." + name: value * 2 for name, value in weights[1].items()}
+    state = TrainState(step=7, tensors=tensors | {"optimizer.step": mx.array(7)}, values={})
+    path = save_state(folders[1] / "training", state)
+    _, mean = mean_adapter([folders[0], path])
+    name = "mask_embeddings"
+    wanted = (weights[0][name].astype(mx.float32) + 2 * weights[1][name].astype(mx.float32)) / 2
+    assert mx.allclose(mean[name], wanted, rtol=0, atol=1e-3)
+    (path / "state.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="state-0000007 is damaged"):
+        mean_adapter([folders[0], path])
 
 
 def test_does_not_keep_what_one_of_them_was_measured_to_accept(tmp_path):

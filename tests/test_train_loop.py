@@ -14,7 +14,12 @@ from tiny import random_adapter, save_adapter, tiny_base
 
 from mlx_mtp.loading import read_adapter
 from mlx_mtp.model import MTPModel
-from mlx_mtp.train.adapter import adapter_tensors, new_adapter, trainable
+from mlx_mtp.train.adapter import (
+    adapter_tensors,
+    new_adapter,
+    read_state_adapter,
+    trainable,
+)
 from mlx_mtp.train.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
 from mlx_mtp.train.history import read_history
 from mlx_mtp.train.loop import TrainData, TrainResult, schedule, train
@@ -79,6 +84,20 @@ def test_events_files_and_the_result_agree(tmp_path):
     assert config.num_draft_tokens == 3 and weights["mask_embeddings"].shape == (3, 32)
     best = max(line["tokens_per_step"] for line in history if line["kind"] == "evaluation")
     assert result.best is not None and result.best.tokens_per_step == best
+
+
+def test_the_adapter_of_every_state_can_be_read(tmp_path):
+    model = model_for(SETTINGS)
+    run(tmp_path, model=model)
+    config, last = read_state_adapter(tmp_path / "training" / "state-0000004")
+    assert config.num_draft_tokens == 3 and config.acceptance == ()
+    trained = adapter_tensors(trainable(model))
+    assert set(last) == set(trained) == set(read_adapter(tmp_path)[1])
+    assert all(mx.array_equal(value, trained[name]) for name, value in last.items())
+    earlier = read_state_adapter(tmp_path / "training" / "state-0000002")[1]
+    assert not mx.array_equal(earlier["mask_embeddings"], last["mask_embeddings"])
+    with pytest.raises(ValueError, match="state-0000009 is damaged: .*state.json"):
+        read_state_adapter(tmp_path / "training" / "state-0000009")
 
 
 def test_what_can_be_foreseen_is_learnt(tmp_path):

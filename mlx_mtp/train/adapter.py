@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_mtp.config import MTPConfig
+from mlx_mtp.config import MTPConfig, read_config
 from mlx_mtp.loading import check_base, read_adapter
 from mlx_mtp.lora import GatedLoRALinear, linear_dims
 from mlx_mtp.model import (
@@ -27,6 +27,7 @@ from mlx_mtp.model import (
     fingerprint,
 )
 from mlx_mtp.sampler_head import SamplerHead
+from mlx_mtp.train.checkpoint import PARAMETERS, read_state, under
 from mlx_mtp.train.settings import TrainSettings
 
 _BASE_PREFIX = "base."
@@ -76,6 +77,26 @@ def adapter_tensors(parameters: Mapping[str, mx.array]) -> dict[str, mx.array]:
         else name.removeprefix(_BASE_PREFIX): value
         for name, value in parameters.items()
     }
+
+
+def read_state_adapter(state: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
+    """Read the adapter that a run had at one of its states, which need not be its best one.
+
+    Args:
+        state: ``RUN/training/state-0000100``.
+
+    Returns:
+        As ``loading.read_adapter``, without the acceptance, which was measured on the best one.
+
+    Raises:
+        ValueError: the state is damaged, or no adapter stands in ``RUN``.
+    """
+    config = dataclasses.replace(read_config(state.resolve().parents[1]), acceptance=())
+    try:
+        tensors = read_state(state).tensors
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{state} is damaged: {error}") from None
+    return config, adapter_tensors(under(PARAMETERS, tensors))
 
 
 def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[str, mx.array]]:

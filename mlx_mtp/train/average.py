@@ -15,8 +15,9 @@ import mlx.core as mx
 
 from mlx_mtp.config import MTPConfig
 from mlx_mtp.loading import read_adapter
+from mlx_mtp.train.adapter import read_state_adapter
 from mlx_mtp.train.card import training_card
-from mlx_mtp.train.checkpoint import save_adapter
+from mlx_mtp.train.checkpoint import is_state, save_adapter
 
 Tensors = dict[str, mx.array]
 
@@ -25,7 +26,8 @@ def mean_adapter(folders: Sequence[Path]) -> tuple[MTPConfig, Tensors]:
     """The mean of adapters.
 
     Args:
-        folders: adapter folders, two or more.
+        folders: two or more; adapter folders, or states of training runs, see
+            ``adapter.read_state_adapter``.
 
     Returns:
         Their configuration, without the acceptance that one of them was measured to have, and the
@@ -37,10 +39,10 @@ def mean_adapter(folders: Sequence[Path]) -> tuple[MTPConfig, Tensors]:
     """
     if len(folders) < 2:
         raise ValueError(f"a mean takes two adapters or more, got {len(folders)}")
-    first, sums = read_adapter(folders[0])
+    first, sums = _read(folders[0])
     first, sums = _bare(first), {name: value.astype(mx.float32) for name, value in sums.items()}
     for folder in folders[1:]:
-        config, weights = read_adapter(folder)
+        config, weights = _read(folder)
         _check_alike(folders[0], first, sums, folder, _bare(config), weights)
         sums = {name: value + weights[name].astype(mx.float32) for name, value in sums.items()}
         mx.eval(sums)
@@ -51,7 +53,7 @@ def save_mean(folders: Sequence[Path], output: Path, *, named: Sequence[str] = (
     """Write the mean of adapters as an adapter folder.
 
     Args:
-        folders: adapter folders, two or more.
+        folders: as ``mean_adapter``.
         output: a folder that is not there yet, or empty.
         named: what the card calls them; their paths by default.
 
@@ -65,6 +67,10 @@ def save_mean(folders: Sequence[Path], output: Path, *, named: Sequence[str] = (
     recipe = {"mean of": ", ".join(named or [str(folder) for folder in folders])}
     save_adapter(output, config, weights, readme=training_card(config, recipe=recipe, best=None))
     return config
+
+
+def _read(folder: Path) -> tuple[MTPConfig, Tensors]:
+    return read_state_adapter(folder) if is_state(folder) else read_adapter(folder)
 
 
 def _bare(config: MTPConfig) -> MTPConfig:

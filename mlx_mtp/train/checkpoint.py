@@ -31,6 +31,7 @@ from mlx_mtp.small_files import write_atomically
 TENSORS_FILE = "state.safetensors"
 VALUES_FILE = "state.json"
 README_FILE = "README.md"
+PARAMETERS, OPTIMISER = "parameters.", "optimizer."  # what the tensors of a state begin with
 
 _FORMAT = 1
 _STATE = re.compile(r"state-(\d{7,})")
@@ -124,7 +125,7 @@ def newest_state(folder: Path, *, tell: Callable[[str], None] | None = None) -> 
     for step in reversed(_steps(folder)):
         path = folder / state_name(step)
         try:
-            return _read_state(path, step)
+            return read_state(path)
         except (ValueError, OSError) as error:
             if tell is not None:
                 tell(f"{path} is damaged and passed over: {error}")
@@ -194,6 +195,12 @@ def write_json(path: Path, values: Any) -> None:
     write_atomically(path, _json(values, where=path.name, indent=2) + "\n")
 
 
+def under(prefix: str, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Tensors whose names begin with a prefix, without it, in the order of their names."""
+    names = sorted(name for name in tensors if name.startswith(prefix))
+    return {name.removeprefix(prefix): tensors[name] for name in names}
+
+
 def _values_text(state: TrainState, tensors_sha256: str) -> str:
     """The JSON file of a state, with the hash of everything in it."""
     content = {
@@ -206,7 +213,19 @@ def _values_text(state: TrainState, tensors_sha256: str) -> str:
     return _json(content | {"sha256": digest}, where="values", indent=1) + "\n"
 
 
-def _read_state(path: Path, step: int) -> TrainState:
+def is_state(path: Path) -> bool:
+    """Whether a folder has the name of a state."""
+    return _STATE.fullmatch(path.name) is not None
+
+
+def read_state(path: Path) -> TrainState:
+    """Read a state, a folder of the name that ``state_name`` gives.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it cannot be read.
+    """
+    step = int(path.name.removeprefix("state-"))
     content = read_json_object(path / VALUES_FILE)
     digest = content.pop("sha256", None)
     if hashlib.sha256(_json(content, where="values").encode()).hexdigest() != digest:

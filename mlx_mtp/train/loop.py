@@ -27,11 +27,14 @@ from mlx_mtp.small_files import remove_drafts
 from mlx_mtp.train import sequences as texts
 from mlx_mtp.train.adapter import adapter_tensors, trainable
 from mlx_mtp.train.checkpoint import (
+    OPTIMISER,
+    PARAMETERS,
     TrainState,
     newest_state,
     remove_old_states,
     save_adapter,
     save_state,
+    under,
     write_json,
 )
 from mlx_mtp.train.evaluate import Evaluation, evaluate
@@ -43,7 +46,6 @@ from mlx_mtp.train.step import StepGradient, StepResult, checkpoint_layers, sequ
 from mlx_mtp.train.workers import Workers, WorkerSpec, one_blas_thread, worker_count
 
 TRAINING = "training"
-_PARAMETERS, _OPTIMISER = "parameters.", "optimizer."
 
 
 @dataclass(frozen=True)
@@ -199,8 +201,8 @@ class _Run:
                 f"{self.output} holds a run of other {', '.join(others)}: it cannot be resumed"
             )
         self.step = state.step
-        self.parameters = _under(_PARAMETERS, state.tensors)
-        self.optimiser.state = _nested(_under(_OPTIMISER, state.tensors), self.parameters)
+        self.parameters = under(PARAMETERS, state.tensors)
+        self.optimiser.state = _nested(under(OPTIMISER, state.tensors), self.parameters)
         self.sums = _Sums(**state.values["sums"])
         if state.values["best"]:
             self.best = Evaluation.from_dict(state.values["best"])
@@ -298,8 +300,8 @@ class _Run:
     def _save(self) -> None:
         assert self.history is not None
         moments = _flat(self.optimiser.state)
-        tensors = {_PARAMETERS + name: value for name, value in self.parameters.items()}
-        tensors |= {_OPTIMISER + name: value for name, value in moments.items()}
+        tensors = {PARAMETERS + name: value for name, value in self.parameters.items()}
+        tensors |= {OPTIMISER + name: value for name, value in moments.items()}
         values = {
             "identity": self._identity(),
             "sums": dataclasses.asdict(self.sums),
@@ -377,9 +379,3 @@ def _nested(tensors: dict[str, mx.array], parameters: dict[str, mx.array]) -> di
         else:
             found[name] = value
     return found
-
-
-def _under(prefix: str, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Tensors whose names begin with a prefix, without it, in the order of their names."""
-    names = sorted(name for name in tensors if name.startswith(prefix))
-    return {name.removeprefix(prefix): tensors[name] for name in names}
