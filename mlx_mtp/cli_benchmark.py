@@ -48,7 +48,8 @@ def _model_options() -> list[Callable[..., Any]]:
         click.option(
             "--modes", callback=_words, default="plain,auto", show_default=True,
             help="Ways to decode; the first is the base of the speed-ups: plain, auto, linear, "
-            "quadratic, stock (mlx_lm on the same folder; plain,auto,stock adds it), draft.",
+            "quadratic (linear:2 has 2 drafts a step), stock (mlx_lm on the same folder; "
+            "plain,auto,stock adds it), draft.",
         ),
         click.option(
             "--num-draft-tokens", type=click.IntRange(1), help="Drafts per step; the adapter's."

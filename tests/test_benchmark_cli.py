@@ -84,7 +84,7 @@ def measured(
     with pytest.MonkeyPatch.context() as patch:
         tune_nothing(patch)
         done = invoke(
-            *on_tiny(pair, prompts, "--modes", "plain,auto,quadratic,stock"),
+            *on_tiny(pair, prompts, "--modes", "plain,auto,quadratic:2,stock"),
             *("--draft-model", pair[0], "--contexts", "0,64", "--repeats", 2),
             *("--output-file", folder / "new" / "report.json"),
         )
@@ -97,7 +97,7 @@ def test_every_answer_of_every_mode_is_there(measured: Any) -> None:
     _, report = measured
     assert report["status"] == "complete" and report["warmups"] == 2 * NUM_MODES
     assert [mode["name"] for mode in report["modes"]] == [
-        "plain", "auto", "quadratic", "stock", "draft",
+        "plain", "auto", "quadratic:2", "stock", "draft",
     ]  # fmt: skip
     places = {(a["prompt"], a["context"], a["repeat"], a["mode"]) for a in report["answers"]}
     assert len(places) == len(report["answers"]) == 4 * 2 * 2 * NUM_MODES
@@ -127,9 +127,9 @@ def test_a_draft_model_that_is_the_model_always_holds(measured: Any) -> None:
 
 def test_steps_are_counted_with_their_masks(measured: Any) -> None:
     _, report = measured
-    rows = [r for r in report["layouts"] if r["mode"] == "quadratic"]
+    rows = [r for r in report["layouts"] if r["mode"] == "quadratic:2"]
     assert any(r["drafts"] and r["masks"] for r in rows)
-    assert all(r["masks"] <= 4 * (r["drafts"] + 1) for r in rows)
+    assert all(r["drafts"] <= 2 and r["masks"] <= 2 * (r["drafts"] + 1) for r in rows)
     plain = [r for r in report["layouts"] if r["mode"] == "plain"]
     assert {(r["drafts"], r["masks"]) for r in plain} == {(0, 0)}
 

@@ -194,6 +194,12 @@ def test_a_prompt_that_does_not_fit_is_named():
         (["plain", "fast"], "no mode 'fast'"),
         (["plain", "plain"], "named twice"),
         ([], "no mode is named"),
+        (
+            ["plain", "auto:2"],
+            "no mode 'auto:2': a number of drafts goes with linear and quadratic",
+        ),
+        (["linear:0"], "no mode 'linear:0'"),
+        (["linear:"], "no mode 'linear:'"),
         (["plain", "draft"], "mode draft needs --draft-model"),
     ],
 )

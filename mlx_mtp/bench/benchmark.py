@@ -12,7 +12,6 @@ from mlx_mtp.bench.measure import Settings, measure
 from mlx_mtp.bench.modes import (
     DRAFT,
     DRAFT_TOKENS,
-    NAMES,
     PLAIN,
     STOCK,
     Mode,
@@ -38,7 +37,7 @@ class Wanted:
 
     Attributes:
         prompts, source: the prompts and where they are from.
-        modes: names out of ``modes.NAMES``; the first is the base.
+        modes: see ``modes.parsed``; the first is the base.
         contexts: ids of text before the prompts.
         max_tokens: most ids of an answer, at least 2.
         settings: of the schedule.
@@ -98,12 +97,12 @@ def prepare(wanted: Wanted, *, say: Say = lambda text: None) -> Prepared:
     """
     from mlx_mtp.loading import load
 
-    ours = {*NAMES} - {PLAIN, STOCK, DRAFT}
+    drafting = any(name not in (PLAIN, STOCK, DRAFT) for name in wanted.modes)
     model, tokenizer = load(
         wanted.model,
         adapter_path=wanted.adapter_path,
         trust_remote_code=wanted.trust_remote_code,
-        mtp=wanted.adapter_path is not None or not ours.isdisjoint(wanted.modes),
+        mtp=wanted.adapter_path is not None or drafting,
         progress=say,
     )
     _check_contexts(model, wanted)

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlx_mtp.bench.runs import Check, Step
 from mlx_mtp.decode import decode
+from mlx_mtp.fixed_planner import FIXED_LAYOUTS
 from mlx_mtp.planner import LAYOUTS
 from mlx_mtp.tuning import speculation_for
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 PLAIN, STOCK, DRAFT = "plain", "stock", "draft"
 NAMES = (PLAIN, *(each for each in LAYOUTS if each != PLAIN), STOCK, DRAFT)
+PLANNED = tuple(each for each in FIXED_LAYOUTS if each != PLAIN)
 DRAFT_MODEL = "draft model"  # source of its drafts
 DRAFT_TOKENS = 3  # default of mlx_lm.generate
 
@@ -36,7 +38,7 @@ class Mode:
     """A way to decode.
 
     Attributes:
-        name: one of ``NAMES``.
+        name: see ``parsed``.
         begin: from prompt ids to steps; a check is called now and then during prefill.
         ours: whether its ids must be those of plain decoding.
         parameters: of the model, without adapter and draft model.
@@ -50,6 +52,27 @@ class Mode:
     weight_bytes: int
 
 
+def parsed(name: str) -> tuple[str, int | None]:
+    """A mode's layout, or its name, and how many drafts it has in a step, if the name says so.
+
+    Args:
+        name: one of ``NAMES``, or a fixed layout with a number behind it: ``linear:2``.
+
+    Raises:
+        ValueError: there is no such mode.
+    """
+    layout, colon, number = name.partition(":")
+    if layout not in NAMES:
+        raise ValueError(f"no mode {name!r}: there are {', '.join(NAMES)}")
+    if not colon:
+        return layout, None
+    if layout not in PLANNED or not number.isdecimal() or int(number) < 1:
+        raise ValueError(
+            f"no mode {name!r}: a number of drafts goes with {' and '.join(PLANNED)}, as linear:2"
+        )
+    return layout, int(number)
+
+
 def check_modes(names: Sequence[str], *, draft_model: str | None) -> None:
     """Refuse a list of modes that cannot be measured.
 
@@ -57,8 +80,7 @@ def check_modes(names: Sequence[str], *, draft_model: str | None) -> None:
         ValueError: it names the mode.
     """
     for name in names:
-        if name not in NAMES:
-            raise ValueError(f"no mode {name!r}: there are {', '.join(NAMES)}")
+        parsed(name)
         if names.count(name) > 1:
             raise ValueError(f"mode {name} is named twice")
     if not names:
@@ -80,32 +102,32 @@ def our_modes(
     """Those of the modes that are ours.
 
     Raises:
-        ValueError: the model has no adapter, so that they would decode plainly.
+        ValueError: the model has no adapter, so that they would decode plainly, or a mode has more
+            drafts than the adapter.
     """
-    names = [name for name in names if name in LAYOUTS]
+    names = [name for name in names if parsed(name)[0] in LAYOUTS]
     drafting = [name for name in names if name != PLAIN]
     if drafting and model.config is None:
         raise ValueError(
             f"mode {drafting[0]} needs an MTP adapter, and {model.name} has none; "
             "measure it with --modes plain,stock"
         )
+    for name in drafting:
+        if (parsed(name)[1] or 0) > model.num_draft_tokens:
+            raise ValueError(f"mode {name}: the adapter drafts {model.num_draft_tokens} at most")
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "stop_ids": stop_ids,
-        "num_draft_tokens": num_draft_tokens,
         "speculation": speculation_for(model, say=say) if "auto" in names else None,
         "lookup": lookup,
     }
-    return [
-        Mode(
-            name,
-            partial(_our_steps, model, options | {"layout": name}),
-            True,
-            _parameters(model.base),
-            _bytes(model),
-        )
-        for name in names
-    ]
+    found = []
+    for name in names:
+        layout, number = parsed(name)
+        own = {"layout": layout, "num_draft_tokens": number or num_draft_tokens}
+        begin = partial(_our_steps, model, options | own)
+        found.append(Mode(name, begin, True, _parameters(model.base), _bytes(model)))
+    return found
 
 
 def _our_steps(
