@@ -52,6 +52,7 @@ $(VENV)/.test: $(VENV)/.demo
 	@echo "Installing what the tests need (PyTorch among it, once) ..."
 	@$(PIP) "$(TORCH)"
 	@$(PIP) --editable ".[$(EXTRA)test]"
+	@.ci/npm
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.test

@@ -26,6 +26,7 @@ from mlx_mtp.cli_options import (
     stream_options,
     template_options,
 )
+from mlx_mtp.cli_serve import serve
 from mlx_mtp.cli_train import train
 from mlx_mtp.cli_tune import tune
 from mlx_mtp.cli_verify import verify
@@ -107,6 +108,7 @@ cli.add_command(convert)
 cli.add_command(doctor)
 cli.add_command(export)
 cli.add_command(inspect)
+cli.add_command(serve)
 cli.add_command(train)
 cli.add_command(tune)
 cli.add_command(verify)

@@ -153,6 +153,7 @@ def decode(
     layout: str = "auto",
     num_draft_tokens: int | None = None,
     cache: MTPCache | None = None,
+    cached_ids: Sequence[int] = (),
     prefill_step_size: int = 2048,
     seed: int | None = None,
     logits_processors: Sequence[LogitsProcessor] = (),
@@ -173,6 +174,7 @@ def decode(
         num_draft_tokens: drafts per step, at most the adapter's k, which is the default.
         cache: caches to go on with, updated in place.  Whenever a step is handed out they hold
             the prompt and all emitted ids but the last.
+        cached_ids: the ids that ``cache`` holds, where lookup and processors should see them too.
         prefill_step_size: prompt rows per forward.
         seed: random seed; None draws one from mlx's global state.
         logits_processors: more processors in mlx-lm's form, applied along the drafted prefix.
@@ -203,7 +205,8 @@ def decode(
     return _loop(
         Decoder(model, cache, sampling, processors),
         _Pilot(planner, explain),
-        [int(token) for token in prompt],
+        [int(token) for token in (*cached_ids, *prompt)],
+        num_prefill=len(prompt),
         room=room,
         stop_ids=frozenset(stop_ids),
         prefill_step_size=prefill_step_size,
@@ -270,6 +273,7 @@ def _loop(
     pilot: _Pilot,
     context: list[int],
     *,
+    num_prefill: int,
     room: int,
     stop_ids: frozenset[int],
     prefill_step_size: int,
@@ -278,7 +282,7 @@ def _loop(
 ) -> Iterator[StepResult]:
     cache = decoder.cache
     prompt_size = len(context)
-    pending = decoder.prefill(context, prefill_step_size, progress)
+    pending = decoder.prefill(context[-num_prefill:], prefill_step_size, progress)
     drafts, emitted = Drafts.none(), context
     while room > 0:
         pilot.read(emitted)
@@ -294,7 +298,7 @@ def _loop(
         emitted, finish_reason = _cut(emitted, room, stop_ids)
         cache.rewind(layout.num_rows - len(pending) - len(emitted) + 1)
         if len(context) == prompt_size:
-            progress(prompt_size, prompt_size)
+            progress(num_prefill, num_prefill)
             mx.clear_cache()  # prompt-sized buffers are not needed again
         context = context + emitted
         room -= len(emitted)

@@ -65,10 +65,12 @@ class TextStream:
 
     Attributes:
         stopped: whether a stop string has come up.
+        stop_string: which one.
     """
 
     def __init__(self, detokenizer: Any, *, stop: Sequence[str] = ()) -> None:
         self.stopped = False
+        self.stop_string: str | None = None
         self._detokenizer = detokenizer
         self._stop = tuple(stop)
         self._held = ""
@@ -99,7 +101,8 @@ class TextStream:
         found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
         if found:
             self.stopped = True
-            cut = min(found)[1]
+            end, cut = min(found)
+            self.stop_string = self._held[cut:end]
         else:
             cut = len(self._held) - self._open_suffix()
         text, self._held = self._held[:cut], self._held[cut:]

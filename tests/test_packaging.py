@@ -32,6 +32,7 @@ def test_the_wheel_made_from_the_sdist_is_complete(built):
         "mlx_mtp/converters/convert.py",
         "mlx_mtp/metal/README.md",
         "mlx_mtp/apps/README.md",
+        "mlx_mtp/apps/server/app.py",
         "mlx_mtp/adapters/smollm2-135m-mtp/adapters.safetensors",
         "mlx_mtp/adapters/smollm2-135m-mtp/adapter_config.json",
     ]:

@@ -1,0 +1,132 @@
+"""Turns of several answers on one model: a step each, in a circle.
+
+The prompts are prepared by a thread beside, for a long text takes the tokenizer seconds; MLX is
+called by this thread alone.
+"""
+
+from __future__ import annotations
+
+import queue
+import traceback
+from collections import deque
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from mlx_mtp.apps.server.preparing import Prepared, Refusal
+from mlx_mtp.apps.server.protocol import Message
+from mlx_mtp.terminal import one_line
+
+Session = Generator[Message, None, None]
+
+
+class Scheduler:
+    """Runs jobs.
+
+    Args:
+        prepare: checks a job and encodes its prompt; raises ``Refusal``.
+        begin: starts a session for what ``prepare`` returned.
+        send: hands a message to the server.
+        rest: called when the last session has ended.
+    """
+
+    def __init__(
+        self,
+        *,
+        prepare: Callable[[dict[str, Any]], Prepared],
+        begin: Callable[[Prepared], Session],
+        send: Callable[[Message], None],
+        rest: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._prepare = prepare
+        self._begin = begin
+        self._send = send
+        self._rest = rest
+        self._inbox: queue.SimpleQueue[tuple[str, int, Any]] = queue.SimpleQueue()
+        self._preparer = ThreadPoolExecutor(1, thread_name_prefix="prepare")
+        self._preparing: set[int] = set()
+        self._sessions: deque[tuple[int, Session]] = deque()
+
+    def receive(self, message: Message) -> None:
+        """Take a command; may be called by any thread."""
+        if message["type"] == "submit":
+            self._inbox.put(("submit", message["id"], None))
+            self._preparer.submit(self._prepare_job, message["id"], message["job"])
+        else:
+            self._inbox.put((message["type"], message["id"], None))
+
+    def run(self) -> None:
+        """Go on for ever."""
+        while True:
+            self.turn()
+
+    def turn(self) -> None:
+        """One step of the session whose turn it is; waits where there is none."""
+        self._obey(wait=not self._sessions)
+        if not self._sessions:
+            return
+        job, session = self._sessions.popleft()
+        try:
+            message = next(session, None)
+        except Exception as error:
+            traceback.print_exc()
+            self._send({"type": "failed", "id": job, "message": one_line(error)})
+            message = None
+        if message is not None:
+            self._send(message | {"id": job})
+            self._sessions.append((job, session))
+        elif not self._sessions:
+            self._rest()
+
+    def _obey(self, *, wait: bool) -> None:
+        """Carry out the commands that have come; wait for the first if there is nothing to do."""
+        while True:
+            try:
+                name, job, value = self._inbox.get(block=wait)
+            except queue.Empty:
+                return
+            wait = False
+            if name == "submit":
+                self._preparing.add(job)
+            elif name == "cancel":
+                self._cancel(job)
+            elif job in self._preparing:
+                self._preparing.discard(job)
+                self._admit(job, value)
+
+    def _admit(self, job: int, value: Prepared | Refusal | str) -> None:
+        if isinstance(value, Prepared):
+            self._sessions.append((job, self._begin(value)))
+        elif isinstance(value, Refusal):
+            self._send(
+                {
+                    "type": "refused",
+                    "id": job,
+                    "message": str(value),
+                    "param": value.param,
+                    "code": value.code,
+                }
+            )
+        else:
+            self._send({"type": "failed", "id": job, "message": value})
+
+    def _cancel(self, job: int) -> None:
+        """Break a job off; one that has ended meanwhile has said so."""
+        running = next((pair for pair in self._sessions if pair[0] == job), None)
+        if running is not None:
+            self._sessions.remove(running)
+            running[1].close()
+        elif job not in self._preparing:
+            return
+        self._preparing.discard(job)
+        self._send({"type": "finished", "id": job, "reason": "cancelled"})
+
+    def _prepare_job(self, job: int, values: dict[str, Any]) -> None:
+        """In the thread beside: prepare a job and pass on what came of it."""
+        try:
+            self._inbox.put(("prepared", job, self._prepare(values)))
+        except Refusal as refusal:
+            self._inbox.put(("prepared", job, refusal))
+        except Exception as error:
+            traceback.print_exc()
+            self._inbox.put(("prepared", job, one_line(error)))

@@ -1,0 +1,154 @@
+"""One answer, as a generator of messages: a chunk of the prompt or a step at a time."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from mlx_mtp.apps.server.prefix_cache import PrefixCache
+from mlx_mtp.apps.server.preparing import Prepared
+from mlx_mtp.apps.server.protocol import Message
+from mlx_mtp.apps.server.token_text import TokenTexts
+from mlx_mtp.apps.server.tool_calls import ToolCallReader
+from mlx_mtp.cache import MTPCache
+from mlx_mtp.decode import StepResult, decode
+from mlx_mtp.generate import TextStream
+from mlx_mtp.model import MTPModel
+from mlx_mtp.stats import GenerationStats, StatsMeter
+from mlx_mtp.tuning import speculation_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bench:
+    """What all sessions share.
+
+    Attributes:
+        model: the model.
+        tokenizer: its tokenizer.
+        prefixes: caches of finished answers.
+        texts: what ids look like.
+        prefill_step_size: rows of a prompt per forward, between which others have their turn.
+        lookup: whether layout "auto" may take drafts from the text so far.
+    """
+
+    model: MTPModel
+    tokenizer: TokenizerWrapper
+    prefixes: PrefixCache
+    texts: TokenTexts
+    prefill_step_size: int
+    lookup: bool = True
+
+
+def answer(job: Prepared, bench: Bench) -> Generator[Message, None, None]:
+    """Answer a job; closing the generator breaks it off.
+
+    Yields:
+        ``started``, then ``prefill`` and ``group`` by chunk and step, ``finished`` at the end.
+    """
+    ids = list(job.ids)
+    taken = bench.prefixes.take(ids)
+    cache, num_cached = taken if taken else (bench.model.make_cache(), 0)
+    try:
+        yield {"type": "started", "prompt_tokens": len(ids), "cached_tokens": num_cached}
+        meter = StatsMeter(
+            prompt_tokens=len(ids) - num_cached,
+            cached_tokens=num_cached,
+            mtp=bench.model.config is not None and job.options["layout"] != "plain",
+        )
+        for done in _prefill(ids, cache, bench):
+            yield {"type": "prefill", "done": done}
+        yield from _decode(job, ids, cache, meter, bench)
+    except GeneratorExit:  # between two steps, where the cache is whole
+        bench.prefixes.put(ids, cache)
+        raise
+    bench.prefixes.put(ids, cache)
+
+
+def _prefill(ids: list[int], cache: MTPCache, bench: Bench) -> Iterator[int]:
+    """Run the prompt but for its last chunk, which awaits its masks."""
+    size = bench.prefill_step_size
+    while len(ids) - cache.offset > size:
+        start = cache.offset
+        cache.begin_step()
+        bench.model(mx.array([ids[start : start + size]]), cache=cache)
+        mx.eval(cache.state)
+        mx.clear_cache()
+        yield cache.offset
+
+
+def _decode(
+    job: Prepared, ids: list[int], cache: MTPCache, meter: StatsMeter, bench: Bench
+) -> Iterator[Message]:
+    """Run the steps; ``ids`` grows by what they emit."""
+    held = cache.offset
+    steps = decode(
+        bench.model,
+        ids[held:],
+        cache=cache,
+        cached_ids=ids[:held],
+        stop_ids=bench.tokenizer.eos_token_ids,
+        prefill_step_size=bench.prefill_step_size,
+        speculation=speculation_for(bench.model, measure=False),
+        lookup=bench.lookup,
+        **job.options,
+    )
+    text = TextStream(bench.tokenizer.detokenizer, stop=job.stop)
+    tools = ToolCallReader(bench.tokenizer, job.tools) if job.tools else None
+    with contextlib.closing(steps):  # type: ignore[type-var]
+        for step in steps:
+            ids += step.tokens
+            meter.add_step(step.num_draft_tokens, source=step.source)
+            message = _group(step, text, meter, bench, job.top_logprobs)
+            reason = "stop" if text.stopped else step.finish_reason
+            message["text"] += text.finish() if reason else ""
+            if tools:
+                message["text"] = tools.push(message["text"])
+                message["text"] += tools.finish() if reason else ""
+            yield message
+            if reason:
+                yield _finished(reason, text, tools, meter)
+                return
+
+
+def _group(
+    step: StepResult, text: TextStream, meter: StatsMeter, bench: Bench, top: int | None
+) -> Message:
+    """What one step emitted, up to a stop string."""
+    pieces, count = [], 0
+    for token in step.tokens:
+        meter.add_token(from_draft=count < step.num_accepted)
+        count += 1
+        if token not in bench.tokenizer.eos_token_ids:
+            pieces.append(text.push(token))
+        if text.stopped:
+            break
+    message = {
+        "type": "group",
+        "text": "".join(pieces),
+        "tokens": count,
+        "accepted": min(step.num_accepted, count),
+        "drafted": step.num_draft_tokens,
+        "source": step.source,
+    }
+    if top is not None:
+        logprobs = step.logprobs[:count]
+        message["logprobs"] = bench.texts.entries(step.tokens[:count], logprobs, top)
+    return message
+
+
+def _finished(
+    reason: str, text: TextStream, tools: ToolCallReader | None, meter: StatsMeter
+) -> Message:
+    calls: list[Any] = tools.calls if tools else []
+    return {
+        "type": "finished",
+        "reason": "tool_calls" if calls and reason == "stop" else reason,
+        "stop_string": text.stop_string,
+        "tool_calls": calls,
+        "stats": GenerationStats(**meter.counts()).stats_dict(),
+    }

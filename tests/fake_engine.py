@@ -1,0 +1,138 @@
+"""An engine without a model: speaks the protocol, echoes what it is asked, and fails on demand.
+
+Run as a script, so that it starts in a moment; it imports nothing but the standard library.  It
+does what the last message says: ``die`` or ``hang`` after one group, ``refuse``, ``fail``, ``slow``
+takes 20 ms a group for ever, ``call`` calls a tool; everything else comes back in groups of three
+letters, cut at ``max_tokens`` letters.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+READY = {
+    "type": "ready",
+    "model": "fake/model",
+    "adapter": True,
+    "num_draft_tokens": 4,
+    "vocab_size": 260,
+    "max_context": 1000,
+    "has_chat_template": True,
+    "has_tools": True,
+    "load_s": 0.0,
+}
+_LOCK = threading.Lock()
+
+
+def send(message: dict[str, Any]) -> None:
+    body = json.dumps(message).encode()
+    with _LOCK:
+        sys.stdout.buffer.write(len(body).to_bytes(4, "little") + body)
+        sys.stdout.buffer.flush()
+
+
+def read() -> dict[str, Any]:
+    head = sys.stdin.buffer.read(4)
+    body = sys.stdin.buffer.read(int.from_bytes(head, "little")) if len(head) == 4 else b""
+    if not body:
+        os._exit(0)
+    return json.loads(body)
+
+
+def entry(letter: str) -> dict[str, Any]:
+    return {"token": letter, "logprob": -0.5, "bytes": list(letter.encode()), "top_logprobs": []}
+
+
+def group(text: str, logprobs: bool) -> dict[str, Any]:
+    values = {"tokens": max(1, len(text)), "accepted": max(0, len(text) - 1), "drafted": 4}
+    found = {"type": "group", "text": text, "source": "mask", **values}
+    return found | ({"logprobs": [entry(letter) for letter in text]} if logprobs else {})
+
+
+def finished(reason: str, count: int, calls: list[dict[str, str]]) -> dict[str, Any]:
+    stats = {
+        "prompt_tokens": 6, "prompt_tps": 60.0, "cached_tokens": 4, "generation_tokens": count,
+        "generation_tps": 10.0, "num_steps": max(1, count // 3), "num_draft_tokens": 8,
+        "num_accepted": 5, "num_lookup_tokens": 0, "num_lookup_accepted": 0,
+        "tokens_per_step": 3.0,
+    }  # fmt: skip
+    return {
+        "type": "finished", "reason": reason, "stop_string": None, "tool_calls": calls,
+        "stats": stats,
+    }  # fmt: skip
+
+
+def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    text = job["messages"][-1]["content"] if "messages" in job else str(job["prompt"])
+    if text == "refuse":
+        yield {"type": "refused", "message": "no such thing", "param": "messages", "code": "no"}
+        return
+    yield {"type": "started", "prompt_tokens": 10, "cached_tokens": 4}
+    logprobs = job.get("top_logprobs") is not None
+    if text == "fail":
+        yield {"type": "failed", "message": "out of luck"}
+        return
+    if text in ("die", "hang", "slow"):
+        yield group("one", logprobs)
+        if text == "die":
+            os._exit(9)
+        while text == "hang":
+            time.sleep(60)
+        while True:
+            time.sleep(0.02)
+            yield group("...", logprobs)
+    if text == "call":
+        call = {"name": "add", "arguments": '{"a": 1}'}
+        yield group("", logprobs)
+        yield finished("tool_calls", 3, [call])
+        return
+    shown = text[: job["max_tokens"]]
+    for at in range(0, len(shown), 3):
+        yield group(shown[at : at + 3], logprobs)
+    yield finished("stop" if len(shown) == len(text) else "length", len(shown), [])
+
+
+def main() -> None:
+    options = read()
+    while "gate" in options and not os.path.exists(options["gate"]):
+        time.sleep(0.01)
+    if options.get("broken"):
+        send({"type": "broken", "message": options["broken"]})
+        return
+    cancelled: set[int] = set()
+    jobs: dict[int, Iterator[dict[str, Any]]] = {}
+    arrived = threading.Event()
+
+    def listen() -> None:
+        while True:
+            command = read()
+            if command["type"] == "cancel":
+                cancelled.add(command["id"])
+            else:
+                jobs[command["id"]] = answer(command["job"])
+            arrived.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    send(READY)
+    while True:
+        if not jobs:
+            arrived.wait()
+        arrived.clear()
+        for job, messages in list(jobs.items()):
+            message = next(messages, None)
+            if job in cancelled:
+                message = {"type": "finished", "reason": "cancelled"}
+            if message is not None:
+                send(message | {"id": job})
+            if message is None or message["type"] in ("finished", "failed", "refused"):
+                jobs.pop(job)
+
+
+if __name__ == "__main__":
+    main()
