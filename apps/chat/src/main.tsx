@@ -5,7 +5,15 @@ import { ask, openSession } from "./api";
 import { followEngine } from "./engine";
 import { App } from "./parts/App";
 import * as state from "./state";
-import "./styles.css";
+import "./styles/tokens.css";
+import "./styles/layout.css";
+import "./styles/controls.css";
+import "./styles/list.css";
+import "./styles/messages.css";
+import "./styles/steps.css";
+import "./styles/panels.css";
+import "./styles/dialogs.css";
+import "./styles/narrow.css";
 
 /** Take the token out of the address, where it would be seen, and exchange it for a cookie. */
 async function enter(): Promise<void> {

@@ -17,8 +17,14 @@ interface Run {
 }
 
 const NAMES = ["step-even", "step-odd", "step-one"] as const;
-const LOOK_AHEAD = 600;
-const PROBE = 8;
+/** How far ahead to look for so many letters: the fewer, the likelier they stand there by chance. */
+const LOOK_AHEAD: [number, number][] = [
+  [8, 600],
+  [3, 60],
+  [2, 12],
+  [1, 6],
+];
+const PROBE = LOOK_AHEAD[0]![0];
 
 export const canMark = "highlights" in CSS;
 
@@ -83,7 +89,8 @@ export function align(root: HTMLElement, source: string): Run[] {
   const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   let from = 0;
   for (let node = walker.nextNode() as Text | null; node; node = walker.nextNode() as Text | null) {
-    if (node.parentElement?.closest(".code-head")) continue;
+    const around = node.parentElement;
+    if (around?.closest(".code-head") || (!node.data.trim() && !around?.closest("pre"))) continue;
     from = alignNode(node, source, from, runs);
   }
   return runs;
@@ -109,9 +116,9 @@ function alignNode(node: Text, source: string, from: number, runs: Run[]): numbe
 
 /** Where the source goes on with a text, or at least with its beginning; -1 for nowhere near. */
 function findAhead(source: string, text: string, from: number): number {
-  for (let size = text.length; size > 0; size = size > 3 ? 3 : size - 1) {
-    const window = source.slice(from, from + LOOK_AHEAD);
-    const found = window.indexOf(text.slice(0, size));
+  for (const [letters, distance] of LOOK_AHEAD) {
+    if (letters > text.length) continue;
+    const found = source.slice(from, from + distance + letters).indexOf(text.slice(0, letters));
     if (found >= 0) return from + found;
   }
   return -1;

@@ -58,7 +58,7 @@ function Body({ message, listed }: { message: Message; listed: boolean }) {
       {message.text === "" && message.state === "streaming" && (
         <p class="muted waiting">{state.waiting.value || "Waiting"}</p>
       )}
-      {listed ? <StepList groups={message.groups} /> : <Answer message={message} />}
+      {listed ? <StepList groups={message.groups} name={String(message.id)} /> : <Answer message={message} />}
       {message.stats.error && <p class="bad">{message.stats.error}</p>}
     </>
   );

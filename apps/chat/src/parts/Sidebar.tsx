@@ -131,6 +131,7 @@ function Rename({ summary, done }: { summary: Summary; done: () => void }) {
   return (
     <input
       ref={(input) => input?.focus()}
+      onFocus={(event) => event.currentTarget.select()}
       aria-label="Title"
       maxLength={200}
       defaultValue={summary.title}

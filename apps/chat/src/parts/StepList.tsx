@@ -4,7 +4,7 @@ import { describeStep, describeToken } from "../steps";
 import type { Group } from "../types";
 
 /** An answer as it was made, step by step; arrow keys go through the steps. */
-export function StepList({ groups }: { groups: readonly Group[] }) {
+export function StepList({ groups, name }: { groups: readonly Group[]; name: string }) {
   const [at, setAt] = useState(0);
   const current = Math.min(at, groups.length - 1);
   const move = (event: KeyboardEvent) => {
@@ -25,13 +25,13 @@ export function StepList({ groups }: { groups: readonly Group[] }) {
         tabIndex={0}
         role="listbox"
         aria-label="Steps of this answer; arrow keys go through them"
-        aria-activedescendant={`step-${current}`}
+        aria-activedescendant={`step-${name}`}
         onKeyDown={move}
       >
         {groups.map((group, index) => (
           <span
             key={index}
-            id={index === current ? `step-${current}` : undefined}
+            id={index === current ? `step-${name}` : undefined}
             role="option"
             aria-selected={index === current}
             aria-label={describeStep(groups, index)}
