@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 import mlx_mtp
+from mlx_mtp.cli_app import app
 from mlx_mtp.cli_convert import convert, export, inspect
 from mlx_mtp.cli_doctor import doctor
 from mlx_mtp.cli_options import (
@@ -104,6 +105,7 @@ def chat(**options: Any) -> None:
     )
 
 
+cli.add_command(app)
 cli.add_command(convert)
 cli.add_command(doctor)
 cli.add_command(export)
