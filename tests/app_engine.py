@@ -50,8 +50,11 @@ def ready(options: dict[str, Any]) -> dict[str, Any]:
 def send(message: dict[str, Any]) -> None:
     body = json.dumps(message).encode()
     with _LOCK:
-        sys.stdout.buffer.write(len(body).to_bytes(4, "little") + body)
-        sys.stdout.buffer.flush()
+        try:
+            sys.stdout.buffer.write(len(body).to_bytes(4, "little") + body)
+            sys.stdout.buffer.flush()
+        except OSError:  # the app has been killed
+            os._exit(0)
 
 
 def read() -> dict[str, Any]:

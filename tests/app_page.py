@@ -45,7 +45,8 @@ def browser_fixture() -> Iterator[Any]:
 
 @pytest.fixture(name="app", scope="module")
 def app_fixture(tmp_path_factory) -> Iterator[AppHost]:
-    with hosted_app(tmp_path_factory.mktemp("app") / "history.sqlite3") as host:
+    history = tmp_path_factory.mktemp("app") / "history.sqlite3"
+    with hosted_app(history, alone_s=60.0) as host:  # a busy machine takes long to load a page
         yield host
 
 

@@ -197,10 +197,13 @@ def _good() -> list[dict]:
 
 def test_steps_of_a_foreign_shape_are_left_out(history):
     data = _export()
-    data["conversations"][0]["messages"][0]["groups"] = [GROUP | {"ms": "<b>"}]
-    [number] = from_json(history, json.dumps(data).encode())
-    [message] = history.conversation(number)["messages"]
-    assert message["groups"] == [] and message["text"] == "y"
+    for wrong in ({"ms": "<b>"}, {"drafted": 10**9}, {"accepted": -1}, {"tokens": [1]}):
+        values = {"groups": [GROUP | wrong], "stats": {"error": {"a": 1}, "num_steps": 2}}
+        data["conversations"][0]["messages"][0].update(values)
+        [number] = from_json(history, json.dumps(data).encode())
+        [message] = history.conversation(number)["messages"]
+        assert message["groups"] == [] and message["text"] == "y"
+        assert message["stats"] == {"num_steps": 2}
 
 
 def test_settings_are_remembered(history):

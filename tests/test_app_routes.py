@@ -203,6 +203,25 @@ def test_a_race_over_a_question_of_the_conversation(app: AppHost):
     assert reply.status_code == 400
 
 
+@pytest.mark.parametrize("options", [{"layout": "plain"}, {"num_draft_tokens": 0}])
+def test_a_race_that_would_be_none_is_refused(app: AppHost, options):
+    reply = app.client.post("/race", json={"text": "run", "options": options})
+    assert reply.status_code == 400 and "side" in reply.json()["error"]["message"]
+
+
+def test_a_race_wants_the_engine_for_itself(app: AppHost):
+    answer = app.begin(app.talk(), "slow")
+    assert app.client.post("/race", json={"text": "run"}).status_code == 409
+    app.client.post(f"/answers/{answer}/stop")
+    assert app.events(answer)[-1]["state"] == "stopped"
+
+
+def test_more_drafts_than_the_adapter_has_become_all_of_them(app: AppHost):
+    number = app.talk(options={"num_draft_tokens": 64})
+    events = app.events(app.begin(number, "four drafts are all that there are " * 3))
+    assert max(len(each["tokens"]) for each in events if each["type"] == "group") == 5
+
+
 def test_a_verdict_says_where_two_answers_part():
     def lane(ids: list[int], seconds: float) -> dict:
         counts = {"tokens": len(ids), "timed_tokens": len(ids) - 1, "seconds": seconds}

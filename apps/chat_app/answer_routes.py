@@ -48,7 +48,9 @@ async def begin(request: Request) -> Response:
     if body.text is not None:
         path = [*path, {"role": "user", "text": body.text}]
     # Submitted before anything is written: what is refused leaves no trace.
-    batch = server.engine.submit([job_for(spoken(conversation["system_prompt"], path), options)])
+    messages = spoken(conversation["system_prompt"], path)
+    job = job_for(messages, options, most_drafts=server.info.num_draft_tokens)
+    batch = server.engine.submit([job])
     try:
         added = await desk.archive(_add, conversation, parent, body.text, server.model_id)
     except BaseException:

@@ -153,6 +153,11 @@ class Answers:
         self._alone_s = alone_s
         self._running: dict[int, tuple[Answer, asyncio.Task[None]]] = {}
 
+    @property
+    def busy(self) -> bool:
+        """Whether one is being made."""
+        return bool(self._running)
+
     def begin(self, message: int, batch: Batch) -> Answer:
         """Fill a message with what a batch of one job answers."""
         answer = Answer(message, batch, self._archive, alone_s=self._alone_s)

@@ -76,8 +76,17 @@ def politely(handler: Handler) -> Handler:
     return handle
 
 
-def job_for(messages: list[dict[str, str]], options: AnswerOptions) -> dict[str, Any]:
-    """A job for the engine."""
+def job_for(
+    messages: list[dict[str, str]], options: AnswerOptions, *, most_drafts: int
+) -> dict[str, Any]:
+    """A job for the engine.
+
+    Args:
+        messages: as ``spoken`` returns them.
+        options: of the conversation.
+        most_drafts: k of the adapter that is loaded; a conversation may have been begun with more.
+    """
+    k = options.num_draft_tokens
     return {
         "messages": messages,
         "max_tokens": options.max_tokens,
@@ -88,7 +97,7 @@ def job_for(messages: list[dict[str, str]], options: AnswerOptions) -> dict[str,
         "repetition_penalty": options.repetition_penalty,
         "seed": options.seed,
         "layout": options.layout,
-        "num_draft_tokens": options.num_draft_tokens,
+        "num_draft_tokens": None if k is None else min(k, most_drafts),
         "pieces": True,
     }
 

@@ -40,10 +40,15 @@ async def race(request: Request) -> Response:
     body = await read_body(request, bodies.Race, server.settings)
     if server.info.num_draft_tokens == 0:
         raise refused("the model has no adapter: there is nothing to race against")
-    options = body.options.model_copy(update={"temp": 0.0, "layout": "plain", "seed": 0})
     if body.options.layout == "plain":
         raise refused("layout is plain on both sides", param="options.layout")
-    job = job_for(await _messages(request, body), options) | {"fresh": True}
+    if body.options.num_draft_tokens == 0:
+        raise refused("nothing is drafted on either side", param="options.num_draft_tokens")
+    if chat_desk(request).answers.busy:
+        raise ApiError(409, "an answer is being made, which a race would have to share with")
+    options = body.options.model_copy(update={"temp": 0.0, "layout": "plain", "seed": 0})
+    messages, most = await _messages(request, body), server.info.num_draft_tokens
+    job = job_for(messages, options, most_drafts=most) | {"fresh": True}
     # The first job is submitted here, so that a full queue is an answer and not an event.
     warm_up = server.engine.submit([job | {"max_tokens": WARM_UP_TOKENS}])
     lanes = Lanes(server.engine, job, body.options.layout)

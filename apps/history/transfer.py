@@ -16,6 +16,7 @@ MOST_BYTES = 64 * 2**20
 MOST_CONVERSATIONS = 10_000
 MOST_MESSAGES = 200_000
 _KEPT = ("role", "text", "groups", "state", "stats", "model", "created")
+_MOST_DRAFTED = 1024  # in a step; the page makes a row for each
 _LATEST = 2**40  # seconds; no clock of ours says more
 
 
@@ -135,7 +136,7 @@ def _add_message(history: History, number: int, values: Any, added: list[int]) -
         values.get("text", ""),
         state="interrupted" if state == "streaming" else state,
         groups=_group_lines(values.get("groups", [])),
-        stats=_mapping(values.get("stats", {}), "stats"),
+        stats=_plain(_mapping(values.get("stats", {}), "stats")),
         model=str(values.get("model", "")),
         created=_seconds(values.get("created")),
     )["id"]
@@ -164,6 +165,7 @@ def _is_group(each: Any) -> bool:
         and isinstance(each.get("tokens"), list)
         and all(isinstance(token, str) for token in each["tokens"])
         and all(type(each.get(name)) is int for name in ("accepted", "drafted"))
+        and 0 <= each["accepted"] <= each["drafted"] <= _MOST_DRAFTED
         and isinstance(each.get("source"), str)
         and type(each.get("ms")) in (int, float)
         and math.isfinite(each["ms"])
@@ -180,6 +182,13 @@ def _mapping(value: Any, name: str) -> Row:
     if len(text) > MOST_TEXT:
         raise ValueError(f"{name} is too long")
     return value
+
+
+def _plain(values: Row) -> Row:
+    """Only numbers and text, which is all that stats hold."""
+    return {
+        name: value for name, value in values.items() if isinstance(value, str | int | float | None)
+    }
 
 
 def _seconds(value: Any) -> float:
