@@ -6,7 +6,7 @@ ask anybody else for anything, or stumble.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -79,3 +79,12 @@ def finished(page: Page, count: int = 1) -> None:
     """Wait until so many answers are shown and nothing is being made."""
     expect(answers(page)).to_have_count(count)
     expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+
+
+def until(page: Page, holds: Callable[[], bool]) -> None:
+    """Wait until something holds; the page's policy forbids Playwright's own way to do so."""
+    for _ in range(WAIT_MS // 50):
+        if holds():
+            return
+        page.wait_for_timeout(50)
+    raise AssertionError("it never held")

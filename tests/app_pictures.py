@@ -13,7 +13,7 @@ from browser import FLAGS, chromium
 from playwright.sync_api import Page, expect, sync_playwright
 
 PROMPT = "Write a Python function that reverses a string, and explain it."
-TOKENS = 96
+TOKENS = 64
 WAIT_MS = 600_000
 
 

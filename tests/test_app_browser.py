@@ -6,7 +6,16 @@ import re
 
 import pytest
 from app_host import AppHost
-from app_page import CODE, answers, app_fixture, browser_fixture, finished, page_fixture, send  # noqa: F401
+from app_page import (  # noqa: F401
+    CODE,
+    answers,
+    app_fixture,
+    browser_fixture,
+    finished,
+    page_fixture,
+    send,
+    until,
+)
 
 pytest.importorskip("playwright")
 from playwright.sync_api import Page, expect  # noqa: E402
@@ -75,9 +84,7 @@ def test_an_answer_goes_on_over_a_reload(page: Page):
     page.reload()
     expect(page.get_by_role("button", name="Stop")).to_be_visible()
     length = len(answers(page).inner_text())
-    page.wait_for_function(
-        f"document.querySelector('article.assistant').innerText.length > {length + 200}"
-    )
+    until(page, lambda: len(answers(page).inner_text()) > length + 200)
     page.keyboard.press("Escape")
     expect(answers(page)).to_contain_text("stopped")
 

