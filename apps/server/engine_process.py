@@ -102,6 +102,7 @@ def _load(options: Message, send: Any) -> Any:
             "has_chat_template": tokenizer.has_chat_template,
             "has_tools": tokenizer.has_chat_template and tokenizer.has_tool_calling,
             "load_s": round(time.monotonic() - began, 2),
+            "facts": _facts(model),
         }
     )
     return Scheduler(
@@ -110,6 +111,25 @@ def _load(options: Message, send: Any) -> Any:
         send=send,
         rest=mx.clear_cache,
     )
+
+
+def _facts(model: Any) -> Message:
+    """On what steps run here and what they cost."""
+    import mlx.core as mx
+
+    import mlx_mtp
+    from mlx_mtp.cost_curve import UNMEASURED
+    from mlx_mtp.machine import gpu_info, machine_name
+    from mlx_mtp.tuning import speculation_for
+
+    curve = speculation_for(model, measure=False).costs.curve
+    return {
+        "device": machine_name(gpu_info()),
+        "runs_on": "gpu" if mx.default_device().type == mx.gpu else "cpu",
+        "blas": str(mlx_mtp.BLAS),
+        "costs": curve.to_dict(),
+        "measured": curve is not UNMEASURED,
+    }
 
 
 def _wire_memory(mx: Any) -> None:

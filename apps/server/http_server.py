@@ -7,11 +7,11 @@ import contextlib
 import errno
 import signal
 import socket
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any
 
 import uvicorn
-from starlette.applications import Starlette
+from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from mlx_mtp.apps.server.settings import Settings
@@ -20,13 +20,20 @@ from mlx_mtp.apps.server.supervisor import Engine
 GRACE_S = 1  # for running answers after Ctrl-C
 
 
-def serve(app: Starlette, engine: Engine, settings: Settings) -> None:
+def serve(
+    app: ASGIApp,
+    engine: Engine,
+    settings: Settings,
+    *,
+    greet: Callable[[str], None] | None = None,
+) -> None:
     """Serve until a signal comes.
 
     Args:
         app: from ``create_app``.
         engine: the same one.
         settings: where to listen.
+        greet: called with the address once it is known, instead of printing a line.
 
     Raises:
         ValueError: the port is taken, or the model cannot be loaded.
@@ -45,13 +52,17 @@ def serve(app: Starlette, engine: Engine, settings: Settings) -> None:
         timeout_keep_alive=30,
     )
     server = _Server(config, engine)
-    print(f"Listening on {url} ...", flush=True)
+    (greet or _greet)(url)
     with listener:
         asyncio.run(_run(server, listener, engine, url, settings))
     if engine.info is None and engine.error:
         raise ValueError(engine.error)
     if fault := _fault(engine, settings):
         raise ValueError(fault)
+
+
+def _greet(url: str) -> None:
+    print(f"Listening on {url} ...", flush=True)
 
 
 async def _run(

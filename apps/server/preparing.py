@@ -43,6 +43,8 @@ class Prepared:
         stop: strings that end the answer.
         top_logprobs: how many likeliest ids to tell beside each; None for no log-probabilities.
         tools: tools whose calls are looked for.
+        pieces: whether the ids of each step and the text of each are told.
+        fresh: whether nothing kept from earlier prompts is used, nor anything kept of this one.
     """
 
     ids: list[int]
@@ -50,6 +52,8 @@ class Prepared:
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
+    pieces: bool = False
+    fresh: bool = False
 
 
 def prepare(job: dict[str, Any], model: MTPModel, tokenizer: TokenizerWrapper) -> Prepared:
@@ -90,6 +94,8 @@ def prepare(job: dict[str, Any], model: MTPModel, tokenizer: TokenizerWrapper) -
         stop=tuple(job.get("stop") or ()),
         top_logprobs=job.get("top_logprobs"),
         tools=job.get("tools") or [],
+        pieces=bool(job.get("pieces")),
+        fresh=bool(job.get("fresh")),
     )
 
 

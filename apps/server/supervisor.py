@@ -39,6 +39,7 @@ class EngineInfo:
     has_chat_template: bool
     has_tools: bool
     load_s: float
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -118,6 +119,20 @@ class Engine:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+
+    async def change(self, options: Mapping[str, Any]) -> None:
+        """Load another model in the place of this one; ``settled`` is set anew once it is there.
+
+        Args:
+            options: what changes in what the child is told.
+        """
+        self.refuse_all("another model is being loaded")
+        await self.stop()
+        self._options |= options
+        self.state, self.error, self.info = "loading", "", None
+        self._failures = 0
+        self.settled.clear()
+        await self.start()
 
     def submit(self, jobs: Sequence[dict[str, Any]]) -> Batch:
         """Put jobs into the queue, all or none.
