@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import AsyncGenerator
+from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_mtp.apps.chat_app.answering import Answer
@@ -13,6 +15,7 @@ from mlx_mtp.apps.chat_app.bodies import NewAnswer, checked_options
 from mlx_mtp.apps.chat_app.desk import (
     ChatDesk,
     chat_desk,
+    event_stream,
     job_for,
     number_of,
     politely,
@@ -60,16 +63,16 @@ async def begin(request: Request) -> Response:
     return json_response({"messages": added}, status=201)
 
 
-async def watch(request: Request) -> Response:
+async def watch(request: Request) -> Any:
     """Events of an answer from its beginning, whether it is being made or has ended."""
     desk, number = chat_desk(request), number_of(request)
     answer = desk.answers.get(number)
     if answer is not None:
-        return _stream(_events(answer))
+        return event_stream(request, _events(answer))
     message = await desk.archive(History.message, number)
     if message["state"] == "streaming":
         raise ApiError(409, "another process makes this answer", code="elsewhere")
-    return _stream(_ended(message))
+    return event_stream(request, _ended(message))
 
 
 async def stop(request: Request) -> Response:
@@ -118,12 +121,9 @@ def _title(text: str) -> str:
 
 
 async def _events(answer: Answer) -> AsyncGenerator[bytes, None]:
-    watching = answer.watch()
-    try:
+    async with contextlib.aclosing(answer.watch()) as watching:
         async for each in watching:
             yield event(each)
-    finally:
-        await watching.aclose()
 
 
 async def _ended(message: Row) -> AsyncGenerator[bytes, None]:
@@ -131,7 +131,3 @@ async def _ended(message: Row) -> AsyncGenerator[bytes, None]:
     for group in message["groups"]:
         yield event({"type": "group"} | group)
     yield event({"type": "end", "state": message["state"], "stats": message["stats"]})
-
-
-def _stream(events: AsyncGenerator[bytes, None]) -> Response:
-    return StreamingResponse(events, media_type="text/event-stream")

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response
 
 from mlx_mtp.apps.chat_app.answering import Answers
 from mlx_mtp.apps.chat_app.archive import Archive
 from mlx_mtp.apps.chat_app.bodies import AnswerOptions
 from mlx_mtp.apps.server.errors import ApiError, refused
 from mlx_mtp.apps.server.jobs import Desk
+from mlx_mtp.apps.server.streams import EventStream, event
 
-Handler = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Any]]
 
 
 @dataclass
@@ -65,7 +65,7 @@ def number_of(request: Request) -> int:
 def politely(handler: Handler) -> Handler:
     """Turn what a history complains of into answers: 404 for what is missing, 400 for the rest."""
 
-    async def handle(request: Request) -> Response:
+    async def handle(request: Request) -> Any:
         try:
             return await handler(request)
         except KeyError as error:
@@ -74,6 +74,21 @@ def politely(handler: Handler) -> Handler:
             raise refused(" ".join(str(error).split())) from None
 
     return handle
+
+
+def event_stream(
+    request: Request,
+    events: AsyncGenerator[bytes, None],
+    *,
+    ended: Callable[[], None] = lambda: None,
+) -> EventStream:
+    """A response of events; an error is the last of them.  ``ended`` as in ``EventStream``."""
+    return EventStream(
+        events,
+        failed=lambda error: event({"type": "error", "message": error.message}),
+        ping_s=server_desk(request).settings.ping_s,
+        ended=ended,
+    )
 
 
 def job_for(

@@ -13,12 +13,18 @@ from collections.abc import AsyncGenerator, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import Response, StreamingResponse
 from starlette.routing import BaseRoute, Route
 
 from mlx_mtp.apps.chat_app import bodies
 from mlx_mtp.apps.chat_app.answering import group_of
-from mlx_mtp.apps.chat_app.desk import chat_desk, job_for, politely, server_desk, spoken
+from mlx_mtp.apps.chat_app.desk import (
+    chat_desk,
+    event_stream,
+    job_for,
+    politely,
+    server_desk,
+    spoken,
+)
 from mlx_mtp.apps.history.store import History, Row
 from mlx_mtp.apps.server.batch import Batch
 from mlx_mtp.apps.server.body import read_body
@@ -34,7 +40,7 @@ def routes(prefix: str) -> list[BaseRoute]:
     return [Route(f"{prefix}/race", politely(race), methods=["POST"])]
 
 
-async def race(request: Request) -> Response:
+async def race(request: Request) -> Any:
     """Run a race; the events are those of ``Lanes``."""
     server = server_desk(request)
     body = await read_body(request, bodies.Race, server.settings)
@@ -52,7 +58,7 @@ async def race(request: Request) -> Response:
     # The first job is submitted here, so that a full queue is an answer and not an event.
     warm_up = server.engine.submit([job | {"max_tokens": WARM_UP_TOKENS}])
     lanes = Lanes(server.engine, job, body.options.layout)
-    return StreamingResponse(lanes.run(warm_up), media_type="text/event-stream")
+    return event_stream(request, lanes.run(warm_up), ended=warm_up.cancel)
 
 
 async def _messages(request: Request, body: bodies.Race) -> list[dict[str, str]]:
@@ -87,29 +93,31 @@ class Lanes:
     async def run(self, warm_up: Batch) -> AsyncGenerator[bytes, None]:
         """Events: ``lane`` as one begins, ``group`` for its steps, ``lane_end``, then ``result``.
 
-        An error is the last event.
+        Raises:
+            ApiError: the engine is gone, or takes no more.
         """
         results: list[Row] = []
-        try:
-            yield event({"type": "lane", "lane": "warm-up"})
-            async for _ in _messages_of(warm_up):
-                pass
-            for lane, job in self._jobs.items():
-                yield event({"type": "lane", "lane": lane})
-                async for each in self._run_lane(lane, job):
+        yield event({"type": "lane", "lane": "warm-up"})
+        async for _ in warm_up:
+            pass
+        for lane, job in self._jobs.items():
+            yield event({"type": "lane", "lane": lane})
+            batch = self._engine.submit([job])
+            try:
+                async for each in self._run_lane(lane, batch):
                     if each["type"] == "lane_end":
                         results.append(each)
                     yield event({name: each[name] for name in each if name != "ids"})
-            yield event({"type": "result"} | verdict(results[0], results[1]))
-        except ApiError as error:
-            yield event({"type": "error", "message": error.message})
+            finally:
+                batch.cancel()
+        yield event({"type": "result"} | verdict(results[0], results[1]))
 
-    async def _run_lane(self, lane: str, job: dict[str, Any]) -> AsyncGenerator[Row, None]:
+    async def _run_lane(self, lane: str, batch: Batch) -> AsyncGenerator[Row, None]:
         ids: list[int] = []
         times: list[float] = []
         counts: list[int] = []
         reason = ""
-        async for message in _messages_of(self._engine.submit([job])):
+        async for message in batch:
             now = time.monotonic()
             if message["type"] == "group":
                 ms = (now - times[-1]) * 1e3 if times else 0.0
@@ -130,15 +138,6 @@ class Lanes:
             "sha256": hash_of(ids),
             "reason": reason,
         }
-
-
-async def _messages_of(batch: Batch) -> AsyncGenerator[Row, None]:
-    """What a batch answers; broken off when nobody listens any more."""
-    try:
-        async for message in batch:
-            yield message
-    finally:
-        batch.cancel()
 
 
 def hash_of(ids: Sequence[int]) -> str:
