@@ -1,7 +1,8 @@
 """An engine without a model for the chat app's tests: it says back what it is asked to say.
 
 Run as a script, so that it starts in a moment.  The last message says what comes: ``fail``, ``die``
-after two steps, ``slow`` for ever in steps of 20 ms; anything else is said back.  A plain job gives
+after two steps, ``slow`` for ever in steps of 20 ms, ``flood`` the same after a step of half a MiB;
+anything else is said back, with "slowly" in it in steps of 0.2 s.  A plain job gives
 one token of four letters a step, others up to ``num_draft_tokens`` + 1; a step takes 4 ms.
 """
 
@@ -15,8 +16,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from fake_engine import finished
+
 K = 4
 STEP_S = 0.004
+FLOOD_BYTES = 2**19
 _LOCK = threading.Lock()
 
 
@@ -93,15 +97,17 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         return
     k = K if job["num_draft_tokens"] is None else job["num_draft_tokens"]
     most = 1 if job["layout"] == "plain" else k + 1
-    if text == "slow":
+    if text == "flood":
+        yield next(steps("." * FLOOD_BYTES, 1)) | {"pieces": ["." * FLOOD_BYTES]}
+    if text in ("slow", "flood"):
         yield from ({**next(steps("slow " * 8, most)), "pause": 0.02} for _ in range(10**9))
     if text == "die":
         yield from list(steps("last words, and more", most))[:2]
         os._exit(9)
     shown = text[: 4 * job["max_tokens"]]
-    yield from steps(shown, most)
-    stats = {"generation_tps": 10.0, "num_steps": 1}
-    yield {"type": "finished", "reason": "stop" if shown == text else "length", "stats": stats}
+    pause = 0.2 if "slowly" in text else STEP_S
+    yield from (step | {"pause": pause} for step in steps(shown, most))
+    yield finished("stop" if shown == text else "length", len(shown) // 4, [])
 
 
 def main() -> None:

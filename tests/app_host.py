@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import socket
 import sys
@@ -17,6 +18,7 @@ import httpx
 import uvicorn
 
 from mlx_mtp.apps.chat_app.app import app_settings, create_chat_app
+from mlx_mtp.apps.server.connection import protocol_class
 from mlx_mtp.apps.server.supervisor import Engine
 
 ENGINE = (sys.executable, "-S", str(Path(__file__).with_name("app_engine.py")))
@@ -80,22 +82,30 @@ class AppHost:
 
 
 def events_of(text: str) -> list[dict[str, Any]]:
-    """Server-sent events as objects."""
-    return [json.loads(each.removeprefix("data: ")) for each in text.split("\n\n") if each]
+    """Server-sent events as objects, without comments, which only say that the stream lives."""
+    told = [each for each in text.split("\n\n") if each.startswith("data: ")]
+    return [json.loads(each.removeprefix("data: ")) for each in told]
 
 
 @contextlib.contextmanager
-def hosted_app(history: Path, **options: Any) -> Iterator[AppHost]:
+def hosted_app(history: Path, *, send_timeout_s: float = 30.0, **options: Any) -> Iterator[AppHost]:
     """Run the app.
 
     Args:
         history: the file of the history.
+        send_timeout_s: as in ``Settings``.
         options: arguments of ``create_chat_app``.
     """
     engine = Engine({}, command=ENGINE)
-    made = create_chat_app(engine, app_settings(), history, **options)
+    settings = dataclasses.replace(app_settings(), send_timeout_s=send_timeout_s)
+    made = create_chat_app(engine, settings, history, **options)
     config = uvicorn.Config(
-        made.gate, ws="none", lifespan="on", log_level="error", timeout_graceful_shutdown=1
+        made.gate,
+        http=protocol_class(settings, engine.metrics),
+        ws="none",
+        lifespan="on",
+        log_level="error",
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
     listener = socket.socket()

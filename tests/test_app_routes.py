@@ -21,7 +21,7 @@ def app(tmp_path_factory):
 
 def test_an_answer_is_streamed_step_by_step_and_kept(app: AppHost):
     number = app.talk()
-    text = "Tell me *something* about trees, please."
+    text = "Tell me *something* slowly about a tree."
     answer = app.begin(number, text)
     events = app.events(answer)
     assert events[0] == {"type": "started", "prompt_tokens": 10, "cached_tokens": 4}
@@ -69,6 +69,23 @@ def test_an_answer_nobody_watches_ends_and_one_that_is_watched_goes_on(app: AppH
             next(lines)
     time.sleep(1.2)
     assert app.conversation(number)["messages"][1]["state"] == "interrupted"
+
+
+def state_of(app: AppHost, number: int) -> str:
+    """How the first answer of a conversation stands."""
+    return app.conversation(number)["messages"][1]["state"]
+
+
+def test_a_page_that_takes_nothing_counts_as_gone(tmp_path):
+    with hosted_app(tmp_path / "history.sqlite3", alone_s=0.2, send_timeout_s=0.4) as app:
+        number = app.talk()
+        answer = app.begin(number, "flood")
+        with app.client.stream("GET", f"/answers/{answer}"):  # and nothing is read of it
+            deadline = time.monotonic() + 20
+            while app.engine.running or state_of(app, number) == "streaming":
+                assert time.monotonic() < deadline
+                time.sleep(0.05)
+        assert state_of(app, number) == "interrupted"
 
 
 def test_text_is_written_while_it_streams(app: AppHost):
@@ -190,6 +207,38 @@ def test_a_race_tells_that_the_outputs_are_the_same_and_what_was_gained(app: App
     assert ends[0]["steps"] == ends[0]["tokens"] == 60 and ends[1]["steps"] < 30
     result = events[-1]
     assert result["identical"] and result["differs_at"] is None and result["speed_up"] > 1.2
+    assert result["others"] == 0
+
+
+def test_a_race_tells_when_others_were_answered_meanwhile(app: AppHost):
+    bearer = {"Authorization": f"Bearer {app.token}"}
+    body = {"messages": [{"role": "user", "content": "slow"}], "stream": True}
+    with (
+        httpx.Client(base_url=app.url, headers=bearer, timeout=30) as client,
+        client.stream("POST", "/v1/chat/completions", json=body) as other,
+    ):
+        assert other.status_code == 200
+        reply = app.client.post("/race", json={"text": "run as fast as you can, " * 2})
+    ends = [each["others"] for each in events_of(reply.text) if each["type"] == "lane_end"]
+    assert ends == [1, 1] and events_of(reply.text)[-1]["others"] == 2
+
+
+def test_a_race_tells_when_another_answer_came_between(app: AppHost):
+    bearer = {"Authorization": f"Bearer {app.token}"}
+    body = {"messages": [{"role": "user", "content": "hello"}]}
+    asked: list[httpx.Response] = []
+    with (
+        httpx.Client(base_url=app.url, headers=bearer, timeout=30) as client,
+        app.client.stream("POST", "/race", json={"text": "run as fast as you can, " * 60}) as reply,
+    ):
+        text = ""
+        for line in reply.iter_lines():
+            text += f"{line}\n"
+            if '"group"' in line and not asked:
+                asked.append(client.post("/v1/chat/completions", json=body))
+    assert asked[0].status_code == 200
+    ends = [each["others"] for each in events_of(text) if each["type"] == "lane_end"]
+    assert ends == [1, 0] and events_of(text)[-1]["others"] == 1
 
 
 def test_a_race_over_a_question_of_the_conversation(app: AppHost):
@@ -224,11 +273,12 @@ def test_more_drafts_than_the_adapter_has_become_all_of_them(app: AppHost):
 
 def test_a_verdict_says_where_two_answers_part():
     def lane(ids: list[int], seconds: float) -> dict:
-        counts = {"tokens": len(ids), "timed_tokens": len(ids) - 1, "seconds": seconds}
+        counts = {"tokens": len(ids), "timed_tokens": len(ids) - 1, "seconds": seconds, "others": 1}
         return {"ids": ids, "sha256": hash_of(ids)} | counts
 
     found = verdict(lane([1, 2, 3], 2.0), lane([1, 2, 4], 1.0))
     assert not found["identical"] and found["differs_at"] == 2 and found["speed_up"] == 2.0
+    assert found["others"] == 2
     assert verdict(lane([1, 2], 1.0), lane([1, 2, 3], 1.0))["differs_at"] == 2
     assert verdict(lane([1], 0.0), lane([1], 0.0))["speed_up"] is None
     expected = bytes([1, 0, 0, 0, 0, 1, 0, 0])

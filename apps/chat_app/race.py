@@ -2,7 +2,8 @@
 
 Both answers are greedy and start from nothing: no cache of earlier prompts is used or left behind.
 A short answer before them, which is not timed, warms up what the first one would otherwise pay for.
-Timed is what follows the first step, so the prompt counts for neither.
+Timed is what follows the first step, so the prompt counts for neither.  Clients of ``/v1`` cannot
+be kept out; how many answers shared the engine while the clock ran is told.
 """
 
 from __future__ import annotations
@@ -116,17 +117,20 @@ class Lanes:
         ids: list[int] = []
         times: list[float] = []
         counts: list[int] = []
-        reason = ""
+        reason, others, begun = "", 0, 0
         async for message in batch:
             now = time.monotonic()
             if message["type"] == "group":
                 ms = (now - times[-1]) * 1e3 if times else 0.0
+                if not times:
+                    others, begun = self._engine.others(batch), self._engine.begun
                 times.append(now)
                 counts.append(message["tokens"])
                 ids += message["ids"]
                 yield {"type": "group", "lane": lane} | group_of(message, ms=ms)
             elif message["type"] == "finished":
                 reason = message["reason"]
+                others += self._engine.begun - begun
         yield {
             "type": "lane_end",
             "lane": lane,
@@ -137,6 +141,7 @@ class Lanes:
             "timed_tokens": sum(counts[1:]),
             "sha256": hash_of(ids),
             "reason": reason,
+            "others": others,
         }
 
 
@@ -150,7 +155,8 @@ def verdict(plain: Row, mtp: Row) -> Row:
 
     Returns:
         ``identical``; ``differs_at``, the first token that differs, or None; ``speed_up``, tokens a
-        second over those of plain decoding, None where an answer was too short to tell.
+        second over those of plain decoding, None where an answer was too short to tell; ``others``,
+        answers that took turns with them, so that the times say little.
     """
     pairs = zip(plain["ids"], mtp["ids"], strict=False)
     differs = next((at for at, (one, other) in enumerate(pairs) if one != other), None)
@@ -166,4 +172,5 @@ def verdict(plain: Row, mtp: Row) -> Row:
         "speed_up": rates[1] / rates[0] if rates[0] and rates[1] else None,
         "plain_tps": rates[0],
         "mtp_tps": rates[1],
+        "others": plain["others"] + mtp["others"],
     }

@@ -8,12 +8,11 @@ import errno
 import signal
 import socket
 from collections.abc import Callable, Generator
-from typing import Any
 
 import uvicorn
 from starlette.types import ASGIApp
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from mlx_mtp.apps.server.connection import protocol_class
 from mlx_mtp.apps.server.settings import Settings
 from mlx_mtp.apps.server.supervisor import Engine
 
@@ -42,7 +41,7 @@ def serve(
     url = _url(listener)
     config = uvicorn.Config(
         app,
-        http=protocol_class(settings.header_timeout_s),
+        http=protocol_class(settings, engine.metrics),
         ws="none",
         lifespan="on",
         log_level="warning",
@@ -120,21 +119,6 @@ class _Server(uvicorn.Server):
         self.force_exit = self.should_exit
         self.should_exit = True
         self._engine.refuse_all("the server is shutting down")
-
-
-def protocol_class(header_timeout_s: float) -> Any:
-    """uvicorn's protocol, less patient with clients that never finish their headers."""
-
-    class Impatient(H11Protocol):
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.loop.call_later(header_timeout_s, self._leave_if_idle)
-
-        def _leave_if_idle(self) -> None:
-            if self.cycle is None and not self.transport.is_closing():
-                self.transport.close()
-
-    return Impatient
 
 
 def _listen(settings: Settings) -> socket.socket:

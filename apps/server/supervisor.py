@@ -72,6 +72,7 @@ class Engine:
         info: what the model is, once one was loaded.
         error: why it is broken.
         restarts: children started after the first.
+        begun: jobs that were handed to a child.
         pid: process id of the child.
     """
 
@@ -89,6 +90,7 @@ class Engine:
         self.info: EngineInfo | None = None
         self.error = ""
         self.restarts = 0
+        self.begun = 0
         self.pid: int | None = None
         self.settled = asyncio.Event()
         self.metrics = metrics or Metrics()
@@ -105,7 +107,7 @@ class Engine:
         self._answer_s = 2.0  # how long answers took of late
         self._failures = 0
         self._task: asyncio.Task[None] | None = None
-        self.metrics.watch_queue(lambda: len(self._waiting), lambda: len(self._running))
+        self.metrics.watch_queue(lambda: len(self._waiting), lambda: self.running)
 
     async def start(self) -> None:
         """Start the child; ``settled`` is set once it is ready or has failed to load."""
@@ -133,6 +135,15 @@ class Engine:
         self._failures = 0
         self.settled.clear()
         await self.start()
+
+    @property
+    def running(self) -> int:
+        """How many jobs a child works on."""
+        return len(self._running)
+
+    def others(self, batch: Batch) -> int:
+        """How many of them are of other batches."""
+        return sum(job.batch is not batch for job in self._running.values())
 
     def submit(self, jobs: Sequence[dict[str, Any]]) -> Batch:
         """Put jobs into the queue, all or none.
@@ -179,6 +190,7 @@ class Engine:
                 self._heard = time.monotonic()
             job.started = time.monotonic()
             self._running[job.id] = job
+            self.begun += 1
             self._send({"type": "submit", "id": job.id, "job": job.values})
 
     def _cancel(self, batch: Batch) -> None:
