@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import httpx
 import pytest
 from app_host import AppHost
 from app_page import (  # noqa: F401
@@ -170,7 +171,7 @@ def test_the_slider_for_k_and_sampling_reach_the_engine(page: Page, app: AppHost
     page.get_by_label(re.compile("^Temperature")).fill("0.5")
     page.get_by_label("System prompt").fill("Be brief.")
     page.get_by_label(re.compile("^Top k")).focus()
-    send(page, "one draft at most for this answer")
+    send(page, "one draft at most for this answer, " * 2)
     finished(page)
     number = int(page.url.partition("#c=")[2])
     kept = app.conversation(number)
@@ -178,6 +179,9 @@ def test_the_slider_for_k_and_sampling_reach_the_engine(page: Page, app: AppHost
     assert kept["system_prompt"] == "Be brief."
     assert max(len(group["tokens"]) for group in kept["messages"][1]["groups"]) == 2
     page.get_by_role("button", name="Settings").click()
+    page.get_by_role("button", name="Steps", exact=True).first.click()
+    reasons = page.get_by_role("complementary", name="Steps").locator(".reasons")
+    expect(reasons).to_contain_text("Verifying 1 draft takes about 1.10 times a plain step")
 
 
 def test_a_race_ends_in_a_proof_and_a_number(page: Page):
@@ -192,6 +196,20 @@ def test_a_race_ends_in_a_proof_and_a_number(page: Page):
     assert first == second and re.fullmatch("[0-9a-f]{64}", first)
     page.keyboard.press("Escape")
     expect(dialog).to_have_count(0)
+
+
+def test_a_race_says_when_it_had_to_share_the_model(page: Page, app: AppHost):
+    page.get_by_role("button", name="Race").click()
+    dialog = page.get_by_role("dialog", name="Race")
+    dialog.get_by_label("Prompt").fill("run, and say the same, " * 4)
+    body = {"messages": [{"role": "user", "content": "slow"}], "stream": True}
+    bearer = {"Authorization": f"Bearer {app.token}"}
+    with httpx.stream("POST", f"{app.url}/v1/chat/completions", json=body, headers=bearer) as other:
+        assert other.status_code == 200
+        dialog.get_by_role("button", name="Start").click()
+        status = dialog.get_by_role("status")
+        expect(status).to_contain_text("not fair: 2 other answers took turns")
+        expect(status).to_contain_text("Identical output: both hashes")
 
 
 def test_another_model_is_loaded_with_a_progress_bar(page: Page, tmp_path):

@@ -91,26 +91,28 @@ def _load(options: Message, send: Any) -> Any:
         prefill_step_size=options["prefill_step_size"],
         lookup=options["lookup"],
     )
-    send(
-        {
-            "type": "ready",
-            "model": model.name,
-            "adapter": model.config is not None,
-            "num_draft_tokens": model.num_draft_tokens,
-            "vocab_size": model.vocab_size,
-            "max_context": model.max_context,
-            "has_chat_template": tokenizer.has_chat_template,
-            "has_tools": tokenizer.has_chat_template and tokenizer.has_tool_calling,
-            "load_s": round(time.monotonic() - began, 2),
-            "facts": _facts(model),
-        }
-    )
+    send(_ready(model, tokenizer) | {"load_s": round(time.monotonic() - began, 2)})
     return Scheduler(
         prepare=lambda job: prepare(job, model, tokenizer),
         begin=lambda job: answer(job, bench),
         send=send,
         rest=mx.clear_cache,
     )
+
+
+def _ready(model: Any, tokenizer: Any) -> Message:
+    """What the model is."""
+    return {
+        "type": "ready",
+        "model": model.name,
+        "adapter": model.config is not None,
+        "num_draft_tokens": model.num_draft_tokens,
+        "vocab_size": model.vocab_size,
+        "max_context": model.max_context,
+        "has_chat_template": tokenizer.has_chat_template,
+        "has_tools": tokenizer.has_chat_template and tokenizer.has_tool_calling,
+        "facts": _facts(model),
+    }
 
 
 def _facts(model: Any) -> Message:

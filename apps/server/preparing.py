@@ -65,15 +65,6 @@ def prepare(job: dict[str, Any], model: MTPModel, tokenizer: TokenizerWrapper) -
     ids = _encoded(job, tokenizer)
     _check_ids(ids, model, "messages" if "messages" in job else "prompt")
     sampling = _sampling(job, model)
-    processors: list[LogitsProcessor] = []
-    if job.get("frequency_penalty") or job.get("presence_penalty"):
-        processors.append(
-            answer_penalty(
-                num_prompt=len(ids),
-                frequency=job.get("frequency_penalty") or 0.0,
-                presence=job.get("presence_penalty") or 0.0,
-            )
-        )
     k = job.get("num_draft_tokens")
     if k is not None and k > model.num_draft_tokens > 0:
         raise Refusal(
@@ -83,7 +74,7 @@ def prepare(job: dict[str, Any], model: MTPModel, tokenizer: TokenizerWrapper) -
     options = {
         "max_tokens": job["max_tokens"],
         "sampling": sampling,
-        "logits_processors": processors,
+        "logits_processors": _processors(job, len(ids)),
         "seed": job.get("seed"),
         "layout": job.get("layout", "auto"),
         "num_draft_tokens": k,
@@ -97,6 +88,13 @@ def prepare(job: dict[str, Any], model: MTPModel, tokenizer: TokenizerWrapper) -
         pieces=bool(job.get("pieces")),
         fresh=bool(job.get("fresh")),
     )
+
+
+def _processors(job: dict[str, Any], num_prompt: int) -> list[LogitsProcessor]:
+    frequency, presence = job.get("frequency_penalty") or 0.0, job.get("presence_penalty") or 0.0
+    if not (frequency or presence):
+        return []
+    return [answer_penalty(num_prompt=num_prompt, frequency=frequency, presence=presence)]
 
 
 def _sampling(job: dict[str, Any], model: MTPModel) -> Sampling:

@@ -7,6 +7,7 @@ import { watchAnswer } from "./answers";
 import * as state from "./state";
 import { newestLeaf } from "./tree";
 import type { Conversation, Message, Options, Summary } from "./types";
+import { counted } from "./words";
 
 const NOTICE_MS = 6000;
 let noticeTimer = 0;
@@ -154,7 +155,7 @@ export async function takeIn(file: File): Promise<void> {
     const first = added.conversations[0];
     if (first !== undefined) await openConversation(first);
     const count = added.conversations.length;
-    say(`${count} ${count === 1 ? "conversation" : "conversations"} imported`);
+    say(`${counted(count, "conversation")} imported`);
   });
 }
 

@@ -4,6 +4,7 @@ import { events } from "./api";
 import { Announcer } from "./announce";
 import * as state from "./state";
 import type { AnswerEvent, Group, Message } from "./types";
+import { counted } from "./words";
 
 /** Steps are shown together this often; more would only make the page slow. */
 const SHOW_MS = 40;
@@ -25,10 +26,10 @@ export async function watchAnswer(id: number): Promise<void> {
     for await (const event of events<AnswerEvent>("GET", `/answers/${id}`, { signal })) {
       switch (event.type) {
         case "started":
-          state.waiting.value = `Reading ${event.prompt_tokens} tokens`;
+          state.waiting.value = `Reading ${counted(event.prompt_tokens, "token")}`;
           break;
         case "prefill":
-          state.waiting.value = `Reading, ${event.done} tokens done`;
+          state.waiting.value = `Reading, ${counted(event.done, "token")} done`;
           break;
         case "group": {
           const { type: _, ...group } = event;

@@ -1,6 +1,7 @@
 /** What steps of an answer tell: how many tokens they gave, and which drafts held. */
 
 import type { Group } from "./types";
+import { counted } from "./words";
 
 export interface Position {
   /** Drafts at this position that were looked at, for all before them held. */
@@ -61,11 +62,10 @@ export function rolling(groups: readonly Group[], window = 16): number[] {
 /** Say in words what a step did. */
 export function describeStep(groups: readonly Group[], at: number): string {
   const group = groups[at]!;
-  const count = group.tokens.length;
-  const head = `Step ${at + 1} of ${groups.length}: ${count} ${count === 1 ? "token" : "tokens"}`;
+  const head = `Step ${at + 1} of ${groups.length}: ${counted(group.tokens.length, "token")}`;
   if (!group.drafted) return `${head}, nothing drafted`;
   const origin = group.source === "lookup" ? "found in the text" : "from mask tokens";
-  return `${head}, ${group.accepted} of ${group.drafted} drafts held, ${origin}`;
+  return `${head}, ${group.accepted} of ${counted(group.drafted, "draft")} held, ${origin}`;
 }
 
 /** Say where one token of a step is from. */

@@ -110,6 +110,8 @@ export interface Verdict {
   speed_up: number | null;
   plain_tps: number;
   mtp_tps: number;
+  /** Answers that took turns with these while the clock ran. */
+  others: number;
 }
 
 export type RaceEvent =

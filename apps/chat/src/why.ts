@@ -2,6 +2,7 @@
 
 import type { StepSummary } from "./steps";
 import type { Costs, Facts, ModelInfo, Options } from "./types";
+import { counted } from "./words";
 
 const FEW_STEPS = 8;
 
@@ -49,7 +50,7 @@ function fromSteps(summary: StepSummary, costs: Costs, options: Options): string
   const ratio = costRatio(costs, rows);
   if (ratio !== null && rows > 1) {
     found.push(
-      `Verifying ${rows - 1} drafts takes about ${ratio.toFixed(2)} times a plain step here, masks not counted.`,
+      `Verifying ${counted(rows - 1, "draft")} takes about ${ratio.toFixed(2)} times a plain step here, masks not counted.`,
     );
   }
   return found;

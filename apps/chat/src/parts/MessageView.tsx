@@ -5,6 +5,7 @@ import * as state from "../state";
 import { summarise } from "../steps";
 import { siblings } from "../tree";
 import type { Message, MessageState } from "../types";
+import { counted } from "../words";
 import { Answer } from "./Answer";
 import { fit } from "./Composer";
 import { StepList } from "./StepList";
@@ -89,7 +90,7 @@ function AnswerTools(props: { message: Message; listed: boolean; toggle: () => v
       )}
       <span class="muted facts">
         {summary.steps > 0 &&
-          `${summary.tokens} tokens, ${summary.tokensPerStep.toFixed(2)} a step, ${summary.tokensPerSecond.toFixed(1)} a second`}
+          `${counted(summary.tokens, "token")}, ${summary.tokensPerStep.toFixed(2)} a step, ${summary.tokensPerSecond.toFixed(1)} a second`}
         {ENDS[message.state] && `${summary.steps ? ", " : ""}${ENDS[message.state]}`}
       </span>
     </>

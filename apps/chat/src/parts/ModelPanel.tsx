@@ -2,6 +2,7 @@ import { useEffect, useState } from "preact/hooks";
 
 import { chooseModel, localModels } from "../engine";
 import * as state from "../state";
+import { counted } from "../words";
 
 const OWN = "";
 const TYPED = " typed";
@@ -116,7 +117,7 @@ function Standing() {
           <strong>{engine.model?.name ?? "No model"}</strong>
           {engine.model &&
             (engine.model.adapter
-              ? `, drafts up to ${engine.model.num_draft_tokens} tokens a step`
+              ? `, drafts up to ${counted(engine.model.num_draft_tokens, "token")} a step`
               : ", no adapter")}
         </p>
       )}

@@ -4,6 +4,7 @@ import * as race from "../race";
 import { model, racing, ready } from "../state";
 import { summarise } from "../steps";
 import type { Lane, Verdict } from "../types";
+import { counted } from "../words";
 import { Dialog } from "./Dialog";
 
 const STAGES = {
@@ -65,9 +66,9 @@ export function Race() {
         {race.verdict.value && <VerdictView verdict={race.verdict.value} />}
       </div>
       <p class="muted small-print">
-        Both answers are greedy and made one after the other, each alone and without anything kept from
-        earlier prompts, after a short one that is not timed. The clock starts behind the first step, so
-        the prompt counts for neither.
+        Both answers are greedy and made one after the other, without anything kept from earlier prompts,
+        after a short one that is not timed. The clock starts behind the first step, so the prompt counts
+        for neither. Other programs may use the model meanwhile; if they did, the result says so.
       </p>
     </Dialog>
   );
@@ -83,7 +84,7 @@ function LaneView({ lane, title }: { lane: Lane; title: string }) {
       <h3>{title}</h3>
       <p class="muted">
         {groups.length
-          ? `${summary.tokens} tokens in ${summary.steps} steps, ${summary.tokensPerSecond.toFixed(1)} a second`
+          ? `${counted(summary.tokens, "token")} in ${counted(summary.steps, "step")}, ${summary.tokensPerSecond.toFixed(1)} a second`
           : "waits"}
       </p>
       <div class="lane-text" tabIndex={0} role="region" aria-label={`Answer, ${title}`} ref={box}>
@@ -115,6 +116,12 @@ function VerdictView({ verdict }: { verdict: Verdict }) {
           <strong>{verdict.speed_up.toFixed(2)}x</strong> the tokens a second:{" "}
           {verdict.mtp_tps.toFixed(1)} against {verdict.plain_tps.toFixed(1)}
           {verdict.speed_up < 1 && ". Several tokens a step are slower here; Steps tells why"}.
+        </p>
+      )}
+      {verdict.others > 0 && (
+        <p class="bad">
+          The times are not fair: {counted(verdict.others, "other answer")} took turns with these. Race
+          again when nothing else uses the model.
         </p>
       )}
     </>

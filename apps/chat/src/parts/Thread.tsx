@@ -2,6 +2,7 @@ import { useSignalEffect } from "@preact/signals";
 import { useRef } from "preact/hooks";
 
 import * as state from "../state";
+import { counted } from "../words";
 import { MessageView } from "./MessageView";
 
 const NEAR_PX = 80;
@@ -45,7 +46,7 @@ function Empty() {
       <p>
         {model
           ? model.adapter
-            ? `${model.name} drafts up to ${model.num_draft_tokens} tokens a step. What it says is what it would say one token at a time.`
+            ? `${model.name} drafts up to ${counted(model.num_draft_tokens, "token")} a step. What it says is what it would say one token at a time.`
             : `${model.name} has no adapter: it says one token a step.`
           : "The model is being loaded."}
       </p>
