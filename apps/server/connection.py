@@ -25,53 +25,60 @@ def protocol_class(settings: Settings, metrics: Metrics) -> Any:
         settings: of the server.
         metrics: counts the latter.
     """
-    look_s = settings.send_timeout_s / _LOOKS
 
-    class Impatient(H11Protocol):
-        _look: asyncio.TimerHandle | None = None
+    class Bound(_Impatient):
+        _given = settings
+        _counted = metrics
 
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            _hold_little(transport)
-            self.loop.call_later(settings.header_timeout_s, self._leave_if_idle)
+    return Bound
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._look_no_more()
-            super().connection_lost(exc)
 
-        def pause_writing(self) -> None:
-            """The client takes less than there is."""
-            super().pause_writing()
-            self._look_later(self.transport.get_write_buffer_size(), _LOOKS)
+class _Impatient(H11Protocol):
+    _given: Settings
+    _counted: Metrics
+    _look: asyncio.TimerHandle | None = None
 
-        def resume_writing(self) -> None:
-            """It has taken everything."""
-            self._look_no_more()
-            super().resume_writing()
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        _hold_little(transport)
+        self.loop.call_later(self._given.header_timeout_s, self._leave_if_idle)
 
-        def _look_later(self, left: int, looks: int) -> None:
-            self._look_no_more()
-            self._look = self.loop.call_later(look_s, self._look_at, left, looks)
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._look_no_more()
+        super().connection_lost(exc)
 
-        def _look_at(self, left: int, looks: int) -> None:
-            now_left = self.transport.get_write_buffer_size()
-            if now_left < left:
-                self._look_later(now_left, _LOOKS)
-            elif looks > 1:
-                self._look_later(left, looks - 1)
-            else:
-                metrics.stalled.inc()
-                self.transport.abort()
+    def pause_writing(self) -> None:
+        """The client takes less than there is."""
+        super().pause_writing()
+        self._look_later(self.transport.get_write_buffer_size(), _LOOKS)
 
-        def _look_no_more(self) -> None:
-            if self._look is not None:
-                self._look.cancel()
+    def resume_writing(self) -> None:
+        """It has taken everything."""
+        self._look_no_more()
+        super().resume_writing()
 
-        def _leave_if_idle(self) -> None:
-            if self.cycle is None and not self.transport.is_closing():
-                self.transport.close()
+    def _look_later(self, left: int, looks: int) -> None:
+        self._look_no_more()
+        wait_s = self._given.send_timeout_s / _LOOKS
+        self._look = self.loop.call_later(wait_s, self._look_at, left, looks)
 
-    return Impatient
+    def _look_at(self, left: int, looks: int) -> None:
+        now_left = self.transport.get_write_buffer_size()
+        if now_left < left:
+            self._look_later(now_left, _LOOKS)
+        elif looks > 1:
+            self._look_later(left, looks - 1)
+        else:
+            self._counted.stalled.inc()
+            self.transport.abort()
+
+    def _look_no_more(self) -> None:
+        if self._look is not None:
+            self._look.cancel()
+
+    def _leave_if_idle(self) -> None:
+        if self.cycle is None and not self.transport.is_closing():
+            self.transport.close()
 
 
 def _hold_little(transport: Any) -> None:
