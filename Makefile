@@ -10,7 +10,7 @@ TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PROMPT ?= Write a Python function that checks whether a word is a palindrome, and explain it.
 
-.PHONY: demo test test-fast lint types openblas compilers clean help
+.PHONY: demo test test-fast lint types openblas compilers browser chat clean help
 
 help: ## say what there is
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -18,7 +18,7 @@ help: ## say what there is
 demo: $(VENV)/.demo openblas ## set up and stream an answer from the default model
 	@$(BIN)/mlx-mtp generate --prompt "$(PROMPT)" --max-tokens 100
 
-test: $(VENV)/.test openblas compilers ## set up and run all tests
+test: $(VENV)/.test openblas compilers browser ## set up and run all tests
 	@$(BIN)/python -m pytest $(ARGS)
 
 test-fast: $(VENV)/.test openblas compilers ## run the tests that take under two seconds each
@@ -35,6 +35,12 @@ openblas: ## Debian and Ubuntu: install OpenBLAS where this user may (Linux runs
 
 compilers: ## Debian and Ubuntu: install g++ and clang, which the tests of Metal kernels use
 	@.ci/compilers
+
+browser: ## Debian and Ubuntu: install chromium, in which the chat page is tested
+	@.ci/browser
+
+chat: ## build the chat page and compare it with the one in the repository (needs npm)
+	@.ci/chat
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

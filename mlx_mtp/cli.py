@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 import mlx_mtp
+from mlx_mtp.cli_app import app
 from mlx_mtp.cli_average import average
 from mlx_mtp.cli_benchmark import benchmark
 from mlx_mtp.cli_convert import convert, export, inspect
@@ -110,6 +111,7 @@ def chat(**options: Any) -> None:
     )
 
 
+cli.add_command(app)
 cli.add_command(average)
 cli.add_command(benchmark)
 cli.add_command(convert)

@@ -2,8 +2,8 @@
 
 Run as a script, so that it starts in a moment; it imports nothing but the standard library.  It
 does what the last message says: ``die`` or ``hang`` after one group, ``refuse``, ``fail``, ``slow``
-takes 20 ms a group for ever, ``call`` calls a tool; everything else comes back in groups of three
-letters, cut at ``max_tokens`` letters.
+takes 20 ms a group for ever, ``flood`` the same after a group of 2 MiB, ``call`` calls a tool;
+everything else comes back in groups of three letters, cut at ``max_tokens`` letters.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ READY = {
     "has_tools": True,
     "load_s": 0.0,
 }
+FLOOD_BYTES = 2**21
 _LOCK = threading.Lock()
 
 
@@ -78,8 +79,8 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if text == "fail":
         yield {"type": "failed", "message": "out of luck"}
         return
-    if text in ("die", "hang", "slow"):
-        yield group("one", logprobs)
+    if text in ("die", "hang", "slow", "flood"):
+        yield group("one" if text != "flood" else "." * FLOOD_BYTES, logprobs)
         if text == "die":
             os._exit(9)
         while text == "hang":

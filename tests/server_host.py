@@ -17,7 +17,7 @@ import httpx
 import uvicorn
 
 from mlx_mtp.apps.server.app import create_app
-from mlx_mtp.apps.server.http_server import protocol_class
+from mlx_mtp.apps.server.connection import protocol_class
 from mlx_mtp.apps.server.settings import Settings
 from mlx_mtp.apps.server.supervisor import Engine
 
@@ -91,7 +91,7 @@ def hosted(
     made = Engine(options or {}, command=FAKE, **(engine or {}))
     config = uvicorn.Config(
         create_app(made, chosen),
-        http=protocol_class(chosen.header_timeout_s),
+        http=protocol_class(chosen, made.metrics),
         ws="none",
         log_level="error",
         timeout_graceful_shutdown=1,

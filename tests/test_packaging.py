@@ -35,11 +35,15 @@ def test_the_wheel_made_from_the_sdist_is_complete(built):
         "mlx_mtp/metal/README.md",
         "mlx_mtp/apps/README.md",
         "mlx_mtp/apps/server/app.py",
+        "mlx_mtp/apps/chat_app/app.py",
+        "mlx_mtp/apps/history/store.py",
+        "mlx_mtp/apps/chat/dist/index.html",
         "mlx_mtp/adapters/smollm2-135m-mtp/adapters.safetensors",
         "mlx_mtp/adapters/smollm2-135m-mtp/adapter_config.json",
     ]:
         assert names.count(name) == 1, name
     assert not [name for name in names if name.startswith(("converters/", "metal/", "tests/"))]
+    assert not [name for name in names if "node_modules" in name or "apps/chat/src" in name]
     assert [name for name in names if name.endswith("licenses/LICENSE")]
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -102,6 +105,53 @@ def test_slow_senders_are_shown_the_door():
     with hosted(body_timeout_s=0.3, header_timeout_s=0.6) as host:
         assert b" 408 " in raw(host, head)
         assert raw(host, b"GET /health HTTP/1.1\r\nHost: loc") == b""
+
+
+def flooded(host: Host, *, buffer_bytes: int) -> socket.socket:
+    """Ask for 2 MiB and what follows; nothing is read of it yet."""
+    host.wait_for("ok")
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer_bytes)
+    connection.settimeout(20)
+    connection.connect(host.address)
+    body = json.dumps({"messages": [{"role": "user", "content": "flood"}], "stream": True})
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+    connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+    deadline = time.monotonic() + 20
+    while not host.engine.running:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return connection
+
+
+def test_a_client_that_takes_nothing_loses_its_place():
+    with (
+        hosted(engine={"max_concurrent": 1}, send_timeout_s=0.4) as host,
+        flooded(host, buffer_bytes=4096) as connection,
+    ):
+        assert host.chat("hello").json()["choices"][0]["message"]["content"] == "hello"
+        counted = host.client.get("/metrics").text
+        assert "mlx_mtp_stalled_clients_total 1.0" in counted
+        assert 'mlx_mtp_answers_total{reason="cancelled"} 1.0' in counted
+        taken = 0
+        with contextlib.suppress(ConnectionError):
+            while piece := connection.recv(2**16):
+                taken += len(piece)
+        assert taken < 2**20
+
+
+def test_a_client_that_takes_little_at_a_time_keeps_its_place():
+    with (
+        hosted(send_timeout_s=0.8) as host,
+        flooded(host, buffer_bytes=2**16) as connection,
+    ):
+        until, taken = time.monotonic() + 1.6, 0
+        while time.monotonic() < until:
+            taken += len(connection.recv(2**14))
+            time.sleep(0.02)
+        assert 0 < taken < 2**21  # so that all the while there was more
+        assert host.engine.running == 1
+        assert "mlx_mtp_stalled_clients_total 0.0" in host.client.get("/metrics").text
 
 
 @pytest.mark.parametrize("name", ["evil.example", "localhost.evil.example", "", "127.0.0.1.nip.io"])

@@ -48,16 +48,6 @@ def create_app(
             in ``request.app.state.desk`` and pass the same checks.
         public_paths: paths that need no API key, besides ``/health``.
     """
-
-    @contextlib.asynccontextmanager
-    async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        del app
-        await engine.start()
-        try:
-            yield
-        finally:
-            await engine.stop()
-
     app = Starlette(
         routes=[*_routes(), *routes],
         middleware=[
@@ -70,10 +60,20 @@ def create_app(
             ClientDisconnect: _gone,
             Exception: _failed,
         },
-        lifespan=lifespan,
+        lifespan=_lifespan,
     )
     app.state.desk = Desk(engine, settings)
     return app
+
+
+@contextlib.asynccontextmanager
+async def _lifespan(app: Starlette) -> AsyncIterator[None]:
+    engine: Engine = app.state.desk.engine
+    await engine.start()
+    try:
+        yield
+    finally:
+        await engine.stop()
 
 
 def _routes() -> list[Route]:

@@ -91,25 +91,47 @@ def _load(options: Message, send: Any) -> Any:
         prefill_step_size=options["prefill_step_size"],
         lookup=options["lookup"],
     )
-    send(
-        {
-            "type": "ready",
-            "model": model.name,
-            "adapter": model.config is not None,
-            "num_draft_tokens": model.num_draft_tokens,
-            "vocab_size": model.vocab_size,
-            "max_context": model.max_context,
-            "has_chat_template": tokenizer.has_chat_template,
-            "has_tools": tokenizer.has_chat_template and tokenizer.has_tool_calling,
-            "load_s": round(time.monotonic() - began, 2),
-        }
-    )
+    send(_ready(model, tokenizer) | {"load_s": round(time.monotonic() - began, 2)})
     return Scheduler(
         prepare=lambda job: prepare(job, model, tokenizer),
         begin=lambda job: answer(job, bench),
         send=send,
         rest=mx.clear_cache,
     )
+
+
+def _ready(model: Any, tokenizer: Any) -> Message:
+    """What the model is."""
+    return {
+        "type": "ready",
+        "model": model.name,
+        "adapter": model.config is not None,
+        "num_draft_tokens": model.num_draft_tokens,
+        "vocab_size": model.vocab_size,
+        "max_context": model.max_context,
+        "has_chat_template": tokenizer.has_chat_template,
+        "has_tools": tokenizer.has_chat_template and tokenizer.has_tool_calling,
+        "facts": _facts(model),
+    }
+
+
+def _facts(model: Any) -> Message:
+    """On what steps run here and what they cost."""
+    import mlx.core as mx
+
+    import mlx_mtp
+    from mlx_mtp.cost_curve import UNMEASURED
+    from mlx_mtp.machine import gpu_info, machine_name
+    from mlx_mtp.tuning import speculation_for
+
+    curve = speculation_for(model, measure=False).costs.curve
+    return {
+        "device": machine_name(gpu_info()),
+        "runs_on": "gpu" if mx.default_device().type == mx.gpu else "cpu",
+        "blas": str(mlx_mtp.BLAS),
+        "costs": curve.to_dict(),
+        "measured": curve is not UNMEASURED,
+    }
 
 
 def _wire_memory(mx: Any) -> None:

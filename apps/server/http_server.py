@@ -7,26 +7,32 @@ import contextlib
 import errno
 import signal
 import socket
-from collections.abc import Generator
-from typing import Any
+from collections.abc import Callable, Generator
 
 import uvicorn
-from starlette.applications import Starlette
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from starlette.types import ASGIApp
 
+from mlx_mtp.apps.server.connection import protocol_class
 from mlx_mtp.apps.server.settings import Settings
 from mlx_mtp.apps.server.supervisor import Engine
 
 GRACE_S = 1  # for running answers after Ctrl-C
 
 
-def serve(app: Starlette, engine: Engine, settings: Settings) -> None:
+def serve(
+    app: ASGIApp,
+    engine: Engine,
+    settings: Settings,
+    *,
+    greet: Callable[[str], None] | None = None,
+) -> None:
     """Serve until a signal comes.
 
     Args:
         app: from ``create_app``.
         engine: the same one.
         settings: where to listen.
+        greet: called with the address once it is known, instead of printing a line.
 
     Raises:
         ValueError: the port is taken, or the model cannot be loaded.
@@ -35,7 +41,7 @@ def serve(app: Starlette, engine: Engine, settings: Settings) -> None:
     url = _url(listener)
     config = uvicorn.Config(
         app,
-        http=protocol_class(settings.header_timeout_s),
+        http=protocol_class(settings, engine.metrics),
         ws="none",
         lifespan="on",
         log_level="warning",
@@ -45,13 +51,17 @@ def serve(app: Starlette, engine: Engine, settings: Settings) -> None:
         timeout_keep_alive=30,
     )
     server = _Server(config, engine)
-    print(f"Listening on {url} ...", flush=True)
+    (greet or _greet)(url)
     with listener:
         asyncio.run(_run(server, listener, engine, url, settings))
     if engine.info is None and engine.error:
         raise ValueError(engine.error)
     if fault := _fault(engine, settings):
         raise ValueError(fault)
+
+
+def _greet(url: str) -> None:
+    print(f"Listening on {url} ...", flush=True)
 
 
 async def _run(
@@ -109,21 +119,6 @@ class _Server(uvicorn.Server):
         self.force_exit = self.should_exit
         self.should_exit = True
         self._engine.refuse_all("the server is shutting down")
-
-
-def protocol_class(header_timeout_s: float) -> Any:
-    """uvicorn's protocol, less patient with clients that never finish their headers."""
-
-    class Impatient(H11Protocol):
-        def connection_made(self, transport: Any) -> None:
-            super().connection_made(transport)
-            self.loop.call_later(header_timeout_s, self._leave_if_idle)
-
-        def _leave_if_idle(self) -> None:
-            if self.cycle is None and not self.transport.is_closing():
-                self.transport.close()
-
-    return Impatient
 
 
 def _listen(settings: Settings) -> socket.socket:

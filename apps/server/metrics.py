@@ -18,6 +18,7 @@ class Metrics:
 
     Attributes:
         restarts: engines started after the first.
+        stalled: connections closed because nothing was taken from them.
     """
 
     def __init__(self) -> None:
@@ -33,6 +34,7 @@ class Metrics:
         self._drafted = counter("drafts", "Drafts verified.", ("source",))
         self._accepted = counter("drafts_accepted", "Drafts accepted.", ("source",))
         self.restarts = counter("engine_restarts", "Engines started after the first.")
+        self.stalled = counter("stalled_clients", "Clients left because they took nothing more.")
         self._queue = Gauge("mlx_mtp_queue_length", "Answers that wait.", registry=registry)
         self._running = Gauge("mlx_mtp_running", "Answers being made.", registry=registry)
         self._first = Histogram(

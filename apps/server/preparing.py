@@ -43,6 +43,8 @@ class Prepared:
         stop: strings that end the answer.
         top_logprobs: how many likeliest ids to tell beside each; None for no log-probabilities.
         tools: tools whose calls are looked for.
+        pieces: whether the ids of each step and the text of each are told.
+        fresh: whether nothing kept from earlier prompts is used, nor anything kept of this one.
     """
 
     ids: list[int]
@@ -50,6 +52,8 @@ class Prepared:
     stop: tuple[str, ...] = ()
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
+    pieces: bool = False
+    fresh: bool = False
 
 
 def prepare(job: dict[str, Any], model: MTPModel, tokenizer: TokenizerWrapper) -> Prepared:
@@ -61,15 +65,6 @@ def prepare(job: dict[str, Any], model: MTPModel, tokenizer: TokenizerWrapper) -
     ids = _encoded(job, tokenizer)
     _check_ids(ids, model, "messages" if "messages" in job else "prompt")
     sampling = _sampling(job, model)
-    processors: list[LogitsProcessor] = []
-    if job.get("frequency_penalty") or job.get("presence_penalty"):
-        processors.append(
-            answer_penalty(
-                num_prompt=len(ids),
-                frequency=job.get("frequency_penalty") or 0.0,
-                presence=job.get("presence_penalty") or 0.0,
-            )
-        )
     k = job.get("num_draft_tokens")
     if k is not None and k > model.num_draft_tokens > 0:
         raise Refusal(
@@ -79,7 +74,7 @@ def prepare(job: dict[str, Any], model: MTPModel, tokenizer: TokenizerWrapper) -
     options = {
         "max_tokens": job["max_tokens"],
         "sampling": sampling,
-        "logits_processors": processors,
+        "logits_processors": _processors(job, len(ids)),
         "seed": job.get("seed"),
         "layout": job.get("layout", "auto"),
         "num_draft_tokens": k,
@@ -90,7 +85,16 @@ def prepare(job: dict[str, Any], model: MTPModel, tokenizer: TokenizerWrapper) -
         stop=tuple(job.get("stop") or ()),
         top_logprobs=job.get("top_logprobs"),
         tools=job.get("tools") or [],
+        pieces=bool(job.get("pieces")),
+        fresh=bool(job.get("fresh")),
     )
+
+
+def _processors(job: dict[str, Any], num_prompt: int) -> list[LogitsProcessor]:
+    frequency, presence = job.get("frequency_penalty") or 0.0, job.get("presence_penalty") or 0.0
+    if not (frequency or presence):
+        return []
+    return [answer_penalty(num_prompt=num_prompt, frequency=frequency, presence=presence)]
 
 
 def _sampling(job: dict[str, Any], model: MTPModel) -> Sampling:

@@ -51,7 +51,7 @@ def answer(job: Prepared, bench: Bench) -> Generator[Message, None, None]:
         ``started``, then ``prefill`` and ``group`` by chunk and step, ``finished`` at the end.
     """
     ids = list(job.ids)
-    taken = bench.prefixes.take(ids)
+    taken = None if job.fresh else bench.prefixes.take(ids)
     cache, num_cached = taken if taken else (bench.model.make_cache(), 0)
     try:
         yield {"type": "started", "prompt_tokens": len(ids), "cached_tokens": num_cached}
@@ -64,9 +64,14 @@ def answer(job: Prepared, bench: Bench) -> Generator[Message, None, None]:
             yield {"type": "prefill", "done": done}
         yield from _decode(job, ids, cache, meter, bench)
     except GeneratorExit:  # between two steps, where the cache is whole
-        bench.prefixes.put(ids, cache)
+        _keep(job, ids, cache, bench)
         raise
-    bench.prefixes.put(ids, cache)
+    _keep(job, ids, cache, bench)
+
+
+def _keep(job: Prepared, ids: list[int], cache: MTPCache, bench: Bench) -> None:
+    if not job.fresh:
+        bench.prefixes.put(ids, cache)
 
 
 def _prefill(ids: list[int], cache: MTPCache, bench: Bench) -> Iterator[int]:
@@ -103,9 +108,12 @@ def _decode(
         for step in steps:
             ids += step.tokens
             meter.add_step(step.num_draft_tokens, source=step.source)
-            message = _group(step, text, meter, bench, job.top_logprobs)
+            message = _group(step, text, meter, bench, job)
             reason = "stop" if text.stopped else step.finish_reason
-            message["text"] += text.finish() if reason else ""
+            tail = text.finish() if reason else ""
+            message["text"] += tail
+            if job.pieces:
+                message["pieces"][-1] += tail
             if tools:
                 message["text"] = tools.push(message["text"])
                 message["text"] += tools.finish() if reason else ""
@@ -116,15 +124,14 @@ def _decode(
 
 
 def _group(
-    step: StepResult, text: TextStream, meter: StatsMeter, bench: Bench, top: int | None
+    step: StepResult, text: TextStream, meter: StatsMeter, bench: Bench, job: Prepared
 ) -> Message:
     """What one step emitted, up to a stop string."""
     pieces, count = [], 0
     for token in step.tokens:
         meter.add_token(from_draft=count < step.num_accepted)
         count += 1
-        if token not in bench.tokenizer.eos_token_ids:
-            pieces.append(text.push(token))
+        pieces.append("" if token in bench.tokenizer.eos_token_ids else text.push(token))
         if text.stopped:
             break
     message = {
@@ -135,9 +142,11 @@ def _group(
         "drafted": step.num_draft_tokens,
         "source": step.source,
     }
-    if top is not None:
+    if job.pieces:
+        message |= {"pieces": pieces, "ids": step.tokens[:count]}
+    if job.top_logprobs is not None:
         logprobs = step.logprobs[:count]
-        message["logprobs"] = bench.texts.entries(step.tokens[:count], logprobs, top)
+        message["logprobs"] = bench.texts.entries(step.tokens[:count], logprobs, job.top_logprobs)
     return message
 
 

@@ -32,6 +32,7 @@ class Settings:
         max_body_bytes: longest request.
         body_timeout_s: how long a client may take to send one.
         header_timeout_s: how long it may take to send its headers.
+        send_timeout_s: how long it may take nothing of what is ready for it.
         ping_s: how long a stream may be silent before a comment is sent.
 
     Raises:
@@ -54,6 +55,7 @@ class Settings:
     max_body_bytes: int = 8 * 2**20
     body_timeout_s: float = 30.0
     header_timeout_s: float = 15.0
+    send_timeout_s: float = 30.0
     ping_s: float = 10.0
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -18,7 +18,7 @@ PING = b": still here\n\n"
 DONE = b"data: [DONE]\n\n"
 _HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
+    (b"cache-control", b"no-store"),
     (b"x-accel-buffering", b"no"),
 ]
 Result = TypeVar("Result")
@@ -35,24 +35,24 @@ class EventStream:
     """A response that sends events as they come and stops when nobody listens any more.
 
     Args:
-        events: the events as bytes.
-        batch: cancelled when the stream ends, however it ends.
+        events: the events as bytes; closed when the stream ends, however it ends.
         failed: the last event after an error.
         ping_s: how long it may be silent before a comment is sent.
+        ended: called when the stream ends, even if its first event was never asked for.
     """
 
     def __init__(
         self,
         events: AsyncGenerator[bytes, None],
-        batch: Batch,
         *,
         failed: Callable[[ApiError], bytes],
         ping_s: float,
+        ended: Callable[[], None] = lambda: None,
     ) -> None:
         self._events = events
-        self._batch = batch
         self._failed = failed
         self._ping_s = ping_s
+        self._ended = ended
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
@@ -61,7 +61,7 @@ class EventStream:
         try:
             await asyncio.wait({sending, leaving}, return_when=asyncio.FIRST_COMPLETED)
         finally:
-            self._batch.cancel()
+            self._ended()
             for task in (sending, leaving):
                 task.cancel()
             await asyncio.gather(leaving, return_exceptions=True)
@@ -70,19 +70,21 @@ class EventStream:
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-        async for data in self._pinged(self._told()):
-            await send({"type": "http.response.body", "body": data, "more_body": True})
+        async with contextlib.aclosing(self._pinged(self._told())) as pieces:
+            async for data in pieces:
+                await send({"type": "http.response.body", "body": data, "more_body": True})
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _told(self) -> AsyncIterator[bytes]:
+    async def _told(self) -> AsyncGenerator[bytes, None]:
         """The events, and an error as the last of them."""
-        try:
-            async for data in self._events:
-                yield data
-        except ApiError as error:
-            yield self._failed(error)
+        async with contextlib.aclosing(self._events) as events:
+            try:
+                async for data in events:
+                    yield data
+            except ApiError as error:
+                yield self._failed(error)
 
-    async def _pinged(self, events: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _pinged(self, events: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
         """The events, with comments where they are long in coming."""
         coming: asyncio.Future[bytes] | None = None
         try:
@@ -101,6 +103,8 @@ class EventStream:
         finally:
             if coming is not None:
                 coming.cancel()
+                await asyncio.gather(coming, return_exceptions=True)
+            await events.aclose()
 
 
 class Reply(Protocol):
@@ -137,7 +141,8 @@ async def answer(
         ping_s: see ``EventStream``.
     """
     if stream:
-        return EventStream(reply.events(batch, first), batch, failed=failed, ping_s=ping_s)
+        events = reply.events(batch, first)
+        return EventStream(events, failed=failed, ping_s=ping_s, ended=batch.cancel)
     try:
         return await unless_gone(request, reply.whole(batch, first))
     finally:

@@ -39,6 +39,7 @@ class EngineInfo:
     has_chat_template: bool
     has_tools: bool
     load_s: float
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(eq=False)
@@ -71,6 +72,7 @@ class Engine:
         info: what the model is, once one was loaded.
         error: why it is broken.
         restarts: children started after the first.
+        begun: jobs that were handed to a child.
         pid: process id of the child.
     """
 
@@ -88,6 +90,7 @@ class Engine:
         self.info: EngineInfo | None = None
         self.error = ""
         self.restarts = 0
+        self.begun = 0
         self.pid: int | None = None
         self.settled = asyncio.Event()
         self.metrics = metrics or Metrics()
@@ -104,7 +107,7 @@ class Engine:
         self._answer_s = 2.0  # how long answers took of late
         self._failures = 0
         self._task: asyncio.Task[None] | None = None
-        self.metrics.watch_queue(lambda: len(self._waiting), lambda: len(self._running))
+        self.metrics.watch_queue(lambda: len(self._waiting), lambda: self.running)
 
     async def start(self) -> None:
         """Start the child; ``settled`` is set once it is ready or has failed to load."""
@@ -118,6 +121,29 @@ class Engine:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+
+    async def change(self, options: Mapping[str, Any]) -> None:
+        """Load another model in the place of this one; ``settled`` is set anew once it is there.
+
+        Args:
+            options: what changes in what the child is told.
+        """
+        self.refuse_all("another model is being loaded")
+        await self.stop()
+        self._options |= options
+        self.state, self.error, self.info = "loading", "", None
+        self._failures = 0
+        self.settled.clear()
+        await self.start()
+
+    @property
+    def running(self) -> int:
+        """How many jobs a child works on."""
+        return len(self._running)
+
+    def others(self, batch: Batch) -> int:
+        """How many of them are of other batches."""
+        return sum(job.batch is not batch for job in self._running.values())
 
     def submit(self, jobs: Sequence[dict[str, Any]]) -> Batch:
         """Put jobs into the queue, all or none.
@@ -164,6 +190,7 @@ class Engine:
                 self._heard = time.monotonic()
             job.started = time.monotonic()
             self._running[job.id] = job
+            self.begun += 1
             self._send({"type": "submit", "id": job.id, "job": job.values})
 
     def _cancel(self, batch: Batch) -> None:

@@ -1,0 +1,190 @@
+/** What the user can do with conversations, and what it does to the state. */
+
+import { batch } from "@preact/signals";
+
+import { ApiError, address, ask, upload } from "./api";
+import { watchAnswer } from "./answers";
+import * as state from "./state";
+import { newestLeaf } from "./tree";
+import type { Conversation, Message, Options, Summary } from "./types";
+import { counted } from "./words";
+
+const NOTICE_MS = 6000;
+let noticeTimer = 0;
+
+/** Do something and show what goes wrong; returns whether it went well. */
+export async function attempt(work: () => Promise<unknown>): Promise<boolean> {
+  try {
+    await work();
+    return true;
+  } catch (error) {
+    if (error instanceof ApiError && error.status === 401) state.locked.value = true;
+    else say(error instanceof Error ? error.message : String(error), true);
+    return false;
+  }
+}
+
+/** Show a line for a while. */
+export function say(text: string, bad = false): void {
+  clearTimeout(noticeTimer);
+  state.notice.value = { text, bad };
+  noticeTimer = window.setTimeout(() => (state.notice.value = null), NOTICE_MS);
+}
+
+/** Read the list of conversations, those that match the search. */
+export async function listConversations(): Promise<void> {
+  const wanted = state.search.value;
+  const found = await ask<Summary[]>("GET", `/conversations?search=${encodeURIComponent(wanted)}`);
+  if (wanted === state.search.value) state.summaries.value = found;
+}
+
+/** Show a conversation, and follow its answer if one is being made. */
+export async function openConversation(id: number): Promise<void> {
+  const { messages, ...head } = await ask<Conversation>("GET", `/conversations/${id}`);
+  batch(() => {
+    state.conversation.value = head;
+    state.messages.value = new Map(messages.map((each) => [each.id, each]));
+    state.editing.value = null;
+    state.drawer.value = false;
+  });
+  history.replaceState(null, "", `#c=${id}`);
+  for (const message of messages) if (message.state === "streaming") void watchAnswer(message.id);
+}
+
+/** Begin a new conversation; it is saved with its first message. */
+export function newConversation(): void {
+  batch(() => {
+    state.conversation.value = null;
+    state.messages.value = new Map();
+    state.editing.value = null;
+    state.drawer.value = false;
+    state.draft.value = structuredClone(state.settings.value.defaults);
+  });
+  history.replaceState(null, "", "#");
+}
+
+/** Send a message behind the branch that is shown, or behind ``parent``. */
+export async function sendMessage(text: string, parent?: number | null): Promise<boolean> {
+  return attempt(async () => {
+    const before = state.shown.value.at(-1);
+    const behind = parent === undefined ? (before?.id ?? null) : parent;
+    if (!state.conversation.value) await save();
+    await answer(behind, text);
+  });
+}
+
+/** Answer a message of the user once more; the other answers stay beside. */
+export async function regenerate(message: Message): Promise<void> {
+  const question = message.role === "user" ? message.id : message.parent;
+  if (question !== null) await attempt(() => answer(question));
+}
+
+/** Replace a message by another version of it, and answer that. */
+export async function edit(message: Message, text: string): Promise<void> {
+  if (await sendMessage(text, message.parent)) state.editing.value = null;
+}
+
+/** Break off the answer that is being made. */
+export async function stop(): Promise<void> {
+  const running = state.answering.value;
+  if (running) await attempt(() => ask("POST", `/answers/${running.id}/stop`));
+}
+
+/** Show another branch. */
+export async function chooseBranch(message: Message): Promise<void> {
+  const shown = state.conversation.value;
+  if (!shown) return;
+  const leaf = newestLeaf(state.messages.value, message.id);
+  state.conversation.value = { ...shown, leaf };
+  await attempt(() => ask("PATCH", `/conversations/${shown.id}`, { leaf }));
+}
+
+/** Give a conversation a name. */
+export async function rename(id: number, title: string): Promise<void> {
+  await attempt(async () => {
+    await ask("PATCH", `/conversations/${id}`, { title });
+    const shown = state.conversation.value;
+    if (shown?.id === id) state.conversation.value = { ...shown, title };
+    await listConversations();
+  });
+}
+
+/** Delete a conversation for good. */
+export async function remove(id: number): Promise<void> {
+  await attempt(async () => {
+    await ask("DELETE", `/conversations/${id}`);
+    if (state.conversation.value?.id === id) newConversation();
+    await listConversations();
+    say("Deleted");
+  });
+}
+
+/** Change the system prompt or the options of what is shown. */
+export async function change(values: {
+  system_prompt?: string;
+  options?: Options;
+}): Promise<void> {
+  const shown = state.conversation.value;
+  if (!shown) {
+    state.draft.value = { ...state.draft.value, ...values };
+    return;
+  }
+  state.conversation.value = { ...shown, ...values };
+  await attempt(() => ask("PATCH", `/conversations/${shown.id}`, values));
+}
+
+/** Remember something about the page. */
+export async function remember(values: Partial<state.Settings>): Promise<void> {
+  state.settings.value = { ...state.settings.value, ...values };
+  await attempt(() => ask("PUT", "/settings", { values }));
+}
+
+/** Download one conversation or, without a number, all of them. */
+export function download(id: number | null, format: "json" | "markdown"): void {
+  const link = document.createElement("a");
+  link.href = address(id === null ? "/export" : `/conversations/${id}/export?format=${format}`);
+  link.download = "";
+  link.click();
+}
+
+/** Add conversations from a file. */
+export async function takeIn(file: File): Promise<void> {
+  await attempt(async () => {
+    const added = await upload<{ conversations: number[] }>("/import", file);
+    await listConversations();
+    const first = added.conversations[0];
+    if (first !== undefined) await openConversation(first);
+    const count = added.conversations.length;
+    say(`${counted(count, "conversation")} imported`);
+  });
+}
+
+async function save(): Promise<void> {
+  const { messages, ...head } = await ask<Conversation>("POST", "/conversations", {
+    ...state.draft.value,
+  });
+  state.conversation.value = head;
+  state.messages.value = new Map(messages.map((each) => [each.id, each]));
+  history.replaceState(null, "", `#c=${head.id}`);
+}
+
+async function answer(parent: number | null, text?: string): Promise<void> {
+  const shown = state.conversation.value;
+  if (!shown) return;
+  const body = text === undefined ? { parent } : { parent, text };
+  const path = `/conversations/${shown.id}/answer`;
+  const { messages } = await ask<{ messages: Message[] }>("POST", path, body);
+  const last = messages.at(-1)!;
+  batch(() => {
+    state.messages.value = new Map([
+      ...state.messages.value,
+      ...messages.map((each) => [each.id, each] as const),
+    ]);
+    state.conversation.value = { ...shown, leaf: last.id };
+  });
+  void watchAnswer(last.id);
+  await listConversations();
+  const title = state.summaries.value.find((each) => each.id === shown.id)?.title;
+  const current = state.conversation.value;
+  if (title && current?.id === shown.id) state.conversation.value = { ...current, title };
+}

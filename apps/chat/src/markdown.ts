@@ -1,0 +1,107 @@
+/**
+ * Markdown to HTML that is safe to show.
+ *
+ * Three walls stand between an answer and the page: markdown-it takes no HTML, DOMPurify lets through
+ * only the tags below, and the server's policy allows no script or request but the page's own.
+ * Images are never fetched: an address could carry the conversation away.
+ */
+
+import DOMPurify from "dompurify";
+import MarkdownIt from "markdown-it";
+
+import { highlight } from "./highlight";
+
+const SAFE_LINK = /^(https?:\/\/|mailto:)/i;
+const TAGS =
+  "a blockquote br button code div em h3 h4 h5 h6 hr li ol p pre s span strong table tbody td th thead tr ul".split(
+    " ",
+  );
+const ATTRIBUTES = ["class", "href", "rel", "start", "tabindex", "target", "title", "type"];
+const MOST_KEPT = 500;
+
+const markdown = new MarkdownIt({ html: false, linkify: true, typographer: false });
+const kept = new Map<string, string>();
+
+markdown.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
+markdown.validateLink = (url: string) => SAFE_LINK.test(url);
+
+markdown.renderer.rules.image = (tokens, index) => {
+  const token = tokens[index]!;
+  const source = String(token.attrGet("src") ?? "");
+  const label = markdown.utils.escapeHtml(`image: ${token.content || source}`);
+  return `<a class="image" href="${markdown.utils.escapeHtml(source)}">${label}</a>`;
+};
+
+markdown.renderer.rules.fence = (tokens, index) => {
+  const token = tokens[index]!;
+  return codeBlock(token.content, token.info.trim().split(/\s+/)[0] ?? "");
+};
+markdown.renderer.rules.code_block = (tokens, index) => codeBlock(tokens[index]!.content, "");
+
+// Headings of an answer stand below those of the page.
+for (const rule of ["heading_open", "heading_close"] as const) {
+  markdown.renderer.rules[rule] = (tokens, index, options, _env, self) => {
+    const token = tokens[index]!;
+    const level = Number(token.tag.slice(1));
+    if (level <= 6 && /^h[1-6]$/.test(token.tag)) token.tag = `h${Math.min(level + 2, 6)}`;
+    return self.renderToken(tokens, index, options);
+  };
+}
+// The policy allows no style attributes, so alignment becomes a class.
+for (const rule of ["th_open", "td_open"] as const) {
+  markdown.renderer.rules[rule] = (tokens, index, options, _env, self) => {
+    const token = tokens[index]!;
+    const align = /text-align:(\w+)/.exec(String(token.attrGet("style") ?? ""))?.[1];
+    token.attrs = align ? [["class", `align-${align}`]] : null;
+    return self.renderToken(tokens, index, options);
+  };
+}
+markdown.renderer.rules.table_open = () => '<div class="table" tabindex="0"><table>';
+markdown.renderer.rules.table_close = () => "</table></div>";
+
+DOMPurify.addHook("afterSanitizeAttributes", (node) => {
+  if (node.tagName === "A") {
+    node.setAttribute("target", "_blank");
+    node.setAttribute("rel", "noopener noreferrer nofollow");
+  }
+});
+
+/** Render text; returns safe HTML for each block, so that those that stay need not be shown anew. */
+export function renderBlocks(text: string): string[] {
+  const env = {};
+  const tokens = markdown.parse(text, env);
+  const blocks: string[] = [];
+  let start = 0;
+  let depth = 0;
+  tokens.forEach((token, at) => {
+    depth += token.nesting;
+    if (depth > 0) return;
+    const html = markdown.renderer.render(tokens.slice(start, at + 1), markdown.options, env);
+    if (html.trim()) blocks.push(safe(html));
+    start = at + 1;
+  });
+  return blocks;
+}
+
+function safe(html: string): string {
+  let clean = kept.get(html);
+  if (clean === undefined) {
+    clean = DOMPurify.sanitize(html, {
+      ALLOWED_TAGS: TAGS,
+      ALLOWED_ATTR: ATTRIBUTES,
+      ALLOWED_URI_REGEXP: SAFE_LINK,
+      ALLOW_DATA_ATTR: false,
+      ALLOW_ARIA_ATTR: false,
+    });
+    if (kept.size >= MOST_KEPT) kept.delete(kept.keys().next().value!);
+    kept.set(html, clean);
+  }
+  return clean;
+}
+
+function codeBlock(code: string, language: string): string {
+  const name = markdown.utils.escapeHtml(language.slice(0, 30));
+  const head = `<div class="code-head"><span>${name || "text"}</span><button type="button" class="copy">Copy</button></div>`;
+  const body = highlight(code, language) ?? markdown.utils.escapeHtml(code);
+  return `<div class="code">${head}<pre tabindex="0"><code>${body}</code></pre></div>`;
+}

@@ -1,0 +1,76 @@
+import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+
+import { Marks, canMark } from "../marks";
+import { renderBlocks } from "../markdown";
+import { settings } from "../state";
+import { describeStep, describeToken, indexAt, stepEnds } from "../steps";
+import type { Group, Message } from "../types";
+
+interface Tip {
+  text: string;
+  x: number;
+  y: number;
+}
+
+/** An answer as rendered Markdown, with its steps underlined. */
+export function Answer({ message }: { message: Message }) {
+  const root = useRef<HTMLDivElement>(null);
+  const marks = useMemo(() => new Marks(), []);
+  const [tip, setTip] = useState<Tip | null>(null);
+  const blocks = useMemo(() => renderBlocks(message.text), [message.text]);
+  const marked = canMark && settings.value.marks && message.groups.length > 0;
+  useEffect(() => {
+    if (marked && root.current) marks.show(root.current, message.text, message.groups);
+    else marks.clear();
+  }, [message.text, message.groups, marked]);
+  useEffect(() => () => marks.clear(), []);
+  const point = (event: MouseEvent) => {
+    const offset = marked ? marks.offsetAt(event.clientX, event.clientY) : null;
+    const text = offset === null ? "" : describeAt(message.groups, offset);
+    setTip(text ? { text, x: event.clientX, y: event.clientY } : null);
+  };
+  return (
+    <div onMouseMove={point} onMouseLeave={() => setTip(null)}>
+      <div class="text" ref={root}>
+        {blocks.map((html, at) => (
+          <div key={at} dangerouslySetInnerHTML={{ __html: html }} />
+        ))}
+      </div>
+      {tip && <Tooltip tip={tip} />}
+    </div>
+  );
+}
+
+function Tooltip({ tip }: { tip: Tip }) {
+  const right = tip.x > innerWidth - 340;
+  return (
+    <div
+      class={right ? "tip right" : "tip"}
+      role="tooltip"
+      ref={(box) => {
+        // Set as properties, which the policy allows; style attributes in HTML it does not.
+        if (box) {
+          box.style.left = `${tip.x}px`;
+          box.style.top = `${tip.y + 18}px`;
+        }
+      }}
+    >
+      {tip.text}
+    </div>
+  );
+}
+
+function describeAt(groups: readonly Group[], offset: number): string {
+  const ends = stepEnds(groups);
+  const step = indexAt(ends, offset);
+  const group = groups[step];
+  if (!group) return "";
+  const start = step ? ends[step - 1]! : 0;
+  const tokens = group.tokens.reduce<number[]>(
+    (sums, token) => [...sums, (sums.at(-1) ?? 0) + token.length],
+    [],
+  );
+  const token = indexAt(tokens, offset - start);
+  const shown = JSON.stringify(group.tokens[token] ?? "");
+  return `${describeStep(groups, step)}\n${shown}: ${describeToken(group, token)}`;
+}

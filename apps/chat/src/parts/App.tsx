@@ -1,0 +1,66 @@
+import { useSignalEffect } from "@preact/signals";
+
+import { stop } from "../actions";
+import * as state from "../state";
+import { Composer } from "./Composer";
+import { Header } from "./Header";
+import { Help } from "./Help";
+import { Panel } from "./Panel";
+import { Race } from "./Race";
+import { Sidebar } from "./Sidebar";
+import { Thread } from "./Thread";
+import { useShortcuts } from "./shortcuts";
+
+/** The whole page. */
+export function App() {
+  useTheme();
+  useShortcuts(stop);
+  if (state.locked.value) return <Locked />;
+  return (
+    <div class={`page ${state.drawer.value ? "with-drawer" : ""}`}>
+      <a class="skip" href="#composer">
+        Skip to the message box
+      </a>
+      <Sidebar />
+      <main>
+        <Header />
+        <Thread />
+        <Composer />
+      </main>
+      <Panel />
+      {state.racing.value && <Race />}
+      {state.helping.value && <Help />}
+      <Notice />
+      <p class="unseen" aria-live="polite" role="log">
+        {state.spoken.value}
+      </p>
+    </div>
+  );
+}
+
+function Notice() {
+  const notice = state.notice.value;
+  return (
+    <div class="notices" role="status">
+      {notice && <p class={notice.bad ? "notice bad" : "notice"}>{notice.text}</p>}
+    </div>
+  );
+}
+
+function Locked() {
+  return (
+    <main class="locked">
+      <h1>This page needs its key</h1>
+      <p>
+        Open the address that <code>mlx-mtp app</code> printed when it started. It holds a key that
+        is new at every start.
+      </p>
+    </main>
+  );
+}
+
+function useTheme() {
+  useSignalEffect(() => {
+    document.documentElement.dataset.theme = state.settings.value.theme;
+  });
+}

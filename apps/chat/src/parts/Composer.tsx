@@ -1,0 +1,64 @@
+import { useEffect, useRef } from "preact/hooks";
+
+import { sendMessage, stop } from "../actions";
+import * as state from "../state";
+
+/** Where messages are written. */
+export function Composer() {
+  const box = useRef<HTMLTextAreaElement>(null);
+  const busy = state.answering.value !== undefined;
+  useEffect(() => box.current?.focus(), [state.conversation.value?.id]);
+  const send = async () => {
+    const text = box.current!.value;
+    if (!text.trim() || busy || !state.ready.value) return;
+    box.current!.value = "";
+    fit(box.current!);
+    if (!(await sendMessage(text)) && !box.current!.value) box.current!.value = text;
+  };
+  return (
+    <form
+      class="composer"
+      onSubmit={(event) => {
+        event.preventDefault();
+        void send();
+      }}
+    >
+      <textarea
+        id="composer"
+        ref={box}
+        rows={1}
+        placeholder={state.ready.value ? "Write a message" : "The model is being loaded"}
+        aria-label="Message"
+        onInput={(event) => fit(event.currentTarget)}
+        onKeyDown={(event) => {
+          if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+            event.preventDefault();
+            void send();
+          } else if (event.key === "ArrowUp" && !event.currentTarget.value) editLast(event);
+        }}
+      />
+      {busy ? (
+        <button type="button" class="primary" onClick={() => void stop()}>
+          Stop
+        </button>
+      ) : (
+        <button type="submit" class="primary" disabled={!state.ready.value}>
+          Send
+        </button>
+      )}
+    </form>
+  );
+}
+
+function editLast(event: KeyboardEvent): void {
+  const last = state.shown.value.findLast((each) => each.role === "user");
+  if (!last || state.answering.value) return;
+  event.preventDefault();
+  state.editing.value = last.id;
+}
+
+/** Let a text box be as high as its text. */
+export function fit(box: HTMLTextAreaElement): void {
+  box.style.height = "auto";
+  box.style.height = `${Math.min(box.scrollHeight + 2, innerHeight * 0.4)}px`;
+}

@@ -1,0 +1,46 @@
+import { useEffect, useRef } from "preact/hooks";
+import uPlot from "uplot";
+import "uplot/dist/uPlot.min.css";
+
+const HEIGHT = 130;
+
+/** Tokens per step, averaged over the last 16, as a line that grows with the answer. */
+export function Meter({ values }: { values: number[] }) {
+  const box = useRef<HTMLDivElement>(null);
+  const plot = useRef<uPlot | null>(null);
+  useEffect(() => {
+    const element = box.current!;
+    plot.current = new uPlot(options(element), [[], []], element);
+    const resized = new ResizeObserver(() =>
+      plot.current?.setSize({ width: element.clientWidth, height: HEIGHT }),
+    );
+    resized.observe(element);
+    return () => {
+      resized.disconnect();
+      plot.current?.destroy();
+    };
+  }, []);
+  useEffect(() => {
+    plot.current?.setData([values.map((_, at) => at + 1), values]);
+  }, [values]);
+  const last = values.at(-1);
+  const label = last === undefined ? "no steps yet" : `${last.toFixed(2)} tokens a step of late`;
+  return <div class="meter" ref={box} role="img" aria-label={`Tokens per step: ${label}`} />;
+}
+
+function options(element: HTMLElement): uPlot.Options {
+  const colour = (name: string) => () => getComputedStyle(element).getPropertyValue(name);
+  const axis = { stroke: colour("--muted"), grid: { stroke: colour("--line"), width: 1 }, ticks: { show: false } };
+  return {
+    width: element.clientWidth,
+    height: HEIGHT,
+    legend: { show: false },
+    cursor: { show: false },
+    scales: { x: { time: false }, y: { range: (_plot, _low, high) => [0, Math.max(2, high * 1.1)] } },
+    axes: [
+      { ...axis, size: 28 },
+      { ...axis, size: 28 },
+    ],
+    series: [{}, { stroke: colour("--accent"), width: 2, points: { show: false } }],
+  };
+}

@@ -1,0 +1,34 @@
+import { remember } from "../actions";
+import { settings } from "../state";
+import { ModelPanel } from "./ModelPanel";
+import { SettingsPanel } from "./SettingsPanel";
+import { StepsPanel } from "./StepsPanel";
+import { focusOn } from "./shortcuts";
+
+const TITLES = { settings: "Settings", steps: "Steps", model: "Model" } as const;
+
+/** What is open beside the conversation. */
+export function Panel() {
+  const panel = settings.value.panel;
+  if (!panel) return null;
+  return (
+    <aside class="panel" aria-label={TITLES[panel]}>
+      <div class="panel-head">
+        <h2>{TITLES[panel]}</h2>
+        <button
+          type="button"
+          class="quiet"
+          onClick={() => {
+            void remember({ panel: "" });
+            focusOn("#composer");
+          }}
+        >
+          Close
+        </button>
+      </div>
+      {panel === "settings" && <SettingsPanel />}
+      {panel === "steps" && <StepsPanel />}
+      {panel === "model" && <ModelPanel />}
+    </aside>
+  );
+}

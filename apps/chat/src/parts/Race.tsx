@@ -1,0 +1,129 @@
+import { useEffect, useRef, useState } from "preact/hooks";
+
+import * as race from "../race";
+import { model, racing, ready } from "../state";
+import { summarise } from "../steps";
+import type { Lane, Verdict } from "../types";
+import { counted } from "../words";
+import { Dialog } from "./Dialog";
+
+const STAGES = {
+  "": "",
+  "warm-up": "Warming up",
+  plain: "Plain decoding runs",
+  mtp: "Several tokens a step run",
+  done: "",
+} as const;
+
+/** Plain decoding and several tokens a step, side by side. */
+export function Race() {
+  const [text, setText] = useState(race.lastQuestion());
+  const [tokens, setTokens] = useState(128);
+  useEffect(() => race.stopRace, []);
+  const runs = race.stage.value !== "" && race.stage.value !== "done";
+  const can = ready.value && !!model.value?.adapter && text.trim() !== "";
+  return (
+    <Dialog title="Race" wide close={() => (racing.value = false)}>
+      <form
+        class="race-form"
+        onSubmit={(event) => {
+          event.preventDefault();
+          if (can) void race.runRace(text, tokens);
+        }}
+      >
+        <label>
+          Prompt
+          <textarea rows={2} value={text} onInput={(event) => setText(event.currentTarget.value)} />
+        </label>
+        <label class="number">
+          Most tokens
+          <input
+            type="number"
+            min={8}
+            max={2000}
+            value={tokens}
+            onChange={(event) => setTokens(Math.min(2000, Math.max(8, Math.round(event.currentTarget.valueAsNumber || 128))))}
+          />
+        </label>
+        {runs ? (
+          <button type="button" onClick={race.stopRace}>
+            Stop
+          </button>
+        ) : (
+          <button type="submit" class="primary" disabled={!can}>
+            Start
+          </button>
+        )}
+      </form>
+      {model.value && !model.value.adapter && <p class="bad">The model has no adapter to race with.</p>}
+      <div class="lanes">
+        <LaneView lane="plain" title="Plain decoding" />
+        <LaneView lane="mtp" title="Several tokens a step" />
+      </div>
+      <div role="status" class="verdict">
+        {race.failure.value && <p class="bad">{race.failure.value}</p>}
+        {STAGES[race.stage.value] && <p class="muted">{STAGES[race.stage.value]}</p>}
+        {race.verdict.value && <VerdictView verdict={race.verdict.value} />}
+      </div>
+      <p class="muted small-print">
+        Both answers are greedy and made one after the other, without anything kept from earlier prompts,
+        after a short one that is not timed. The clock starts behind the first step, so the prompt counts
+        for neither. Other programs may use the model meanwhile; if they did, the result says so.
+      </p>
+    </Dialog>
+  );
+}
+
+function LaneView({ lane, title }: { lane: Lane; title: string }) {
+  const box = useRef<HTMLDivElement>(null);
+  const { groups, end } = race.lanes.value[lane];
+  const summary = summarise(groups);
+  useEffect(() => box.current?.scrollTo({ top: box.current.scrollHeight }), [groups.length]);
+  return (
+    <section class="lane" aria-label={title}>
+      <h3>{title}</h3>
+      <p class="muted">
+        {groups.length
+          ? `${counted(summary.tokens, "token")} in ${counted(summary.steps, "step")}, ${summary.tokensPerSecond.toFixed(1)} a second`
+          : "waits"}
+      </p>
+      <div class="lane-text" tabIndex={0} role="region" aria-label={`Answer, ${title}`} ref={box}>
+        {groups.map((group, at) => (
+          <span key={at} class={group.tokens.length < 2 ? "step one" : at % 2 ? "step odd" : "step even"}>
+            {group.tokens.join("")}
+          </span>
+        ))}
+      </div>
+      {end && (
+        <p class="hash">
+          SHA-256 of the token ids <code>{end.sha256}</code>
+        </p>
+      )}
+    </section>
+  );
+}
+
+function VerdictView({ verdict }: { verdict: Verdict }) {
+  return (
+    <>
+      <p class={verdict.identical ? "good" : "bad"}>
+        {verdict.identical
+          ? "Identical output: both hashes are the same."
+          : `The outputs differ from token ${(verdict.differs_at ?? 0) + 1} on. Where two tokens are all but equally likely, rounding can decide; mlx-mtp verify tells whether it was such a tie.`}
+      </p>
+      {verdict.speed_up !== null && (
+        <p>
+          <strong>{verdict.speed_up.toFixed(2)}x</strong> the tokens a second:{" "}
+          {verdict.mtp_tps.toFixed(1)} against {verdict.plain_tps.toFixed(1)}
+          {verdict.speed_up < 1 && ". Several tokens a step are slower here; Steps tells why"}.
+        </p>
+      )}
+      {verdict.others > 0 && (
+        <p class="bad">
+          The times are not fair: {counted(verdict.others, "other answer")} took turns with these. Race
+          again when nothing else uses the model.
+        </p>
+      )}
+    </>
+  );
+}

@@ -1,0 +1,132 @@
+import * as state from "../state";
+import { type Position, type StepSummary, rolling, summarise } from "../steps";
+import type { Costs } from "../types";
+import { percent, reasons } from "../why";
+import { Meter } from "./Meter";
+
+/** How the steps of the latest answer fared, and why. */
+export function StepsPanel() {
+  const groups = state.observed.value?.groups ?? [];
+  const summary = summarise(groups);
+  return (
+    <div class="facts-panel">
+      <section aria-labelledby="meter-title">
+        <h3 id="meter-title">Tokens a step</h3>
+        <Numbers summary={summary} />
+        <Meter values={rolling(groups)} />
+      </section>
+      <section aria-labelledby="positions-title">
+        <h3 id="positions-title">Which drafts hold</h3>
+        <Positions positions={summary.positions} />
+      </section>
+      <WhySlow summary={summary} />
+    </div>
+  );
+}
+
+function Numbers({ summary }: { summary: StepSummary }) {
+  if (!summary.steps) return <p class="muted">No answer yet.</p>;
+  return (
+    <dl class="numbers">
+      <div>
+        <dt>tokens a step</dt>
+        <dd>{summary.tokensPerStep.toFixed(2)}</dd>
+      </div>
+      <div>
+        <dt>tokens a second</dt>
+        <dd>{summary.tokensPerSecond.toFixed(1)}</dd>
+      </div>
+      <div>
+        <dt>drafts held</dt>
+        <dd>
+          {summary.accepted}/{summary.drafted}
+        </dd>
+      </div>
+    </dl>
+  );
+}
+
+function Positions({ positions }: { positions: Position[] }) {
+  if (!positions.length) return <p class="muted">No mask token was drafted from yet.</p>;
+  return (
+    <table class="positions">
+      <caption class="unseen">Share of drafts that held, by position of the mask token</caption>
+      <thead>
+        <tr>
+          <th scope="col">Mask</th>
+          <th scope="col">Held</th>
+          <th scope="col">of those looked at</th>
+        </tr>
+      </thead>
+      <tbody>
+        {positions.map(({ seen, held }, at) => (
+          <tr key={at}>
+            <th scope="row">{at + 1}</th>
+            <td>
+              <svg class="bar-of" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">
+                <rect class="bar-all" width="100" height="8" />
+                <rect class="bar-held" width={seen ? (100 * held) / seen : 0} height="8" />
+              </svg>
+            </td>
+            <td>
+              {seen ? percent(held / seen) : "none"} ({held}/{seen})
+            </td>
+          </tr>
+        ))}
+      </tbody>
+    </table>
+  );
+}
+
+function WhySlow({ summary }: { summary: StepSummary }) {
+  const { value: model } = state.model;
+  const { value: facts } = state.facts;
+  if (!model || !facts) return null;
+  return (
+    <section aria-labelledby="why-title">
+      <h3 id="why-title">Why slow here</h3>
+      <ul class="reasons">
+        {reasons(model, facts, state.options.value, summary).map((each) => (
+          <li key={each}>{each}</li>
+        ))}
+      </ul>
+      <details>
+        <summary>What rows cost</summary>
+        <CostTable costs={facts.costs} />
+        <p class="muted">
+          {facts.costs.source}; {facts.device}, {facts.runs_on}
+          {facts.runs_on === "cpu" && `, BLAS: ${facts.blas}`}
+        </p>
+      </details>
+    </section>
+  );
+}
+
+function CostTable({ costs }: { costs: Costs }) {
+  return (
+    <table>
+      <thead>
+        <tr>
+          <th scope="col">Rows</th>
+          {costs.contexts.map((each) => (
+            <th scope="col" key={each}>
+              {each} ids before
+            </th>
+          ))}
+        </tr>
+      </thead>
+      <tbody>
+        {costs.rows.map((rows, at) => (
+          <tr key={rows}>
+            <th scope="row">{rows}</th>
+            {costs.forward_ms.map((line, context) => (
+              <td key={context}>
+                {line[at]!.toFixed(1)} ms, {(line[at]! / line[0]!).toFixed(2)}x
+              </td>
+            ))}
+          </tr>
+        ))}
+      </tbody>
+    </table>
+  );
+}

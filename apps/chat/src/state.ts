@@ -1,0 +1,81 @@
+/** What the page knows.  Components read these signals; only actions change them. */
+
+import { computed, signal } from "@preact/signals";
+
+import { branch } from "./tree";
+import type {
+  Conversation,
+  EngineState,
+  Facts,
+  Message,
+  ModelInfo,
+  Options,
+  Summary,
+} from "./types";
+
+export type Theme = "system" | "light" | "dark";
+export type Panel = "" | "settings" | "steps" | "model";
+
+/** What is remembered from one launch to the next. */
+export interface Settings {
+  theme: Theme;
+  /** Whether the steps of answers are underlined. */
+  marks: boolean;
+  panel: Panel;
+  /** What new conversations begin with. */
+  defaults: { system_prompt: string; options: Options };
+}
+
+export const FIRST_SETTINGS: Settings = {
+  theme: "system",
+  marks: true,
+  panel: "",
+  defaults: { system_prompt: "", options: {} },
+};
+
+export const locked = signal(false);
+export const settings = signal<Settings>(FIRST_SETTINGS);
+export const engine = signal<EngineState | null>(null);
+export const facts = signal<Facts | null>(null);
+
+export const summaries = signal<Summary[]>([]);
+export const search = signal("");
+
+/** The conversation that is shown; null is a new one that has not been saved yet. */
+export const conversation = signal<Omit<Conversation, "messages"> | null>(null);
+export const messages = signal<ReadonlyMap<number, Message>>(new Map());
+/** The system prompt and options of a conversation that has not been saved yet. */
+export const draft = signal<{ system_prompt: string; options: Options }>({
+  system_prompt: "",
+  options: {},
+});
+
+export const editing = signal<number | null>(null);
+export const racing = signal(false);
+export const helping = signal(false);
+export const drawer = signal(false);
+
+/** A line that is shown for a while: something went wrong, or was done. */
+export const notice = signal<{ text: string; bad: boolean } | null>(null);
+/** What screen readers are told. */
+export const spoken = signal("");
+/** What an answer waits for before its first token. */
+export const waiting = signal("");
+
+export const shown = computed(() => branch(messages.value, conversation.value?.leaf ?? null));
+export const answering = computed(() => shown.value.find((each) => each.state === "streaming"));
+export const model = computed<ModelInfo | null>(() => engine.value?.model ?? null);
+export const ready = computed(() => engine.value?.state === "ok");
+
+/** Options that apply to the next answer. */
+export const options = computed<Options>(
+  () => conversation.value?.options ?? draft.value.options,
+);
+export const systemPrompt = computed(
+  () => conversation.value?.system_prompt ?? draft.value.system_prompt,
+);
+
+/** The answer whose steps are looked at: the one being made, else the last one. */
+export const observed = computed<Message | undefined>(() =>
+  shown.value.findLast((each) => each.role === "assistant"),
+);

@@ -1,0 +1,122 @@
+/** What the server sends; see apps/history/store.py and apps/chat_app. */
+
+/** One step: the text of each token, and what was drafted for it. */
+export interface Group {
+  tokens: string[];
+  accepted: number;
+  drafted: number;
+  source: string;
+  ms: number;
+}
+
+export type MessageState = "streaming" | "done" | "length" | "stopped" | "interrupted" | "failed";
+
+export interface Message {
+  id: number;
+  conversation: number;
+  parent: number | null;
+  role: "user" | "assistant";
+  text: string;
+  groups: Group[];
+  state: MessageState;
+  stats: { error?: string; generation_tps?: number; [name: string]: unknown };
+  model: string;
+  created: number;
+}
+
+export interface Options {
+  temp?: number;
+  top_p?: number;
+  top_k?: number;
+  min_p?: number;
+  repetition_penalty?: number | null;
+  max_tokens?: number;
+  seed?: number | null;
+  layout?: Layout;
+  num_draft_tokens?: number | null;
+}
+
+export type Layout = "auto" | "linear" | "quadratic" | "plain";
+
+export interface Summary {
+  id: number;
+  title: string;
+  created: number;
+  updated: number;
+  snippet?: string;
+}
+
+export interface Conversation extends Summary {
+  system_prompt: string;
+  options: Options;
+  leaf: number | null;
+  messages: Message[];
+}
+
+export interface ModelInfo {
+  name: string;
+  adapter: boolean;
+  num_draft_tokens: number;
+  max_context: number | null;
+  has_chat_template: boolean;
+}
+
+export interface EngineState {
+  version: string;
+  state: "loading" | "ok" | "restarting" | "broken" | "stopped";
+  error: string;
+  chosen: { model: string | null; adapter_path: string | null };
+  model: ModelInfo | null;
+}
+
+export interface Costs {
+  rows: number[];
+  contexts: number[];
+  forward_ms: number[][];
+  draft_ms: number[];
+  source: string;
+}
+
+export interface Facts {
+  device: string;
+  runs_on: string;
+  blas: string;
+  costs: Costs;
+  measured: boolean;
+  num_draft_tokens: number;
+}
+
+export type AnswerEvent =
+  | { type: "started"; prompt_tokens: number; cached_tokens: number }
+  | { type: "prefill"; done: number }
+  | ({ type: "group" } & Group)
+  | { type: "end"; state: MessageState; stats: Message["stats"] };
+
+export type Lane = "plain" | "mtp";
+
+export interface LaneEnd {
+  lane: Lane;
+  tokens: number;
+  steps: number;
+  seconds: number;
+  timed_tokens: number;
+  sha256: string;
+  reason: string;
+}
+
+export interface Verdict {
+  identical: boolean;
+  differs_at: number | null;
+  speed_up: number | null;
+  plain_tps: number;
+  mtp_tps: number;
+  /** Answers that took turns with these while the clock ran. */
+  others: number;
+}
+
+export type RaceEvent =
+  | { type: "lane"; lane: Lane | "warm-up" }
+  | ({ type: "group"; lane: Lane } & Group)
+  | ({ type: "lane_end" } & LaneEnd)
+  | ({ type: "result" } & Verdict)
+  | { type: "error"; message: string };

@@ -1,0 +1,6 @@
+/** Words that several parts of the page need. */
+
+/** A number with its noun: "1 draft", "2 drafts". */
+export function counted(count: number, noun: string): string {
+  return `${count} ${noun}${count === 1 ? "" : "s"}`;
+}

@@ -1,0 +1,15 @@
+import { defineConfig } from "vite";
+
+// Everything is served from / by mlx-mtp app; its policy forbids inline scripts and data: scripts.
+export default defineConfig({
+  base: "/",
+  oxc: { jsx: { runtime: "automatic", importSource: "preact" } },
+  build: {
+    target: "es2022",
+    outDir: "dist",
+    emptyOutDir: true,
+    modulePreload: { polyfill: false },
+    assetsInlineLimit: 0,
+    reportCompressedSize: true,
+  },
+});

@@ -1,0 +1,1 @@
+"""Conversations kept in SQLite: messages as a tree, so that nothing said is overwritten."""

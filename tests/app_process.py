@@ -1,0 +1,23 @@
+"""The chat app over an engine without a model, as a process of its own that can be killed."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from app_host import ENGINE
+
+from mlx_mtp.apps.chat_app.app import app_settings, create_chat_app
+from mlx_mtp.apps.server.http_server import serve
+from mlx_mtp.apps.server.supervisor import Engine
+
+
+def main() -> None:
+    """Serve the history that the argument names; the first line says address and token."""
+    engine, settings = Engine({}, command=ENGINE), app_settings()
+    made = create_chat_app(engine, settings, Path(sys.argv[1]))
+    serve(made.gate, engine, settings, greet=lambda url: print(url, made.gate.token, flush=True))
+
+
+if __name__ == "__main__":
+    main()
