@@ -76,13 +76,17 @@ class CostCurve:
         return "the machine was busy when this was measured, times may be too long (mlx-mtp tune)"
 
     def least(self, other: CostCurve) -> CostCurve:
-        """The smaller times of two measurements; all rows of either.
+        """The smaller times of two measurements; all rows but those an undisturbed one left out.
 
         Of curves at other contexts or for another k it is this one alone.
         """
         if (self.contexts, self.num_draft_tokens) != (other.contexts, other.num_draft_tokens):
             return self
-        rows = sorted({*self.rows, *other.rows})
+        rows = sorted(
+            each
+            for each in {*self.rows, *other.rows}
+            if all(curve.disturbed or each in curve.rows for curve in (self, other))
+        )
         lines = []
         for mine, theirs in zip(self.forward_ms, other.forward_ms, strict=True):
             known = dict(zip(other.rows, theirs, strict=True))

@@ -65,7 +65,8 @@ class Probing:
         if is_probe and masks and not drafts:
             self.waits = True
         elif is_probe:
-            self._in_a_row = self._in_a_row + 1 if self._surprised else 1
+            goes_on = self._surprised and self._in_a_row < MOST_IN_A_ROW
+            self._in_a_row = self._in_a_row + 1 if goes_on else 1
             self._surprised = num_accepted == drafts or self._was_cheap
             self._pause = FIRST_PAUSE if num_accepted else min(2 * self._pause, LONGEST_PAUSE)
             self.waits, self._was_cheap, self._plain_steps = False, False, 0

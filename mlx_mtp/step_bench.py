@@ -2,8 +2,8 @@
 
 Whatever else the machine does only adds to a step's time, so of several rounds the least counts.
 It can be trusted where a second round took about as long, and where it did not wait for a core: a
-load that lasts makes all rounds equally slow, which only the waiting tells.  (Measured on a CPU with
-two cores and four busy processes: rounds of a step of 0.1 s took 1.43, 1.37, 1.43 and 1.46 s and
+load that lasts makes all rounds equally slow, which only the waiting tells.  (Measured with five
+busy processes on two cores: rounds of a step of about 0.1 s took 1.43, 1.37, 1.43 and 1.46 s, and
 waited two thirds of that.)
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -90,7 +91,8 @@ class StepBench:
             rounds: of each, after one to warm up.
             deadline: of ``time.perf_counter``, after which disturbed steps are left as they are.
         """
-        return time_rounds([lambda each=each: self._round(each) for each in layouts], rounds, deadline)
+        runs = [partial(self._round, layout) for layout in layouts]
+        return time_rounds(runs, rounds, deadline)
 
     def draft_ms(self, rounds: int) -> list[float]:
         """What drafting adds to a step by the size of the group, ``[k + 1]``."""
