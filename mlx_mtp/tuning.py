@@ -74,13 +74,12 @@ def measure_costs(
         say(f"Measuring what rows cost at {context} ids ...")
         line = bench.forward_ms(rows, draft_ms, rounds)
         rows = rows[: len(line)]
-        lines.append(tuple(line))
+        lines.append(line)
         disturbed |= bench.disturbed
-    lines = [line[: len(rows)] for line in lines]
     return CostCurve(
         rows=tuple(rows),
         contexts=tuple(contexts),
-        forward_ms=tuple(lines),
+        forward_ms=tuple(tuple(line[: len(rows)]) for line in lines),
         draft_ms=tuple(draft_ms),
         source=f"measured {time.strftime('%Y-%m-%d')} on {machine_name(gpu_info())}",
         disturbed=disturbed,
