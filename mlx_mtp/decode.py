@@ -198,6 +198,8 @@ def decode(
     if seed is not None and not sampling.greedy:
         known = known.repeatable()  # drawn ids depend on the steps, so these must come again
     planner = _planner(model, layout, k, known, lookup)
+    if explain and isinstance(planner, AutoPlanner) and known.costs.curve.disturbed:
+        explain(f"costs: {known.costs.curve.doubt}")
     room = _room(model, cache.offset + len(prompt), max_tokens)
     if seed is None:
         seed = cast(int, mx.random.randint(0, 2**31 - 1).item())

@@ -170,7 +170,7 @@ def stream_generate(
         ValueError: an argument is out of range or the prompt is empty; raised at the call.
     """
     from mlx_mtp.decode import decode
-    from mlx_mtp.tuning import speculation_for
+    from mlx_mtp.tuning import doubt_disproved, speculation_for
 
     tokenizer, stop = _wrapped(tokenizer), _stop_strings(stop)
     ids = encode_prompt(tokenizer, prompt)
@@ -206,7 +206,10 @@ def stream_generate(
         mtp=model.config is not None and layout != "plain" and num_draft_tokens != 0,
     )
     text = TextStream(tokenizer.detokenizer, stop=stop)
-    return _respond(steps, text, meter, cache=cache, stop_ids=tokenizer.eos_token_ids)
+    return _respond(
+        steps, text, meter, cache=cache, stop_ids=tokenizer.eos_token_ids,
+        at_end=lambda: doubt_disproved(model),
+    )  # fmt: skip
 
 
 def generate(
@@ -347,6 +350,7 @@ def _respond(
     *,
     cache: MTPCache,
     stop_ids: Collection[int],
+    at_end: Callable[[], object],
 ) -> Generator[GenerationResponse, None, None]:
     """Yield one response per id, then leave the cache at the last id that was handed out."""
     num_unused = 0
@@ -375,6 +379,7 @@ def _respond(
                         return
     finally:
         cache.rewind(num_unused)
+        at_end()
 
 
 @contextlib.contextmanager

@@ -9,13 +9,14 @@ worth more.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
 
 from mlx_mtp.acceptance import UNKNOWN, Acceptance
-from mlx_mtp.cost_curve import UNMEASURED, LiveCosts
+from mlx_mtp.cost_curve import UNMEASURED, CostCurve, LiveCosts
 from mlx_mtp.decision import LOOKUP, MASK, Decision
 from mlx_mtp.fixed_planner import FIXED_LAYOUTS
 from mlx_mtp.layout import StepLayout
@@ -23,7 +24,6 @@ from mlx_mtp.lookup import LONGEST_LOOKUP, LookupAcceptance
 from mlx_mtp.policy import (
     FORGET,
     MOST_ROUNDS,
-    PLAIN,
     Policy,
     StepPlan,
     best_policy,
@@ -49,19 +49,22 @@ class Rule:
     draft_ms: np.ndarray  # [k + 1]
     decisions: dict[tuple[int, int, int, bool], Decision] = field(default_factory=dict)
 
-    def still_fits(self, holds: np.ndarray, forward_ms: np.ndarray) -> bool:
+    def still_fits(self, holds: np.ndarray, forward_ms: np.ndarray, draft_ms: np.ndarray) -> bool:
         """Whether little has moved since; what is best hardly changes with it."""
         if holds.shape != self.holds.shape or np.abs(holds - self.holds).max() > MOVED:
             return False
         moved = np.abs(forward_ms - self.forward_ms).max()
+        moved = max(moved, np.abs(draft_ms - self.draft_ms).max())
         return bool(moved <= MOVED * self.forward_ms[1])
 
     @cached_property
-    def could_draft(self) -> bool:
-        """Whether drafts that always hold would pay."""
-        sure = np.ones_like(self.holds)
-        plans = best_policy(sure, self.forward_ms, self.draft_ms, start=self.policy).plans
-        return plans[0] != PLAIN
+    def try_cost(self) -> float:
+        """Plain steps that a try takes more than it brings; endless if its rows are unknown."""
+        masks = min(PROBE_MASKS, len(self.holds) - 1)
+        if masks + 1 >= len(self.forward_ms):
+            return math.inf
+        ms = 2 * self.forward_ms[masks + 1] + self.draft_ms[masks]
+        return float(ms / self.forward_ms[1]) - 1 - expected_tokens(self.holds, masks)
 
 
 @dataclass
@@ -75,6 +78,8 @@ class Speculation:
         probing: when drafts are tried again where plain decoding wins.
         rule: the best rule so far.
         num_steps: steps observed so far.
+        may_measure: whether costs may be measured again if steps disprove them.
+        num_remeasured: how often that was done.
     """
 
     costs: LiveCosts
@@ -83,12 +88,19 @@ class Speculation:
     probing: Probing = field(default_factory=Probing)
     rule: Rule | None = None
     num_steps: int = 0
+    may_measure: bool = False
+    num_remeasured: int = 0
 
     @classmethod
     def guess(cls, num_draft_tokens: int) -> Speculation:
         """Where nothing is known yet."""
         acceptance = Acceptance([UNKNOWN] * max(num_draft_tokens, 1))
         return cls(LiveCosts(UNMEASURED), acceptance)
+
+    def take_costs(self, curve: CostCurve) -> None:
+        """Go on with costs that were measured again; what is known of drafts stays."""
+        self.costs, self.rule = LiveCosts(curve), None
+        self.num_remeasured += 1
 
     def repeatable(self) -> Speculation:
         """What was known before the first step: plans from it depend on no clock and no history."""
@@ -137,22 +149,13 @@ class AutoPlanner:
         rule = self._best_rule(context)
         waiting = min(num_waiting, self.num_draft_tokens, room - 1)
         is_probe = self._is_probe(rule, waiting, room)
-        found = min(num_found, LONGEST_LOOKUP, room - 1, len(rule.forward_ms) - 2)
-        if found > 0 and num_pending == 1 and not is_probe:
-            chances = self._known.lookup.holds(match, found)
-            longer = self._lookup_plan(rule, chances, float(rule.policy.values[waiting]))
-            if longer is not None:
-                return _decide(longer, rule, 1, room, source=LOOKUP, holds=chances)
+        if num_found and num_pending == 1 and not is_probe:
+            decision = self._looked_up(rule, waiting, room, num_found, match)
+            if decision is not None:
+                return decision
         key = (waiting, num_pending, min(room, 2 * self.num_draft_tokens + 2), is_probe)
         if (decision := rule.decisions.get(key)) is None:
-            plan = rule.policy.plans[waiting]
-            if is_probe:
-                masks = min(PROBE_MASKS, self.num_draft_tokens)
-                plan = _all_of(plan, waiting) if waiting else StepPlan(0, (masks,))
-            source = MASK if plan.num_draft_tokens else ""
-            decision = _decide(
-                plan, rule, num_pending, room, source=source, holds=rule.holds, is_probe=is_probe
-            )
+            decision = self._by_rule(rule, waiting, num_pending, room, is_probe)
             if num_pending == 1:  # prompts differ too much for theirs to come again
                 rule.decisions[key] = decision
         return decision
@@ -171,8 +174,11 @@ class AutoPlanner:
         """
         layout, known = decision.layout, self._known
         drafts, largest = layout.num_draft_tokens, max(layout.mask_counts)
+        of_expected = 1.0
         if layout.num_pending == 1:
-            known.costs.observe(rows=layout.num_rows, largest_group=largest, context=context, ms=ms)
+            of_expected = known.costs.observe(
+                rows=layout.num_rows, largest_group=largest, context=context, ms=ms
+            )
         if decision.source == LOOKUP:
             known.lookup.observe(match, drafts, num_accepted)
             drafts = 0
@@ -180,7 +186,11 @@ class AutoPlanner:
             known.acceptance.observe(drafts, num_accepted)
         known.num_steps += 1
         ended = known.probing.observe(
-            is_probe=decision.is_probe, masks=largest, drafts=drafts, num_accepted=num_accepted
+            is_probe=decision.is_probe,
+            masks=largest,
+            drafts=drafts,
+            num_accepted=num_accepted,
+            of_expected=of_expected,
         )
         if ended or known.num_steps in EARLY_LOOKS:
             self._look_at = known.num_steps
@@ -192,17 +202,13 @@ class AutoPlanner:
             return self._rule
         self._look_at = known.num_steps + LOOK_STEPS
         holds, forward = known.acceptance.holds(k), known.costs.forward_ms(context)
+        draft = known.costs.draft_ms(k)
         rule = known.rule
-        if rule is None or not rule.still_fits(holds, forward):
-            draft = known.costs.draft_ms(k)
+        if rule is None or not rule.still_fits(holds, forward, draft):
             start = rule.policy if rule else None
             rounds = MOST_ROUNDS if known.num_steps < LOOK_STEPS else 1
-            rule = Rule(
-                best_policy(holds, forward, draft, start=start, rounds=rounds),
-                holds,
-                forward,
-                draft,
-            )
+            policy = best_policy(holds, forward, draft, start=start, rounds=rounds)
+            rule = Rule(policy, holds, forward, draft)
         self._rule = known.rule = rule
         return rule
 
@@ -214,14 +220,33 @@ class AutoPlanner:
         masks = min(PROBE_MASKS, self.num_draft_tokens)
         if not masks or waiting or room < masks + 2 or not probing.may_be_due:
             return False
-        if any(rule.policy.plans[0].mask_counts):
+        if any(rule.policy.plans[0].mask_counts) or math.isinf(rule.try_cost):
             return False
-        if masks + 1 >= len(rule.forward_ms) or not rule.could_draft:
-            probing.give_up()
-            return False
-        ms = 2 * rule.forward_ms[masks + 1] + rule.draft_ms[masks]
-        brings = 1 + expected_tokens(rule.holds, masks)
-        return probing.is_due(ms / rule.forward_ms[1] - brings)
+        return probing.is_due(rule.try_cost)
+
+    def _by_rule(
+        self, rule: Rule, waiting: int, num_pending: int, room: int, is_probe: bool
+    ) -> Decision:
+        """The rule's step, or one of a try."""
+        plan = rule.policy.plans[waiting]
+        if is_probe:
+            masks = min(PROBE_MASKS, self.num_draft_tokens)
+            plan = _all_of(plan, waiting) if waiting else StepPlan(0, (masks,))
+        source = MASK if plan.num_draft_tokens else ""
+        return _decide(
+            plan, rule, num_pending, room, source=source, holds=rule.holds, is_probe=is_probe
+        )
+
+    def _looked_up(
+        self, rule: Rule, waiting: int, room: int, num_found: int, match: int
+    ) -> Decision | None:
+        """A step with looked-up drafts, if they are worth more than what waits."""
+        found = min(num_found, LONGEST_LOOKUP, room - 1, len(rule.forward_ms) - 2)
+        if found < 1:
+            return None
+        chances = self._known.lookup.holds(match, found)
+        plan = self._lookup_plan(rule, chances, float(rule.policy.values[waiting]))
+        return plan and _decide(plan, rule, 1, room, source=LOOKUP, holds=chances)
 
     def _lookup_plan(self, rule: Rule, chances: np.ndarray, least: float) -> StepPlan | None:
         """The best number of looked-up drafts, with no masks or some behind the last of them."""

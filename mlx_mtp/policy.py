@@ -199,10 +199,8 @@ def _improve(
         padded[:, k:] = room
         both = np.stack([worth, goes_on])[:, None] + too_large  # [2, cap, c]
         whole, more = (shifted + both[..., None]).max(axis=2)
-        score = whole[:, : most + 1 - drafts] - cost[:, drafts:]
-        at = int(score.argmax())
-        cap, total = divmod(at, score.shape[1])
-        value = expected_tokens(holds, drafts) + score[cap, total]
+        score, cap, total = _highest(whole[:, : most + 1 - drafts] - cost[:, drafts:])
+        value = expected_tokens(holds, drafts) + score
         if value > best + 1e-12:
             best = value
             plan = _trace([*rooms, whole], [*worths, worth], cap, total)
@@ -212,6 +210,12 @@ def _improve(
             rooms.append(room)
         plans.append(plan)
     return tuple(plans + [plan] * (k + 1 - len(plans)))
+
+
+def _highest(score: np.ndarray) -> tuple[float, int, int]:
+    """The highest value of a table and where it stands."""
+    row, column = divmod(int(score.argmax()), score.shape[1])
+    return float(score[row, column]), row, column
 
 
 def _trace(rooms: list[np.ndarray], worths: list[np.ndarray], cap: int, total: int) -> StepPlan:

@@ -10,6 +10,7 @@ from tiny import tiny_mtp
 from mlx_mtp import tuning
 from mlx_mtp.cost_curve import UNMEASURED
 from mlx_mtp.model import MTPModel
+from mlx_mtp.step_bench import wide_step
 from mlx_mtp.tuning import curve_lines, kept_costs, measure_costs, speculation_for
 
 
@@ -26,7 +27,7 @@ def model() -> MTPModel:
 @pytest.mark.parametrize("k", range(9))
 def test_the_measured_steps_have_the_rows_that_they_stand_for(k: int) -> None:
     for rows in tuning.ROWS:
-        layout = tuning._wide(rows, k)
+        layout = wide_step(rows, k)
         assert layout.num_rows == rows and max(layout.mask_counts) <= k
 
 

@@ -20,7 +20,7 @@ from mlx_mtp.decode import StepResult, decode
 from mlx_mtp.generate import TextStream
 from mlx_mtp.model import MTPModel
 from mlx_mtp.stats import GenerationStats, StatsMeter
-from mlx_mtp.tuning import speculation_for
+from mlx_mtp.tuning import doubt_disproved, speculation_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,7 @@ def answer(job: Prepared, bench: Bench) -> Generator[Message, None, None]:
         _keep(job, ids, cache, bench)
         raise
     _keep(job, ids, cache, bench)
+    doubt_disproved(bench.model)
 
 
 def _keep(job: Prepared, ids: list[int], cache: MTPCache, bench: Bench) -> None:
