@@ -110,6 +110,7 @@ class AutoPlanner:
         self.num_draft_tokens = num_draft_tokens
         self.uses_lookup = use_lookup
         self._known = known
+        self._lookup = known.lookup.in_text()
         known.probing.waits = False  # the drafts of an answer that ended are gone
         self._rule: Rule | None = None
         self._look_at = 0  # the step before which to look for a better rule
@@ -139,7 +140,7 @@ class AutoPlanner:
         is_probe = self._is_probe(rule, waiting, room)
         found = min(num_found, LONGEST_LOOKUP, room - 1, len(rule.forward_ms) - 2)
         if found > 0 and num_pending == 1 and not is_probe:
-            chances = self._known.lookup.holds(match, found)
+            chances = self._lookup.holds(match, found)
             longer = self._lookup_plan(rule, chances, float(rule.policy.values[waiting]))
             if longer is not None:
                 return _decide(longer, rule, 1, room, source=LOOKUP, holds=chances)
@@ -158,7 +159,15 @@ class AutoPlanner:
         return decision
 
     def observe(
-        self, decision: Decision, *, num_accepted: int, context: int, ms: float, match: int = 0
+        self,
+        decision: Decision,
+        *,
+        num_accepted: int,
+        context: int,
+        ms: float,
+        match: int = 0,
+        num_judged: int = 0,
+        num_right: int = 0,
     ) -> None:
         """Learn from a step that ran.
 
@@ -168,13 +177,15 @@ class AutoPlanner:
             context: ids in the cache before the step.
             ms: what the step took.
             match: as given to ``plan``.
+            num_judged: looked-up ids, verified or not, that the emitted ones tell of.
+            num_right: how many of these from the first on were emitted.
         """
         layout, known = decision.layout, self._known
         drafts, largest = layout.num_draft_tokens, max(layout.mask_counts)
         if layout.num_pending == 1:
             known.costs.observe(rows=layout.num_rows, largest_group=largest, context=context, ms=ms)
+        self._lookup.observe(match, num_judged, num_right)
         if decision.source == LOOKUP:
-            known.lookup.observe(match, drafts, num_accepted)
             drafts = 0
         elif drafts:
             known.acceptance.observe(drafts, num_accepted)
