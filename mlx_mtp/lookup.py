@@ -88,28 +88,29 @@ class SuffixLookup:
 
     def _elsewhere(self) -> tuple[int, int]:
         """The last place of the longest match, and its length."""
-        best, match = len(self._ids), 0
         for size in _RUNS:
-            for place in reversed(self._places.get(tuple(self._ids[-size:]), [])[-LOOKED_AT:]):
-                length = self._match(place)
-                if length > match:
-                    best, match = place, length
-            if match:
-                break
-        return best, match
+            if places := self._places.get(tuple(self._ids[-size:])):
+                return self._longest(reversed(places[-LOOKED_AT:]))
+        return self._longest(())
 
     def _near(self) -> tuple[int, int]:
         """The same among the places that the last copy leads to, the first of them."""
         ids, end = self._ids, len(self._ids)
         while self._end < end and ids[self._source] == ids[self._end]:
             self._source, self._end = self._source + 1, self._end + 1
-        best, match = end, 0
         if not self._source or end - self._end > NEAR:
-            return best, match
-        for place in range(self._source, min(self._source + NEAR + 1, end)):
+            return self._longest(())
+        return self._longest(range(self._source, min(self._source + NEAR + 1, end)))
+
+    def _longest(self, places: Iterable[int]) -> tuple[int, int]:
+        """The first place of the longest match, and its length; the text's end without any."""
+        best, match = len(self._ids), 0
+        for place in places:
             length = self._match(place)
             if length > match:
                 best, match = place, length
+            if match == LONGEST:
+                break
         return best, match
 
     def _match(self, place: int) -> int:
