@@ -251,8 +251,8 @@ class _Pilot:
         tokens = self._found.tokens[:count]
         return decision, replace(Drafts.certain(mx.array(tokens, mx.int32)), host_ids=tokens)
 
-    def learn(self, num_accepted: int) -> None:
-        """Tell the planner how the step went."""
+    def learn(self, num_accepted: int, emitted: Sequence[int]) -> None:
+        """Tell the planner how the step went, and how looked-up ids would have."""
         ms = (time.perf_counter() - self._began) * 1e3
         self._planner.observe(
             self._decision,
@@ -260,6 +260,8 @@ class _Pilot:
             context=self._held,
             ms=ms,
             match=self._found.match,
+            num_judged=min(len(emitted), len(self._found.tokens)),
+            num_right=self._found.num_right(emitted),
         )
         if self._explain:
             self._explain(f"{self._decision.line()} -> {num_accepted} held, {ms:.1f} ms")
@@ -296,7 +298,7 @@ def _loop(
         emitted, num_accepted, logits, drafts = decoder.step(
             pending, drafts, layout, context=context, key=step_key
         )
-        pilot.learn(num_accepted)
+        pilot.learn(num_accepted, emitted)
         emitted, finish_reason = _cut(emitted, room, stop_ids)
         cache.rewind(layout.num_rows - len(pending) - len(emitted) + 1)
         if len(context) == prompt_size:

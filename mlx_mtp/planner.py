@@ -122,6 +122,7 @@ class AutoPlanner:
         self.num_draft_tokens = num_draft_tokens
         self.uses_lookup = use_lookup
         self._known = known
+        self._lookup = known.lookup.in_text()
         known.probing.waits = False  # the drafts of an answer that ended are gone
         self._rule: Rule | None = None
         self._look_at = 0  # the step before which to look for a better rule
@@ -161,7 +162,15 @@ class AutoPlanner:
         return decision
 
     def observe(
-        self, decision: Decision, *, num_accepted: int, context: int, ms: float, match: int = 0
+        self,
+        decision: Decision,
+        *,
+        num_accepted: int,
+        context: int,
+        ms: float,
+        match: int = 0,
+        num_judged: int = 0,
+        num_right: int = 0,
     ) -> None:
         """Learn from a step that ran.
 
@@ -171,6 +180,8 @@ class AutoPlanner:
             context: ids in the cache before the step.
             ms: what the step took.
             match: as given to ``plan``.
+            num_judged: looked-up ids, verified or not, that the emitted ones tell of.
+            num_right: how many of these from the first on were emitted.
         """
         layout, known = decision.layout, self._known
         drafts, largest = layout.num_draft_tokens, max(layout.mask_counts)
@@ -179,8 +190,8 @@ class AutoPlanner:
             of_expected = known.costs.observe(
                 rows=layout.num_rows, largest_group=largest, context=context, ms=ms
             )
+        self._lookup.observe(match, num_judged, num_right)
         if decision.source == LOOKUP:
-            known.lookup.observe(match, drafts, num_accepted)
             drafts = 0
         elif drafts:
             known.acceptance.observe(drafts, num_accepted)
@@ -244,7 +255,7 @@ class AutoPlanner:
         found = min(num_found, LONGEST_LOOKUP, room - 1, len(rule.forward_ms) - 2)
         if found < 1:
             return None
-        chances = self._known.lookup.holds(match, found)
+        chances = self._lookup.holds(match, found)
         plan = self._lookup_plan(rule, chances, float(rule.policy.values[waiting]))
         return plan and _decide(plan, rule, 1, room, source=LOOKUP, holds=chances)
 

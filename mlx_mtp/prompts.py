@@ -1,7 +1,7 @@
 """The prompts that verification and benchmarks run on: a built-in set, or a user's own file.
 
 The built-in set is ``prompts.jsonl`` beside this module: user messages in our own words, 12 of each
-kind in ``KINDS``, which are what is meant where no kind is named, and 8 of each further kind in
+kind in ``KINDS``, which are what is meant where no kind is named, then the further kinds in
 ``BENCHMARK_KINDS``; always in the same order.  A prompt is plain text; chat templates and
 tokenizers are the caller's business.  A file is read wholly or not at all: the first bad line
 raises ``ValueError`` with the file's name, the line's number and the reason.
@@ -18,7 +18,7 @@ from typing import Any
 
 KINDS = ("chat", "code", "maths", "lists", "edit", "languages")
 ENGLISH_KINDS = tuple(kind for kind in KINDS if kind != "languages")
-BENCHMARK_KINDS = (*KINDS, "summary", "extraction")
+BENCHMARK_KINDS = (*KINDS, "summary", "extraction", "rewrite")
 USER_KIND = "user"
 BUILTIN_FILE = "prompts.jsonl"
 _UTF8_BOM = b"\xef\xbb\xbf"

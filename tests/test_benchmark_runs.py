@@ -14,7 +14,7 @@ from mlx_mtp.bench import contexts, machine_state, measure, modes, prompt_sets, 
 from mlx_mtp.bench.contexts import Question, check_room, questions
 from mlx_mtp.bench.measure import Settings, schedule
 from mlx_mtp.bench.modes import Mode, draft_steps
-from mlx_mtp.bench.runs import Step, timed
+from mlx_mtp.bench.runs import RUN, Step, num_repeated, timed
 from mlx_mtp.prompts import BENCHMARK_KINDS, ENGLISH_KINDS, Prompt, builtin_prompts
 
 
@@ -46,6 +46,31 @@ def test_drafts_are_counted_by_position():
     assert (done.verified, done.held) == ([3, 3, 1], [2, 2, 0])
     assert done.lookup == (5, 2)
     assert done.layouts.keys() == {(3, 3), (2, 3), (5, 3), (4, 3)}
+
+
+@pytest.mark.parametrize(
+    ("ids", "count"),
+    [
+        ([1, 2, 3], 0),
+        ([9, 3, 4, 5, 6, 9], 4),
+        ([1, 2, 3, 4, 5], 5),
+        ([1, 2, 3, 4, 9, 5, 6, 7, 8], 8),
+    ],
+)
+def test_repeated_ids_lie_in_runs_of_four(ids, count):
+    assert num_repeated(ids, range(9)) == count
+
+
+@given(st.lists(st.integers(0, 2), max_size=30), st.lists(st.integers(0, 2), max_size=30))
+def test_repetition_by_looking_at_each_id(ids, conversation):
+    def runs_of(text):
+        return [text[at : at + RUN] for at in range(len(text) - RUN + 1)]
+
+    def is_repeated(place):
+        around = ids[max(place - RUN + 1, 0) : place + RUN]
+        return any(run in runs_of(conversation) for run in runs_of(around))
+
+    assert num_repeated(ids, conversation) == sum(map(is_repeated, range(len(ids))))
 
 
 def test_ids_of_a_draft_model_are_put_back_into_steps():
@@ -149,7 +174,7 @@ def test_human_eval_has_164_problems():
 
 
 def test_prompts_by_name(tmp_path: Path):
-    assert len(prompt_sets.prompts_of("builtin")) == 88
+    assert len(prompt_sets.prompts_of("builtin")) == 100
     assert len(prompt_sets.prompts_of("builtin", kinds=["summary"])) == 8
     file = tmp_path / "mine.jsonl"
     file.write_text('{"prompt": "a", "kind": "x"}\n{"prompt": "b"}\n')

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlx_mtp.acceptance import Acceptance
 from mlx_mtp.cost_curve import UNMEASURED, CostCurve, LiveCosts
 from mlx_mtp.decision import LOOKUP, MASK, Decision
-from mlx_mtp.lookup import LookupAcceptance, SuffixLookup
+from mlx_mtp.layout import plain_layout
 from mlx_mtp.planner import AutoPlanner, Speculation
 from mlx_mtp.probing import FIRST_PAUSE
 
@@ -119,6 +119,34 @@ class TestLookup:
         found = plans.plan(num_pending=1, num_waiting=2, room=99, num_found=20, match=12)
         assert found.source == LOOKUP and found.layout.num_draft_tokens > 4
 
+    def test_is_learnt_without_being_taken(self):
+        """Looked-up ids that were not verified are judged by what was emitted."""
+        curve = dataclasses.replace(FLAT, forward_ms=((10.0, 390.0),))
+        plans = planner(curve, prior=0.0)
+        looked_up = {"num_found": 9, "match": 2}
+        assert not plans.plan(num_pending=1, num_waiting=0, room=99, **looked_up).source
+        for _ in range(12):
+            plans.observe(
+                Decision(plain_layout()), num_accepted=0, context=9, ms=10.0, match=2,
+                num_judged=1, num_right=1,
+            )  # fmt: skip
+        assert plans.plan(num_pending=1, num_waiting=0, room=99, **looked_up).source == LOOKUP
+
+    def test_is_learnt_anew_in_each_answer(self):
+        """Edits hold in all their length; a chat that comes next begins with less trust."""
+        known = Speculation(LiveCosts(FLAT), Acceptance([0.6] * 4))
+        first = AutoPlanner(known, num_draft_tokens=4)
+        looked_up = {"num_pending": 1, "num_waiting": 0, "room": 99, "num_found": 24, "match": 4}
+        for _ in range(20):
+            decision = first.plan(**looked_up)
+            first.observe(
+                decision, num_accepted=24, context=9, ms=10.0, match=4, num_judged=24, num_right=24
+            )
+        trusted = first.plan(**looked_up).expected_tokens
+        again = AutoPlanner(known, num_draft_tokens=4).plan(**looked_up).expected_tokens
+        fresh = planner(FLAT).plan(**looked_up).expected_tokens
+        assert fresh < again < 0.8 * trusted
+
     def test_is_left_where_rows_are_dear_and_once_it_fails(self):
         plans = planner(STEEP)
         assert not plans.plan(num_pending=1, num_waiting=0, room=99, num_found=9, match=9).source
@@ -126,36 +154,11 @@ class TestLookup:
         sizes = []
         for _ in range(200):
             decision = plans.plan(num_pending=1, num_waiting=0, room=99, num_found=9, match=9)
-            plans.observe(decision, num_accepted=0, context=9, ms=10.5, match=9)
+            plans.observe(
+                decision, num_accepted=0, context=9, ms=10.5, match=9, num_judged=1, num_right=0
+            )
             sizes.append(decision.layout.num_draft_tokens)
         assert sizes[0] > 4 and sizes[-1] <= 2
-
-    def test_finds_the_longest_match_and_the_last_one(self):
-        text = SuffixLookup([1, 2, 3, 4, 5, 9, 2, 3, 4, 6, 8, 1, 2, 3, 4])
-        found = text.find(3)
-        assert (found.tokens, found.match) == ([5, 9, 2], 4)
-        text.extend([6])
-        assert text.find(2).tokens == [8, 1]
-        assert SuffixLookup([1, 2, 3]).find(3).tokens == []
-        assert SuffixLookup([7, 7, 7, 7]).find(5).tokens == [7]
-
-    @given(st.lists(st.integers(0, 3), max_size=60), st.integers(1, 8))
-    @settings(max_examples=60, deadline=None)
-    def test_what_it_finds_did_follow(self, ids, most):
-        found = SuffixLookup(ids).find(most)
-        if found.tokens:
-            end = ids[-found.match :]
-            places = [
-                at for at in range(found.match, len(ids)) if ids[at - found.match : at] == end
-            ]
-            assert any(ids[at : at + most] == found.tokens for at in places)
-        else:
-            end = ids[-3:]
-            assert not any(ids[at - 3 : at] == end for at in range(3, len(ids)))
-
-    def test_longer_matches_hold_more_often_at_first(self):
-        known = LookupAcceptance()
-        assert known.holds(12, 3)[1] > known.holds(3, 3)[1]
 
 
 class TestAcceptance:

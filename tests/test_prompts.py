@@ -39,7 +39,9 @@ def test_twelve_of_each_kind_in_order() -> None:
 def test_the_kinds_for_benchmarks_come_on_top() -> None:
     every = builtin_prompts(BENCHMARK_KINDS)
     assert every[:72] == builtin_prompts()  # figures in the README were measured on these
-    more = [f"{kind}-{number:02d}" for kind in BENCHMARK_KINDS[6:] for number in range(1, 9)]
+    counts = {"summary": 8, "extraction": 8, "rewrite": 12}
+    assert tuple(counts) == BENCHMARK_KINDS[6:]
+    more = [f"{kind}-{at + 1:02d}" for kind, count in counts.items() for at in range(count)]
     assert [prompt.id for prompt in every[72:]] == more
     assert all(prompt.id.startswith(prompt.kind + "-") for prompt in every)
 
@@ -51,10 +53,15 @@ def test_ids_and_texts_are_unique() -> None:
 
 
 def test_lengths_are_ordinary() -> None:
-    longer = ("edit", *BENCHMARK_KINDS[6:])
-    for prompt in builtin_prompts([*ENGLISH_KINDS, *longer]):
+    limits = {
+        "edit": (60, 200),
+        "summary": (60, 200),
+        "extraction": (60, 200),
+        "rewrite": (40, 100),
+    }
+    for prompt in builtin_prompts([*ENGLISH_KINDS, *BENCHMARK_KINDS[6:]]):
         words = len(prompt.text.split())
-        low, high = (60, 200) if prompt.kind in longer else (8, 150)
+        low, high = limits.get(prompt.kind, (8, 150))
         assert low <= words <= high, (prompt.id, words)
     for prompt in builtin_prompts(["languages"]):
         assert 30 <= len(prompt.text) <= 400, prompt.id

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from mlx_mtp.bench.contexts import Question
 from mlx_mtp.bench.machine_state import PowerMeter
 from mlx_mtp.bench.modes import Mode
-from mlx_mtp.bench.runs import Answer, Check, Timing, timed
+from mlx_mtp.bench.runs import Answer, Check, Timing, num_repeated, timed
 
 _NAP_S = 0.1
 
@@ -121,6 +121,7 @@ def _answer(
         number=number,
         prompt_tokens=len(question.ids),
         timing=timing,
+        repeated=num_repeated(timing.ids, question.ids),
         joules=power.joules() if power else None,
     )
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx_mtp.decision import LOOKUP
 
 Check = Callable[[], None]
+RUN = 4  # ids in a row that tell a repetition from chance
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +84,7 @@ class Answer:
         number: how many answers came before it.
         prompt_tokens: ids of the conversation.
         timing: what was counted.
+        repeated: emitted ids in runs of ``RUN`` that stand in the conversation too.
         joules: energy that the processor took meanwhile, where that can be read.
     """
 
@@ -94,6 +96,7 @@ class Answer:
     number: int
     prompt_tokens: int
     timing: Timing
+    repeated: int = 0
     joules: float | None = None
 
     @property
@@ -114,6 +117,13 @@ class Answer:
 def ids_hash(ids: Sequence[int]) -> str:
     """Tells one answer from another."""
     return hashlib.sha256(" ".join(map(str, ids)).encode()).hexdigest()[:16]
+
+
+def num_repeated(ids: Sequence[int], conversation: Sequence[int]) -> int:
+    """How many of the ids lie in a run of ``RUN`` of them that stands in the conversation too."""
+    known = {tuple(conversation[at : at + RUN]) for at in range(len(conversation) - RUN + 1)}
+    starts = [at for at in range(len(ids) - RUN + 1) if tuple(ids[at : at + RUN]) in known]
+    return len({at + each for at in starts for each in range(RUN)})
 
 
 def timed(begin: Callable[[], Iterator[Step]], *, check: Check = lambda: None) -> Timing:

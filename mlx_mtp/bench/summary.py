@@ -69,6 +69,7 @@ def _cell(done: Sequence[Answer]) -> dict[str, Any]:
         "ttft_p50_ms": float(np.percentile(waits, 50)),
         "ttft_p99_ms": float(np.percentile(waits, 99)),
         "tokens_per_step": tokens / sum(each.timing.steps for each in done),
+        "repeated": sum(each.repeated for each in done) / tokens,
         **_acceptance(done),
         "joules_per_token": sum(joules) / tokens if len(joules) == len(done) else None,
     }
