@@ -23,6 +23,8 @@ from tiny import KINDS, tiny_base, tiny_mtp
 
 from mlx_mtp import cache as kv_cache
 from mlx_mtp.accept import Sampling
+from mlx_mtp.acceptance import Acceptance
+from mlx_mtp.cost_curve import CostCurve, LiveCosts
 from mlx_mtp.decode import StepResult, decode
 from mlx_mtp.model import MTPModel
 from mlx_mtp.planner import Speculation
@@ -368,6 +370,15 @@ def test_looked_up_drafts_change_nothing_but_the_steps(temp: float, k: int) -> N
         plain = plain_ids(model, [1, 2, 3], max_tokens=80)
         assert ids_of(steps) == ids_of(without) == plain
         assert len(steps) < len(without)
+
+
+def test_lookups_are_learnt_from_though_none_is_verified() -> None:
+    dear = CostCurve(rows=(1, 8), contexts=(0,), forward_ms=((1.0, 1e4),), draft_ms=(0.0, 1.0))
+    known = Speculation(LiveCosts(dear, learns=False), Acceptance([0.5]))
+    before = list(known.lookup.logits)
+    steps = run(repeating_model(), [1, 2, 3], max_tokens=80, num_draft_tokens=1, speculation=known)
+    assert not any(step.source for step in steps)
+    assert max(np.array(known.lookup.logits) - before) > 0.05  # its text repeats itself
 
 
 def test_what_the_planner_knows_goes_on_from_answer_to_answer() -> None:
