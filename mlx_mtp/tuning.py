@@ -128,7 +128,7 @@ def doubt_disproved(model: MTPModel) -> bool:
         answer where measuring was allowed.
     """
     known = model.speculation
-    if known is None or not known.costs.is_disproved:
+    if known is None or not known.costs.is_disproved or known.costs.curve is UNMEASURED:
         return False
     curve = known.costs.curve
     if not curve.disturbed or curve.num_measurements >= MOST_MEASUREMENTS:

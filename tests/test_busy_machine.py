@@ -211,6 +211,14 @@ class TestALoadThatCannotBeSeen:
             decode_plainly(model, steps=1, slower=3.0)
         assert not doubt_disproved(model)
 
+    def test_cannot_be_where_costs_are_guessed(self, machine, started) -> None:
+        model = started()
+        known = speculation_for(model, measure=False)
+        for _ in range(50):
+            known.costs.observe(rows=1, largest_group=0, context=70, ms=0.01)
+        assert not doubt_disproved(model) and known.costs.curve is UNMEASURED
+        assert speculation_for(model).costs.curve.num_measurements == machine.measured == 1
+
     def test_is_nothing_to_a_seeded_answer(self, model) -> None:
         known = speculation_for(model).repeatable()
         for _ in range(50):
@@ -241,7 +249,7 @@ class TestAnswers:
         assert not json.loads(file.read_text())["disturbed"]
         answer()
         assert json.loads(file.read_text())["disturbed"] and machine.measured == 1
-        machine.slower = 1e-3  # no real step is as fast
+        machine.slower = 1e-6  # no real step is faster
         answer()
         assert not json.loads(file.read_text())["disturbed"] and machine.measured == 2
 

@@ -20,7 +20,9 @@ from mlx_mtp.apps.server.scheduler import Scheduler
 from mlx_mtp.apps.server.session import Bench, answer
 from mlx_mtp.apps.server.token_text import TokenTexts
 from mlx_mtp.apps.server.tool_calls import ToolCallReader
+from mlx_mtp.cost_curve import UNMEASURED
 from mlx_mtp.generate import chat_text, generate
+from mlx_mtp.tuning import kept_costs, speculation_for
 
 PROMPTS = ["Say a word about rain.", "One, two, three, four, one, two, three,", "Why?", "abcabcabc"]
 
@@ -329,3 +331,18 @@ def test_ids_look_like_their_bytes():
     assert texts.entry(EOS, -1.0)["token"] == "<eos>"
     found = texts.entries([65, 66], mx.zeros((2, BYTE_VOCAB)), 0)
     assert [(each["token"], each["top_logprobs"]) for each in found] == [("A", []), ("B", [])]
+
+
+def test_costs_that_steps_disprove_are_doubted_behind_the_answer(bench, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    minutes = replace(UNMEASURED, forward_ms=((6e4,) * 5,))
+    monkeypatch.setattr("mlx_mtp.tuning.measure_costs", lambda *_, **__: minutes)
+    monkeypatch.setattr(bench.model, "speculation", None)
+    kept_costs(bench.model)
+    known = speculation_for(bench.model, measure=False)
+    for _ in range(16):
+        known.costs.observe(rows=1, largest_group=0, context=0, ms=0.01)
+    (file,) = (tmp_path / "costs").iterdir()
+    assert not json.loads(file.read_text())["disturbed"]
+    run(bench, job("Why?"))
+    assert json.loads(file.read_text())["disturbed"]
