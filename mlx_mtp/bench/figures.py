@@ -38,7 +38,7 @@ def draw_lines(
     Raises:
         ValueError: matplotlib is missing.
     """
-    figure = figure_class()(figsize=(6.4, 4), layout="constrained")
+    figure = figure_class()(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
         axes.plot(
@@ -58,7 +58,8 @@ def draw_lines(
         axes.set_xticks(ticks)
     axes.set(xlabel=x, ylabel=y, title=title)
     axes.grid(alpha=0.3)
-    axes.legend()
+    # Above the chart, where it hides no line.
+    figure.legend(loc="outside upper center", ncols=min(len(lines), 2), frameon=False)
     return save_figure(figure, path)
 
 
