@@ -81,6 +81,11 @@ class Turns:
     def submit(self, number: int, values: dict[str, Any]) -> None:
         self.scheduler.receive({"type": "submit", "id": number, "job": values})
 
+    def wait_until_prepared(self, count: int) -> None:
+        """So that all of the jobs submitted are there when the first begins."""
+        while self.scheduler._inbox.qsize() < 2 * count:
+            time.sleep(0.001)
+
     def cancel(self, number: int) -> None:
         self.scheduler.receive({"type": "cancel", "id": number})
 
@@ -100,6 +105,7 @@ def test_answers_made_by_turns_are_those_of_generate(bench, layout):
     turns = Turns(bench)
     for at, text in enumerate(PROMPTS):
         turns.submit(at, job(text, layout=layout))
+    turns.wait_until_prepared(len(PROMPTS))
     turns.run(len(PROMPTS))
     for at, text in enumerate(PROMPTS):
         assert text_of(turns.of(at)) == expected(bench, text)
@@ -111,8 +117,7 @@ def test_turns_are_fair(bench):
     turns = Turns(bench)
     for at in range(3):
         turns.submit(at, job(PROMPTS[2], layout="plain", max_tokens=5))
-    while turns.scheduler._inbox.qsize() < 6:  # all are prepared before the first begins
-        time.sleep(0.001)
+    turns.wait_until_prepared(3)
     turns.run(3)
     order = [message["id"] for message in turns.messages if message["type"] == "group"]
     assert order == [0, 1, 2] * 5
