@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from fake_engine import finished
+from fake_engine import finished, listen
 
 K = 4
 STEP_S = 0.004
@@ -118,18 +118,7 @@ def main() -> None:
         return
     jobs: dict[int, Iterator[dict[str, Any]]] = {}
     cancelled: set[int] = set()
-    arrived = threading.Event()
-
-    def listen() -> None:
-        while True:
-            command = read()
-            if command["type"] == "cancel":
-                cancelled.add(command["id"])
-            else:
-                jobs[command["id"]] = answer(command["job"])
-            arrived.set()
-
-    threading.Thread(target=listen, daemon=True).start()
+    arrived = listen(jobs, cancelled, answer)
     send(ready(options))
     while True:
         if not jobs:

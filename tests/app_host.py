@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import json
-import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
-import uvicorn
+from server_host import listening
 
 from mlx_mtp.apps.chat_app.app import app_settings, create_chat_app
 from mlx_mtp.apps.server.connection import protocol_class
@@ -99,30 +96,13 @@ def hosted_app(history: Path, *, send_timeout_s: float = 30.0, **options: Any) -
     engine = Engine({}, command=ENGINE)
     settings = dataclasses.replace(app_settings(), send_timeout_s=send_timeout_s)
     made = create_chat_app(engine, settings, history, **options)
-    config = uvicorn.Config(
-        made.gate,
-        http=protocol_class(settings, engine.metrics),
-        ws="none",
-        lifespan="on",
-        log_level="error",
-        timeout_graceful_shutdown=1,
-    )
-    server = uvicorn.Server(config)
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(128)
-    port = listener.getsockname()[1]
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-    thread.start()
-    host = None
+    http = protocol_class(settings, engine.metrics)
     try:
-        host = AppHost(f"http://127.0.0.1:{port}", made.gate.token, engine)
-        yield host
-    finally:
-        if host:
-            host.client.close()
-        server.should_exit = True
-        thread.join(20)
-        listener.close()
+        with listening(made.gate, http=http, lifespan="on") as port:
+            host = AppHost(f"http://127.0.0.1:{port}", made.gate.token, engine)
+            try:
+                yield host
+            finally:
+                host.client.close()
+    finally:  # once the last answer is in it
         made.archive.close()
-        assert not thread.is_alive()

@@ -1,6 +1,6 @@
 """Take the pictures of docs/app.md from an app that runs: its address, and where they go.
 
-mlx-mtp app --no-browser --data-dir /tmp/pictures
+mlx-mtp app --no-browser --data-dir PICTURES
 python tests/app_pictures.py 'http://127.0.0.1:.../#token=...' docs
 """
 

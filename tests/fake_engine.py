@@ -13,7 +13,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 READY = {
@@ -99,6 +99,27 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield finished("stop" if len(shown) == len(text) else "length", len(shown), [])
 
 
+def listen(
+    jobs: dict[int, Iterator[dict[str, Any]]],
+    cancelled: set[int],
+    begin: Callable[[dict[str, Any]], Iterator[dict[str, Any]]],
+) -> threading.Event:
+    """Take commands in a thread; the event tells that one has come."""
+    arrived = threading.Event()
+
+    def take() -> None:
+        while True:
+            command = read()
+            if command["type"] == "cancel":
+                cancelled.add(command["id"])
+            else:
+                jobs[command["id"]] = begin(command["job"])
+            arrived.set()
+
+    threading.Thread(target=take, daemon=True).start()
+    return arrived
+
+
 def main() -> None:
     options = read()
     while "gate" in options and not os.path.exists(options["gate"]):
@@ -108,18 +129,7 @@ def main() -> None:
         return
     cancelled: set[int] = set()
     jobs: dict[int, Iterator[dict[str, Any]]] = {}
-    arrived = threading.Event()
-
-    def listen() -> None:
-        while True:
-            command = read()
-            if command["type"] == "cancel":
-                cancelled.add(command["id"])
-            else:
-                jobs[command["id"]] = answer(command["job"])
-            arrived.set()
-
-    threading.Thread(target=listen, daemon=True).start()
+    arrived = listen(jobs, cancelled, answer)
     send(READY)
     while True:
         if not jobs:

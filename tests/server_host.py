@@ -77,6 +77,35 @@ class Host:
 
 
 @contextlib.contextmanager
+def listening(app: Any, **options: Any) -> Iterator[int]:
+    """Serve an application on a free port of this machine, in a thread.
+
+    Args:
+        app: what is served.
+        options: more for uvicorn's configuration.
+
+    Yields:
+        The port.
+    """
+    config = uvicorn.Config(
+        app, ws="none", log_level="error", timeout_graceful_shutdown=1, **options
+    )
+    server = uvicorn.Server(config)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    listener.listen(128)
+    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
+    thread.start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        listener.close()
+        assert not thread.is_alive()
+
+
+@contextlib.contextmanager
 def hosted(
     *, options: dict[str, Any] | None = None, engine: dict[str, Any] | None = None, **settings: Any
 ) -> Iterator[Host]:
@@ -89,26 +118,10 @@ def hosted(
     """
     chosen = Settings(**settings)
     made = Engine(options or {}, command=FAKE, **(engine or {}))
-    config = uvicorn.Config(
-        create_app(made, chosen),
-        http=protocol_class(chosen, made.metrics),
-        ws="none",
-        log_level="error",
-        timeout_graceful_shutdown=1,
-    )
-    server = uvicorn.Server(config)
-    listener = socket.socket()
-    listener.bind(("127.0.0.1", 0))
-    listener.listen(128)
-    port = listener.getsockname()[1]
-    thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[listener])))
-    thread.start()
-    host = Host(f"http://127.0.0.1:{port}", made)
-    try:
-        yield host
-    finally:
-        host.client.close()
-        server.should_exit = True
-        thread.join(20)
-        listener.close()
-        assert not thread.is_alive()
+    app, http = create_app(made, chosen), protocol_class(chosen, made.metrics)
+    with listening(app, http=http) as port:
+        host = Host(f"http://127.0.0.1:{port}", made)
+        try:
+            yield host
+        finally:
+            host.client.close()
