@@ -252,6 +252,31 @@ class LiveCosts:
         return self._forward[at]
 
 
+def widened(forward_ms: np.ndarray, most: int) -> np.ndarray:
+    """Times of forwards up to so many rows, ``[R + 1]`` to ``[most + 1]``.
+
+    Beyond the rows that were measured, each costs what the last half of them did.
+    """
+    last = len(forward_ms) - 1
+    slope = (forward_ms[last] - forward_ms[last // 2]) / max(last - last // 2, 1)
+    beyond = forward_ms[last] + slope * np.arange(1, most - last + 1)
+    return np.concatenate([forward_ms, beyond])[: most + 1]
+
+
+def shared_ms(forward_ms: np.ndarray, sharers: int) -> np.ndarray:
+    """One answer's part of forwards that several share, each with as many rows.
+
+    Args:
+        forward_ms: of one answer alone, by rows, ``[R + 1]``, 0.0 at 0.
+        sharers: how many answers share.
+
+    Returns:
+        ``[R + 1]``, by one answer's rows.
+    """
+    last = len(forward_ms) - 1
+    return widened(forward_ms, sharers * last)[::sharers] / sharers
+
+
 def _rising(times: np.ndarray) -> np.ndarray:
     """The largest times that never fall and are nowhere above those given."""
     return np.minimum.accumulate(times[::-1])[::-1]

@@ -6,33 +6,26 @@ without drafts and masks, so the same code serves both and speculation can only 
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+import math
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
 import mlx.core as mx
 
-from mlx_mtp.accept import (
-    LogitsProcessor,
-    Sampling,
-    accept_greedy,
-    accept_sampled,
-    process_logits,
-    target_probs,
-)
+from mlx_mtp.accept import LogitsProcessor, Sampling
 from mlx_mtp.cache import MTPCache
 from mlx_mtp.decision import LOOKUP, Decision
-from mlx_mtp.draft import Drafts, draft_tokens
+from mlx_mtp.draft import Drafts
 from mlx_mtp.fixed_planner import FixedPlanner
-from mlx_mtp.layout import StepLayout, plain_layout
+from mlx_mtp.layout import plain_layout
 from mlx_mtp.lookup import LONGEST_LOOKUP, Found, SuffixLookup
 from mlx_mtp.model import MTPModel
 from mlx_mtp.planner import LAYOUTS, AutoPlanner, Speculation
+from mlx_mtp.step import Decoder, Step, run_steps
 
 Progress = Callable[[int, int], None]
-HEAD_ROWS = 12  # up to here one pass of the head over all rows costs less than two over some
 
 
 @dataclass(frozen=True)
@@ -64,83 +57,38 @@ class StepResult:
         return self.logits - mx.logsumexp(self.logits, axis=-1, keepdims=True)
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """One forward and what follows from it, for a model, its caches and a way to draw tokens."""
+class Decoding(Iterator[StepResult]):
+    """The steps of one answer, as an iterator.
 
-    model: MTPModel
-    cache: MTPCache
-    sampling: Sampling
-    processors: list[LogitsProcessor]
+    Whoever makes several answers may take the ``planned`` step of each and run them together with
+    ``step.run_steps``; a step that was not run is run by ``next``.
 
-    def prefill(self, prompt: list[int], step_size: int, progress: Progress) -> list[int]:
-        """Run all chunks of the prompt but the last; return the last, which awaits its masks."""
-        done = 0
-        progress(done, len(prompt))
-        while len(prompt) - done > step_size:
-            self.cache.begin_step()
-            self.model(mx.array([prompt[done : done + step_size]]), cache=self.cache)
-            mx.eval(self.cache.state)
-            mx.clear_cache()
-            done += step_size
-            progress(done, len(prompt))
-        return prompt[done:]
+    Args:
+        loop: hands out a step, then, once that has run, its result, and so on.
+    """
 
-    def step(
-        self,
-        pending: list[int],
-        drafts: Drafts,
-        layout: StepLayout,
-        *,
-        context: list[int],
-        key: mx.array,
-    ) -> tuple[list[int], int, mx.array, Drafts]:
-        """Run one forward, accept, and draft from the mask group behind the accepted run.
+    def __init__(self, loop: Generator[Step | StepResult, None, None]) -> None:
+        self._loop = loop
+        self._planned: Step | None = None
 
-        Args:
-            pending: ids that are not in the cache yet.
-            drafts: the drafts to verify, as many as the layout has.
-            layout: the rows.
-            context: all ids so far, pending ones included.
-            key: random key.
+    def planned(self) -> Step | None:
+        """The step that comes next; None at the end.  What of a prompt is not run yet is run."""
+        if self._planned is None:
+            self._planned = cast(Step | None, next(self._loop, None))
+        return self._planned
 
-        Returns:
-            emitted ids, num_accepted, their logits, the next drafts.  The cache holds all rows.
-        """
-        accept_key, draft_key = mx.random.split(key)
-        draft_ids = drafts.ids()
-        rows = mx.array([[*pending, *draft_ids, *layout.mask_offsets.tolist()]])
-        hidden = self.model(rows, cache=self.cache, layout=layout)[0]  # [rows, D]
-        hidden = hidden[layout.num_pending - 1 :]  # verify rows, then mask rows
-        num_verify = layout.num_draft_tokens + 1
-        one_pass = hidden.shape[0] <= HEAD_ROWS
-        head = self.model.logits(hidden[None] if one_pass else hidden[None, :num_verify])[0]
-        logits = process_logits(
-            head[:num_verify], context=context, drafts=draft_ids, processors=self.processors
-        )  # [d+1, V]
-        tokens, num_accepted = self._accept(logits, drafts, accept_key)
-        following = Drafts.none()
-        if layout.num_masks:
-            group = layout.group_rows[num_accepted] - (layout.num_pending - 1)
-            mask_logits = head[group] if one_pass else self.model.logits(hidden[group][None])[0]
-            following = draft_tokens(
-                self.model,
-                hidden[group],  # [m, D]
-                mask_logits,
-                tokens[num_accepted],
-                sampling=self.sampling,
-                key=draft_key,
-            )
-        accepted, *ids = _fetch(num_accepted, tokens, following)
-        following = replace(following, host_ids=ids[num_verify:])
-        following = following.first(layout.mask_counts[accepted])
-        return ids[: accepted + 1], accepted, logits[: accepted + 1], following
+    def __next__(self) -> StepResult:
+        step = self.planned()
+        if step is None:
+            raise StopIteration
+        self._planned = None
+        if step.tokens is None:
+            run_steps([step])
+        return cast(StepResult, next(self._loop))
 
-    def _accept(self, logits: mx.array, drafts: Drafts, key: mx.array) -> tuple[mx.array, mx.array]:
-        if self.sampling.greedy:
-            return accept_greedy(logits, drafts.tokens)
-        probs = target_probs(logits, self.sampling)
-        return accept_sampled(probs, drafts.tokens, drafts.candidates, drafts.probs, key=key)
+    def close(self) -> None:
+        """End it; a step that has not run leaves the cache as it was."""
+        self._loop.close()
 
 
 def decode(
@@ -161,7 +109,7 @@ def decode(
     speculation: Speculation | None = None,
     lookup: bool = True,
     explain: Callable[[str], None] | None = None,
-) -> Iterator[StepResult]:
+) -> Decoding:
     """Decode step by step.
 
     Args:
@@ -204,7 +152,7 @@ def decode(
     if seed is None:
         seed = cast(int, mx.random.randint(0, 2**31 - 1).item())
     processors = [*sampling.logits_processors(), *logits_processors]
-    return _loop(
+    loop = _loop(
         Decoder(model, cache, sampling, processors),
         _Pilot(planner, explain),
         [int(token) for token in (*cached_ids, *prompt)],
@@ -215,6 +163,7 @@ def decode(
         key=mx.random.key(seed),
         progress=prompt_progress_callback or (lambda *_: None),
     )
+    return Decoding(loop)
 
 
 class _Pilot:
@@ -229,13 +178,12 @@ class _Pilot:
         self._found = Found([], 0)
         self._decision = Decision(plain_layout())
         self._held = 0
-        self._began = 0.0
 
     def plan(
         self, drafts: Drafts, *, num_pending: int, room: int, held: int
     ) -> tuple[Decision, Drafts]:
         """The next step and the drafts that it verifies; ``held`` ids are in the cache."""
-        self._began, self._held = time.perf_counter(), held
+        self._held = held
         self._found = self._lookup.find(LONGEST_LOOKUP)
         self._decision = decision = self._planner.plan(
             num_pending=num_pending,
@@ -251,9 +199,8 @@ class _Pilot:
         tokens = self._found.tokens[:count]
         return decision, replace(Drafts.certain(mx.array(tokens, mx.int32)), host_ids=tokens)
 
-    def learn(self, num_accepted: int, emitted: Sequence[int]) -> None:
+    def learn(self, num_accepted: int, emitted: Sequence[int], ms: float) -> None:
         """Tell the planner how the step went, and how looked-up ids would have."""
-        ms = (time.perf_counter() - self._began) * 1e3
         self._planner.observe(
             self._decision,
             num_accepted=num_accepted,
@@ -264,7 +211,8 @@ class _Pilot:
             num_right=self._found.num_right(emitted),
         )
         if self._explain:
-            self._explain(f"{self._decision.line()} -> {num_accepted} held, {ms:.1f} ms")
+            took = "run with others" if math.isnan(ms) else f"{ms:.1f} ms"
+            self._explain(f"{self._decision.line()} -> {num_accepted} held, {took}")
 
     def read(self, ids: Sequence[int]) -> None:
         """Take note of ids that now stand in the text."""
@@ -283,10 +231,10 @@ def _loop(
     prefill_step_size: int,
     key: mx.array,
     progress: Progress,
-) -> Iterator[StepResult]:
+) -> Generator[Step | StepResult, None, None]:
     cache = decoder.cache
     prompt_size = len(context)
-    pending = decoder.prefill(context[-num_prefill:], prefill_step_size, progress)
+    pending = _prefill(decoder, context[-num_prefill:], prefill_step_size, progress)
     drafts, emitted = Drafts.none(), context
     while room > 0:
         pilot.read(emitted)
@@ -295,11 +243,11 @@ def _loop(
         decision, drafts = pilot.plan(drafts, num_pending=len(pending), room=may, held=cache.offset)
         layout = decision.layout
         key, step_key = mx.random.split(key)
-        emitted, num_accepted, logits, drafts = decoder.step(
-            pending, drafts, layout, context=context, key=step_key
-        )
-        pilot.learn(num_accepted, emitted)
-        emitted, finish_reason = _cut(emitted, room, stop_ids)
+        step = decoder.step(pending, drafts, layout, context=context, key=step_key)
+        yield step  # it is run meanwhile
+        assert step.tokens is not None
+        pilot.learn(step.num_accepted, step.tokens, step.ms)
+        emitted, finish_reason = _cut(step.tokens, room, stop_ids)
         cache.rewind(layout.num_rows - len(pending) - len(emitted) + 1)
         if len(context) == prompt_size:
             progress(num_prefill, num_prefill)
@@ -309,22 +257,29 @@ def _loop(
         yield StepResult(
             tokens=emitted,
             num_draft_tokens=layout.num_draft_tokens,
-            num_accepted=min(num_accepted, len(emitted)),
+            num_accepted=min(step.num_accepted, len(emitted)),
             num_rows=layout.num_rows,
             source=decision.source,
             finish_reason=finish_reason,
-            logits=logits[: len(emitted)],
+            logits=step.logits[: len(emitted)],
         )
         if finish_reason:
             return
-        pending = emitted[-1:]
+        pending, drafts = emitted[-1:], step.following
 
 
-def _fetch(num_accepted: mx.array, tokens: mx.array, following: Drafts) -> list[int]:
-    """The one host sync of a step: num_accepted, tokens and draft ids in one list."""
-    fetched = mx.concatenate([num_accepted[None], tokens, following.tokens])
-    mx.eval(fetched, following.candidates, following.probs)
-    return cast(list[int], fetched.tolist())
+def _prefill(decoder: Decoder, prompt: list[int], step_size: int, progress: Progress) -> list[int]:
+    """Run all chunks of the prompt but the last; return the last, which awaits its masks."""
+    done = 0
+    progress(done, len(prompt))
+    while len(prompt) - done > step_size:
+        decoder.cache.begin_step()
+        decoder.model(mx.array([prompt[done : done + step_size]]), cache=decoder.cache)
+        mx.eval(decoder.cache.state)
+        mx.clear_cache()
+        done += step_size
+        progress(done, len(prompt))
+    return prompt[done:]
 
 
 def _cut(emitted: list[int], room: int, stop_ids: frozenset[int]) -> tuple[list[int], str | None]:

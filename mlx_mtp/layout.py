@@ -14,8 +14,11 @@ rewinding a plain trim, the LoRA gate a single split index and each mask group c
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, chain
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -61,6 +64,11 @@ class StepLayout:
         """All rows of the forward."""
         return self.num_ordinary + self.num_masks
 
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the rows stand one behind the other."""
+        return self.num_masks == 0
+
     @cached_property
     def mask_offsets(self) -> np.ndarray:
         """Which mask token each mask row is, counted from 0, int32 ``[num_masks]``."""
@@ -72,6 +80,10 @@ class StepLayout:
         anchors = np.repeat(np.arange(len(self.mask_counts)), self.mask_counts)
         masks = self.num_pending + anchors + self.mask_offsets
         return mx.array(np.concatenate([np.arange(self.num_ordinary), masks]).astype(np.int32))
+
+    def positions_from(self, offset: Any) -> mx.array:
+        """Position of each row behind ``offset`` held ones, int32 ``[num_rows]``."""
+        return self.positions + offset
 
     @cached_property
     def attention(self) -> mx.array:
@@ -114,6 +126,76 @@ def plain_layout(*, num_pending: int = 1) -> StepLayout:
     return StepLayout(num_pending, 0, (0,))
 
 
+@dataclass(frozen=True)
+class PackedLayout:
+    """Rows of several answers' steps in one forward: all ordinary rows, then all mask rows.
+
+    The gate is one split index again.  No row may see another answer's, which the packed caches
+    see to (``packing``).
+
+    Attributes:
+        layouts: the steps.
+        offsets: how many rows the cache of each holds.
+    """
+
+    layouts: tuple[StepLayout, ...]
+    offsets: tuple[int, ...]
+
+    is_contiguous = False
+
+    @cached_property
+    def gate_split(self) -> int:
+        """Index of the first mask row; equals the number of ordinary rows."""
+        return sum(layout.num_ordinary for layout in self.layouts)
+
+    @cached_property
+    def num_masks(self) -> int:
+        """Mask rows of all steps together."""
+        return sum(layout.num_masks for layout in self.layouts)
+
+    @property
+    def num_rows(self) -> int:
+        """All rows of the forward."""
+        return self.gate_split + self.num_masks
+
+    @property
+    def mask_offsets(self) -> np.ndarray:
+        """Which mask token each mask row is, counted from 0, int32 ``[num_masks]``."""
+        return np.concatenate([layout.mask_offsets for layout in self.layouts])
+
+    @cached_property
+    def positions(self) -> mx.array:
+        """Position of each row in its own text, int32 ``[num_rows]``."""
+        pairs = zip(self.layouts, self.offsets, strict=True)
+        return self.pack([layout.positions_from(offset) for layout, offset in pairs], axis=0)
+
+    def positions_from(self, offset: Any) -> mx.array:
+        """The same: every row knows its position."""
+        del offset
+        return self.positions
+
+    def pack(self, parts: Sequence[mx.array], *, axis: int) -> mx.array:
+        """Put the rows of the steps, which lie along an axis, into one array."""
+        split = [
+            mx.split(part, [layout.num_ordinary], axis=axis) if layout.num_masks else [part]
+            for part, layout in zip(parts, self.layouts, strict=True)
+        ]
+        masks = [each[1] for each in split if len(each) > 1]
+        return mx.concatenate([*(each[0] for each in split), *masks], axis=axis)
+
+    def unpack(self, rows: mx.array, *, axis: int) -> list[mx.array]:
+        """Take the rows of each step out of one array."""
+        masks = [layout.num_masks for layout in self.layouts if layout.num_masks]
+        ordinary = [layout.num_ordinary for layout in self.layouts]
+        ends = list(accumulate(chain(ordinary, masks)))
+        parts = iter(mx.split(rows, ends[:-1], axis=axis))
+        found = [next(parts) for _ in self.layouts]
+        return [
+            mx.concatenate([part, next(parts)], axis=axis) if layout.num_masks else part
+            for part, layout in zip(found, self.layouts, strict=True)
+        ]
+
+
 class StepScope:
     """The layout of the forward in progress, shared by the wrapped modules of one model.
 
@@ -124,7 +206,7 @@ class StepScope:
     """
 
     def __init__(self) -> None:
-        self.layout: StepLayout | None = None
+        self.layout: StepLayout | PackedLayout | None = None
         self.gated = True
 
     @property

@@ -27,71 +27,17 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_mtp import cache as kv_cache
 from mlx_mtp.cache import MTPCache
 from mlx_mtp.config import MTPConfig
-from mlx_mtp.layout import StepLayout, StepScope, quadratic_layout
+from mlx_mtp.layout import PackedLayout, StepLayout, StepScope, quadratic_layout
 from mlx_mtp.lora import GatedLoRALinear
 from mlx_mtp.sampler_head import SamplerHead
+from mlx_mtp.seams import HiddenStates, MaskEmbedding, StepRope
 
 if TYPE_CHECKING:
+    from mlx_mtp.packing import PackedCache
     from mlx_mtp.planner import Speculation
 
 MASK_EMBEDDINGS = "mask_embeddings"
 SAMPLER_PREFIX = "sampler_head."
-
-
-class MaskEmbedding(nn.Module):
-    """Token embedding for ordinary rows, learned mask embeddings for mask rows."""
-
-    def __init__(self, embedding: Any, mask_embeddings: mx.array, *, scope: StepScope):
-        super().__init__()
-        self.embedding = embedding
-        self.mask_embeddings = mask_embeddings
-        self._scope = scope
-
-    def __call__(self, ids: mx.array) -> mx.array:
-        """Map ids ``[B, L]`` to ``[B, L, D]``; ids of mask rows count mask tokens from 0."""
-        layout = self._scope.layout
-        if layout is None or layout.num_masks == 0:
-            return self.embedding(ids)
-        split = layout.gate_split
-        if split == 0:  # a training forward has mask rows only
-            return self.mask_embeddings[ids]
-        ordinary = self.embedding(ids[:, :split])
-        masks = self.mask_embeddings[ids[:, split:]].astype(ordinary.dtype)
-        return mx.concatenate([ordinary, masks], axis=1)
-
-    def as_linear(self, x: mx.array) -> mx.array:
-        """Use the embedding table as the unembedding, ``[..., D]`` to ``[..., V]``."""
-        return self.embedding.as_linear(x)
-
-
-class StepRope(nn.Module):
-    """A rotary embedding that puts each row of a step at its own position."""
-
-    def __init__(self, rope: Any, *, scope: StepScope):
-        super().__init__()
-        self.rope = rope
-        self._scope = scope
-
-    def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
-        """Rotate ``[1, H, L, Dh]``; rows become a batch of length-1 sequences."""
-        layout = self._scope.layout
-        if layout is None or layout.num_masks == 0:
-            return self.rope(x, offset=offset)
-        rows = x.transpose(2, 1, 0, 3)  # [L, H, 1, Dh]
-        return self.rope(rows, offset=layout.positions + offset).transpose(2, 1, 0, 3)
-
-
-class _HiddenStates(nn.Module):
-    """Stands in for a backbone and hands on the hidden states it is given."""
-
-    def __init__(self, backbone: nn.Module):
-        super().__init__()
-        dict.update(self, backbone)
-        self.__dict__.update(backbone.__dict__)
-
-    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        del args, kwargs
-        return hidden
 
 
 class MTPModel(nn.Module):
@@ -124,13 +70,14 @@ class MTPModel(nn.Module):
         self.config = config
         self.sampler_head: SamplerHead | None = None
         self.speculation: Speculation | None = None  # what the planner knows; see ``tuning``
+        self.packs: bool | None = None  # whether steps can be packed, once ``packing`` has tried
         self._scope = StepScope()
         self._embedding, embedding_path = _find_embedding(base)
         if config is not None:
             assert weights is not None
             self._attach(config, weights, embedding_path)
         self._head = copy.copy(base)
-        self._head.model = _HiddenStates(base.model)
+        self._head.model = HiddenStates(base.model)
         if config is not None:
             self._probe()
 
@@ -186,9 +133,13 @@ class MTPModel(nn.Module):
         return sample
 
     def __call__(
-        self, ids: mx.array, *, cache: MTPCache, layout: StepLayout | None = None
+        self,
+        ids: mx.array,
+        *,
+        cache: MTPCache | PackedCache,
+        layout: StepLayout | PackedLayout | None = None,
     ) -> mx.array:
-        """Run the backbone over one step.
+        """Run the backbone over one step, or over several that are packed.
 
         Args:
             ids: ``[1, L]``; ids of mask rows count mask tokens from 0.
@@ -257,14 +208,22 @@ class MTPModel(nn.Module):
             )
         self._attach_sampler(config, cast, dims)
         self._wrap_linears(config, cast)
-        ropes = _find_ropes(self.base)
-        if not ropes:
+        if not self.wrap_ropes():
             raise ValueError(f"{self.name} ({self.base.model_type}) has no rotary embedding")
-        wrapped: dict[str, nn.Module] = {
-            path: StepRope(rope, scope=self._scope) for path, rope in ropes.items()
-        }
-        wrapped[embedding_path] = MaskEmbedding(self._embedding, masks, scope=self._scope)
-        _replace(self.base, wrapped)
+        embedding = MaskEmbedding(self._embedding, masks, scope=self._scope)
+        _replace(self.base, {embedding_path: embedding})
+
+    def wrap_ropes(self) -> bool:
+        """Let rows stand at positions of their own; what is wrapped already stays so.
+
+        Returns:
+            Whether there is a rotary embedding.
+        """
+        ropes = _find_ropes(self.base)
+        if not any(isinstance(rope, StepRope) for rope in ropes.values()):
+            wrapped = {path: StepRope(rope, scope=self._scope) for path, rope in ropes.items()}
+            _replace(self.base, wrapped)
+        return bool(ropes)
 
     def _attach_sampler(self, config: MTPConfig, weights: dict[str, mx.array], dims: int) -> None:
         """Take the sampler head's tensors out of ``weights``."""

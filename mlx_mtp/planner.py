@@ -16,7 +16,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from mlx_mtp.acceptance import UNKNOWN, Acceptance
-from mlx_mtp.cost_curve import UNMEASURED, CostCurve, LiveCosts
+from mlx_mtp.cost_curve import UNMEASURED, CostCurve, LiveCosts, shared_ms
 from mlx_mtp.decision import LOOKUP, MASK, Decision
 from mlx_mtp.fixed_planner import FIXED_LAYOUTS
 from mlx_mtp.layout import StepLayout
@@ -76,7 +76,8 @@ class Speculation:
         acceptance: how the adapter's drafts hold.
         lookup: how looked-up drafts hold.
         probing: when drafts are tried again where plain decoding wins.
-        rule: the best rule so far.
+        rules: the best rules so far, by how many answers share steps.
+        sharers: how many answers shared the last steps; each pays its part of the rows of all.
         num_steps: steps observed so far.
         may_measure: whether costs may be measured again if steps disprove them.
         num_remeasured: how often that was done.
@@ -86,7 +87,8 @@ class Speculation:
     acceptance: Acceptance
     lookup: LookupAcceptance = field(default_factory=LookupAcceptance)
     probing: Probing = field(default_factory=Probing)
-    rule: Rule | None = None
+    rules: dict[int, Rule] = field(default_factory=dict)
+    sharers: int = 1
     num_steps: int = 0
     may_measure: bool = False
     num_remeasured: int = 0
@@ -99,7 +101,7 @@ class Speculation:
 
     def take_costs(self, curve: CostCurve) -> None:
         """Go on with costs that were measured again; what is known of drafts stays."""
-        self.costs, self.rule = LiveCosts(curve), None
+        self.costs, self.rules = LiveCosts(curve), {}
         self.num_remeasured += 1
 
     def repeatable(self) -> Speculation:
@@ -125,6 +127,7 @@ class AutoPlanner:
         self._lookup = known.lookup.in_text()
         known.probing.waits = False  # the drafts of an answer that ended are gone
         self._rule: Rule | None = None
+        self._sharers = 1
         self._look_at = 0  # the step before which to look for a better rule
 
     def plan(
@@ -178,7 +181,7 @@ class AutoPlanner:
             decision: what ``plan`` said.
             num_accepted: drafts that held, whether they were emitted or not.
             context: ids in the cache before the step.
-            ms: what the step took.
+            ms: what the step took; NaN where other answers' ran with it, which says nothing of one.
             match: as given to ``plan``.
             num_judged: looked-up ids, verified or not, that the emitted ones tell of.
             num_right: how many of these from the first on were emitted.
@@ -186,7 +189,7 @@ class AutoPlanner:
         layout, known = decision.layout, self._known
         drafts, largest = layout.num_draft_tokens, max(layout.mask_counts)
         of_expected = 1.0
-        if layout.num_pending == 1:
+        if layout.num_pending == 1 and not math.isnan(ms):
             of_expected = known.costs.observe(
                 rows=layout.num_rows, largest_group=largest, context=context, ms=ms
             )
@@ -208,19 +211,20 @@ class AutoPlanner:
 
     def _best_rule(self, context: int) -> Rule:
         """The rule for what is known now, looked for every few steps."""
-        known, k = self._known, self.num_draft_tokens
-        if self._rule is not None and known.num_steps < self._look_at:
+        known, k, sharers = self._known, self.num_draft_tokens, self._known.sharers
+        looked = known.num_steps < self._look_at and self._sharers == sharers
+        if self._rule is not None and looked:
             return self._rule
-        self._look_at = known.num_steps + LOOK_STEPS
-        holds, forward = known.acceptance.holds(k), known.costs.forward_ms(context)
-        draft = known.costs.draft_ms(k)
-        rule = known.rule
+        self._look_at, self._sharers = known.num_steps + LOOK_STEPS, sharers
+        holds, draft = known.acceptance.holds(k), known.costs.draft_ms(k)
+        forward = shared_ms(known.costs.forward_ms(context), sharers)
+        rule = known.rules.get(sharers)
         if rule is None or not rule.still_fits(holds, forward, draft):
             start = rule.policy if rule else None
             rounds = MOST_ROUNDS if known.num_steps < LOOK_STEPS else 1
             policy = best_policy(holds, forward, draft, start=start, rounds=rounds)
             rule = Rule(policy, holds, forward, draft)
-        self._rule = known.rule = rule
+        self._rule = known.rules[sharers] = rule
         return rule
 
     def _is_probe(self, rule: Rule, waiting: int, room: int) -> bool:

@@ -22,6 +22,7 @@ from mlx_mtp.apps.server.token_text import TokenTexts
 from mlx_mtp.apps.server.tool_calls import ToolCallReader
 from mlx_mtp.cost_curve import UNMEASURED
 from mlx_mtp.generate import chat_text, generate
+from mlx_mtp.sharing import run_together
 from mlx_mtp.tuning import kept_costs, speculation_for
 
 PROMPTS = ["Say a word about rain.", "One, two, three, four, one, two, three,", "Why?", "abcabcabc"]
@@ -52,7 +53,8 @@ def job(text: str, **more: Any) -> dict[str, Any]:
 
 def run(bench: Bench, values: dict[str, Any]) -> list[dict[str, Any]]:
     """All messages of one job."""
-    return list(answer(prepare(values, bench.model, bench.tokenizer), bench))
+    items = answer(prepare(values, bench.model, bench.tokenizer), bench)
+    return [item for item in items if isinstance(item, dict)]
 
 
 def text_of(messages: list[dict[str, Any]]) -> str:
@@ -72,9 +74,11 @@ class Turns:
 
     def __init__(self, bench: Bench) -> None:
         self.messages: list[dict[str, Any]] = []
+        self.known = speculation_for(bench.model, measure=False)
         self.scheduler = Scheduler(
             prepare=lambda values: prepare(values, bench.model, bench.tokenizer),
             begin=lambda prepared: answer(prepared, bench),
+            run_steps=lambda steps: run_together(steps, self.known),
             send=self.messages.append,
         )
 

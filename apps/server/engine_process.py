@@ -79,6 +79,8 @@ def _load(options: Message, send: Any) -> Any:
     from mlx_mtp.apps.server.session import Bench, answer
     from mlx_mtp.apps.server.token_text import TokenTexts
     from mlx_mtp.cli_options import load_model
+    from mlx_mtp.sharing import run_together
+    from mlx_mtp.tuning import speculation_for
 
     _wire_memory(mx)
     mx.random.seed(int.from_bytes(os.urandom(7), "little"))
@@ -95,6 +97,7 @@ def _load(options: Message, send: Any) -> Any:
     return Scheduler(
         prepare=lambda job: prepare(job, model, tokenizer),
         begin=lambda job: answer(job, bench),
+        run_steps=lambda steps: run_together(steps, speculation_for(model, measure=False)),
         send=send,
         rest=mx.clear_cache,
     )

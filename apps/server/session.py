@@ -1,4 +1,4 @@
-"""One answer, as a generator of messages: a chunk of the prompt or a step at a time."""
+"""One answer, as a generator: messages, and steps that are to be run before it goes on."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from mlx_mtp.decode import StepResult, decode
 from mlx_mtp.generate import TextStream
 from mlx_mtp.model import MTPModel
 from mlx_mtp.stats import GenerationStats, StatsMeter
+from mlx_mtp.step import Step
 from mlx_mtp.tuning import doubt_disproved, speculation_for
 
 
@@ -44,11 +45,12 @@ class Bench:
     lookup: bool = True
 
 
-def answer(job: Prepared, bench: Bench) -> Generator[Message, None, None]:
-    """Answer a job; closing the generator breaks it off.
+def answer(job: Prepared, bench: Bench) -> Generator[Message | Step, None, None]:
+    """Answer a job; closing the generator breaks it off, while no step has run that it handed out.
 
     Yields:
-        ``started``, then ``prefill`` and ``group`` by chunk and step, ``finished`` at the end.
+        ``started``, then ``prefill`` for every chunk of a long prompt, a step and its ``group`` by
+        turns, ``finished`` at the end.  A step that nobody ran, it runs.
     """
     ids = list(job.ids)
     taken = None if job.fresh else bench.prefixes.take(ids)
@@ -89,8 +91,8 @@ def _prefill(ids: list[int], cache: MTPCache, bench: Bench) -> Iterator[int]:
 
 def _decode(
     job: Prepared, ids: list[int], cache: MTPCache, meter: StatsMeter, bench: Bench
-) -> Iterator[Message]:
-    """Run the steps; ``ids`` grows by what they emit."""
+) -> Iterator[Message | Step]:
+    """Hand out the steps and what they emit, by which ``ids`` grows."""
     held = cache.offset
     steps = decode(
         bench.model,
@@ -105,8 +107,10 @@ def _decode(
     )
     text = TextStream(bench.tokenizer.detokenizer, stop=job.stop)
     tools = ToolCallReader(bench.tokenizer, job.tools) if job.tools else None
-    with contextlib.closing(steps):  # type: ignore[type-var]
-        for step in steps:
+    with contextlib.closing(steps):
+        while (planned := steps.planned()) is not None:
+            yield planned
+            step = next(steps)
             ids += step.tokens
             meter.add_step(step.num_draft_tokens, source=step.source)
             message = _group(step, text, meter, bench, job)

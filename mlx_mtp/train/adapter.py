@@ -22,11 +22,11 @@ from mlx_mtp.lora import GatedLoRALinear, linear_dims
 from mlx_mtp.model import (
     MASK_EMBEDDINGS,
     SAMPLER_PREFIX,
-    MaskEmbedding,
     MTPModel,
     fingerprint,
 )
 from mlx_mtp.sampler_head import SamplerHead
+from mlx_mtp.seams import MaskEmbedding
 from mlx_mtp.train.checkpoint import PARAMETERS, read_state, under
 from mlx_mtp.train.settings import TrainSettings
 

@@ -1,0 +1,199 @@
+"""One step of an answer: a forward and what follows from it, alone or together with other answers'.
+
+``Decoder.step`` plans nothing and runs nothing; it makes a ``Step``, and ``run_steps`` runs one or
+several: one forward, one pass of the head or two, and one host sync for all of them.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import cast
+
+import mlx.core as mx
+
+from mlx_mtp.accept import (
+    LogitsProcessor,
+    Sampling,
+    accept_greedy,
+    accept_sampled,
+    process_logits,
+    target_probs,
+)
+from mlx_mtp.cache import MTPCache
+from mlx_mtp.draft import Drafts, draft_tokens
+from mlx_mtp.layout import StepLayout
+from mlx_mtp.model import MTPModel
+from mlx_mtp.packing import packed_forward
+
+HEAD_ROWS = 12  # up to here one pass of the head over all rows costs less than two over some
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A model, the caches of an answer and the way its tokens are drawn."""
+
+    model: MTPModel
+    cache: MTPCache
+    sampling: Sampling
+    processors: list[LogitsProcessor]
+
+    def step(
+        self,
+        pending: list[int],
+        drafts: Drafts,
+        layout: StepLayout,
+        *,
+        context: list[int],
+        key: mx.array,
+    ) -> Step:
+        """Make a step, which ``run_steps`` is to run.
+
+        Args:
+            pending: ids that are not in the cache yet.
+            drafts: the drafts to verify, as many as the layout has.
+            layout: the rows.
+            context: all ids so far, pending ones included.
+            key: random key.
+        """
+        accept_key, draft_key = mx.random.split(key)
+        return Step(self, pending, drafts, layout, context, accept_key, draft_key)
+
+
+@dataclass(eq=False)
+class Step:
+    """A step that runs, or has run.
+
+    Attributes:
+        tokens: emitted ids, accepted drafts then the bonus token; None until it has run.
+        num_accepted: drafts that held.
+        logits: processed logits of ``tokens``, ``[num_accepted + 1, V]``.
+        following: the next drafts.
+        ms: what it took; NaN where other answers' steps ran in the same forward.
+
+    The cache holds all rows then.
+    """
+
+    decoder: Decoder
+    pending: list[int]
+    drafts: Drafts
+    layout: StepLayout
+    context: list[int]
+    accept_key: mx.array
+    draft_key: mx.array
+    tokens: list[int] | None = None
+    num_accepted: int = 0
+    logits: mx.array = field(default_factory=lambda: mx.zeros((0, 0)))
+    following: Drafts = field(default_factory=Drafts.none)
+    ms: float = math.nan
+
+    @property
+    def num_verify(self) -> int:
+        """Rows that are verified: the last pending one and the drafts."""
+        return self.layout.num_draft_tokens + 1
+
+    def rows(self) -> list[int]:
+        """Ids of the forward; those of mask rows count mask tokens from 0."""
+        return [*self.pending, *self.drafts.ids(), *self.layout.mask_offsets.tolist()]
+
+    def accept(self, head: mx.array) -> tuple[mx.array, mx.array]:
+        """Judge the drafts by the logits of the verify rows ``[num_verify, V]``.
+
+        Returns:
+            tokens ``[num_verify]`` and num_accepted.
+        """
+        self.logits = process_logits(
+            head,
+            context=self.context,
+            drafts=self.drafts.ids(),
+            processors=self.decoder.processors,
+        )
+        sampling, drafts = self.decoder.sampling, self.drafts
+        if sampling.greedy:
+            return accept_greedy(self.logits, drafts.tokens)
+        probs = target_probs(self.logits, sampling)
+        return accept_sampled(
+            probs, drafts.tokens, drafts.candidates, drafts.probs, key=self.accept_key
+        )
+
+    def group(self, num_accepted: mx.array) -> mx.array:
+        """Rows of the mask group behind the accepted run, counted from the first verify row."""
+        return self.layout.group_rows[num_accepted] - (self.layout.num_pending - 1)
+
+    def take(self, fetched: list[int]) -> None:
+        """Take num_accepted, tokens and draft ids, now on the host."""
+        self.num_accepted, *ids = fetched
+        self.tokens = ids[: self.num_accepted + 1]
+        self.logits = self.logits[: self.num_accepted + 1]
+        following = replace(self.following, host_ids=ids[self.num_verify :])
+        self.following = following.first(self.layout.mask_counts[self.num_accepted])
+
+
+def run_steps(steps: Sequence[Step]) -> None:
+    """Run steps of one model: accept, and draft from the mask group behind each accepted run.
+
+    Args:
+        steps: one, or one each of several answers, for a model that ``packing.can_pack``.
+    """
+    began = time.perf_counter()
+    model = steps[0].decoder.model
+    hidden = _forward(model, steps)  # each [verify rows + mask rows, D]
+    one_pass = sum(each.shape[0] for each in hidden) <= HEAD_ROWS
+    verified = [rows[: step.num_verify] for step, rows in zip(steps, hidden, strict=True)]
+    heads = _logits(model, hidden if one_pass else verified)
+    judged = [step.accept(head[: step.num_verify]) for step, head in zip(steps, heads, strict=True)]
+    drafting = [at for at, step in enumerate(steps) if step.layout.num_masks]
+    groups = {at: steps[at].group(judged[at][1]) for at in drafting}
+    masks = {at: hidden[at][group] for at, group in groups.items()}  # each [m, D]
+    if one_pass:
+        mask_logits = {at: heads[at][group] for at, group in groups.items()}
+    else:
+        mask_logits = dict(zip(masks, _logits(model, list(masks.values())), strict=True))
+    for at in drafting:
+        step, (tokens, num_accepted) = steps[at], judged[at]
+        step.following = draft_tokens(
+            model,
+            masks[at],
+            mask_logits[at],
+            tokens[num_accepted],
+            sampling=step.decoder.sampling,
+            key=step.draft_key,
+        )
+    _fetch(steps, judged)
+    if len(steps) == 1:
+        steps[0].ms = (time.perf_counter() - began) * 1e3
+
+
+def _forward(model: MTPModel, steps: Sequence[Step]) -> list[mx.array]:
+    """Hidden states of each step from its first verify row on."""
+    rows = [step.rows() for step in steps]
+    if len(steps) == 1:
+        step = steps[0]
+        hidden = [model(mx.array(rows), cache=step.decoder.cache, layout=step.layout)[0]]
+    else:
+        caches = [step.decoder.cache for step in steps]
+        hidden = packed_forward(model, rows, caches, [step.layout for step in steps])
+    return [each[step.layout.num_pending - 1 :] for each, step in zip(hidden, steps, strict=True)]
+
+
+def _logits(model: MTPModel, parts: Sequence[mx.array]) -> list[mx.array]:
+    """Logits of several lots of rows ``[n, D]``, in one pass of the head."""
+    if len(parts) < 2:
+        return [model.logits(part[None])[0] for part in parts]
+    ends = [0]
+    for part in parts:
+        ends.append(ends[-1] + part.shape[0])
+    return mx.split(model.logits(mx.concatenate(parts)[None])[0], ends[1:-1])
+
+
+def _fetch(steps: Sequence[Step], judged: Sequence[tuple[mx.array, mx.array]]) -> None:
+    """The one host sync: num_accepted, tokens and draft ids of each step in one list."""
+    fetched = [
+        mx.concatenate([num_accepted[None], tokens, step.following.tokens])
+        for step, (tokens, num_accepted) in zip(steps, judged, strict=True)
+    ]
+    mx.eval(fetched, [(step.following.candidates, step.following.probs) for step in steps])
+    for step, ids in zip(steps, fetched, strict=True):
+        step.take(cast(list[int], ids.tolist()))
