@@ -17,7 +17,7 @@ import mlx.nn as nn
 from mlx_lm.models import cache as lm_cache
 
 from mlx_mtp.attention_hook import StepAttention, attention_of
-from mlx_mtp.layout import StepScope
+from mlx_mtp.layout import StepLayout, StepScope
 
 WINDOW_SLACK = 256
 
@@ -59,7 +59,7 @@ class LayerCache:
                 num_rows, return_array=return_array, window_size=window_size
             )
         layout = self.scope.layout
-        assert layout is not None and layout.num_rows == num_rows
+        assert isinstance(layout, StepLayout) and layout.num_rows == num_rows
         if window_size is not None:
             return self._window_mask(mx.arange(self.offset), window_size, keep=0)
         return mx.pad(layout.attention, [(0, 0), (self.offset, 0)], constant_values=True)
@@ -84,7 +84,7 @@ class LayerCache:
     def _window_mask(self, held: mx.array, window: int, *, keep: int) -> mx.array:
         """Mask over held rows at the given positions, then the step's own rows."""
         layout = self.scope.layout
-        assert layout is not None
+        assert isinstance(layout, StepLayout)
         rows = self.offset + layout.positions
         positions = mx.concatenate([held, rows])
         near = (rows[:, None] - positions[None] < window) | (positions < keep)

@@ -15,6 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from mlx_mtp.fast_math import softmax, swiglu
+from mlx_mtp.packed_cache import PackedLayerCache, Several
 
 _MLP_NAMES = {"gate_proj", "up_proj", "down_proj"}
 _ATTENTION_NAMES = {"q_proj", "k_proj", "v_proj", "o_proj", "rope"}
@@ -63,7 +64,11 @@ class DenseAttention(nn.Module):
         queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        out = self._attend(queries, keys, values, mask)
+        if isinstance(cache, PackedLayerCache):
+            held: Any = (keys, values, self._biases.of_several(mask))
+            out = cache.attend_each(self._attend, queries, *held)
+        else:
+            out = self._attend(queries, keys, values, mask)
         return self.o_proj(out.transpose(0, 2, 1, 3).reshape(*x.shape[:-1], -1))
 
     def _heads(self, x: mx.array, norm: str | None, heads: int) -> mx.array:
@@ -90,7 +95,7 @@ class MaskBiases:
     """Attention masks as numbers to add; all layers of a forward share a mask and its numbers."""
 
     def __init__(self) -> None:
-        self._last: tuple[Any, mx.array] | None = None
+        self._last: tuple[Any, Any] | None = None
 
     def of(self, mask: Any, scores: mx.array) -> mx.array:
         """0 where a row may see a column, else minus infinity.
@@ -106,9 +111,21 @@ class MaskBiases:
             return self._last[1]
         if mask.dtype != mx.bool_:
             return mask
-        bias = mx.where(mask, 0.0, -mx.inf)
+        bias = _bias(mask)
         self._last = (mask, bias)
         return bias
+
+    def of_several(self, masks: Several) -> Several:
+        """The same for each answer of a packed forward; what is no array stays as it is."""
+        if self._last is None or self._last[0] is not masks:
+            parts = [_bias(part) if isinstance(part, mx.array) else part for part in masks.parts]
+            self._last = (masks, Several(parts))
+        return self._last[1]
+
+
+def _bias(mask: mx.array) -> mx.array:
+    """A bool mask as numbers to add."""
+    return mx.where(mask, 0.0, -mx.inf) if mask.dtype == mx.bool_ else mask
 
 
 def replace_blocks(base: nn.Module) -> None:

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 
@@ -185,7 +185,8 @@ def _logits(model: MTPModel, parts: Sequence[mx.array]) -> list[mx.array]:
     ends = [0]
     for part in parts:
         ends.append(ends[-1] + part.shape[0])
-    return mx.split(model.logits(mx.concatenate(parts)[None])[0], ends[1:-1])
+    head: Any = model.logits(mx.concatenate(list(parts))[None])[0]
+    return mx.split(head, ends[1:-1])
 
 
 def _fetch(steps: Sequence[Step], judged: Sequence[tuple[mx.array, mx.array]]) -> None:

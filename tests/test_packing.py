@@ -8,10 +8,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from scripted import ScriptedModel, UnevenPlanner, mixed
-from tiny import KINDS, tiny_base, tiny_mtp
+from tiny import KINDS, random_adapter, tiny_base, tiny_mtp
 
 from mlx_mtp.accept import Sampling
 from mlx_mtp.decode import Decoding, decode
+from mlx_mtp.dense import to_float32
+from mlx_mtp.dense_blocks import DenseAttention
 from mlx_mtp.layout import PackedLayout, StepLayout, plain_layout, quadratic_layout
 from mlx_mtp.model import MTPModel
 from mlx_mtp.packing import can_pack, packed_forward
@@ -133,6 +135,19 @@ def test_greedy_ids_are_those_of_plain_decoding(kind: str, quantised: bool) -> N
         found, sizes = together(answers(drafted, GREEDY), seed=seed)
         assert found == expected
         assert max(sizes) == 4
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_blocks_for_linux_cpus_part_the_rows_too(kind: str) -> None:
+    base = tiny_base(kind, quantised=True)
+    assert to_float32(base)
+    assert any(isinstance(module, DenseAttention) for module in base.modules())
+    config, weights = random_adapter(base, k=3)
+    model = MTPModel(base, config=config, weights=weights)
+    expected = alone(answers(model, [{"layout": "plain"}] * 4))
+    drafted = ScriptedModel(model, mixed([*PROMPTS[0], *expected[0]], seed=0))
+    for seed in range(3):
+        assert together(answers(drafted, GREEDY), seed=seed)[0] == expected
 
 
 @pytest.mark.slow

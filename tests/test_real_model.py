@@ -15,7 +15,9 @@ from mlx_mtp.decode import decode
 from mlx_mtp.default_model import default_model_path
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.loading import load
+from mlx_mtp.packing import can_pack
 from mlx_mtp.prompts import builtin_prompts
+from mlx_mtp.step import run_steps
 
 pytestmark = pytest.mark.slow
 MAX_TOKENS = 20
@@ -48,6 +50,25 @@ def test_ids_equal_those_of_mlx_lm(ours, stock, prompt):
     for layout in ("plain", "auto", "linear", "quadratic"):
         steps = list(decode(model, ids, max_tokens=MAX_TOKENS, layout=layout))
         assert [token for step in steps for token in step.tokens] == expected, layout
+
+
+def test_answers_that_share_forwards_are_those_alone(ours):
+    model, tokenizer = ours
+    assert can_pack(model)
+    texts = [chat_text(tokenizer, [{"role": "user", "content": each.text}])
+             for each in builtin_prompts()[::20]]  # fmt: skip
+    prompts = [encode_prompt(tokenizer, text, add_special_tokens=False) for text in texts]
+    alone, shared = (
+        [decode(model, ids, max_tokens=MAX_TOKENS, layout=layout) for ids in prompts]
+        for layout in ("plain", "quadratic")
+    )
+    expected = [[token for step in each for token in step.tokens] for each in alone]
+    found: list[list[int]] = [[] for _ in prompts]
+    while going := [at for at, each in enumerate(shared) if each.planned()]:
+        run_steps([step for at in going if (step := shared[at].planned())])
+        for at in going:
+            found[at] += next(shared[at]).tokens
+    assert found == expected
 
 
 def test_the_shipped_adapter_drafts_well(ours):
