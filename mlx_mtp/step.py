@@ -186,7 +186,7 @@ def _logits(model: MTPModel, parts: Sequence[mx.array]) -> list[mx.array]:
     for part in parts:
         ends.append(ends[-1] + part.shape[0])
     head: Any = model.logits(mx.concatenate(list(parts))[None])[0]
-    return mx.split(head, ends[1:-1])
+    return list(mx.split(head, ends[1:-1]))
 
 
 def _fetch(steps: Sequence[Step], judged: Sequence[tuple[mx.array, mx.array]]) -> None:
