@@ -8,12 +8,14 @@ so that no rewind ever needs a row that is gone.  What cannot be rewound is refu
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 from mlx_lm.models import cache as lm_cache
 
 from mlx_mtp.attention_hook import StepAttention, attention_of
@@ -75,6 +77,16 @@ class LayerCache:
 
     def begin_step(self) -> None:
         """Forget what no later row can see."""
+
+    def copied(self) -> LayerCache:
+        """The same rows in a cache that goes its own way; it takes memory once one grows."""
+        other = copy.copy(self)
+        other.inner = copy.copy(self.inner)
+        if not self.inner.empty():
+            held = (self.inner.keys, self.inner.values)
+            rows = tree_map(lambda x: x[..., : self.inner.offset, :], held)
+            other.inner.keys, other.inner.values = rows
+        return other
 
     @property
     def state(self) -> Any:
@@ -222,6 +234,12 @@ class MTPCache:
     def can_rewind(self, num_rows: int) -> bool:
         """Whether every layer can forget that many rows exactly."""
         return all(layer.can_rewind(num_rows) for layer in self.layers)
+
+    def copied(self) -> MTPCache:
+        """The same rows in caches that go their own way."""
+        other = copy.copy(self)
+        other.layers = [layer.copied() for layer in self.layers]
+        return other
 
     @property
     def _awaits_quantisation(self) -> bool:

@@ -303,3 +303,40 @@ def test_a_group_that_does_not_divide_the_heads_is_refused_at_once():
     model = tiny_mtp("llama")  # heads of 8
     with pytest.raises(ValueError, match="kv_group_size 64 does not divide the head size 8"):
         model.make_cache(kv_bits=8, kv_group_size=64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("llama", {}),
+        ("gemma3_text", {}),
+        ("llama", {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}),
+    ],
+)
+def test_a_copy_goes_its_own_way(kind: str, options: dict[str, Any]) -> None:
+    model = tiny_mtp(kind, **({"head_dim": 32} if options else {}))
+    ids = [(7 * at + 3) % 64 for at in range(300)]
+
+    def fresh(rows: list[int]) -> Any:
+        cache = model.make_cache(**options)
+        cache.begin_step()
+        for start in range(0, len(rows), 64):
+            cache.begin_step()
+            mx.eval(model(mx.array([rows[start : start + 64]]), cache=cache))
+        return cache
+
+    def behind(cache: Any, rows: list[int]) -> mx.array:
+        cache.begin_step()
+        return model(mx.array([rows]), cache=cache)
+
+    for count in (1, 255, 256, 300):
+        cache = fresh(ids[:count])
+        copy = cache.copied()
+        cut = min(count - 1, 3)
+        copy.rewind(cut)
+        other = behind(copy, [1, 2, 3, 4])
+        assert mx.allclose(other, behind(fresh(ids[: count - cut]), [1, 2, 3, 4]), atol=1e-4)
+        own = behind(cache, [5, 6])
+        assert mx.allclose(own, behind(fresh(ids[:count]), [5, 6]), atol=1e-4)
+        assert mx.allclose(behind(copy, [9]), behind(fresh([*ids[: count - cut], 1, 2, 3, 4]), [9]),
+                           atol=1e-4)  # fmt: skip

@@ -194,6 +194,25 @@ def test_a_cancelled_answer_leaves_a_whole_cache(bench):
     assert text_of(turns.of(1)) == expected(bench, "y" * 100)
 
 
+def test_what_several_begin_with_is_computed_once(bench):
+    bench = kept(bench)
+    shared = "s" * 60
+    values = [job("") | {"messages": [{"role": "user", "content": shared + tail}]}
+              for tail in ("one, and more of it, and more, and more", "two", "three")]  # fmt: skip
+    first = run(bench, values[0])
+    turns = Turns(bench)
+    for at, each in enumerate(values[1:]):
+        turns.submit(at, each)
+    turns.wait_until_prepared(2)
+    turns.run(2)
+    for at, each in enumerate(values[1:]):
+        assert turns.of(at)[0]["cached_tokens"] >= 60
+        assert text_of(turns.of(at)) == text_of(run(kept(bench, 0), each))
+    again = run(bench, values[0])
+    assert again[0]["cached_tokens"] == again[0]["prompt_tokens"] - 1
+    assert text_of(again) == text_of(first)
+
+
 def test_the_cache_of_beginnings_has_a_bound(bench):
     bench = kept(bench)
     one = run(bench, job(PROMPTS[0]))

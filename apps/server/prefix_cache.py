@@ -1,6 +1,7 @@
 """Caches of finished answers, so that a prompt that begins alike is not computed again.
 
-A cache that an answer takes is taken out: no two answers ever write to one.
+No two answers ever write to one: a cache that an answer takes is taken out, or copied if much of it
+would be lost, such as another branch of a conversation, or another that began with the same words.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from typing import Any
 
 from mlx_mtp.cache import MTPCache
 
+MOST_LOST = 32  # ids that a cache may lose when it is taken; of more a copy is taken
 LEAST_SHARED = 8  # fewer ids are not worth taking a cache away from those who share more
 
 
@@ -50,7 +52,7 @@ class PrefixCache:
         return len(self._entries)
 
     def take(self, ids: list[int]) -> tuple[MTPCache, int] | None:
-        """Take out the cache that shares most with ``ids``, rewound to that.
+        """Take the cache that shares most with ``ids``, or a copy of it, rewound to that.
 
         Returns:
             The cache and how many ids it holds, always fewer than ``ids`` has; None if no cache
@@ -66,8 +68,12 @@ class PrefixCache:
             return None
         shared, entry = best
         self._entries.remove(entry)
-        entry.cache.rewind(entry.cache.offset - shared)
-        return entry.cache, shared
+        cache = entry.cache
+        if cache.offset - shared > MOST_LOST:
+            self._entries.append(entry)
+            cache = cache.copied()
+        cache.rewind(cache.offset - shared)
+        return cache, shared
 
     def put(self, ids: list[int], cache: MTPCache) -> None:
         """Keep a cache that holds the first of ``ids``; the ones used least lately make room."""
