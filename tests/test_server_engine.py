@@ -314,6 +314,24 @@ def test_refusals_and_failures_leave_the_others_alone(bench, monkeypatch):
     assert turns.of(2)[-1]["type"] == "failed"
 
 
+def test_a_forward_that_fails_ends_those_in_it_and_keeps_nothing(bench, monkeypatch):
+    bench = kept(bench)
+    turns = Turns(bench)
+    for at in range(2):
+        turns.submit(at, job(PROMPTS[at], layout="plain"))
+    turns.wait_until_prepared(2)
+    for _ in range(16):
+        turns.scheduler.turn()
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_mtp.step._fetch", lambda *_: 1 / 0)
+        turns.run(2)
+    assert [turns.of(at)[-1]["type"] for at in range(2)] == ["failed", "failed"]
+    assert len(bench.prefixes) == 0
+    turns.submit(2, job("Why?"))
+    turns.run(3)
+    assert text_of(turns.of(2)) == expected(bench, "Why?")
+
+
 @pytest.mark.parametrize("size", [1, 3, 100])
 def test_tool_calls_are_found_however_the_text_is_cut(size):
     text = 'Sum:<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call> ok <tool'
