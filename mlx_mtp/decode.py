@@ -82,8 +82,11 @@ class Decoding(Iterator[StepResult]):
         if step is None:
             raise StopIteration
         self._planned = None
-        if step.tokens is None:
+        if step.tokens is None and step.error is None:
             run_steps([step])
+        if step.error is not None:
+            self.close()
+            raise step.error
         return cast(StepResult, next(self._loop))
 
     def close(self) -> None:

@@ -72,6 +72,7 @@ class Step:
         logits: processed logits of ``tokens``, ``[num_accepted + 1, V]``.
         following: the next drafts.
         ms: what it took; NaN where other answers' steps ran in the same forward.
+        error: what a logits processor raised; then it has no tokens and the answer is at its end.
 
     The cache holds all rows then.
     """
@@ -88,6 +89,8 @@ class Step:
     logits: mx.array = field(default_factory=lambda: mx.zeros((0, 0)))
     following: Drafts = field(default_factory=Drafts.none)
     ms: float = math.nan
+    error: Exception | None = None
+    judged: tuple[mx.array, mx.array] = field(init=False)  # tokens [num_verify], num_accepted
 
     @property
     def num_verify(self) -> int:
@@ -98,12 +101,20 @@ class Step:
         """Ids of the forward; those of mask rows count mask tokens from 0."""
         return [*self.pending, *self.drafts.ids(), *self.layout.mask_offsets.tolist()]
 
-    def accept(self, head: mx.array) -> tuple[mx.array, mx.array]:
+    def judge(self, head: mx.array) -> bool:
         """Judge the drafts by the logits of the verify rows ``[num_verify, V]``.
 
         Returns:
-            tokens ``[num_verify]`` and num_accepted.
+            Whether that went well; else ``error`` says what a logits processor raised.
         """
+        try:
+            self.judged = self._accept(head)
+        except Exception as error:
+            self.error = error
+        return self.error is None
+
+    def _accept(self, head: mx.array) -> tuple[mx.array, mx.array]:
+        """Return tokens ``[num_verify]`` and num_accepted."""
         self.logits = process_logits(
             head,
             context=self.context,
@@ -118,9 +129,22 @@ class Step:
             probs, drafts.tokens, drafts.candidates, drafts.probs, key=self.accept_key
         )
 
-    def group(self, num_accepted: mx.array) -> mx.array:
+    def group(self) -> mx.array:
         """Rows of the mask group behind the accepted run, counted from the first verify row."""
+        _, num_accepted = self.judged
         return self.layout.group_rows[num_accepted] - (self.layout.num_pending - 1)
+
+    def draft(self, hidden: mx.array, logits: mx.array) -> None:
+        """Draft from that group's hidden states ``[m, D]`` and logits ``[m, V]``."""
+        tokens, num_accepted = self.judged
+        self.following = draft_tokens(
+            self.decoder.model,
+            hidden,
+            logits,
+            tokens[num_accepted],
+            sampling=self.decoder.sampling,
+            key=self.draft_key,
+        )
 
     def take(self, fetched: list[int]) -> None:
         """Take num_accepted, tokens and draft ids, now on the host."""
@@ -134,6 +158,8 @@ class Step:
 def run_steps(steps: Sequence[Step]) -> None:
     """Run steps of one model: accept, and draft from the mask group behind each accepted run.
 
+    What one answer's logits processors raise is its step's ``error`` and spares the others.
+
     Args:
         steps: one, or one each of several answers, for a model that ``packing.can_pack``.
     """
@@ -143,25 +169,17 @@ def run_steps(steps: Sequence[Step]) -> None:
     one_pass = sum(each.shape[0] for each in hidden) <= HEAD_ROWS
     verified = [rows[: step.num_verify] for step, rows in zip(steps, hidden, strict=True)]
     heads = _logits(model, hidden if one_pass else verified)
-    judged = [step.accept(head[: step.num_verify]) for step, head in zip(steps, heads, strict=True)]
-    drafting = [at for at, step in enumerate(steps) if step.layout.num_masks]
-    groups = {at: steps[at].group(judged[at][1]) for at in drafting}
-    masks = {at: hidden[at][group] for at, group in groups.items()}  # each [m, D]
+    judged = [at for at, step in enumerate(steps) if step.judge(heads[at][: step.num_verify])]
+    drafting = [at for at in judged if steps[at].layout.num_masks]
+    groups = [steps[at].group() for at in drafting]
+    masks = [hidden[at][group] for at, group in zip(drafting, groups, strict=True)]
     if one_pass:
-        mask_logits = {at: heads[at][group] for at, group in groups.items()}
+        mask_logits = [heads[at][group] for at, group in zip(drafting, groups, strict=True)]
     else:
-        mask_logits = dict(zip(masks, _logits(model, list(masks.values())), strict=True))
-    for at in drafting:
-        step, (tokens, num_accepted) = steps[at], judged[at]
-        step.following = draft_tokens(
-            model,
-            masks[at],
-            mask_logits[at],
-            tokens[num_accepted],
-            sampling=step.decoder.sampling,
-            key=step.draft_key,
-        )
-    _fetch(steps, judged)
+        mask_logits = _logits(model, masks)
+    for at, rows, logits in zip(drafting, masks, mask_logits, strict=True):
+        steps[at].draft(rows, logits)
+    _fetch([steps[at] for at in judged])
     if len(steps) == 1:
         steps[0].ms = (time.perf_counter() - began) * 1e3
 
@@ -189,11 +207,11 @@ def _logits(model: MTPModel, parts: Sequence[mx.array]) -> list[mx.array]:
     return list(mx.split(head, ends[1:-1]))
 
 
-def _fetch(steps: Sequence[Step], judged: Sequence[tuple[mx.array, mx.array]]) -> None:
+def _fetch(steps: Sequence[Step]) -> None:
     """The one host sync: num_accepted, tokens and draft ids of each step in one list."""
     fetched = [
-        mx.concatenate([num_accepted[None], tokens, step.following.tokens])
-        for step, (tokens, num_accepted) in zip(steps, judged, strict=True)
+        mx.concatenate([step.judged[1][None], step.judged[0], step.following.tokens])
+        for step in steps
     ]
     mx.eval(fetched, [(step.following.candidates, step.following.probs) for step in steps])
     for step, ids in zip(steps, fetched, strict=True):

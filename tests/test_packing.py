@@ -189,6 +189,30 @@ def test_processors_and_log_probabilities_stay_with_their_answer() -> None:
         assert close(next(each).logprobs[0], next(other).logprobs[0])
 
 
+def test_a_processor_that_fails_ends_its_own_answer_only() -> None:
+    model = tiny_mtp("llama", k=3)
+
+    def fail(tokens: mx.array, logits: mx.array) -> mx.array:
+        if tokens.size > len(PROMPTS[0]) + 4:
+            raise ValueError("no way on")
+        return logits
+
+    ways: list[dict[str, Any]] = [{"layout": "plain"}] * 3
+    expected = alone(answers(model, ways))
+    bad, *good = answers(model, [{"logits_processors": [fail], "layout": "plain"}, *ways[1:]])
+    for count in range(8):
+        run_steps([step for each in (bad, *good) if (step := each.planned())])
+        if count < 5:
+            next(bad)
+        elif count == 5:
+            with pytest.raises(ValueError, match="no way on"):
+                next(bad)
+            with pytest.raises(StopIteration):
+                next(bad)
+        for each, ids in zip(good, expected[1:], strict=True):
+            assert next(each).tokens == [ids[count]]
+
+
 def test_an_answer_broken_off_before_its_step_leaves_a_whole_cache() -> None:
     model = tiny_mtp("llama")
     cache = model.make_cache()
