@@ -14,7 +14,7 @@ export const SHORTCUTS: [string, string][] = [
   ["Alt + S", "underline the steps, or not"],
   ["Alt + R", "race"],
   ["↑ in an empty box", "edit your last message"],
-  ["↑ ↓ in the list", "another conversation; F2 renames, Delete deletes"],
+  ["↑ ↓ in the list", "another conversation; F2 renames, Delete or ⌫ deletes"],
   ["?", "this list"],
 ];
 
@@ -22,16 +22,51 @@ export const SHORTCUTS: [string, string][] = [
 export function useShortcuts(stop: () => Promise<void>): void {
   useEffect(() => {
     const listen = (event: KeyboardEvent) => {
-      if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
-        if (state.editing.value !== null) state.editing.value = null;
-        else if (state.answering.value) void stop();
-        else if (state.drawer.value) state.drawer.value = false;
+      if (event.key === "Escape" && !document.querySelector("dialog[open], :popover-open")) {
+        onEscape(stop);
       } else if (event.altKey && !event.ctrlKey && !event.metaKey) onAlt(event);
       else if (event.key === "?" && !isTyping(event.target)) state.helping.value = true;
     };
     addEventListener("keydown", listen);
     return () => removeEventListener("keydown", listen);
   }, []);
+}
+
+function onEscape(stop: () => Promise<void>): void {
+  if (state.editing.value !== null) leaveEditing();
+  else if (state.drawer.value) closeDrawer();
+  else if (isPanelInTheWay()) closePanel();
+  else if (state.busy.value) void stop();
+}
+
+/** Close what is open beside, and go back to the message box. */
+export function closePanel(): void {
+  void remember({ panel: "" });
+  focusOn("#composer");
+}
+
+/** Close the list of conversations where it covers the page. */
+export function closeDrawer(): void {
+  state.drawer.value = false;
+  focusOn("#menu");
+}
+
+/** Give up editing a message, and go back to its button. */
+export function leaveEditing(): void {
+  const id = state.editing.value;
+  state.editing.value = null;
+  requestAnimationFrame(() => focusOn(`#message-${id} .edit`));
+}
+
+function isPanelInTheWay(): boolean {
+  const panel = document.querySelector(".panel");
+  if (!panel) return false;
+  return panel.contains(document.activeElement) || getComputedStyle(panel).position === "fixed";
+}
+
+/** Whether a key belongs to the making of a letter; Safari tells that of its last Enter by 229 alone. */
+export function isComposing(event: KeyboardEvent): boolean {
+  return event.isComposing || event.keyCode === 229;
 }
 
 // The code of the key, for Alt makes other letters on a Mac.
