@@ -16,6 +16,9 @@ import "./styles/dialogs.css";
 import "./styles/narrow.css";
 import "./styles/print.css";
 
+/** Where a panel covers the conversation, as styles/narrow.css has it; there none is open at first. */
+const covers = matchMedia("(max-width: 70rem)");
+
 /** Take the token out of the address, where it would be seen, and exchange it for a cookie. */
 async function enter(): Promise<void> {
   const token = new URLSearchParams(location.hash.slice(1)).get("token");
@@ -42,7 +45,7 @@ async function start(): Promise<void> {
   void followEngine();
   await attempt(async () => {
     const kept = await ask<Partial<state.Settings>>("GET", "/settings");
-    state.settings.value = { ...state.FIRST_SETTINGS, ...kept };
+    state.settings.value = { ...state.FIRST_SETTINGS, ...kept, ...(covers.matches && { panel: "" }) };
     if (!wanted) newConversation();
     await listConversations();
   });

@@ -62,7 +62,7 @@ function ModelButton() {
       onClick={() => toggle("model")}
     >
       <span class="model-name">{state.modelName.value || "no model"}</span>
-      {word && <span class="muted"> {word}</span>}
+      {word && <span class="muted">{word}</span>}
     </button>
   );
 }
