@@ -5,6 +5,7 @@ import { ask, openSession } from "./api";
 import { followEngine } from "./engine";
 import { App } from "./parts/App";
 import * as state from "./state";
+import { isPhone, panelCovers } from "./widths";
 import "./styles/tokens.css";
 import "./styles/layout.css";
 import "./styles/controls.css";
@@ -15,9 +16,6 @@ import "./styles/panels.css";
 import "./styles/dialogs.css";
 import "./styles/narrow.css";
 import "./styles/print.css";
-
-/** Where a panel covers the conversation, as styles/narrow.css has it; there none is open at first. */
-const covers = matchMedia("(max-width: 70rem)");
 
 /** Take the token out of the address, where it would be seen, and exchange it for a cookie. */
 async function enter(): Promise<void> {
@@ -45,12 +43,14 @@ async function start(): Promise<void> {
   void followEngine();
   await attempt(async () => {
     const kept = await ask<Partial<state.Settings>>("GET", "/settings");
-    state.settings.value = { ...state.FIRST_SETTINGS, ...kept, ...(covers.matches && { panel: "" }) };
+    state.settings.value = { ...state.FIRST_SETTINGS, ...kept };
+    if (panelCovers.matches) state.settings.value = { ...state.settings.value, panel: "" };
     if (!wanted) newConversation();
     await listConversations();
   });
   if (wanted && !(await attempt(() => openConversation(wanted)))) newConversation();
   addEventListener("popstate", followAddress);
+  isPhone.addEventListener("change", () => (state.drawer.value = false));
 }
 
 void start();

@@ -26,7 +26,7 @@ export function App() {
       </a>
       <Sidebar />
       <div class="backdrop" onClick={closeDrawer} />
-      <main>
+      <main inert={state.drawer.value}>
         <Header />
         {state.gone.value && (
           <p class="gone" role="alert">

@@ -1,5 +1,6 @@
 import { copyMarkdown, download, newConversation, remember } from "../actions";
 import * as state from "../state";
+import { panelCovers } from "../widths";
 import { focusOn } from "./shortcuts";
 
 const WORDS = {
@@ -112,5 +113,7 @@ function Export({ id }: { id: number }) {
 }
 
 function toggle(panel: state.Panel): void {
-  void remember({ panel: state.settings.value.panel === panel ? "" : panel });
+  const opens = state.settings.value.panel !== panel;
+  void remember({ panel: opens ? panel : "" });
+  if (opens && panelCovers.matches) focusOn(".panel button");
 }

@@ -1,7 +1,8 @@
 import { useEffect } from "preact/hooks";
 
-import { newConversation, remember } from "../actions";
+import { newConversation, remember, say } from "../actions";
 import * as state from "../state";
+import { isPhone, panelCovers } from "../widths";
 
 /** Keys that work everywhere on the page. */
 export const SHORTCUTS: [string, string][] = [
@@ -22,9 +23,9 @@ export const SHORTCUTS: [string, string][] = [
 export function useShortcuts(stop: () => Promise<void>): void {
   useEffect(() => {
     const listen = (event: KeyboardEvent) => {
-      if (event.key === "Escape" && !document.querySelector("dialog[open], :popover-open")) {
-        onEscape(stop);
-      } else if (event.altKey && !event.ctrlKey && !event.metaKey) onAlt(event);
+      if (document.querySelector("dialog[open], :popover-open")) return;
+      if (event.key === "Escape") onEscape(stop);
+      else if (event.altKey && !event.ctrlKey && !event.metaKey) onAlt(event);
       else if (event.key === "?" && !isTyping(event.target)) state.helping.value = true;
     };
     addEventListener("keydown", listen);
@@ -35,8 +36,8 @@ export function useShortcuts(stop: () => Promise<void>): void {
 function onEscape(stop: () => Promise<void>): void {
   if (state.editing.value !== null) leaveEditing();
   else if (state.drawer.value) closeDrawer();
-  else if (isPanelInTheWay()) closePanel();
   else if (state.busy.value) void stop();
+  else if (isPanelInTheWay()) closePanel();
 }
 
 /** Close what is open beside, and go back to the message box. */
@@ -60,8 +61,7 @@ export function leaveEditing(): void {
 
 function isPanelInTheWay(): boolean {
   const panel = document.querySelector(".panel");
-  if (!panel) return false;
-  return panel.contains(document.activeElement) || getComputedStyle(panel).position === "fixed";
+  return !!panel && (panelCovers.matches || panel.contains(document.activeElement));
 }
 
 /** Whether a key belongs to the making of a letter; Safari tells that of its last Enter by 229 alone. */
@@ -77,11 +77,15 @@ function onAlt(event: KeyboardEvent): void {
       focusOn("#composer");
     },
     KeyF: () => {
-      state.drawer.value = true;
+      state.drawer.value = isPhone.matches;
       focusOn("#search");
     },
     KeyM: () => focusOn("#composer"),
-    KeyS: () => void remember({ marks: !state.settings.value.marks }),
+    KeyS: () => {
+      const marks = !state.settings.value.marks;
+      void remember({ marks });
+      say(marks ? "Steps are underlined" : "Steps are not underlined");
+    },
     KeyR: () => (state.racing.value = true),
   }[event.code];
   if (!action) return;
