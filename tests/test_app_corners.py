@@ -1,4 +1,4 @@
-"""The page in a real browser where input is large or odd, the focus may get lost, or others fail."""
+"""The page in a real browser where input is large or odd, or the focus, engine or server lost."""
 
 from __future__ import annotations
 
@@ -20,6 +20,17 @@ WIDE = "| " + " | ".join("column" * 4 for _ in range(8)) + " |\n|" + "---|" * 8 
 ARABIC = "مرحبا بالعالم"
 ENTER = """(init) => document.activeElement.dispatchEvent(new KeyboardEvent("keydown",
     {key: "Enter", bubbles: true, cancelable: true, ...init}))"""
+CUTTABLE = """
+    const [ask, cut] = [window.fetch, new AbortController()];
+    window.cut = () => cut.abort();
+    window.fetch = (url, init) => ask(url, String(url).includes("/answers/") && !cut.signal.aborted
+        ? {...init, signal: cut.signal} : init);
+"""
+RIGHT_ENDS = """(paragraph) => {
+    const text = document.createRange();
+    text.selectNodeContents(paragraph);
+    return [text, paragraph].map((each) => each.getBoundingClientRect().right);
+}"""
 DROP = """(text) => {
     const held = new DataTransfer();
     held.items.add(new File([text], "some.json", {type: "application/json"}));
@@ -116,10 +127,30 @@ def test_a_server_that_is_gone_is_told_of_until_it_is_back(browser, app: AppHost
     context.close()
 
 
-def test_an_engine_that_dies_leaves_what_came_and_starts_anew(page: Page):
+def test_an_answer_goes_on_when_the_connection_is_back(browser, app: AppHost):
+    context = browser.new_context()
+    context.add_init_script(CUTTABLE)
+    page = context.new_page()
+    page.goto(app.address)
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_enabled()
+    send(page, "slow")
+    expect(answers(page)).to_contain_text("slowslow")
+    page.route("**/app/api/**", lambda route: route.abort())
+    page.evaluate("cut()")
+    expect(answers(page)).to_contain_text("The connection broke off")
+    expect(page.get_by_role("alert")).to_be_visible()
+    page.unroute("**/app/api/**")
+    expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(answers(page)).to_contain_text("stopped")
+    context.close()
+
+
+def test_an_engine_that_dies_leaves_what_came_and_starts_anew(page: Page, app: AppHost):
     send(page, "die")
     expect(answers(page)).to_contain_text("the engine died")
     expect(answers(page)).to_contain_text("last words")
+    app.wait_for("ok")
     expect(page.get_by_role("button", name="Send", exact=True)).to_be_enabled()
     send(page, "and on")
     finished(page, 2)
@@ -159,31 +190,30 @@ def test_wide_tables_scroll_tasks_have_boxes_and_arabic_begins_at_the_right(page
     table = answers(page).locator(".table")
     assert table.evaluate("box => box.scrollWidth > box.clientWidth")
     expect(answers(page).locator("li")).to_have_text("☑ done")
-    ends = answers(page).locator("p").last.evaluate(
-        """paragraph => {
-            const range = document.createRange();
-            range.selectNodeContents(paragraph);
-            return [range, paragraph].map((each) => each.getBoundingClientRect().right);
-        }"""
-    )
-    assert ends[0] == pytest.approx(ends[1], abs=2)
+    text, whole = answers(page).locator("p").last.evaluate(RIGHT_ENDS)
+    assert text == pytest.approx(whole, abs=2)
 
 
 def test_a_conversation_opens_at_its_end_and_back_leads_to_the_last_one(page: Page, app: AppHost):
     numbers = [imported(app, title, pairs=100) for title in ("older", "newer")]
     page.reload()
-    ended = "document.querySelector('.thread').scrollHeight - document.querySelector('.thread').scrollTop"
-    for number in numbers:
+    thread = page.locator(".thread")
+
+    def is_at_end() -> bool:
+        return thread.evaluate("box => box.scrollHeight - box.scrollTop - box.clientHeight") < 80
+
+    for number, title in zip(numbers, ("older", "newer"), strict=True):
         page.locator(f'[data-conversation="{number}"]').click()
-        until(page, lambda: page.evaluate(ended) < 900)
+        expect(page.locator("header h1")).to_have_text(title)
+        until(page, is_at_end)
         expect(page.get_by_role("button", name="Go to the end")).to_have_count(0)
-        page.locator(".thread").evaluate("box => box.scrollTo(0, 0)")
+        thread.evaluate("box => box.scrollTo(0, 0)")
         expect(page.get_by_role("button", name="Go to the end")).to_be_visible()
     page.go_back()
     expect(page.locator("header h1")).to_have_text("older")
-    page.locator(".thread").evaluate("box => box.scrollTo(0, 0)")
+    thread.evaluate("box => box.scrollTo(0, 0)")
     page.get_by_role("button", name="Go to the end").click()
-    until(page, lambda: page.evaluate(ended) < 900)
+    until(page, is_at_end)
 
 
 def test_a_phone_sees_the_conversation_first_below_two_rows(browser, app: AppHost):

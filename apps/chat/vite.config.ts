@@ -7,7 +7,7 @@ export default defineConfig({
   build: {
     target: "es2022",
     // The first that know light-dark(), which would else be taken apart.
-    cssTarget: ["chrome123", "safari17.5", "firefox120"],
+    cssTarget: ["chrome123", "safari17.5", "firefox127"],
     outDir: "dist",
     emptyOutDir: true,
     modulePreload: { polyfill: false },

@@ -1,11 +1,12 @@
 /** Follows how the engine stands, and loads other models. */
 
-import { attempt, say } from "./actions";
+import { attempt, openConversation, say } from "./actions";
 import { ApiError, ask } from "./api";
 import * as state from "./state";
 import type { EngineState, Facts } from "./types";
 
 const RESTING_MS = 5000;
+const GONE_MS = 1000;
 const LOADING_MS = 400;
 let timer = 0;
 
@@ -15,7 +16,7 @@ export async function followEngine(): Promise<void> {
   const before = state.engine.value;
   await attempt(async () => {
     const now = await ask<EngineState>("GET", "/state").catch(noteSilence);
-    state.gone.value = false;
+    if (state.gone.value) await comeBack();
     if (JSON.stringify(now) !== JSON.stringify(before)) state.engine.value = now;
     if (now.state === "ok" && (before?.state !== "ok" || !state.facts.value)) {
       state.facts.value = await ask<Facts>("GET", "/facts");
@@ -23,8 +24,19 @@ export async function followEngine(): Promise<void> {
     if (before && now.error && now.error !== before.error) say(now.error, true);
   });
   if (state.locked.value) return;
-  const resting = state.gone.value || state.engine.value?.state === "ok";
-  timer = window.setTimeout(() => void followEngine(), resting ? RESTING_MS : LOADING_MS);
+  timer = window.setTimeout(() => void followEngine(), pause());
+}
+
+function pause(): number {
+  if (state.gone.value) return GONE_MS;
+  return state.engine.value?.state === "ok" ? RESTING_MS : LOADING_MS;
+}
+
+/** The server answers again, and an answer may have gone on meanwhile. */
+async function comeBack(): Promise<void> {
+  state.gone.value = false;
+  const shown = state.conversation.value;
+  if (shown && state.editing.value === null) await openConversation(shown.id);
 }
 
 function noteSilence(error: unknown): never {
