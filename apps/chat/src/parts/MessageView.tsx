@@ -28,7 +28,11 @@ export function MessageView({ message, versions }: { message: Message; versions:
   const mine = message.role === "user";
   if (mine && state.editing.value === message.id) return <Editor message={message} />;
   return (
-    <article id={`message-${message.id}`} class={`message ${message.role}`} aria-label={mine ? "You" : "Assistant"}>
+    <article
+      id={`message-${message.id}`}
+      class={`message ${message.role}`}
+      aria-label={mine ? "You" : "Assistant"}
+    >
       <Body message={message} listed={listed} />
       {message.state === "streaming" ? (
         <footer>
@@ -160,7 +164,8 @@ function Turn({ to, name, sign }: { to: number | undefined; name: string; sign: 
     // The other version is another article; the last one has nowhere further to turn to.
     requestAnimationFrame(() => {
       const buttons = `#message-${to} .versions button:enabled`;
-      focusOn(document.querySelector(`${buttons}[aria-label="${name}"]`) ? `${buttons}[aria-label="${name}"]` : buttons);
+      const same = `${buttons}[aria-label="${name}"]`;
+      focusOn(document.querySelector(same) ? same : buttons);
     });
   };
   return (
