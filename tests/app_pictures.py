@@ -27,6 +27,7 @@ def take(page: Page, folder: Path) -> None:
     box.press("Enter")
     expect(page.locator(".message .facts")).to_contain_text("a second")
     box.focus()
+    page.mouse.move(640, 650)  # away from what lights up below it
     page.get_by_label("Colours").select_option("light")
     page.screenshot(path=folder / "app-light.png")
     page.get_by_label("Colours").select_option("dark")

@@ -13,6 +13,9 @@ from mlx_mtp.blas import preload_openblas  # noqa: E402
 preload_openblas()
 
 import mlx.core as mx  # noqa: E402
+import pytest  # noqa: E402
+
+pytest.register_assert_rewrite("app_page")  # tests import it before pytest takes its fixtures
 
 if sys.platform.startswith("linux") and mx.default_device().type != mx.cpu:
     mx.set_default_device(mx.Device(mx.cpu))

@@ -6,21 +6,13 @@ import re
 
 import pytest
 from app_host import AppHost
-from app_page import (  # noqa: F401
-    CODE,
-    answers,
-    app_fixture,
-    browser_fixture,
-    finished,
-    page_fixture,
-    send,
-    until,
-)
+from app_page import CODE, answers, finished, send, until
 
 pytest.importorskip("playwright")
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import Page, expect  # noqa: E402
 
+pytest_plugins = "app_page"
 pytestmark = pytest.mark.slow
 
 
@@ -80,7 +72,7 @@ def test_axe_finds_nothing_serious(page: Page, theme):
     for name in ("Settings", "Steps"):
         page.get_by_role("button", name=name, exact=True).first.click()
         found += _serious(page)
-    answers(page).get_by_role("button", name="Steps").click()
+    answers(page).get_by_role("button", name="Step by step").click()
     found += _serious(page)
     page.get_by_role("button", name="Race").click()
     found += _serious(page)

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 from app_host import AppHost
-from app_page import app_fixture, browser_fixture  # noqa: F401
 from browser import SEEN, Watch
 from xss_strings import xss_strings
 
 pytest.importorskip("playwright")
 from playwright.sync_api import expect  # noqa: E402
 
+pytest_plugins = "app_page"
 pytestmark = pytest.mark.slow
 
 TOGETHER = 40

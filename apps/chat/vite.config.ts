@@ -6,6 +6,8 @@ export default defineConfig({
   oxc: { jsx: { runtime: "automatic", importSource: "preact" } },
   build: {
     target: "es2022",
+    // The first that know light-dark(), which would else be taken apart.
+    cssTarget: ["chrome123", "safari17.5", "firefox127"],
     outDir: "dist",
     emptyOutDir: true,
     modulePreload: { polyfill: false },

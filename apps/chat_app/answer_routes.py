@@ -117,6 +117,7 @@ def _add(
 
 def _title(text: str) -> str:
     words = " ".join(text.split())
+    words = words.lstrip("#>*-` ") or words  # Markdown's marks say nothing in a list
     return words if len(words) <= _MOST_TITLE else words[: _MOST_TITLE - 1].rstrip() + "…"
 
 

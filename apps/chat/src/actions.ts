@@ -2,7 +2,7 @@
 
 import { batch } from "@preact/signals";
 
-import { ApiError, address, ask, upload } from "./api";
+import { ApiError, address, ask, askText, upload } from "./api";
 import { watchAnswer } from "./answers";
 import * as state from "./state";
 import { newestLeaf } from "./tree";
@@ -19,7 +19,7 @@ export async function attempt(work: () => Promise<unknown>): Promise<boolean> {
     return true;
   } catch (error) {
     if (error instanceof ApiError && error.status === 401) state.locked.value = true;
-    else say(error instanceof Error ? error.message : String(error), true);
+    else if (!state.gone.value) say(error instanceof Error ? error.message : String(error), true);
     return false;
   }
 }
@@ -47,7 +47,7 @@ export async function openConversation(id: number): Promise<void> {
     state.editing.value = null;
     state.drawer.value = false;
   });
-  history.replaceState(null, "", `#c=${id}`);
+  goTo(`#c=${id}`);
   for (const message of messages) if (message.state === "streaming") void watchAnswer(message.id);
 }
 
@@ -60,7 +60,12 @@ export function newConversation(): void {
     state.drawer.value = false;
     state.draft.value = structuredClone(state.settings.value.defaults);
   });
-  history.replaceState(null, "", "#");
+  goTo("#");
+}
+
+/** Put what is shown into the address, where the browser's Back finds it again. */
+function goTo(hash: string): void {
+  if ((location.hash || "#") !== hash) history.pushState(null, "", hash);
 }
 
 /** Send a message behind the branch that is shown, or behind ``parent``. */
@@ -145,6 +150,25 @@ export function download(id: number | null, format: "json" | "markdown"): void {
   link.href = address(id === null ? "/export" : `/conversations/${id}/export?format=${format}`);
   link.download = "";
   link.click();
+}
+
+/** Put text on the clipboard. */
+export async function copy(text: string): Promise<void> {
+  await attempt(async () => {
+    await navigator.clipboard.writeText(text);
+    say("Copied");
+  });
+}
+
+/** Put a conversation as Markdown on the clipboard. */
+export async function copyMarkdown(id: number): Promise<void> {
+  await attempt(async () => {
+    // A promise, for Safari forgets the click while one waits for what is to be copied.
+    const whole = askText(`/conversations/${id}/export?format=markdown`);
+    const blob = whole.then((text) => new Blob([text], { type: "text/plain" }));
+    await navigator.clipboard.write([new ClipboardItem({ "text/plain": blob })]);
+    say("Copied");
+  });
 }
 
 /** Add conversations from a file. */

@@ -1,6 +1,6 @@
 /** Follows answers while they are made. */
 
-import { events } from "./api";
+import { ApiError, events } from "./api";
 import { Announcer } from "./announce";
 import * as state from "./state";
 import type { AnswerEvent, Group, Message } from "./types";
@@ -47,7 +47,9 @@ export async function watchAnswer(id: number): Promise<void> {
       }
     }
   } catch (error) {
-    update(id, { state: "interrupted", stats: { error: String((error as Error).message) } });
+    const broken = "The connection broke off; what came until then is here.";
+    const text = error instanceof ApiError && error.status ? error.message : broken;
+    update(id, { state: "interrupted", stats: { error: text } });
   } finally {
     clearTimeout(timer);
     followed.delete(id);

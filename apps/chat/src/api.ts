@@ -49,6 +49,11 @@ export function openSession(token: string): Promise<void> {
   return ask("POST", "/session", { token });
 }
 
+/** Ask for text. */
+export async function askText(path: string): Promise<string> {
+  return (await send("GET", path)).text();
+}
+
 /** Where something can be downloaded. */
 export function address(path: string): string {
   return PREFIX + path;

@@ -1,11 +1,12 @@
 /** Follows how the engine stands, and loads other models. */
 
-import { attempt, say } from "./actions";
-import { ask } from "./api";
+import { attempt, openConversation, say } from "./actions";
+import { ApiError, ask } from "./api";
 import * as state from "./state";
 import type { EngineState, Facts } from "./types";
 
 const RESTING_MS = 5000;
+const GONE_MS = 1000;
 const LOADING_MS = 400;
 let timer = 0;
 
@@ -14,7 +15,8 @@ export async function followEngine(): Promise<void> {
   clearTimeout(timer);
   const before = state.engine.value;
   await attempt(async () => {
-    const now = await ask<EngineState>("GET", "/state");
+    const now = await ask<EngineState>("GET", "/state").catch(noteSilence);
+    if (state.gone.value) await comeBack();
     if (JSON.stringify(now) !== JSON.stringify(before)) state.engine.value = now;
     if (now.state === "ok" && (before?.state !== "ok" || !state.facts.value)) {
       state.facts.value = await ask<Facts>("GET", "/facts");
@@ -22,8 +24,24 @@ export async function followEngine(): Promise<void> {
     if (before && now.error && now.error !== before.error) say(now.error, true);
   });
   if (state.locked.value) return;
-  const resting = state.engine.value?.state === "ok";
-  timer = window.setTimeout(() => void followEngine(), resting ? RESTING_MS : LOADING_MS);
+  timer = window.setTimeout(() => void followEngine(), pause());
+}
+
+function pause(): number {
+  if (state.gone.value) return GONE_MS;
+  return state.engine.value?.state === "ok" ? RESTING_MS : LOADING_MS;
+}
+
+/** The server answers again, and an answer may have gone on meanwhile. */
+async function comeBack(): Promise<void> {
+  state.gone.value = false;
+  const shown = state.conversation.value;
+  if (shown && state.editing.value === null) await openConversation(shown.id);
+}
+
+function noteSilence(error: unknown): never {
+  state.gone.value = error instanceof ApiError && error.status === 0;
+  throw error;
 }
 
 /** What could be loaded without a download. */
@@ -31,13 +49,19 @@ export function localModels(): Promise<{ models: string[]; adapters: string[] }>
   return ask("GET", "/models");
 }
 
-/** Load another model; null is the embedded one, and the model's own adapter. */
-export async function chooseModel(name: string | null, adapter: string | null): Promise<boolean> {
-  const done = await attempt(async () => {
+/** Load another model; null is the embedded one, and the model's own adapter.  Returns why not, or "". */
+export async function chooseModel(name: string | null, adapter: string | null): Promise<string> {
+  let failure = "";
+  await attempt(async () => {
     const body = { model: name, adapter_path: adapter };
-    state.facts.value = null;
-    state.engine.value = await ask<EngineState>("POST", "/model", body);
+    try {
+      state.engine.value = await ask<EngineState>("POST", "/model", body);
+      state.facts.value = null;
+    } catch (error) {
+      if (!(error instanceof ApiError) || error.status === 401) throw error;
+      failure = error.message;
+    }
   });
   await followEngine();
-  return done;
+  return failure;
 }

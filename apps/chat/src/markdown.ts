@@ -38,6 +38,18 @@ markdown.renderer.rules.fence = (tokens, index) => {
 };
 markdown.renderer.rules.code_block = (tokens, index) => codeBlock(tokens[index]!.content, "");
 
+// Boxes of a list of tasks are letters: a control that does nothing would mislead.
+markdown.core.ruler.push("tasks", ({ tokens }) => {
+  tokens.forEach((token, at) => {
+    const item = tokens[at - 2];
+    const box = /^\[([ xX])\] /.exec(token.content)?.[1];
+    const first = token.children?.[0];
+    if (token.type !== "inline" || item?.type !== "list_item_open" || !box || !first) return;
+    first.content = (box === " " ? "☐" : "☑") + first.content.slice(3);
+    item.attrSet("class", "task");
+  });
+});
+
 // Headings of an answer stand below those of the page.
 for (const rule of ["heading_open", "heading_close"] as const) {
   markdown.renderer.rules[rule] = (tokens, index, options, _env, self) => {

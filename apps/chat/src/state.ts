@@ -2,7 +2,7 @@
 
 import { computed, signal } from "@preact/signals";
 
-import { branch } from "./tree";
+import { branch, siblings } from "./tree";
 import type {
   Conversation,
   EngineState,
@@ -34,6 +34,8 @@ export const FIRST_SETTINGS: Settings = {
 };
 
 export const locked = signal(false);
+/** Whether the server has stopped answering. */
+export const gone = signal(false);
 export const settings = signal<Settings>(FIRST_SETTINGS);
 export const engine = signal<EngineState | null>(null);
 export const facts = signal<Facts | null>(null);
@@ -63,9 +65,15 @@ export const spoken = signal("");
 export const waiting = signal("");
 
 export const shown = computed(() => branch(messages.value, conversation.value?.leaf ?? null));
+/** Messages that stand in the same place, oldest first, by the message before them. */
+export const versions = computed(() => siblings(messages.value));
 export const answering = computed(() => shown.value.find((each) => each.state === "streaming"));
+/** Whether an answer is being made; unlike it, this changes twice and not with every step. */
+export const busy = computed(() => answering.value !== undefined);
 export const model = computed<ModelInfo | null>(() => engine.value?.model ?? null);
-export const ready = computed(() => engine.value?.state === "ok");
+export const ready = computed(() => engine.value?.state === "ok" && !gone.value);
+/** The model's name without who published it or where it lies. */
+export const modelName = computed(() => model.value?.name.split(/[\\/]/).filter(Boolean).at(-1) ?? "");
 
 /** Options that apply to the next answer. */
 export const options = computed<Options>(

@@ -16,11 +16,15 @@ export function branch(messages: Messages, leaf: number | null): Message[] {
   return path.reverse();
 }
 
-/** Messages that stand in the same place, itself among them, oldest first. */
-export function siblings(messages: Messages, message: Message): Message[] {
-  return [...messages.values()].filter(
-    (each) => each.parent === message.parent && each.role === message.role,
-  );
+/** Numbers of the messages behind each message, oldest first; behind null those that begin. */
+export function siblings(messages: Messages): Map<number | null, number[]> {
+  const found = new Map<number | null, number[]>();
+  for (const { id, parent } of messages.values()) {
+    const others = found.get(parent);
+    if (others) others.push(id);
+    else found.set(parent, [id]);
+  }
+  return found;
 }
 
 /** The leaf that is reached from a message by always taking the newest answer. */

@@ -50,7 +50,7 @@ function fromSteps(summary: StepSummary, costs: Costs, options: Options): string
   const ratio = costRatio(costs, rows);
   if (ratio !== null && rows > 1) {
     found.push(
-      `Verifying ${counted(rows - 1, "draft")} takes about ${ratio.toFixed(2)} times a plain step here, masks not counted.`,
+      `Verifying ${counted(rows - 1, "draft")} takes ${timesAs(ratio)} a plain step here, masks not counted.`,
     );
   }
   return found;
@@ -63,7 +63,7 @@ function fromCosts(facts: Facts): string[] {
   const found: string[] = [];
   for (const rows of [4, 8]) {
     const ratio = costRatio(facts.costs, rows);
-    if (ratio !== null) found.push(`A step of ${rows} rows takes ${ratio.toFixed(2)} times one of 1 row.`);
+    if (ratio !== null) found.push(`A step of ${rows} rows takes ${timesAs(ratio)} one of 1 row.`);
   }
   if (plain > 0 && drafting > 0) {
     found.push(`Drafting adds up to ${drafting.toFixed(1)} ms to a step, a plain one takes ${plain.toFixed(1)} ms.`);
@@ -80,6 +80,11 @@ export function costRatio(costs: Costs, rows: number): number | null {
   const [low, high] = [costs.rows[at - 1]!, costs.rows[at]!];
   const share = (rows - low) / (high - low);
   return (times[at - 1]! + share * (times[at]! - times[at - 1]!)) / times[0];
+}
+
+// A measured curve may dip below one row; nobody believes that more work takes less time.
+function timesAs(ratio: number): string {
+  return ratio > 1 ? `about ${ratio.toFixed(2)} times` : "no longer than";
 }
 
 export function percent(share: number): string {

@@ -1,6 +1,6 @@
 import { useSignalEffect } from "@preact/signals";
 
-import { stop } from "../actions";
+import { stop, takeIn } from "../actions";
 import * as state from "../state";
 import { Composer } from "./Composer";
 import { Header } from "./Header";
@@ -9,12 +9,15 @@ import { Panel } from "./Panel";
 import { Race } from "./Race";
 import { Sidebar } from "./Sidebar";
 import { Thread } from "./Thread";
-import { useShortcuts } from "./shortcuts";
+import { closeDrawer, useShortcuts } from "./shortcuts";
+import { useDrop } from "./drop";
 
 /** The whole page. */
 export function App() {
   useTheme();
+  useTitle();
   useShortcuts(stop);
+  const dropping = useDrop(takeIn);
   if (state.locked.value) return <Locked />;
   return (
     <div class={`page ${state.drawer.value ? "with-drawer" : ""}`}>
@@ -22,8 +25,15 @@ export function App() {
         Skip to the message box
       </a>
       <Sidebar />
-      <main>
+      <div class="backdrop" onClick={closeDrawer} />
+      <main inert={state.drawer.value}>
         <Header />
+        {state.gone.value && (
+          <p class="gone" role="alert">
+            mlx-mtp app does not answer. If it has ended, start it again and open the address that it prints;
+            what was said is kept.
+          </p>
+        )}
         <Thread />
         <Composer />
       </main>
@@ -31,6 +41,7 @@ export function App() {
       {state.racing.value && <Race />}
       {state.helping.value && <Help />}
       <Notice />
+      {dropping && <p class="drop">Drop an exported JSON file here to import it</p>}
       <p class="unseen" aria-live="polite" role="log">
         {state.spoken.value}
       </p>
@@ -62,5 +73,12 @@ function Locked() {
 function useTheme() {
   useSignalEffect(() => {
     document.documentElement.dataset.theme = state.settings.value.theme;
+  });
+}
+
+function useTitle() {
+  useSignalEffect(() => {
+    const title = state.conversation.value?.title;
+    document.title = title ? `${title} - mlx-mtp` : "mlx-mtp";
   });
 }

@@ -2,11 +2,12 @@ import { useEffect, useRef } from "preact/hooks";
 
 import { sendMessage, stop } from "../actions";
 import * as state from "../state";
+import { isComposing } from "./shortcuts";
 
 /** Where messages are written. */
 export function Composer() {
   const box = useRef<HTMLTextAreaElement>(null);
-  const busy = state.answering.value !== undefined;
+  const busy = state.busy.value;
   useEffect(() => box.current?.focus(), [state.conversation.value?.id]);
   const send = async () => {
     const text = box.current!.value;
@@ -27,11 +28,12 @@ export function Composer() {
         id="composer"
         ref={box}
         rows={1}
-        placeholder={state.ready.value ? "Write a message" : "The model is being loaded"}
+        placeholder={placeholder()}
+        dir="auto"
         aria-label="Message"
         onInput={(event) => fit(event.currentTarget)}
         onKeyDown={(event) => {
-          if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+          if (event.key === "Enter" && !event.shiftKey && !isComposing(event)) {
             event.preventDefault();
             void send();
           } else if (event.key === "ArrowUp" && !event.currentTarget.value) editLast(event);
@@ -50,9 +52,15 @@ export function Composer() {
   );
 }
 
+function placeholder(): string {
+  if (state.gone.value) return "mlx-mtp app does not answer";
+  if (state.ready.value) return "Write a message";
+  return state.engine.value?.state === "broken" ? "No model is loaded" : "The model is being loaded";
+}
+
 function editLast(event: KeyboardEvent): void {
   const last = state.shown.value.findLast((each) => each.role === "user");
-  if (!last || state.answering.value) return;
+  if (!last || state.busy.value) return;
   event.preventDefault();
   state.editing.value = last.id;
 }

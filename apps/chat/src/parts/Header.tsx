@@ -1,5 +1,7 @@
-import { download, newConversation, remember } from "../actions";
+import { copyMarkdown, download, newConversation, remember } from "../actions";
 import * as state from "../state";
+import { panelCovers } from "../widths";
+import { focusOn } from "./shortcuts";
 
 const WORDS = {
   loading: "loading",
@@ -12,47 +14,56 @@ const WORDS = {
 /** Title, model and what can be opened beside. */
 export function Header() {
   const shown = state.conversation.value;
+  const title = shown?.title || "New conversation";
   return (
     <header class="bar">
       <button
         type="button"
+        id="menu"
         class="quiet only-narrow"
         aria-expanded={state.drawer.value}
         aria-controls="sidebar"
-        onClick={() => (state.drawer.value = !state.drawer.value)}
+        onClick={() => {
+          state.drawer.value = !state.drawer.value;
+          if (state.drawer.value) focusOn("#sidebar button");
+        }}
       >
         Menu
       </button>
-      <h1 class="title">{shown?.title || "New conversation"}</h1>
-      <ModelButton />
-      <nav class="tools" aria-label="Tools">
-        <Opens panel="steps" text="Steps" />
-        <Opens panel="settings" text="Settings" />
-        <button type="button" class="quiet" onClick={() => (state.racing.value = true)}>
-          Race
-        </button>
-        {shown && <Export id={shown.id} />}
-        <button type="button" class="quiet only-narrow" onClick={newConversation}>
-          New
-        </button>
-      </nav>
+      <h1 class="title" title={title}>
+        {title}
+      </h1>
+      <button type="button" class="quiet only-narrow" onClick={newConversation}>
+        New
+      </button>
+      <div class="second-row">
+        <ModelButton />
+        <nav class="tools" aria-label="Tools">
+          <Opens panel="steps" text="Steps" />
+          <Opens panel="settings" text="Settings" />
+          <button type="button" class="quiet" onClick={() => (state.racing.value = true)}>
+            Race
+          </button>
+          {shown && <Export id={shown.id} />}
+        </nav>
+      </div>
     </header>
   );
 }
 
 function ModelButton() {
   const engine = state.engine.value;
-  const name = engine?.model?.name ?? "no model";
   const word = engine ? WORDS[engine.state] : "connecting";
   return (
     <button
       type="button"
       class="quiet model"
+      title={`Model: ${engine?.model?.name ?? "none"}`}
       aria-expanded={state.settings.value.panel === "model"}
       onClick={() => toggle("model")}
     >
-      <span class="model-name">{name}</span>
-      {word && <span class="muted"> {word}</span>}
+      <span class="model-name">{state.modelName.value || "no model"}</span>
+      {word && <span class="muted">{word}</span>}
     </button>
   );
 }
@@ -71,24 +82,38 @@ function Opens({ panel, text }: { panel: state.Panel; text: string }) {
 }
 
 function Export({ id }: { id: number }) {
+  const ways: [string, () => void][] = [
+    ["Save as Markdown", () => download(id, "markdown")],
+    ["Save as JSON", () => download(id, "json")],
+    ["Copy as Markdown", () => void copyMarkdown(id)],
+  ];
   return (
-    <select
-      class="quiet"
-      aria-label="Export this conversation"
-      value=""
-      onChange={(event) => {
-        const format = event.currentTarget.value;
-        event.currentTarget.value = "";
-        if (format === "json" || format === "markdown") download(id, format);
-      }}
-    >
-      <option value="">Export</option>
-      <option value="markdown">as Markdown</option>
-      <option value="json">as JSON</option>
-    </select>
+    <>
+      <button type="button" class="quiet" popovertarget="export">
+        Export
+      </button>
+      <div id="export" class="menu" popover="auto" role="group" aria-label="Export this conversation">
+        {ways.map(([text, go], at) => (
+          <button
+            key={text}
+            type="button"
+            class="quiet"
+            autofocus={at === 0}
+            onClick={() => {
+              document.getElementById("export")?.hidePopover();
+              go();
+            }}
+          >
+            {text}
+          </button>
+        ))}
+      </div>
+    </>
   );
 }
 
 function toggle(panel: state.Panel): void {
-  void remember({ panel: state.settings.value.panel === panel ? "" : panel });
+  const opens = state.settings.value.panel !== panel;
+  void remember({ panel: opens ? panel : "" });
+  if (opens && panelCovers.matches) focusOn(".panel button");
 }

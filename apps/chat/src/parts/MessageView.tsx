@@ -1,15 +1,14 @@
 import { useState } from "preact/hooks";
 
-import { chooseBranch, edit, regenerate, say } from "../actions";
+import { chooseBranch, copy, edit, regenerate } from "../actions";
 import * as state from "../state";
 import { summarise } from "../steps";
-import { siblings } from "../tree";
 import type { Message, MessageState } from "../types";
 import { counted } from "../words";
 import { Answer } from "./Answer";
 import { fit } from "./Composer";
 import { StepList } from "./StepList";
-import { focusOn } from "./shortcuts";
+import { focusOn, isComposing, leaveEditing } from "./shortcuts";
 
 const ENDS: Record<MessageState, string> = {
   streaming: "",
@@ -20,25 +19,36 @@ const ENDS: Record<MessageState, string> = {
   failed: "failed",
 };
 
-/** One message with what can be done to it. */
-export function MessageView({ message }: { message: Message }) {
+/** Longer messages of the user are folded. */
+const FOLDED_LETTERS = 3000;
+
+/** One message with what can be done to it; ``versions`` are the numbers of all that stand in its place. */
+export function MessageView({ message, versions }: { message: Message; versions: readonly number[] }) {
   const [listed, setListed] = useState(false);
   const mine = message.role === "user";
   if (mine && state.editing.value === message.id) return <Editor message={message} />;
   return (
-    <article class={`message ${message.role}`} aria-label={mine ? "You" : "Assistant"}>
+    <article
+      id={`message-${message.id}`}
+      class={`message ${message.role}`}
+      aria-label={mine ? "You" : "Assistant"}
+    >
       <Body message={message} listed={listed} />
-      {message.state !== "streaming" && (
+      {message.state === "streaming" ? (
         <footer>
-          <Versions message={message} />
+          <Progress message={message} />
+        </footer>
+      ) : (
+        <footer>
+          <Versions id={message.id} all={versions} />
           <button type="button" class="quiet small" onClick={() => void copy(message.text)}>
             Copy
           </button>
           {mine ? (
             <button
               type="button"
-              class="quiet small"
-              disabled={!!state.answering.value}
+              class="quiet small edit"
+              disabled={state.busy.value}
               onClick={() => (state.editing.value = message.id)}
             >
               Edit
@@ -53,7 +63,7 @@ export function MessageView({ message }: { message: Message }) {
 }
 
 function Body({ message, listed }: { message: Message; listed: boolean }) {
-  if (message.role === "user") return <div class="text plain">{message.text}</div>;
+  if (message.role === "user") return <Said text={message.text} />;
   return (
     <>
       {message.text === "" && message.state === "streaming" && (
@@ -65,16 +75,51 @@ function Body({ message, listed }: { message: Message; listed: boolean }) {
   );
 }
 
+/** What the user said; folded where it would fill screens. */
+function Said({ text }: { text: string }) {
+  const [whole, setWhole] = useState(false);
+  const long = text.length > FOLDED_LETTERS;
+  return (
+    <>
+      <div class={long && !whole ? "text plain folded" : "text plain"}>{text}</div>
+      {long && (
+        <button
+          type="button"
+          class="quiet small unfold"
+          aria-expanded={whole}
+          onClick={() => setWhole(!whole)}
+        >
+          {whole ? "Show less" : `Show all ${text.length.toLocaleString("en")} letters`}
+        </button>
+      )}
+    </>
+  );
+}
+
+/** How an answer that is being made gets on. */
+function Progress({ message }: { message: Message }) {
+  const { steps, tokens, tokensPerStep } = summarise(message.groups);
+  return (
+    <span class="muted facts live">
+      {steps > 0 && `${counted(tokens, "token")}, ${tokensPerStep.toFixed(2)} a step`}
+    </span>
+  );
+}
+
 function AnswerTools(props: { message: Message; listed: boolean; toggle: () => void }) {
   const { message } = props;
+  const again = async () => {
+    await regenerate(message);
+    focusOn("#composer");
+  };
   const summary = summarise(message.groups);
   return (
     <>
       <button
         type="button"
         class="quiet small"
-        disabled={!!state.answering.value || !state.ready.value}
-        onClick={() => void regenerate(message)}
+        disabled={state.busy.value || !state.ready.value}
+        onClick={() => void again()}
       >
         Again
       </button>
@@ -85,7 +130,7 @@ function AnswerTools(props: { message: Message; listed: boolean; toggle: () => v
           aria-pressed={props.listed}
           onClick={props.toggle}
         >
-          Steps
+          Step by step
         </button>
       )}
       <span class="muted facts">
@@ -97,39 +142,42 @@ function AnswerTools(props: { message: Message; listed: boolean; toggle: () => v
   );
 }
 
-function Versions({ message }: { message: Message }) {
-  const all = siblings(state.messages.value, message);
+function Versions({ id, all }: { id: number; all: readonly number[] }) {
   if (all.length < 2) return null;
-  const at = all.findIndex((each) => each.id === message.id);
-  const go = (step: number) => {
-    const next = all[at + step];
-    if (next) void chooseBranch(next);
-  };
-  const busy = !!state.answering.value;
+  const at = all.indexOf(id);
   return (
     <span class="versions" role="group" aria-label="Versions">
-      <button
-        type="button"
-        class="quiet small"
-        aria-label="Earlier version"
-        disabled={busy || at === 0}
-        onClick={() => go(-1)}
-      >
-        ‹
-      </button>
+      <Turn to={all[at - 1]} name="Earlier version" sign="‹" />
       <span>
         {at + 1}/{all.length}
       </span>
-      <button
-        type="button"
-        class="quiet small"
-        aria-label="Later version"
-        disabled={busy || at === all.length - 1}
-        onClick={() => go(1)}
-      >
-        ›
-      </button>
+      <Turn to={all[at + 1]} name="Later version" sign="›" />
     </span>
+  );
+}
+
+function Turn({ to, name, sign }: { to: number | undefined; name: string; sign: string }) {
+  const go = () => {
+    const message = to === undefined ? undefined : state.messages.value.get(to);
+    if (!message) return;
+    void chooseBranch(message);
+    // The other version is another article; the last one has nowhere further to turn to.
+    requestAnimationFrame(() => {
+      const buttons = `#message-${to} .versions button:enabled`;
+      const same = `${buttons}[aria-label="${name}"]`;
+      focusOn(document.querySelector(same) ? same : buttons);
+    });
+  };
+  return (
+    <button
+      type="button"
+      class="quiet small"
+      aria-label={name}
+      disabled={state.busy.value || to === undefined}
+      onClick={go}
+    >
+      {sign}
+    </button>
   );
 }
 
@@ -157,13 +205,14 @@ function Editor({ message }: { message: Message }) {
           }
         }}
         aria-label="Edit your message"
+        dir="auto"
         value={text}
         onInput={(event) => {
           setText(event.currentTarget.value);
           fit(event.currentTarget);
         }}
         onKeyDown={(event) => {
-          if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+          if (event.key === "Enter" && !event.shiftKey && !isComposing(event)) {
             event.preventDefault();
             void send();
           }
@@ -173,15 +222,10 @@ function Editor({ message }: { message: Message }) {
         <button type="submit" class="primary" disabled={!state.ready.value}>
           Send as a new branch
         </button>
-        <button type="button" onClick={() => (state.editing.value = null)}>
+        <button type="button" onClick={leaveEditing}>
           Cancel
         </button>
       </div>
     </form>
   );
-}
-
-async function copy(text: string): Promise<void> {
-  await navigator.clipboard.writeText(text);
-  say("Copied");
 }

@@ -2,6 +2,8 @@ import { useEffect, useRef } from "preact/hooks";
 import uPlot from "uplot";
 import "uplot/dist/uPlot.min.css";
 
+import { settings } from "../state";
+
 const HEIGHT = 130;
 
 /** Tokens per step, averaged over the last 16, as a line that grows with the answer. */
@@ -20,6 +22,13 @@ export function Meter({ values }: { values: number[] }) {
       plot.current?.destroy();
     };
   }, []);
+  useEffect(() => {
+    const redraw = () => plot.current?.redraw(false, true);
+    const system = matchMedia("(prefers-color-scheme: dark)");
+    redraw();
+    system.addEventListener("change", redraw);
+    return () => system.removeEventListener("change", redraw);
+  }, [settings.value.theme]);
   useEffect(() => {
     plot.current?.setData([values.map((_, at) => at + 1), values]);
   }, [values]);

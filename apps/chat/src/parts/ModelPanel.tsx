@@ -13,6 +13,7 @@ export function ModelPanel() {
   const chosen = state.engine.value?.chosen;
   const [model, setModel] = useState(chosen?.model ?? OWN);
   const [adapter, setAdapter] = useState(chosen?.adapter_path ?? OWN);
+  const [failed, setFailed] = useState("");
   useEffect(() => {
     localModels().then(setFound, () => setFound({ models: [], adapters: [] }));
   }, []);
@@ -22,7 +23,7 @@ export function ModelPanel() {
       class="fields"
       onSubmit={(event) => {
         event.preventDefault();
-        void chooseModel(model.trim() || null, adapter.trim() || null);
+        void chooseModel(model.trim() || null, adapter.trim() || null).then(setFailed);
       }}
     >
       <Standing />
@@ -47,6 +48,11 @@ export function ModelPanel() {
       <button type="submit" class="primary" disabled={busy}>
         Load
       </button>
+      {failed && (
+        <p class="bad" role="alert">
+          {failed}
+        </p>
+      )}
     </form>
   );
 }

@@ -1,9 +1,8 @@
-import { remember } from "../actions";
 import { settings } from "../state";
 import { ModelPanel } from "./ModelPanel";
 import { SettingsPanel } from "./SettingsPanel";
 import { StepsPanel } from "./StepsPanel";
-import { focusOn } from "./shortcuts";
+import { closePanel } from "./shortcuts";
 
 const TITLES = { settings: "Settings", steps: "Steps", model: "Model" } as const;
 
@@ -18,10 +17,7 @@ export function Panel() {
         <button
           type="button"
           class="quiet"
-          onClick={() => {
-            void remember({ panel: "" });
-            focusOn("#composer");
-          }}
+          onClick={closePanel}
         >
           Close
         </button>

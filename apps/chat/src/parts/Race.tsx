@@ -6,6 +6,7 @@ import { summarise } from "../steps";
 import type { Lane, Verdict } from "../types";
 import { counted } from "../words";
 import { Dialog } from "./Dialog";
+import { SUGGESTIONS } from "./Empty";
 
 const STAGES = {
   "": "",
@@ -17,9 +18,11 @@ const STAGES = {
 
 /** Plain decoding and several tokens a step, side by side. */
 export function Race() {
-  const [text, setText] = useState(race.lastQuestion());
+  const [text, setText] = useState(race.lastQuestion() || SUGGESTIONS[0]!);
   const [tokens, setTokens] = useState(128);
+  const status = useRef<HTMLDivElement>(null);
   useEffect(() => race.stopRace, []);
+  useEffect(() => status.current?.scrollIntoView({ block: "nearest" }), [race.verdict.value, race.failure.value]);
   const runs = race.stage.value !== "" && race.stage.value !== "done";
   const can = ready.value && !!model.value?.adapter && text.trim() !== "";
   return (
@@ -33,7 +36,7 @@ export function Race() {
       >
         <label>
           Prompt
-          <textarea rows={2} value={text} onInput={(event) => setText(event.currentTarget.value)} />
+          <textarea rows={2} dir="auto" autofocus value={text} onInput={(event) => setText(event.currentTarget.value)} />
         </label>
         <label class="number">
           Most tokens
@@ -60,7 +63,7 @@ export function Race() {
         <LaneView lane="plain" title="Plain decoding" />
         <LaneView lane="mtp" title="Several tokens a step" />
       </div>
-      <div role="status" class="verdict">
+      <div role="status" class="verdict" ref={status}>
         {race.failure.value && <p class="bad">{race.failure.value}</p>}
         {STAGES[race.stage.value] && <p class="muted">{STAGES[race.stage.value]}</p>}
         {race.verdict.value && <VerdictView verdict={race.verdict.value} />}

@@ -55,9 +55,14 @@ export function SettingsPanel() {
           <NumberField key={field.name} field={field} set={set} />
         ))}
       </fieldset>
-      <button type="button" onClick={() => void makeDefault()}>
-        Use for new conversations
-      </button>
+      <div class="row">
+        <button type="button" onClick={() => void makeDefault()}>
+          Use for new conversations
+        </button>
+        <button type="button" onClick={() => void change({ options: {} })}>
+          Reset
+        </button>
+      </div>
     </form>
   );
 }

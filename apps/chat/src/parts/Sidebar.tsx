@@ -14,7 +14,8 @@ import {
 import * as state from "../state";
 import type { Summary } from "../types";
 import { Dialog } from "./Dialog";
-import { focusOn } from "./shortcuts";
+import { byAge } from "../ages";
+import { focusOn, isComposing } from "./shortcuts";
 
 const TYPING_MS = 150;
 let typing = 0;
@@ -69,24 +70,33 @@ function List() {
   const [renaming, setRenaming] = useState<number | null>(null);
   const [deleting, setDeleting] = useState<Summary | null>(null);
   const found = state.summaries.value;
+  const named = (each: Summary) => {
+    setRenaming(null);
+    focusOn(`[data-conversation="${each.id}"]`);
+  };
   return (
     <nav class="conversations" aria-label="History">
       {!found.length && <p class="muted">{state.search.value ? "Nothing found" : "Nothing yet"}</p>}
-      <ul onKeyDown={moveInList}>
-        {found.map((each) => (
-          <li key={each.id} class={each.id === state.conversation.value?.id ? "current" : ""}>
-            {renaming === each.id ? (
-              <Rename summary={each} done={() => setRenaming(null)} />
-            ) : (
-              <Item
-                summary={each}
-                rename={() => setRenaming(each.id)}
-                remove={() => setDeleting(each)}
-              />
-            )}
-          </li>
-        ))}
-      </ul>
+      {byAge(found).map(([age, several]) => (
+        <section key={age} aria-label={age} onKeyDown={moveInList}>
+          <h2>{age}</h2>
+          <ul>
+            {several.map((each) => (
+              <li key={each.id} class={each.id === state.conversation.value?.id ? "current" : ""}>
+                {renaming === each.id ? (
+                  <Rename summary={each} done={() => named(each)} />
+                ) : (
+                  <Item
+                    summary={each}
+                    rename={() => setRenaming(each.id)}
+                    remove={() => setDeleting(each)}
+                  />
+                )}
+              </li>
+            ))}
+          </ul>
+        </section>
+      ))}
       {deleting && <Delete summary={deleting} close={() => setDeleting(null)} />}
     </nav>
   );
@@ -100,25 +110,32 @@ function Item(props: { summary: Summary; rename: () => void; remove: () => void 
       <button
         type="button"
         class="open"
+        data-conversation={id}
+        title={name}
         aria-current={id === state.conversation.value?.id ? "page" : undefined}
         onClick={() => void attempt(() => openConversation(id))}
         onKeyDown={(event) => {
           if (event.key === "F2") props.rename();
-          if (event.key === "Delete") props.remove();
+          // The key that is called delete on a Mac.
+          if (event.key === "Delete" || event.key === "Backspace") props.remove();
         }}
       >
         <span class="name">{name}</span>
         {snippet && <span class="snippet">{snippet}</span>}
       </button>
       <span class="row-tools">
-        <button type="button" class="quiet small" aria-label={`Rename ${name}`} onClick={props.rename}>
-          Rename
-        </button>
-        <button type="button" class="quiet small" aria-label={`Delete ${name}`} onClick={props.remove}>
-          Delete
-        </button>
+        <Tool sign="✎" name={`Rename ${name}`} go={props.rename} />
+        <Tool sign="✕" name={`Delete ${name}`} go={props.remove} />
       </span>
     </>
+  );
+}
+
+function Tool({ sign, name, go }: { sign: string; name: string; go: () => void }) {
+  return (
+    <button type="button" class="quiet small" aria-label={name} title={name} onClick={go}>
+      {sign}
+    </button>
   );
 }
 
@@ -137,6 +154,7 @@ function Rename({ summary, done }: { summary: Summary; done: () => void }) {
       defaultValue={summary.title}
       onBlur={leave}
       onKeyDown={(event) => {
+        if (isComposing(event)) return;
         if (event.key === "Enter") event.currentTarget.blur();
         if (event.key === "Escape") {
           event.stopPropagation();
@@ -191,9 +209,9 @@ function Footer() {
         value={state.settings.value.theme}
         onChange={(event) => void remember({ theme: event.currentTarget.value as state.Theme })}
       >
-        <option value="system">System</option>
-        <option value="light">Light</option>
-        <option value="dark">Dark</option>
+        <option value="system">System colours</option>
+        <option value="light">Light colours</option>
+        <option value="dark">Dark colours</option>
       </select>
       <input
         ref={file}

@@ -54,8 +54,9 @@ function Positions({ positions }: { positions: Position[] }) {
       <thead>
         <tr>
           <th scope="col">Mask</th>
-          <th scope="col">Held</th>
-          <th scope="col">of those looked at</th>
+          <th scope="colgroup" colSpan={2}>
+            Held, of those looked at
+          </th>
         </tr>
       </thead>
       <tbody>

@@ -1,8 +1,10 @@
-import { useSignalEffect } from "@preact/signals";
-import { useRef } from "preact/hooks";
+import type { VNode } from "preact";
+import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 
+import { attempt } from "../actions";
 import * as state from "../state";
-import { counted } from "../words";
+import type { Message } from "../types";
+import { Empty } from "./Empty";
 import { MessageView } from "./MessageView";
 
 const NEAR_PX = 80;
@@ -10,51 +12,74 @@ const NEAR_PX = 80;
 /** The branch that is shown. */
 export function Thread() {
   const box = useRef<HTMLDivElement>(null);
-  const follows = useRef(true);
-  useSignalEffect(() => {
-    const [, last] = [state.conversation.value?.id, state.shown.value.at(-1)];
-    if (last?.role === "assistant" && last.text === "") follows.current = true;
-    requestAnimationFrame(() => {
-      if (follows.current) box.current?.scrollTo({ top: box.current.scrollHeight });
-    });
-  });
+  const [atEnd, toEnd, onScroll] = useFollowing(box);
+  const view = useViews();
   return (
-    <div
-      class="thread"
-      ref={box}
-      tabIndex={0}
-      role="region"
-      aria-label="Messages"
-      onScroll={(event) => {
-        const { scrollHeight, scrollTop, clientHeight } = event.currentTarget;
-        follows.current = scrollHeight - scrollTop - clientHeight < NEAR_PX;
-      }}
-      onClick={copyCode}
-    >
-      {state.shown.value.map((each) => (
-        <MessageView key={each.id} message={each} />
-      ))}
-      {!state.shown.value.length && <Empty />}
+    <div class="thread-box">
+      <div
+        class="thread"
+        ref={box}
+        tabIndex={0}
+        role="region"
+        aria-label="Messages"
+        onScroll={onScroll}
+        onClick={(event) => void attempt(() => copyCode(event))}
+      >
+        <div>
+          {state.shown.value.map(view)}
+          {!state.shown.value.length && <Empty />}
+        </div>
+      </div>
+      {!atEnd && (
+        <button type="button" class="small to-end" onClick={toEnd}>
+          Go to the end
+        </button>
+      )}
     </div>
   );
 }
 
-function Empty() {
-  const model = state.model.value;
-  return (
-    <div class="empty">
-      <p>
-        {model
-          ? model.adapter
-            ? `${model.name} drafts up to ${counted(model.num_draft_tokens, "token")} a step. What it says is what it would say one token at a time.`
-            : `${model.name} has no adapter: it says one token a step.`
-          : "The model is being loaded."}
-      </p>
-      {model && !model.has_chat_template && (
-        <p class="bad">This model has no chat template, so it cannot hold a conversation.</p>
-      )}
-    </div>
-  );
+/** Views of messages; a message that has not changed keeps its view, so that long threads stay quick. */
+function useViews(): (message: Message) => VNode {
+  return useMemo(() => {
+    const kept = new WeakMap<Message, { key: string; view: VNode }>();
+    return (message) => {
+      const versions = state.versions.value.get(message.parent) ?? [];
+      const key = versions.join();
+      let found = kept.get(message);
+      if (found?.key !== key) {
+        const view = <MessageView key={message.id} message={message} versions={versions} />;
+        found = { key, view };
+        kept.set(message, found);
+      }
+      return found.view;
+    };
+  }, []);
+}
+
+/** Keep the end in sight while it grows, unless the user has gone elsewhere. */
+function useFollowing(box: { current: HTMLDivElement | null }) {
+  const follows = useRef(true);
+  const [atEnd, setAtEnd] = useState(true);
+  const toEnd = () => {
+    follows.current = true;
+    box.current?.scrollTo({ top: box.current.scrollHeight });
+  };
+  // Another conversation is shown from its end, and so is an answer that begins.
+  const began = `${state.conversation.value?.id} ${state.busy.value}`;
+  useEffect(toEnd, [began]);
+  useEffect(() => {
+    const grown = new ResizeObserver(() => follows.current && toEnd());
+    grown.observe(box.current!);
+    grown.observe(box.current!.firstElementChild!);
+    return () => grown.disconnect();
+  }, []);
+  const onScroll = () => {
+    const { scrollHeight, scrollTop, clientHeight } = box.current!;
+    follows.current = scrollHeight - scrollTop - clientHeight < NEAR_PX;
+    setAtEnd(follows.current);
+  };
+  return [atEnd, toEnd, onScroll] as const;
 }
 
 async function copyCode(event: MouseEvent): Promise<void> {

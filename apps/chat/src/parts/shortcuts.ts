@@ -1,7 +1,8 @@
 import { useEffect } from "preact/hooks";
 
-import { newConversation, remember } from "../actions";
+import { newConversation, remember, say } from "../actions";
 import * as state from "../state";
+import { isPhone, panelCovers } from "../widths";
 
 /** Keys that work everywhere on the page. */
 export const SHORTCUTS: [string, string][] = [
@@ -14,7 +15,7 @@ export const SHORTCUTS: [string, string][] = [
   ["Alt + S", "underline the steps, or not"],
   ["Alt + R", "race"],
   ["↑ in an empty box", "edit your last message"],
-  ["↑ ↓ in the list", "another conversation; F2 renames, Delete deletes"],
+  ["↑ ↓ in the list", "another conversation; F2 renames, Delete or ⌫ deletes"],
   ["?", "this list"],
 ];
 
@@ -22,16 +23,50 @@ export const SHORTCUTS: [string, string][] = [
 export function useShortcuts(stop: () => Promise<void>): void {
   useEffect(() => {
     const listen = (event: KeyboardEvent) => {
-      if (event.key === "Escape" && !document.querySelector("dialog[open]")) {
-        if (state.editing.value !== null) state.editing.value = null;
-        else if (state.answering.value) void stop();
-        else if (state.drawer.value) state.drawer.value = false;
-      } else if (event.altKey && !event.ctrlKey && !event.metaKey) onAlt(event);
+      if (document.querySelector("dialog[open], :popover-open")) return;
+      if (event.key === "Escape") onEscape(stop);
+      else if (event.altKey && !event.ctrlKey && !event.metaKey) onAlt(event);
       else if (event.key === "?" && !isTyping(event.target)) state.helping.value = true;
     };
     addEventListener("keydown", listen);
     return () => removeEventListener("keydown", listen);
   }, []);
+}
+
+function onEscape(stop: () => Promise<void>): void {
+  if (state.editing.value !== null) leaveEditing();
+  else if (state.drawer.value) closeDrawer();
+  else if (state.busy.value) void stop();
+  else if (isPanelInTheWay()) closePanel();
+}
+
+/** Close what is open beside, and go back to the message box. */
+export function closePanel(): void {
+  void remember({ panel: "" });
+  focusOn("#composer");
+}
+
+/** Close the list of conversations where it covers the page. */
+export function closeDrawer(): void {
+  state.drawer.value = false;
+  focusOn("#menu");
+}
+
+/** Give up editing a message, and go back to its button. */
+export function leaveEditing(): void {
+  const id = state.editing.value;
+  state.editing.value = null;
+  requestAnimationFrame(() => focusOn(`#message-${id} .edit`));
+}
+
+function isPanelInTheWay(): boolean {
+  const panel = document.querySelector(".panel");
+  return !!panel && (panelCovers.matches || panel.contains(document.activeElement));
+}
+
+/** Whether a key belongs to the making of a letter; Safari tells that of its last Enter by 229 alone. */
+export function isComposing(event: KeyboardEvent): boolean {
+  return event.isComposing || event.keyCode === 229;
 }
 
 // The code of the key, for Alt makes other letters on a Mac.
@@ -42,11 +77,15 @@ function onAlt(event: KeyboardEvent): void {
       focusOn("#composer");
     },
     KeyF: () => {
-      state.drawer.value = true;
+      state.drawer.value = isPhone.matches;
       focusOn("#search");
     },
     KeyM: () => focusOn("#composer"),
-    KeyS: () => void remember({ marks: !state.settings.value.marks }),
+    KeyS: () => {
+      const marks = !state.settings.value.marks;
+      void remember({ marks });
+      say(marks ? "Steps are underlined" : "Steps are not underlined");
+    },
     KeyR: () => (state.racing.value = true),
   }[event.code];
   if (!action) return;

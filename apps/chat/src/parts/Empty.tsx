@@ -1,0 +1,59 @@
+import { sendMessage } from "../actions";
+import * as state from "../state";
+import { counted } from "../words";
+import { focusOn } from "./shortcuts";
+
+/** Something to begin with; code and repetition show best what several tokens a step do. */
+export const SUGGESTIONS = [
+  "Write a Python function that reverses a string, and explain it.",
+  "Explain in simple words why the sky is blue.",
+  "Write a short story about a lighthouse keeper.",
+];
+
+/** What stands where nothing has been said yet. */
+export function Empty() {
+  const model = state.model.value;
+  if (!model) return <Loading />;
+  return (
+    <div class="empty">
+      <h2>What shall {state.modelName.value} write?</h2>
+      {model.adapter ? (
+        <p>
+          It gives up to {counted(model.num_draft_tokens + 1, "token")} a step, and says what it would say one
+          token at a time. Tokens of one step share an underline; point at one to see where it came from.
+        </p>
+      ) : (
+        <p>It has no adapter, so it says one token a step.</p>
+      )}
+      {model.has_chat_template ? (
+        <ul class="suggestions">
+          {SUGGESTIONS.map((each) => (
+            <li key={each}>
+              <button type="button" disabled={!state.ready.value} onClick={() => ask(each)}>
+                {each}
+              </button>
+            </li>
+          ))}
+        </ul>
+      ) : (
+        <p class="bad">This model has no chat template, so it cannot hold a conversation.</p>
+      )}
+    </div>
+  );
+}
+
+function Loading() {
+  const broken = state.engine.value?.state === "broken";
+  return (
+    <div class="empty">
+      <p class={broken ? "bad" : ""}>
+        {broken ? state.engine.value!.error || "No model is loaded." : "The model is being loaded."}
+      </p>
+    </div>
+  );
+}
+
+function ask(text: string): void {
+  focusOn("#composer");
+  void sendMessage(text);
+}

@@ -1,0 +1,6 @@
+/** Widths below which the page is laid out otherwise; the same stand in styles/narrow.css. */
+
+/** A panel covers the conversation. */
+export const panelCovers = matchMedia("(max-width: 70rem)");
+/** The list of conversations is a drawer. */
+export const isPhone = matchMedia("(max-width: 48rem)");
