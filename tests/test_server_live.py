@@ -20,7 +20,10 @@ import openai
 import pytest
 from click.testing import CliRunner
 from server_command import Served, command, served
-from server_soak import ARGUMENTS, fuzz, kill_often, soak
+from server_soak import ARGUMENTS
+from soak_clients import soak
+from soak_kills import kill_often
+from soak_requests import fuzz
 
 from mlx_mtp.cli import cli
 from mlx_mtp.generate import chat_text, generate

@@ -13,7 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from server_host import Host, hosted
-from server_soak import fuzz, kill_often
+from soak_kills import kill_often
+from soak_requests import fuzz
 
 SOON_S = 1.0
 
