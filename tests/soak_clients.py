@@ -111,7 +111,7 @@ def _asked(client: httpx.Client, number: int, *, streamed: bool) -> tuple[str, s
         return "", reply.text[:200]
     if not streamed:
         return reply.json()["choices"][0]["message"]["content"], ""
-    *chunks, done = stream_data(reply.text)
+    *chunks, done = stream_data(reply.text) or ["an empty stream"]
     if done != "[DONE]":
         return "", done[:200]
     found = [json.loads(chunk)["choices"][0] for chunk in chunks]

@@ -76,15 +76,7 @@ async def create(request: Request) -> Any:
     jobs = choices_of(_job(body, desk), body.n or 1)
     batch, first = await desk.begin(request, jobs)
     reply = _Reply(body, desk, len(jobs))
-    return await answer(
-        request,
-        reply,
-        batch,
-        first,
-        stream=bool(body.stream),
-        failed=lambda error: event(error.openai()),
-        ping_s=desk.settings.ping_s,
-    )
+    return await answer(request, reply, batch, first, stream=bool(body.stream))
 
 
 def _job(body: ChatRequest, desk: Desk) -> dict[str, Any]:

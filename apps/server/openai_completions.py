@@ -45,15 +45,7 @@ async def create(request: Request) -> Any:
     jobs = _jobs(body, desk, prompts)
     batch, first = await desk.begin(request, jobs)
     reply = _Reply(body, desk, len(jobs), len(prompts))
-    return await answer(
-        request,
-        reply,
-        batch,
-        first,
-        stream=bool(body.stream),
-        failed=lambda error: event(error.openai()),
-        ping_s=desk.settings.ping_s,
-    )
+    return await answer(request, reply, batch, first, stream=bool(body.stream))
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
