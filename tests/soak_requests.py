@@ -26,12 +26,7 @@ LEAVE_S = 0.5  # so long does one wait who has asked for a million tokens
 SHARES = {"deep": 50, "many": 100, "declared": 100, "endless": 500, "slow": 250}  # one in so many
 LENGTHS = ("max_tokens", "max_completion_tokens", "max_output_tokens")
 JSON = {"Content-Type": "application/json"}
-FIELDS = (
-    "temperature", "top_p", "top_k", "min_p", "seed", "stop", "n", "logit_bias", "logprobs",
-    "top_logprobs", "frequency_penalty", "presence_penalty", "repetition_penalty", "stream",
-    "stream_options", "mtp", "tools", "tool_choice", "response_format", "model", "echo", "user",
-    "metadata", "chat_template_kwargs", "system", "stop_sequences", "instructions", "text",
-)  # fmt: skip
+STRANGE = ("echo", "system", "instructions", "max_tokens", "", "__proto__")  # to most paths
 
 
 def fuzz(server: Server, *, requests: int, seed: int) -> dict[str, Any]:
@@ -44,12 +39,13 @@ def fuzz(server: Server, *, requests: int, seed: int) -> dict[str, Any]:
         at all where an answer was due; how often the engine died.
     """
     before = server.client.get("/health").json()["engine_restarts"]
+    document = server.client.get("/openapi.json").json()
     with _Senders(server.url) as senders:
         _hostile(senders, requests, random.Random(seed))
-        _generate(server, requests // 2, seed, senders)
-        rng = random.Random(seed + 1)
+        _generate(document, requests // 2, seed, senders)
+        rng, names = random.Random(seed + 1), _names(document)
         for _ in range(requests - senders.count):
-            _mutate(senders, rng)
+            _mutate(senders, rng, names)
     after = server.client.get("/health").json()["engine_restarts"]
     return {
         "requests": senders.count,
@@ -203,14 +199,13 @@ def _answered(connection: socket.socket, wait_s: float) -> bool:
     return True
 
 
-def _generate(server: Server, count: int, seed: int, senders: _Senders) -> None:
+def _generate(document: Any, count: int, seed: int, senders: _Senders) -> None:
     """Send requests made from the document, some of them against it."""
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, settings
     from hypothesis import seed as seeded
     from schemathesis import GenerationMode
 
-    document = server.client.get("/openapi.json").json()
     results: list[Any] = list(schemathesis.openapi.from_dict(document).get_all_operations())
     posts = [each for each in (one.ok() for one in results) if each.method.upper() == "POST"]
     checks: list[Any] = list(HealthCheck)
@@ -240,10 +235,21 @@ def _written(body: Any) -> bytes:
     return json.dumps(body, default=str).encode("utf-8", "surrogatepass")
 
 
-def _mutate(senders: _Senders, rng: random.Random) -> None:
+def _names(document: Any) -> dict[str, list[str]]:
+    """The fields of each path, and some that it does not have."""
+    found = {}
+    for path in PATHS:
+        content = document["paths"][path]["post"]["requestBody"]["content"]
+        schema = content["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        fields = document["components"]["schemas"][schema]["properties"]
+        found[path] = [*fields, *STRANGE]
+    return found
+
+
+def _mutate(senders: _Senders, rng: random.Random, names: dict[str, list[str]]) -> None:
     """Send a good request with something wrong in it, or no request at all."""
     if rng.random() < 0.9:
-        path, body = _mutated(rng)
+        path, body = _mutated(rng, names)
         text = json.dumps(body, ensure_ascii=rng.random() < 0.5)
         asks_much = any(isinstance(body.get(name), int) and body[name] > 100 for name in LENGTHS)
         kind = "mutated and left" if asks_much else "mutated"
@@ -252,12 +258,12 @@ def _mutate(senders: _Senders, rng: random.Random) -> None:
         senders.post("garbled", *_garbled(rng))
 
 
-def _mutated(rng: random.Random) -> tuple[str, dict[str, Any]]:
+def _mutated(rng: random.Random, names: dict[str, list[str]]) -> tuple[str, dict[str, Any]]:
     """A good request with one or two nasty values in it."""
     path = rng.choice(list(PATHS))
     body: dict[str, Any] = json.loads(json.dumps(PATHS[path]))
     for _ in range(rng.randint(1, 2)):
-        name = rng.choice([*body, *FIELDS])
+        name = rng.choice(names[path])
         body[name] = rng.choice(NASTY_VALUES)
     return path, body
 

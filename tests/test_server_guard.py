@@ -9,12 +9,14 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from click.testing import CliRunner
 from server_host import PATHS, Host, hosted
 
 from mlx_mtp.apps.server.body import MOST_CONTAINERS, MOST_VALUES, parse
 from mlx_mtp.apps.server.errors import ApiError
 from mlx_mtp.apps.server.openai_completions import CompletionRequest
 from mlx_mtp.apps.server.settings import Settings
+from mlx_mtp.cli import cli
 
 
 @pytest.fixture(scope="module")
@@ -237,3 +239,16 @@ def test_an_api_key_is_asked_for(locked):
 def test_unsafe_settings_are_refused(fields, word):
     with pytest.raises(ValueError, match=word.replace("*", r"\*")):
         Settings(**fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "patience"), [((), (30, 15, 30)), (("--client-timeout", "90"), (90, 45, 90))]
+)
+def test_slow_links_can_be_given_time(monkeypatch, arguments, patience):
+    seen: list[Settings] = []
+    monkeypatch.setattr(
+        "mlx_mtp.apps.server.http_server.serve", lambda app, engine, settings: seen.append(settings)
+    )
+    assert CliRunner().invoke(cli, ["serve", *arguments]).exit_code == 0
+    (found,) = seen
+    assert (found.body_timeout_s, found.header_timeout_s, found.send_timeout_s) == patience

@@ -102,6 +102,15 @@ def test_tools_are_refused_where_the_template_knows_none(server):
     assert server.chat("hi", tools=[tool], tool_choice="none", max_tokens=2).status_code == 200
 
 
+def test_the_engine_pushes_nobody_aside_and_the_loop_is_watched(server):
+    assert os.sched_getscheduler(server.engine_pid) == os.SCHED_BATCH
+    assert os.sched_getscheduler(server.server_pid) == os.SCHED_OTHER
+    time.sleep(0.3)
+    text = server.client.get("/metrics").text
+    late = next(line for line in text.splitlines() if "event_loop_late_seconds_count" in line)
+    assert float(late.split()[1]) >= 2
+
+
 def test_an_answer_stops_within_a_second_of_its_client(server):
     body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3000, "stream": True}
     with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as reply:
