@@ -14,7 +14,7 @@ from server_host import hosted, listening
 from server_soak import FAKE, LIMITS, passed_limits
 from soak_clients import soak
 from soak_requests import fuzz
-from soak_watch import summary, told, watching
+from soak_watch import summary, told, watch, watching
 from starlette.applications import Starlette
 from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
@@ -85,6 +85,17 @@ def test_nothing_is_kept_of_requests():
             more = _objects() - before
     kept = {name: count for name, count in more.items() if count >= 200}
     assert kept == {}
+
+
+def test_nothing_is_kept_of_connections():
+    with hosted() as host:
+        host.wait_for("ok")
+        for _ in range(30):
+            watch(*host.address, seconds=0.0001)
+        deadline = time.monotonic() + 5
+        while (left := _objects()["Bound"]) > 1 and time.monotonic() < deadline:
+            time.sleep(0.1)
+    assert left <= 1
 
 
 @pytest.mark.slow
