@@ -7,6 +7,8 @@ import os
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -19,34 +21,43 @@ if TYPE_CHECKING:
     Server = Served | Host
 
 
+@dataclass(frozen=True)
+class _Kill:
+    """What came of a kill: codes of the errors; seconds until the last of them, until another
+    engine was started, and until it could answer.
+    """
+
+    codes: list[str]
+    error_s: float
+    start_s: float
+    return_s: float
+
+
 def kill_often(server: Server, *, kills: int) -> dict[str, Any]:
     """Kill the engine in the middle of answers, by turns with SIGKILL and SIGSEGV.
 
     Returns:
-        How often; what was not as promised; how long the slowest error and return took, how long
-        the model takes to load, and by how much the slowest return exceeded that.
+        How often; what was not as promised; how long the slowest error and return took; the longest
+        that an engine took to load, and the most that a return took beyond its engine's load.
     """
     unclean: list[str] = []
-    error_s = return_s = 0.0
-    load_s = _load_s(server)
+    found: list[_Kill] = []
     for at in range(kills):
         number = (signal.SIGKILL, signal.SIGSEGV)[at % 2]
-        codes, took_s, back_s = _kill_once(server, number)
+        found.append(_kill_once(server, number))
+        codes = found[-1].codes
         unclean += [f"{number.name}: {code}" for code in codes if code != "engine_unavailable"]
-        error_s, return_s = max(error_s, took_s), max(return_s, back_s)
-    load_s = max(load_s, _load_s(server))  # a busy machine may have become a quiet one, or not
     return {
         "kills": kills,
         "unclean": unclean,
-        "error_s_most": round(error_s, 2),
-        "return_s_most": round(return_s, 2),
-        "load_s": load_s,
-        "return_beyond_load_s": round(max(0.0, return_s - load_s), 2),
+        "error_s_most": round(max(each.error_s for each in found), 2),
+        "return_s_most": round(max(each.return_s for each in found), 2),
+        "load_s_most": round(max(each.return_s - each.start_s for each in found), 2),
+        "return_beyond_load_s": round(max(each.start_s for each in found), 2),
     }
 
 
-def _kill_once(server: Server, number: signal.Signals) -> tuple[list[str], float, float]:
-    """Kill once; return the codes of the errors, when the last came, when there was an engine."""
+def _kill_once(server: Server, number: signal.Signals) -> _Kill:
     emitted = _metric(server, "mlx_mtp_tokens_total")
     with ThreadPoolExecutor(2) as pool:
         asks = [pool.submit(_dying, server, streamed) for streamed in (True, False)]
@@ -55,12 +66,22 @@ def _kill_once(server: Server, number: signal.Signals) -> tuple[list[str], float
         while _metric(server, "mlx_mtp_tokens_total") <= emitted:
             time.sleep(0.02)
         time.sleep(0.2)
-        killed = time.monotonic()
+        killed = time.clock_gettime(time.CLOCK_BOOTTIME)
         _kill_engine(server, number)
         ends = [each.result() for each in asks]
     server.wait_for("ok")
-    back_s = time.monotonic() - killed
-    return [code for code, _ in ends], max(ended for _, ended in ends) - killed, back_s
+    return _Kill(
+        codes=[code for code, _ in ends],
+        error_s=max(ended for _, ended in ends) - killed,
+        start_s=_started(server) - killed,
+        return_s=time.clock_gettime(time.CLOCK_BOOTTIME) - killed,
+    )
+
+
+def _started(server: Server) -> float:
+    """When the engine's process was started, in seconds since the machine was."""
+    stat = Path(f"/proc/{server.engine_pid}/stat").read_text()
+    return int(stat.rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def _dying(server: Server, streamed: bool) -> tuple[str, float]:
@@ -68,23 +89,12 @@ def _dying(server: Server, streamed: bool) -> tuple[str, float]:
     messages = [{"role": "user", "content": "slow"}]  # the fake engine never finishes that
     body = {"messages": messages, "max_tokens": 4000, "stream": streamed}
     reply = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=120)
-    ended = time.monotonic()
+    ended = time.clock_gettime(time.CLOCK_BOOTTIME)
     if not streamed or reply.status_code != 200:  # a stream that had not begun is refused whole
         code = reply.json().get("error", {}).get("code", "an answer")
         return (code if reply.status_code == 503 else f"{reply.status_code} {code}"), ended
     last = json.loads(stream_data(reply.text)[-1])
     return last.get("error", {}).get("code", "no error"), ended
-
-
-def _load_s(server: Server) -> float:
-    """How long a restart takes when nothing else happens."""
-    before = server.client.get("/health").json()["engine_restarts"]
-    began = time.monotonic()
-    _kill_engine(server, signal.SIGKILL)
-    while server.client.get("/health").json()["engine_restarts"] == before:
-        time.sleep(0.01)
-    server.wait_for("ok")
-    return round(time.monotonic() - began, 2)
 
 
 def _metric(server: Server, name: str) -> float:
