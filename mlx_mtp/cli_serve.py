@@ -68,6 +68,11 @@ ENGINE_OPTIONS = (
     "--engine-timeout", type=click.FloatRange(1), default=120.0, show_default=True,
     help="Seconds of silence after which a working engine is killed and started again.",
 )  # fmt: skip
+@click.option(
+    "--client-timeout", type=click.FloatRange(1), default=30.0, show_default=True,
+    help="Seconds that a client may take to send a request (half of it for the headers), or take "
+    "nothing of an answer that is ready; more for slow links.",
+)  # fmt: skip
 def serve(**options: Any) -> None:
     """Serve OpenAI's and Anthropic's APIs on this machine.
 
@@ -110,4 +115,7 @@ def _settings(options: dict[str, Any]) -> Any:
         layout=options["layout"] if options["mtp"] else "plain",
         allowed_origins=split(options["allowed_origins"]),
         allowed_hosts=split(options["allowed_hosts"]),
+        body_timeout_s=options["client_timeout"],
+        header_timeout_s=options["client_timeout"] / 2,
+        send_timeout_s=options["client_timeout"],
     )

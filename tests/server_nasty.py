@@ -25,9 +25,21 @@ NASTY_VALUES: list[Any] = [
     [{"role": "user", "content": "{{ 7 * 7 }}{% raise %}"}],
 ]  # fmt: skip
 NASTY_BODIES: list[bytes] = [
-    b"", b"null", b"[]", b"\xff\xfe\x00", b"{" * 200_000, b"[" * 200_000 + b"]" * 200_000,
-    b'{"a":' * 200_000, b'{"prompt": "\xc0\xaf"}', b'{"prompt": "\xed\xa0\x80"}',
+    b"", b"null", b"[]", b"\xff\xfe\x00", b'{"prompt": "\xc0\xaf"}', b'{"prompt": "\xed\xa0\x80"}',
     b'{"prompt": "a", "seed": ' + b"9" * 10_000 + b"}", b'{"prompt": "a", "top_p": NaN}',
     b'{"prompt": "a", "prompt": "b"}', b'{"prompt": 1e400}', b"\x00" * 1000, b" " * 100_000,
     b'{"prompt": "' + b"y" * 100_000 + b'"}',
 ]  # fmt: skip
+DEEP_BODIES: list[bytes] = [
+    b"{" * 200_000, b"[" * 200_000 + b"]" * 200_000, b'{"a":' * 200_000,
+    b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", b'{"a":' * 500 + b"1" + b"}" * 500,
+]  # fmt: skip
+MANY_BODIES: list[bytes] = [
+    b'{"prompt": [' + b",".join([b"1"] * 2_000_000) + b"]}",
+    b'{"prompt": [' + b",".join([b"[]"] * 2_000_000) + b"]}",
+    b'{"messages": [' + b",".join([b'{"role": 1}'] * 500_000) + b"]}",
+    b"{" + b",".join(b'"%d": 1' % at for at in range(500_000)) + b"}",
+    b'{"prompt": [' + b",".join([b'"\\""'] * 1_000_000) + b"]}",
+    b'{"prompt": [' + b",".join([b"true"] * 200_000) + b"]}",
+]
+"""Bodies of up to 8 MB that would take a server seconds, were it to look at each value."""

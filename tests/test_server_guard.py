@@ -9,9 +9,14 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from click.testing import CliRunner
 from server_host import PATHS, Host, hosted
 
+from mlx_mtp.apps.server.body import MOST_CONTAINERS, MOST_VALUES, parse
+from mlx_mtp.apps.server.errors import ApiError
+from mlx_mtp.apps.server.openai_completions import CompletionRequest
 from mlx_mtp.apps.server.settings import Settings
+from mlx_mtp.cli import cli
 
 
 @pytest.fixture(scope="module")
@@ -64,15 +69,36 @@ def test_image_urls_are_refused_and_never_fetched(host):
         (b'{"prompt": "a", "temperature": 1e999}', "too large"),
         (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "JSON"),
         (b'{"prompt": "a", "prompt": "b"}', "twice"),
-        (b'{"prompt": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "deep"),
+        (b'{"prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b"}", "deep"),
+        (b'{"prompt": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "16384 lists and objects"),
         (b'{"prompt": ' + b'{"a":' * 100 + b"1" + b"}" * 100 + b"}", "deep"),
-        (b'{"prompt": ' + b"[" * 200_000, "deep"),
+        (b'{"prompt": ' + b"[" * 10_000, "deep"),
+        (b'{"prompt": [' + b"1," * MOST_VALUES + b"1]}", "262144 values"),
+        (b'{"prompt": [' + b'"",' * MOST_VALUES + b'""]}', "262144 strings"),
+        (b'{"prompt": [' + b'"\\\\",' * MOST_VALUES + b'""]}', "262144 strings"),
+        (b"{" + b",".join(b'"%d": 1' % at for at in range(5000)) + b"}", "4096 keys"),
     ],
 )
 def test_bodies_that_are_no_json_get_400(host, data, word):
     reply = host.client.post("/v1/completions", content=data)
     assert reply.status_code == 400, reply.text
     assert word in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("text", [",[" * MOST_VALUES, '",[{\\' * MOST_CONTAINERS])
+def test_a_long_text_is_not_taken_for_many_values(text):
+    data = json.dumps({"prompt": text}).encode()
+    assert parse(data, CompletionRequest).prompt == text
+
+
+@pytest.mark.parametrize("most", [MOST_CONTAINERS - 1, 2 * MOST_VALUES])
+def test_a_million_faults_take_no_time(most):
+    data = b'{"prompt": [' + b",".join([b"[]"] * most) + b"]}"
+    began = time.process_time()
+    with pytest.raises(ApiError) as refusal:
+        parse(data, CompletionRequest)
+    assert refusal.value.status == 400
+    assert time.process_time() - began < 1  # it was 4 s
 
 
 def raw(host: Host, request: bytes, *, wait_s: float = 20) -> bytes:
@@ -213,3 +239,16 @@ def test_an_api_key_is_asked_for(locked):
 def test_unsafe_settings_are_refused(fields, word):
     with pytest.raises(ValueError, match=word.replace("*", r"\*")):
         Settings(**fields)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "patience"), [((), (30, 15, 30)), (("--client-timeout", "90"), (90, 45, 90))]
+)
+def test_slow_links_can_be_given_time(monkeypatch, arguments, patience):
+    seen: list[Settings] = []
+    monkeypatch.setattr(
+        "mlx_mtp.apps.server.http_server.serve", lambda app, engine, settings: seen.append(settings)
+    )
+    assert CliRunner().invoke(cli, ["serve", *arguments]).exit_code == 0
+    (found,) = seen
+    assert (found.body_timeout_s, found.header_timeout_s, found.send_timeout_s) == patience

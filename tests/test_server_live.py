@@ -20,7 +20,10 @@ import openai
 import pytest
 from click.testing import CliRunner
 from server_command import Served, command, served
-from server_soak import ARGUMENTS, fuzz, kill_often, soak
+from server_soak import ARGUMENTS
+from soak_clients import soak
+from soak_kills import kill_often
+from soak_requests import fuzz
 
 from mlx_mtp.cli import cli
 from mlx_mtp.generate import chat_text, generate
@@ -97,6 +100,15 @@ def test_tools_are_refused_where_the_template_knows_none(server):
     reply = server.chat("hi", tools=[tool])
     assert reply.status_code == 400 and reply.json()["error"]["param"] == "tools"
     assert server.chat("hi", tools=[tool], tool_choice="none", max_tokens=2).status_code == 200
+
+
+def test_the_engine_pushes_nobody_aside_and_the_loop_is_watched(server):
+    assert os.sched_getscheduler(server.engine_pid) == os.SCHED_BATCH
+    assert os.sched_getscheduler(server.server_pid) == os.SCHED_OTHER
+    time.sleep(0.3)
+    text = server.client.get("/metrics").text
+    late = next(line for line in text.splitlines() if "event_loop_late_seconds_count" in line)
+    assert float(late.split()[1]) >= 2
 
 
 def test_an_answer_stops_within_a_second_of_its_client(server):

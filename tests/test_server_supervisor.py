@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,8 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import pytest
 from server_host import Host, hosted
-from server_soak import fuzz, kill_often
+from soak_kills import kill_often
+from soak_requests import fuzz
 
 SOON_S = 1.0
 
@@ -195,13 +197,14 @@ def test_many_clients_get_their_own_replies():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 def test_fifty_deaths_in_the_middle_of_answers():
     with hosted() as host:
         host.wait_for("ok")
         report = kill_often(host, kills=50)
     assert report["unclean"] == []
     assert report["error_s_most"] < SOON_S
-    assert report["return_s_most"] < 5 + report["load_s"] + SOON_S
+    assert report["return_beyond_load_s"] < 5
 
 
 @pytest.mark.slow

@@ -42,7 +42,6 @@ async def create(request: Request) -> Any:
         first,
         stream=bool(body.stream),
         failed=lambda error: event(error.anthropic(), name="error"),
-        ping_s=desk.settings.ping_s,
     )
 
 

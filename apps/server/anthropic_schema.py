@@ -8,14 +8,14 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mlx_mtp.apps.server.errors import refused
-from mlx_mtp.apps.server.schemas import MOST_STOPS, MOST_TOKENS, Sampled, StopString, Strict
+from mlx_mtp.apps.server.schemas import MOST_STOPS, MOST_TOKENS, Many, Sampled, StopString, Strict
 
 
 class Turn(Strict):
     """One message: text, or blocks of text, calls and what calls gave."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | list[dict[str, Any]]
+    content: str | Many[dict[str, Any]]
 
 
 class AnthropicTool(Strict):
@@ -38,12 +38,12 @@ class MessagesRequest(Sampled):
     """The body; what is not here is refused."""
 
     model: str | None = None
-    messages: list[Turn] = Field(min_length=1)
+    messages: Many[Turn] = Field(min_length=1)
     max_tokens: int = Field(ge=1, le=MOST_TOKENS)
-    system: str | list[dict[str, Any]] | None = None
-    stop_sequences: list[StopString] | None = Field(None, max_length=MOST_STOPS)
+    system: str | Many[dict[str, Any]] | None = None
+    stop_sequences: Many[StopString] | None = Field(None, max_length=MOST_STOPS)
     stream: bool | None = None
-    tools: list[AnthropicTool] | None = None
+    tools: Many[AnthropicTool] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: Thinking | None = None
     # Accepted and without effect: the prefix cache works by itself.

@@ -16,6 +16,9 @@ from mlx_mtp.apps.server.errors import ApiError, refused
 from mlx_mtp.apps.server.settings import Settings
 
 MOST_LEVELS = 64
+MOST_VALUES = 2**18  # more of them would keep every other thread while they are read
+MOST_CONTAINERS = 2**14  # likewise
+MOST_KEYS = 2**12
 _IN_THREAD_BYTES = 2**16  # longer ones would keep the event loop
 _FIELD = re.compile(r"[a-z][a-z0-9_]*")
 _TYPE_LABELS = {"str", "int", "float", "bool", "none"}
@@ -74,6 +77,7 @@ def _parse_json(data: bytes) -> Any:
         text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise refused(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
+    _check_count(data)
     try:
         values = json.loads(
             text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_no_twins
@@ -103,12 +107,34 @@ def _finite(text: str) -> float:
 
 
 def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MOST_KEYS:
+        raise ValueError(f"an object has more than {MOST_KEYS} keys")
     values = dict(pairs)
     if len(values) != len(pairs):
-        names = [name for name, _ in pairs]
-        twin = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        twin = next(name for name, _ in pairs if name in seen or seen.add(name))
         raise ValueError(f"the key {twin[:40]!r} occurs twice")
     return values
+
+
+def _check_count(data: bytes) -> None:
+    """Refuse more values than any request needs, before anything is made of them."""
+    if not _too_many([data]):
+        return
+    bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    strings = bare.count(b'"') // 2
+    fault = f"{MOST_VALUES} strings" if strings > MOST_VALUES else _too_many(bare.split(b'"')[::2])
+    if fault:
+        raise refused(f"the body has more than {fault}", code="too_many_values")
+
+
+def _too_many(pieces: list[bytes]) -> str:
+    """What there is too much of in JSON without its strings; empty where nothing is."""
+    if sum(piece.count(b",") for piece in pieces) >= MOST_VALUES:
+        return f"{MOST_VALUES} values"
+    if sum(piece.count(b"[") + piece.count(b"{") for piece in pieces) > MOST_CONTAINERS:
+        return f"{MOST_CONTAINERS} lists and objects"
+    return ""
 
 
 def _check_levels(values: Any) -> None:

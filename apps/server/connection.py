@@ -37,14 +37,17 @@ class _Impatient(H11Protocol):
     _given: Settings
     _counted: Metrics
     _look: asyncio.TimerHandle | None = None
+    _idle: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
         _hold_little(transport)
-        self.loop.call_later(self._given.header_timeout_s, self._leave_if_idle)
+        self._idle = self.loop.call_later(self._given.header_timeout_s, self._leave_if_idle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._look_no_more()
+        if self._idle is not None:  # it would hold what is left of the connection so long
+            self._idle.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:

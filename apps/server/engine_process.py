@@ -5,6 +5,7 @@ It ends when the server does, and lets Ctrl-C pass: the server decides.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -22,6 +23,7 @@ def main() -> None:
     """Serve the pipes that stdin and stdout are."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
+    _push_nobody_aside()
     commands, messages = _take_pipes()
 
     def send(message: Message) -> None:
@@ -152,6 +154,16 @@ def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
     os.close(nothing)
     os.dup2(2, 1)
     return commands, messages
+
+
+def _push_nobody_aside() -> None:
+    """Linux: let a thread that wakes up wait for its turn rather than interrupt the server.
+
+    A share of the cores is not given up by that, as it would be with a lower priority.
+    """
+    if sys.platform.startswith("linux"):
+        with contextlib.suppress(OSError):  # forbidden in some containers
+            os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
 
 def _die_with_parent() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import gc
 import signal
 import socket
 from collections.abc import Callable, Generator
@@ -51,6 +52,8 @@ def serve(
         timeout_keep_alive=30,
     )
     server = _Server(config, engine)
+    gc.collect()
+    gc.freeze()  # what is there now stays; looking through it again takes 30 ms each time
     (greet or _greet)(url)
     with listener:
         asyncio.run(_run(server, listener, engine, url, settings))
@@ -67,11 +70,15 @@ def _greet(url: str) -> None:
 async def _run(
     server: _Server, listener: socket.socket, engine: Engine, url: str, settings: Settings
 ) -> None:
-    announcing = asyncio.create_task(_announce(server, engine, url, settings))
+    beside = [
+        asyncio.create_task(_announce(server, engine, url, settings)),
+        asyncio.create_task(engine.metrics.watch_loop()),
+    ]
     try:
         await server.serve(sockets=[listener])
     finally:
-        announcing.cancel()
+        for task in beside:
+            task.cancel()
 
 
 async def _announce(server: _Server, engine: Engine, url: str, settings: Settings) -> None:

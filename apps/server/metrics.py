@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -9,8 +11,10 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from mlx_mtp.apps.server.protocol import Message
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+LOOK_S = 0.1  # how often the event loop is asked how late it is
 _FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
+_LATE_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1)
 
 
 class Metrics:
@@ -50,10 +54,24 @@ class Metrics:
             buckets=_TOKEN_S,
         )
 
+        self._late = Histogram(
+            "mlx_mtp_event_loop_late_seconds",
+            "How late the event loop came back to something, ten times a second.",
+            registry=registry,
+            buckets=_LATE_S,
+        )
+
     def watch_queue(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:
         """Say where the lengths are read."""
         self._queue.set_function(waiting)
         self._running.set_function(running)
+
+    async def watch_loop(self) -> None:
+        """Note again and again how late the event loop is, until it is cancelled."""
+        while True:
+            due = time.monotonic() + LOOK_S
+            await asyncio.sleep(LOOK_S)
+            self._late.observe(max(0.0, time.monotonic() - due))
 
     def group(self, message: Message, *, seconds: float, first: bool) -> None:
         """Count what a step emitted; ``seconds`` after the step before, or after the request."""

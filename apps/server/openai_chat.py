@@ -15,7 +15,7 @@ from mlx_mtp.apps.server.jobs import Desk, choices_of, new_id, now
 from mlx_mtp.apps.server.protocol import Message
 from mlx_mtp.apps.server.replies import json_response
 from mlx_mtp.apps.server.reports import mtp_summary, timings, usage
-from mlx_mtp.apps.server.schemas import MOST_TOKENS, OpenAISampled, Strict, flat_text
+from mlx_mtp.apps.server.schemas import MOST_TOKENS, Many, OpenAISampled, Strict, flat_text
 from mlx_mtp.apps.server.streams import DONE, answer, event
 from mlx_mtp.apps.server.tools import Tool, ToolCall, chat_tools, new_call, template_calls
 
@@ -26,9 +26,9 @@ class ChatMessage(Strict):
     """One message of a conversation; the last fields are what SDKs send back of an answer."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Many[dict[str, Any]] | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: None = None
     audio: None = None
@@ -46,14 +46,14 @@ class ResponseFormat(Strict):
 class ChatRequest(OpenAISampled):
     """The body; what is not here is refused."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    messages: Many[ChatMessage] = Field(min_length=1)
     model: str | None = None
     max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: list[Tool] | None = None
+    tools: Many[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
@@ -76,15 +76,7 @@ async def create(request: Request) -> Any:
     jobs = choices_of(_job(body, desk), body.n or 1)
     batch, first = await desk.begin(request, jobs)
     reply = _Reply(body, desk, len(jobs))
-    return await answer(
-        request,
-        reply,
-        batch,
-        first,
-        stream=bool(body.stream),
-        failed=lambda error: event(error.openai()),
-        ping_s=desk.settings.ping_s,
-    )
+    return await answer(request, reply, batch, first, stream=bool(body.stream))
 
 
 def _job(body: ChatRequest, desk: Desk) -> dict[str, Any]:

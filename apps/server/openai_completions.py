@@ -15,13 +15,13 @@ from mlx_mtp.apps.server.jobs import Desk, choices_of, new_id, now
 from mlx_mtp.apps.server.protocol import Message
 from mlx_mtp.apps.server.replies import json_response
 from mlx_mtp.apps.server.reports import mtp_summary, timings, usage
-from mlx_mtp.apps.server.schemas import MOST_CHOICES, MOST_TOKENS, OpenAISampled
+from mlx_mtp.apps.server.schemas import MOST_CHOICES, MOST_TOKENS, Many, OpenAISampled
 from mlx_mtp.apps.server.streams import DONE, answer, event
 
 TokenId = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
-Ids = Annotated[list[TokenId], Field(min_length=1)]
-Texts = Annotated[list[str], Field(min_length=1, max_length=MOST_CHOICES)]
-IdLists = Annotated[list[Ids], Field(min_length=1, max_length=MOST_CHOICES)]
+Ids = Annotated[Many[TokenId], Field(min_length=1)]
+Texts = Annotated[Many[str], Field(min_length=1, max_length=MOST_CHOICES)]
+IdLists = Annotated[Many[Ids], Field(min_length=1, max_length=MOST_CHOICES)]
 
 
 class CompletionRequest(OpenAISampled):
@@ -45,15 +45,7 @@ async def create(request: Request) -> Any:
     jobs = _jobs(body, desk, prompts)
     batch, first = await desk.begin(request, jobs)
     reply = _Reply(body, desk, len(jobs), len(prompts))
-    return await answer(
-        request,
-        reply,
-        batch,
-        first,
-        stream=bool(body.stream),
-        failed=lambda error: event(error.openai()),
-        ping_s=desk.settings.ping_s,
-    )
+    return await answer(request, reply, batch, first, stream=bool(body.stream))
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:

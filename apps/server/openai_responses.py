@@ -34,7 +34,6 @@ async def create(request: Request) -> Any:
         first,
         stream=bool(body.stream),
         failed=reply.failed,
-        ping_s=desk.settings.ping_s,
     )
 
 

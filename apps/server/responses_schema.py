@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mlx_mtp.apps.server.errors import refused
-from mlx_mtp.apps.server.schemas import MOST_TOKENS, Sampled, Strict, flat_text
+from mlx_mtp.apps.server.schemas import MOST_TOKENS, Many, Sampled, Strict, flat_text
 from mlx_mtp.apps.server.tools import CalledFunction, ToolCall, template_calls
 
 
@@ -34,24 +34,24 @@ class InputItem(Strict):
     id: str | None = None
     status: str | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Many[dict[str, Any]] | None = None
     call_id: str | None = None
     name: str | None = None
     arguments: str | None = None
-    output: str | list[dict[str, Any]] | None = None
+    output: str | Many[dict[str, Any]] | None = None
     phase: str | None = None
 
 
 class ResponsesRequest(Sampled):
     """The body; what is not here is refused."""
 
-    input: str | list[InputItem]
+    input: str | Many[InputItem]
     model: str | None = None
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
     stream: bool | None = None
     text: TextOptions | None = None
-    tools: list[ResponseTool] | None = None
+    tools: Many[ResponseTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     truncation: Literal["disabled"] | None = None
     background: Literal[False] | None = None

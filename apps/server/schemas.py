@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
@@ -13,6 +13,8 @@ MOST_STOPS = 16
 MOST_TOKENS = 2**31 - 1
 MOST_BIAS = 100.0
 
+Item = TypeVar("Item")
+Many = Annotated[list[Item], Field(fail_fast=True)]  # a million faults take seconds
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
@@ -69,7 +71,7 @@ class OpenAISampled(Sampled):
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
     n: int | None = Field(None, ge=1, le=MOST_CHOICES)
-    stop: StopString | Annotated[list[StopString], Field(max_length=MOST_STOPS)] | None = None
+    stop: StopString | Annotated[Many[StopString], Field(max_length=MOST_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None

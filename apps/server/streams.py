@@ -126,22 +126,20 @@ async def answer(
     first: Any,
     *,
     stream: bool,
-    failed: Callable[[ApiError], bytes],
-    ping_s: float,
+    failed: Callable[[ApiError], bytes] = lambda error: event(error.openai()),
 ) -> Any:
     """The response to a request, streamed or whole; the batch is cancelled when it ends.
 
     Args:
-        request: from a client that may go away.
+        request: from a client that may go away; the settings are found through it.
         reply: the answer in the API's shape.
         batch: what the engine works on.
         first: its first message.
         stream: whether the client asked for a stream.
         failed: the last event of a stream after an error.
-        ping_s: see ``EventStream``.
     """
     if stream:
-        events = reply.events(batch, first)
+        events, ping_s = reply.events(batch, first), request.app.state.desk.settings.ping_s
         return EventStream(events, failed=failed, ping_s=ping_s, ended=batch.cancel)
     try:
         return await unless_gone(request, reply.whole(batch, first))
