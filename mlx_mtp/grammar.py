@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 MOST_BYTES = 2**18  # of a grammar; 5000 properties fit
 TRIAL_S = 20.0  # for a process that may use 3 s of a CPU, on a busy machine
-ANY_OBJECT: dict[str, Any] = {"type": "object"}
 # A space or a line break with its indent, never two: models that may go on with white space do.
 _WHITESPACE = r" ?|\n {0,20}"
 _REMEMBERED = 256

@@ -79,10 +79,12 @@ def _load(options: Message, send: Any) -> Any:
     from mlx_mtp.apps.server.session import Bench, answer
     from mlx_mtp.apps.server.token_text import TokenTexts
     from mlx_mtp.cli_options import load_model
+    from mlx_mtp.grammar import Grammars
 
     _wire_memory(mx)
     mx.random.seed(int.from_bytes(os.urandom(7), "little"))
     model, tokenizer = load_model(options)
+    grammars = Grammars(tokenizer)
     bench = Bench(
         model=model,
         tokenizer=tokenizer,
@@ -93,7 +95,7 @@ def _load(options: Message, send: Any) -> Any:
     )
     send(_ready(model, tokenizer) | {"load_s": round(time.monotonic() - began, 2)})
     return Scheduler(
-        prepare=lambda job: prepare(job, model, tokenizer),
+        prepare=lambda job: prepare(job, model, tokenizer, grammars),
         begin=lambda job: answer(job, bench),
         send=send,
         rest=mx.clear_cache,

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from mlx_mtp.apps.server.batch import Batch, Choice, group_details
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import refused
+from mlx_mtp.apps.server.formats import ResponseFormat, chat_format
 from mlx_mtp.apps.server.jobs import Desk, choices_of, new_id, now
 from mlx_mtp.apps.server.protocol import Message
 from mlx_mtp.apps.server.replies import json_response
@@ -34,13 +35,6 @@ class ChatMessage(Strict):
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = None
-
-
-class ResponseFormat(Strict):
-    """OpenAI's ``response_format``; of the kinds, text alone can be had."""
-
-    type: str
-    json_schema: dict[str, Any] | None = None
 
 
 class ChatRequest(OpenAISampled):
@@ -88,7 +82,6 @@ async def create(request: Request) -> Any:
 
 
 def _job(body: ChatRequest, desk: Desk) -> dict[str, Any]:
-    _check_format(body.response_format)
     if body.top_logprobs and not body.logprobs:
         raise refused("top_logprobs needs logprobs to be true", param="top_logprobs")
     if body.stream_options is not None and not body.stream:
@@ -101,22 +94,13 @@ def _job(body: ChatRequest, desk: Desk) -> dict[str, Any]:
         job["top_logprobs"] = body.top_logprobs or 0
     if tools:
         job["tools"] = tools
+    job |= chat_format(body.response_format, tools=bool(tools))
     return job | {
         "messages": [
             _plain(message, at, desk.info.has_tools) for at, message in enumerate(body.messages)
         ],
         "template_config": _template_config(body.chat_template_kwargs),
     }
-
-
-def _check_format(given: ResponseFormat | None) -> None:
-    if given is not None and given.type != "text":
-        raise refused(
-            f"response_format of type {given.type[:40]!r} is not supported: the model's text "
-            "cannot be held to it",
-            param="response_format",
-            code="unsupported_parameter",
-        )
 
 
 def _template_config(given: dict[str, Any] | None) -> dict[str, Any]:

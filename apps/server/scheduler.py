@@ -15,6 +15,7 @@ from typing import Any
 
 from mlx_mtp.apps.server.preparing import Prepared, Refusal
 from mlx_mtp.apps.server.protocol import Message
+from mlx_mtp.grammar import GrammarError
 from mlx_mtp.terminal import one_line
 
 Session = Generator[Message, None, None]
@@ -68,6 +69,9 @@ class Scheduler:
         job, session = self._sessions.popleft()
         try:
             message = next(session, None)
+        except GrammarError as error:
+            self._send_refusal(job, Refusal(str(error), code="grammar"))
+            message = None
         except Exception as error:
             traceback.print_exc()
             self._send({"type": "failed", "id": job, "message": one_line(error)})
@@ -98,17 +102,13 @@ class Scheduler:
         if isinstance(value, Prepared):
             self._sessions.append((job, self._begin(value)))
         elif isinstance(value, Refusal):
-            self._send(
-                {
-                    "type": "refused",
-                    "id": job,
-                    "message": str(value),
-                    "param": value.param,
-                    "code": value.code,
-                }
-            )
+            self._send_refusal(job, value)
         else:
             self._send({"type": "failed", "id": job, "message": value})
+
+    def _send_refusal(self, job: int, refusal: Refusal) -> None:
+        why = {"message": str(refusal), "param": refusal.param, "code": refusal.code}
+        self._send({"type": "refused", "id": job, **why})
 
     def _cancel(self, job: int) -> None:
         """Break a job off; one that has ended meanwhile has said so."""

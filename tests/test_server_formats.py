@@ -1,0 +1,171 @@
+"""``response_format`` and ``text.format``: what is refused, and real answers to real clients."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import jsonschema
+import openai
+import pytest
+from hostile_schemas import EITHER, REFUSED
+from pydantic import BaseModel, Field
+from server_command import Served, served
+from server_host import PATHS, Host, hosted
+
+TEXT = "Who are you?"
+SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "properties": {"ok": {"type": "boolean"}, "kind": {"enum": ["cat", "dog"]}},
+    "required": ["ok", "kind"],
+    "additionalProperties": False,
+}
+
+
+class Pet(BaseModel):
+    """What clients want to know."""
+
+    name: str = Field(max_length=5)
+    kind: Literal["cat", "dog"]
+    age: int = Field(ge=0, le=30)
+    tame: bool | None
+
+
+def wanted(schema: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """OpenAI's ``response_format`` for a schema."""
+    return {"type": "json_schema", "json_schema": {"name": "it", "schema": schema} | more}
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    with hosted() as running:
+        running.wait_for("ok")
+        yield running
+
+
+@pytest.mark.parametrize(
+    ("path", "format", "param"),
+    [
+        ("chat/completions", {}, "response_format.type"),
+        ("chat/completions", {"type": "json_schema"}, "response_format.json_schema"),
+        (
+            "chat/completions",
+            {"type": "json_object", "json_schema": {"name": "a", "schema": {}}},
+            "response_format.json_schema",
+        ),
+        (
+            "chat/completions",
+            {"type": "json_schema", "json_schema": {"name": "a"}},
+            "response_format.json_schema.schema",
+        ),
+        (
+            "chat/completions",
+            {"type": "json_schema", "json_schema": {"schema": {}}},
+            "response_format.json_schema.name",
+        ),
+        ("chat/completions", wanted(True), "response_format.json_schema.schema"),  # type: ignore[arg-type]
+        ("chat/completions", wanted({}, keen=1), "response_format.json_schema.keen"),
+        ("responses", {"type": "json_schema", "schema": {}}, "text.format.name"),
+        ("responses", {"type": "json_schema", "name": "a"}, "text.format.schema"),
+        ("responses", {"type": "json_object", "schema": {}}, "text.format"),
+    ],
+)
+def test_formats_that_make_no_sense_are_named(host, path, format, param):
+    given = {"text": {"format": format}} if path == "responses" else {"response_format": format}
+    reply = host.client.post(f"/v1/{path}", json=PATHS[f"/v1/{path}"] | given)
+    assert reply.status_code == 400, reply.text
+    error = reply.json()["error"]
+    assert error["param"] == param and param in error["message"] and "\n" not in error["message"]
+
+
+def test_tools_and_a_format_do_not_go_together(host):
+    tool = {"type": "function", "function": {"name": "add"}}
+    ways: dict[str, Any] = {"tools": [tool], "response_format": {"type": "json_object"}}
+    assert host.chat("hello", **ways).json()["error"]["param"] == "response_format"
+    assert host.chat("hello", **ways, tool_choice="none").status_code == 200
+
+
+def test_the_format_is_told_in_responses(host):
+    format = {"type": "json_schema", "name": "it", "schema": SCHEMA, "strict": True}
+    body = {"input": "hello", "text": {"format": format}}
+    assert host.client.post("/v1/responses", json=body).json()["text"]["format"] == format
+    body = {"input": "hello"}
+    assert host.client.post("/v1/responses", json=body).json()["text"]["format"] == {"type": "text"}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory) -> Iterator[Served]:
+    with served(tmp_path_factory.mktemp("formats"), "--max-tokens", "200") as running:
+        yield running
+
+
+@pytest.fixture
+def client(server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0.0, 1.3])
+def test_openai_chat_parses(client, temperature):
+    ask: Any = [{"role": "user", "content": TEXT}]
+    ways: Any = {"model": "tiny", "messages": ask, "response_format": Pet, "seed": 3}
+    reply = client.chat.completions.parse(temperature=temperature, **ways)
+    assert isinstance(reply.choices[0].message.parsed, Pet)
+    with client.chat.completions.stream(temperature=temperature, **ways) as stream:
+        final = stream.get_final_completion()
+    if temperature == 0:
+        assert final.choices[0].message.parsed == reply.choices[0].message.parsed
+    assert isinstance(final.choices[0].message.parsed, Pet)
+
+
+@pytest.mark.slow
+def test_openai_responses_parse(client):
+    ways: Any = {"model": "tiny", "input": TEXT, "text_format": Pet}
+    reply = client.responses.parse(**ways)
+    assert isinstance(reply.output_parsed, Pet)
+    with client.responses.stream(**ways) as stream:
+        assert stream.get_final_response().output_parsed == reply.output_parsed
+
+
+@pytest.mark.slow
+def test_speculation_does_not_change_it_and_a_cut_is_told(server):
+    ways: dict[str, Any] = {"response_format": wanted(SCHEMA)}
+    plain, fast = (server.chat(TEXT, mtp=mtp, **ways).json()["choices"][0] for mtp in (False, True))
+    assert plain == fast and plain["finish_reason"] == "stop"
+    jsonschema.validate(json.loads(fast["message"]["content"]), SCHEMA)
+    cut = server.chat(TEXT, max_tokens=3, **ways).json()["choices"][0]
+    assert cut["finish_reason"] == "length"
+    assert plain["message"]["content"].startswith(cut["message"]["content"])
+    opened = server.chat(TEXT, max_tokens=9, response_format={"type": "json_object"}).json()
+    assert opened["choices"][0]["message"]["content"].startswith("{")
+
+
+@pytest.mark.slow
+def test_formats_go_with_what_else_may_be_asked(server):
+    ways: dict[str, Any] = {
+        "n": 2, "temperature": 1.0, "seed": 4, "frequency_penalty": 1.0, "presence_penalty": 0.5,
+        "logit_bias": {"34": -50, "65": 100}, "repetition_penalty": 1.1, "logprobs": True,
+        "top_logprobs": 3, "top_p": 0.9, "top_k": 5, "response_format": wanted(SCHEMA),
+    }  # fmt: skip
+    reply = server.chat(TEXT, **ways)
+    for choice in reply.json()["choices"]:
+        jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+        assert all(entry["logprob"] > -100 for entry in choice["logprobs"]["content"])
+    stopped = server.chat(TEXT, stop=["ok"], response_format=wanted(SCHEMA)).json()["choices"][0]
+    assert stopped["finish_reason"] == "stop" and "ok" not in stopped["message"]["content"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
+def test_hostile_schemas_leave_the_engine_alive(server):
+    engine = server.engine_pid
+    for name, schema in (REFUSED | EITHER).items():
+        reply = server.chat(TEXT, max_tokens=20, response_format=wanted(schema))
+        assert reply.status_code in ((400,) if name in REFUSED else (200, 400)), (name, reply.text)
+        if reply.status_code == 400 and name in REFUSED:
+            assert reply.json()["error"]["param"] == "response_format.json_schema.schema", name
+        assert reply.elapsed.total_seconds() < 40, name
+    assert server.engine_pid == engine and server.chat("hi", max_tokens=2).status_code == 200
