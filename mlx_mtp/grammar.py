@@ -52,6 +52,38 @@ def json_grammar(schema: dict[str, Any]) -> str:
     )
 
 
+def calls_grammar(
+    functions: dict[str, dict[str, Any]], *, marks: tuple[str, str], many: bool
+) -> str:
+    """A grammar of calls, each a JSON object with ``name`` and ``arguments`` between two marks.
+
+    Args:
+        functions: JSON schema of the arguments by name of the function.
+        marks: texts before and after a call.
+        many: whether more calls than one may be made.
+
+    Raises:
+        ValueError: a schema asks for llguidance's own settings, or there is no llguidance.
+    """
+    rules = []
+    for at, (name, schema) in enumerate(functions.items()):
+        if "x-guidance" in schema:
+            raise ValueError("x-guidance cannot be set")
+        held = {"type": "object", **schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}}
+        head = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
+        rules.append(f'f{at}: {_quoted(head)} %json {json.dumps(held)} "}}"')
+    names = " | ".join(f"f{at}" for at in range(len(functions)))
+    start = r"start: call (/\n?/ call)*" if many else "start: call"
+    call = rf"call: {_quoted(marks[0])} /\n?/ ({names}) /\n?/ {_quoted(marks[1])}"
+    lark = "\n".join([start, call, *rules])
+    return _llguidance().LLMatcher.grammar_from_lark(lark)
+
+
+def _quoted(text: str) -> str:
+    """A text as Lark writes it, which is as JSON does."""
+    return json.dumps(text, ensure_ascii=False)
+
+
 class Grammars:
     """Makes processors for the vocabulary of one tokenizer.
 

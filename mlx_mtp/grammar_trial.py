@@ -1,8 +1,8 @@
 """Compiles a grammar where nothing is lost if that crashes, hangs or eats the memory.
 
-Run as a script, in a process of its own: the compiler's limits do not cover all of its work.  A chain
-of 3000 references overflows its stack, and 24 regular expressions that must all hold keep it busy
-for minutes.  Reads the grammar from stdin and prints what is wrong with it, if anything is.
+Run as a script, in a process of its own: the compiler's limits do not cover all of its work.  A
+chain of 3000 references overflows its stack, and 24 regular expressions that must all hold keep it
+busy for minutes.  Reads the grammar from stdin and prints what is wrong with it, if anything is.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from tiny import tiny_mtp
 
 from mlx_mtp.accept import Sampling
 from mlx_mtp.decode import decode
-from mlx_mtp.grammar import GrammarError, Grammars, json_grammar, try_out
+from mlx_mtp.grammar import GrammarError, Grammars, calls_grammar, json_grammar, try_out
 from mlx_mtp.model import MTPModel
 
 VOCAB = 272  # more than the tokenizer has
@@ -246,3 +246,39 @@ def test_without_llguidance_a_line_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ValueError, match=r"needs the package llguidance: pip install"):
         json_grammar({"type": "object"})
+
+
+ADD: dict[str, Any] = {
+    "type": "object",
+    "properties": {"a": {"$ref": "#/$defs/digit"}, "b": {"$ref": "#/$defs/digit"}},
+    "required": ["a"],
+    "additionalProperties": False,
+    "$defs": {"digit": {"type": "integer", "minimum": 0, "maximum": 9}},
+}
+MARKS = ("<tool_call>", "</tool_call>")
+
+
+@pytest.mark.parametrize("many", [True, False])
+def test_calls_are_held_to_their_schemas(model, many):
+    grammar = calls_grammar({"add": ADD, 'say "\u00e9"': {}}, marks=MARKS, many=many)
+    one = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b":2}}\n</tool_call>'
+    other = '<tool_call>{"name": "say \\"\u00e9\\"", "arguments": {"x": [1]}}</tool_call>'
+    wrong = [
+        "Hello", one.replace("1", "10"), one.replace("add", "sub"), one.replace('"a": 1, ', ""),
+        one.replace(', "arg', ',  "arg'), '<tool_call>{"name": "add"}</tool_call>',
+    ]  # fmt: skip
+    right = [one, other] + ([f"{one}\n{other}", one + one] if many else [])
+    for text in [*right, *wrong] + ([] if many else [one + one]):
+        processor = GRAMMARS.processor(grammar, num_prompt=0)
+        ids, held = [*ids_of(text), EOS], True
+        for at, token in enumerate(ids):
+            row: Any = processor(mx.array(ids[:at], mx.int32), mx.zeros((1, VOCAB)))[0].tolist()
+            held = held and row[token] == 0
+            if not held:
+                break
+        assert held == (text in right), text
+
+
+def test_calls_know_no_settings():
+    with pytest.raises(ValueError, match="x-guidance"):
+        calls_grammar({"add": {"x-guidance": {}}}, marks=MARKS, many=False)

@@ -193,6 +193,7 @@ def test_tool_calls_come_in_every_shape(host):
         ("chat/completions", {"stream_options": {}}, "stream_options"),
         ("chat/completions", {"response_format": {"type": "xml"}}, "response_format.type"),
         ("chat/completions", {"tool_choice": "required"}, "tool_choice"),
+        ("chat/completions", {"tool_choice": {"type": "function"}}, "tool_choice"),
         ("chat/completions", {"mtp": {"layout": "round"}}, "mtp.layout"),
         ("chat/completions", {"mtp": {"num_draft_tokens": 5}}, "mtp.num_draft_tokens"),
         ("chat/completions", {"mtp": 1}, "mtp"),

@@ -104,6 +104,8 @@ def _load(options: Message, send: Any) -> Any:
 
 def _ready(model: Any, tokenizer: Any) -> Message:
     """What the model is."""
+    from mlx_mtp.apps.server.tool_calls import calls_are_json
+
     return {
         "type": "ready",
         "model": model.name,
@@ -113,6 +115,7 @@ def _ready(model: Any, tokenizer: Any) -> Message:
         "max_context": model.max_context,
         "has_chat_template": tokenizer.has_chat_template,
         "has_tools": tokenizer.has_chat_template and tokenizer.has_tool_calling,
+        "holds_tools": tokenizer.has_tool_calling and calls_are_json(tokenizer),
         "facts": _facts(model),
     }
 

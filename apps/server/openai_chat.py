@@ -88,13 +88,11 @@ def _job(body: ChatRequest, desk: Desk) -> dict[str, Any]:
         raise refused("stream_options needs stream to be true", param="stream_options")
     if body.max_tokens and body.max_completion_tokens:
         raise refused("give max_tokens or max_completion_tokens, not both", param="max_tokens")
-    tools = chat_tools(body.tools, body.tool_choice, desk.info)
+    tools = chat_tools(body.tools, body.tool_choice, desk.info, parallel=body.parallel_tool_calls)
     job = desk.openai_job(body, max_tokens=body.max_completion_tokens or body.max_tokens)
     if body.logprobs:
         job["top_logprobs"] = body.top_logprobs or 0
-    if tools:
-        job["tools"] = tools
-    job |= chat_format(body.response_format, tools=bool(tools))
+    job |= tools | chat_format(body.response_format, tools=bool(tools))
     return job | {
         "messages": [
             _plain(message, at, desk.info.has_tools) for at, message in enumerate(body.messages)

@@ -41,11 +41,9 @@ async def create(request: Request) -> Any:
 
 def _job(body: ResponsesRequest, desk: Desk) -> dict[str, Any]:
     given = [Tool.model_validate(tool) for tool in function_tools(body.tools)]
-    tools = chat_tools(given, body.tool_choice, desk.info)
+    tools = chat_tools(given, body.tool_choice, desk.info, parallel=body.parallel_tool_calls)
     job = desk.job(body, max_tokens=body.max_output_tokens)
-    if tools:
-        job["tools"] = tools
-    job |= responses_format(_format(body), tools=bool(tools))
+    job |= tools | responses_format(_format(body), tools=bool(tools))
     return job | {"messages": conversation(body, has_tools=desk.info.has_tools)}
 
 
@@ -187,7 +185,7 @@ class _Reply:
             "metadata": body.metadata or {},
             "model": self._model,
             "output": list(self._output),
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,

@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_mtp.accept import LogitsProcessor, Sampling
 from mlx_mtp.apps.server.penalties import answer_penalty
 from mlx_mtp.generate import chat_text, encode_prompt
-from mlx_mtp.grammar import Grammars, json_grammar
+from mlx_mtp.grammar import Grammars, calls_grammar, json_grammar
 from mlx_mtp.model import MTPModel
 from mlx_mtp.terminal import one_line
 
@@ -86,7 +86,7 @@ def prepare(
     options = {
         "max_tokens": job["max_tokens"],
         "sampling": sampling,
-        "logits_processors": _processors(job, len(ids), grammars or Grammars(tokenizer)),
+        "logits_processors": _processors(job, len(ids), tokenizer, grammars or Grammars(tokenizer)),
         "seed": job.get("seed"),
         "layout": job.get("layout", "auto"),
         "num_draft_tokens": k,
@@ -103,20 +103,37 @@ def prepare(
 
 
 def _processors(
-    job: dict[str, Any], num_prompt: int, grammars: Grammars
+    job: dict[str, Any], num_prompt: int, tokenizer: TokenizerWrapper, grammars: Grammars
 ) -> list[LogitsProcessor]:
     found: list[LogitsProcessor] = []
     frequency, presence = job.get("frequency_penalty") or 0.0, job.get("presence_penalty") or 0.0
     if frequency or presence:
         penalty = answer_penalty(num_prompt=num_prompt, frequency=frequency, presence=presence)
         found.append(penalty)
-    if "schema" in job:
+    if "schema" in job or "must_call" in job:
+        param = job.get("schema_param", "tools")
         try:
-            found.append(grammars.processor(json_grammar(job["schema"]), num_prompt=num_prompt))
+            grammar = _grammar(job, tokenizer)
+            found.append(grammars.processor(grammar, num_prompt=num_prompt))
         except ValueError as error:
-            param = job["schema_param"]
             raise Refusal(f"{param}: {one_line(error)}", param=param) from None
     return found
+
+
+def _grammar(job: dict[str, Any], tokenizer: TokenizerWrapper) -> str:
+    """What the answer is held to."""
+    if "schema" in job:
+        return json_grammar(job["schema"])
+    functions = [tool["function"] for tool in job["tools"]]
+    return calls_grammar(
+        {
+            each["name"]: each.get("parameters") or {}
+            for each in functions
+            if each["name"] in job["must_call"]
+        },
+        marks=(tokenizer.tool_call_start or "", tokenizer.tool_call_end or ""),
+        many=job["many_calls"],
+    )
 
 
 def _sampling(job: dict[str, Any], model: MTPModel) -> Sampling:
