@@ -5,15 +5,31 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import jsonschema
 import openai
 import pytest
+from fixtures_generate import byte_tokenizer
 from hostile_schemas import EITHER, REFUSED
+from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tool_parsers import json_tools
 from pydantic import BaseModel, Field
 from server_command import Served, served
 from server_host import PATHS, Host, hosted
+from tiny import BYTE_VOCAB, tiny_mtp
+
+from mlx_mtp.apps.server.anthropic_schema import openai_choice
+from mlx_mtp.apps.server.errors import ApiError
+from mlx_mtp.apps.server.prefix_cache import PrefixCache
+from mlx_mtp.apps.server.preparing import Prepared, Refusal, prepare
+from mlx_mtp.apps.server.scheduler import Scheduler
+from mlx_mtp.apps.server.session import Bench, answer
+from mlx_mtp.apps.server.supervisor import EngineInfo
+from mlx_mtp.apps.server.token_text import TokenTexts
+from mlx_mtp.apps.server.tool_calls import calls_are_json
+from mlx_mtp.apps.server.tools import Tool, chat_tools
+from mlx_mtp.grammar import GrammarError
 
 TEXT = "Who are you?"
 SCHEMA: dict[str, Any] = {
@@ -169,3 +185,129 @@ def test_hostile_schemas_leave_the_engine_alive(server):
             assert reply.json()["error"]["param"] == "response_format.json_schema.schema", name
         assert reply.elapsed.total_seconds() < 40, name
     assert server.engine_pid == engine and server.chat("hi", max_tokens=2).status_code == 200
+
+
+TOOLS: list[dict[str, Any]] = [
+    {"type": "function", "function": {"name": "is_it", "parameters": SCHEMA, "strict": True}},
+    {
+        "type": "function",
+        "function": {
+            "name": "add",
+            "parameters": {
+                "type": "object",
+                "properties": {"a": {"enum": [1, 2]}},
+                "required": ["a"],
+                "additionalProperties": False,
+            },
+        },
+    },
+]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    plain, detokenizer = byte_tokenizer(), cast(Any, BPEStreamingDetokenizer)
+    tokenizer = TokenizerWrapper(
+        plain._tokenizer, detokenizer, tool_parser=json_tools.parse_tool_call,
+        tool_call_start="<tool_call>", tool_call_end="</tool_call>",
+    )  # fmt: skip
+    return Bench(
+        model=tiny_mtp(vocab_size=BYTE_VOCAB, max_position_embeddings=1024),
+        tokenizer=tokenizer,
+        prefixes=PrefixCache(most_bytes=0),
+        texts=TokenTexts(tokenizer),
+        prefill_step_size=64,
+    )
+
+
+@pytest.mark.parametrize("names", [["add"], ["is_it", "add"]])
+def test_calls_that_must_be_made_are_made(bench, names):
+    assert calls_are_json(bench.tokenizer)
+    job = {
+        "messages": [{"role": "user", "content": TEXT}], "max_tokens": 200, "tools": TOOLS,
+        "must_call": names, "many_calls": False,
+    }  # fmt: skip
+    *_, last = answer(prepare(job, bench.model, bench.tokenizer), bench)
+    assert last["reason"] == "tool_calls" and len(last["tool_calls"]) == 1
+    call = last["tool_calls"][0]
+    schemas = {each["function"]["name"]: each["function"]["parameters"] for each in TOOLS}
+    assert call["name"] in names
+    jsonschema.validate(json.loads(call["arguments"]), schemas[call["name"]])
+
+
+def test_a_bad_schema_of_a_tool_is_refused(bench):
+    tool = {"type": "function", "function": {"name": "add", "parameters": REFUSED["no such type"]}}
+    job = {
+        "messages": [{"role": "user", "content": TEXT}], "max_tokens": 9, "tools": [tool],
+        "must_call": ["add"], "many_calls": True,
+    }  # fmt: skip
+    with pytest.raises(Refusal, match="tools: ") as told:
+        prepare(job, bench.model, bench.tokenizer)
+    assert told.value.param == "tools"
+
+
+def info(*, holds: bool) -> EngineInfo:
+    return EngineInfo(
+        model="m", adapter=True, num_draft_tokens=4, vocab_size=9, max_context=None,
+        has_chat_template=True, has_tools=True, load_s=0.0, holds_tools=holds,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("choice", "names", "many"),
+    [
+        ("required", ["is_it", "add"], True),
+        ({"type": "function", "function": {"name": "add"}}, ["add"], False),
+        ({"type": "function", "name": "is_it"}, ["is_it"], False),
+        (openai_choice({"type": "any"})[0], ["is_it", "add"], True),
+        (openai_choice({"type": "tool", "name": "add"})[0], ["add"], False),
+    ],
+)
+def test_choices_of_all_dialects_become_calls(choice, names, many):
+    tools = [Tool.model_validate(tool) for tool in TOOLS]
+    job = chat_tools(tools, choice, info(holds=True))
+    assert (job["must_call"], job["many_calls"]) == (names, many) and len(job["tools"]) == 2
+    assert not chat_tools(tools, choice, info(holds=True), parallel=False)["many_calls"]
+    with pytest.raises(ApiError, match="cannot be held") as told:
+        chat_tools(tools, choice, info(holds=False))
+    assert told.value.param == "tool_choice"
+
+
+@pytest.mark.parametrize(
+    "choice", [{}, {"type": "function"}, {"type": "function", "name": "mul"}, "sometimes", 
+               {"type": "function", "function": 3}, openai_choice({"type": "tool"})[0]]
+)  # fmt: skip
+def test_choices_that_name_no_tool_are_refused(choice):
+    tools = [Tool.model_validate(tool) for tool in TOOLS]
+    with pytest.raises(ApiError, match="tool_choice must be"):
+        chat_tools(tools, choice, info(holds=True))
+
+
+def test_strict_tools_need_a_call_that_must_be_made():
+    tools = [Tool.model_validate(tool) for tool in TOOLS]
+    assert "strict" in chat_tools(tools, "required", info(holds=True))["tools"][0]["function"]
+    with pytest.raises(ApiError, match="strict tools need") as told:
+        chat_tools(tools, "auto", info(holds=True))
+    assert told.value.param == "tools.0.function.strict"
+
+
+def test_a_grammar_that_leads_nowhere_is_told_and_harms_no_other():
+    def begin(prepared: Any) -> Any:
+        yield {"type": "started"}
+        if prepared.ids == [1]:
+            raise GrammarError("no way on")
+        yield {"type": "finished"}
+
+    sent: list[dict[str, Any]] = []
+    scheduler = Scheduler(
+        prepare=lambda job: Prepared(ids=job["ids"]), begin=begin, send=sent.append
+    )
+    for number in (1, 2):
+        scheduler.receive({"type": "submit", "id": number, "job": {"ids": [number]}})
+    while len(sent) < 4:
+        scheduler.turn()
+    told = next(message for message in sent if message["type"] == "refused")
+    assert told == {
+        "type": "refused", "id": 1, "message": "no way on", "param": None, "code": "grammar",
+    }  # fmt: skip
+    assert {"type": "finished", "id": 2} in sent
