@@ -103,8 +103,8 @@ def test_openai_errors(client):
     with pytest.raises(openai.NotFoundError):
         client.chat.completions.create(model="gpt-9", messages=HI)
     with pytest.raises(openai.BadRequestError):
-        schema: Any = {"type": "json_object"}
-        client.chat.completions.create(model="fake/model", messages=HI, response_format=schema)
+        format: Any = {"type": "xml"}
+        client.chat.completions.create(model="fake/model", messages=HI, response_format=format)
 
 
 def test_openai_asynchronously_and_leaving_early(host):

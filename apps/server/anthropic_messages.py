@@ -10,9 +10,9 @@ from starlette.requests import Request
 
 from mlx_mtp.apps.server.anthropic_schema import (
     MessagesRequest,
-    choice_word,
     conversation,
     function_tools,
+    openai_choice,
     tool_use,
 )
 from mlx_mtp.apps.server.batch import Batch, Choice, group_details
@@ -49,10 +49,9 @@ def _job(body: MessagesRequest, desk: Desk) -> dict[str, Any]:
     if body.temperature is not None and body.temperature > 1:
         raise refused("temperature: should be at most 1", param="temperature")
     given = [Tool.model_validate(tool) for tool in function_tools(body.tools)]
-    tools = chat_tools(given, choice_word(body.tool_choice), desk.info)
-    job = desk.job(body, max_tokens=body.max_tokens)
-    if tools:
-        job["tools"] = tools
+    choice, parallel = openai_choice(body.tool_choice)
+    tools = chat_tools(given, choice, desk.info, parallel=parallel)
+    job = desk.job(body, max_tokens=body.max_tokens) | tools
     return job | {
         "stop": body.stop_sequences,
         "messages": conversation(body, has_tools=desk.info.has_tools),

@@ -85,10 +85,24 @@ def function_tools(tools: list[AnthropicTool] | None) -> list[dict[str, Any]]:
     ]
 
 
-def choice_word(choice: dict[str, Any] | None) -> str | dict[str, Any] | None:
-    """Anthropic's ``tool_choice`` in OpenAI's words; what only looks alike stays as it is."""
-    kind = choice.get("type") if choice else None
-    return kind if kind in ("auto", "none") else choice
+def openai_choice(
+    choice: dict[str, Any] | None,
+) -> tuple[str | dict[str, Any] | None, bool]:
+    """Anthropic's ``tool_choice`` in OpenAI's words, and whether there may be several calls.
+
+    What only looks alike is turned into what OpenAI's refuses.
+    """
+    if choice is None:
+        return None, True
+    parallel = choice.get("disable_parallel_tool_use") is not True
+    match choice.get("type"):
+        case "auto" | "none" as kind:
+            return kind, parallel
+        case "any":
+            return "required", parallel
+        case "tool":
+            return {"type": "function", "name": choice.get("name")}, parallel
+    return {}, parallel
 
 
 def _from_blocks(

@@ -81,12 +81,14 @@ def _load(options: Message, send: Any) -> Any:
     from mlx_mtp.apps.server.session import Bench, answer
     from mlx_mtp.apps.server.token_text import TokenTexts
     from mlx_mtp.cli_options import load_model
+    from mlx_mtp.grammar import Grammars
     from mlx_mtp.sharing import run_together
     from mlx_mtp.tuning import speculation_for
 
     _wire_memory(mx)
     mx.random.seed(int.from_bytes(os.urandom(7), "little"))
     model, tokenizer = load_model(options)
+    grammars = Grammars(tokenizer)
     bench = Bench(
         model=model,
         tokenizer=tokenizer,
@@ -97,7 +99,7 @@ def _load(options: Message, send: Any) -> Any:
     )
     send(_ready(model, tokenizer) | {"load_s": round(time.monotonic() - began, 2)})
     return Scheduler(
-        prepare=lambda job: prepare(job, model, tokenizer),
+        prepare=lambda job: prepare(job, model, tokenizer, grammars),
         begin=lambda job: answer(job, bench),
         run_steps=lambda steps: run_together(steps, speculation_for(model, measure=False)),
         send=send,
@@ -107,6 +109,8 @@ def _load(options: Message, send: Any) -> Any:
 
 def _ready(model: Any, tokenizer: Any) -> Message:
     """What the model is."""
+    from mlx_mtp.apps.server.tool_calls import calls_are_json
+
     return {
         "type": "ready",
         "model": model.name,
@@ -116,6 +120,7 @@ def _ready(model: Any, tokenizer: Any) -> Message:
         "max_context": model.max_context,
         "has_chat_template": tokenizer.has_chat_template,
         "has_tools": tokenizer.has_chat_template and tokenizer.has_tool_calling,
+        "holds_tools": tokenizer.has_tool_calling and calls_are_json(tokenizer),
         "facts": _facts(model),
     }
 

@@ -11,6 +11,7 @@ from starlette.requests import Request
 from mlx_mtp.apps.server.batch import Batch, Choice, group_details
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import refused
+from mlx_mtp.apps.server.formats import ResponseFormat, chat_format
 from mlx_mtp.apps.server.jobs import Desk, choices_of, new_id, now
 from mlx_mtp.apps.server.protocol import Message
 from mlx_mtp.apps.server.replies import json_response
@@ -34,13 +35,6 @@ class ChatMessage(Strict):
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = None
-
-
-class ResponseFormat(Strict):
-    """OpenAI's ``response_format``; of the kinds, text alone can be had."""
-
-    type: str
-    json_schema: dict[str, Any] | None = None
 
 
 class ChatRequest(OpenAISampled):
@@ -80,35 +74,23 @@ async def create(request: Request) -> Any:
 
 
 def _job(body: ChatRequest, desk: Desk) -> dict[str, Any]:
-    _check_format(body.response_format)
     if body.top_logprobs and not body.logprobs:
         raise refused("top_logprobs needs logprobs to be true", param="top_logprobs")
     if body.stream_options is not None and not body.stream:
         raise refused("stream_options needs stream to be true", param="stream_options")
     if body.max_tokens and body.max_completion_tokens:
         raise refused("give max_tokens or max_completion_tokens, not both", param="max_tokens")
-    tools = chat_tools(body.tools, body.tool_choice, desk.info)
+    tools = chat_tools(body.tools, body.tool_choice, desk.info, parallel=body.parallel_tool_calls)
     job = desk.openai_job(body, max_tokens=body.max_completion_tokens or body.max_tokens)
     if body.logprobs:
         job["top_logprobs"] = body.top_logprobs or 0
-    if tools:
-        job["tools"] = tools
+    job |= tools | chat_format(body.response_format, tools=bool(tools))
     return job | {
         "messages": [
             _plain(message, at, desk.info.has_tools) for at, message in enumerate(body.messages)
         ],
         "template_config": _template_config(body.chat_template_kwargs),
     }
-
-
-def _check_format(given: ResponseFormat | None) -> None:
-    if given is not None and given.type != "text":
-        raise refused(
-            f"response_format of type {given.type[:40]!r} is not supported: the model's text "
-            "cannot be held to it",
-            param="response_format",
-            code="unsupported_parameter",
-        )
 
 
 def _template_config(given: dict[str, Any] | None) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from starlette.requests import Request
 
 from mlx_mtp.apps.server.batch import Batch, Choice, group_details
 from mlx_mtp.apps.server.body import read_body
-from mlx_mtp.apps.server.errors import ApiError, refused
+from mlx_mtp.apps.server.errors import ApiError
+from mlx_mtp.apps.server.formats import TextFormat, responses_format
 from mlx_mtp.apps.server.jobs import Desk, new_id, now
 from mlx_mtp.apps.server.protocol import Message
 from mlx_mtp.apps.server.replies import json_response
@@ -38,20 +39,15 @@ async def create(request: Request) -> Any:
 
 
 def _job(body: ResponsesRequest, desk: Desk) -> dict[str, Any]:
-    format = body.text.format if body.text else None
-    if format is not None and format.get("type") != "text":
-        raise refused(
-            f"text.format of type {str(format.get('type'))[:40]!r} is not supported: the model's "
-            "text cannot be held to it",
-            param="text.format",
-            code="unsupported_parameter",
-        )
     given = [Tool.model_validate(tool) for tool in function_tools(body.tools)]
-    tools = chat_tools(given, body.tool_choice, desk.info)
+    tools = chat_tools(given, body.tool_choice, desk.info, parallel=body.parallel_tool_calls)
     job = desk.job(body, max_tokens=body.max_output_tokens)
-    if tools:
-        job["tools"] = tools
+    job |= tools | responses_format(_format(body), tools=bool(tools))
     return job | {"messages": conversation(body, has_tools=desk.info.has_tools)}
+
+
+def _format(body: ResponsesRequest) -> TextFormat | None:
+    return body.text.format if body.text else None
 
 
 class _Reply:
@@ -188,12 +184,12 @@ class _Reply:
             "metadata": body.metadata or {},
             "model": self._model,
             "output": list(self._output),
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": body.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": _format_told(body)},
             "tool_choice": body.tool_choice or "auto",
             "tools": [tool.model_dump() for tool in body.tools or ()],
             "top_p": body.top_p,
@@ -217,6 +213,11 @@ class _Reply:
         if self._details:
             costs["mtp"] = mtp_summary(self._choice)
         return costs
+
+
+def _format_told(body: ResponsesRequest) -> dict[str, Any]:
+    given = _format(body)
+    return {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_none=True)
 
 
 def _part(text: str) -> dict[str, Any]:

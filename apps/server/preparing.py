@@ -13,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_mtp.accept import LogitsProcessor, Sampling
 from mlx_mtp.apps.server.penalties import answer_penalty
 from mlx_mtp.generate import chat_text, encode_prompt
+from mlx_mtp.grammar import Grammars, calls_grammar, json_grammar
 from mlx_mtp.model import MTPModel
 from mlx_mtp.terminal import one_line
 
@@ -56,8 +57,19 @@ class Prepared:
     fresh: bool = False
 
 
-def prepare(job: dict[str, Any], model: MTPModel, tokenizer: TokenizerWrapper) -> Prepared:
+def prepare(
+    job: dict[str, Any],
+    model: MTPModel,
+    tokenizer: TokenizerWrapper,
+    grammars: Grammars | None = None,
+) -> Prepared:
     """Check a job and encode its prompt.
+
+    Args:
+        job: as the server sends it.
+        model: the model.
+        tokenizer: its tokenizer.
+        grammars: what makes grammars for it; without it each job that needs one makes its own.
 
     Raises:
         Refusal: it cannot be done.
@@ -74,7 +86,7 @@ def prepare(job: dict[str, Any], model: MTPModel, tokenizer: TokenizerWrapper) -
     options = {
         "max_tokens": job["max_tokens"],
         "sampling": sampling,
-        "logits_processors": _processors(job, len(ids)),
+        "logits_processors": _processors(job, len(ids), tokenizer, grammars or Grammars(tokenizer)),
         "seed": job.get("seed"),
         "layout": job.get("layout", "auto"),
         "num_draft_tokens": k,
@@ -90,11 +102,38 @@ def prepare(job: dict[str, Any], model: MTPModel, tokenizer: TokenizerWrapper) -
     )
 
 
-def _processors(job: dict[str, Any], num_prompt: int) -> list[LogitsProcessor]:
+def _processors(
+    job: dict[str, Any], num_prompt: int, tokenizer: TokenizerWrapper, grammars: Grammars
+) -> list[LogitsProcessor]:
+    found: list[LogitsProcessor] = []
     frequency, presence = job.get("frequency_penalty") or 0.0, job.get("presence_penalty") or 0.0
-    if not (frequency or presence):
-        return []
-    return [answer_penalty(num_prompt=num_prompt, frequency=frequency, presence=presence)]
+    if frequency or presence:
+        penalty = answer_penalty(num_prompt=num_prompt, frequency=frequency, presence=presence)
+        found.append(penalty)
+    if "schema" in job or "must_call" in job:
+        param = job.get("schema_param", "tools")
+        try:
+            grammar = _grammar(job, tokenizer)
+            found.append(grammars.processor(grammar, num_prompt=num_prompt))
+        except ValueError as error:
+            raise Refusal(f"{param}: {one_line(error)}", param=param) from None
+    return found
+
+
+def _grammar(job: dict[str, Any], tokenizer: TokenizerWrapper) -> str:
+    """What the answer is held to."""
+    if "schema" in job:
+        return json_grammar(job["schema"])
+    functions = [tool["function"] for tool in job["tools"]]
+    return calls_grammar(
+        {
+            each["name"]: each.get("parameters") or {}
+            for each in functions
+            if each["name"] in job["must_call"]
+        },
+        marks=(tokenizer.tool_call_start or "", tokenizer.tool_call_end or ""),
+        many=job["many_calls"],
+    )
 
 
 def _sampling(job: dict[str, Any], model: MTPModel) -> Sampling:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mlx_mtp.apps.server.errors import refused
+from mlx_mtp.apps.server.formats import TextFormat
 from mlx_mtp.apps.server.schemas import MOST_TOKENS, Many, Sampled, Strict, flat_text
 from mlx_mtp.apps.server.tools import CalledFunction, ToolCall, template_calls
 
@@ -22,9 +23,9 @@ class ResponseTool(Strict):
 
 
 class TextOptions(Strict):
-    """How the text is to look; plain text can be had."""
+    """How the text is to look."""
 
-    format: dict[str, Any] | None = None
+    format: TextFormat | None = None
 
 
 class InputItem(Strict):

@@ -15,6 +15,7 @@ from typing import Any
 
 from mlx_mtp.apps.server.preparing import Prepared, Refusal
 from mlx_mtp.apps.server.protocol import Message
+from mlx_mtp.grammar import GrammarError
 from mlx_mtp.step import Step
 from mlx_mtp.terminal import one_line
 
@@ -94,6 +95,10 @@ class Scheduler:
             return None
         try:
             item = next(session, None)
+        except GrammarError as error:
+            self._send_refusal(job, Refusal(str(error), code="grammar"))
+            self._end(job)
+            return None
         except Exception as error:
             self._fail(job, error)
             return None
@@ -136,17 +141,13 @@ class Scheduler:
         if isinstance(value, Prepared):
             self._sessions[job] = self._begin(value)
         elif isinstance(value, Refusal):
-            self._send(
-                {
-                    "type": "refused",
-                    "id": job,
-                    "message": str(value),
-                    "param": value.param,
-                    "code": value.code,
-                }
-            )
+            self._send_refusal(job, value)
         else:
             self._send({"type": "failed", "id": job, "message": value})
+
+    def _send_refusal(self, job: int, refusal: Refusal) -> None:
+        why = {"message": str(refusal), "param": refusal.param, "code": refusal.code}
+        self._send({"type": "refused", "id": job, **why})
 
     def _cancel(self, job: int) -> None:
         """Break a job off; one that has ended meanwhile has said so."""

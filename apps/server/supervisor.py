@@ -39,6 +39,7 @@ class EngineInfo:
     has_chat_template: bool
     has_tools: bool
     load_s: float
+    holds_tools: bool = False
     facts: dict[str, Any] = field(default_factory=dict)
 
 

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tool_parsers import json_tools
 
 
 class ToolCallReader:
@@ -68,6 +69,17 @@ class ToolCallReader:
             return self._start + body + self._end
         self.calls += calls
         return ""
+
+
+def calls_are_json(tokenizer: TokenizerWrapper) -> bool:
+    """Whether calls are JSON objects between two marks that are written out as text."""
+    marks = (tokenizer.tool_call_start, tokenizer.tool_call_end)
+    special = set(tokenizer.all_special_tokens)
+    return (
+        tokenizer.tool_parser is json_tools.parse_tool_call
+        and all(marks)
+        and not special.intersection(marks)
+    )
 
 
 def _as_json(arguments: Any) -> str:

@@ -14,7 +14,7 @@ from mlx_mtp.apps.server.supervisor import EngineInfo
 
 
 class Function(Strict):
-    """A function that the model may call; ``strict`` would need constrained decoding."""
+    """A function that the model may call."""
 
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
@@ -45,33 +45,70 @@ class ToolCall(Strict):
 
 
 def chat_tools(
-    tools: list[Tool] | None, choice: str | dict[str, Any] | None, info: EngineInfo
-) -> list[dict[str, Any]]:
-    """The tools to put into the chat template; none where there are none or none may be used.
+    tools: list[Tool] | None,
+    choice: str | dict[str, Any] | None,
+    info: EngineInfo,
+    *,
+    parallel: bool | None = None,
+) -> dict[str, Any]:
+    """The part of a job that is about tools: the chat template's, and calls that must be made.
+
+    Args:
+        tools: as the request has them.
+        choice: "auto", "none", "required" or the name of a tool in one of OpenAI's two forms.
+        info: what the model is.
+        parallel: whether several calls may be made, where some must be.
 
     Raises:
         ApiError: 400 where the model cannot do what is asked.
     """
-    if isinstance(choice, dict) or choice not in (None, "none", "auto"):
-        raise refused(
-            "tool_choice can be 'auto' or 'none': the model cannot be made to call a tool",
-            param="tool_choice",
-            code="unsupported_parameter",
-        )
-    if not tools or choice == "none":
-        return []
+    if choice == "none":
+        return {}
+    must = choice not in (None, "auto")
+    called = _must_call(tools or [], choice, info) if must else []
+    if not tools:
+        return {}
     if not info.has_tools:
         raise refused(
             "the model's chat template knows no tools", param="tools", code="unsupported_parameter"
         )
     for at, tool in enumerate(tools):
-        if tool.function.strict:
+        if tool.function.strict and not must:
             raise refused(
-                "strict tools are not supported: arguments cannot be held to a schema",
+                "strict tools need tool_choice 'required' or the name of a tool: where the model "
+                "may also write text, arguments cannot be held to a schema",
                 param=f"tools.{at}.function.strict",
                 code="unsupported_parameter",
             )
-    return [tool.model_dump(exclude_none=True) for tool in tools]
+    job: dict[str, Any] = {"tools": [tool.model_dump(exclude_none=True) for tool in tools]}
+    if must:
+        job |= {"must_call": called, "many_calls": choice == "required" and parallel is not False}
+    return job
+
+
+def _must_call(
+    tools: list[Tool], choice: str | dict[str, Any] | None, info: EngineInfo
+) -> list[str]:
+    """Names of the tools of which one must be called."""
+    names = [tool.function.name for tool in tools]
+    if not info.holds_tools:
+        raise refused(
+            "tool_choice can be 'auto' or 'none' here: the model does not write calls as JSON "
+            "between marks, so it cannot be held to them",
+            param="tool_choice",
+            code="unsupported_parameter",
+        )
+    if choice == "required" and names:
+        return names
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        function = choice.get("function", choice)
+        name = function.get("name") if isinstance(function, dict) else None
+        if name in names:
+            return [name]
+    raise refused(
+        "tool_choice must be 'auto', 'none', 'required' or name one of the tools",
+        param="tool_choice",
+    )
 
 
 def template_calls(calls: list[ToolCall], *, where: str) -> list[dict[str, Any]]:
