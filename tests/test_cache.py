@@ -314,7 +314,7 @@ def test_a_group_that_does_not_divide_the_heads_is_refused_at_once():
     ],
 )
 def test_a_copy_goes_its_own_way(kind: str, options: dict[str, Any]) -> None:
-    model = tiny_mtp(kind, **({"head_dim": 32} if options else {}))
+    model = tiny_mtp(kind, head_dim=32 if options else 8)
     ids = [(7 * at + 3) % 64 for at in range(300)]
 
     def fresh(rows: list[int]) -> Any:

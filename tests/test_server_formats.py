@@ -182,7 +182,9 @@ def test_hostile_schemas_leave_the_engine_alive(server):
         reply = server.chat(TEXT, max_tokens=20, response_format=wanted(schema))
         assert reply.status_code in ((400,) if name in REFUSED else (200, 400)), (name, reply.text)
         if reply.status_code == 400 and name in REFUSED:
-            assert reply.json()["error"]["param"] == "response_format.json_schema.schema", name
+            error = reply.json()["error"]
+            by_body = error["message"].endswith("an object has more than 4096 keys")
+            assert by_body or error["param"] == "response_format.json_schema.schema", name
         assert reply.elapsed.total_seconds() < 40, name
     assert server.engine_pid == engine and server.chat("hi", max_tokens=2).status_code == 200
 
@@ -227,7 +229,8 @@ def test_calls_that_must_be_made_are_made(bench, names):
         "messages": [{"role": "user", "content": TEXT}], "max_tokens": 200, "tools": TOOLS,
         "must_call": names, "many_calls": False,
     }  # fmt: skip
-    *_, last = answer(prepare(job, bench.model, bench.tokenizer), bench)
+    items: list[Any] = list(answer(prepare(job, bench.model, bench.tokenizer), bench))
+    last = items[-1]
     assert last["reason"] == "tool_calls" and len(last["tool_calls"]) == 1
     call = last["tool_calls"][0]
     schemas = {each["function"]["name"]: each["function"]["parameters"] for each in TOOLS}
@@ -300,7 +303,10 @@ def test_a_grammar_that_leads_nowhere_is_told_and_harms_no_other():
 
     sent: list[dict[str, Any]] = []
     scheduler = Scheduler(
-        prepare=lambda job: Prepared(ids=job["ids"]), begin=begin, send=sent.append
+        prepare=lambda job: Prepared(ids=job["ids"]),
+        begin=begin,
+        run_steps=lambda _: None,
+        send=sent.append,
     )
     for number in (1, 2):
         scheduler.receive({"type": "submit", "id": number, "job": {"ids": [number]}})
