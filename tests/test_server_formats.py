@@ -183,7 +183,7 @@ def test_hostile_schemas_leave_the_engine_alive(server):
         assert reply.status_code in ((400,) if name in REFUSED else (200, 400)), (name, reply.text)
         if reply.status_code == 400 and name in REFUSED:
             error = reply.json()["error"]
-            by_body = error["message"].endswith("an object has more than 4096 keys")
+            by_body = "more than" in error["message"] and error["param"] is None  # its size alone
             assert by_body or error["param"] == "response_format.json_schema.schema", name
         assert reply.elapsed.total_seconds() < 40, name
     assert server.engine_pid == engine and server.chat("hi", max_tokens=2).status_code == 200
