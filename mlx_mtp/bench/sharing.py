@@ -1,8 +1,9 @@
 """Several answers at once, in shared forwards or by turns: ``python -m mlx_mtp.bench.sharing``.
 
 Every round makes the same answers in each way, one way after the other, in an order that moves on
-with the rounds.  The clock runs from the first step of all answers to the last; the prompts are run
-before.  The answers must be the same in every way.  The last line is one JSON line.
+with the rounds.  The clock runs behind the first step of every answer, so prompts do not count.  The
+answers must be the same in every way; those that are not are counted.  The last line is one JSON
+line.
 """
 
 from __future__ import annotations
@@ -37,16 +38,18 @@ class Run:
 
     Attributes:
         ids: of each answer.
-        seconds: from the first step on.
+        tokens: of all answers behind their first steps.
+        seconds: they took.
     """
 
     ids: list[list[int]]
+    tokens: int
     seconds: float
 
     @property
     def tps(self) -> float:
         """Tokens of all answers a second."""
-        return sum(map(len, self.ids)) / self.seconds
+        return self.tokens / self.seconds
 
 
 def answer_all(decodings: Sequence[Decoding], run: Callable[[list[Step]], None]) -> Run:
@@ -56,15 +59,16 @@ def answer_all(decodings: Sequence[Decoding], run: Callable[[list[Step]], None])
         decodings: the answers, not begun.
         run: runs the steps of a turn.
     """
-    going = [(each, ids) for each in decodings if each.planned() and (ids := []) is not None]
-    found = [ids for _, ids in going]
+    found = [list(next(each).tokens) for each in decodings]
+    first = sum(map(len, found))
+    going = [pair for pair in zip(decodings, found, strict=True) if pair[0].planned()]
     began = time.perf_counter()
     while going:
         run([step for each, _ in going if (step := each.planned())])
         for each, ids in going:
             ids += next(each).tokens
         going = [(each, ids) for each, ids in going if each.planned()]
-    return Run(found, time.perf_counter() - began)
+    return Run(found, sum(map(len, found)) - first, time.perf_counter() - began)
 
 
 def one_by_one(steps: Sequence[Step]) -> None:
@@ -84,8 +88,13 @@ def measure(
 ) -> dict[str, list[Run]]:
     """Make the answers in each way, again and again; runs by ``layout way``.
 
-    Raises:
-        ValueError: two ways gave other answers.
+    Args:
+        model: the model.
+        prompts: ids of each prompt.
+        layouts: of decoding; each is made by turns and shared.
+        max_tokens: of each answer; nothing else ends one.
+        rounds: how often.
+        say: told what is going on.
     """
     known = speculation_for(model)
     ways = {"by turns": one_by_one, "shared": lambda steps: run_together(steps, known)}
@@ -97,10 +106,7 @@ def measure(
             known.sharers = 1
             options: dict[str, Any] = {"max_tokens": max_tokens, "layout": layout}
             decodings = [decode(model, ids, speculation=known, **options) for ids in prompts]
-            run = answer_all(decodings, ways[way])
-            runs[f"{layout} {way}"].append(run)
-            if run.ids != runs[f"{pairs[0][0]} {pairs[0][1]}"][0].ids:
-                say(f"{layout} {way}: other ids than {pairs[0][0]} {pairs[0][1]}")
+            runs[f"{layout} {way}"].append(answer_all(decodings, ways[way]))
     return runs
 
 
