@@ -1,9 +1,8 @@
 """Several answers at once, in shared forwards or by turns: ``python -m mlx_mtp.bench.sharing``.
 
 Every round makes the same answers in each way, one way after the other, in an order that moves on
-with the rounds.  The clock runs behind the first step of every answer, so prompts do not count.  The
-answers must be the same in every way; those that are not are counted.  The last line is one JSON
-line.
+with the rounds.  The clock runs behind the first step of every answer, so prompts do not count.
+Answers that are not the same in every way are counted.  The last line is one JSON line.
 """
 
 from __future__ import annotations
