@@ -33,6 +33,8 @@ class MaskRows:
     anchors: tuple[int, ...]
     num_masks_each: int | tuple[int, ...]
 
+    is_contiguous = False
+
     @property
     def gate_split(self) -> int:
         """Index of the first mask row."""
@@ -72,6 +74,10 @@ class MaskRows:
     def positions(self) -> mx.array:
         """``row_positions`` on the device."""
         return mx.array(self.row_positions)
+
+    def positions_from(self, offset: Any) -> mx.array:
+        """Position of each row behind ``offset`` rows, int32 ``[R]``."""
+        return self.positions + offset
 
     def attention(self, num_held: int, window: int | None = None) -> mx.array:
         """Which row may see which held row and which mask row, bool ``[R, num_held + R]``."""
