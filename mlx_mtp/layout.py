@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -143,12 +143,12 @@ class PackedLayout:
 
     is_contiguous = False
 
-    @cached_property
+    @property
     def gate_split(self) -> int:
         """Index of the first mask row; equals the number of ordinary rows."""
         return sum(layout.num_ordinary for layout in self.layouts)
 
-    @cached_property
+    @property
     def num_masks(self) -> int:
         """Mask rows of all steps together."""
         return sum(layout.num_masks for layout in self.layouts)
@@ -196,6 +196,29 @@ class PackedLayout:
         ]
 
 
+class RowLayout(Protocol):
+    """What the rows of a forward tell the wrapped modules: a step's, several steps', training's."""
+
+    @property
+    def gate_split(self) -> int:
+        """Index of the first mask row."""
+        ...
+
+    @property
+    def num_masks(self) -> int:
+        """Mask rows."""
+        ...
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether the rows stand one behind the other."""
+        ...
+
+    def positions_from(self, offset: Any) -> mx.array:
+        """Position of each row behind ``offset`` held ones, int32 ``[rows]``."""
+        ...
+
+
 class StepScope:
     """The layout of the forward in progress, shared by the wrapped modules of one model.
 
@@ -206,7 +229,7 @@ class StepScope:
     """
 
     def __init__(self) -> None:
-        self.layout: StepLayout | PackedLayout | None = None
+        self.layout: RowLayout | None = None
         self.gated = True
 
     @property

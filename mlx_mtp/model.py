@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_mtp import cache as kv_cache
 from mlx_mtp.cache import MTPCache
 from mlx_mtp.config import MTPConfig
-from mlx_mtp.layout import PackedLayout, StepLayout, StepScope, quadratic_layout
+from mlx_mtp.layout import RowLayout, StepScope, quadratic_layout
 from mlx_mtp.lora import GatedLoRALinear
 from mlx_mtp.sampler_head import SamplerHead
 from mlx_mtp.seams import HiddenStates, MaskEmbedding, StepRope
@@ -137,7 +137,7 @@ class MTPModel(nn.Module):
         ids: mx.array,
         *,
         cache: MTPCache | PackedCache,
-        layout: StepLayout | PackedLayout | None = None,
+        layout: RowLayout | None = None,
     ) -> mx.array:
         """Run the backbone over one step, or over several that are packed.
 

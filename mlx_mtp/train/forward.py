@@ -16,7 +16,6 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from mlx_mtp.cache import MTPCache
-from mlx_mtp.layout import StepLayout
 from mlx_mtp.model import MTPModel
 from mlx_mtp.train.packing import MaskRows
 
@@ -88,4 +87,4 @@ def mask_rows(model: MTPModel, ordinary: OrdinaryRows, rows: MaskRows) -> mx.arr
     ]
     held = cast(MTPCache, SimpleNamespace(layers=layers))
     ids = mx.array(rows.mask_offsets[None])
-    return model(ids, cache=held, layout=cast(StepLayout, rows))[0]
+    return model(ids, cache=held, layout=rows)[0]
