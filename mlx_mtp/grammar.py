@@ -87,7 +87,7 @@ def _quoted(text: str) -> str:
 class Grammars:
     """Makes processors for the vocabulary of one tokenizer.
 
-    The vocabulary is worked out with the first of them, which takes about a second for 50,000 ids.
+    The vocabulary is worked out with the first of them; ``bench.grammar`` times it.
 
     Args:
         tokenizer: with a Hugging Face fast tokenizer within.

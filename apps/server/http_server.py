@@ -53,7 +53,7 @@ def serve(
     )
     server = _Server(config, engine)
     gc.collect()
-    gc.freeze()  # what is there now stays; looking through it again takes 30 ms each time
+    gc.freeze()  # what is there now stays; no collection need look through it again
     (greet or _greet)(url)
     with listener:
         asyncio.run(_run(server, listener, engine, url, settings))
