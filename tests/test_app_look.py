@@ -24,12 +24,12 @@ def test_colours_follow_the_system_until_they_are_chosen(page: Page, scheme):
         colour = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
         return int(re.findall(r"\d+", colour)[0]) < 128
 
-    page.get_by_label("Colours").select_option("system")
+    page.get_by_label("Theme").select_option("system")
     assert is_dark() == (scheme == "dark")
     other = {"light": "dark", "dark": "light"}[scheme]
-    page.get_by_label("Colours").select_option(other)
+    page.get_by_label("Theme").select_option(other)
     until(page, lambda: is_dark() == (other == "dark"))
-    page.get_by_label("Colours").select_option("system")
+    page.get_by_label("Theme").select_option("system")
 
 
 @pytest.mark.parametrize("width", [320, 390])
@@ -65,7 +65,7 @@ def test_screen_readers_are_told_sentences_not_tokens(page: Page):
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing_serious(page: Page, theme):
-    page.get_by_label("Colours").select_option(theme)
+    page.get_by_label("Theme").select_option(theme)
     send(page, CODE)
     finished(page)
     found = _serious(page)
@@ -78,7 +78,7 @@ def test_axe_finds_nothing_serious(page: Page, theme):
     found += _serious(page)
     page.keyboard.press("Escape")
     page.get_by_role("complementary", name="Steps").get_by_role("button", name="Close").click()
-    page.get_by_label("Colours").select_option("system")
+    page.get_by_label("Theme").select_option("system")
     assert found == []
 
 
@@ -96,7 +96,7 @@ def test_without_the_key_the_page_says_what_to_do(browser, app: AppHost):
     context = browser.new_context()
     opened = context.new_page()
     opened.goto(app.url)
-    expect(opened.get_by_role("heading")).to_have_text("This page needs its key")
+    expect(opened.get_by_role("heading")).to_have_text("Access key required")
     context.close()
 
 

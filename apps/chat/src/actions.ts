@@ -120,7 +120,7 @@ export async function remove(id: number): Promise<void> {
     await ask("DELETE", `/conversations/${id}`);
     if (state.conversation.value?.id === id) newConversation();
     await listConversations();
-    say("Deleted");
+    say("Conversation deleted");
   });
 }
 

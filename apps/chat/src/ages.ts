@@ -21,5 +21,5 @@ function nameOf(days: number): string {
   if (days === 1) return "Yesterday";
   if (days <= 7) return "Last 7 days";
   if (days <= 30) return "Last 30 days";
-  return "Earlier";
+  return "Older";
 }

@@ -8,10 +8,10 @@ const MOST_LETTERS = 400;
 const ENDS: Record<MessageState, string> = {
   streaming: "",
   done: "Answer complete.",
-  length: "Answer cut at the limit of tokens.",
+  length: "The answer reached the token limit.",
   stopped: "Answer stopped.",
   interrupted: "Answer interrupted.",
-  failed: "The answer failed.",
+  failed: "Answer failed.",
 };
 
 export class Announcer {

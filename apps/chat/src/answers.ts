@@ -26,10 +26,10 @@ export async function watchAnswer(id: number): Promise<void> {
     for await (const event of events<AnswerEvent>("GET", `/answers/${id}`, { signal })) {
       switch (event.type) {
         case "started":
-          state.waiting.value = `Reading ${counted(event.prompt_tokens, "token")}`;
+          state.waiting.value = `Processing the prompt: ${counted(event.prompt_tokens, "token")}`;
           break;
         case "prefill":
-          state.waiting.value = `Reading, ${counted(event.done, "token")} done`;
+          state.waiting.value = `Processing the prompt: ${counted(event.done, "token")} done`;
           break;
         case "group": {
           const { type: _, ...group } = event;
@@ -47,8 +47,8 @@ export async function watchAnswer(id: number): Promise<void> {
       }
     }
   } catch (error) {
-    const broken = "The connection broke off; what came until then is here.";
-    const text = error instanceof ApiError && error.status ? error.message : broken;
+    const lost = "The connection was lost. The text received so far is shown.";
+    const text = error instanceof ApiError && error.status ? error.message : lost;
     update(id, { state: "interrupted", stats: { error: text } });
   } finally {
     clearTimeout(timer);

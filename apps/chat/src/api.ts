@@ -84,7 +84,7 @@ async function send(
     response = await fetch(PREFIX + path, init);
   } catch (error) {
     if (signal?.aborted) throw error;
-    throw new ApiError(0, "mlx-mtp app does not answer; is it still running?");
+    throw new ApiError(0, "mlx-mtp app is not responding. Is it still running?");
   }
   return checked(response);
 }

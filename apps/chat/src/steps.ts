@@ -63,18 +63,18 @@ export function rolling(groups: readonly Group[], window = 16): number[] {
 export function describeStep(groups: readonly Group[], at: number): string {
   const group = groups[at]!;
   const head = `Step ${at + 1} of ${groups.length}: ${counted(group.tokens.length, "token")}`;
-  if (!group.drafted) return `${head}, nothing drafted`;
-  const origin = group.source === "lookup" ? "found in the text" : "from mask tokens";
-  return `${head}, ${group.accepted} of ${counted(group.drafted, "draft")} held, ${origin}`;
+  if (!group.drafted) return `${head}, no draft tokens`;
+  const origin = group.source === "lookup" ? "from lookup" : "from mask tokens";
+  return `${head}, ${group.accepted} of ${counted(group.drafted, "draft")} accepted, ${origin}`;
 }
 
 /** Say where one token of a step is from. */
 export function describeToken(group: Group, token: number): string {
-  if (token < group.accepted) return `draft ${token + 1} of ${group.drafted}, held`;
+  if (token < group.accepted) return `draft ${token + 1} of ${group.drafted}, accepted`;
   if (group.drafted > group.accepted && token === group.accepted) {
-    return `the model's own, draft ${token + 1} did not hold`;
+    return `from the model; draft ${token + 1} was rejected`;
   }
-  return "the model's own";
+  return "from the model";
 }
 
 /** Where each step ends in the joined text. */

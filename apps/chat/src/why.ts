@@ -15,58 +15,58 @@ export function reasons(
 ): string[] {
   const found: string[] = [];
   if (!model.adapter) {
-    found.push("This model has no adapter, so every step gives one token. Train one: mlx-mtp train.");
+    found.push("This model has no adapter, so every step generates one token. Train one with mlx-mtp train.");
   }
   if (options.layout === "plain" || options.num_draft_tokens === 0) {
     found.push("Drafting is turned off in the settings of this conversation.");
   }
   if (facts.blas === "reference" && facts.runs_on === "cpu") {
-    found.push("Matrices are multiplied by MLX's reference BLAS; with OpenBLAS it is several times faster.");
+    found.push("MLX multiplies matrices with its reference BLAS. OpenBLAS is several times faster.");
   }
   if (summary.steps >= FEW_STEPS) found.push(...fromSteps(summary, facts.costs, options));
-  else found.push("Too few steps so far to say how drafts hold here.");
+  else found.push("Not enough steps yet to estimate acceptance.");
   if (model.adapter) found.push(...fromCosts(facts));
   return found;
 }
 
 function fromSteps(summary: StepSummary, costs: Costs, options: Options): string[] {
   const found = [
-    `A step gave ${summary.tokensPerStep.toFixed(2)} tokens on average over ${summary.steps} steps.`,
+    `The average is ${summary.tokensPerStep.toFixed(2)} tokens per step over ${summary.steps} steps.`,
   ];
   const first = summary.positions[0];
   if (first?.seen) {
     const share = percent(first.held / first.seen);
-    found.push(`The first mask token was right in ${share} of the steps that looked at it.`);
+    found.push(`The first draft token was accepted in ${share} of the steps that verified it.`);
   }
   if (summary.plainShare > 0.2) {
     found.push(
-      `${percent(summary.plainShare)} of the steps drafted nothing: there the planner expected drafts to cost more than they bring.`,
+      `${percent(summary.plainShare)} of the steps drafted nothing because the planner expected drafts to cost more time than they save.`,
     );
   }
   if ((options.temp ?? 0) > 0.3) {
-    found.push("A temperature lowers what drafts can hold: the model itself is less sure of the next token.");
+    found.push("Sampling at a higher temperature lowers acceptance because the model is less certain of the next token.");
   }
   const rows = Math.round(summary.drafted / Math.max(summary.steps, 1)) + 1;
   const ratio = costRatio(costs, rows);
   if (ratio !== null && rows > 1) {
     found.push(
-      `Verifying ${counted(rows - 1, "draft")} takes ${timesAs(ratio)} a plain step here, masks not counted.`,
+      `Verifying ${counted(rows - 1, "draft")} takes ${timesAs(ratio)} a plain step, not counting mask tokens.`,
     );
   }
   return found;
 }
 
 function fromCosts(facts: Facts): string[] {
-  if (!facts.measured) return ["What rows cost here was not measured yet: mlx-mtp tune does it."];
+  if (!facts.measured) return ["Row costs have not been measured on this machine. Measure them with mlx-mtp tune."];
   const drafting = facts.costs.draft_ms.at(-1) ?? 0;
   const plain = facts.costs.forward_ms[0]?.[0] ?? 0;
   const found: string[] = [];
   for (const rows of [4, 8]) {
     const ratio = costRatio(facts.costs, rows);
-    if (ratio !== null) found.push(`A step of ${rows} rows takes ${timesAs(ratio)} one of 1 row.`);
+    if (ratio !== null) found.push(`A step of ${rows} rows takes ${timesAs(ratio)} a step of 1 row.`);
   }
   if (plain > 0 && drafting > 0) {
-    found.push(`Drafting adds up to ${drafting.toFixed(1)} ms to a step, a plain one takes ${plain.toFixed(1)} ms.`);
+    found.push(`Drafting adds up to ${drafting.toFixed(1)} ms to a step; a plain step takes ${plain.toFixed(1)} ms.`);
   }
   return found;
 }
@@ -84,7 +84,7 @@ export function costRatio(costs: Costs, rows: number): number | null {
 
 // A measured curve may dip below one row; nobody believes that more work takes less time.
 function timesAs(ratio: number): string {
-  return ratio > 1 ? `about ${ratio.toFixed(2)} times` : "no longer than";
+  return ratio > 1 ? `about ${ratio.toFixed(2)} times as long as` : "no longer than";
 }
 
 export function percent(share: number): string {

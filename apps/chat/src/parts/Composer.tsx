@@ -53,9 +53,9 @@ export function Composer() {
 }
 
 function placeholder(): string {
-  if (state.gone.value) return "mlx-mtp app does not answer";
+  if (state.gone.value) return "mlx-mtp app is not responding";
   if (state.ready.value) return "Write a message";
-  return state.engine.value?.state === "broken" ? "No model is loaded" : "The model is being loaded";
+  return state.engine.value?.state === "broken" ? "No model is loaded" : "The model is loading";
 }
 
 function editLast(event: KeyboardEvent): void {

@@ -16,14 +16,14 @@ export function Empty() {
   if (!model) return <Loading />;
   return (
     <div class="empty">
-      <h2>What shall {state.modelName.value} write?</h2>
+      <h2>Chat with {state.modelName.value}</h2>
       {model.adapter ? (
         <p>
-          It gives up to {counted(model.num_draft_tokens + 1, "token")} a step, and says what it would say one
-          token at a time. Tokens of one step share an underline; point at one to see where it came from.
+          Generates up to {counted(model.num_draft_tokens + 1, "token")} per step. The text is the same as with
+          one token per step. Tokens of one step share an underline; point at a token to see its origin.
         </p>
       ) : (
-        <p>It has no adapter, so it says one token a step.</p>
+        <p>This model has no adapter, so it generates one token per step.</p>
       )}
       {model.has_chat_template ? (
         <ul class="suggestions">
@@ -36,7 +36,7 @@ export function Empty() {
           ))}
         </ul>
       ) : (
-        <p class="bad">This model has no chat template, so it cannot hold a conversation.</p>
+        <p class="bad">This model has no chat template, so it cannot be used for chat.</p>
       )}
     </div>
   );
@@ -47,7 +47,7 @@ function Loading() {
   return (
     <div class="empty">
       <p class={broken ? "bad" : ""}>
-        {broken ? state.engine.value!.error || "No model is loaded." : "The model is being loaded."}
+        {broken ? state.engine.value!.error || "No model is loaded." : "The model is loading."}
       </p>
     </div>
   );

@@ -5,7 +5,7 @@ import { SHORTCUTS } from "./shortcuts";
 /** The list of keys. */
 export function Help() {
   return (
-    <Dialog title="Keys" close={() => (helping.value = false)}>
+    <Dialog title="Keyboard shortcuts" close={() => (helping.value = false)}>
       <dl class="keys">
         {SHORTCUTS.map(([keys, meaning]) => (
           <div key={keys}>

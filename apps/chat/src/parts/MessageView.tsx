@@ -13,7 +13,7 @@ import { focusOn, isComposing, leaveEditing } from "./shortcuts";
 const ENDS: Record<MessageState, string> = {
   streaming: "",
   done: "",
-  length: "cut at the limit",
+  length: "token limit reached",
   stopped: "stopped",
   interrupted: "interrupted",
   failed: "failed",
@@ -89,7 +89,7 @@ function Said({ text }: { text: string }) {
           aria-expanded={whole}
           onClick={() => setWhole(!whole)}
         >
-          {whole ? "Show less" : `Show all ${text.length.toLocaleString("en")} letters`}
+          {whole ? "Show less" : `Show all ${text.length.toLocaleString("en")} characters`}
         </button>
       )}
     </>
@@ -101,7 +101,7 @@ function Progress({ message }: { message: Message }) {
   const { steps, tokens, tokensPerStep } = summarise(message.groups);
   return (
     <span class="muted facts live">
-      {steps > 0 && `${counted(tokens, "token")}, ${tokensPerStep.toFixed(2)} a step`}
+      {steps > 0 && `${counted(tokens, "token")}, ${tokensPerStep.toFixed(2)} per step`}
     </span>
   );
 }
@@ -121,7 +121,7 @@ function AnswerTools(props: { message: Message; listed: boolean; toggle: () => v
         disabled={state.busy.value || !state.ready.value}
         onClick={() => void again()}
       >
-        Again
+        Regenerate
       </button>
       {summary.steps > 0 && (
         <button
@@ -135,7 +135,7 @@ function AnswerTools(props: { message: Message; listed: boolean; toggle: () => v
       )}
       <span class="muted facts">
         {summary.steps > 0 &&
-          `${counted(summary.tokens, "token")}, ${summary.tokensPerStep.toFixed(2)} a step, ${summary.tokensPerSecond.toFixed(1)} a second`}
+          `${counted(summary.tokens, "token")}, ${summary.tokensPerStep.toFixed(2)} per step, ${summary.tokensPerSecond.toFixed(1)} per second`}
         {ENDS[message.state] && `${summary.steps ? ", " : ""}${ENDS[message.state]}`}
       </span>
     </>
@@ -147,11 +147,11 @@ function Versions({ id, all }: { id: number; all: readonly number[] }) {
   const at = all.indexOf(id);
   return (
     <span class="versions" role="group" aria-label="Versions">
-      <Turn to={all[at - 1]} name="Earlier version" sign="‹" />
+      <Turn to={all[at - 1]} name="Previous version" sign="‹" />
       <span>
         {at + 1}/{all.length}
       </span>
-      <Turn to={all[at + 1]} name="Later version" sign="›" />
+      <Turn to={all[at + 1]} name="Next version" sign="›" />
     </span>
   );
 }

@@ -33,7 +33,7 @@ export function Meter({ values }: { values: number[] }) {
     plot.current?.setData([values.map((_, at) => at + 1), values]);
   }, [values]);
   const last = values.at(-1);
-  const label = last === undefined ? "no steps yet" : `${last.toFixed(2)} tokens a step of late`;
+  const label = last === undefined ? "no steps yet" : `${last.toFixed(2)} on average over the last 16 steps`;
   return <div class="meter" ref={box} role="img" aria-label={`Tokens per step: ${label}`} />;
 }
 

@@ -29,21 +29,21 @@ export function ModelPanel() {
       <Standing />
       <Choice
         label="Model"
-        own="the embedded one"
+        own="Built-in model"
         names={found?.models ?? []}
         value={model}
         set={setModel}
       />
       <Choice
         label="Adapter"
-        own="the model’s own"
+        own="Default for the model"
         names={found?.adapters ?? []}
         value={adapter}
         set={setAdapter}
       />
       <p class="muted">
-        Listed is what the hub’s cache on this machine holds. A folder’s path does as well. Nothing is
-        downloaded from here.
+        The lists show the local Hugging Face cache. You can also enter the path of a folder. Nothing is
+        downloaded.
       </p>
       <button type="submit" class="primary" disabled={busy}>
         Load
@@ -84,12 +84,12 @@ function Choice(props: {
               {each}
             </option>
           ))}
-          <option value={TYPED}>a folder</option>
+          <option value={TYPED}>Folder…</option>
         </select>
       </label>
       {typing && !listed && (
         <label>
-          Folder of the {props.label.toLowerCase()}
+          {props.label} folder
           <input value={props.value.trimStart()} onInput={(event) => props.set(event.currentTarget.value || " ")} />
         </label>
       )}
@@ -123,7 +123,7 @@ function Standing() {
           <strong>{engine.model?.name ?? "No model"}</strong>
           {engine.model &&
             (engine.model.adapter
-              ? `, drafts up to ${counted(engine.model.num_draft_tokens, "token")} a step`
+              ? `, up to ${counted(engine.model.num_draft_tokens, "draft token")} per step`
               : ", no adapter")}
         </p>
       )}

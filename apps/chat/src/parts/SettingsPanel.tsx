@@ -13,13 +13,13 @@ interface Field {
 }
 
 const FIELDS: Field[] = [
-  { name: "temp", label: "Temperature", hint: "0 always takes the likeliest", first: 0, min: 0, max: 2, step: 0.05 },
-  { name: "top_p", label: "Top p", hint: "1 keeps all", first: 1, min: 0.01, max: 1, step: 0.01 },
-  { name: "top_k", label: "Top k", hint: "0 keeps all", first: 0, min: 0, max: 1_000_000, step: 1 },
-  { name: "min_p", label: "Min p", hint: "least share of the likeliest", first: 0, min: 0, max: 1, step: 0.01 },
-  { name: "repetition_penalty", label: "Repetition penalty", hint: "empty for none", first: null, min: 0.1, max: 10, step: 0.05 },
-  { name: "max_tokens", label: "Most tokens", hint: "of an answer", first: 1024, min: 1, max: 1_000_000, step: 1 },
-  { name: "seed", label: "Seed", hint: "empty for chance", first: null, min: 0, max: 2 ** 52, step: 1 },
+  { name: "temp", label: "Temperature", hint: "0 for greedy", first: 0, min: 0, max: 2, step: 0.05 },
+  { name: "top_p", label: "Top p", hint: "1 to disable", first: 1, min: 0.01, max: 1, step: 0.01 },
+  { name: "top_k", label: "Top k", hint: "0 to disable", first: 0, min: 0, max: 1_000_000, step: 1 },
+  { name: "min_p", label: "Min p", hint: "relative to the top token", first: 0, min: 0, max: 1, step: 0.01 },
+  { name: "repetition_penalty", label: "Repetition penalty", hint: "empty to disable", first: null, min: 0.1, max: 10, step: 0.05 },
+  { name: "max_tokens", label: "Max tokens", hint: "per answer", first: 1024, min: 1, max: 1_000_000, step: 1 },
+  { name: "seed", label: "Seed", hint: "empty for random", first: null, min: 0, max: 2 ** 52, step: 1 },
 ]; // prettier-ignore
 
 /** System prompt, sampling and drafting of the conversation that is shown. */
@@ -46,7 +46,7 @@ export function SettingsPanel() {
             checked={state.settings.value.marks}
             onChange={(event) => void remember({ marks: event.currentTarget.checked })}
           />
-          Underline each step in answers
+          Underline steps in answers
         </label>
       </fieldset>
       <fieldset>
@@ -69,12 +69,12 @@ export function SettingsPanel() {
 
 function DraftSlider({ set }: { set: (values: Options) => void }) {
   const most = state.model.value?.num_draft_tokens ?? 0;
-  if (!most) return <p class="muted">The model has no adapter, so nothing is drafted.</p>;
+  if (!most) return <p class="muted">This model has no adapter, so no tokens are drafted.</p>;
   const k = Math.min(state.options.value.num_draft_tokens ?? most, most);
   return (
     <label>
       <span>
-        Drafts a step (k): <output>{k === 0 ? "none" : k}</output>
+        Draft tokens per step (k): <output>{k === 0 ? "none" : k}</output>
       </span>
       <input
         id="drafts"
@@ -100,10 +100,10 @@ function LayoutChoice({ set }: { set: (values: Options) => void }) {
         value={state.options.value.layout ?? "auto"}
         onChange={(event) => set({ layout: event.currentTarget.value as Layout })}
       >
-        <option value="auto">auto: what pays here</option>
-        <option value="linear">linear: masks behind the last draft</option>
-        <option value="quadratic">quadratic: masks behind every draft</option>
-        <option value="plain">plain: one token a step</option>
+        <option value="auto">auto: fastest on this machine</option>
+        <option value="linear">linear: masks after the last draft</option>
+        <option value="quadratic">quadratic: masks after every draft</option>
+        <option value="plain">plain: one token per step</option>
       </select>
     </label>
   );
@@ -140,5 +140,5 @@ function NumberField({ field, set }: { field: Field; set: (values: Options) => v
 async function makeDefault(): Promise<void> {
   const defaults = { system_prompt: state.systemPrompt.value, options: state.options.value };
   await remember({ defaults });
-  say("New conversations begin like this one");
+  say("Saved for new conversations");
 }

@@ -76,7 +76,7 @@ function List() {
   };
   return (
     <nav class="conversations" aria-label="History">
-      {!found.length && <p class="muted">{state.search.value ? "Nothing found" : "Nothing yet"}</p>}
+      {!found.length && <p class="muted">{state.search.value ? "No conversations found" : "No conversations yet"}</p>}
       {byAge(found).map(([age, several]) => (
         <section key={age} aria-label={age} onKeyDown={moveInList}>
           <h2>{age}</h2>
@@ -169,7 +169,7 @@ function Rename({ summary, done }: { summary: Summary; done: () => void }) {
 function Delete({ summary, close }: { summary: Summary; close: () => void }) {
   return (
     <Dialog title="Delete this conversation?" close={close}>
-      <p>“{summary.title || "Untitled"}” and all its branches will be gone.</p>
+      <p>“{summary.title || "Untitled"}” and all its branches will be deleted. This cannot be undone.</p>
       <div class="row">
         <button
           type="button"
@@ -183,7 +183,7 @@ function Delete({ summary, close }: { summary: Summary; close: () => void }) {
           Delete
         </button>
         <button type="button" onClick={close}>
-          Keep
+          Cancel
         </button>
       </div>
     </Dialog>
@@ -201,17 +201,17 @@ function Footer() {
         Export all
       </button>
       <button type="button" class="quiet small" onClick={() => (state.helping.value = true)}>
-        Keys
+        Shortcuts
       </button>
       <select
         class="quiet small"
-        aria-label="Colours"
+        aria-label="Theme"
         value={state.settings.value.theme}
         onChange={(event) => void remember({ theme: event.currentTarget.value as state.Theme })}
       >
-        <option value="system">System colours</option>
-        <option value="light">Light colours</option>
-        <option value="dark">Dark colours</option>
+        <option value="system">System theme</option>
+        <option value="light">Light theme</option>
+        <option value="dark">Dark theme</option>
       </select>
       <input
         ref={file}

@@ -24,7 +24,7 @@ export function StepList({ groups, name }: { groups: readonly Group[]; name: str
         class="text plain step-text"
         tabIndex={0}
         role="listbox"
-        aria-label="Steps of this answer; arrow keys go through them"
+        aria-label="Steps of this answer; use the arrow keys to move between them"
         aria-activedescendant={`step-${name}`}
         onKeyDown={move}
       >

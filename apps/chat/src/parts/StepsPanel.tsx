@@ -11,12 +11,12 @@ export function StepsPanel() {
   return (
     <div class="facts-panel">
       <section aria-labelledby="meter-title">
-        <h3 id="meter-title">Tokens a step</h3>
+        <h3 id="meter-title">Tokens per step</h3>
         <Numbers summary={summary} />
         <Meter values={rolling(groups)} />
       </section>
       <section aria-labelledby="positions-title">
-        <h3 id="positions-title">Which drafts hold</h3>
+        <h3 id="positions-title">Acceptance by position</h3>
         <Positions positions={summary.positions} />
       </section>
       <WhySlow summary={summary} />
@@ -29,15 +29,15 @@ function Numbers({ summary }: { summary: StepSummary }) {
   return (
     <dl class="numbers">
       <div>
-        <dt>tokens a step</dt>
+        <dt>tokens per step</dt>
         <dd>{summary.tokensPerStep.toFixed(2)}</dd>
       </div>
       <div>
-        <dt>tokens a second</dt>
+        <dt>tokens per second</dt>
         <dd>{summary.tokensPerSecond.toFixed(1)}</dd>
       </div>
       <div>
-        <dt>drafts held</dt>
+        <dt>drafts accepted</dt>
         <dd>
           {summary.accepted}/{summary.drafted}
         </dd>
@@ -47,15 +47,15 @@ function Numbers({ summary }: { summary: StepSummary }) {
 }
 
 function Positions({ positions }: { positions: Position[] }) {
-  if (!positions.length) return <p class="muted">No mask token was drafted from yet.</p>;
+  if (!positions.length) return <p class="muted">No drafts from mask tokens yet.</p>;
   return (
     <table class="positions">
-      <caption class="unseen">Share of drafts that held, by position of the mask token</caption>
+      <caption class="unseen">Acceptance rate of drafts by mask position</caption>
       <thead>
         <tr>
           <th scope="col">Mask</th>
           <th scope="colgroup" colSpan={2}>
-            Held, of those looked at
+            Accepted of verified
           </th>
         </tr>
       </thead>
@@ -70,7 +70,7 @@ function Positions({ positions }: { positions: Position[] }) {
               </svg>
             </td>
             <td>
-              {seen ? percent(held / seen) : "none"} ({held}/{seen})
+              {seen ? percent(held / seen) : "n/a"} ({held}/{seen})
             </td>
           </tr>
         ))}
@@ -85,14 +85,14 @@ function WhySlow({ summary }: { summary: StepSummary }) {
   if (!model || !facts) return null;
   return (
     <section aria-labelledby="why-title">
-      <h3 id="why-title">Why slow here</h3>
+      <h3 id="why-title">What limits speed here</h3>
       <ul class="reasons">
         {reasons(model, facts, state.options.value, summary).map((each) => (
           <li key={each}>{each}</li>
         ))}
       </ul>
       <details>
-        <summary>What rows cost</summary>
+        <summary>Row costs</summary>
         <CostTable costs={facts.costs} />
         <p class="muted">
           {facts.costs.source}; {facts.device}, {facts.runs_on}
@@ -111,7 +111,7 @@ function CostTable({ costs }: { costs: Costs }) {
           <th scope="col">Rows</th>
           {costs.contexts.map((each) => (
             <th scope="col" key={each}>
-              {each} ids before
+              Context {each}
             </th>
           ))}
         </tr>

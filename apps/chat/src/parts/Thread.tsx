@@ -32,7 +32,7 @@ export function Thread() {
       </div>
       {!atEnd && (
         <button type="button" class="small to-end" onClick={toEnd}>
-          Go to the end
+          Scroll to bottom
         </button>
       )}
     </div>

@@ -6,17 +6,17 @@ import { isPhone, panelCovers } from "../widths";
 
 /** Keys that work everywhere on the page. */
 export const SHORTCUTS: [string, string][] = [
-  ["Enter", "send the message"],
-  ["Shift + Enter", "a new line"],
-  ["Esc", "stop the answer, or close what is open"],
-  ["Alt + N", "new conversation"],
-  ["Alt + F", "search the conversations"],
-  ["Alt + M", "go to the message box"],
-  ["Alt + S", "underline the steps, or not"],
-  ["Alt + R", "race"],
-  ["↑ in an empty box", "edit your last message"],
-  ["↑ ↓ in the list", "another conversation; F2 renames, Delete or ⌫ deletes"],
-  ["?", "this list"],
+  ["Enter", "Send the message"],
+  ["Shift + Enter", "Insert a new line"],
+  ["Esc", "Stop the answer, or close the open panel"],
+  ["Alt + N", "Start a new conversation"],
+  ["Alt + F", "Search conversations"],
+  ["Alt + M", "Go to the message box"],
+  ["Alt + S", "Turn step underlines on or off"],
+  ["Alt + R", "Open the race"],
+  ["↑ in an empty box", "Edit your last message"],
+  ["↑ ↓ in the list", "Move between conversations; F2 renames, Delete or ⌫ deletes"],
+  ["?", "Show this list"],
 ];
 
 /** Listen to them as long as the page is there. */
@@ -84,7 +84,7 @@ function onAlt(event: KeyboardEvent): void {
     KeyS: () => {
       const marks = !state.settings.value.marks;
       void remember({ marks });
-      say(marks ? "Steps are underlined" : "Steps are not underlined");
+      say(marks ? "Step underlines on" : "Step underlines off");
     },
     KeyR: () => (state.racing.value = true),
   }[event.code];
