@@ -1,6 +1,6 @@
 import { useSignalEffect } from "@preact/signals";
 
-import { stop, takeIn } from "../actions";
+import { importFile, stop } from "../actions";
 import * as state from "../state";
 import { Composer } from "./Composer";
 import { Header } from "./Header";
@@ -17,7 +17,7 @@ export function App() {
   useTheme();
   useTitle();
   useShortcuts(stop);
-  const dropping = useDrop(takeIn);
+  const dropping = useDrop(importFile);
   if (state.locked.value) return <Locked />;
   return (
     <div class={`page ${state.drawer.value ? "with-drawer" : ""}`}>

@@ -1,7 +1,7 @@
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef } from "preact/hooks";
 
-/** A modal dialog: it keeps the focus, Esc closes it, and the focus goes back to where it was. */
+/** A modal dialog: it traps the focus, Esc closes it, and closing restores the focus. */
 export function Dialog(props: {
   title: string;
   close: () => void;
@@ -10,10 +10,10 @@ export function Dialog(props: {
 }) {
   const box = useRef<HTMLDialogElement>(null);
   useEffect(() => {
-    const before = document.activeElement;
+    const previous = document.activeElement;
     box.current?.showModal();
     return () => {
-      if (before instanceof HTMLElement && before.isConnected) before.focus();
+      if (previous instanceof HTMLElement && previous.isConnected) previous.focus();
     };
   }, []);
   return (

@@ -3,14 +3,14 @@ import * as state from "../state";
 import { counted } from "../words";
 import { focusOn } from "./shortcuts";
 
-/** Something to begin with; code and repetition show best what several tokens a step do. */
+/** Example prompts; code and repetition benefit most from several tokens per step. */
 export const SUGGESTIONS = [
   "Write a Python function that reverses a string, and explain it.",
   "Explain in simple words why the sky is blue.",
   "Write a short story about a lighthouse keeper.",
 ];
 
-/** What stands where nothing has been said yet. */
+/** Placeholder for a conversation without messages. */
 export function Empty() {
   const model = state.model.value;
   if (!model) return <Loading />;
@@ -27,10 +27,10 @@ export function Empty() {
       )}
       {model.has_chat_template ? (
         <ul class="suggestions">
-          {SUGGESTIONS.map((each) => (
-            <li key={each}>
-              <button type="button" disabled={!state.ready.value} onClick={() => ask(each)}>
-                {each}
+          {SUGGESTIONS.map((text) => (
+            <li key={text}>
+              <button type="button" disabled={!state.ready.value} onClick={() => ask(text)}>
+                {text}
               </button>
             </li>
           ))}

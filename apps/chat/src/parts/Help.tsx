@@ -2,7 +2,7 @@ import { helping } from "../state";
 import { Dialog } from "./Dialog";
 import { SHORTCUTS } from "./shortcuts";
 
-/** The list of keys. */
+/** The list of keyboard shortcuts. */
 export function Help() {
   return (
     <Dialog title="Keyboard shortcuts" close={() => (helping.value = false)}>

@@ -23,15 +23,15 @@ export function Race() {
   const status = useRef<HTMLDivElement>(null);
   useEffect(() => race.stopRace, []);
   useEffect(() => status.current?.scrollIntoView({ block: "nearest" }), [race.verdict.value, race.failure.value]);
-  const runs = race.stage.value !== "" && race.stage.value !== "done";
-  const can = ready.value && !!model.value?.adapter && text.trim() !== "";
+  const running = race.stage.value !== "" && race.stage.value !== "done";
+  const canStart = ready.value && !!model.value?.adapter && text.trim() !== "";
   return (
     <Dialog title="Race" wide close={() => (racing.value = false)}>
       <form
         class="race-form"
         onSubmit={(event) => {
           event.preventDefault();
-          if (can) void race.runRace(text, tokens);
+          if (canStart) void race.runRace(text, tokens);
         }}
       >
         <label>
@@ -48,12 +48,12 @@ export function Race() {
             onChange={(event) => setTokens(Math.min(2000, Math.max(8, Math.round(event.currentTarget.valueAsNumber || 128))))}
           />
         </label>
-        {runs ? (
+        {running ? (
           <button type="button" onClick={race.stopRace}>
             Stop
           </button>
         ) : (
-          <button type="submit" class="primary" disabled={!can}>
+          <button type="submit" class="primary" disabled={!canStart}>
             Start
           </button>
         )}
@@ -91,8 +91,8 @@ function LaneView({ lane, title }: { lane: Lane; title: string }) {
           : "Waiting"}
       </p>
       <div class="lane-text" tabIndex={0} role="region" aria-label={`${title}: answer`} ref={box}>
-        {groups.map((group, at) => (
-          <span key={at} class={group.tokens.length < 2 ? "step one" : at % 2 ? "step odd" : "step even"}>
+        {groups.map((group, index) => (
+          <span key={index} class={group.tokens.length < 2 ? "step one" : index % 2 ? "step odd" : "step even"}>
             {group.tokens.join("")}
           </span>
         ))}

@@ -1,4 +1,4 @@
-import { change, remember, say } from "../actions";
+import { change, notify, remember } from "../actions";
 import * as state from "../state";
 import type { Layout, Options } from "../types";
 
@@ -6,23 +6,23 @@ interface Field {
   name: "temp" | "top_p" | "top_k" | "min_p" | "repetition_penalty" | "max_tokens" | "seed";
   label: string;
   hint: string;
-  first: number | null;
+  initial: number | null;
   min: number;
   max: number;
   step: number | "any";
 }
 
 const FIELDS: Field[] = [
-  { name: "temp", label: "Temperature", hint: "0 for greedy", first: 0, min: 0, max: 2, step: 0.05 },
-  { name: "top_p", label: "Top p", hint: "1 to disable", first: 1, min: 0.01, max: 1, step: 0.01 },
-  { name: "top_k", label: "Top k", hint: "0 to disable", first: 0, min: 0, max: 1_000_000, step: 1 },
-  { name: "min_p", label: "Min p", hint: "relative to the top token", first: 0, min: 0, max: 1, step: 0.01 },
-  { name: "repetition_penalty", label: "Repetition penalty", hint: "empty to disable", first: null, min: 0.1, max: 10, step: 0.05 },
-  { name: "max_tokens", label: "Max tokens", hint: "per answer", first: 1024, min: 1, max: 1_000_000, step: 1 },
-  { name: "seed", label: "Seed", hint: "empty for random", first: null, min: 0, max: 2 ** 52, step: 1 },
+  { name: "temp", label: "Temperature", hint: "0 for greedy", initial: 0, min: 0, max: 2, step: 0.05 },
+  { name: "top_p", label: "Top p", hint: "1 to disable", initial: 1, min: 0.01, max: 1, step: 0.01 },
+  { name: "top_k", label: "Top k", hint: "0 to disable", initial: 0, min: 0, max: 1_000_000, step: 1 },
+  { name: "min_p", label: "Min p", hint: "relative to the top token", initial: 0, min: 0, max: 1, step: 0.01 },
+  { name: "repetition_penalty", label: "Repetition penalty", hint: "empty to disable", initial: null, min: 0.1, max: 10, step: 0.05 },
+  { name: "max_tokens", label: "Max tokens", hint: "per answer", initial: 1024, min: 1, max: 1_000_000, step: 1 },
+  { name: "seed", label: "Seed", hint: "empty for random", initial: null, min: 0, max: 2 ** 52, step: 1 },
 ]; // prettier-ignore
 
-/** System prompt, sampling and drafting of the conversation that is shown. */
+/** System prompt, drafting and sampling options of the conversation that is shown. */
 export function SettingsPanel() {
   const set = (values: Options) => void change({ options: { ...state.options.value, ...values } });
   return (
@@ -68,9 +68,9 @@ export function SettingsPanel() {
 }
 
 function DraftSlider({ set }: { set: (values: Options) => void }) {
-  const most = state.model.value?.num_draft_tokens ?? 0;
-  if (!most) return <p class="muted">This model has no adapter, so no tokens are drafted.</p>;
-  const k = Math.min(state.options.value.num_draft_tokens ?? most, most);
+  const maximum = state.model.value?.num_draft_tokens ?? 0;
+  if (!maximum) return <p class="muted">This model has no adapter, so no tokens are drafted.</p>;
+  const k = Math.min(state.options.value.num_draft_tokens ?? maximum, maximum);
   return (
     <label>
       <span>
@@ -80,12 +80,12 @@ function DraftSlider({ set }: { set: (values: Options) => void }) {
         id="drafts"
         type="range"
         min={0}
-        max={most}
+        max={maximum}
         step={1}
         value={k}
         onInput={(event) => {
           const chosen = Number(event.currentTarget.value);
-          set({ num_draft_tokens: chosen === most ? null : chosen });
+          set({ num_draft_tokens: chosen === maximum ? null : chosen });
         }}
       />
     </label>
@@ -110,7 +110,7 @@ function LayoutChoice({ set }: { set: (values: Options) => void }) {
 }
 
 function NumberField({ field, set }: { field: Field; set: (values: Options) => void }) {
-  const value = state.options.value[field.name] ?? field.first;
+  const value = state.options.value[field.name] ?? field.initial;
   return (
     <label class="number">
       <span>
@@ -124,12 +124,12 @@ function NumberField({ field, set }: { field: Field; set: (values: Options) => v
         value={value ?? ""}
         onChange={(event) => {
           const input = event.currentTarget;
-          if (input.value === "" && field.first === null) set({ [field.name]: null });
+          if (input.value === "" && field.initial === null) set({ [field.name]: null });
           else if (input.value !== "" && !input.validity.rangeUnderflow && !input.validity.rangeOverflow) {
             set({ [field.name]: field.step === 1 ? Math.round(input.valueAsNumber) : input.valueAsNumber });
           } else {
             input.value = value === null ? "" : String(value);
-            say(`${field.label} must be between ${field.min} and ${field.max}`, true);
+            notify(`${field.label} must be between ${field.min} and ${field.max}`, true);
           }
         }}
       />
@@ -140,5 +140,5 @@ function NumberField({ field, set }: { field: Field; set: (values: Options) => v
 async function makeDefault(): Promise<void> {
   const defaults = { system_prompt: state.systemPrompt.value, options: state.options.value };
   await remember({ defaults });
-  say("Saved for new conversations");
+  notify("Saved for new conversations");
 }

@@ -4,7 +4,7 @@ import type { Costs } from "../types";
 import { percent, reasons } from "../why";
 import { Meter } from "./Meter";
 
-/** How the steps of the latest answer fared, and why. */
+/** Statistics of the latest answer's steps, and what limits their speed. */
 export function StepsPanel() {
   const groups = state.observed.value?.groups ?? [];
   const summary = summarise(groups);
@@ -19,7 +19,7 @@ export function StepsPanel() {
         <h3 id="positions-title">Acceptance by position</h3>
         <Positions positions={summary.positions} />
       </section>
-      <WhySlow summary={summary} />
+      <SpeedLimits summary={summary} />
     </div>
   );
 }
@@ -60,17 +60,17 @@ function Positions({ positions }: { positions: Position[] }) {
         </tr>
       </thead>
       <tbody>
-        {positions.map(({ seen, held }, at) => (
-          <tr key={at}>
-            <th scope="row">{at + 1}</th>
+        {positions.map(({ verified, accepted }, index) => (
+          <tr key={index}>
+            <th scope="row">{index + 1}</th>
             <td>
               <svg class="bar-of" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">
                 <rect class="bar-all" width="100" height="8" />
-                <rect class="bar-held" width={seen ? (100 * held) / seen : 0} height="8" />
+                <rect class="bar-accepted" width={verified ? (100 * accepted) / verified : 0} height="8" />
               </svg>
             </td>
             <td>
-              {seen ? percent(held / seen) : "n/a"} ({held}/{seen})
+              {verified ? percent(accepted / verified) : "n/a"} ({accepted}/{verified})
             </td>
           </tr>
         ))}
@@ -79,7 +79,7 @@ function Positions({ positions }: { positions: Position[] }) {
   );
 }
 
-function WhySlow({ summary }: { summary: StepSummary }) {
+function SpeedLimits({ summary }: { summary: StepSummary }) {
   const { value: model } = state.model;
   const { value: facts } = state.facts;
   if (!model || !facts) return null;
@@ -87,8 +87,8 @@ function WhySlow({ summary }: { summary: StepSummary }) {
     <section aria-labelledby="why-title">
       <h3 id="why-title">What limits speed here</h3>
       <ul class="reasons">
-        {reasons(model, facts, state.options.value, summary).map((each) => (
-          <li key={each}>{each}</li>
+        {reasons(model, facts, state.options.value, summary).map((sentence) => (
+          <li key={sentence}>{sentence}</li>
         ))}
       </ul>
       <details>
@@ -109,20 +109,20 @@ function CostTable({ costs }: { costs: Costs }) {
       <thead>
         <tr>
           <th scope="col">Rows</th>
-          {costs.contexts.map((each) => (
-            <th scope="col" key={each}>
-              Context {each}
+          {costs.contexts.map((length) => (
+            <th scope="col" key={length}>
+              Context {length}
             </th>
           ))}
         </tr>
       </thead>
       <tbody>
-        {costs.rows.map((rows, at) => (
+        {costs.rows.map((rows, index) => (
           <tr key={rows}>
             <th scope="row">{rows}</th>
             {costs.forward_ms.map((line, context) => (
               <td key={context}>
-                {line[at]!.toFixed(1)} ms, {(line[at]! / line[0]!).toFixed(2)}x
+                {line[index]!.toFixed(1)} ms, {(line[index]! / line[0]!).toFixed(2)}x
               </td>
             ))}
           </tr>
