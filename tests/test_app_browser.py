@@ -1,4 +1,4 @@
-"""The page in a real browser: what people do with it, by mouse and by keyboard alone."""
+"""The page in a real browser: everyday use, by mouse and by keyboard alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_markdown_streams_with_highlighted_code_that_can_be_copied(page: Page):
     expect(page.locator("header h1")).to_have_text(re.compile("^Sorted"))
 
 
-def test_escape_stops_and_what_came_stays(page: Page):
+def test_escape_stops_and_keeps_the_text(page: Page):
     send(page, "slow")
     expect(answers(page)).to_contain_text("slowslow")
     page.keyboard.press("Escape")
@@ -63,7 +63,7 @@ def test_edits_and_second_answers_are_branches(page: Page):
     expect(answers(page)).to_contain_text("1/2")
 
 
-def test_history_is_kept_over_a_reload(page: Page):
+def test_history_survives_a_reload(page: Page):
     send(page, "remember the platypus")
     finished(page)
     page.reload()
@@ -71,7 +71,7 @@ def test_history_is_kept_over_a_reload(page: Page):
     expect(page.locator(".conversations .current")).to_contain_text("platypus")
 
 
-def test_an_answer_goes_on_over_a_reload(page: Page):
+def test_an_answer_continues_after_a_reload(page: Page):
     send(page, "slow")
     expect(answers(page)).to_contain_text("slow")
     page.reload()
@@ -120,10 +120,10 @@ def test_export_and_import(page: Page, tmp_path):
     page.locator("input[type=file]").set_input_files(
         {"name": "bad.json", "mimeType": "application/json", "buffer": b"{"}
     )
-    expect(page.get_by_role("status").first).to_contain_text("not JSON")
+    expect(page.get_by_role("status").first).to_contain_text("not valid JSON")
 
 
-def test_each_step_is_one_underlined_group_and_hovering_tells_of_it(page: Page):
+def test_every_step_is_underlined_and_hovering_describes_it(page: Page):
     send(page, "Every step of this *answer* has its own line below it, as it should.")
     finished(page)
     sizes = page.evaluate(
@@ -142,7 +142,7 @@ def test_each_step_is_one_underlined_group_and_hovering_tells_of_it(page: Page):
     expect(page.locator(".step[aria-selected=true]")).to_have_count(1)
 
 
-def test_the_meter_the_positions_and_why_it_is_slow(page: Page):
+def test_the_meter_the_positions_and_the_speed_limits(page: Page):
     page.get_by_role("button", name="Steps", exact=True).click()
     send(page, "count the tokens of every step and draw a line of them, please, " * 5)
     finished(page)
@@ -151,7 +151,7 @@ def test_the_meter_the_positions_and_why_it_is_slow(page: Page):
         "aria-label", re.compile(r"\d on average over the last 16 steps")
     )
     expect(panel.locator(".positions tbody tr")).to_have_count(4)
-    expect(panel.locator(".reasons")).to_contain_text("A step of 4 rows takes about 1.30 times as long")
+    expect(panel.locator(".reasons")).to_contain_text("A step of 4 rows takes about 1.30 times")
     page.get_by_role("button", name="Steps", exact=True).first.click()
 
 
@@ -167,17 +167,19 @@ def test_the_slider_for_k_and_sampling_reach_the_engine(page: Page, app: AppHost
     send(page, "one draft at most for this answer, " * 2)
     finished(page)
     number = int(page.url.partition("#c=")[2])
-    kept = app.conversation(number)
-    assert kept["options"]["num_draft_tokens"] == 1 and kept["options"]["temp"] == 0.5
-    assert kept["system_prompt"] == "Be brief."
-    assert max(len(group["tokens"]) for group in kept["messages"][1]["groups"]) == 2
+    conversation = app.conversation(number)
+    assert (
+        conversation["options"]["num_draft_tokens"] == 1 and conversation["options"]["temp"] == 0.5
+    )
+    assert conversation["system_prompt"] == "Be brief."
+    assert max(len(group["tokens"]) for group in conversation["messages"][1]["groups"]) == 2
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("button", name="Steps", exact=True).first.click()
     reasons = page.get_by_role("complementary", name="Steps").locator(".reasons")
-    expect(reasons).to_contain_text("Verifying 1 draft takes about 1.10 times as long as a plain step")
+    expect(reasons).to_contain_text("Verifying 1 draft takes about 1.10 times as long")
 
 
-def test_a_race_ends_in_a_proof_and_a_number(page: Page):
+def test_a_race_reports_identical_hashes_and_the_speed_up(page: Page):
     send(page, "run, and say the same, " * 8)
     finished(page)
     page.get_by_role("button", name="Race").click()
@@ -191,7 +193,7 @@ def test_a_race_ends_in_a_proof_and_a_number(page: Page):
     expect(dialog).to_have_count(0)
 
 
-def test_a_race_says_when_it_had_to_share_the_model(page: Page, app: AppHost):
+def test_a_race_reports_that_it_shared_the_model(page: Page, app: AppHost):
     page.get_by_role("button", name="Race").click()
     dialog = page.get_by_role("dialog", name="Race")
     dialog.get_by_label("Prompt").fill("run, and say the same, " * 4)
