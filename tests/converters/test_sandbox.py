@@ -211,7 +211,7 @@ except OSError as error:
 def test_a_sandbox_with_a_hole_is_noticed(tmp_path: Path, broken: str, said: str) -> None:
     done = _run(
         f"""
-from mlx_mtp.converters import sandbox_linux
+from mlx_mtp.converters.pytorch import sandbox_linux
 sandbox_linux.{broken} = lambda *_: None
 try:
     enter()

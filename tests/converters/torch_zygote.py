@@ -25,7 +25,8 @@ package = types.ModuleType("mlx_mtp")
 package.__path__ = [sys.argv[1]]
 sys.modules["mlx_mtp"] = package
 import torch, numpy
-from mlx_mtp.converters import sandbox, torch_reader
+from mlx_mtp.converters.pytorch import sandbox
+from mlx_mtp.converters.pytorch import reader as torch_reader
 torch.set_num_threads(1)
 
 class Unpickler(pickle.Unpickler):

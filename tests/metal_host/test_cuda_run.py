@@ -120,7 +120,7 @@ class TestGpu:
         """The launch is real, the kernel the fake's: floats of x, plus 1, become y."""
         resources = Resources(registers=1, stack_bytes=0, spilled_bytes=0, shared_bytes=0)
         built = Built(CudaUnit("text", 2, (1, 1, 1), (32, 1, 1)), b"\x7fELF", resources, ())
-        monkeypatch.setattr("metal_host.cuda.gpu.build", lambda text, arch: built)
+        monkeypatch.setattr("tests.metal_host.cuda.gpu.build", lambda text, arch: built)
         library.fake_set(None, 8, 2)
         x = mx.arange(8, dtype=mx.float32)
         launch = Launch(
