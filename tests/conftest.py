@@ -13,10 +13,6 @@ for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 ROOT = str(Path(__file__).parents[1])
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
 
-from mlx_mtp.backends.cpu.blas import preload_openblas  # noqa: E402
-
-preload_openblas()
-
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
 

@@ -129,7 +129,7 @@ def _facts(model: Any) -> Message:
     """On what steps run here and what they cost."""
     import mlx.core as mx
 
-    import mlx_mtp
+    from mlx_mtp.backends.cpu.blas import BLAS
     from mlx_mtp.backends.device import gpu_info, machine_name
     from mlx_mtp.calibration.stored_costs import speculation_for
     from mlx_mtp.planning.costs import UNMEASURED
@@ -138,7 +138,7 @@ def _facts(model: Any) -> Message:
     return {
         "device": machine_name(gpu_info()),
         "runs_on": "gpu" if mx.default_device().type == mx.gpu else "cpu",
-        "blas": str(mlx_mtp.BLAS),
+        "blas": BLAS,
         "costs": curve.to_dict(),
         "measured": curve is not UNMEASURED,
     }

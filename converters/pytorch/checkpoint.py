@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx_mtp
 from mlx_mtp.converters.pytorch import sandbox
 from mlx_mtp.converters.pytorch.archive import check_torch_file, pickle_globals
 from mlx_mtp.converters.pytorch.reader import (
@@ -32,6 +31,7 @@ from mlx_mtp.converters.pytorch.reader import (
     TENSORS_FILE,
     max_output_bytes,
 )
+from mlx_mtp.storage.package import package_folder
 from mlx_mtp.storage.safetensors import check_safetensors, read_json_object, shown
 
 __all__ = ["Request", "limits_for", "pickle_globals", "run_child", "torch_to_safetensors"]
@@ -166,7 +166,7 @@ def _command(request: Request, *, ready: int) -> list[str]:
         "limits": dataclasses.asdict(request.limits),
         "ready": ready,
     }
-    package = Path(mlx_mtp.__file__).resolve().parent
+    package = package_folder()
     roots = {str(Path(spec.origin).parent.parent) for spec in _specs() if spec.origin}
     return [sys.executable, "-I", "-B", "-c", _BOOT, json.dumps(fields), str(package), *roots]
 

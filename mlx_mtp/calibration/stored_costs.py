@@ -25,7 +25,7 @@ from typing import cast
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-import mlx_mtp
+from mlx_mtp.backends.cpu.blas import BLAS
 from mlx_mtp.backends.device import gpu_info, gpu_marks, machine_name
 from mlx_mtp.backends.metal.choice import SWITCH
 from mlx_mtp.calibration.step_timer import StepBench
@@ -36,6 +36,7 @@ from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.planning.costs import UNMEASURED, CostCurve, LiveCosts
 from mlx_mtp.storage.default_model import cache_dir
 from mlx_mtp.storage.files import write_atomically
+from mlx_mtp.storage.package import package_version
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 24, 25, 32, 33, 48, 64, 81, 96)
 CONTEXTS = (64, 1024)
@@ -202,7 +203,7 @@ def _digest(model: MTPModel) -> str:
     """Hash of everything that changes what steps cost."""
     machine = gpu_marks(gpu_info())
     machine += [platform.platform(), str(os.cpu_count()), os.environ.get("OMP_NUM_THREADS", "")]
-    packages = [mlx_mtp.__version__, version("mlx"), str(mlx_mtp.BLAS)]
+    packages = [package_version(), version("mlx"), BLAS]
     weights = [
         f"{name} {tuple(value.shape)} {value.dtype}"
         for name, value in cast("list[tuple[str, mx.array]]", tree_flatten(model.base.parameters()))

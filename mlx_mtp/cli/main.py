@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import click
 
-import mlx_mtp
 from mlx_mtp.cli.app import app
 from mlx_mtp.cli.average import average
 from mlx_mtp.cli.benchmark import benchmark
@@ -34,6 +33,7 @@ from mlx_mtp.cli.simulate import simulate
 from mlx_mtp.cli.train import train
 from mlx_mtp.cli.tune import tune
 from mlx_mtp.cli.verify import verify
+from mlx_mtp.storage.package import package_version
 from mlx_mtp.terminal import INTERRUPTED, Interrupt, PoliteGroup, Progress
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ _WITHOUT_TORCH = (
 
 
 @click.group(cls=PoliteGroup, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(mlx_mtp.__version__, message="mlx-mtp %(version)s")
+@click.version_option(package_version(), message="mlx-mtp %(version)s")
 def cli() -> None:
     """Several tokens per step from a local language model, with unchanged output."""
 
@@ -255,7 +255,7 @@ def _as_json(model: str, text: str, tokens: list[int], last: Any) -> str:
         "finish_reason": reason or "interrupted",
         "stats": None if last is None else last.stats_dict(),
         "versions": {
-            "mlx-mtp": mlx_mtp.__version__,
+            "mlx-mtp": package_version(),
             "mlx": importlib.metadata.version("mlx"),
             "mlx-lm": importlib.metadata.version("mlx-lm"),
         },

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-import mlx_mtp
-from mlx_mtp.backends.cpu.blas import SWITCH
+from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.terminal import Progress
 
 if TYPE_CHECKING:
@@ -299,7 +298,7 @@ def _hint_at_blas() -> None:
     import mlx.core as mx
 
     if (
-        mlx_mtp.BLAS == "reference"
+        BLAS == "reference"
         and SWITCH not in os.environ
         and mx.default_device() == mx.Device(mx.DeviceType.cpu)
         and sys.stderr.isatty()

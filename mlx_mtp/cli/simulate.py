@@ -146,9 +146,9 @@ def _planner_times(trace: Trace, machines: list[Machine]) -> list[str]:
 
 def _record(options: dict[str, Any]) -> None:
     """Answer prompts greedily, or take the answers of a file, and count the drafts that hold."""
-    from mlx_mtp.bench.lab.tokens_per_step import prompts_of
     from mlx_mtp.evaluation.acceptance import checked_num_masks
     from mlx_mtp.evaluation.greedy_texts import greedy_texts
+    from mlx_mtp.lab.tokens_per_step import prompts_of
     from mlx_mtp.loading import load
     from mlx_mtp.simulate.trace import record, write_trace
 

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-import mlx_mtp
+from mlx_mtp.backends.cpu.blas import BLAS
 from mlx_mtp.backends.device import gpu_info, machine_name
 from mlx_mtp.backends.metal.attention_choice import MetalAttention
 from mlx_mtp.backends.metal.checks import MetalRunner, self_check
@@ -26,6 +26,7 @@ from mlx_mtp.backends.metal.choice import gpu_generation
 from mlx_mtp.backends.metal.layers import packed_weight, shape_key
 from mlx_mtp.backends.metal.matmul import PackedWeight
 from mlx_mtp.backends.metal.setup import all_choices, has_metal, shape_name
+from mlx_mtp.storage.package import package_version
 from mlx_mtp.verify.doctor_attention import examine_attention
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24, 32)
@@ -114,7 +115,7 @@ def examine(
         choices = {shape_name(key): choice.why for key, choice in found.layers.items()}
         choices |= {key.name: choice.why for key, choice in found.attention.items()}
     return {
-        "mlx_mtp": mlx_mtp.__version__,
+        "mlx_mtp": package_version(),
         "machine": machine(),
         "model": name,
         "shapes": shapes,
@@ -138,7 +139,7 @@ def machine() -> dict[str, Any]:
         "memory_bytes": info.get("memory_size"),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "blas": mlx_mtp.BLAS,
+        "blas": BLAS,
         "versions": {each: version(each) for each in ("mlx", "mlx-lm")},
     }
 

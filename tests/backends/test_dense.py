@@ -7,8 +7,7 @@ import mlx.nn as nn
 import numpy as np
 import pytest
 
-from mlx_mtp import BLAS
-from mlx_mtp.backends.cpu.blas import has_small_matrix_kernels
+from mlx_mtp.backends.cpu.blas import BLAS, has_small_matrix_kernels
 from mlx_mtp.backends.cpu.float32 import (
     SHARED_SIZE,
     STEP_ROWS,

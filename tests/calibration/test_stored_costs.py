@@ -70,7 +70,7 @@ def test_a_curve_of_another_machine_is_ignored(model: MTPModel, monkeypatch, tmp
         assert kept_costs(model, measure=False) is None
     assert kept_costs(model) == UNMEASURED  # measured again, and kept again
     assert kept_costs(model, measure=False) == UNMEASURED
-    monkeypatch.setattr(tuning.mlx_mtp, "__version__", "9.9")
+    monkeypatch.setattr(tuning, "package_version", lambda: "9.9")
     mine = tuning._digest(model)
     file.rename(file.with_name(f"{mine}.json"))  # as if copied from the older version
     assert kept_costs(model, measure=False) is None
@@ -82,7 +82,7 @@ def test_another_version_or_machine_measures_for_itself(model: MTPModel, monkeyp
     monkeypatch.setattr(tuning.os, "cpu_count", lambda: 99)
     assert tuning._digest(model) != first
     monkeypatch.undo()
-    monkeypatch.setattr(tuning.mlx_mtp, "__version__", "9.9")
+    monkeypatch.setattr(tuning, "package_version", lambda: "9.9")
     assert tuning._digest(model) != first
     monkeypatch.undo()
     other = tiny_mtp("llama", k=4, num_hidden_layers=1, quantised=True)

@@ -226,9 +226,8 @@ def _read(path: Path) -> str:
 
 def main(folder: Path, start: int, stop: int) -> None:
     """Read the mutations from ``start`` to before ``stop``."""
-    from tests import conftest  # noqa: F401  (few threads, before MLX is imported)
-
     from mlx_mtp.converters.pytorch import checkpoint as torch_checkpoint
+    from tests import conftest  # noqa: F401  (few threads, before MLX is imported)
     from tests.converters.torch_zygote import Zygote
 
     zygote = Zygote()

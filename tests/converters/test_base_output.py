@@ -179,7 +179,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_runs(tmp_path, monkeypatch):
-    from mlx_mtp.bench.lab import convert as bench
+    from mlx_mtp.lab import convert as bench
 
     for name, value in (("_HIDDEN", 128), ("_VOCAB", 512), ("_LAYERS", 2), ("_SHARD_BYTES", 2e5)):
         monkeypatch.setattr(bench, name, value)
@@ -195,7 +195,7 @@ def test_the_benchmark_runs(tmp_path, monkeypatch):
 
 
 def test_the_benchmark_compares_pairs():
-    from mlx_mtp.bench.lab.convert import Run, summary
+    from mlx_mtp.lab.convert import Run, summary
 
     runs = {
         "mlx_lm": [Run(1.0, 5), Run(4.0, 5), Run(2.0, 9)],

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-import mlx_mtp
 from mlx_mtp.converters.pytorch import sandbox, sandbox_linux
+from mlx_mtp.storage.package import package_folder
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="Landlock and seccomp are Linux's")
 
@@ -94,7 +94,7 @@ def _run(code: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     scratch, outside = tmp_path / "scratch", tmp_path / "outside"
     for folder in (scratch, outside):
         folder.mkdir(exist_ok=True)
-    package = str(Path(mlx_mtp.__file__).resolve().parent)
+    package = str(package_folder())
     command = [sys.executable, "-I", "-B", "-c", _PRELUDE + code, package, str(scratch)]
     return subprocess.run([*command, str(outside)], capture_output=True, text=True, timeout=60)
 

@@ -12,11 +12,10 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-import mlx_mtp
 from mlx_mtp.converters.pytorch.checkpoint import Request
+from mlx_mtp.storage.package import package_folder
 
 _SOURCE = """
 import dataclasses, io, json, os, pickle, signal, sys, time, types
@@ -74,7 +73,7 @@ class Zygote:
     """Stands in for ``torch_checkpoint.run_child``."""
 
     def __init__(self) -> None:
-        package = str(Path(mlx_mtp.__file__).resolve().parent)
+        package = str(package_folder())
         self._process = subprocess.Popen(
             [sys.executable, "-I", "-B", "-c", _SOURCE, package],
             stdin=subprocess.PIPE,

@@ -26,8 +26,7 @@ _ZYGOTE = """
 import os, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from mlx_mtp.backends.cpu.blas import preload_openblas
-preload_openblas()
+import mlx_mtp.backends.cpu.blas
 import mlx.core as mx
 import numpy as np
 from tests.helpers.tiny import tiny_base

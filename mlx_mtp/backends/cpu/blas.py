@@ -35,6 +35,9 @@ def preload_openblas() -> str:
     return "openblas"
 
 
+BLAS = preload_openblas()  # what MLX's CPU back-end computes with in this process
+
+
 def has_small_matrix_kernels(blas: str) -> bool:
     """Whether matmuls of small matrices skip packing, given ``preload_openblas``'s answer.
 

@@ -18,8 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from mlx_mtp import BLAS
-from mlx_mtp.backends.cpu.blas import has_small_matrix_kernels
+from mlx_mtp.backends.cpu.blas import BLAS, has_small_matrix_kernels
 from mlx_mtp.backends.cpu.blocks import replace_blocks
 
 MEMORY_SHARE = 0.8

@@ -28,8 +28,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp import BLAS
-from mlx_mtp.backends.cpu.blas import LIBRARY
+from mlx_mtp.backends.cpu.blas import BLAS, LIBRARY
 from mlx_mtp.train.data import sequences as texts
 from mlx_mtp.train.settings import TrainSettings
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-import mlx_mtp
 from mlx_mtp.evaluation.acceptance import Evaluation
 from mlx_mtp.model.config import CONFIG_FILE
 from mlx_mtp.storage.files import write_atomically
+from mlx_mtp.storage.package import package_version
 from mlx_mtp.terminal import one_line
 from mlx_mtp.train.run.card import training_card
 from mlx_mtp.train.run.checkpoint import README_FILE
@@ -132,7 +132,7 @@ def hardware() -> str:
 def versions_text() -> str:
     """What ran."""
     others = (f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm"))
-    return ", ".join([f"mlx-mtp {mlx_mtp.__version__}", *others])
+    return ", ".join([f"mlx-mtp {package_version()}", *others])
 
 
 def command_model(command: Mapping[str, Any]) -> str | None:

@@ -1,4 +1,4 @@
-"""Several answers at once, in shared forwards or by turns: ``python -m mlx_mtp.bench.lab.sharing``.
+"""Several answers at once, in shared forwards or by turns: ``python -m mlx_mtp.lab.sharing``.
 
 Every round makes the same answers in each way, one way after the other, in an order that moves on
 with the rounds.  The clock runs behind the first step of every answer, so prompts do not count.
@@ -19,13 +19,13 @@ from typing import Any
 import click
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_mtp.bench.lab.tokens_per_step import stamp
 from mlx_mtp.calibration.stored_costs import speculation_for
 from mlx_mtp.decoding.loop import Decoding, decode
 from mlx_mtp.decoding.sharing import run_together
 from mlx_mtp.decoding.step import Step, run_steps
 from mlx_mtp.evaluation.prompts import builtin_prompts
 from mlx_mtp.generate import chat_text, encode_prompt
+from mlx_mtp.lab.tokens_per_step import stamp
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import LAYOUTS
 from mlx_mtp.terminal import BadInput, Progress, one_line

@@ -1,4 +1,4 @@
-"""Conversion beside mlx-lm's own, as interleaved pairs: ``python -m mlx_mtp.bench.lab.convert``.
+"""Conversion beside mlx-lm's own, as interleaved pairs: ``python -m mlx_mtp.lab.convert``.
 
 A random float16 llama is quantised by ``mlx_lm.convert -q`` and by ``mlx-mtp convert -q``, each in
 a process of its own, in turns and in alternating order.  Times are of whole processes; what is
@@ -26,7 +26,7 @@ import click
 import mlx.core as mx
 import numpy as np
 
-import mlx_mtp
+from mlx_mtp.backends.cpu.blas import BLAS
 
 MAX_RATIO = 1.5
 MEMORY_MARGIN_BYTES = 2 * 10**9  # over the largest shard
@@ -226,9 +226,7 @@ def main(size_gb: float, repeats: int) -> None:
         source = folder / "model"
         source.mkdir()
         # In a process of its own: a child's peak counts what its parent held when it was started.
-        make = (
-            f"from mlx_mtp.bench.lab.convert import make_model as m; m(*{(str(source), size_gb)})"
-        )
+        make = f"from mlx_mtp.lab.convert import make_model as m; m(*{(str(source), size_gb)})"
         subprocess.run([sys.executable, "-c", make], check=True)
         largest = max(path.stat().st_size for path in source.glob("*.safetensors"))
         size = sum(path.stat().st_size for path in source.glob("*.safetensors"))
@@ -239,7 +237,7 @@ def main(size_gb: float, repeats: int) -> None:
     result |= {
         "model_bytes": size,
         "repeats": repeats,
-        "blas": mlx_mtp.BLAS,
+        "blas": BLAS,
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": {name: version(name) for name in ("mlx", "mlx-lm", "transformers")},
     }

@@ -18,7 +18,7 @@ from mlx_mtp.train.gradient.step import Parameters, StepGradient
 from mlx_mtp.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from mlx_mtp.bench.lab.torch_step import TorchStep
+    from mlx_mtp.lab.torch_step import TorchStep
 
 MAX_LOSS_ERROR = 1e-3
 MAX_NORM_ERROR = 1e-2

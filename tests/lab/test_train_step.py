@@ -10,9 +10,9 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
-from mlx_mtp.bench.lab import train_step
-from mlx_mtp.bench.lab.step_agreement import Agreement, compare
-from mlx_mtp.bench.lab.train_step import (
+from mlx_mtp.lab import train_step
+from mlx_mtp.lab.step_agreement import Agreement, compare
+from mlx_mtp.lab.train_step import (
     OurStep,
     Timings,
     measure,

@@ -1,4 +1,4 @@
-"""Our optimiser step beside the same step in PyTorch: ``python -m mlx_mtp.bench.lab.train_step``.
+"""Our optimiser step beside the same step in PyTorch: ``python -m mlx_mtp.lab.train_step``.
 
 Both sides have the same float32 weights, sequences and mask blocks.  Before the clock starts they
 must agree: in each term of the loss, in the norms of the gradient by kind of parameter, and in the
@@ -28,9 +28,9 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_mtp.bench.lab.step_agreement import Agreement, compare
-from mlx_mtp.bench.lab.tokens_per_step import stamp
 from mlx_mtp.evaluation.prompts import builtin_prompts
+from mlx_mtp.lab.step_agreement import Agreement, compare
+from mlx_mtp.lab.tokens_per_step import stamp
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.terminal import BadInput, Progress, one_line
 from mlx_mtp.train.data import sequences as texts
@@ -41,7 +41,7 @@ from mlx_mtp.train.loop import schedule
 from mlx_mtp.train.settings import TrainSettings
 
 if TYPE_CHECKING:
-    from mlx_mtp.bench.lab.torch_step import TorchStep
+    from mlx_mtp.lab.torch_step import TorchStep
 
 
 class OurStep:
@@ -103,7 +103,7 @@ def torch_step(model: MTPModel, settings: TrainSettings, *, num_threads: int) ->
         import torch  # noqa: F401
     except ImportError:
         raise ValueError('PyTorch is missing: pip install "mlx-mtp[convert]"') from None
-    from mlx_mtp.bench.lab.torch_step import TorchStep
+    from mlx_mtp.lab.torch_step import TorchStep
 
     return TorchStep(model, settings, num_threads=num_threads)
 

@@ -1,4 +1,4 @@
-"""What holding an answer to a schema costs: ``python -m mlx_mtp.bench.lab.grammar``.
+"""What holding an answer to a schema costs: ``python -m mlx_mtp.lab.grammar``.
 
 Times, without a model, what a constrained answer adds: the first grammar of a tokenizer, a new
 schema (tried out in another process), one that is known, and the mask of every verify row while a

@@ -1,9 +1,9 @@
-"""Small training runs that differ in one thing each: ``python -m mlx_mtp.bench.lab.ablations``.
+"""Small training runs that differ in one thing each: ``python -m mlx_mtp.lab.ablations``.
 
 All runs see the same records, in the same order, for the same number of steps: ranks from 1 to 64,
 and at one rank without LCM, without the sampler head, and without the gate.  Each has a folder of
 its own in ``--output``; a run that is finished is passed over and one that was stopped goes on, so
-the command may be given again at any time.  ``mlx_mtp.bench.lab.reproduction`` draws them.
+the command may be given again at any time.  ``mlx_mtp.lab.reproduction`` draws them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from mlx_mtp.bench.lab.tokens_per_step import stamp
+from mlx_mtp.lab.tokens_per_step import stamp
 from mlx_mtp.terminal import BadInput, Interrupt, one_line
 from mlx_mtp.train.data.pipeline import Prepared, prepare, room_for
 from mlx_mtp.train.run.folder import HISTORY_FILE, RunFolder

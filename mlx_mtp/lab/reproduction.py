@@ -1,4 +1,4 @@
-"""The paper's figures on a model of one's own: ``python -m mlx_mtp.bench.lab.reproduction``.
+"""The paper's figures on a model of one's own: ``python -m mlx_mtp.lab.reproduction``.
 
 - ``masks``: tokens per step against the number of masks, linear and quadratic, with and without
   the sampler head, from one adapter.
@@ -7,7 +7,7 @@
 - ``gate``: next-token cross-entropy of the base model's rows during training, with and without the
   gate.
 
-Runs are folders of ``mlx_mtp.bench.lab.ablations`` or of ``mlx-mtp train``; what a run is, its own
+Runs are folders of ``mlx_mtp.lab.ablations`` or of ``mlx-mtp train``; what a run is, its own
 ``training/settings.json`` says.  ``figures.json`` holds every number that is drawn and what it was
 measured on; the last line printed is that file's contents without the curves.
 """
@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_mtp.bench.figures import draw_lines
-from mlx_mtp.bench.lab.tokens_per_step import prompts_of, stamp
 from mlx_mtp.evaluation.acceptance import LAYOUTS, checked_num_masks, count_answers, summarise
 from mlx_mtp.evaluation.greedy_texts import GreedyText, greedy_texts, texts_hash
+from mlx_mtp.lab.tokens_per_step import prompts_of, stamp
 from mlx_mtp.model.config import WEIGHTS_FILE
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.files import write_atomically

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from mlx_mtp.bench.lab import sharing
+from mlx_mtp.lab import sharing
 from mlx_mtp.planning.auto import Speculation
 from tests.helpers.fixtures_generate import byte_tokenizer
 from tests.helpers.tiny import BYTE_VOCAB, tiny_mtp

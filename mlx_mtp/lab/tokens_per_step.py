@@ -1,4 +1,4 @@
-"""Tokens per step of one or several adapters: ``python -m mlx_mtp.bench.lab.tokens_per_step``.
+"""Tokens per step of one or several adapters: ``python -m mlx_mtp.lab.tokens_per_step``.
 
 The model answers every prompt greedily once; each adapter is then evaluated on these texts by
 packed forwards (``train.evaluate``), which gives the steps that ``mlx-mtp generate`` would take in
@@ -19,7 +19,7 @@ from typing import Any
 
 import click
 
-import mlx_mtp
+from mlx_mtp.backends.cpu.blas import BLAS
 from mlx_mtp.evaluation.acceptance import (
     LAYOUTS,
     Answer,
@@ -100,7 +100,7 @@ def table(results: dict[str, dict[str, Evaluation]]) -> list[str]:
 def stamp() -> dict[str, Any]:
     """What a measurement was made with."""
     return {
-        "blas": mlx_mtp.BLAS,
+        "blas": BLAS,
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
     }
