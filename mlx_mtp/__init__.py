@@ -11,7 +11,7 @@ because mlx-lm takes seconds to import.
 
 from typing import TYPE_CHECKING, Any
 
-from mlx_mtp.blas import preload_openblas
+from mlx_mtp.backends.cpu.blas import preload_openblas
 
 BLAS = preload_openblas()  # before anything imports MLX
 
@@ -24,7 +24,7 @@ from mlx_mtp.generate import (  # noqa: E402
 from mlx_mtp.stats import GenerationStats  # noqa: E402
 
 if TYPE_CHECKING:
-    from mlx_mtp.accept import Sampling
+    from mlx_mtp.decoding.accept import Sampling
     from mlx_mtp.loading import load
 
     __version__: str
@@ -51,7 +51,7 @@ def __getattr__(name: str) -> Any:
         except PackageNotFoundError:  # run from a checkout that is not installed
             return "0+unknown"
     if name == "Sampling":
-        from mlx_mtp.accept import Sampling
+        from mlx_mtp.decoding.accept import Sampling
 
         return Sampling
     if name == "load":

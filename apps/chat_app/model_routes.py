@@ -14,9 +14,9 @@ from starlette.routing import BaseRoute, Route
 import mlx_mtp
 from mlx_mtp.apps.chat_app import bodies
 from mlx_mtp.apps.chat_app.desk import ChatDesk, chat_desk, politely, server_desk
+from mlx_mtp.apps.server.api.jobs import Desk
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import ApiError
-from mlx_mtp.apps.server.jobs import Desk
 from mlx_mtp.apps.server.replies import json_response
 
 ADAPTER_WEIGHTS = "adapters.safetensors"

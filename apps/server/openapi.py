@@ -8,10 +8,10 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 import mlx_mtp
-from mlx_mtp.apps.server.anthropic_messages import MessagesRequest
-from mlx_mtp.apps.server.openai_chat import ChatRequest
-from mlx_mtp.apps.server.openai_completions import CompletionRequest
-from mlx_mtp.apps.server.responses_schema import ResponsesRequest
+from mlx_mtp.apps.server.api.anthropic_messages import MessagesRequest
+from mlx_mtp.apps.server.api.openai_chat import ChatRequest
+from mlx_mtp.apps.server.api.openai_completions import CompletionRequest
+from mlx_mtp.apps.server.api.responses_schema import ResponsesRequest
 
 _POSTS: dict[str, tuple[type[BaseModel], str]] = {
     "/v1/chat/completions": (ChatRequest, "Answer a conversation (OpenAI)."),

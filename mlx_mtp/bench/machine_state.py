@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 import mlx_mtp
-from mlx_mtp.machine import gpu_info, machine_name
+from mlx_mtp.backends.device import gpu_info, machine_name
 
 POWERCAP = Path("/sys/class/powercap")
 _MEMINFO = Path("/proc/meminfo")

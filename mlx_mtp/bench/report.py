@@ -14,7 +14,7 @@ import mlx_mtp
 from mlx_mtp.bench import machine_state, summary
 from mlx_mtp.bench.measure import Measurement, Settings
 from mlx_mtp.bench.modes import Mode
-from mlx_mtp.prompts import Prompt
+from mlx_mtp.evaluation.prompts import Prompt
 from mlx_mtp.verify.receipt import hash_prompts
 
 SCHEMA = 1

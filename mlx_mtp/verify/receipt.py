@@ -20,8 +20,8 @@ from typing import Any
 import mlx.core as mx
 
 import mlx_mtp
-from mlx_mtp.model import MTPModel, fingerprint
-from mlx_mtp.prompts import Prompt
+from mlx_mtp.evaluation.prompts import Prompt
+from mlx_mtp.model.mtp_model import MTPModel, fingerprint
 from mlx_mtp.verify.near_tie import EPS, NEAR_TIE_EPS
 from mlx_mtp.verify.report import VerifyReport
 from mlx_mtp.verify.sampling import ALPHA
