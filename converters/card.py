@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mlx_mtp.cards import adapter_facts, model_card
-from mlx_mtp.config import MTPConfig
+from mlx_mtp.model.config import MTPConfig
+from mlx_mtp.storage.cards import adapter_facts, model_card
 
 if TYPE_CHECKING:
-    from mlx_mtp.converters.base_model import BaseResult
+    from mlx_mtp.converters.base.model import BaseResult
 
 
 def adapter_card(config: MTPConfig, *, licence: str | None, notes: Sequence[str] = ()) -> str:

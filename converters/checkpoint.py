@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.safetensors_file import (
+from mlx_mtp.storage.safetensors import (
     is_plain_name,
     read_index,
     read_json,
@@ -201,7 +201,7 @@ def _read_torch_file(
     path: Path, *, allow_pickle: bool
 ) -> tuple[dict[str, mx.array], dict[str, Any]]:
     # Imported here: the module is not needed for safetensors.
-    from mlx_mtp.converters.torch_checkpoint import torch_to_safetensors
+    from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
 
     with tempfile.TemporaryDirectory(prefix="mlx-mtp.") as scratch:
         written, values = torch_to_safetensors(path, Path(scratch), allow_pickle=allow_pickle)

@@ -15,10 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.cards import CARD_FILE, read_licence
-from mlx_mtp.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig, SamplerKind
-from mlx_mtp.converters.base_facts import base_name, find_base, load_base, read_facts
-from mlx_mtp.converters.base_model import BaseResult, ByteProgress, convert_base
+from mlx_mtp.converters.base.facts import base_name, find_base, load_base, read_facts
+from mlx_mtp.converters.base.model import BaseResult, ByteProgress, convert_base
 from mlx_mtp.converters.card import adapter_card, base_card
 from mlx_mtp.converters.checkpoint import Checkpoint, read_checkpoint
 from mlx_mtp.converters.layouts import (
@@ -28,9 +26,11 @@ from mlx_mtp.converters.layouts import (
     describe,
     recognise,
 )
-from mlx_mtp.folders import new_folder
-from mlx_mtp.model import MTPModel, fingerprint
-from mlx_mtp.safetensors_file import read_json_object, shown
+from mlx_mtp.model.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig, SamplerKind
+from mlx_mtp.model.mtp_model import MTPModel, fingerprint
+from mlx_mtp.storage.cards import CARD_FILE, read_licence
+from mlx_mtp.storage.folders import new_folder
+from mlx_mtp.storage.safetensors import read_json_object, shown
 
 MODEL_CONFIG_FILE = "config.json"
 Check = Callable[[Path], None]

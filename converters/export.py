@@ -12,12 +12,12 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.cards import CARD_FILE, is_hub_id
-from mlx_mtp.config import MTPConfig
-from mlx_mtp.converters.base_facts import find_base
+from mlx_mtp.converters.base.facts import find_base
 from mlx_mtp.converters.convert import check_output, output_folder
 from mlx_mtp.converters.layouts import to_peft
 from mlx_mtp.loading import read_adapter, resolve
+from mlx_mtp.model.config import MTPConfig
+from mlx_mtp.storage.cards import CARD_FILE, is_hub_id
 
 PEFT_CONFIG_FILE = "adapter_config.json"
 PEFT_WEIGHTS_FILE = "adapter_model.safetensors"

@@ -15,13 +15,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp.config import BUNDLED_ADAPTER, CONFIG_FILE, MTPConfig, read_config
-from mlx_mtp.converters.base_facts import load_base
-from mlx_mtp.converters.base_files import weight_files
+from mlx_mtp.converters.base.facts import load_base
+from mlx_mtp.converters.base.files import weight_files
 from mlx_mtp.converters.checkpoint import read_checkpoint
 from mlx_mtp.converters.layouts import describe
-from mlx_mtp.converters.torch_archive import pickle_globals
-from mlx_mtp.safetensors_file import check_safetensors, read_json_object, shown
+from mlx_mtp.converters.pytorch.archive import pickle_globals
+from mlx_mtp.model.config import BUNDLED_ADAPTER, CONFIG_FILE, MTPConfig, read_config
+from mlx_mtp.storage.safetensors import check_safetensors, read_json_object, shown
 
 MODEL_CONFIG_FILE = "config.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from mlx_mtp.safetensors_file import shown
+from mlx_mtp.storage.safetensors import shown
 
 
 def upload(folder: Path, repo_id: str, *, private: bool = False) -> str:

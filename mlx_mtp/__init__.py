@@ -11,26 +11,17 @@ because mlx-lm takes seconds to import.
 
 from typing import TYPE_CHECKING, Any
 
-from mlx_mtp.blas import preload_openblas
-
-BLAS = preload_openblas()  # before anything imports MLX
-
-from mlx_mtp.generate import (  # noqa: E402
-    ContextOverflow,
-    GenerationResponse,
-    generate,
-    stream_generate,
-)
-from mlx_mtp.stats import GenerationStats  # noqa: E402
+from mlx_mtp.backends.cpu import blas  # noqa: F401 isort: skip  # loads OpenBLAS, before MLX is
+from mlx_mtp.generate import ContextOverflow, GenerationResponse, generate, stream_generate
+from mlx_mtp.stats import GenerationStats
 
 if TYPE_CHECKING:
-    from mlx_mtp.accept import Sampling
+    from mlx_mtp.decoding.accept import Sampling
     from mlx_mtp.loading import load
 
     __version__: str
 
 __all__ = [
-    "BLAS",
     "ContextOverflow",
     "GenerationResponse",
     "GenerationStats",
@@ -44,14 +35,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import PackageNotFoundError, version
+        from mlx_mtp.storage.package import package_version
 
-        try:
-            return version("mlx-mtp")
-        except PackageNotFoundError:  # run from a checkout that is not installed
-            return "0+unknown"
+        return package_version()
     if name == "Sampling":
-        from mlx_mtp.accept import Sampling
+        from mlx_mtp.decoding.accept import Sampling
 
         return Sampling
     if name == "load":

@@ -30,7 +30,7 @@ from mlx_mtp.terminal import Interrupt, Progress, dim, one_line
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from mlx_mtp.model import MTPModel
+    from mlx_mtp.model.mtp_model import MTPModel
 
 CACHE_OPTIONS = ("max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start")
 COMMANDS = {
@@ -108,7 +108,7 @@ class Conversation:
 
     def settle(self, say: Callable[[str], None]) -> None:
         """Measure what rows cost again if answers have disproved it; ``say`` is told."""
-        from mlx_mtp.tuning import speculation_for
+        from mlx_mtp.calibration.stored_costs import speculation_for
 
         speculation_for(self._model, measure=False, say=say)
 

@@ -26,10 +26,10 @@ from mlx_mtp.stats import RULE, GenerationStats, StatsMeter
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from mlx_mtp.accept import LogitsProcessor, Sampling
-    from mlx_mtp.cache import MTPCache
-    from mlx_mtp.decode import StepResult
-    from mlx_mtp.model import MTPModel
+    from mlx_mtp.decoding.accept import LogitsProcessor, Sampling
+    from mlx_mtp.decoding.loop import StepResult
+    from mlx_mtp.model.cache import MTPCache
+    from mlx_mtp.model.mtp_model import MTPModel
 
 NO_TEXT = "No text generated for this prompt"
 
@@ -169,8 +169,8 @@ def stream_generate(
         ContextOverflow: the prompt does not fit the model's context.
         ValueError: an argument is out of range or the prompt is empty; raised at the call.
     """
-    from mlx_mtp.decode import decode
-    from mlx_mtp.tuning import doubt_disproved, speculation_for
+    from mlx_mtp.calibration.stored_costs import doubt_disproved, speculation_for
+    from mlx_mtp.decoding.loop import decode
 
     tokenizer, stop = _wrapped(tokenizer), _stop_strings(stop)
     ids = encode_prompt(tokenizer, prompt)

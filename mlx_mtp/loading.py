@@ -18,13 +18,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from mlx_lm import utils as lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_mtp.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_config
-from mlx_mtp.default_model import DEFAULT_MODEL_NAME, default_adapter_path, default_model_path
-from mlx_mtp.dense import to_float32
-from mlx_mtp.folders import without_wildcards
-from mlx_mtp.kernel_setup import set_up_kernels
-from mlx_mtp.model import MTPModel, fingerprint
-from mlx_mtp.safetensors_file import check_safetensors, read_safetensors
+from mlx_mtp.backends.cpu.float32 import to_float32
+from mlx_mtp.backends.metal.setup import set_up_kernels
+from mlx_mtp.model.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_config
+from mlx_mtp.model.mtp_model import MTPModel, fingerprint
+from mlx_mtp.storage.default_model import (
+    DEFAULT_MODEL_NAME,
+    default_adapter_path,
+    default_model_path,
+)
+from mlx_mtp.storage.folders import without_wildcards
+from mlx_mtp.storage.safetensors import check_safetensors, read_safetensors
 
 HUB_FILES = (
     "*.json", "*.safetensors", "*.txt", "*.jsonl", "*.jinja", "tokenizer.model", "*.py"

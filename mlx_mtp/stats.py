@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.decision import LOOKUP
+from mlx_mtp.planning.plan import LOOKUP
 
 RULE = "=" * 10
 

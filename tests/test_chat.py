@@ -15,7 +15,11 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from fixtures_generate import (
+
+from mlx_mtp.chat import COMMANDS, Conversation, Repl
+from mlx_mtp.cli.main import cli
+from mlx_mtp.generate import ContextOverflow
+from tests.helpers.fixtures_generate import (
     ASSISTANT,
     EOS,
     SYSTEM,
@@ -26,14 +30,10 @@ from fixtures_generate import (
     scripted,
 )
 
-from mlx_mtp.chat import COMMANDS, Conversation, Repl
-from mlx_mtp.cli import cli
-from mlx_mtp.generate import ContextOverflow
-
 __all__ = ["scripted"]
 
 PROMPT_SHOWN = r"\?2004h.*>"  # the editor asks for marked pastes whenever it prompts
-FAKE_CLI = [sys.executable, str(Path(__file__).with_name("fake_cli.py"))]
+FAKE_CLI = [sys.executable, str(Path(__file__).with_name("cli") / "fake_cli.py")]
 
 
 def conversation(model: FakeModel, **options: Any) -> Conversation:

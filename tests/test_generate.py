@@ -7,16 +7,6 @@ import re
 
 import mlx.core as mx
 import pytest
-from fixtures_generate import (
-    ASSISTANT,
-    EOS,
-    TEMPLATE,
-    USER,
-    FakeModel,
-    byte_tokenizer,
-    ids_of,
-    scripted,
-)
 
 from mlx_mtp.generate import (
     NO_TEXT,
@@ -28,6 +18,16 @@ from mlx_mtp.generate import (
     stream_generate,
 )
 from mlx_mtp.stats import GenerationStats, StatsMeter
+from tests.helpers.fixtures_generate import (
+    ASSISTANT,
+    EOS,
+    TEMPLATE,
+    USER,
+    FakeModel,
+    byte_tokenizer,
+    ids_of,
+    scripted,
+)
 
 __all__ = ["scripted"]
 

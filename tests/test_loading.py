@@ -11,11 +11,16 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import pytest
-from fixtures_generate import EOS
 from huggingface_hub.errors import LocalEntryNotFoundError
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
-from tiny import (
+
+from mlx_mtp.decoding.loop import decode
+from mlx_mtp.loading import load, read_adapter, read_tensors, resolve
+from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig
+from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, fingerprint
+from tests.helpers.fixtures_generate import EOS
+from tests.helpers.tiny import (
     BYTE_VOCAB,
     KINDS,
     random_adapter,
@@ -24,11 +29,6 @@ from tiny import (
     save_tiny_pair,
     tiny_base,
 )
-
-from mlx_mtp.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig
-from mlx_mtp.decode import decode
-from mlx_mtp.loading import load, read_adapter, read_tensors, resolve
-from mlx_mtp.model import MASK_EMBEDDINGS, fingerprint
 
 BYTES: dict[str, Any] = {"vocab_size": BYTE_VOCAB, "eos_token_id": EOS}
 Q_PROJ = "model.layers.0.self_attn.q_proj"

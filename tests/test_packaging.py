@@ -27,8 +27,8 @@ def built(tmp_path_factory) -> Path:
 def test_the_wheel_made_from_the_sdist_is_complete(built):
     names = zipfile.ZipFile(next(built.glob("*.whl"))).namelist()
     for name in [
-        "mlx_mtp/cli.py",
-        "mlx_mtp/prompts.jsonl",
+        "mlx_mtp/cli/main.py",
+        "mlx_mtp/evaluation/prompts.jsonl",
         "mlx_mtp/simulate/chips.json",
         "mlx_mtp/simulate/trace.json",
         "mlx_mtp/converters/convert.py",

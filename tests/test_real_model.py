@@ -11,13 +11,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import _get_classes
 
-from mlx_mtp.decode import decode
-from mlx_mtp.default_model import default_model_path
+from mlx_mtp.decoding.batching import can_pack
+from mlx_mtp.decoding.loop import decode
+from mlx_mtp.decoding.step import run_steps
+from mlx_mtp.evaluation.prompts import builtin_prompts
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.loading import load
-from mlx_mtp.packing import can_pack
-from mlx_mtp.prompts import builtin_prompts
-from mlx_mtp.step import run_steps
+from mlx_mtp.storage.default_model import default_model_path
 
 pytestmark = pytest.mark.slow
 MAX_TOKENS = 20

@@ -9,7 +9,7 @@ import pytest
 
 _RUN = """
 import sys
-from mlx_mtp.cli import main
+from mlx_mtp.cli.main import main
 sys.argv = ["mlx-mtp", *sys.argv[1:]]
 try:
     main()

@@ -12,10 +12,10 @@ import time
 from collections.abc import AsyncGenerator
 
 from mlx_mtp.apps.chat_app.archive import Archive
+from mlx_mtp.apps.engine.batch import Batch
+from mlx_mtp.apps.engine.protocol import Message
 from mlx_mtp.apps.history.store import History, Row
-from mlx_mtp.apps.server.batch import Batch
 from mlx_mtp.apps.server.errors import ApiError
-from mlx_mtp.apps.server.protocol import Message
 
 SAVE_S = 0.4
 UNWATCHED_S = 10.0

@@ -20,11 +20,11 @@ from mlx_mtp.apps.chat_app.assets import Assets, dist_folder
 from mlx_mtp.apps.chat_app.bodies import Session
 from mlx_mtp.apps.chat_app.desk import ChatDesk, server_desk, with_http_errors
 from mlx_mtp.apps.chat_app.gate import SESSION_PATH, Gate
+from mlx_mtp.apps.engine.supervisor import Engine
 from mlx_mtp.apps.history.transfer import MAX_BYTES
 from mlx_mtp.apps.server.app import create_app
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.settings import Settings
-from mlx_mtp.apps.server.supervisor import Engine
 
 PREFIX = "/app/api"
 

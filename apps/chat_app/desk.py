@@ -12,8 +12,8 @@ from starlette.requests import Request
 from mlx_mtp.apps.chat_app.answering import Answers
 from mlx_mtp.apps.chat_app.archive import Archive
 from mlx_mtp.apps.chat_app.bodies import AnswerOptions
+from mlx_mtp.apps.server.api.jobs import Desk
 from mlx_mtp.apps.server.errors import ApiError, refused
-from mlx_mtp.apps.server.jobs import Desk
 from mlx_mtp.apps.server.streams import EventStream, event
 
 Handler = Callable[[Request], Awaitable[Any]]

@@ -11,13 +11,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
-import mlx_mtp
 from mlx_mtp.apps.chat_app import bodies
 from mlx_mtp.apps.chat_app.desk import ChatDesk, chat_desk, server_desk, with_http_errors
+from mlx_mtp.apps.server.api.jobs import Desk
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import ApiError
-from mlx_mtp.apps.server.jobs import Desk
 from mlx_mtp.apps.server.replies import json_response
+from mlx_mtp.storage.package import package_version
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
 _MAX_LISTED = 200
@@ -129,7 +129,7 @@ def _choice(desk: ChatDesk) -> dict[str, Any]:
 def _state(server: Desk, desk: ChatDesk) -> dict[str, Any]:
     info = server.engine.info
     return {
-        "version": mlx_mtp.__version__,
+        "version": package_version(),
         "state": server.engine.state,
         "error": desk.switch_error or server.engine.error,
         "chosen": _choice(desk),

@@ -26,12 +26,12 @@ from mlx_mtp.apps.chat_app.desk import (
     server_desk,
     with_http_errors,
 )
+from mlx_mtp.apps.engine.batch import Batch
+from mlx_mtp.apps.engine.supervisor import Engine
 from mlx_mtp.apps.history.store import History, Row
-from mlx_mtp.apps.server.batch import Batch
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import ApiError, refused
 from mlx_mtp.apps.server.streams import event
-from mlx_mtp.apps.server.supervisor import Engine
 
 WARM_UP_TOKENS = 8
 

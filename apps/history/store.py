@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mtp.apps.history.schema import connect, has_index
-from mlx_mtp.small_files import lock_file
+from mlx_mtp.storage.files import lock_file
 
 Row = dict[str, Any]
 

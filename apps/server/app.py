@@ -14,20 +14,20 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from mlx_mtp.apps.server import (
+from mlx_mtp.apps.engine.supervisor import Engine
+from mlx_mtp.apps.server import status
+from mlx_mtp.apps.server.api import (
     anthropic_messages,
     openai_chat,
     openai_completions,
     openai_responses,
-    status,
 )
+from mlx_mtp.apps.server.api.jobs import Desk
 from mlx_mtp.apps.server.errors import ApiError
-from mlx_mtp.apps.server.jobs import Desk
 from mlx_mtp.apps.server.metrics import Metrics
 from mlx_mtp.apps.server.replies import error_response
 from mlx_mtp.apps.server.security import PUBLIC_PATHS, Guard
 from mlx_mtp.apps.server.settings import Settings
-from mlx_mtp.apps.server.supervisor import Engine
 
 _CLIENT_LEFT = 499
 

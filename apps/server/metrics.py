@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from mlx_mtp.apps.server.protocol import Message
+from mlx_mtp.apps.engine.protocol import Message
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 LOOK_S = 0.1  # how often the event loop is asked how late it is

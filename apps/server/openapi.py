@@ -7,11 +7,11 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-import mlx_mtp
-from mlx_mtp.apps.server.anthropic_messages import MessagesRequest
-from mlx_mtp.apps.server.openai_chat import ChatRequest
-from mlx_mtp.apps.server.openai_completions import CompletionRequest
-from mlx_mtp.apps.server.responses_schema import ResponsesRequest
+from mlx_mtp.apps.server.api.anthropic_messages import MessagesRequest
+from mlx_mtp.apps.server.api.openai_chat import ChatRequest
+from mlx_mtp.apps.server.api.openai_completions import CompletionRequest
+from mlx_mtp.apps.server.api.responses_schema import ResponsesRequest
+from mlx_mtp.storage.package import package_version
 
 _POSTS: dict[str, tuple[type[BaseModel], str]] = {
     "/v1/chat/completions": (ChatRequest, "Answer a conversation (OpenAI)."),
@@ -40,7 +40,7 @@ def document() -> dict[str, Any]:
         paths[path] = {"post": _post(references[(model, "validation")], text)}
     return {
         "openapi": "3.1.0",
-        "info": {"title": "mlx-mtp serve", "version": mlx_mtp.__version__},
+        "info": {"title": "mlx-mtp serve", "version": package_version()},
         "paths": paths,
         "components": {"schemas": schemas["$defs"]},
     }

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mlx_mtp.apps.server.jobs import Desk
+from mlx_mtp.apps.server.api.jobs import Desk
 from mlx_mtp.apps.server.metrics import CONTENT_TYPE
 from mlx_mtp.apps.server.openapi import document
 from mlx_mtp.apps.server.replies import json_response

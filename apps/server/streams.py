@@ -11,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from mlx_mtp.apps.server.batch import Batch
+from mlx_mtp.apps.engine.batch import Batch
 from mlx_mtp.apps.server.errors import ApiError
 
 PING = b": still here\n\n"

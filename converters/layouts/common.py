@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_mtp.config import SamplerKind
-from mlx_mtp.model import MASK_EMBEDDINGS, SAMPLER_PREFIX
+from mlx_mtp.model.config import SamplerKind
+from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, SAMPLER_PREFIX
 
 if TYPE_CHECKING:
     from mlx_mtp.converters.checkpoint import Checkpoint

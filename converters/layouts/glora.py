@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_mtp.config import SamplerKind
 from mlx_mtp.converters.layouts.common import (
     BaseFacts,
     ConvertedAdapter,
@@ -28,6 +27,7 @@ from mlx_mtp.converters.layouts.common import (
 from mlx_mtp.converters.layouts.low_rank import Pair, leaves, pair_up, ranks, resolve_path
 from mlx_mtp.converters.layouts.options import Options
 from mlx_mtp.converters.layouts.tables import check_table, token_rows
+from mlx_mtp.model.config import SamplerKind
 
 if TYPE_CHECKING:
     from mlx_mtp.converters.checkpoint import Checkpoint

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_mtp.config import SAMPLER_NORMS, SAMPLER_RESIDUALS
+from mlx_mtp.model.config import SAMPLER_NORMS, SAMPLER_RESIDUALS
 
 CONCATS = ("embedding-hidden", "hidden-embedding")
 

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import mlx.core as mx
 
-from mlx_mtp.config import SamplerKind
 from mlx_mtp.converters.layouts.common import (
     HEAD,
     BaseFacts,
@@ -29,6 +28,7 @@ from mlx_mtp.converters.layouts.low_rank import Pair, leaves, pair_up, ranks, re
 from mlx_mtp.converters.layouts.options import Options
 from mlx_mtp.converters.layouts.peft_config import EMBEDDING, PeftSettings, read_settings
 from mlx_mtp.converters.layouts.tables import check_table, random_rows, surplus_rows
+from mlx_mtp.model.config import SamplerKind
 
 if TYPE_CHECKING:
     from mlx_mtp.converters.checkpoint import Checkpoint

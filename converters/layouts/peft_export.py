@@ -13,10 +13,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.config import MTPConfig, SamplerKind
 from mlx_mtp.converters.layouts.peft import PREFIX, SAMPLER_LAYERS
 from mlx_mtp.converters.layouts.peft_config import EMBEDDING
-from mlx_mtp.model import MASK_EMBEDDINGS, SAMPLER_PREFIX
+from mlx_mtp.model.config import MTPConfig, SamplerKind
+from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, SAMPLER_PREFIX
 
 _MASK_ROWS = f"{PREFIX}model.{EMBEDDING}.token_adapter.trainable_tokens_delta"
 _SAMPLER_NUMBERS = {ours: number for number, ours in SAMPLER_LAYERS.items()}

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 import mlx.core as mx
 
-from mlx_mtp.config import SamplerKind
 from mlx_mtp.converters.layouts.options import CONCATS, Options
+from mlx_mtp.model.config import SamplerKind
 
 _LAYER_EPS = 1e-5  # torch.nn.LayerNorm's
 _NAMES = {"layer": "LayerNorm", "rms": "RMSNorm"}

@@ -23,10 +23,10 @@ from mlx_mtp.bench.modes import (
 )
 from mlx_mtp.bench.report import Setup, build_report
 from mlx_mtp.bench.runs import Check
-from mlx_mtp.prompts import Prompt
+from mlx_mtp.evaluation.prompts import Prompt
 
 if TYPE_CHECKING:
-    from mlx_mtp.model import MTPModel
+    from mlx_mtp.model.mtp_model import MTPModel
 
 Say = Callable[[str], None]
 
@@ -218,7 +218,7 @@ def _setup(prepared: Prepared) -> Setup:
 
 def _model_facts(wanted: Wanted, model: MTPModel) -> dict[str, Any]:
     from mlx_mtp.loading import locate
-    from mlx_mtp.model import fingerprint
+    from mlx_mtp.model.mtp_model import fingerprint
     from mlx_mtp.verify.receipt import hash_files
 
     adapter = None

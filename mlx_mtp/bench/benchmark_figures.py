@@ -11,7 +11,7 @@ import numpy as np
 from mlx_mtp.bench.figures import figure_class, save_figure
 from mlx_mtp.bench.summary import shares
 from mlx_mtp.bench.tables import ALL
-from mlx_mtp.cost_curve import CostCurve
+from mlx_mtp.planning.costs import CostCurve
 
 _LEGEND = {"fontsize": "small"}
 _NAMED = 3  # layouts of a mode that are named

@@ -15,8 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 
-import mlx_mtp
-from mlx_mtp.machine import gpu_info, machine_name
+from mlx_mtp.backends.cpu.blas import BLAS
+from mlx_mtp.backends.device import gpu_info, machine_name
 
 POWERCAP = Path("/sys/class/powercap")
 _MEMINFO = Path("/proc/meminfo")
@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
 def backend() -> str:
     """What models run on here, with the BLAS on a CPU."""
     if mx.default_device().type == mx.cpu:
-        return f"CPU ({mlx_mtp.BLAS} BLAS)"
+        return f"CPU ({BLAS} BLAS)"
     return "Metal" if mx.metal.is_available() else "CUDA"
 
 

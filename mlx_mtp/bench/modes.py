@@ -16,13 +16,13 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_mtp.bench.runs import Check, Step
-from mlx_mtp.decode import decode
-from mlx_mtp.fixed_planner import FIXED_LAYOUTS
-from mlx_mtp.planner import LAYOUTS
-from mlx_mtp.tuning import speculation_for
+from mlx_mtp.calibration.stored_costs import speculation_for
+from mlx_mtp.decoding.loop import decode
+from mlx_mtp.planning.auto import LAYOUTS
+from mlx_mtp.planning.fixed import FIXED_LAYOUTS
 
 if TYPE_CHECKING:
-    from mlx_mtp.model import MTPModel
+    from mlx_mtp.model.mtp_model import MTPModel
 
 PLAIN, STOCK, DRAFT = "plain", "stock", "draft"
 NAMES = (PLAIN, *(each for each in LAYOUTS if each != PLAIN), STOCK, DRAFT)

@@ -10,11 +10,11 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from typing import Any
 
-import mlx_mtp
 from mlx_mtp.bench import machine_state, summary
 from mlx_mtp.bench.measure import Measurement, Settings
 from mlx_mtp.bench.modes import Mode
-from mlx_mtp.prompts import Prompt
+from mlx_mtp.evaluation.prompts import Prompt
+from mlx_mtp.storage.package import package_version
 from mlx_mtp.verify.receipt import hash_prompts
 
 SCHEMA = 1
@@ -118,7 +118,7 @@ def _head(setup: Setup, measured: Measurement) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     found = {name: version(name) for name in ("mlx", "mlx-lm")}
-    return {"mlx-mtp": mlx_mtp.__version__, **found, "python": platform.python_version()}
+    return {"mlx-mtp": package_version(), **found, "python": platform.python_version()}
 
 
 def without_answers(report: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.decision import LOOKUP
+from mlx_mtp.planning.plan import LOOKUP
 
 Check = Callable[[], None]
 RUN = 4  # ids in a row that tell a repetition from chance

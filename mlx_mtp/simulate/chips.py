@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mlx_mtp.cost_curve import CostCurve
+from mlx_mtp.planning.costs import CostCurve
 
 DATA = "chips.json"
 _UNTOLD_PLAIN_MS = 1.0  # where nothing tells the time of a step, times are in plain steps

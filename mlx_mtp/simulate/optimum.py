@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_mtp.policy import best_policy
+from mlx_mtp.planning.policy import best_policy
 from mlx_mtp.simulate.replay import Replay, StepCosts, replay
 from mlx_mtp.simulate.rules import Rule, RulePlanner, fixed_rules, replay_rules
 from mlx_mtp.simulate.trace import Trace, TracedAnswer

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_mtp.decision import Decision
-from mlx_mtp.planner import AutoPlanner
+from mlx_mtp.planning.auto import AutoPlanner
+from mlx_mtp.planning.plan import Decision
 from mlx_mtp.simulate.chips import Machine
 from mlx_mtp.simulate.replay import StepCosts, replay, speculation
 from mlx_mtp.simulate.trace import Trace

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_mtp.acceptance import UNKNOWN, Acceptance
-from mlx_mtp.cost_curve import CostCurve, LiveCosts
-from mlx_mtp.decision import Decision
-from mlx_mtp.planner import Speculation
+from mlx_mtp.planning.acceptance import UNKNOWN, Acceptance
+from mlx_mtp.planning.auto import Speculation
+from mlx_mtp.planning.costs import CostCurve, LiveCosts
+from mlx_mtp.planning.plan import Decision
 from mlx_mtp.simulate.trace import Trace, TracedAnswer
 
 CONTEXT_STEP = 128  # contexts nearer than this cost the same, as for the planner

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from mlx_mtp.decision import MASK, Decision
-from mlx_mtp.layout import StepLayout
-from mlx_mtp.policy import StepPlan
+from mlx_mtp.model.layout import StepLayout
+from mlx_mtp.planning.plan import MASK, Decision
+from mlx_mtp.planning.policy import StepPlan
 from mlx_mtp.simulate.replay import CONTEXT_STEP, StepCosts
 from mlx_mtp.simulate.trace import Trace
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_mtp.fixed_planner import FixedPlanner
-from mlx_mtp.planner import AutoPlanner
+from mlx_mtp.planning.auto import AutoPlanner
+from mlx_mtp.planning.fixed import FixedPlanner
 from mlx_mtp.simulate.chips import Machine
 from mlx_mtp.simulate.optimum import Optimum, clairvoyant_ms, offline_optimum
 from mlx_mtp.simulate.replay import Replay, StepCosts, Tally, replay, speculation

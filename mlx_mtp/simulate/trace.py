@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_mtp.small_files import write_atomically
+from mlx_mtp.storage.files import write_atomically
 
 if TYPE_CHECKING:
-    from mlx_mtp.bench.texts import GreedyText
-    from mlx_mtp.model import MTPModel
+    from mlx_mtp.evaluation.greedy_texts import GreedyText
+    from mlx_mtp.model.mtp_model import MTPModel
 
 FORMAT = "mlx-mtp acceptance trace 1"
 SHIPPED = "trace.json"
@@ -226,7 +226,7 @@ def record(
     Raises:
         ValueError: the model has no adapter, or there are no answers.
     """
-    from mlx_mtp.train.evaluate import checked_num_masks, count_answers
+    from mlx_mtp.evaluation.acceptance import checked_num_masks, count_answers
 
     k = checked_num_masks(model, None)
     sequences = [each.sequence for each in texts]

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_mtp.config import MTPConfig
 from mlx_mtp.loading import read_adapter
-from mlx_mtp.train.adapter import read_state_adapter
-from mlx_mtp.train.card import training_card
-from mlx_mtp.train.checkpoint import is_state, save_adapter
+from mlx_mtp.model.config import MTPConfig
+from mlx_mtp.train.gradient.adapter import read_state_adapter
+from mlx_mtp.train.run.card import training_card
+from mlx_mtp.train.run.checkpoint import is_state, save_adapter
 
 Tensors = dict[str, mx.array]
 

@@ -16,16 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_mtp.config import CONFIG_FILE, WEIGHTS_FILE, read_config
 from mlx_mtp.loading import load
+from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, read_config
 from mlx_mtp.terminal import Interrupt, one_line
-from mlx_mtp.train.adapter import new_adapter
-from mlx_mtp.train.display import Display
-from mlx_mtp.train.events import Event
-from mlx_mtp.train.loop import TrainData, TrainResult
-from mlx_mtp.train.loop import train as run_loop
-from mlx_mtp.train.memory import estimate
-from mlx_mtp.train.pipeline import (
+from mlx_mtp.train.data.pipeline import (
     DataSettings,
     Prepared,
     expected_length,
@@ -35,18 +29,24 @@ from mlx_mtp.train.pipeline import (
     read_source,
     room_for,
 )
-from mlx_mtp.train.records import Record
-from mlx_mtp.train.run_folder import RunFolder
+from mlx_mtp.train.data.records import Record
+from mlx_mtp.train.data.topics import read_topics
+from mlx_mtp.train.gradient.adapter import new_adapter
+from mlx_mtp.train.gradient.workers import WorkerSpec
+from mlx_mtp.train.loop import TrainData, TrainResult
+from mlx_mtp.train.loop import train as run_loop
+from mlx_mtp.train.run.display import Display
+from mlx_mtp.train.run.events import Event
+from mlx_mtp.train.run.folder import RunFolder
+from mlx_mtp.train.run.memory import estimate
+from mlx_mtp.train.run.summary import finish, tracked_values
+from mlx_mtp.train.run.trackers import Tracker, make_tracker
 from mlx_mtp.train.settings import TrainSettings
-from mlx_mtp.train.summary import finish, tracked_values
-from mlx_mtp.train.topics import read_topics
-from mlx_mtp.train.trackers import Tracker, make_tracker
-from mlx_mtp.train.workers import WorkerSpec
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from mlx_mtp.model import MTPModel
+    from mlx_mtp.model.mtp_model import MTPModel
 
 PROJECT = "mlx-mtp"
 DATA_OPTIONS = (

@@ -22,11 +22,20 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 
-from mlx_mtp.model import MTPModel
-from mlx_mtp.small_files import remove_drafts
-from mlx_mtp.train import sequences as texts
-from mlx_mtp.train.adapter import adapter_tensors, trainable
-from mlx_mtp.train.checkpoint import (
+from mlx_mtp.evaluation.acceptance import Evaluation, evaluate
+from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.storage.files import remove_drafts
+from mlx_mtp.train.data import sequences as texts
+from mlx_mtp.train.gradient.adapter import adapter_tensors, trainable
+from mlx_mtp.train.gradient.losses import next_token_loss
+from mlx_mtp.train.gradient.step import (
+    StepGradient,
+    StepResult,
+    checkpoint_layers,
+    sequences_of_step,
+)
+from mlx_mtp.train.gradient.workers import Workers, WorkerSpec, one_blas_thread, worker_count
+from mlx_mtp.train.run.checkpoint import (
     OPTIMISER,
     PARAMETERS,
     TrainState,
@@ -37,13 +46,9 @@ from mlx_mtp.train.checkpoint import (
     under,
     write_json,
 )
-from mlx_mtp.train.evaluate import Evaluation, evaluate
-from mlx_mtp.train.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
-from mlx_mtp.train.history import History
-from mlx_mtp.train.losses import next_token_loss
+from mlx_mtp.train.run.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
+from mlx_mtp.train.run.history import History
 from mlx_mtp.train.settings import TrainSettings
-from mlx_mtp.train.step import StepGradient, StepResult, checkpoint_layers, sequences_of_step
-from mlx_mtp.train.workers import Workers, WorkerSpec, one_blas_thread, worker_count
 
 TRAINING = "training"
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_mtp.train.losses import TEACHERS, LossWeights
+from mlx_mtp.train.gradient.losses import TEACHERS, LossWeights
 
 PROJECTIONS = (
     "q_proj",

@@ -19,9 +19,10 @@ from typing import Any
 
 import mlx.core as mx
 
-import mlx_mtp
-from mlx_mtp.model import MTPModel, fingerprint
-from mlx_mtp.prompts import Prompt
+from mlx_mtp.backends.cpu.blas import BLAS
+from mlx_mtp.evaluation.prompts import Prompt
+from mlx_mtp.model.mtp_model import MTPModel, fingerprint
+from mlx_mtp.storage.package import package_version
 from mlx_mtp.verify.near_tie import EPS, NEAR_TIE_EPS
 from mlx_mtp.verify.report import VerifyReport
 from mlx_mtp.verify.sampling import ALPHA
@@ -160,7 +161,7 @@ def hash_prompts(prompts: Sequence[Prompt]) -> str:
 
 def _versions() -> dict[str, str]:
     return {
-        "mlx-mtp": mlx_mtp.__version__,
+        "mlx-mtp": package_version(),
         "mlx": importlib.metadata.version("mlx"),
         "mlx-lm": importlib.metadata.version("mlx-lm"),
         "python": platform.python_version(),
@@ -175,7 +176,7 @@ def _device() -> dict[str, Any]:
         "name": info.get("device_name"),
         "architecture": info.get("architecture"),
         "cores": os.cpu_count(),
-        "blas": mlx_mtp.BLAS,
+        "blas": BLAS,
     }
 
 

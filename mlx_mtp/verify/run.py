@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.accept import LogitsProcessor
-from mlx_mtp.decode import decode
+from mlx_mtp.decoding.accept import LogitsProcessor
+from mlx_mtp.decoding.loop import decode
+from mlx_mtp.evaluation.prompts import Prompt
 from mlx_mtp.generate import chat_text, encode_prompt
-from mlx_mtp.model import MTPModel
-from mlx_mtp.prompts import Prompt
+from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.verify.near_tie import Divergence, measure
 from mlx_mtp.verify.report import (
     DEFAULT_MAX_TOKENS,

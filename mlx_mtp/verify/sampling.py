@@ -22,10 +22,10 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.accept import Sampling, target_probs
-from mlx_mtp.cache import MTPCache
-from mlx_mtp.decode import decode
-from mlx_mtp.model import MTPModel
+from mlx_mtp.decoding.accept import Sampling, target_probs
+from mlx_mtp.decoding.loop import decode
+from mlx_mtp.model.cache import MTPCache
+from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.verify.chi_square import MIN_EXPECTED, Group, chi_square, holm, simulated_p_value
 from mlx_mtp.verify.near_tie import near_tie_bound
 

@@ -13,8 +13,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp import kernels
-from mlx_mtp.step_attention import merge_launch, step_attention_launch
+from mlx_mtp.backends.metal import matmul as kernels
+from mlx_mtp.backends.metal.attention import merge_launch, step_attention_launch
 
 from .capture import kernel_text
 from .kernel import Kernel, Report

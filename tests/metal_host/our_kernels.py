@@ -7,8 +7,8 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp import kernels
-from mlx_mtp.kernels import PackedWeight, Variant
+from mlx_mtp.backends.metal import matmul as kernels
+from mlx_mtp.backends.metal.matmul import PackedWeight, Variant
 
 from .capture import kernel_text
 from .quantised import MLX_TYPES, Launch, Problem, to_numpy

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
-from mlx_mtp import kernels
-from mlx_mtp.kernels import GatedTerm, Launch, PackedWeight, Variant
-from mlx_mtp.step_attention import HEAD_DIMS, Mask, merge_launch, step_attention_launch
+from mlx_mtp.backends.metal import matmul as kernels
+from mlx_mtp.backends.metal.attention import HEAD_DIMS, Mask, merge_launch, step_attention_launch
+from mlx_mtp.backends.metal.matmul import GatedTerm, Launch, PackedWeight, Variant
 
 from ..capture import KernelText, kernel_text
 

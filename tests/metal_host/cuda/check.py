@@ -11,10 +11,10 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp import kernels
-from mlx_mtp.kernel_checks import HALF_ULP, LowRank
-from mlx_mtp.kernels import Launch, PackedWeight, Variant
-from mlx_mtp.step_attention import HEAD_DIMS, merge_launch, step_attention_launch
+from mlx_mtp.backends.metal import matmul as kernels
+from mlx_mtp.backends.metal.attention import HEAD_DIMS, merge_launch, step_attention_launch
+from mlx_mtp.backends.metal.checks import HALF_ULP, LowRank
+from mlx_mtp.backends.metal.matmul import Launch, PackedWeight, Variant
 
 from ..attention import make_attention
 from ..quantised import MLX_TYPES, Problem, Shape, make_problem, to_float64, to_numpy

@@ -14,8 +14,8 @@ from contextlib import ExitStack
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp import kernels
-from mlx_mtp.kernels import PackedWeight
+from mlx_mtp.backends.metal import matmul as kernels
+from mlx_mtp.backends.metal.matmul import PackedWeight
 
 from ..quantised import to_numpy
 from .cases import text_of

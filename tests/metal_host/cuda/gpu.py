@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.kernels import Launch
+from mlx_mtp.backends.metal.matmul import Launch
 
 from ..arrays import from_bfloat16
 from ..capture import KernelText

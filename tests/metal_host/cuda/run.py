@@ -3,7 +3,7 @@
     python -m tests.metal_host.cuda.run --check
     python -m tests.metal_host.cuda.run --cost --m 1 2 4 8 16 32
 
-Not run on a GPU yet: what can be told without one is tested (tests/test_metal_cuda_run.py).  The
+Not run on a GPU yet: what can be told without one is tested (test_cuda_run.py).  The
 text is that of the Mac, a simdgroup a warp, its 8x8 matrices made of shuffles.  So --check says
 whether the kernels are right in real parallel hardware, and --cost what reading the weights once
 gains there; of a Mac's matrix units it says nothing.
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_mtp.small_files import write_atomically
+from mlx_mtp.storage.files import write_atomically
 from mlx_mtp.terminal import Progress
 
 from ..errors import MslError

@@ -1,0 +1,1 @@
+"""The engine: the child process that runs the model, and its supervisor."""

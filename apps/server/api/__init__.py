@@ -1,0 +1,1 @@
+"""HTTP dialects: OpenAI chat, completions and responses, and Anthropic messages."""

@@ -1,0 +1,224 @@
+"""``POST /v1/responses``: OpenAI's Responses, without anything that is kept between requests."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import AsyncGenerator, Iterator
+from typing import Any
+
+from starlette.requests import Request
+
+from mlx_mtp.apps.engine.batch import Batch, Choice, group_details
+from mlx_mtp.apps.engine.protocol import Message
+from mlx_mtp.apps.server.api.formats import TextFormat, responses_format
+from mlx_mtp.apps.server.api.jobs import Desk, new_id, now
+from mlx_mtp.apps.server.api.reports import mtp_summary, timings, usage
+from mlx_mtp.apps.server.api.responses_schema import ResponsesRequest, conversation, function_tools
+from mlx_mtp.apps.server.api.tools import Tool, chat_tools
+from mlx_mtp.apps.server.body import read_body
+from mlx_mtp.apps.server.errors import ApiError
+from mlx_mtp.apps.server.replies import json_response
+from mlx_mtp.apps.server.streams import answer, event
+
+
+async def create(request: Request) -> Any:
+    """Answer a conversation, streamed or not."""
+    desk: Desk = request.app.state.desk
+    body = await read_body(request, ResponsesRequest, desk.settings)
+    desk.check_model(body.model)
+    batch, first = await desk.begin(request, [_job(body, desk)])
+    reply = _Reply(body, desk)
+    return await answer(
+        request,
+        reply,
+        batch,
+        first,
+        stream=bool(body.stream),
+        failed=reply.failed,
+    )
+
+
+def _job(body: ResponsesRequest, desk: Desk) -> dict[str, Any]:
+    given = [Tool.model_validate(tool) for tool in function_tools(body.tools)]
+    tools = chat_tools(given, body.tool_choice, desk.info, parallel=body.parallel_tool_calls)
+    job = desk.job(body, max_tokens=body.max_output_tokens)
+    job |= tools | responses_format(_format(body), tools=bool(tools))
+    return job | {"messages": conversation(body, has_tools=desk.info.has_tools)}
+
+
+def _format(body: ResponsesRequest) -> TextFormat | None:
+    return body.text.format if body.text else None
+
+
+class _Reply:
+    """Writes an answer in the shape of Responses."""
+
+    def __init__(self, body: ResponsesRequest, desk: Desk) -> None:
+        self._body = body
+        self._details = body.speculation.details
+        self._model = desk.model_id
+        self._id = new_id("resp_")
+        self._created = now()
+        self._message_id = new_id("msg_")
+        self._choice = Choice()
+        self._numbers = itertools.count()
+        self._output: list[dict[str, Any]] = []
+
+    async def whole(self, batch: Batch, first: Message) -> Any:
+        """The answer in one piece."""
+        self._choice.add(first)
+        async for message in batch:
+            self._choice.add(message)
+        if self._choice.text or not self._choice.finished["tool_calls"]:
+            self._output.append(self._message(self._choice.text))
+        self._output += self._calls()
+        return json_response(self._response())
+
+    async def events(self, batch: Batch, first: Message) -> AsyncGenerator[bytes, None]:
+        """The answer as events in the order of OpenAI's."""
+        self._choice.add(first)
+        yield self._event("response.created", response=self._response())
+        yield self._event("response.in_progress", response=self._response())
+        begun = False
+        async for message in batch:
+            self._choice.add(message)
+            if message["type"] == "group" and (message["text"] or self._details):
+                if not begun:
+                    for data in self._begin():
+                        yield data
+                begun = True
+                more = {"mtp": group_details(message)} if self._details else {}
+                yield self._text_event("delta", delta=message["text"], logprobs=[], **more)
+        for data in self._end(begun):
+            yield data
+        done = self._response()
+        yield self._event(f"response.{done['status']}", response=done)
+
+    def failed(self, error: ApiError) -> bytes:
+        """The last event after an error."""
+        return self._event("error", code=error.code, message=error.message, param=error.param)
+
+    def _begin(self) -> Iterator[bytes]:
+        item = self._message("") | {"status": "in_progress", "content": []}
+        yield self._event("response.output_item.added", output_index=0, item=item)
+        yield self._part_event("added", "")
+
+    def _end(self, begun: bool) -> Iterator[bytes]:
+        """Close the message, then hand out the calls."""
+        text = self._choice.text
+        calls = self._calls()
+        if not begun and not calls:
+            yield from self._begin()
+            begun = True
+        if begun:
+            item = self._message(text)
+            yield self._text_event("done", text=text, logprobs=[])
+            yield self._part_event("done", text)
+            yield self._event("response.output_item.done", output_index=0, item=item)
+            self._output.append(item)
+        for call in calls:
+            at = len(self._output)
+            place = {"output_index": at, "item_id": call["id"]}
+            empty = call | {"arguments": "", "status": "in_progress"}
+            yield self._event("response.output_item.added", output_index=at, item=empty)
+            kind = "response.function_call_arguments"
+            yield self._event(f"{kind}.delta", delta=call["arguments"], **place)
+            yield self._event(
+                f"{kind}.done", arguments=call["arguments"], name=call["name"], **place
+            )
+            yield self._event("response.output_item.done", output_index=at, item=call)
+            self._output.append(call)
+
+    def _event(self, kind: str, **more: Any) -> bytes:
+        data = {"type": kind, "sequence_number": next(self._numbers)}
+        return event(data | more, name=kind)
+
+    def _text_event(self, what: str, **more: Any) -> bytes:
+        place = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
+        return self._event(f"response.output_text.{what}", **place, **more)
+
+    def _part_event(self, what: str, text: str) -> bytes:
+        place = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
+        return self._event(f"response.content_part.{what}", **place, part=_part(text))
+
+    def _message(self, text: str) -> dict[str, Any]:
+        return {
+            "id": self._message_id,
+            "type": "message",
+            "status": self._status(),
+            "role": "assistant",
+            "content": [_part(text)],
+        }
+
+    def _calls(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": new_id("fc_"),
+                "type": "function_call",
+                "status": "completed",
+                "call_id": new_id("call_"),
+                **call,
+            }
+            for call in self._choice.finished["tool_calls"]
+        ]
+
+    def _status(self) -> str:
+        if not self._choice.finished:
+            return "in_progress"
+        return "incomplete" if self._choice.reason == "length" else "completed"
+
+    def _response(self) -> dict[str, Any]:
+        """The response object as it stands."""
+        body, status = self._body, self._status()
+        why = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        response = {
+            "id": self._id,
+            "object": "response",
+            "created_at": self._created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": why,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": self._model,
+            "output": list(self._output),
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
+            "previous_response_id": None,
+            "reasoning": {"effort": None, "summary": None},
+            "store": False,
+            "temperature": body.temperature,
+            "text": {"format": _format_told(body)},
+            "tool_choice": body.tool_choice or "auto",
+            "tools": [tool.model_dump() for tool in body.tools or ()],
+            "top_p": body.top_p,
+            "truncation": "disabled",
+            "usage": None,
+        }
+        return response | (self._costs() if self._choice.finished else {})
+
+    def _costs(self) -> dict[str, Any]:
+        counts = usage([self._choice])
+        costs: dict[str, Any] = {
+            "usage": {
+                "input_tokens": counts["prompt_tokens"],
+                "input_tokens_details": counts["prompt_tokens_details"],
+                "output_tokens": counts["completion_tokens"],
+                "output_tokens_details": counts["completion_tokens_details"],
+                "total_tokens": counts["total_tokens"],
+            },
+            "timings": timings(self._choice),
+        }
+        if self._details:
+            costs["mtp"] = mtp_summary(self._choice)
+        return costs
+
+
+def _format_told(body: ResponsesRequest) -> dict[str, Any]:
+    given = _format(body)
+    return {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_none=True)
+
+
+def _part(text: str) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}

@@ -1,0 +1,138 @@
+"""Request models of OpenAI's Responses, and what they mean as a conversation."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field
+
+from mlx_mtp.apps.server.api.formats import TextFormat
+from mlx_mtp.apps.server.api.schemas import MOST_TOKENS, Many, Sampled, Strict, flat_text
+from mlx_mtp.apps.server.api.tools import CalledFunction, ToolCall, template_calls
+from mlx_mtp.apps.server.errors import refused
+
+
+class ResponseTool(Strict):
+    """A function; of the kinds of tools, the only one that can be had."""
+
+    type: str
+    name: str | None = Field(None, max_length=256)
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class TextOptions(Strict):
+    """How the text is to look."""
+
+    format: TextFormat | None = None
+
+
+class InputItem(Strict):
+    """An item of the conversation: a message, a call or what a call gave."""
+
+    type: Literal["message", "function_call", "function_call_output"] = "message"
+    id: str | None = None
+    status: str | None = None
+    role: Literal["system", "developer", "user", "assistant"] | None = None
+    content: str | Many[dict[str, Any]] | None = None
+    call_id: str | None = None
+    name: str | None = None
+    arguments: str | None = None
+    output: str | Many[dict[str, Any]] | None = None
+    phase: str | None = None
+
+
+class ResponsesRequest(Sampled):
+    """The body; what is not here is refused."""
+
+    input: str | Many[InputItem]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    stream: bool | None = None
+    text: TextOptions | None = None
+    tools: Many[ResponseTool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+    previous_response_id: None = None
+    include: list[Any] | None = Field(None, max_length=0)
+    # Accepted and without effect.
+    metadata: dict[str, str] | None = None
+    parallel_tool_calls: bool | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    user: str | None = None
+
+
+def conversation(body: ResponsesRequest, *, has_tools: bool) -> list[dict[str, Any]]:
+    """The messages that a chat template takes.
+
+    Raises:
+        ApiError: 400 for an item that cannot be used.
+    """
+    head = [] if body.instructions is None else [_message("system", body.instructions)]
+    if isinstance(body.input, str):
+        return [*head, _message("user", body.input)]
+    messages = head
+    for at, item in enumerate(body.input):
+        where = f"input.{at}"
+        if item.type != "message" and not has_tools:
+            raise refused(
+                f"{where}: the model's chat template knows no tools", param=where, code="no_tools"
+            )
+        if item.type == "message":
+            messages.append(_said(item, where))
+        elif item.type == "function_call":
+            _add_call(messages, item, where)
+        else:
+            text = flat_text(item.output, where=f"{where}.output")
+            messages.append(_message("tool", text) | {"tool_call_id": item.call_id})
+    if not messages:
+        raise refused("input is empty", param="input")
+    return messages
+
+
+def function_tools(tools: list[ResponseTool] | None) -> list[dict[str, Any]]:
+    """The tools in the shape of chat completions.
+
+    Raises:
+        ApiError: 400 for a tool that is no function.
+    """
+    found = []
+    for at, tool in enumerate(tools or ()):
+        if tool.type != "function" or not tool.name:
+            raise refused(
+                f"tools.{at}: tools of type {tool.type[:40]!r} are not supported, functions are",
+                param=f"tools.{at}",
+                code="unsupported_parameter",
+            )
+        found.append({"type": "function", "function": tool.model_dump(exclude={"type"})})
+    return found
+
+
+def _message(role: str, text: str) -> dict[str, Any]:
+    return {"role": role, "content": text}
+
+
+def _said(item: InputItem, where: str) -> dict[str, Any]:
+    if item.role is None or item.content is None:
+        missing = "role" if item.role is None else "content"
+        raise refused(f"{where}.{missing} is missing", param=f"{where}.{missing}")
+    role = "system" if item.role == "developer" else item.role
+    return _message(role, flat_text(item.content, where=f"{where}.content"))
+
+
+def _add_call(messages: list[dict[str, Any]], item: InputItem, where: str) -> None:
+    """Add a call to the assistant's turn, which may hold several."""
+    if item.call_id is None or item.name is None or item.arguments is None:
+        raise refused(f"{where} needs call_id, name and arguments", param=where)
+    function = CalledFunction(name=item.name, arguments=item.arguments)
+    calls = template_calls([ToolCall(id=item.call_id, function=function)], where=where)
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append(_message("assistant", ""))
+    messages[-1].setdefault("tool_calls", []).extend(calls)

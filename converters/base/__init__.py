@@ -1,0 +1,1 @@
+"""Converting the base model: weights, configuration and shards."""

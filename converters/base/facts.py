@@ -1,0 +1,118 @@
+"""What a conversion has to know of the base model: found, loaded lazily, told as ``BaseFacts``."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import utils as lm_utils
+
+from mlx_mtp.converters.layouts import BaseFacts
+from mlx_mtp.loading import resolve
+from mlx_mtp.model.lora import linear_dims
+from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.storage.cards import is_hub_id
+from mlx_mtp.storage.default_model import DEFAULT_MODEL_NAME, default_model_path
+from mlx_mtp.storage.folders import without_wildcards
+from mlx_mtp.storage.safetensors import check_safetensors
+
+DEFAULT_NORM_EPS = 1e-6
+
+
+def find_base(base_model: str | None, *, named: str | None, checkpoint: Path) -> tuple[str, Path]:
+    """Find the mlx-lm model that an adapter is for.
+
+    Args:
+        base_model: folder or hub id that the user gave.
+        named: what the checkpoint names.
+        checkpoint: for the message.
+
+    Returns:
+        The base model's name and its folder; the embedded copy for the default model.
+
+    Raises:
+        ValueError: neither names one, or it is not there.
+    """
+    if base_model is None and named is None:
+        raise ValueError(f"{checkpoint} does not name its base model; give it with --base-model")
+    if base_model is None and named == DEFAULT_MODEL_NAME:
+        return DEFAULT_MODEL_NAME, default_model_path()
+    chosen = base_model or named
+    assert chosen is not None
+    return base_name(chosen, named=named), resolve(chosen, kind="base model")
+
+
+def base_name(path_or_hf_repo: str, *, named: str | None = None) -> str:
+    """Name of a base model for configurations and cards: a hub id, or a folder's own name.
+
+    A folder is called what the checkpoint ``named``, unless that is a path: it would tell the world
+    how somebody's disk is laid out.
+    """
+    path = Path(path_or_hf_repo).expanduser()
+    if not path.exists():
+        return path_or_hf_repo
+    is_name = named is not None and (is_hub_id(named) or re.fullmatch(r"[\w.-]+", named))
+    return named if named is not None and is_name else path.resolve().name
+
+
+def load_base(folder: Path, *, name: str) -> MTPModel:
+    """Load a base model lazily: its norms, some rows and shapes are all that is read.
+
+    Raises:
+        ValueError: it cannot be loaded, or mask tokens do not fit into it.
+    """
+    try:
+        for file in sorted(folder.glob("model*.safetensors")):
+            check_safetensors(file)
+        with without_wildcards(folder) as path:
+            base, _ = lm_utils.load_model(path, lazy=True)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"cannot load the base model in {folder}: {error}") from None
+    return MTPModel(base, name=name)
+
+
+def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
+    """Tell a layout what it may ask of the base model."""
+    num_tokens, mask_token = _tokens(folder)
+    linears = {
+        path: linear_dims(module)
+        for path, module in model.base.named_modules()
+        if isinstance(module, nn.Linear | nn.QuantizedLinear)
+    }
+
+    def embed(ids: Sequence[int]) -> mx.array:
+        return model.embed(mx.array(list(ids)))
+
+    def unembed(ids: Sequence[int]) -> mx.array:
+        return model.unembed_rows(mx.array(list(ids)))
+
+    return BaseFacts(
+        name=model.name,
+        model_type=model.base.model_type,
+        hidden_size=model.hidden_size,
+        num_layers=len(model.base.layers),
+        vocab_size=model.vocab_size,
+        norm_eps=float(getattr(model.base.args, "rms_norm_eps", DEFAULT_NORM_EPS)),
+        num_tokens=num_tokens,
+        mask_token=mask_token,
+        linears=linears,
+        embed=embed,
+        unembed=unembed if "lm_head" in model.base else None,
+        quantised=any(
+            isinstance(module, nn.QuantizedEmbedding | nn.QuantizedLinear)
+            for module in model.base.modules()
+        ),
+    )
+
+
+def _tokens(folder: Path) -> tuple[int | None, int | None]:
+    """Length of the base model's tokenizer and its ``<mask>``, where there are such."""
+    try:
+        tokenizer: Any = lm_utils.load_tokenizer(folder)._tokenizer
+    except Exception:  # transformers raises many kinds for a folder without a tokenizer
+        return None, None
+    return len(tokenizer), tokenizer.get_vocab().get("<mask>")

@@ -1,0 +1,224 @@
+"""The files of a base model: found or downloaded, checked, and laid out for mlx-lm to load.
+
+mlx-lm gets a folder that holds nothing but links to what was checked: safetensors files whose
+headers are sound (PyTorch files turned into such files first) and small JSON files.  Nothing that
+lies about in the original folder can reach it.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from mlx_mtp.converters.progress import ByteProgress
+from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
+from mlx_mtp.converters.tokenizer.tokenizer import SENTENCEPIECE_FILES
+from mlx_mtp.loading import resolve
+from mlx_mtp.storage.safetensors import (
+    READABLE,
+    check_safetensors,
+    read_index,
+    read_json_object,
+    safe_member,
+    shown,
+)
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+TORCH_INDEX = "pytorch_model.bin.index.json"
+
+_SMALL_FILES = (
+    *("*.json", "*.txt", "*.jsonl", "*.jinja", "*.tiktoken", "tiktoken.model"),
+    *SENTENCEPIECE_FILES,
+    *("LICENSE*", "LICENCE*", "NOTICE*", "README.md"),
+)
+_SAFETENSORS = "model*.safetensors"
+_TORCH = "pytorch_model*.bin"
+_NO_MODELS = ("adapter*", "sampler*", "training_args*", "optimizer*", "scheduler*", "rng_*")
+_FP8 = {"F8_E4M3", "F8_E5M2", "F8_E8M0"}  # some architectures of mlx-lm unpack them
+
+
+def resolve_base(hf_path: str, *, trust_remote_code: bool = False) -> Path:
+    """Find a model's folder, or download what a conversion needs of a hub repository.
+
+    PyTorch files are downloaded only where there are no safetensors files, Python files only with
+    ``trust_remote_code``.
+
+    Raises:
+        ValueError: neither is there.
+    """
+    small = [*_SMALL_FILES, *(["*.py"] if trust_remote_code else [])]
+    return resolve(hf_path, kind="model", patterns=lambda: [*small, _weights_pattern(hf_path)])
+
+
+def read_config(source: Path, *, trust_remote_code: bool = False) -> dict[str, Any]:
+    """Read a model's ``config.json``.
+
+    Raises:
+        ValueError: it is missing or broken, or the model or its tokenizer needs code to run that is
+            not to be trusted.
+    """
+    if not (source / CONFIG_FILE).is_file():
+        raise ValueError(f"{source} is not a model folder (it has no {CONFIG_FILE})")
+    config = read_json_object(source / CONFIG_FILE)
+    if not isinstance(config.get("model_type"), str):
+        raise ValueError(f"{source / CONFIG_FILE} does not say what model_type it is")
+    for name in (CONFIG_FILE, "tokenizer_config.json"):
+        values = config
+        if name != CONFIG_FILE:
+            values = read_json_object(source / name) if (source / name).is_file() else {}
+        needs = next((key for key in ("model_file", "auto_map") if values.get(key)), None)
+        if needs and not trust_remote_code:
+            raise ValueError(
+                f"{source / name} has {needs}: the model brings its own code, which runs only with "
+                "--trust-remote-code"
+            )
+    return config
+
+
+def stage(
+    source: Path,
+    config: dict[str, Any],
+    scratch: Path,
+    *,
+    allow_pickle: bool,
+    progress: ByteProgress,
+) -> Path:
+    """Check a model's files and link them into a new folder in ``scratch``; return that.
+
+    Args:
+        source: the model's folder.
+        config: its ``config.json``, checked by ``read_config``.
+        scratch: takes the folder, and safetensors copies of PyTorch files.
+        allow_pickle: whether PyTorch files may be read, in a sandbox.
+        progress: counts the bytes of PyTorch files that are read.
+
+    Raises:
+        ValueError: a file is missing, broken, or holds what cannot be read.
+    """
+    weights = weight_files(source)
+    if weights[0].suffix != ".safetensors":
+        weights = _from_torch(weights, scratch, allow_pickle=allow_pickle, progress=progress)
+    num_tensors = _check_weights(source, weights)
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > num_tensors:
+        # Building such a model would take forever before anything else could go wrong.
+        raise ValueError(
+            f"{source / CONFIG_FILE} claims {layers} layers, but there are {num_tensors} tensors"
+        )
+    folder = scratch / "staged"
+    folder.mkdir()
+    for number, path in enumerate(weights, 1):
+        (folder / f"model-{number:05d}-of-{len(weights):05d}.safetensors").symlink_to(
+            path.resolve()
+        )
+    for name in (CONFIG_FILE, GENERATION_FILE, "hf_quant_config.json", config.get("model_file")):
+        if isinstance(name, str) and (source / name).exists():
+            if name.endswith(".json"):
+                read_json_object(source / name)
+            (folder / name).symlink_to(safe_member(source, name).resolve())
+    return folder
+
+
+def weight_files(source: Path) -> list[Path]:
+    """Return a model's weights files: safetensors if there are any, else PyTorch files.
+
+    Raises:
+        ValueError: there are none, an index is broken, or a shard is missing.
+    """
+    for index, pattern in ((SAFETENSORS_INDEX, _SAFETENSORS), (TORCH_INDEX, _TORCH)):
+        if (source / index).is_file():
+            names = sorted(set(read_index(source / index).values()))
+            return _complete(source, [safe_member(source, name) for name in names])
+        if found := sorted(path for path in source.glob(pattern) if path.is_file()):
+            return _complete(source, found)
+    others = [
+        path
+        for path in sorted(source.iterdir())
+        if path.suffix in (".safetensors", ".bin", ".pt", ".pth") and path.is_file()
+        if not any(fnmatch(path.name, pattern) for pattern in _NO_MODELS)
+    ]
+    if len(others) == 1:
+        return others
+    if others:
+        names = ", ".join(path.name for path in others[:4])
+        raise ValueError(f"{source} does not say which files are the model's: {names}")
+    raise ValueError(
+        f"{source} has no weights: looked for {_SAFETENSORS}, {_TORCH}, "
+        "and a single .safetensors, .bin, .pt or .pth file"
+    )
+
+
+def copy_papers(source: Path, output: Path, *, code: bool) -> None:
+    """Copy the small files that go with a model: generation settings, template, licence, notice."""
+    patterns = [GENERATION_FILE, "chat_template.jinja", "LICENSE*", "LICENCE*", "NOTICE*"]
+    for pattern in [*patterns, *(["*.py"] if code else [])]:
+        for path in source.glob(pattern):
+            if path.is_file() and not (output / path.name).exists():
+                shutil.copyfile(path, output / path.name)
+
+
+def _weights_pattern(repo: str) -> str:
+    """What to download of a repository's weights; what is in the cache decides without network."""
+    try:
+        names = HfApi().list_repo_files(repo)
+    except HfHubHTTPError:
+        raise
+    except Exception:  # no network, whatever the HTTP library calls that
+        folder = Path(snapshot_download(repo, local_files_only=True))
+        names = [path.name for path in folder.iterdir()]
+    return _SAFETENSORS if any(fnmatch(name, _SAFETENSORS) for name in names) else _TORCH
+
+
+def _complete(source: Path, files: list[Path]) -> list[Path]:
+    """Refuse shards whose names say that there are more of them."""
+    names = {path.name for path in files}
+    for name in names:
+        match = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\.\w+)", name)
+        for number in range(1, int(match[3]) + 1 if match else 0):
+            assert match is not None
+            wanted = f"{match[1]}{number:05d}-of-{match[3]}{match[4]}"
+            if wanted not in names:
+                raise ValueError(f"{source} is incomplete: {wanted} is missing")
+    return files
+
+
+def _from_torch(
+    files: Iterable[Path], scratch: Path, *, allow_pickle: bool, progress: ByteProgress
+) -> list[Path]:
+    """Turn PyTorch files into safetensors files in ``scratch``, one at a time."""
+    files = list(files)
+    progress.expect(sum(path.stat().st_size for path in files))
+    read = []
+    for path in files:
+        progress.say(f"Reading {path.name}")
+        read.append(torch_to_safetensors(path, scratch, allow_pickle=allow_pickle)[0])
+        progress.advance(path.stat().st_size)
+    return read
+
+
+def _check_weights(source: Path, files: list[Path]) -> int:
+    """Check all headers, against each other and against the index; return how many tensors."""
+    where: dict[str, str] = {}
+    for path in files:
+        for name, info in check_safetensors(path).items():
+            if info.dtype not in READABLE and info.dtype not in _FP8:
+                raise ValueError(f"{path}: {name} has type {info.dtype}, which MLX cannot read")
+            if name in where:
+                raise ValueError(f"{source}: {name} is both in {where[name]} and in {path.name}")
+            where[name] = path.name
+    if files[0].parent == source and (source / SAFETENSORS_INDEX).is_file():
+        for name, file in read_index(source / SAFETENSORS_INDEX).items():
+            if where.get(name) != file:
+                raise ValueError(
+                    f"{source / file} lacks {shown(name)}, which the index says it has"
+                )
+    return len(where)

@@ -1,0 +1,298 @@
+"""The base model: a Hugging Face folder in, an mlx-lm model folder out.
+
+mlx-lm builds the model and quantises it, lazily; what is added here are checks of every file before
+MLX sees it, PyTorch files and sentencepiece tokenizers as sources, and a writer that holds one
+tensor at a time, so that peak memory does not grow with the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx_lm import utils as lm_utils
+
+from mlx_mtp.converters.base.files import (
+    CONFIG_FILE,
+    copy_papers,
+    read_config,
+    resolve_base,
+    stage,
+)
+from mlx_mtp.converters.base.rope import older_rope_keys
+from mlx_mtp.converters.base.shards import write_shards
+from mlx_mtp.converters.progress import ByteProgress
+from mlx_mtp.converters.tokenizer.tokenizer import write_tokenizer
+from mlx_mtp.storage.cards import read_licence
+from mlx_mtp.storage.folders import without_wildcards
+from mlx_mtp.storage.safetensors import shown
+
+__all__ = ["BaseResult", "ByteProgress", "Quantisation", "convert_base", "resolve_base"]
+
+DTYPES = ("float16", "bfloat16", "float32")
+BITS = (1, 2, 3, 4, 5, 6, 8)  # of mx.quantize in its affine mode
+GROUP_SIZES = (32, 64, 128)
+DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 64
+MAX_SHARD_BYTES = 5 << 30  # as mlx-lm
+
+
+@dataclass(frozen=True, kw_only=True)
+class Quantisation:
+    """How weights are rounded: ``bits`` per weight, one scale per ``group_size`` weights."""
+
+    bits: int = DEFAULT_BITS
+    group_size: int = DEFAULT_GROUP_SIZE
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseResult:
+    """What was converted.
+
+    Attributes:
+        source: the folder it came from.
+        model_type: as ``config.json`` has it.
+        licence: as the source's own card gives it.
+        dtype: the type that the weights were cast to; None if they were left as they are.
+        quantisation: None without ``quantise``.
+        num_bytes: of all tensors written.
+        num_parameters: of the model.
+        compared_texts: on how many texts the tokenizers agree.
+    """
+
+    source: Path
+    model_type: str
+    licence: str | None
+    dtype: str | None
+    quantisation: Quantisation | None
+    num_bytes: int
+    num_parameters: int
+    compared_texts: int
+
+    @property
+    def summary(self) -> str:
+        """What it is, in a few words."""
+        mega = self.num_bytes >= 10**6
+        size = f"{self.num_bytes / 1e6:.1f} MB" if mega else f"{self.num_bytes / 1e3:.1f} KB"
+        numbers = f"{self.num_parameters / 1e6:.1f}M parameters, {size}"
+        if self.quantisation is None:
+            return f"{self.model_type}, {numbers}" + (f", {self.dtype}" if self.dtype else "")
+        kind = f"{self.quantisation.bits}-bit in groups of {self.quantisation.group_size}"
+        return f"{self.model_type}, {numbers}, {kind}"
+
+
+def convert_base(
+    hf_path: str,
+    output: Path,
+    *,
+    quantise: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    dtype: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    progress: ByteProgress | None = None,
+    on_model: Callable[[Any], None] | None = None,
+    on_written: Callable[[BaseResult], None] | None = None,
+) -> BaseResult:
+    """Convert a base model into an mlx-lm model folder; ``config.json`` is written last.
+
+    Args:
+        hf_path: folder or hub id: safetensors or PyTorch weights, in one file or in shards.
+        output: an empty folder; emptied again if the conversion fails.
+        quantise: round the weights as ``mlx_lm.convert -q`` does.
+        q_bits: bits per weight, 4 by default.
+        q_group_size: weights per scale, 64 by default.
+        dtype: ``float16``, ``bfloat16`` or ``float32``; the model's own by default.
+        allow_pickle: whether PyTorch files may be read, in a sandbox.
+        trust_remote_code: whether code in the model's folder may run.
+        progress: shows the bytes read from PyTorch files and written.
+        on_model: called with the lazy mlx-lm model, cast but not quantised, before anything but
+            the tokenizer is written; what else belongs into ``output`` can be written there.
+        on_written: called when nothing but ``config.json`` is missing.
+
+    Raises:
+        ValueError: something is missing, broken or not supported; one line that names it.
+        OSError: the output cannot be written.
+    """
+    quantisation = _quantisation(quantise, q_bits, q_group_size)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    source = resolve_base(hf_path, trust_remote_code=trust_remote_code)
+    config = read_config(source, trust_remote_code=trust_remote_code)
+    _check_supported(source, config)
+    bar = progress or ByteProgress(stream=io.StringIO())
+    with _emptied_on_failure(output), _scratch(output) as scratch:
+        texts = write_tokenizer(
+            source,
+            output,
+            scratch,
+            model_type=config["model_type"],
+            trust_remote_code=trust_remote_code,
+        )
+        staged = stage(source, config, scratch, allow_pickle=allow_pickle, progress=bar)
+        model, config = _load(
+            source, staged, older_rope_keys(config), trust_remote_code=trust_remote_code
+        )
+        cast = _cast(model, config, dtype)
+        if on_model is not None:
+            on_model(model)
+        if quantisation is not None:
+            config = _quantise(source, model, config, quantisation)
+        num_parameters = lm_utils.get_total_parameters(model)
+        keep_vision = "vision_tower" in getattr(model, "model", {})  # as mlx-lm's own save
+        num_bytes = _write_weights(model, output, num_parameters=num_parameters, progress=bar)
+        copy_papers(source, output, code=trust_remote_code)
+        result = BaseResult(
+            source=source,
+            model_type=config["model_type"],
+            licence=read_licence(source),
+            dtype=cast,
+            quantisation=quantisation,
+            num_bytes=num_bytes,
+            num_parameters=num_parameters,
+            compared_texts=texts,
+        )
+        if on_written is not None:
+            on_written(result)
+        lm_utils.save_config(config, output / CONFIG_FILE, keep_vision_config=keep_vision)
+    return result
+
+
+def _quantisation(quantise: bool, bits: int | None, group_size: int | None) -> Quantisation | None:
+    """Check the options of quantisation."""
+    if not quantise:
+        if bits is not None or group_size is not None:
+            raise ValueError("q_bits and q_group_size need quantise (-q)")
+        return None
+    bits = DEFAULT_BITS if bits is None else bits
+    group_size = DEFAULT_GROUP_SIZE if group_size is None else group_size
+    if bits not in BITS:
+        raise ValueError(f"q_bits must be one of {', '.join(map(str, BITS))}, got {bits}")
+    if group_size not in GROUP_SIZES:
+        allowed = ", ".join(map(str, GROUP_SIZES))
+        raise ValueError(f"q_group_size must be one of {allowed}, got {group_size}")
+    return Quantisation(bits=bits, group_size=group_size)
+
+
+def _check_supported(source: Path, config: dict[str, Any]) -> None:
+    """Refuse an architecture that mlx-lm does not have."""
+    if config.get("model_file"):
+        return
+    try:
+        lm_utils._get_classes(config)
+    except (ValueError, AttributeError, ImportError, TypeError):
+        raise ValueError(
+            f"{source}: mlx-lm does not support model_type {shown(repr(config['model_type']))}"
+        ) from None
+
+
+@contextlib.contextmanager
+def _emptied_on_failure(output: Path) -> Iterator[None]:
+    """Remove from a folder what was written into it, if the block fails."""
+    try:
+        yield
+    except BaseException:
+        for path in output.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def _scratch(output: Path) -> Iterator[Path]:
+    """A private folder on the output's own disk, removed in the end."""
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.scratch.") as name:
+        yield Path(name)
+
+
+def _load(
+    source: Path, staged: Path, added: dict[str, Any], *, trust_remote_code: bool
+) -> tuple[Any, dict[str, Any]]:
+    """Build the model; its weights stay on the disk until they are written."""
+    try:
+        with without_wildcards(staged) as folder:
+            model, config = lm_utils.load_model(
+                folder, lazy=True, model_config=added, trust_remote_code=trust_remote_code
+            )
+    except Exception as error:  # a broken file or setting can raise anything in there
+        raise ValueError(f"cannot load the model in {source}: {shown(error)}") from None
+    parameters: Any = dict(tree_flatten(model.parameters()))
+    modules = {name.rpartition(".")[0] for name in parameters if "scale" in name}
+    for name, value in parameters.items():
+        packed = name.rpartition(".")[0] in modules
+        if not (packed or mx.issubdtype(value.dtype, mx.floating)) and name.endswith("weight"):
+            raise ValueError(
+                f"{source}: {name} holds {value.dtype} numbers, which mlx-lm does not unpack for "
+                f"{config['model_type']}"
+            )
+    return model, config
+
+
+def _cast(model: Any, config: dict[str, Any], dtype: str | None) -> str | None:
+    """Cast the weights, lazily, as mlx-lm does; return the type, None if they are left alone."""
+    inner = config.get("text_config")
+    places = [config, *([inner] if isinstance(inner, dict) else [])]
+    keys = ("torch_dtype", "dtype")  # transformers 5 writes the second one
+    named = [place[key] for place in places for key in keys if place.get(key) is not None]
+    chosen = dtype or next(iter(named), None)
+    if chosen not in DTYPES:
+        return None
+    wanted = getattr(mx, chosen)
+    may_cast = getattr(model, "cast_predicate", lambda _: True)
+
+    def cast(name: str, value: mx.array) -> mx.array:
+        floating = mx.issubdtype(value.dtype, mx.floating)
+        return value.astype(wanted) if floating and may_cast(name) else value
+
+    model.update(tree_map_with_path(cast, model.parameters()))
+    for place in places if dtype else []:
+        place.update({key: dtype for key in keys if key in place})
+    return chosen
+
+
+def _quantise(
+    source: Path, model: Any, config: dict[str, Any], quantisation: Quantisation
+) -> dict[str, Any]:
+    """Quantise the model in place, lazily; return its new configuration."""
+    if config.get("quantization") or config.get("quantization_config"):
+        raise ValueError(f"{source} is quantised already: -q would round its weights a second time")
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            _, config = lm_utils.quantize_model(
+                model, config, quantisation.group_size, quantisation.bits
+            )
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"cannot quantise {source}: {shown(error)}") from None
+    parameters: Any = tree_flatten(model.parameters())
+    if not any(name.endswith(".scales") for name, _ in parameters):
+        raise ValueError(
+            f"{source} has no layer whose width {quantisation.group_size} divides: "
+            f"choose another q_group_size of {', '.join(map(str, GROUP_SIZES))}"
+        )
+    return config
+
+
+def _write_weights(model: Any, output: Path, *, num_parameters: int, progress: ByteProgress) -> int:
+    """Write the weights and take them out of the model; return their bytes."""
+    tensors: Any = dict(tree_flatten(model.parameters()))
+    # The model must not keep what has been written in memory.
+    model.update(tree_map(lambda _: mx.array([]), model.parameters()))
+    progress.say("Writing")
+    progress.expect(sum(value.nbytes for value in tensors.values()))
+    try:
+        return write_shards(
+            output,
+            tensors,
+            max_bytes=MAX_SHARD_BYTES,
+            num_parameters=num_parameters,
+            written=progress.advance,
+        )
+    except RuntimeError as error:  # MLX, when a file cannot be read or memory is short
+        raise ValueError(f"cannot convert {output.name}: {shown(error)}") from None

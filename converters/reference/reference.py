@@ -1,0 +1,246 @@
+"""The PyTorch side of a verification: the original files, run by transformers and PEFT.
+
+The base model is transformers' own, in float32.  The adapter is attached from the checkpoint's own
+tensors under their own names (``reference_adapters``), never from anything that a conversion made.
+A gate then takes the low-rank weights back on ordinary rows.  Slow and plain on purpose: what it
+computes is what a converted model is held against.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import torch
+
+EXTRA = 'pip install "mlx-mtp[convert]"'
+BIN_INDEX = "pytorch_model.bin.index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepRows:
+    """What one step computes.
+
+    Attributes:
+        ordinary: logits of the prompt's rows ``[n, V]``.
+        masks: logits of the mask rows ``[k, V]``; no rows without an adapter.
+        hidden: final hidden states of the mask rows ``[k, D]``.
+    """
+
+    ordinary: np.ndarray
+    masks: np.ndarray
+    hidden: np.ndarray
+
+
+class Gate:
+    """Index of the first mask row of the forward in progress."""
+
+    def __init__(self) -> None:
+        self.split = 0
+
+    def choose(self, plain: torch.Tensor, adapted: torch.Tensor) -> torch.Tensor:
+        """Take ordinary rows from one and mask rows from the other, ``[1, L, out]`` each."""
+        import torch
+
+        rows = torch.arange(plain.shape[-2]) >= self.split
+        return torch.where(rows[:, None], adapted, plain)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What a checkpoint adds to the base model, beside the gated layers inside it.
+
+    Attributes:
+        mask_rows: embeddings of the mask rows ``[k, D]``.
+        sampler: maps embeddings of previous tokens and hidden states, ``[k, D]`` each.
+        mask_ids: ids that stand for mask tokens; no text has them.
+    """
+
+    mask_rows: torch.Tensor
+    sampler: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
+    mask_ids: tuple[int, ...] = ()
+
+
+@dataclass(kw_only=True)
+class Reference:
+    """A transformers model with a gated adapter, or without one.
+
+    Attributes:
+        model: the causal language model.
+        vocab_size: rows of the base model's own embedding table.
+        gate: what its low-rank layers obey.
+        adapter: None for a base model alone.
+    """
+
+    model: Any
+    vocab_size: int
+    gate: Gate = field(default_factory=Gate)
+    adapter: Adapter | None = None
+
+    def step(self, prompt: Sequence[int]) -> StepRows:
+        """Run a prompt of n ids with the mask rows behind it."""
+        import torch
+
+        with torch.no_grad():
+            embedded = self._embed(prompt)
+            if self.adapter is not None:
+                embedded = torch.cat([embedded, self.adapter.mask_rows])
+            self.gate.split = split = len(prompt)
+            hidden, logits = self._run(embedded)
+        return StepRows(ordinary=logits[:split], masks=logits[split:], hidden=hidden[split:])
+
+    def sampler_logits(self, hidden: np.ndarray, previous: Sequence[int]) -> np.ndarray:
+        """Logits ``[k, V]`` that the sampler head gives after ``previous``, one id per row."""
+        import torch
+
+        assert self.adapter is not None and self.adapter.sampler is not None
+        with torch.no_grad():
+            embedded = self._embed(previous)
+            states = self.adapter.sampler(embedded, torch.tensor(hidden))
+            return self._run(embedded, final=states)[1]
+
+    def embedding_rows(self, count: int) -> np.ndarray:
+        """The first rows of the embedding table, ``[count, D]`` at most."""
+        return self.model.get_input_embeddings().weight[:count].detach().numpy().copy()
+
+    def _embed(self, ids: Sequence[int]) -> torch.Tensor:
+        import torch
+
+        return self.model.get_input_embeddings()(torch.tensor(list(ids)))
+
+    def _run(
+        self, embedded: torch.Tensor, *, final: torch.Tensor | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Hidden states and logits of rows ``[L, D]``; ``final`` replaces the hidden states.
+
+        The model's own forward makes the logits, so that whatever it does behind its head
+        (scaling, capping) is in them.
+        """
+        caught: list[torch.Tensor] = []
+
+        def catch(module: Any, args: Any, output: Any) -> Any:
+            del module, args
+            if final is not None:
+                output.last_hidden_state = final[None]
+            caught.append(output.last_hidden_state)
+            return output
+
+        handle = self.model.base_model.register_forward_hook(catch)
+        try:
+            logits = self.model(inputs_embeds=embedded[None], use_cache=False).logits
+        finally:
+            handle.remove()
+        return caught[0][0].numpy(), logits[0, :, : self.vocab_size].numpy()
+
+
+def load_reference(
+    hf_path: Path,
+    checkpoint: Path | None,
+    *,
+    scratch: Path,
+    layout: str | None = None,
+    options: Mapping[str, str] | None = None,
+    allow_pickle: bool = False,
+    written_rows: np.ndarray | None = None,
+) -> Reference:
+    """Load the original files.
+
+    Args:
+        hf_path: the Hugging Face folder of the base model.
+        checkpoint: the adapter checkpoint; None for the base model alone.
+        scratch: an empty folder for safetensors copies of PyTorch files.
+        layout: the checkpoint's layout; found out if None.
+        options: the layout options of the conversion.
+        allow_pickle: read PyTorch files, in a sandbox.
+        written_rows: mask embeddings ``[k, D]`` of the converted adapter.  They are only used to
+            look up which random tokens a conversion chose where the checkpoint has no mask tokens.
+
+    Raises:
+        ValueError: a file cannot be read or an extra is missing; one line.
+    """
+    try:
+        import torch  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError:
+        raise ValueError(f"verifying a conversion needs torch and transformers: {EXTRA}") from None
+    model = load_base(hf_path, scratch=scratch, allow_pickle=allow_pickle)
+    reference = Reference(model=model, vocab_size=model.get_input_embeddings().weight.shape[0])
+    if checkpoint is None:
+        return reference
+    from mlx_mtp.converters.reference.adapters import attach
+
+    reference.adapter = attach(
+        model,
+        checkpoint,
+        base=hf_path,
+        gate=reference.gate,
+        scratch=scratch,
+        layout=layout,
+        options=dict(options or {}),
+        allow_pickle=allow_pickle,
+        written_rows=written_rows,
+    )
+    return reference
+
+
+def load_base(hf_path: Path, *, scratch: Path, allow_pickle: bool) -> Any:
+    """Load a causal language model in float32; its PyTorch files become safetensors first.
+
+    Raises:
+        ValueError: transformers cannot load it, in one line.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging
+
+    folder = _safe_folder(hf_path, scratch / "base", allow_pickle=allow_pickle)
+    quiet = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            attn_implementation="eager",
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # transformers raises many kinds for what it cannot load
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"transformers cannot load {hf_path}: {reason[:300]}") from None
+    finally:
+        if quiet:
+            logging.enable_progress_bar()
+    return model.eval()
+
+
+def _safe_folder(hf_path: Path, target: Path, *, allow_pickle: bool) -> Path:
+    """The folder itself if it has safetensors, else a copy with its PyTorch files converted."""
+    if any(hf_path.glob("*.safetensors")):
+        return hf_path
+    from mlx_mtp.converters.base.files import weight_files
+    from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
+
+    shards = weight_files(hf_path)
+
+    target.mkdir()
+    for file in hf_path.glob("*.json"):
+        (target / file.name).write_bytes(file.read_bytes())
+    written = {}
+    for shard in shards:
+        path, _ = torch_to_safetensors(shard, target, allow_pickle=allow_pickle)
+        written[shard.name] = path.name
+    index = hf_path / BIN_INDEX
+    if not index.is_file():
+        (target / written[shards[0].name]).rename(target / "model.safetensors")
+        return target
+    content = json.loads(index.read_text(encoding="utf-8"))
+    content["weight_map"] = {k: written[name] for k, name in content["weight_map"].items()}
+    (target / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
+    return target

@@ -1,0 +1,1 @@
+"""How the layers of a model compute on this machine."""

@@ -1,0 +1,1 @@
+"""Linux CPUs: OpenBLAS, float32 weights and faster elementwise functions."""

@@ -1,0 +1,1 @@
+"""Metal kernels: launchers, checks, benchmarks and the choice between them."""

@@ -1,0 +1,1 @@
+"""What a row costs on this machine: measured, stored and corrected."""

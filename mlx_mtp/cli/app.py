@@ -1,0 +1,127 @@
+"""The command ``mlx-mtp app``."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import subprocess
+import sys
+import threading
+import webbrowser
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mlx_mtp.cli.serve import ENGINE_OPTIONS, GIB
+
+PREFILL_ROWS = 256
+PREFIX_CACHE_GB = 1.0
+_CLOSE_S = 5.0
+
+
+@click.command()
+@click.option("--model", help="Model folder or hub id; the embedded model by default.")
+@click.option("--adapter-path", help="Adapter folder or hub id.")
+@click.option("--trust-remote-code", is_flag=True, help="Let the tokenizer run its code.")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=0,
+    help="Port to listen on; a free one by default.",
+)  # fmt: skip
+@click.option("--no-browser", is_flag=True, help="Only print the address.")
+@click.option("--window", is_flag=True, help="Open a window of its own instead of the browser.")
+@click.option(
+    "--data-dir", type=click.Path(path_type=Path), envvar="MLX_MTP_DATA",
+    help="Folder of the history [MLX_MTP_DATA].",
+)  # fmt: skip
+def app(window: bool, no_browser: bool, **options: Any) -> None:
+    """Chat with a model on a page of this machine.
+
+    The page is served on 127.0.0.1 alone, under an address that holds a key of this launch.
+    Conversations are kept in a file of yours.
+    """
+    if window:
+        _run_in_window(options)
+    else:
+        _run(options, browse=not no_browser)
+
+
+def _run(options: dict[str, Any], *, browse: bool) -> None:
+    """Serve until Ctrl-C."""
+    try:
+        from mlx_mtp.apps.chat_app.app import app_settings, create_chat_app
+        from mlx_mtp.apps.engine.supervisor import Engine
+        from mlx_mtp.apps.server.run import serve
+    except ImportError as error:
+        raise ValueError(f'{error.name} is missing: pip install "mlx-mtp[server]"') from None
+    from mlx_mtp.storage.paths import FILE, data_dir
+
+    settings = app_settings(options["port"])
+    engine = Engine(_engine_options(options))
+    made = create_chat_app(
+        engine,
+        settings,
+        (options["data_dir"] or data_dir()) / FILE,
+        model=options["model"],
+        adapter_path=options["adapter_path"],
+    )
+
+    def greet(url: str) -> None:
+        address = f"{url}/#token={made.gate.token}"
+        print(f"Chat at {address}", flush=True)
+        if browse:  # beside, for some systems wait for the browser
+            threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
+
+    try:
+        serve(made.gate, engine, settings, greet=greet)
+    finally:
+        made.archive.close()
+
+
+def _engine_options(options: dict[str, Any]) -> dict[str, Any]:
+    """What the engine is told; the rest is decided by each conversation."""
+    chosen = {
+        "mtp": True,
+        "extra_eos_token": (),
+        "layout": "auto",
+        "lookup": True,
+        "prefill_step_size": PREFILL_ROWS,
+    } | {name: options[name] for name in ("model", "adapter_path", "trust_remote_code")}
+    assert set(chosen) == set(ENGINE_OPTIONS)
+    return chosen | {"prefix_cache_bytes": int(PREFIX_CACHE_GB * GIB)}
+
+
+def _run_in_window(options: dict[str, Any]) -> None:
+    """Show the page in a window; the server is a child, for windows want the main thread.
+
+    Raises:
+        ValueError: pywebview is missing, or the server did not start.
+    """
+    if importlib.util.find_spec("webview") is None:
+        raise ValueError('--window needs pywebview: pip install "mlx-mtp[app]"')
+    webview: Any = importlib.import_module("webview")
+    command = [sys.executable, "-m", "mlx_mtp", "app", "--no-browser"]
+    command += ["--port", str(options["port"])]
+    for name in ("model", "adapter_path", "data_dir"):
+        if options[name] is not None:
+            command += [f"--{name.replace('_', '-')}", str(options[name])]
+    command += ["--trust-remote-code"] if options["trust_remote_code"] else []
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout
+        head, _, address = server.stdout.readline().strip().partition(" at ")
+        if head != "Chat":
+            raise ValueError("the chat server did not start")
+        webview.create_window("mlx-mtp", address, width=1200, height=820)
+        webview.start(private_mode=True)
+    finally:
+        _end(server)
+
+
+def _end(server: subprocess.Popen[str]) -> None:
+    server.terminate()
+    try:
+        server.wait(_CLOSE_S)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        server.wait()

@@ -1,0 +1,1 @@
+"""The decoding loop: token ids in, token ids out."""

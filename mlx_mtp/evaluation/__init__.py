@@ -1,0 +1,1 @@
+"""Acceptance on given texts, and the prompt sets that commands share."""

@@ -1,0 +1,1 @@
+"""Research scripts; nothing imports them and the wheel leaves them out."""

@@ -1,0 +1,1 @@
+"""An mlx-lm model with mask tokens, gated LoRA weights and caches."""

@@ -1,0 +1,348 @@
+"""MTPModel: any dense mlx-lm model, with mask tokens, gated LoRA weights and a sampler head.
+
+No model is rewritten.  mlx-lm's models offer four seams, and each takes a wrapper that looks at
+the step in progress (``StepScope``):
+
+- the token embedding turns mask rows into mask embeddings (``MaskEmbedding``);
+- linear layers add low-rank weights on mask rows (``GatedLoRALinear``);
+- the rotary embedding puts every row at its own position (``StepRope``);
+- the caches hand out the step's attention mask (``cache.LayerCache``).
+
+Without an adapter nothing is wrapped and the model decodes plainly.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_mtp.model import cache as kv_cache
+from mlx_mtp.model.cache import MTPCache
+from mlx_mtp.model.config import MTPConfig
+from mlx_mtp.model.layout import RowLayout, StepScope, quadratic_layout
+from mlx_mtp.model.lora import GatedLoRALinear
+from mlx_mtp.model.sampler_head import SamplerHead
+from mlx_mtp.model.wrappers import HiddenStates, MaskEmbedding, StepRope
+
+if TYPE_CHECKING:
+    from mlx_mtp.decoding.batching import PackedCache
+    from mlx_mtp.planning.auto import Speculation
+
+MASK_EMBEDDINGS = "mask_embeddings"
+SAMPLER_PREFIX = "sampler_head."
+
+
+class MTPModel(nn.Module):
+    """An mlx-lm model with or without an adapter.
+
+    Args:
+        base: the mlx-lm model.  With an adapter its modules are wrapped in place.
+        name: what to call the model in messages.
+        config: the adapter's configuration; None decodes plainly.
+        weights: the adapter's tensors by name (see ``loading``).
+
+    Raises:
+        ValueError: the model cannot work (the message says why), or the adapter does not fit it.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        *,
+        name: str = "",
+        config: MTPConfig | None = None,
+        weights: Mapping[str, mx.array] | None = None,
+    ) -> None:
+        super().__init__()
+        base = base.language_model if hasattr(base, "language_model") else base
+        self.name = name or base.model_type
+        if reason := kv_cache.unsupported_reason(base):
+            raise ValueError(f"{self.name} ({base.model_type}) cannot be used: {reason}")
+        self.base = base
+        self.config = config
+        self.sampler_head: SamplerHead | None = None
+        self.speculation: Speculation | None = None  # what the planner knows; see ``tuning``
+        self.packs: bool | None = None  # whether steps can be packed, once ``packing`` has tried
+        self._scope = StepScope()
+        self._embedding, embedding_path = _find_embedding(base)
+        if config is not None:
+            assert weights is not None
+            self._attach(config, weights, embedding_path)
+        self._head = copy.copy(base)
+        self._head.model = HiddenStates(base.model)
+        if config is not None:
+            self._probe()
+
+    @property
+    def num_draft_tokens(self) -> int:
+        """k, how many drafts a step can make; 0 without an adapter."""
+        return self.config.num_draft_tokens if self.config else 0
+
+    @property
+    def scope(self) -> StepScope:
+        """What the wrapped modules look at during a forward."""
+        return self._scope
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding table."""
+        return self._embedding.weight.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """Width D of the model."""
+        return embedding_dims(self._embedding)
+
+    @property
+    def max_context(self) -> int | None:
+        """Positions that the model was made for, where its configuration says so."""
+        return getattr(self.base.args, "max_position_embeddings", None)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Floating-point type of the hidden states."""
+        return self.embed(mx.array([0])).dtype
+
+    def make_cache(self, **options: Any) -> MTPCache:
+        """Make fresh caches; see ``cache.make_cache`` for the options and errors."""
+        cache = kv_cache.make_cache(self.base, scope=self._scope, **options)
+        if cache.kv_bits is not None:
+            size = self._sample_cache().layers[0].inner.keys.shape[-1]
+            if size % cache.kv_group_size:
+                raise ValueError(
+                    f"kv_group_size {cache.kv_group_size} does not divide the head size {size}"
+                )
+        return cache
+
+    def load_prompt_cache(self, path: Path) -> tuple[MTPCache, dict[str, str]]:
+        """Read a file of ``mlx_lm.cache_prompt``; see ``cache.load_prompt_cache``."""
+        return kv_cache.load_prompt_cache(path, sample=self._sample_cache(), scope=self._scope)
+
+    def _sample_cache(self) -> MTPCache:
+        """Caches of one row, never evaluated, to look at their shapes and types."""
+        sample = kv_cache.make_cache(self.base, scope=self._scope)
+        self(mx.array([[0]]), cache=sample)
+        return sample
+
+    def __call__(
+        self,
+        ids: mx.array,
+        *,
+        cache: MTPCache | PackedCache,
+        layout: RowLayout | None = None,
+    ) -> mx.array:
+        """Run the backbone over one step, or over several that are packed.
+
+        Args:
+            ids: ``[1, L]``; ids of mask rows count mask tokens from 0.
+            cache: the caches; all rows are appended.
+            layout: the rows of the step; None means L contiguous ordinary rows.
+
+        Returns:
+            Final hidden states ``[1, L, D]``.
+        """
+        self._scope.layout = layout
+        try:
+            return self.base.model(ids, cache.layers)
+        finally:
+            self._scope.layout = None
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Turn hidden states ``[B, L, D]`` into logits ``[B, L, V]`` by the base model's head."""
+        return self._head(hidden)
+
+    def embed(self, ids: mx.array) -> mx.array:
+        """Look up token embeddings, ``[...]`` to ``[..., D]``."""
+        rows = self._embedding(ids.reshape(-1))  # a quantised table takes no scalar
+        return rows.reshape(*ids.shape, -1)
+
+    def unembed_rows(self, ids: mx.array) -> mx.array:
+        """Rows of the unembedding, ``[...]`` to ``[..., D]``."""
+        if "lm_head" not in self.base:
+            return self._embedding(ids)
+        head = self.base.lm_head
+        if not isinstance(head, nn.QuantizedLinear):
+            return head.weight[ids]
+        biases = None if head.biases is None else head.biases[ids]
+        return mx.dequantize(
+            head.weight[ids],
+            head.scales[ids],
+            biases,
+            group_size=head.group_size,
+            bits=head.bits,
+            mode=head.mode,
+        )
+
+    def _attach(
+        self, config: MTPConfig, weights: Mapping[str, mx.array], embedding_path: str
+    ) -> None:
+        """Check the adapter against the model, then wrap the model's modules."""
+        dims = embedding_dims(self._embedding)
+        shape = "{}, {} layers of {}, {} tokens".format
+        given = shape(self.base.model_type, len(self.base.layers), dims, self.vocab_size)
+        wanted = shape(
+            config.base_model_type,
+            config.base_num_layers,
+            config.base_hidden_size,
+            config.base_vocab_size,
+        )
+        if given != wanted:
+            raise ValueError(
+                f"the adapter is for {config.base_model} ({wanted}), not for {self.name} ({given})"
+            )
+        dtype = self.dtype
+        cast = {key: value.astype(dtype) for key, value in weights.items()}
+        masks = cast.pop(MASK_EMBEDDINGS, None)
+        if masks is None or masks.shape != (config.num_draft_tokens, dims):
+            shape = None if masks is None else tuple(masks.shape)
+            raise ValueError(
+                f"{MASK_EMBEDDINGS} must be {(config.num_draft_tokens, dims)}, got {shape}"
+            )
+        self._attach_sampler(config, cast, dims)
+        self._wrap_linears(config, cast)
+        if not self.wrap_ropes():
+            raise ValueError(f"{self.name} ({self.base.model_type}) has no rotary embedding")
+        embedding = MaskEmbedding(self._embedding, masks, scope=self._scope)
+        _replace(self.base, {embedding_path: embedding})
+
+    def wrap_ropes(self) -> bool:
+        """Let rows stand at positions of their own; what is wrapped already stays so.
+
+        Returns:
+            Whether there is a rotary embedding.
+        """
+        ropes = _find_ropes(self.base)
+        if not any(isinstance(rope, StepRope) for rope in ropes.values()):
+            wrapped = {path: StepRope(rope, scope=self._scope) for path, rope in ropes.items()}
+            _replace(self.base, wrapped)
+        return bool(ropes)
+
+    def _attach_sampler(self, config: MTPConfig, weights: dict[str, mx.array], dims: int) -> None:
+        """Take the sampler head's tensors out of ``weights``."""
+        names = [name for name in weights if name.startswith(SAMPLER_PREFIX)]
+        tensors = [(name.removeprefix(SAMPLER_PREFIX), weights.pop(name)) for name in names]
+        if config.sampler is not None:
+            self.sampler_head = SamplerHead(dims, config.sampler_kind)
+            try:
+                self.sampler_head.load_weights(tensors, strict=True)
+            except ValueError as error:  # its message may have several lines
+                raise ValueError(f"sampler_head: {' '.join(str(error).split())}") from None
+        elif tensors:
+            raise ValueError(f"the adapter has no sampler, yet a tensor {names[0]}")
+
+    def _wrap_linears(self, config: MTPConfig, weights: dict[str, mx.array]) -> None:
+        """Wrap every linear layer that ``weights`` has low-rank weights for."""
+        modules = dict(self.base.named_modules())
+        paths = sorted({name.rpartition(".")[0] for name in weights})
+        wrapped = {}
+        for path in paths:
+            lora_a = weights.pop(f"{path}.lora_a", None)
+            lora_b = weights.pop(f"{path}.lora_b", None)
+            if path not in modules or lora_a is None or lora_b is None:
+                raise ValueError(f"the adapter's tensors for {path!r} do not fit {self.name}")
+            try:
+                wrapped[path] = GatedLoRALinear.from_base(
+                    modules[path],
+                    lora_a=lora_a,
+                    lora_b=lora_b,
+                    scale=config.scale_of(path),
+                    scope=self._scope,
+                )
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from None
+            if lora_a.shape[-1] != config.rank_of(path):
+                raise ValueError(f"{path} has rank {lora_a.shape[-1]}, not {config.rank_of(path)}")
+        if weights:
+            raise ValueError(f"the adapter has an unknown tensor {sorted(weights)[0]!r}")
+        names = sorted({path.rpartition(".")[-1] for path in paths})
+        if names != sorted(config.target_modules):
+            raise ValueError(
+                f"the adapter has tensors for {', '.join(names)}, while its target_modules are "
+                f"{', '.join(config.target_modules)}"
+            )
+        _replace(self.base, wrapped)
+
+    def _probe(self) -> None:
+        """Run one tiny step, so that a model with other seams is refused before any work.
+
+        Its ordinary rows must agree with the model's own forward; what that forward and the step
+        share is exact, so a coarse bound finds a seam that does not hold.
+        """
+        layout = quadratic_layout(num_pending=1, num_draft_tokens=1, num_masks=1)
+        ids = mx.array([[1, 2, *layout.mask_offsets.tolist()]])
+        try:
+            hidden = self(ids, cache=self.make_cache(), layout=layout)
+            stepped = self.logits(hidden[:, : layout.gate_split]).astype(mx.float32)
+            plain = self.base(ids[:, : layout.gate_split]).astype(mx.float32)
+            error = mx.abs(stepped - plain).max() / (mx.abs(plain).max() + 1e-6)
+            agrees = bool((error < 0.05).item())
+        except (TypeError, ValueError, AttributeError, IndexError) as failure:
+            reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+            raise ValueError(
+                f"{self.name} ({self.base.model_type}) cannot take mask rows: {reason}"
+            ) from None
+        if not agrees:
+            raise ValueError(
+                f"{self.name} ({self.base.model_type}) cannot take mask rows: "
+                "its ordinary rows would change"
+            )
+
+
+def fingerprint(base: Any) -> str:
+    """Hash that tells a base model from others, whatever its quantisation.
+
+    Normalisation weights are never quantised, differ between trained models and are published in
+    bfloat16 or wider, so they are hashed, rounded to bfloat16, with the model type and the names.
+    """
+    base = base.language_model if hasattr(base, "language_model") else base
+    digest = hashlib.sha256(base.model_type.encode())
+    for name, value in sorted(cast(list[tuple[str, mx.array]], tree_flatten(base.parameters()))):
+        if "norm" in name and value.ndim == 1:
+            digest.update(name.encode())
+            rounded = value.astype(mx.bfloat16).astype(mx.float32)
+            digest.update(np.array(rounded).tobytes())
+    return digest.hexdigest()
+
+
+def embedding_dims(embedding: Any) -> int:
+    """Width of an embedding, quantised or not."""
+    if isinstance(embedding, nn.QuantizedEmbedding):
+        return embedding.weight.shape[-1] * 32 // embedding.bits
+    return embedding.weight.shape[-1]
+
+
+def _find_embedding(base: Any) -> tuple[Any, str]:
+    """Find the one token embedding of a model and its path."""
+    found = [
+        (module, path)
+        for path, module in base.named_modules()
+        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
+    ]
+    if len(found) != 1 or "model" not in base:
+        raise ValueError(
+            f"{base.model_type} models cannot be used: a backbone named 'model' with one token "
+            f"embedding is needed, found {[path for _, path in found]}"
+        )
+    return found[0]
+
+
+def _find_ropes(base: Any) -> dict[str, nn.Module]:
+    """Find the rotary embeddings of a model by path."""
+    return {
+        path: module
+        for path, module in base.named_modules()
+        if path.rpartition(".")[-1] in ("rope", "rotary_emb")
+    }
+
+
+def _replace(base: Any, modules: Mapping[str, nn.Module]) -> None:
+    """Put modules in the place of those at the given paths."""
+    base.update_modules(tree_unflatten(list(modules.items())))

@@ -1,0 +1,1 @@
+"""Policies: which rows the next step has.  NumPy only."""

@@ -1,0 +1,1 @@
+"""Folders, files, safetensors, model cards, the default model and paths."""

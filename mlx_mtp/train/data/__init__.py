@@ -1,0 +1,1 @@
+"""Training data: sources, generated answers, records and batches of sequences."""

@@ -1,0 +1,299 @@
+"""Training text that the model writes itself.
+
+``distil`` needs no data.  A model with a chat template is given the template's text up to where a
+user's words begin and goes on as the user, at temperature 1 (Magpie, arXiv 2406.08464); then it
+answers, greedily unless told otherwise.  A model without one continues its own beginnings.
+``continue_text`` takes the user's messages, or the beginnings of texts, from given records.
+
+Records are appended to a JSONL file as they are finished; a run that was interrupted goes on and
+ends with the same file (``distil_run``).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Generator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_mtp.generate import chat_text
+from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.train.data.clean import why_degenerate
+from mlx_mtp.train.data.distil_run import (
+    DistilProgress,
+    Job,
+    Run,
+    Settings,
+    around_user,
+    decoded,
+    token_ids,
+)
+from mlx_mtp.train.data.records import Record, data_hash
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+OPEN_END = "..."
+MOST_TRIES = 20  # candidates per wanted record before giving up
+_OPENINGS = ("The ", "In ", "A ", "How to ", "When ", "1. ", "# ", "def ", "import ", '"', "I ")
+
+
+def distil(
+    model: MTPModel,
+    tokenizer: TokenizerWrapper,
+    output: Path,
+    *,
+    num_records: int,
+    topics: Sequence[str] = (),
+    seed: int = 0,
+    max_prompt_tokens: int = 256,
+    max_answer_tokens: int = 512,
+    batch_size: int = 16,
+    prompt_temp: float = 1.0,
+    answer_temp: float = 0.0,
+    progress: Callable[[DistilProgress], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> list[Record]:
+    """Let a model write conversations, or plain text where it has no chat template.
+
+    Args:
+        model: from ``load``; an adapter of it is not used.
+        tokenizer: from ``load``.
+        output: JSONL file; what it holds already counts.
+        num_records: records wanted; may be raised later.
+        topics: taken in turn, each in a system prompt that only the drawing of prompts sees; one
+            that ends in "..." is the beginning of the user's message itself, which small models
+            heed better.
+        seed: decides all random draws.
+        max_prompt_tokens: a user message that does not end within is dropped.
+        max_answer_tokens: an answer that does not end within is kept and marked ``cut``.
+        batch_size: sequences that are computed together.
+        prompt_temp: temperature of the user's messages, with top-p 0.95.
+        answer_temp: temperature of the answers; 0 is greedy.
+        progress: called as texts are finished.
+        tell: called with a line for the user.
+
+    Returns:
+        The records of the file, at most ``num_records``; fewer when too many were dropped.
+
+    Raises:
+        ValueError: a setting is out of range or other than in the file, the template takes no
+            system prompt for a topic, or not one record could be made.
+        OSError: the file cannot be written; it holds whole lines.
+    """
+    if num_records < 1:
+        raise ValueError(f"num_records must be at least 1, got {num_records}")
+    plain = not tokenizer.has_chat_template
+    settings = Settings(
+        method="plain" if plain else "magpie",
+        seed=seed,
+        max_prompt_tokens=max_prompt_tokens,
+        max_answer_tokens=max_answer_tokens,
+        batch_size=batch_size,
+        prompt_temp=prompt_temp,
+        answer_temp=answer_temp,
+        topics=list(topics),
+    )
+    if plain and tell:
+        tell(f"{model.name} has no chat template: it continues plain text instead")
+    with Run(model, tokenizer, output, settings, progress=progress) as run:
+        run.total = num_records
+        draw = _plain_beginnings if plain else _user_messages
+        for group in itertools.count(run.first_group):
+            first = group * run.group_size
+            if len(run.records) >= num_records or first >= MOST_TRIES * num_records:
+                break
+            run.fill(first, draw(run, range(first, first + run.group_size)), _finished)
+        return run.result(tell)
+
+
+def continue_text(
+    model: MTPModel,
+    tokenizer: TokenizerWrapper,
+    records: Sequence[Record],
+    output: Path,
+    *,
+    seed: int = 0,
+    max_prompt_tokens: int = 512,
+    max_answer_tokens: int = 512,
+    batch_size: int = 16,
+    answer_temp: float = 0.0,
+    progress: Callable[[DistilProgress], None] | None = None,
+    tell: Callable[[str], None] | None = None,
+) -> list[Record]:
+    """Let a model answer given conversations, and continue given texts, in its own words.
+
+    Of a conversation the user's messages and a system prompt are kept and every answer is the
+    model's; of a text the first half, at most ``max_prompt_tokens``.  The other arguments, what is
+    returned and the errors are those of ``distil``.
+    """
+    if not records:
+        raise ValueError("there are no records to continue")
+    settings = Settings(
+        method="continue",
+        seed=seed,
+        max_prompt_tokens=max_prompt_tokens,
+        max_answer_tokens=max_answer_tokens,
+        batch_size=batch_size,
+        prompt_temp=0.0,
+        answer_temp=answer_temp,
+        topics=[],
+        data=data_hash(records),
+    )
+    if tell and not tokenizer.has_chat_template and any(each.messages for each in records):
+        tell(f"{model.name} has no chat template: conversations are continued as plain text")
+    with Run(model, tokenizer, output, settings, progress=progress) as run:
+        run.total = len(records)
+        for first in range(run.first_group * run.group_size, len(records), run.group_size):
+            numbers = range(first, min(first + run.group_size, len(records)))
+            jobs = [_given(run, number, records[number]) for number in numbers]
+            run.fill(first, [job for job in jobs if job is not None], _finished)
+        return run.result(tell)
+
+
+def _user_messages(run: Run, numbers: range) -> list[Job]:
+    """Let the model write users' messages."""
+    topics = run.settings.topics
+    chosen = [topics[number % len(topics)] if topics else None for number in numbers]
+    around = {topic: _around(run, topic) for topic in dict.fromkeys(chosen)}
+    before = {
+        topic: token_ids(run.tokenizer, "".join(texts[:2])) for topic, texts in around.items()
+    }
+    jobs = []
+    prompts = [before[topic] for topic in chosen]
+    for index, ids, stopped in run.generate(prompts, numbers, what="prompt"):
+        _, opening, end = around[chosen[index]]
+        text = opening + decoded(run.tokenizer, ids)
+        text = (text.split(end)[0] if end else text).strip()
+        reason = why_degenerate(text) or ("unreadable" if "\ufffd" in text else None)
+        if reason or not stopped:
+            run.drop(f"prompt: {reason or 'too long'}")
+            continue
+        meta = {"topic": chosen[index]} if topics else {}
+        message = {"role": "user", "content": text}
+        jobs.append(Job(numbers[index], messages=[message], meta=meta))
+    return sorted(jobs, key=lambda job: job.number)
+
+
+def _around(run: Run, topic: str | None) -> tuple[str, str, str]:
+    """What stands before a user's words, the first of these words, and what stands behind them."""
+    opening = ""
+    if topic is not None and topic.endswith(OPEN_END):
+        opening, topic = topic.removesuffix(OPEN_END).rstrip(), None
+    before, behind = around_user(run.tokenizer, topic)
+    return before, opening, behind
+
+
+def _plain_beginnings(run: Run, numbers: range) -> list[Job]:
+    """Let a model without a chat template draw beginnings of texts."""
+    tokenizer, topics = run.tokenizer, run.settings.topics
+    bos = tokenizer.bos_token_id
+    openings = [_heading(topic) for topic in topics] or ["", *_OPENINGS]
+    chosen = [openings[number % len(openings)] for number in numbers]
+    if bos is None:  # then nothing stands for an empty beginning
+        chosen = [text or _OPENINGS[0] for text in chosen]
+    prompts = [
+        token_ids(tokenizer, text, special=True) if text else [int(bos or 0)] for text in chosen
+    ]
+    jobs = []
+    for index, ids, stopped in run.generate(prompts, numbers, what="prompt"):
+        text = chosen[index] + decoded(tokenizer, ids).rstrip("\ufffd")
+        if stopped or not text.strip() or "\ufffd" in text:
+            run.drop("prompt: unreadable" if "\ufffd" in text else "prompt: too short")
+        else:
+            jobs.append(Job(numbers[index], text=text, meta={"beginning": len(text)}))
+    return sorted(jobs, key=lambda job: job.number)
+
+
+def _heading(topic: str) -> str:
+    """A topic as the beginning of a plain text."""
+    is_open = topic.endswith(OPEN_END)
+    return topic.removesuffix(OPEN_END).rstrip() if is_open else f"{topic}\n\n"
+
+
+def _given(run: Run, number: int, record: Record) -> Job | None:
+    """What of a given record the model goes on with; None where it asks nothing."""
+    tokenizer = run.tokenizer
+    if record.messages is not None and tokenizer.has_chat_template:
+        asked = [each["content"] for each in record.messages if each["role"] == "user"]
+        system = [dict(each) for each in record.messages[:1] if each["role"] == "system"]
+        if not asked:
+            run.drop("prompt: no user message")
+            return None
+        job = Job(number, [*system, {"role": "user", "content": asked[0]}], later=asked[1:])
+        if len(token_ids(tokenizer, asked[0])) > run.settings.max_prompt_tokens:
+            run.drop("prompt: too long")
+            return None
+        return job
+    text = record.text if record.text is not None else record.prompt
+    ids = token_ids(tokenizer, text)
+    if record.text is not None:
+        ids = ids[: max(1, len(ids) // 2)]
+    text = decoded(tokenizer, ids[: run.settings.max_prompt_tokens]).rstrip("\ufffd")
+    return Job(number, text=text, meta={"given": len(text)})
+
+
+def _finished(run: Run, jobs: list[Job]) -> Generator[Record, None, None]:
+    """Let the model answer, in rounds for conversations of several turns."""
+    while jobs:
+        fitting: list[tuple[Job, list[int]]] = []
+        for job in jobs:
+            ids, reason = _job_ids(run, job)
+            if reason is None:
+                fitting.append((job, ids))
+            elif job.is_answered:
+                yield _record(run, job)  # its last message is left unanswered
+            else:
+                run.drop(f"prompt: {reason}")
+        jobs = []
+        numbers = [job.number for job, _ in fitting]
+        prompts = [ids for _, ids in fitting]
+        for index, ids, stopped in run.generate(prompts, numbers, what="answer"):
+            job = fitting[index][0]
+            answer = _answer_text(run, ids, stopped=stopped)
+            if answer is None:
+                continue
+            job.take(answer, cut=not stopped)
+            if job.later and stopped:
+                job.ask(job.later.pop(0))
+                jobs.append(job)
+            else:
+                yield _record(run, job)
+
+
+def _job_ids(run: Run, job: Job) -> tuple[list[int], str | None]:
+    """Ids that the model goes on from, or why it cannot."""
+    tokenizer, room = run.tokenizer, run.model.max_context
+    if job.text is not None:
+        ids = token_ids(tokenizer, job.text, special=True)
+    else:
+        try:
+            ids = token_ids(tokenizer, chat_text(tokenizer, job.messages))
+        except ValueError:
+            return [], "refused by the chat template"
+    if room is not None and len(ids) + run.settings.max_answer_tokens > room:
+        return [], "too long"
+    return ids, None if ids else "empty"
+
+
+def _answer_text(run: Run, ids: list[int], *, stopped: bool) -> str | None:
+    """The words of an answer; None, and counted, where they are not worth keeping."""
+    text = decoded(run.tokenizer, ids)
+    text = text if stopped else text.rstrip("\ufffd")
+    reason = why_degenerate(text)
+    if run.specials.intersection(ids) - set(run.tokenizer.eos_token_ids):
+        reason = "special token"
+    elif "\ufffd" in text:
+        reason = "unreadable"
+    if reason:
+        run.drop(f"answer: {reason}")
+    return None if reason else text
+
+
+def _record(run: Run, job: Job) -> Record:
+    meta = {"number": job.number, **job.meta} | ({"cut": True} if job.cut else {})
+    source = run.settings.method
+    if job.text is not None:
+        return Record(text=job.text, source=source, meta=meta)
+    messages = job.messages if job.messages[-1]["role"] == "assistant" else job.messages[:-1]
+    return Record(tuple(messages), source=source, meta=meta)

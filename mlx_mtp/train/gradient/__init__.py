@@ -1,0 +1,1 @@
+"""Losses and gradients of one training step."""

@@ -1,0 +1,170 @@
+"""The adapter that is trained: new, or continued from one that there is.
+
+A new one drafts what the base model would say if it took a mask for the token before: the low-rank
+product and the sampler head's last norm begin at zero, the mask embeddings near the mean of the
+token embeddings.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from mlx_mtp.loading import check_base, read_adapter
+from mlx_mtp.model.config import MTPConfig, read_config
+from mlx_mtp.model.lora import GatedLoRALinear, linear_dims
+from mlx_mtp.model.mtp_model import (
+    MASK_EMBEDDINGS,
+    SAMPLER_PREFIX,
+    MTPModel,
+    fingerprint,
+)
+from mlx_mtp.model.sampler_head import SamplerHead
+from mlx_mtp.model.wrappers import MaskEmbedding
+from mlx_mtp.train.run.checkpoint import PARAMETERS, read_state, under
+from mlx_mtp.train.settings import TrainSettings
+
+_BASE_PREFIX = "base."
+_MASK_NOISE = 0.5  # of the spread of the token embeddings
+
+
+def new_adapter(model: MTPModel, settings: TrainSettings, *, start: Path | None = None) -> MTPModel:
+    """Give a model an adapter that can be trained; the model itself cannot.
+
+    Args:
+        model: loaded without an adapter; its modules are wrapped in place.
+        settings: decide the shape of a new adapter; of ``start`` only k may differ.
+        start: adapter folder to continue from; more masks begin as its last one.
+
+    Raises:
+        ValueError: no layer has one of the target names, or ``start`` does not fit the model.
+    """
+    if model.config is not None:
+        raise ValueError(f"{model.name} was loaded with an adapter already")
+    if start is None:
+        config, weights = _fresh(model, settings)
+    else:
+        config, weights = _continued(model, settings, start)
+    adapted = MTPModel(model.base, name=model.name, config=config, weights=weights)
+    adapted.freeze()
+    for module in adapted.modules():
+        if isinstance(module, GatedLoRALinear):
+            module.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
+        elif isinstance(module, MaskEmbedding):
+            module.unfreeze(keys=[MASK_EMBEDDINGS], recurse=False)
+        elif isinstance(module, SamplerHead):
+            module.unfreeze()
+    return adapted
+
+
+def trainable(model: MTPModel) -> dict[str, mx.array]:
+    """Trainable parameters of a model by name, float32, in the order of their names."""
+    flat = cast(list[tuple[str, mx.array]], tree_flatten(model.trainable_parameters()))
+    return {name: value.astype(mx.float32) for name, value in sorted(flat)}
+
+
+def adapter_tensors(parameters: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """What ``trainable`` gives as the tensors of an adapter file."""
+    return {
+        MASK_EMBEDDINGS
+        if name.endswith(MASK_EMBEDDINGS)
+        else name.removeprefix(_BASE_PREFIX): value
+        for name, value in parameters.items()
+    }
+
+
+def read_state_adapter(state: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
+    """Read the adapter that a run had at one of its states, which need not be its best one.
+
+    Args:
+        state: ``RUN/training/state-0000100``.
+
+    Returns:
+        As ``loading.read_adapter``, without the acceptance, which was measured on the best one.
+
+    Raises:
+        ValueError: the state is damaged, or no adapter stands in ``RUN``.
+    """
+    config = dataclasses.replace(read_config(state.resolve().parents[1]), acceptance=())
+    try:
+        tensors = read_state(state).tensors
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{state} is damaged: {error}") from None
+    return config, adapter_tensors(under(PARAMETERS, tensors))
+
+
+def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[str, mx.array]]:
+    layers = {
+        path: module
+        for path, module in model.base.named_modules()
+        if isinstance(module, nn.Linear | nn.QuantizedLinear)
+        and path.rpartition(".")[-1] in settings.target_modules
+    }
+    if not layers:
+        wanted = ", ".join(settings.target_modules)
+        raise ValueError(f"{model.name} has no linear layer named {wanted}")
+    found = {path.rpartition(".")[-1] for path in layers}
+    config = MTPConfig(
+        num_draft_tokens=settings.num_draft_tokens,
+        rank=settings.rank,
+        scale=settings.scale,
+        target_modules=tuple(name for name in settings.target_modules if name in found),
+        sampler="mlp" if settings.sampler else None,
+        base_model=model.name,
+        base_model_type=model.base.model_type,
+        base_hidden_size=model.hidden_size,
+        base_num_layers=len(model.base.layers),
+        base_vocab_size=model.vocab_size,
+        base_fingerprint=fingerprint(model.base),
+    )
+    keys = iter(mx.random.split(mx.random.key(settings.seed), len(layers) + 2))
+    weights = {MASK_EMBEDDINGS: _mask_embeddings(model, settings.num_draft_tokens, next(keys))}
+    if settings.sampler:
+        weights |= _sampler_weights(model.hidden_size, next(keys))
+    for path, layer in sorted(layers.items()):
+        dims, out_dims = linear_dims(layer)
+        bound = dims**-0.5
+        shape = (dims, settings.rank)
+        weights[f"{path}.lora_a"] = mx.random.uniform(-bound, bound, shape, key=next(keys))
+        weights[f"{path}.lora_b"] = mx.zeros((settings.rank, out_dims))
+    return config, weights
+
+
+def _mask_embeddings(model: MTPModel, count: int, key: mx.array) -> mx.array:
+    """Rows near the mean of the token embeddings ``[k, D]``; a sample of these is enough."""
+    sample = model.embed(mx.arange(0, model.vocab_size, max(1, model.vocab_size // 4096)))
+    sample = sample.astype(mx.float32)
+    noise = mx.random.normal((count, sample.shape[-1]), key=key)
+    return sample.mean(axis=0) + _MASK_NOISE * mx.std(sample, axis=0) * noise
+
+
+def _sampler_weights(dims: int, key: mx.array) -> dict[str, mx.array]:
+    """A sampler head whose draft is the mask row's own: its last norm gives nothing yet."""
+    head = SamplerHead(dims)
+    weights = dict(cast(list[tuple[str, mx.array]], tree_flatten(head.parameters())))
+    for name, part in zip(("linear_1", "linear_2"), mx.random.split(key), strict=True):
+        shape = weights[f"{name}.weight"].shape
+        bound = shape[-1] ** -0.5
+        weights[f"{name}.weight"] = mx.random.uniform(-bound, bound, shape, key=part)
+        weights[f"{name}.bias"] = mx.zeros((dims,))
+    weights["norm_2.weight"] = mx.zeros((dims,))
+    return {SAMPLER_PREFIX + name: value for name, value in weights.items()}
+
+
+def _continued(
+    model: MTPModel, settings: TrainSettings, start: Path
+) -> tuple[MTPConfig, dict[str, mx.array]]:
+    config, weights = read_adapter(start)
+    check_base(model.base, config, adapter=str(start), name=model.name)
+    masks = weights[MASK_EMBEDDINGS][: settings.num_draft_tokens]
+    more = settings.num_draft_tokens - masks.shape[0]
+    if more > 0:
+        masks = mx.concatenate([masks, mx.repeat(masks[-1:], more, axis=0)])
+    weights[MASK_EMBEDDINGS] = masks
+    return dataclasses.replace(config, num_draft_tokens=masks.shape[0]), weights

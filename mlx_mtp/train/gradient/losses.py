@@ -1,0 +1,223 @@
+"""The three terms of the training loss over mask rows (arXiv 2507.11851, section 3.4).
+
+- base: cross-entropy of the base model's own head on the mask rows,
+- sampler: cross-entropy of the sampler head, told the right previous token,
+- lcm: mean squared distance between a mask row's final hidden state and that of the ordinary row
+  that predicts the same token (latent consistency).
+
+Each is a mean over the mask rows of a forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_mtp.backends.cpu import fast_math
+from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.train.data import sequences as texts
+from mlx_mtp.train.gradient.forward import OrdinaryRows, mask_rows, ordinary_rows
+from mlx_mtp.train.gradient.mask_blocks import MaskRows
+
+TEACHERS = ("argmax", "sample", "dist")
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the mask rows of a sequence should predict.
+
+    Attributes:
+        tokens: the token of each row, ``[R]``.
+        previous: the token before it, ``[R]``.
+        twins: index of the ordinary row that predicts the same token, ``[R]``.
+        probs: the base model's distribution ``[R, V]``, for the teacher ``dist`` alone.
+    """
+
+    tokens: mx.array
+    previous: mx.array
+    twins: mx.array
+    probs: mx.array | None = None
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """How much each term counts."""
+
+    base: float = 1.0
+    sampler: float = 1.0
+    lcm: float = 1.0
+
+
+def make_targets(
+    model: MTPModel,
+    ordinary: OrdinaryRows,
+    ids: mx.array,
+    rows: MaskRows,
+    *,
+    teacher: str,
+) -> Targets:
+    """Say what the mask rows should predict; each must have a token to predict.
+
+    Args:
+        model: for the base model's head.
+        ordinary: the sequence's ordinary rows.
+        ids: the sequence ``[L]``.
+        rows: its mask blocks.
+        teacher: ``sample`` takes the token that stands in the text; ``argmax`` the one that the
+            base model would choose there; ``dist`` its whole distribution.
+
+    Raises:
+        ValueError: the teacher is none of these, or a row has no token to predict.
+    """
+    if teacher not in TEACHERS:
+        raise ValueError(f"teacher must be one of {', '.join(TEACHERS)}, got {teacher!r}")
+    last = int(rows.row_positions.max())
+    if last + 1 >= ids.size:  # MLX would read what lies behind the array
+        raise ValueError(f"the mask at position {last} has no token to predict: {ids.size} ids")
+    tokens, probs = ids[rows.positions + 1], None
+    if teacher != "sample":
+        needed, where = np.unique(rows.row_positions, return_inverse=True)
+        logits = _wide(model.logits(ordinary.hidden[mx.array(needed)][None])[0])
+        tokens = mx.argmax(logits, axis=-1)[mx.array(where)]
+        if teacher == "dist":
+            probs = mx.stop_gradient(mx.softmax(logits, axis=-1)[mx.array(where)])
+    return Targets(
+        tokens=mx.stop_gradient(tokens),
+        previous=ids[rows.positions],
+        twins=rows.positions,
+        probs=probs,
+    )
+
+
+def loss_terms(
+    model: MTPModel,
+    ordinary: OrdinaryRows,
+    rows: MaskRows,
+    targets: Targets,
+    *,
+    candidates: int = 0,
+) -> dict[str, mx.array]:
+    """Compute the terms of the loss.
+
+    Args:
+        model: with its adapter.
+        ordinary: the sequence's ordinary rows.
+        rows: mask blocks of it.
+        targets: what they should predict.
+        candidates: tokens that the cross-entropies are taken over: those that any of the rows finds
+            likeliest, and the targets.  0, and any head that does more than multiply, take the
+            whole vocabulary.
+
+    Returns:
+        The terms by name, float32 scalars; ``sampler`` only where there is a sampler head.
+    """
+    hidden = mask_rows(model, ordinary, rows)
+    head = _head(model, hidden, targets, candidates)
+    terms = {"base": _cross_entropy(head, hidden, targets)}
+    if model.sampler_head is not None:
+        state = model.sampler_head(model.embed(targets.previous), hidden)
+        terms["sampler"] = _cross_entropy(head, state, targets)
+    apart = _wide(hidden - ordinary.hidden[targets.twins])
+    terms["lcm"] = mx.square(apart).mean()
+    return terms
+
+
+def total_loss(terms: dict[str, mx.array], weights: LossWeights) -> mx.array:
+    """Add the terms up."""
+    return mx.stack([term * getattr(weights, name) for name, term in terms.items()]).sum()
+
+
+@dataclass(frozen=True)
+class _Head:
+    """The base model's head over the whole vocabulary or over some tokens of it.
+
+    Attributes:
+        logits: hidden states ``[R, D]`` to logits ``[R, V]`` or ``[R, C]``.
+        chosen: ids of the tokens, ascending ``[C]``; None for the whole vocabulary.
+    """
+
+    logits: Callable[[mx.array], mx.array]
+    chosen: mx.array | None = None
+
+
+def _head(model: MTPModel, hidden: mx.array, targets: Targets, candidates: int) -> _Head:
+    def whole(hidden: mx.array) -> mx.array:
+        return _wide(model.logits(hidden[None])[0])
+
+    if not 0 < candidates < model.vocab_size:
+        return _Head(whole)
+    logits = mx.stop_gradient(whole(hidden))
+    score = (logits - logits.max(axis=-1, keepdims=True)).max(axis=0)
+    score = mx.put_along_axis(score, targets.tokens, mx.array(mx.inf), axis=0)
+    size = max(candidates, min(targets.tokens.size, model.vocab_size))
+    chosen = mx.sort(mx.argpartition(-score, kth=size - 1)[:size])
+    weights = mx.stop_gradient(_wide(model.unembed_rows(chosen)))
+    return _Head(lambda hidden: _wide(hidden) @ weights.T, chosen)
+
+
+def is_plain_head(model: MTPModel) -> bool:
+    """Whether the base model's head is a product with the unembedding and nothing else."""
+    rows = mx.random.normal((2, model.hidden_size), key=mx.random.key(0)).astype(model.dtype)
+    ids = mx.arange(min(64, model.vocab_size))
+    whole = _wide(model.logits(rows[None])[0][:, : ids.size])
+    product = _wide(rows @ model.unembed_rows(ids).T)
+    apart = mx.abs(whole - product).max()
+    return bool((apart <= 0.02 * mx.abs(product).max()).item())
+
+
+def _cross_entropy(head: _Head, hidden: mx.array, targets: Targets) -> mx.array:
+    """Cross-entropy of the base model's head over hidden states ``[R, D]``."""
+    logits, tokens, probs = head.logits(hidden), targets.tokens, targets.probs
+    if head.chosen is not None:
+        tokens = (head.chosen[None] < tokens[:, None]).sum(axis=-1)  # where each stands among them
+        if probs is not None:
+            probs = probs[:, head.chosen]
+            probs = probs / probs.sum(axis=-1, keepdims=True)
+    if probs is not None:
+        return (_logsumexp(logits) - (probs * logits).sum(axis=-1)).mean()
+    if _is_fast(logits):
+        return fast_math.cross_entropy(logits, tokens).mean()
+    return nn.losses.cross_entropy(logits, tokens, reduction="mean")
+
+
+def _logsumexp(logits: mx.array) -> mx.array:
+    return fast_math.logsumexp(logits) if _is_fast(logits) else mx.logsumexp(logits, axis=-1)
+
+
+def _is_fast(x: mx.array) -> bool:
+    return x.dtype == mx.float32 and mx.default_device().type == mx.cpu
+
+
+def _wide(x: mx.array) -> mx.array:
+    """At least float32, in which sums over a vocabulary are taken."""
+    return x if x.dtype == mx.float64 else x.astype(mx.float32)
+
+
+def next_token_loss(
+    model: MTPModel, sequences: Sequence[texts.Sequence], *, rows_per_piece: int = 128
+) -> float:
+    """Cross-entropy of the ordinary rows over the answers of sequences, in nats per token.
+
+    With the gate it is the base model's own and never changes.
+
+    Raises:
+        ValueError: there is no answer in them.
+    """
+    total, count = 0.0, 0
+    for sequence in sequences:
+        ids = mx.array(sequence.ids)
+        hidden = ordinary_rows(model, ids).hidden
+        places = np.flatnonzero(sequence.answer[1:])  # rows whose next token is an answer's
+        for start in range(0, len(places), rows_per_piece):
+            rows = mx.array(places[start : start + rows_per_piece])
+            logits = _wide(model.logits(hidden[rows][None])[0])
+            chosen = mx.take_along_axis(logits, ids[rows + 1][:, None], axis=-1)[:, 0]
+            total += float(np.array((_logsumexp(logits) - chosen).sum()))
+        count += len(places)
+    if count == 0:
+        raise ValueError("there are no answers to evaluate on")
+    return total / count

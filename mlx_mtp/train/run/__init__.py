@@ -1,0 +1,1 @@
+"""The files, display and report of a training run."""

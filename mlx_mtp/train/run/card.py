@@ -1,0 +1,68 @@
+"""The card of a trained adapter: what it is, what it reaches, and how to train it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_mtp.evaluation.acceptance import Evaluation
+from mlx_mtp.model.config import MTPConfig
+from mlx_mtp.storage.cards import adapter_facts, model_card
+
+_COMMAND, _LICENCE = "command", "licence"
+
+
+def training_card(config: MTPConfig, *, recipe: Mapping[str, Any], best: Evaluation | None) -> str:
+    """Return ``README.md`` of an adapter folder.
+
+    Args:
+        config: the adapter's configuration.
+        recipe: how it was trained, each entry by the name to show: seed, data hash, hardware, time,
+            versions and the like.  ``command`` is the command line; ``licence``, as the hub writes
+            it, goes into the front matter.  Entries that are None or empty are left out.
+        best: what it reaches on held-out text, if that was measured.
+    """
+    rest = {name: value for name, value in recipe.items() if name not in (_COMMAND, _LICENCE)}
+    rows = [("method", "Samragh et al. 2025, arXiv 2507.11851")]
+    rows += [(name, _cell(value)) for name, value in rest.items() if value not in (None, "")]
+    training = ["## Training", "", *_table(["", ""], rows)]
+    if command := recipe.get(_COMMAND):
+        training += ["", "```", " ".join(str(command).split()), "```"]
+    facts = [adapter_facts(config)]
+    if best is not None:
+        facts.append(_reached(best))
+    facts.append("\n".join(training))
+    facts.append(
+        "The adapter acts on mask rows only and cannot be fused; mlx-lm alone does not load it."
+    )
+    return model_card(
+        kind="adapter",
+        base_model=config.base_model,
+        licence=recipe.get(_LICENCE),
+        facts=facts,
+        usage=[f"mlx-mtp generate --model {config.base_model} --adapter-path FOLDER --prompt TEXT"],
+    )
+
+
+def _reached(best: Evaluation) -> str:
+    """Tokens per step and acceptance by position."""
+    positions = [str(position) for position in range(1, len(best.acceptance) + 1)]
+    shares = [f"{share:.0%}" for share in best.acceptance]
+    text = (
+        f"On {best.num_tokens} tokens of {best.num_sequences} held-out sequences, greedy decoding "
+        f"with masks behind every draft takes {best.num_steps} steps: "
+        f"**{best.tokens_per_step:.2f} tokens per step**. How often a draft and all drafts before "
+        "it hold:"
+    )
+    table = _table(["draft", *positions], [("accepted", *shares)])
+    return "\n".join([text, "", *table])
+
+
+def _table(head: list[str], rows: list[tuple[str, ...]]) -> list[str]:
+    lines = [head, ["---"] * len(head), *rows]
+    return [f"| {' | '.join(line)} |" for line in lines]
+
+
+def _cell(value: Any) -> str:
+    """A value as one line that cannot end its cell."""
+    return " ".join(str(value).split()).replace("|", "\\|")

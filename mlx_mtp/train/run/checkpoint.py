@@ -1,0 +1,338 @@
+"""What a training run leaves on the disk: states to resume from, and the best adapter so far.
+
+A state is a folder ``state-0000100`` of two files, all tensors bit by bit and a JSON file with
+everything else and the hashes of both.  It is written beside its place, brought to the disk and
+renamed, so a kill at any moment leaves the states that were there before; what a killed write
+leaves behind is removed by the next one.  One process writes a folder (see ``history``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig
+from mlx_mtp.storage.files import write_atomically
+from mlx_mtp.storage.safetensors import check_safetensors, read_json_object
+
+TENSORS_FILE = "state.safetensors"
+VALUES_FILE = "state.json"
+README_FILE = "README.md"
+PARAMETERS, OPTIMISER = "parameters.", "optimizer."  # what the tensors of a state begin with
+
+_FORMAT = 1
+_STATE = re.compile(r"state-(\d{7,})")
+_DRAFT, _ASIDE = ".state-new", ".state-old"
+_DTYPES = {
+    **{"BOOL": mx.bool_, "U8": mx.uint8, "I8": mx.int8, "U16": mx.uint16, "I16": mx.int16},
+    **{"F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "I32": mx.int32},
+    **{"F32": mx.float32, "U64": mx.uint64, "I64": mx.int64, "F64": mx.float64},
+    "C64": mx.complex64,
+}
+_DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+# Bits travel as whole numbers: NumPy has no bfloat16, and NaNs must keep their payload.
+_BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """All that a run needs to go on bit for bit.
+
+    Attributes:
+        step: optimiser steps done.
+        tensors: weights, optimiser state, random keys, by name; any MLX type.
+        values: whatever else there is, as JSON has it: tuples come back as lists.
+    """
+
+    step: int
+    tensors: dict[str, mx.array]
+    values: dict[str, Any]
+
+
+def save_state(folder: Path, state: TrainState, *, keep: int = 2) -> Path:
+    """Write ``state-<step>`` into a folder, whole or not at all, then remove old ones.
+
+    Args:
+        folder: where states lie; made when it is not there.
+        state: what to write.
+        keep: how many states stay, the new one included.
+
+    Returns:
+        The new folder.
+
+    Raises:
+        ValueError: ``values`` is not what JSON can hold, or ``keep`` is not at least 1.
+        OSError: it cannot be written; the states that were there before still are.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, got {keep}")
+    folder.mkdir(parents=True, exist_ok=True)
+    target, draft, aside = folder / state_name(state.step), folder / _DRAFT, folder / _ASIDE
+    _remove([draft, aside])
+    try:
+        draft.mkdir()
+        digest = _write_tensors(draft / TENSORS_FILE, state.tensors)
+        _write_bytes(draft / VALUES_FILE, [_values_text(state, digest).encode()])
+        _sync(draft)
+        if target.exists():
+            os.rename(target, aside)
+        os.rename(draft, target)
+    except BaseException:
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        _remove([draft])
+        raise
+    _sync(folder)
+    # A step beyond this one belongs to a past that the run has left by resuming further back.
+    _remove(folder / state_name(step) for step in _steps(folder) if step > state.step)
+    remove_old_states(folder, state.step, keep=keep)
+    return target
+
+
+def remove_old_states(folder: Path, step: int, *, keep: int = 2) -> None:
+    """Remove states before a step, but for the newest, and what killed calls left behind.
+
+    Args:
+        folder: where states lie.
+        step: of a state that is whole.
+        keep: how many states stay, that one included.
+    """
+    older = [each for each in _steps(folder) if each <= step][:-keep]
+    drafts = [folder / _DRAFT, folder / _ASIDE]
+    _remove([*drafts, *(folder / state_name(each) for each in older)])
+
+
+def newest_state(folder: Path, *, tell: Callable[[str], None] | None = None) -> TrainState | None:
+    """Read the newest state of a folder that is whole; None when there is none.
+
+    Args:
+        folder: where states lie; it need not exist.
+        tell: called with a line of text for every damaged state that is passed over.
+    """
+    for step in reversed(_steps(folder)):
+        path = folder / state_name(step)
+        try:
+            return read_state(path)
+        except (ValueError, OSError) as error:
+            if tell is not None:
+                tell(f"{path} is damaged and passed over: {error}")
+    return None
+
+
+def state_name(step: int) -> str:
+    """Name of the folder of a state."""
+    return f"state-{step:07d}"
+
+
+def save_adapter(
+    folder: Path,
+    config: MTPConfig,
+    weights: Mapping[str, mx.array],
+    *,
+    readme: str | None = None,
+    dtype: mx.Dtype = mx.float16,
+) -> None:
+    """Write an adapter folder, file by file, so that a loader never finds a pair that is at odds.
+
+    Each file is replaced at once.  Where another configuration stands, it goes before the weights
+    change and the new one comes last; in between the folder is no adapter folder.
+
+    Args:
+        folder: made when it is not there.
+        config: the adapter's configuration.
+        weights: its tensors by name, see ``loading.read_adapter``.
+        readme: text of ``README.md``; None leaves what is there.
+        dtype: type of the tensors in the file.
+
+    Raises:
+        ValueError: a tensor is not finite in that type; nothing is written.
+        OSError: a file cannot be written; what was there before still is.
+    """
+    narrow = {name: value.astype(dtype) for name, value in weights.items()}
+    finite = {name: mx.isfinite(value).all() for name, value in narrow.items()}
+    mx.eval(narrow, finite)
+    for name, is_finite in finite.items():
+        if not is_finite.item():
+            raise ValueError(f"{name} holds values that {_DTYPE_NAMES[dtype]} cannot")
+    folder.mkdir(parents=True, exist_ok=True)
+    draft = folder / f".{WEIGHTS_FILE}.new"
+    text = json.dumps(config.to_dict(), indent=2) + "\n"
+    try:
+        _write_tensors(draft, narrow)
+        same = _text(folder / CONFIG_FILE) == text
+        if not same:
+            (folder / CONFIG_FILE).unlink(missing_ok=True)
+        os.replace(draft, folder / WEIGHTS_FILE)
+    finally:
+        draft.unlink(missing_ok=True)
+    if not same:
+        write_atomically(folder / CONFIG_FILE, text)
+    if readme is not None:
+        write_atomically(folder / README_FILE, readme)
+    _sync(folder)
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write a JSON file whole or not at all.
+
+    Raises:
+        ValueError: the values are not what JSON can hold.
+        OSError: it cannot be written; what was there before still is.
+    """
+    write_atomically(path, _json(values, where=path.name, indent=2) + "\n")
+
+
+def under(prefix: str, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Tensors whose names begin with a prefix, without it, in the order of their names."""
+    names = sorted(name for name in tensors if name.startswith(prefix))
+    return {name.removeprefix(prefix): tensors[name] for name in names}
+
+
+def _values_text(state: TrainState, tensors_sha256: str) -> str:
+    """The JSON file of a state, with the hash of everything in it."""
+    content = {
+        "format": _FORMAT,
+        "step": state.step,
+        "tensors_sha256": tensors_sha256,
+        "values": state.values,
+    }
+    digest = hashlib.sha256(_json(content, where="values").encode()).hexdigest()
+    return _json(content | {"sha256": digest}, where="values", indent=1) + "\n"
+
+
+def is_state(path: Path) -> bool:
+    """Whether a folder has the name of a state."""
+    return _STATE.fullmatch(path.name) is not None
+
+
+def read_state(path: Path) -> TrainState:
+    """Read a state, a folder of the name that ``state_name`` gives.
+
+    Raises:
+        ValueError: it is damaged.
+        OSError: it cannot be read.
+    """
+    step = int(path.name.removeprefix("state-"))
+    content = read_json_object(path / VALUES_FILE)
+    digest = content.pop("sha256", None)
+    if hashlib.sha256(_json(content, where="values").encode()).hexdigest() != digest:
+        raise ValueError(f"{VALUES_FILE} does not have its hash")
+    if content["format"] != _FORMAT or content["step"] != step:
+        raise ValueError(f"{VALUES_FILE} is of another format or step")
+    tensors = _read_tensors(path / TENSORS_FILE, sha256=content["tensors_sha256"])
+    return TrainState(step=step, tensors=tensors, values=content["values"])
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, mx.array]) -> str:
+    """Write a safetensors file to the disk; returns its sha256.
+
+    Not by ``mx.save_safetensors``: it knows no float64 and says nothing of why a disk refused.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
+    end = 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        entries[name] = {
+            "dtype": _DTYPE_NAMES[tensors[name].dtype],
+            "shape": list(tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+    header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)
+    parts = (_bits(tensors[name]) for name in order)
+    return _write_bytes(path, [struct.pack("<Q", len(header)), header], parts)
+
+
+def _read_tensors(path: Path, *, sha256: str) -> dict[str, mx.array]:
+    """Read a safetensors file of any type that MLX has, after its hash was compared."""
+    infos = check_safetensors(path)
+    data = path.read_bytes()
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise ValueError(f"{path.name} does not have its hash")
+    tensors = {}
+    for name, info in infos.items():
+        dtype = _DTYPES[info.dtype]
+        kind = np.dtype(f"<u{dtype.size}")
+        bits = np.frombuffer(data, kind, info.num_bytes // dtype.size, offset=info.start)
+        with mx.stream(mx.cpu):  # the only device that knows float64
+            tensors[name] = mx.array(bits).view(dtype).reshape(info.shape)
+    mx.eval(tensors)
+    return tensors
+
+
+def _bits(value: mx.array) -> bytes:
+    with mx.stream(mx.cpu):
+        flat = value.reshape(-1).view(_BITS[value.itemsize])
+    return np.array(flat).tobytes()
+
+
+def _write_bytes(path: Path, *parts: Iterable[bytes]) -> str:
+    """Write a file to the disk and not only to the system's memory; returns its sha256."""
+    digest = hashlib.sha256()
+    try:
+        with path.open("wb") as file:
+            for part in (piece for pieces in parts for piece in pieces):
+                digest.update(part)
+                file.write(part)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        if error.filename is None:  # a write does not know its file
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+    return digest.hexdigest()
+
+
+def _json(values: Any, *, where: str, indent: int | None = None) -> str:
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.generic):
+            return value.item()
+        raise TypeError(f"{type(value).__name__} is not JSON")
+
+    try:
+        return json.dumps(values, ensure_ascii=False, indent=indent, default=plain)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{where} cannot be written as JSON: {error}") from None
+
+
+def _steps(folder: Path) -> list[int]:
+    """Steps of the states that lie in a folder, in order."""
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return sorted(int(found[1]) for found in map(_STATE.fullmatch, names) if found)
+
+
+def _remove(folders: Iterable[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sync(folder: Path) -> None:
+    """Bring a folder's list of names to the disk, where the system lets one."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def _text(path: Path) -> str | None:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return path.read_text(encoding="utf-8")
+    return None

@@ -1,0 +1,176 @@
+"""What is said, drawn and written when a run ends, and what goes to a tracker while it lasts."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from mlx_mtp.evaluation.acceptance import Evaluation
+from mlx_mtp.model.config import CONFIG_FILE
+from mlx_mtp.storage.files import write_atomically
+from mlx_mtp.storage.package import package_version
+from mlx_mtp.terminal import one_line
+from mlx_mtp.train.run.card import training_card
+from mlx_mtp.train.run.checkpoint import README_FILE
+from mlx_mtp.train.run.curves import draw_curves, terminal_curves
+from mlx_mtp.train.run.display import acceptance_text, duration
+from mlx_mtp.train.run.events import Evaluated, Event, Reported
+from mlx_mtp.train.run.folder import RunFolder
+from mlx_mtp.train.run.history import read_history
+
+if TYPE_CHECKING:
+    from mlx_mtp.model.mtp_model import MTPModel
+    from mlx_mtp.train.loop import TrainResult
+
+CURVES_SIZE = (72, 16)
+
+
+def finish(
+    folder: RunFolder,
+    model: MTPModel,
+    result: TrainResult,
+    *,
+    seed: int,
+    tell: Callable[[str], None],
+) -> None:
+    """Draw the curves, write the adapter's card, and say how it went.
+
+    Args:
+        folder: of the run, which has ended or was stopped.
+        model: with its adapter.
+        result: from the loop.
+        seed: of the run.
+        tell: called with a line for the user.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    if not result.finished:  # first, for who stops once more does not wait for the rest
+        tell(f"Stopped and saved at step {result.step}. Go on with: {folder.way_on()}")
+    records = read_history(folder.history)
+    command = folder.read_command()
+    if records:
+        try:
+            draw_curves(records, folder.curves)
+        except ValueError as error:  # the training is done; no picture is no failure
+            tell(f"No {folder.curves.name}: {one_line(error)}")
+    if result.best is not None and model.config is not None:
+        recipe = recipe_of(command, seed=seed, seconds=_seconds(records), result=result)
+        card = training_card(model.config, recipe=recipe, best=result.best)
+        write_atomically(folder.path / README_FILE, card)
+    if not result.finished:
+        return
+    width, height = CURVES_SIZE
+    print("\n".join(summary_lines(folder, records, result, model=command_model(command))))
+    if records and sys.stdout.isatty():
+        print(terminal_curves(records, width=width, height=height))
+
+
+def summary_lines(
+    folder: RunFolder, records: list[dict[str, Any]], result: TrainResult, *, model: str | None
+) -> list[str]:
+    """What to print at the end.
+
+    Args:
+        folder: of the run.
+        records: its history.
+        result: from the loop.
+        model: as ``--model`` has it; None for the default.
+    """
+    lines = []
+    best = result.best
+    if best is not None:
+        first = next((each for each in records if each.get("kind") == "evaluation"), None)
+        before = ""
+        if first is not None and first["step"] < result.best_step:
+            before = f"{first['tokens_per_step']:.2f} at step {first['step']}, "
+        lines.append(
+            f"tokens per step: {before}{best.tokens_per_step:.2f} at step {result.best_step} "
+            f"(best), over {best.num_tokens} held-out tokens"
+        )
+        lines.append(acceptance_text(best))
+    if (folder.path / CONFIG_FILE).exists():
+        named = "" if model is None else f" --model {shlex.quote(model)}"
+        path = shlex.quote(str(folder.path))
+        lines.append(f"wrote {folder.path}: the adapter of step {result.best_step}")
+        lines.append(f'use it: mlx-mtp generate{named} --adapter-path {path} --prompt "hello"')
+    if folder.curves.exists():
+        lines.append(f"curves: {folder.curves}")
+    return lines
+
+
+def recipe_of(
+    command: Mapping[str, Any], *, seed: int, seconds: float, result: TrainResult
+) -> dict[str, Any]:
+    """How an adapter was made, for its card."""
+    return {
+        "command": command.get("command", ""),
+        "seed": seed,
+        "data hash": command.get("data_hash", ""),
+        "steps": result.step,
+        "hardware": hardware(),
+        "time": duration(seconds),
+        "versions": versions_text(),
+    }
+
+
+def hardware() -> str:
+    """The device that computes, in a few words."""
+    device = mx.default_device()
+    if device.type == mx.DeviceType.gpu:
+        return str(mx.device_info().get("device_name", "GPU"))
+    return f"{_processor()}, CPU"
+
+
+def versions_text() -> str:
+    """What ran."""
+    others = (f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm"))
+    return ", ".join([f"mlx-mtp {package_version()}", *others])
+
+
+def command_model(command: Mapping[str, Any]) -> str | None:
+    """The model of a run, as ``--model`` has it."""
+    return command.get("options", {}).get("model")
+
+
+def tracked_values(event: Event) -> dict[str, float]:
+    """What of an event goes to a tracker."""
+    match event:
+        case Reported():
+            terms = {f"loss/{name}": value for name, value in event.terms.items()}
+            return {
+                "loss": event.loss,
+                **terms,
+                "learning_rate": event.learning_rate,
+                "grad_norm": event.grad_norm,
+                "tokens_per_s": event.tokens_per_s,
+            }
+        case Evaluated():
+            return _evaluated(event.evaluation) | {"next_token_loss": event.next_token_loss}
+        case _:
+            return {}
+
+
+def _evaluated(evaluation: Evaluation) -> dict[str, float]:
+    shares = {f"acceptance/{at}": each for at, each in enumerate(evaluation.acceptance, start=1)}
+    return {"tokens_per_step": evaluation.tokens_per_step, **shares}
+
+
+def _seconds(records: list[dict[str, Any]]) -> float:
+    """Time in steps, over all the runs that a training was resumed in."""
+    return sum(float(each.get("seconds", 0.0)) for each in records if each["kind"] == "report")
+
+
+def _processor() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(errors="replace").splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

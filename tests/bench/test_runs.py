@@ -1,0 +1,286 @@
+"""One answer with the clock on, the order of the modes, and where the prompts come from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mlx_mtp.bench import contexts, machine_state, measure, modes, runs
+from mlx_mtp.bench.contexts import Question, check_room, questions
+from mlx_mtp.bench.measure import Settings, schedule
+from mlx_mtp.bench.modes import Mode, draft_steps
+from mlx_mtp.bench.runs import RUN, Step, num_repeated, timed
+from mlx_mtp.evaluation import prompt_sets
+from mlx_mtp.evaluation.prompts import BENCHMARK_KINDS, ENGLISH_KINDS, Prompt, builtin_prompts
+from tests.helpers.fixtures_generate import byte_tokenizer
+
+
+def test_the_clock_leaves_the_first_step_out(monkeypatch):
+    times = iter([100.0, 101.0, 103.0, 106.0])
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: next(times))
+    steps = [Step(tokens=[1, 2]), Step(tokens=[3]), Step(tokens=[4, 5, 6])]
+    done = timed(lambda: iter(steps))
+    assert (done.ids, done.steps, done.first) == ([1, 2, 3, 4, 5, 6], 3, 2)
+    assert (done.ttft_s, done.seconds, done.timed) == (1.0, 5.0, 4)
+    assert done.layouts == {(0, 0): (2, 5.0)}
+
+
+def drafted(tokens, drafts, accepted, source="mask"):
+    return Step(
+        tokens=tokens, num_draft_tokens=drafts, num_accepted=accepted, num_masks=3, source=source
+    )
+
+
+def test_drafts_are_counted_by_position():
+    steps = [
+        Step(tokens=[1]),
+        drafted([1, 2, 3], 3, 2),
+        drafted([1], 2, 0),
+        drafted([1, 2, 3], 5, 2, "lookup"),
+        drafted([1, 2], 4, 2),  # the answer ends among its drafts: two were never judged
+    ]
+    done = timed(lambda: iter(steps))
+    assert (done.verified, done.held) == ([3, 3, 1], [2, 2, 0])
+    assert done.lookup == (5, 2)
+    assert done.layouts.keys() == {(3, 3), (2, 3), (5, 3), (4, 3)}
+
+
+@pytest.mark.parametrize(
+    ("ids", "count"),
+    [
+        ([1, 2, 3], 0),
+        ([9, 3, 4, 5, 6, 9], 4),
+        ([1, 2, 3, 4, 5], 5),
+        ([1, 2, 3, 4, 9, 5, 6, 7, 8], 8),
+    ],
+)
+def test_repeated_ids_lie_in_runs_of_four(ids, count):
+    assert num_repeated(ids, range(9)) == count
+
+
+@given(st.lists(st.integers(0, 2), max_size=30), st.lists(st.integers(0, 2), max_size=30))
+def test_repetition_by_looking_at_each_id(ids, conversation):
+    def runs_of(text):
+        return [text[at : at + RUN] for at in range(len(text) - RUN + 1)]
+
+    def is_repeated(place):
+        around = ids[max(place - RUN + 1, 0) : place + RUN]
+        return any(run in runs_of(conversation) for run in runs_of(around))
+
+    assert num_repeated(ids, conversation) == sum(map(is_repeated, range(len(ids))))
+
+
+def test_ids_of_a_draft_model_are_put_back_into_steps():
+    tokens = [(1, False), (2, True), (3, True), (4, False), (5, True), (6, True)]
+    found = list(draft_steps(iter(tokens), {9}, 2, 6))
+    assert [each.tokens for each in found] == [[1], [2, 3, 4], [5, 6]]
+    assert [(each.num_draft_tokens, each.num_accepted) for each in found] == [
+        (2, 0),
+        (2, 2),
+        (2, 2),
+    ]
+    stopped = list(draft_steps(iter(tokens), {3}, 2, 6))
+    assert [each.tokens for each in stopped] == [[1], [2, 3]]
+
+
+@given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 6))
+def test_every_mode_answers_before_the_next_prompt(prompts, count, repeats):
+    order = list(schedule(prompts, count, repeats))
+    assert len(order) == len(set(order)) == prompts * count * repeats
+    for start in range(0, len(order), count):
+        group = order[start : start + count]
+        assert len({each[:2] for each in group}) == 1
+        assert {each[2] for each in group} == set(range(count))
+
+
+@pytest.mark.parametrize("prompts", [3, 4])
+def test_each_mode_goes_first_alike_often_with_every_prompt(prompts):
+    firsts = Counter(each[1:] for each in list(schedule(prompts, 2, 4))[::2])
+    assert set(firsts.values()) == {2} and len(firsts) == 2 * prompts
+
+
+def fake_mode(name: str, log: list[str]) -> Mode:
+    def begin(ids, check):
+        log.append(name)
+        return iter([Step(tokens=[1]), Step(tokens=[2])])
+
+    return Mode(name, begin, True, 10, 20)
+
+
+def asked(*ids: str) -> list[Question]:
+    return [Question(Prompt(each, "chat", each), 0, [1, 2, 3]) for each in ids]
+
+
+def test_warm_ups_come_first_and_do_not_count():
+    log: list[str] = []
+    pair = [fake_mode("plain", log), fake_mode("auto", log)]
+    found = measure.measure(asked("a", "b"), pair, Settings(repeats=2, warmup=2))
+    assert log[:4] == ["plain", "plain", "auto", "auto"] and found.warmups == 4
+    assert [each.mode for each in found.answers] == log[4:]
+    assert log[4:] == ["plain", "auto", "auto", "plain", "auto", "plain", "plain", "auto"]
+    assert [each.number for each in found.answers] == list(range(8))
+    assert not found.interrupted
+
+
+def test_rests_are_before_every_answer_but_the_first(monkeypatch):
+    naps: list[float] = []
+    monkeypatch.setattr(measure, "_rest", lambda seconds, check: naps.append(seconds))
+    pair = [fake_mode("plain", []), fake_mode("auto", [])]
+    measure.measure(asked("a", "b"), pair, Settings(cooldown_s=3.0))
+    assert naps == [0.0, 3.0, 3.0, 3.0]
+
+
+def test_ctrl_c_leaves_whole_pairs():
+    calls = 0
+
+    def check():
+        nonlocal calls
+        calls += 1
+        if calls == 2 * 5 + 1:  # two steps an answer: in the sixth answer
+            raise KeyboardInterrupt
+
+    pair = [fake_mode("plain", []), fake_mode("auto", [])]
+    found = measure.measure(asked("a", "b", "c"), pair, Settings(warmup=0), check=check)
+    assert found.interrupted and len(found.answers) == 4
+    assert {each.prompt for each in found.answers} == {"a", "b"}
+
+
+@given(st.integers(1, 100))
+def test_a_limit_is_spread_over_the_kinds(limit):
+    every = builtin_prompts(BENCHMARK_KINDS)
+    taken = prompt_sets.spread(every, limit)
+    assert len(taken) == min(limit, len(every))
+    assert taken == [each for each in every if each in taken]
+    counts = Counter(each.kind for each in taken)
+    sizes = Counter(each.kind for each in every)
+    for kind in counts:
+        assert counts[kind] >= max(counts.values()) - 1 or counts[kind] == sizes[kind]
+
+
+def test_fifteen_english_prompts_are_every_fourth():
+    """The figures in the README were taken on these."""
+    english = builtin_prompts(ENGLISH_KINDS)
+    assert prompt_sets.spread(english, 15) == english[::4]
+    assert prompt_sets.spread(english, None) == english
+
+
+def test_human_eval_has_164_problems():
+    prompts = prompt_sets.human_eval_prompts()
+    assert len(prompts) == 164
+    assert len({prompt.text for prompt in prompts}) == 164
+
+
+def test_prompts_by_name(tmp_path: Path):
+    assert len(prompt_sets.prompts_of("builtin")) == 100
+    assert len(prompt_sets.prompts_of("builtin", kinds=["summary"])) == 8
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prompt": "a", "kind": "x"}\n{"prompt": "b"}\n')
+    assert [each.text for each in prompt_sets.prompts_of(str(file), kinds=["x"])] == ["a"]
+    with pytest.raises(ValueError, match="no prompts of kind y, only of user, x"):
+        prompt_sets.prompts_of(str(file), kinds=["y"])
+
+
+def test_text_before_a_prompt_is_real_and_as_long_as_wanted():
+    tokenizer = byte_tokenizer()
+    prompts = [Prompt("a", "chat", "What is a fjord?"), Prompt("b", "chat", "And a geyser?")]
+    found = questions(tokenizer, prompts, (0, 3000))
+    plain, texts = found[:2], [tokenizer.decode(each.ids) for each in found[2:]]
+    manual = "\n\n".join(contexts.sections())
+    for bare, long, text in zip(plain, found[2:], texts, strict=True):
+        assert 3000 <= len(long.ids) - len(bare.ids) <= 3100  # and what announces it
+        assert long.prompt.text in text
+        notes = text.split("\n\n", 1)[1].rsplit(contexts._AFTER, 1)[0]
+        assert all(part in manual for part in notes.split("\n\n"))
+    assert texts[0][:1000] != texts[1][:1000]  # in another order
+    again = questions(tokenizer, prompts, (3000,))
+    assert [each.ids for each in again] == [each.ids for each in found[2:]]
+
+
+def test_text_is_never_repeated(monkeypatch):
+    monkeypatch.setattr(contexts, "sections", lambda: ["one two three", "four five six"])
+    with pytest.raises(ValueError, match="there are 26 tokens of text to fill contexts, not 99"):
+        questions(byte_tokenizer(), [Prompt("a", "chat", "x")], (99,))
+
+
+def test_a_prompt_that_does_not_fit_is_named():
+    long = Question(Prompt("big", "chat", "x"), 64, [1] * 90)
+    check_room([*asked("a"), long], max_tokens=10, max_context=100, model="m")
+    check_room([long], max_tokens=10, max_context=None, model="m")
+    with pytest.raises(ValueError, match="prompt big behind 64 tokens .* 90 .* 11, but m .* 100"):
+        check_room([*asked("a"), long], max_tokens=11, max_context=100, model="m")
+
+
+@pytest.mark.parametrize(
+    ("names", "told"),
+    [
+        (["plain", "fast"], "no mode 'fast'"),
+        (["plain", "plain"], "named twice"),
+        ([], "no mode is named"),
+        (
+            ["plain", "auto:2"],
+            "no mode 'auto:2': a number of drafts goes with linear and quadratic",
+        ),
+        (["linear:0"], "no mode 'linear:0'"),
+        (["linear:"], "no mode 'linear:'"),
+        (["plain", "draft"], "mode draft needs --draft-model"),
+    ],
+)
+def test_modes_that_cannot_be_measured(names, told):
+    with pytest.raises(ValueError, match=told):
+        modes.check_modes(names, draft_model=None)
+
+
+MEMINFO = "MemTotal: 100 kB\nSwapCached: 1 kB\nSwapTotal:    2097148 kB\nSwapFree:     2097100 kB\n"
+SWAPUSAGE = "total = 2048.00M  used = 1024.25M  free = 1023.75M  (encrypted)"
+
+
+def test_swap_is_read_as_linux_and_macos_write_it():
+    assert machine_state.parse_meminfo(MEMINFO) == 48 * 1024
+    assert machine_state.parse_meminfo("MemTotal: 100 kB\n") is None
+    assert machine_state.parse_swapusage(SWAPUSAGE) == round(1024.25 * 2**20)
+    assert machine_state.parse_swapusage("used = 1.50G") == 3 * 2**29
+    assert machine_state.parse_swapusage("") is None
+
+
+def counters(root: Path, **packages: int) -> None:
+    for name, joules in packages.items():
+        folder = root / f"intel-rapl:{name[-1]}"
+        folder.mkdir(exist_ok=True)
+        (folder / "name").write_text("psys\n" if name.startswith("psys") else f"package-{name}\n")
+        (folder / "energy_uj").write_text(f"{joules * 1_000_000}\n")
+        (folder / "max_energy_range_uj").write_text(f"{1000 * 1_000_000 - 1}\n")
+
+
+def test_energy_is_that_of_the_packages(tmp_path):
+    counters(tmp_path, p0=100, p1=990, psys2=5)
+    meter = machine_state.PowerMeter(tmp_path)
+    assert meter.reason == "" and meter.joules() == 0
+    counters(tmp_path, p0=130, p1=20, psys2=500)  # the second one started over
+    assert meter.joules() == pytest.approx(60)
+    assert meter.joules() == 0
+    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+    assert meter.joules() is None
+
+
+def test_energy_that_cannot_be_read_is_none(tmp_path):
+    meter = machine_state.PowerMeter(tmp_path)
+    assert meter.joules() is None and meter.reason.startswith("not readable")
+    counters(tmp_path, p0=1)
+    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+    meter = machine_state.PowerMeter(tmp_path)
+    assert meter.joules() is None and meter.reason == (
+        "not readable: the energy counters are for root"
+    )
+
+
+def test_the_machine_is_told():
+    told = machine_state.machine()
+    assert told["name"] and told["threads"] >= 1 and told["memory_bytes"] > 2**28
+    assert machine_state.differences(told, told) == []
+    assert machine_state.differences(told, told | {"threads": 999}) == [
+        f"threads {told['threads']} in A, 999 in B"
+    ]

@@ -1,0 +1,128 @@
+"""``mlx-mtp inspect``: what a folder or file is, and what would be refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from mlx_mtp.cli.main import cli
+from mlx_mtp.converters.convert import convert_model
+from mlx_mtp.converters.export import export_adapter
+from tests.helpers.fixtures_generate import EOS
+from tests.helpers.tiny import save_tiny_pair
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    """A model folder, an adapter for it, and the adapter as a PEFT checkpoint."""
+    root = tmp_path_factory.mktemp("sources")
+    model, adapter = save_tiny_pair(root)
+    export_adapter(str(adapter), root / "checkpoint", base_model=str(model))
+    return model, adapter, root / "checkpoint"
+
+
+def look(*args: object) -> dict:
+    """The JSON object that the command prints."""
+    result = CliRunner().invoke(cli, ["inspect", "--json", *map(str, args)])
+    assert result.exit_code == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def text(*args: object) -> str:
+    result = CliRunner().invoke(cli, ["inspect", *map(str, args)])
+    assert result.exit_code == 0, result.stderr
+    return result.stdout
+
+
+def test_an_adapter(sources: tuple[Path, Path, Path]) -> None:
+    found = look(sources[1])
+    assert found["kind"] == "adapter" and found["problems"] == []
+    facts = found["facts"]
+    assert (facts["k"], facts["rank"], facts["scale"]) == (4, 4, 2.0)
+    assert facts["base"] == "tiny-llama" and "q_proj" in facts["targets"]
+    assert facts["sampler"] == "mlp, layer norm, residual hidden"
+    weights = sources[1] / "adapters.safetensors"
+    (file,) = (file for file in found["files"] if file["name"] == weights.name)
+    assert file["sha256"] == hashlib.sha256(weights.read_bytes()).hexdigest()
+    assert file["num_bytes"] == weights.stat().st_size and list(file["tensors"]) == ["F32"]
+
+
+def test_a_checkpoint(sources: tuple[Path, Path, Path]) -> None:
+    found = look(sources[2])
+    assert found["kind"] == "checkpoint" and found["problems"] == []
+    facts = found["facts"]
+    assert (facts["layout"], facts["k"], facts["rank"]) == ("peft-mtp", 4, 4)
+    assert facts["base"] == "tiny-llama" and "down_proj" in facts["targets"]
+    shown = text(sources[2])
+    assert "peft-mtp" in shown and "adapter_model.safetensors" in shown and "sha256" in shown
+
+
+def test_what_would_be_refused(sources: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    copy = tmp_path / "checkpoint"
+    copy.mkdir()
+    for path in sources[2].iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    settings = json.loads((copy / "adapter_config.json").read_text())
+    (copy / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
+    found = look(copy)
+    assert found["kind"] == "checkpoint" and "dora" in " ".join(found["problems"]).lower()
+    assert "refused: " in text(copy)
+
+
+def test_a_model_and_a_bundle(sources: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    found = look(sources[0])
+    assert (found["kind"], found["problems"], found["adapter"]) == ("model", [], None)
+    facts = found["facts"]
+    assert (facts["model_type"], facts["layers"], facts["tokenizer"]) == ("llama", 2, "fast")
+    convert_model(str(sources[0]), tmp_path / "out", checkpoint=sources[2])
+    bundle = look(tmp_path / "out")
+    assert bundle["kind"] == "bundle"
+    assert bundle["adapter"]["kind"] == "adapter" and bundle["adapter"]["facts"]["k"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"auto_map": {"AutoModel": "m.py"}}, "config.json asks for code of its own (auto_map)"),
+        ({"model_file": "m.py"}, "config.json asks for code of its own (model_file)"),
+        ({"model_type": "mamba"}, "cannot"),
+        ({"model_type": "no_such_thing"}, "no_such_thing"),
+    ],
+)
+def test_models_that_would_be_refused(
+    sources: tuple[Path, Path, Path], tmp_path: Path, changes: dict, problem: str
+) -> None:
+    for path in sources[0].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | changes))
+    assert problem in " ".join(look(tmp_path)["problems"])
+
+
+def test_broken_weights_are_named(sources: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    for path in sources[1].iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "adapters.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-7])
+    (problem,) = look(tmp_path)["problems"]
+    assert "adapters.safetensors" in problem
+
+
+def test_a_pickle_is_listed_and_not_run(tmp_path: Path) -> None:
+    path = tmp_path / "drafter.pt"
+    torch.save({"layers.0.q_proj.lora_A": torch.ones(2, 4), "alpha": EOS}, path)
+    found = look(path)
+    assert found["kind"] == "unknown"
+    assert "--allow-pickle" in found["problems"][0]
+    assert "torch._utils._rebuild_tensor_v2" in " ".join(found["facts"]["pickle_globals"])
+
+
+def test_nothing_there() -> None:
+    result = CliRunner().invoke(cli, ["inspect", "/no/such/folder"])
+    assert result.exit_code == 2
+    assert result.stderr.splitlines() == ["Error: checkpoint /no/such/folder does not exist"]

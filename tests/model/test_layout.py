@@ -1,0 +1,139 @@
+"""Rows of a step: counts, positions and visibility against a row-by-row definition; the planner."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_mtp.model.layout import (
+    StepLayout,
+    StepScope,
+    linear_layout,
+    plain_layout,
+    quadratic_layout,
+)
+from mlx_mtp.planning.fixed import FIXED_LAYOUTS, FixedPlanner
+
+layouts = st.lists(st.integers(0, 4), min_size=1, max_size=6).flatmap(
+    lambda counts: st.builds(
+        StepLayout, st.integers(1, 4), st.just(len(counts) - 1), st.just(tuple(counts))
+    )
+)
+
+
+def rows_of(layout: StepLayout) -> list[tuple[str, int, int]]:
+    """Every row in words: ("ordinary", place, 0) or ("mask", group, place in the group)."""
+    ordinary = [("ordinary", place, 0) for place in range(layout.num_pending)]
+    ordinary += [
+        ("ordinary", layout.num_pending + draft, 0) for draft in range(layout.num_draft_tokens)
+    ]
+    masks = [
+        ("mask", group, place)
+        for group, count in enumerate(layout.mask_counts)
+        for place in range(count)
+    ]
+    return ordinary + masks
+
+
+def may_see(layout: StepLayout, row: tuple[str, int, int], other: tuple[str, int, int]) -> bool:
+    """Whether a row may see another one of its step (or itself), by the rule in words."""
+    kind, group, place = row
+    other_kind, other_group, other_place = other
+    if kind == "ordinary":
+        return other_kind == "ordinary" and other_group <= group
+    if other_kind == "mask":
+        return group == other_group and other_place <= place
+    return other_group < layout.num_pending + group
+
+
+@settings(max_examples=150, deadline=None)
+@given(layouts)
+def test_rows_stand_and_see_as_the_rule_says(layout: StepLayout) -> None:
+    rows = rows_of(layout)
+    assert layout.num_rows == len(rows)
+    assert layout.num_masks == sum(kind == "mask" for kind, _, _ in rows)
+    assert layout.gate_split == layout.num_ordinary == len(rows) - layout.num_masks
+    positions = [
+        first if kind == "ordinary" else layout.num_pending + first + place
+        for kind, first, place in rows
+    ]
+    assert layout.positions.tolist() == positions
+    assert layout.mask_offsets.tolist() == [place for kind, _, place in rows if kind == "mask"]
+    sees = [[may_see(layout, row, other) for other in rows] for row in rows]
+    assert np.array(layout.attention).tolist() == sees
+
+
+@settings(max_examples=150, deadline=None)
+@given(layouts)
+def test_what_a_row_sees_stands_before_it_without_a_gap(layout: StepLayout) -> None:
+    positions = np.array(layout.positions)
+    for row, sees in enumerate(np.array(layout.attention)):
+        assert sorted(positions[sees].tolist()) == list(range(positions[row] + 1))
+
+
+@settings(max_examples=150, deadline=None)
+@given(layouts)
+def test_group_rows_point_at_each_group(layout: StepLayout) -> None:
+    rows = rows_of(layout)
+    table = np.array(layout.group_rows)
+    assert table.shape == (layout.num_draft_tokens + 1, max(layout.mask_counts))
+    assert ((table >= 0) & (table < layout.num_rows)).all()
+    for group, count in enumerate(layout.mask_counts):
+        found = [rows[row] for row in table[group, :count]]
+        assert found == [("mask", group, place) for place in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("pending", "drafts", "counts"),
+    [(0, 0, (1,)), (1, -1, ()), (1, 1, (1,)), (1, 1, (1, 1, 1)), (1, 1, (1, -1))],
+)
+def test_impossible_layouts_are_refused(pending: int, drafts: int, counts: Any) -> None:
+    with pytest.raises(ValueError, match="a step needs"):
+        StepLayout(pending, drafts, counts)
+
+
+def test_the_papers_layouts() -> None:
+    assert plain_layout(num_pending=3) == StepLayout(3, 0, (0,))
+    linear = linear_layout(num_pending=1, num_draft_tokens=3, num_masks=2)
+    assert linear.mask_counts == (0, 0, 0, 2)
+    quadratic = quadratic_layout(num_pending=1, num_draft_tokens=8, num_masks=8)
+    assert quadratic.num_rows == 81  # (k + 1)^2
+    assert linear_layout(num_pending=1, num_draft_tokens=8, num_masks=8).num_rows == 17  # 2 k + 1
+
+
+def test_a_scope_has_masks_only_inside_a_step_with_masks() -> None:
+    scope = StepScope()
+    assert not scope.has_masks
+    scope.layout = plain_layout()
+    assert not scope.has_masks
+    scope.layout = StepLayout(1, 0, (1,))
+    assert scope.has_masks
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    name=st.sampled_from(FIXED_LAYOUTS),
+    k=st.integers(0, 8),
+    pending=st.integers(1, 5),
+    waiting=st.integers(0, 8),
+    room=st.integers(1, 12),
+)
+def test_a_plan_verifies_no_more_than_there_is_and_can_be_emitted(
+    name: str, k: int, pending: int, waiting: int, room: int
+) -> None:
+    planner = FixedPlanner(name, num_draft_tokens=k)
+    layout = planner.plan(num_pending=pending, num_waiting=waiting, room=room).layout
+    assert layout.num_pending == pending
+    assert layout.num_draft_tokens <= min(waiting, k, room - 1)
+    assert max(layout.mask_counts) <= k
+    if name == "plain" or k == 0:
+        assert layout == plain_layout(num_pending=pending)
+
+
+def test_an_unknown_layout_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 'cubic'"):
+        FixedPlanner("cubic", num_draft_tokens=2)

@@ -1,0 +1,233 @@
+"""The planner behind auto: what it knows, what it plans, when it tries again."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_mtp.model.layout import plain_layout
+from mlx_mtp.planning.acceptance import Acceptance
+from mlx_mtp.planning.auto import AutoPlanner, Speculation
+from mlx_mtp.planning.costs import UNMEASURED, CostCurve, LiveCosts
+from mlx_mtp.planning.plan import LOOKUP, MASK, Decision
+from mlx_mtp.planning.probing import FIRST_PAUSE
+
+FLAT = CostCurve(rows=(1, 64), contexts=(0,), forward_ms=((10.0, 11.0),), draft_ms=(0.0, 0.2))
+STEEP = CostCurve(rows=(1, 64), contexts=(0,), forward_ms=((10.0, 640.0),), draft_ms=(0.0, 0.2))
+
+
+def planner(
+    curve: CostCurve = FLAT, *, k: int = 4, prior: float = 0.6, **options: Any
+) -> AutoPlanner:
+    known = Speculation(LiveCosts(curve), Acceptance([prior] * k))
+    return AutoPlanner(known, num_draft_tokens=k, **options)
+
+
+def play(
+    plans: AutoPlanner, *, chance: float, steps: int, curve: CostCurve, seed: int = 0
+) -> list[Decision]:
+    """Decode with drafts that each hold with a chance, at the curve's costs."""
+    rng = np.random.default_rng(seed)
+    costs, waiting, context, made = LiveCosts(curve), 0, 100, []
+    for _ in range(steps):
+        decision = plans.plan(num_pending=1, num_waiting=waiting, room=10**6, context=context)
+        layout = decision.layout
+        holds = rng.uniform(size=layout.num_draft_tokens) < chance
+        held = int(np.cumprod(holds).sum())
+        size = max(layout.mask_counts)
+        ms = costs.forward_ms(0)[layout.num_rows] + costs.draft_ms(size)[-1]
+        plans.observe(decision, num_accepted=held, context=context, ms=ms)
+        waiting = layout.mask_counts[held]
+        context += held + 1
+        made.append(decision)
+    return made
+
+
+class TestPlans:
+    @given(
+        k=st.integers(1, 8),
+        pending=st.integers(1, 5),
+        waiting=st.integers(0, 8),
+        room=st.integers(1, 12),
+        found=st.integers(0, 30),
+        prior=st.floats(0, 1),
+        steep=st.booleans(),
+    )
+    @settings(max_examples=60, deadline=None)
+    def test_keep_within_what_there_is(self, k, pending, waiting, room, found, prior, steep):
+        plans = planner(STEEP if steep else FLAT, k=k, prior=prior)
+        decision = plans.plan(
+            num_pending=pending, num_waiting=waiting, room=room, num_found=found, match=5
+        )
+        layout = decision.layout
+        assert layout.num_pending == pending
+        most = found if decision.source == LOOKUP else min(waiting, k)
+        assert layout.num_draft_tokens <= min(most, room - 1)
+        assert bool(decision.source) == bool(layout.num_draft_tokens)
+        assert max(layout.mask_counts) <= k
+        for held, masks in enumerate(layout.mask_counts):  # drafts that could never be emitted
+            assert masks <= max(room - held - 2, 0)
+
+    def test_spend_rows_where_they_are_cheap_and_none_where_they_are_dear(self):
+        generous = play(planner(FLAT), chance=0.6, steps=60, curve=FLAT)
+        assert np.mean([each.layout.num_rows for each in generous[5:]]) > 8
+        frugal = play(planner(STEEP), chance=0.6, steps=60, curve=STEEP)
+        assert np.mean([each.layout.num_rows for each in frugal[5:]]) < 1.3
+
+    def test_change_with_the_text(self):
+        curve = dataclasses.replace(FLAT, forward_ms=((10.0, 60.0),))
+        plans = planner(curve)
+        good = play(plans, chance=0.9, steps=80, curve=curve)
+        bad = play(plans, chance=0.02, steps=160, curve=curve)
+        assert np.mean([each.layout.num_rows for each in good[-30:]]) > 4
+        assert np.mean([each.layout.num_rows for each in bad[-30:]]) < 1.5
+
+    def test_of_a_model_without_masks_are_plain(self):
+        plans = planner(k=1)
+        plans.num_draft_tokens = 0
+        assert plans.plan(num_pending=1, num_waiting=0, room=9).layout.num_rows == 1
+
+
+class TestPlainDecoding:
+    def test_is_left_for_a_moment_after_longer_and_longer_pauses(self):
+        made = play(planner(FLAT, prior=0.0), chance=0.0, steps=400, curve=STEEP)
+        probes = [at for at, each in enumerate(made) if each.is_probe and each.layout.num_masks]
+        gaps = np.diff(probes)
+        assert probes[0] >= FIRST_PAUSE and len(probes) >= 3
+        assert all(later > earlier for earlier, later in zip(gaps, gaps[1:], strict=False))
+        rows = sum(each.layout.num_rows for each in made)
+        assert rows <= 1.06 * len(made)
+
+    def test_ends_when_drafts_hold_again(self):
+        curve = dataclasses.replace(FLAT, forward_ms=((10.0, 60.0),))
+        plans = planner(curve)
+        assert play(plans, chance=0.0, steps=100, curve=curve)[-1].layout.num_rows == 1
+        again = play(plans, chance=0.95, steps=250, curve=curve)
+        assert np.mean([each.layout.num_draft_tokens for each in again[-50:]]) > 2
+
+
+class TestLookup:
+    def test_is_taken_where_it_is_worth_more(self):
+        plans = planner(FLAT, prior=0.3)
+        alone = plans.plan(num_pending=1, num_waiting=2, room=99)
+        assert alone.source == MASK
+        found = plans.plan(num_pending=1, num_waiting=2, room=99, num_found=20, match=12)
+        assert found.source == LOOKUP and found.layout.num_draft_tokens > 4
+
+    def test_is_learnt_without_being_taken(self):
+        """Looked-up ids that were not verified are judged by what was emitted."""
+        curve = dataclasses.replace(FLAT, forward_ms=((10.0, 390.0),))
+        plans = planner(curve, prior=0.0)
+        looked_up = {"num_found": 9, "match": 2}
+        assert not plans.plan(num_pending=1, num_waiting=0, room=99, **looked_up).source
+        for _ in range(12):
+            plans.observe(
+                Decision(plain_layout()), num_accepted=0, context=9, ms=10.0, match=2,
+                num_judged=1, num_right=1,
+            )  # fmt: skip
+        assert plans.plan(num_pending=1, num_waiting=0, room=99, **looked_up).source == LOOKUP
+
+    def test_is_learnt_anew_in_each_answer(self):
+        """Edits hold in all their length; a chat that comes next begins with less trust."""
+        known = Speculation(LiveCosts(FLAT), Acceptance([0.6] * 4))
+        first = AutoPlanner(known, num_draft_tokens=4)
+        looked_up = {"num_pending": 1, "num_waiting": 0, "room": 99, "num_found": 24, "match": 4}
+        for _ in range(20):
+            decision = first.plan(**looked_up)
+            first.observe(
+                decision, num_accepted=24, context=9, ms=10.0, match=4, num_judged=24, num_right=24
+            )
+        trusted = first.plan(**looked_up).expected_tokens
+        again = AutoPlanner(known, num_draft_tokens=4).plan(**looked_up).expected_tokens
+        fresh = planner(FLAT).plan(**looked_up).expected_tokens
+        assert fresh < again < 0.8 * trusted
+
+    def test_is_left_where_rows_are_dear_and_once_it_fails(self):
+        plans = planner(STEEP)
+        assert not plans.plan(num_pending=1, num_waiting=0, room=99, num_found=9, match=9).source
+        plans = planner(FLAT, prior=0.0)
+        sizes = []
+        for _ in range(200):
+            decision = plans.plan(num_pending=1, num_waiting=0, room=99, num_found=9, match=9)
+            plans.observe(
+                decision, num_accepted=0, context=9, ms=10.5, match=9, num_judged=1, num_right=0
+            )
+            sizes.append(decision.layout.num_draft_tokens)
+        assert sizes[0] > 4 and sizes[-1] <= 2
+
+
+class TestAcceptance:
+    def test_converges_to_what_happens_and_follows_changes(self):
+        known, rng = Acceptance([0.5] * 3), np.random.default_rng(1)
+        for chance in (0.8, 0.2):
+            for _ in range(400):
+                holds = np.cumprod(rng.uniform(size=3) < chance).sum()
+                known.observe(3, int(holds))
+            assert known.chances()[0] == pytest.approx(chance, abs=0.15)
+
+    def test_drafts_behind_a_wrong_one_are_not_counted(self):
+        known = Acceptance([0.5, 0.5, 0.5])
+        known.observe(3, 0)
+        below = 0.5 - known.chances()  # the later ones by what the first lets fear alone
+        assert below[0] > 1.2 * below[1] > 1.2**2 * below[2] > 0
+
+    def test_from_shares(self):
+        known = Acceptance.from_shares([0.6, 0.3, 0.0])
+        assert known.holds(3) == pytest.approx([1, 0.6, 0.3, 0.0])
+        assert len(known.holds(5)) == 6
+
+    @pytest.mark.parametrize("prior", [[], [1.2], [-0.1], [float("nan")]])
+    def test_chances_are_checked(self, prior):
+        with pytest.raises(ValueError, match="between 0 and 1"):
+            Acceptance(prior)
+
+
+class TestCosts:
+    CURVE = CostCurve(
+        rows=(1, 4, 8), contexts=(0, 1000), forward_ms=((10, 12, 11), (20, 22, 30)),
+        draft_ms=(0.0, 1.0, 1.5),
+    )  # fmt: skip
+
+    def test_lie_between_what_was_measured_and_never_fall(self):
+        at = self.CURVE.forward(500)
+        assert at[0] == 0 and at[1] == 15 and at[4] == 17 and at[8] == 20.5
+        assert list(self.CURVE.forward(0)[4:]) == [11] * 5  # 12 at 4 rows was disturbed
+        assert self.CURVE.forward(10**6)[8] == 30
+
+    def test_there_and_back(self):
+        assert CostCurve.from_dict(self.CURVE.to_dict()) == self.CURVE
+
+    def test_a_slower_machine_changes_nothing_but_one_row_number_does(self):
+        live = LiveCosts(UNMEASURED)
+        before = live.forward_ms(0).copy()
+        for _ in range(200):
+            for rows in (1, 4, 8):
+                live.observe(rows=rows, largest_group=0, context=0, ms=3 * before[rows])
+        now = live.forward_ms(0)
+        assert now[[4, 8]] / now[1] == pytest.approx(before[[4, 8]] / before[1], rel=0.01)
+        for _ in range(200):
+            live.observe(rows=1, largest_group=0, context=0, ms=3 * before[1])
+            live.observe(rows=8, largest_group=0, context=0, ms=6 * before[8])
+        now = live.forward_ms(0)
+        assert now[8] / now[1] == pytest.approx(2 * before[8] / before[1], rel=0.1)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"rows": [2, 4, 8]}, "rows must ascend from 1"),
+            ({"contexts": [5, 5]}, "contexts must ascend"),
+            ({"forward_ms": [[1, 2, 3]]}, "2 contexts of 3 row numbers"),
+            ({"forward_ms": [[1, 2, 3], [1, 2, float("inf")]]}, "finite"),
+            ({"forward_ms": [[0, 2, 3], [1, 2, 3]]}, "forwards take time"),
+            ({"draft_ms": [1.0]}, "drafting from no masks takes none"),
+            ({"rows": None}, "not a cost curve"),
+        ],
+    )
+    def test_damaged_curves_are_refused(self, change, message):
+        with pytest.raises(ValueError, match=message):
+            CostCurve.from_dict(self.CURVE.to_dict() | change)

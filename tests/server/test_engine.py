@@ -1,0 +1,394 @@
+"""What runs in the engine's process: sessions, their turns, the cache of beginnings."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_mtp.apps.engine.penalties import answer_penalty
+from mlx_mtp.apps.engine.prefix_cache import PrefixCache, shared_prefix
+from mlx_mtp.apps.engine.preparing import Refusal, prepare
+from mlx_mtp.apps.engine.scheduler import Scheduler
+from mlx_mtp.apps.engine.session import Bench, answer
+from mlx_mtp.apps.engine.token_text import TokenTexts
+from mlx_mtp.apps.engine.tool_calls import ToolCallReader
+from mlx_mtp.calibration.stored_costs import kept_costs, speculation_for
+from mlx_mtp.decoding.sharing import run_together
+from mlx_mtp.generate import chat_text, generate
+from mlx_mtp.planning.costs import UNMEASURED
+from tests.helpers.fixtures_generate import EOS, TEMPLATE, byte_tokenizer, ids_of
+from tests.helpers.tiny import BYTE_VOCAB, tiny_mtp
+
+PROMPTS = ["Say a word about rain.", "One, two, three, four, one, two, three,", "Why?", "abcabcabc"]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_eos_token(str(EOS))
+    return Bench(
+        model=tiny_mtp(vocab_size=BYTE_VOCAB, max_position_embeddings=512),
+        tokenizer=tokenizer,
+        prefixes=PrefixCache(most_bytes=0),
+        texts=TokenTexts(tokenizer),
+        prefill_step_size=8,
+    )
+
+
+def kept(bench: Bench, most_bytes: int = 2**24) -> Bench:
+    """The same bench with a cache of beginnings of its own."""
+    prefixes = PrefixCache(most_bytes=most_bytes)
+    return replace(bench, prefixes=prefixes)
+
+
+def job(text: str, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 24} | more
+
+
+def run(bench: Bench, values: dict[str, Any]) -> list[dict[str, Any]]:
+    """All messages of one job."""
+    items = answer(prepare(values, bench.model, bench.tokenizer), bench)
+    return [item for item in items if isinstance(item, dict)]
+
+
+def text_of(messages: list[dict[str, Any]]) -> str:
+    return "".join(message["text"] for message in messages if message["type"] == "group")
+
+
+def expected(bench: Bench, text: str, **options: Any) -> str:
+    """What ``generate`` answers."""
+    prompt = chat_text(bench.tokenizer, [{"role": "user", "content": text}])
+    ids = bench.tokenizer.encode(prompt, add_special_tokens=False)
+    ways = {"max_tokens": 24, "layout": "plain"} | options
+    return generate(bench.model, bench.tokenizer, ids, **ways)
+
+
+class Turns:
+    """A scheduler whose messages are kept, and which runs until all jobs have ended."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.messages: list[dict[str, Any]] = []
+        self.known = speculation_for(bench.model, measure=False)
+        self.scheduler = Scheduler(
+            prepare=lambda values: prepare(values, bench.model, bench.tokenizer),
+            begin=lambda prepared: answer(prepared, bench),
+            run_steps=lambda steps: run_together(steps, self.known),
+            send=self.messages.append,
+        )
+
+    def submit(self, number: int, values: dict[str, Any]) -> None:
+        self.scheduler.receive({"type": "submit", "id": number, "job": values})
+
+    def wait_until_prepared(self, count: int) -> None:
+        """So that all of the jobs submitted are there when the first begins."""
+        while self.scheduler._inbox.qsize() < 2 * count:
+            time.sleep(0.001)
+
+    def cancel(self, number: int) -> None:
+        self.scheduler.receive({"type": "cancel", "id": number})
+
+    def run(self, count: int) -> None:
+        """Go on until so many jobs have ended."""
+        while (
+            sum(each["type"] in ("finished", "refused", "failed") for each in self.messages) < count
+        ):
+            self.scheduler.turn()
+
+    def of(self, number: int) -> list[dict[str, Any]]:
+        return [message for message in self.messages if message["id"] == number]
+
+
+@pytest.mark.parametrize("layout", ["auto", "linear", "quadratic", "plain"])
+def test_answers_made_by_turns_are_those_of_generate(bench, layout):
+    turns = Turns(bench)
+    for at, text in enumerate(PROMPTS):
+        turns.submit(at, job(text, layout=layout))
+    turns.wait_until_prepared(len(PROMPTS))
+    turns.run(len(PROMPTS))
+    for at, text in enumerate(PROMPTS):
+        assert text_of(turns.of(at)) == expected(bench, text)
+    order = [message["id"] for message in turns.messages if message["type"] == "group"]
+    assert order[:8] != sorted(order[:8]), "one after the other"
+
+
+def test_turns_are_fair(bench):
+    turns = Turns(bench)
+    for at in range(3):
+        turns.submit(at, job(PROMPTS[2], layout="plain", max_tokens=5))
+    turns.wait_until_prepared(3)
+    turns.run(3)
+    order = [message["id"] for message in turns.messages if message["type"] == "group"]
+    assert order == [0, 1, 2] * 5
+
+
+def test_long_prompts_let_others_have_their_turn(bench):
+    turns = Turns(bench)
+    turns.submit(0, job("x" * 200, max_tokens=2))
+    turns.submit(1, job("Why?", max_tokens=6, layout="plain"))
+    turns.run(2)
+    kinds = [(message["id"], message["type"]) for message in turns.messages]
+    first = kinds.index((0, "group"))
+    assert (1, "finished") in kinds[:first]
+
+
+def test_every_group_is_one_step(bench):
+    messages = run(bench, job(PROMPTS[1], layout="quadratic"))
+    groups = [message for message in messages if message["type"] == "group"]
+    stats = messages[-1]["stats"]
+    assert len(groups) == stats["num_steps"]
+    assert sum(group["tokens"] for group in groups) == stats["generation_tokens"] == 24
+    assert sum(group["accepted"] for group in groups) == stats["num_accepted"]
+    assert sum(group["drafted"] for group in groups) == stats["num_draft_tokens"] > 0
+    assert all(group["tokens"] <= group["drafted"] + 1 for group in groups)
+    assert {group["source"] for group in groups if group["drafted"]} == {"mask"}
+
+
+def test_a_job_may_turn_speculation_off(bench):
+    messages = run(bench, job(PROMPTS[0], layout="plain"))
+    assert messages[-1]["stats"]["num_draft_tokens"] == 0 and not messages[-1]["stats"]["mtp"]
+
+
+def test_a_conversation_goes_on_from_what_is_cached(bench):
+    bench = kept(bench)
+    first = run(bench, job(PROMPTS[0]))
+    assert first[0]["cached_tokens"] == 0
+    said = {"role": "assistant", "content": "Rain."}
+    turns = [{"role": "user", "content": PROMPTS[0]}, said, {"role": "user", "content": "More!"}]
+    second = run(bench, job("") | {"messages": turns})
+    assert second[0]["cached_tokens"] >= len(PROMPTS[0])
+    fresh = run(kept(bench, 0), job("") | {"messages": turns})
+    assert fresh[0]["cached_tokens"] == 0 and text_of(second) == text_of(fresh)
+    assert second[0]["prompt_tokens"] == fresh[0]["prompt_tokens"]
+    again = run(bench, job("") | {"messages": turns})
+    assert again[0]["cached_tokens"] == again[0]["prompt_tokens"] - 1
+    assert text_of(again) == text_of(fresh)
+
+
+def test_penalties_see_what_is_cached(bench):
+    values = job("abcabc", repetition_penalty=3.0, max_tokens=10)
+    fresh = run(bench, values)
+    bench = kept(bench)
+    run(bench, values | {"repetition_penalty": None, "max_tokens": 1})
+    cached = run(bench, values)
+    assert cached[0]["cached_tokens"] == cached[0]["prompt_tokens"] - 1
+    assert text_of(cached) == text_of(fresh) != text_of(run(bench, job("abcabc", max_tokens=10)))
+
+
+def test_a_cancelled_answer_leaves_a_whole_cache(bench):
+    bench = kept(bench)
+    turns = Turns(bench)
+    turns.submit(0, job("y" * 100))
+    for _ in range(8):
+        turns.scheduler.turn()
+    turns.cancel(0)
+    turns.submit(1, job("y" * 100))
+    turns.run(2)
+    assert turns.of(0)[-1] == {"type": "finished", "id": 0, "reason": "cancelled"}
+    assert turns.of(1)[0]["cached_tokens"] > 8
+    assert text_of(turns.of(1)) == expected(bench, "y" * 100)
+
+
+def test_what_several_begin_with_is_computed_once(bench):
+    bench = kept(bench)
+    shared = "s" * 60
+    values = [job("") | {"messages": [{"role": "user", "content": shared + tail}]}
+              for tail in ("one, and more of it, and more, and more", "two", "three")]  # fmt: skip
+    first = run(bench, values[0])
+    turns = Turns(bench)
+    for at, each in enumerate(values[1:]):
+        turns.submit(at, each)
+    turns.wait_until_prepared(2)
+    turns.run(2)
+    for at, each in enumerate(values[1:]):
+        assert turns.of(at)[0]["cached_tokens"] >= 60
+        assert text_of(turns.of(at)) == text_of(run(kept(bench, 0), each))
+    again = run(bench, values[0])
+    assert again[0]["cached_tokens"] == again[0]["prompt_tokens"] - 1
+    assert text_of(again) == text_of(first)
+
+
+def test_the_cache_of_beginnings_has_a_bound(bench):
+    bench = kept(bench)
+    one = run(bench, job(PROMPTS[0]))
+    assert one and len(bench.prefixes) == 1
+    size = bench.prefixes.nbytes
+    small = kept(bench, int(2.5 * size))
+    for text in PROMPTS + ["z" * 30, "w" * 30]:
+        run(small, job(text))
+        assert small.prefixes.nbytes <= 2.5 * size
+    assert len(small.prefixes) == 2
+    none = kept(bench, 0)
+    run(none, job(PROMPTS[0]))
+    assert len(none.prefixes) == 0
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "count"),
+    [([], [1], 0), ([1, 2], [1, 2], 2), ([1, 2, 3], [1, 2, 4], 2), ([1], [2], 0)],
+)
+def test_shared_prefix(one, other, count):
+    assert shared_prefix(one, other) == count
+    assert shared_prefix([*one, 9], [*one, *[7] * 5]) == len(one)
+
+
+@pytest.mark.parametrize("layout", ["plain", "auto"])
+def test_a_seed_makes_an_answer_repeatable(bench, layout):
+    values = job(PROMPTS[0], temp=1.0, layout=layout, seed=3)
+    one, two = text_of(run(bench, values)), text_of(run(bench, values))
+    assert one == two
+    others = {text_of(run(bench, values | {"seed": None})) for _ in range(3)}
+    assert len(others) > 1
+
+
+def test_stop_strings_end_the_text_and_are_told(bench):
+    whole = expected(bench, PROMPTS[0])
+    stop = whole[4:6]
+    messages = run(bench, job(PROMPTS[0], stop=["nowhere", stop], layout="quadratic"))
+    assert text_of(messages) == whole[: whole.index(stop)]
+    assert messages[-1]["reason"] == "stop" and messages[-1]["stop_string"] == stop
+
+
+def test_log_probabilities_are_those_of_the_chosen_ids(bench):
+    messages = run(bench, job(PROMPTS[1], top_logprobs=3, layout="quadratic"))
+    entries = [each for message in messages for each in message.get("logprobs", ())]
+    assert len(entries) == messages[-1]["stats"]["generation_tokens"]
+    for entry in entries:
+        assert len(entry["top_logprobs"]) == 3
+        assert entry["top_logprobs"][0]["logprob"] == pytest.approx(entry["logprob"])
+        assert entry["logprob"] <= 0
+    assert json.dumps(messages, allow_nan=False)
+    data = bytes(byte for entry in entries for byte in entry["bytes"])
+    assert data.decode("utf-8", "replace").startswith(text_of(messages)[:4])
+
+
+def test_a_bias_and_penalties_change_the_answer(bench):
+    messages = run(bench, job("Why?", logit_bias={"65": 100.0}, max_tokens=5))
+    assert text_of(messages) == "AAAAA"
+    free = text_of(run(bench, job("Why?", logit_bias={"65": 30.0, "66": 25.0}, max_tokens=6)))
+    assert free == "AAAAAA"
+    bias = {"65": 100.0, "66": 99.0}
+    penalised = run(bench, job("A", logit_bias=bias, frequency_penalty=0.8, max_tokens=6))
+    assert {"A", "B"} == set(text_of(penalised))
+
+
+def test_penalties_count_the_answer_only():
+    process = answer_penalty(num_prompt=2, frequency=0.5, presence=1.0)
+    logits = mx.zeros((1, 4))
+    assert process(mx.array([0, 0]), logits).tolist() == [[0, 0, 0, 0]]
+    assert process(mx.array([0, 0, 1, 1, 3]), logits).tolist() == [[0, -2.0, 0, -1.5]]
+
+
+@pytest.mark.parametrize(
+    ("values", "param", "word"),
+    [
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "no tools here"),
+        ({"prompt": ""}, "prompt", "empty"),
+        ({"prompt": [1, 999]}, "prompt", "999"),
+        ({"prompt": "x" * 600}, "prompt", "takes fewer than 512"),
+        ({"prompt": "x", "logit_bias": {"260": 1.0}}, "logit_bias", "260"),
+        ({"prompt": "x", "num_draft_tokens": 9}, "num_draft_tokens", "9"),
+        ({"prompt": "x", "top_p": 2.0}, None, "top_p"),
+    ],
+)
+def test_jobs_that_cannot_be_done_are_refused(bench, values, param, word):
+    with pytest.raises(Refusal, match=word) as refusal:
+        prepare({"max_tokens": 5} | values, bench.model, bench.tokenizer)
+    assert refusal.value.param == param
+
+
+def test_refusals_and_failures_leave_the_others_alone(bench, monkeypatch):
+    turns = Turns(bench)
+    turns.submit(0, job("x" * 600))
+    turns.submit(1, job("Why?"))
+    turns.submit(2, job("Why?") | {"max_tokens": "many"})
+    turns.cancel(99)
+    turns.run(3)
+    assert turns.of(0)[-1]["code"] == "context_length_exceeded"
+    assert text_of(turns.of(1)) == expected(bench, "Why?")
+    assert turns.of(2)[-1]["type"] == "failed"
+
+
+def test_a_forward_that_fails_ends_those_in_it_and_keeps_nothing(bench, monkeypatch):
+    bench = kept(bench)
+    turns = Turns(bench)
+    for at in range(2):
+        turns.submit(at, job(PROMPTS[at], layout="plain"))
+    turns.wait_until_prepared(2)
+    for _ in range(16):
+        turns.scheduler.turn()
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_mtp.decoding.step._fetch", lambda *_: 1 / 0)
+        turns.run(2)
+    assert [turns.of(at)[-1]["type"] for at in range(2)] == ["failed", "failed"]
+    assert len(bench.prefixes) == 0
+    turns.submit(2, job("Why?"))
+    turns.run(3)
+    assert text_of(turns.of(2)) == expected(bench, "Why?")
+
+
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_tool_calls_are_found_however_the_text_is_cut(size):
+    text = 'Sum:<tool_call>{"name": "add", "arguments": {"a": 1}}</tool_call> ok <tool'
+    reader = ToolCallReader(tool_tokenizer(), [])
+    shown = "".join(reader.push(text[at : at + size]) for at in range(0, len(text), size))
+    assert shown + reader.finish() == "Sum: ok <tool"
+    assert reader.calls == [{"name": "add", "arguments": '{"a": 1}'}]
+
+
+@pytest.mark.parametrize(
+    "text", ["<tool_call>no JSON</tool_call>", "a<tool_call>{", "<tool_call>[1]</tool_call>"]
+)
+def test_what_is_no_tool_call_stays_text(text):
+    reader = ToolCallReader(tool_tokenizer(), [])
+    assert reader.push(text) + reader.finish() == text
+    assert reader.calls == []
+
+
+def tool_tokenizer() -> Any:
+    def parse(text: str, tools: Any) -> Any:
+        del tools
+        return json.loads(text)
+
+    return SimpleNamespace(
+        tool_call_start="<tool_call>", tool_call_end="</tool_call>", tool_parser=parse
+    )
+
+
+def test_tools_reach_the_template(bench):
+    template = TEMPLATE + "{% if tools %}{{ tools[0]['function']['name'] }}{% endif %}"
+    tokenizer = byte_tokenizer(template=template)
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    prepared = prepare(job("hi", tools=tools), bench.model, tokenizer)
+    assert prepared.ids[-3:] == ids_of("add") and prepared.tools == tools
+
+
+def test_ids_look_like_their_bytes():
+    texts = TokenTexts(byte_tokenizer())
+    assert [texts.bytes_of(byte) for byte in (0, 32, 65, 255)] == [b"\0", b" ", b"A", b"\xff"]
+    assert texts.entry(255, float("nan")) == {
+        "token": "bytes:\\xff", "logprob": -9999.0, "bytes": [255],
+    }  # fmt: skip
+    assert texts.entry(EOS, -1.0)["token"] == "<eos>"
+    found = texts.entries([65, 66], mx.zeros((2, BYTE_VOCAB)), 0)
+    assert [(each["token"], each["top_logprobs"]) for each in found] == [("A", []), ("B", [])]
+
+
+def test_costs_that_steps_disprove_are_doubted_behind_the_answer(bench, monkeypatch, tmp_path):
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
+    minutes = replace(UNMEASURED, forward_ms=((6e4,) * 5,))
+    monkeypatch.setattr("mlx_mtp.calibration.stored_costs.measure_costs", lambda *_, **__: minutes)
+    monkeypatch.setattr(bench.model, "speculation", None)
+    kept_costs(bench.model)
+    known = speculation_for(bench.model, measure=False)
+    for _ in range(16):
+        known.costs.observe(rows=1, largest_group=0, context=0, ms=0.01)
+    (file,) = (tmp_path / "costs").iterdir()
+    assert not json.loads(file.read_text())["disturbed"]
+    run(bench, job("Why?"))
+    assert json.loads(file.read_text())["disturbed"]

@@ -1,0 +1,191 @@
+"""``mlx-mtp serve`` whole: its process, a tiny model in a child, real clients, real deaths."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+from click.testing import CliRunner
+
+from mlx_mtp.cli.main import cli
+from mlx_mtp.generate import chat_text, generate
+from mlx_mtp.loading import load
+from tests.server.command import Served, command, served
+from tests.server.soak import ARGUMENTS
+from tests.server.soak_clients import soak
+from tests.server.soak_kills import kill_often
+from tests.server.soak_requests import fuzz
+
+TEXTS = [f"Tell {at} things about the number {at * 7}." for at in range(8)]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def server(folder) -> Iterator[Served]:
+    with served(folder, *ARGUMENTS) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plain(folder, server) -> list[str]:
+    """What ``generate`` answers to each text, one token a step."""
+    del server  # it has written the model
+    model, tokenizer = load(str(folder / "model"), mtp=False)
+    found = []
+    for text in TEXTS:
+        prompt = chat_text(tokenizer, [{"role": "user", "content": text}])
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        found.append(generate(model, tokenizer, ids, max_tokens=24, layout="plain"))
+    return found
+
+
+@pytest.mark.parametrize("mtp", [True, False])
+def test_eight_clients_at_once_get_the_text_of_generate(server, plain, mtp):
+    with ThreadPoolExecutor(8) as pool:
+        asks = [pool.submit(server.chat, text, max_tokens=24, mtp=mtp) for text in TEXTS]
+        replies = [each.result().json() for each in asks]
+    assert [reply["choices"][0]["message"]["content"] for reply in replies] == plain
+    drafted = sum(reply["timings"]["draft_n"] for reply in replies)
+    assert (drafted > 0) == mtp
+
+
+def test_sdks_get_the_text_of_generate(server, plain):
+    ask: Any = [{"role": "user", "content": TEXTS[0]}]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none") as client:
+        stream = client.chat.completions.create(
+            model="tiny", messages=ask, max_tokens=24, stream=True
+        )
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        assert text == plain[0]
+        reply = client.responses.create(model="tiny", input=TEXTS[0], max_output_tokens=24)
+        assert reply.output_text == plain[0]
+    with anthropic.Anthropic(base_url=server.url, api_key="none") as claude:
+        with claude.messages.stream(model="tiny", messages=ask, max_tokens=24) as events:
+            assert "".join(events.text_stream) == plain[0]
+        assert (events.get_final_message().usage.cache_read_input_tokens or 0) > 8
+
+
+def test_sampling_with_a_seed_is_repeatable_over_http(server):
+    ways = {"temperature": 1.0, "top_p": 0.9, "seed": 5, "max_tokens": 16, "n": 2}
+    one, two = (server.chat("Once", **ways).json()["choices"] for _ in range(2))
+    texts = [choice["message"]["content"] for choice in one]
+    assert texts == [choice["message"]["content"] for choice in two]
+    assert texts[0] != texts[1]
+
+
+def test_tools_are_refused_where_the_template_knows_none(server):
+    tool = {"type": "function", "function": {"name": "add"}}
+    reply = server.chat("hi", tools=[tool])
+    assert reply.status_code == 400 and reply.json()["error"]["param"] == "tools"
+    assert server.chat("hi", tools=[tool], tool_choice="none", max_tokens=2).status_code == 200
+
+
+def test_the_engine_pushes_nobody_aside_and_the_loop_is_watched(server):
+    assert os.sched_getscheduler(server.engine_pid) == os.SCHED_BATCH
+    assert os.sched_getscheduler(server.server_pid) == os.SCHED_OTHER
+    time.sleep(0.3)
+    text = server.client.get("/metrics").text
+    late = next(line for line in text.splitlines() if "event_loop_late_seconds_count" in line)
+    assert float(late.split()[1]) >= 2
+
+
+def test_an_answer_stops_within_a_second_of_its_client(server):
+    body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3000, "stream": True}
+    with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as reply:
+        next(reply.iter_lines())
+    left = time.monotonic()
+    while "mlx_mtp_running 0.0" not in server.client.get("/metrics").text:
+        assert time.monotonic() - left < 5  # one on a quiet machine
+        time.sleep(0.02)
+
+
+def test_a_few_seconds_of_soaking(server):
+    report = soak(server, clients=16, seconds=5)
+    assert report["replies"] >= 16 and report["why"] == [] and report["crossed"] == 0
+
+
+def test_a_few_hundred_made_up_requests(server):
+    report = fuzz(server, requests=300, seed=1)
+    assert report["requests"] >= 300
+    assert report["bad"] == [] and report["restarts"] == 0
+
+
+def test_the_engine_is_killed_in_the_middle_of_answers(server):
+    report = kill_often(server, kills=2)
+    assert report["kills"] == 2 and report["unclean"] == []
+
+
+def test_a_signal_ends_it_all_and_leaves_nothing(tmp_path):
+    with served(tmp_path) as server:
+        engine = server.engine_pid
+        assert engine is not None
+        body = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 3000, "stream": True}
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            began = time.monotonic()
+            server.process.send_signal(signal.SIGINT)
+            rest = [line for line in lines if line]
+        assert "shutting down" in rest[-1]
+        assert server.process.wait(20) == 0
+        assert time.monotonic() - began < 10  # two on a quiet machine
+        assert not os.path.exists(f"/proc/{engine}")
+
+
+def test_the_engine_does_not_outlive_a_killed_server(tmp_path):
+    with served(tmp_path) as server:
+        engine = server.engine_pid
+        server.process.kill()
+        began = time.monotonic()
+        while os.path.exists(f"/proc/{engine}"):
+            assert time.monotonic() - began < 10
+            time.sleep(0.02)
+
+
+def failure(*arguments: str) -> str:
+    """Run a command that must fail politely; return its one line."""
+    result = CliRunner().invoke(cli, ["serve", *arguments])
+    assert result.exit_code == 2, result.output
+    assert len(result.stderr.splitlines()) == 1
+    return result.stderr
+
+
+def test_bad_options_are_told_in_one_line():
+    assert "--api-key" in failure("--host", "0.0.0.0")
+    assert "--allowed-origins" in failure("--allowed-origins", "*")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert f"port {port} of 127.0.0.1 is taken" in failure("--port", port)
+
+
+def test_a_model_that_is_not_there_ends_the_server_in_one_line():
+    run = subprocess.run(
+        command("--model", "/no/such/model", "--port", "0"), capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert run.stderr.splitlines() == ["Error: model /no/such/model does not exist"]
+    assert re.fullmatch(r"Listening on http://127.0.0.1:\d+ ...\n", run.stdout)

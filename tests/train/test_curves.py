@@ -1,0 +1,130 @@
+"""Curves show what the history holds, whatever it holds."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_mtp.train.run.curves import draw_curves, terminal_curves
+
+
+def history(steps: int = 200, *, masks: int = 4) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+    for step in range(10, steps + 1, 10):
+        loss = 1 + 5 * math.exp(-step / 100)
+        terms = {"base": loss, "lcm": loss / 10}
+        records.append({"kind": "report", "step": step, "loss": loss, "terms": terms})
+        if step % 50 == 0:
+            records.append(
+                {
+                    "kind": "evaluation",
+                    "step": step,
+                    "tokens_per_step": 3 - 50 / step,
+                    "acceptance": [0.8 - 0.1 * mask for mask in range(masks)],
+                    "next_token_loss": 2.0,
+                }
+            )
+    return records
+
+
+@pytest.mark.parametrize(
+    "records",
+    [
+        history(),
+        history(10),
+        [],
+        [{"kind": "report", "step": 1, "loss": math.nan, "terms": {"base": math.nan}}],
+        history(50, masks=2) + history(100, masks=8)[-1:],
+        [{"kind": "evaluation", "step": 0, "tokens_per_step": 1.0, "acceptance": []}],
+    ],
+    ids=["whole", "one report", "empty", "nan", "more masks later", "before the first step"],
+)
+def test_every_history_is_drawn(tmp_path: Path, records: list[dict[str, Any]]) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "training" / "curves.png"
+    draw_curves(records, path)
+    assert path.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+    assert [each.name for each in path.parent.iterdir()] == ["curves.png"]
+
+
+def test_a_picture_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = pytest.importorskip("matplotlib.figure")
+    path = tmp_path / "curves.png"
+    draw_curves(history(), path)
+    before = path.read_bytes()
+
+    def fails(self: Any, target: Path, **options: Any) -> None:
+        target.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(target))
+
+    monkeypatch.setattr(figure.Figure, "savefig", fails)
+    with pytest.raises(OSError, match="No space left"):
+        draw_curves(history(), path)
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_the_same_history_gives_the_same_file(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    for name in ("a.png", "b.png"):
+        draw_curves(history(), tmp_path / name)
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_without_matplotlib_the_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(ValueError, match=r'pip install "mlx-mtp\[train\]"'):
+        draw_curves(history(), tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize(("width", "height"), [(72, 16), (120, 8), (52, 4), (200, 40)])
+def test_charts_keep_to_their_room(width: int, height: int) -> None:
+    lines = terminal_curves(history(), width=width, height=height, plain=False).split("\n")
+    assert len(lines) == height
+    assert max(map(len, lines)) <= width
+    assert "loss" in lines[0] and "tokens per step" in lines[0]
+    assert "10" in lines[-1] and "step 200" in lines[-1]
+    assert "5.52" in lines[1] and "1.68" in lines[-2]  # the highest and the lowest loss
+
+
+def test_a_falling_curve_falls() -> None:
+    records = [record for record in history() if record["kind"] == "report"]
+    lines = terminal_curves(records, width=60, height=12, plain=False).split("\n")[1:-1]
+    starts = [next((at for at, c in enumerate(line[10:]) if c > "\u2800"), None) for line in lines]
+    drawn = [start for start in starts if start is not None]
+    assert drawn[0] == 0 and drawn == sorted(drawn) and drawn[-1] > 30
+
+
+@pytest.mark.parametrize("size", [(72, 16), (12, 16), (72, 2)])
+def test_plain_curves_are_one_line_each(size: tuple[int, int]) -> None:
+    width, height = size
+    plain = size == (72, 16)
+    lines = terminal_curves(history(), width=width, height=height, plain=plain).split("\n")
+    assert [line.split("▁")[0].split("█")[0] for line in lines] == [
+        "loss 5.52 ",
+        "tokens per step 2 ",
+    ]
+    assert lines[0].endswith(" 1.68") and lines[1].endswith(" 2.75")
+    assert width < 72 or max(map(len, lines)) <= width
+
+
+def test_without_a_terminal_curves_are_plain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(terminal_curves(history(), width=72, height=16).split("\n")) == 2
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_odd_histories_have_curves_too(plain: bool) -> None:
+    def curves(records: list[dict[str, Any]]) -> str:
+        return terminal_curves(records, width=72, height=10, plain=plain)
+
+    assert curves([]) == ""
+    assert curves([{"kind": "report", "step": 1, "loss": math.nan}]) == ""
+    assert "loss" in curves([{"kind": "report", "step": 1, "loss": 2.0}])
+    level = [{"kind": "report", "step": step, "loss": 2.0} for step in (1, 2, 2, 3)]
+    assert "loss" in curves(level)
