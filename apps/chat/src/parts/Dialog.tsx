@@ -11,8 +11,12 @@ export function Dialog(props: {
   const box = useRef<HTMLDialogElement>(null);
   useEffect(() => {
     const previous = document.activeElement;
-    box.current?.showModal();
+    const dialog = box.current!;
+    dialog.showModal();
     return () => {
+      // The cleanup can run late, when the user has already moved the focus elsewhere.
+      const active = document.activeElement ?? document.body;
+      if (active !== document.body && !dialog.contains(active)) return;
       if (previous instanceof HTMLElement && previous.isConnected) previous.focus();
     };
   }, []);
