@@ -21,9 +21,9 @@ from mlx_mtp.drafting.mask_tokens import Drafts
 from mlx_mtp.model.cache import MTPCache
 from mlx_mtp.model.layout import plain_layout
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.planning.auto import LAYOUTS, AutoPlanner, Speculation
+from mlx_mtp.planning.auto import AutoPlanner, Speculation
 from mlx_mtp.planning.fixed import FixedPlanner
-from mlx_mtp.planning.plan import LOOKUP, Decision
+from mlx_mtp.planning.plan import LAYOUTS, LOOKUP, Decision
 
 Progress = Callable[[int, int], None]
 

@@ -19,7 +19,6 @@ from mlx_mtp.drafting.lookup import LONGEST_LOOKUP, LookupAcceptance
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.planning.acceptance import UNKNOWN, Acceptance
 from mlx_mtp.planning.costs import UNMEASURED, CostCurve, LiveCosts, shared_ms
-from mlx_mtp.planning.fixed import FIXED_LAYOUTS
 from mlx_mtp.planning.plan import LOOKUP, MASK, Decision
 from mlx_mtp.planning.policy import (
     FORGET,
@@ -32,7 +31,6 @@ from mlx_mtp.planning.policy import (
 )
 from mlx_mtp.planning.probing import Probing
 
-LAYOUTS = ("auto", *FIXED_LAYOUTS)
 LOOK_STEPS = 32  # steps between two looks for the best rule
 EARLY_LOOKS = (2, 4, 8, 16)  # more looks while little is known
 MOVED = 0.05  # chances, or costs in plain steps, that moved by less leave the rule as it is

@@ -6,9 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from mlx_mtp.model.layout import StepLayout, linear_layout, plain_layout, quadratic_layout
-from mlx_mtp.planning.plan import MASK, Decision
-
-FIXED_LAYOUTS = ("linear", "quadratic", "plain")
+from mlx_mtp.planning.plan import FIXED_LAYOUTS, MASK, Decision
 
 
 class FixedPlanner:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from mlx_mtp.model.layout import StepLayout
 
-MASK, LOOKUP = "mask", "lookup"  # where drafts are from
+MASK, LOOKUP = "mask", "lookup"  # sources of drafts
+FIXED_LAYOUTS = ("linear", "quadratic", "plain")
+LAYOUTS = ("auto", *FIXED_LAYOUTS)
 
 
 @dataclass(frozen=True)
