@@ -1,4 +1,4 @@
-"""What a planner says of the next step."""
+"""A plan: the layout of the next step and where its drafts come from."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LAYOUTS = ("auto", *FIXED_LAYOUTS)
 
 
 @dataclass(frozen=True)
-class Decision:
+class Plan:
     """A planned step and why.
 
     Attributes:
