@@ -14,7 +14,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_mtp.decoding.accept import LogitsProcessor, Sampling
+from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling
 from mlx_mtp.decoding.step import Decoder, Step, run_steps
 from mlx_mtp.drafting.lookup import LONGEST_LOOKUP, Found, SuffixLookup
 from mlx_mtp.drafting.mask_tokens import Drafts

@@ -14,15 +14,9 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_mtp.decoding.accept import (
-    LogitsProcessor,
-    Sampling,
-    accept_greedy,
-    accept_sampled,
-    process_logits,
-    target_probs,
-)
+from mlx_mtp.decoding.accept import accept_greedy, accept_sampled
 from mlx_mtp.decoding.batching import batch_forward
+from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling, process_logits, target_probs
 from mlx_mtp.drafting.mask_tokens import Drafts, draft_tokens
 from mlx_mtp.model.cache import MTPCache
 from mlx_mtp.model.layout import StepLayout

@@ -10,9 +10,9 @@ import pytest
 
 from mlx_mtp.backends.cpu.blocks import DenseAttention
 from mlx_mtp.backends.cpu.float32 import to_float32
-from mlx_mtp.decoding.accept import Sampling
 from mlx_mtp.decoding.batching import batch_forward, can_batch
 from mlx_mtp.decoding.loop import Decoding, decode
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.step import Step, run_steps
 from mlx_mtp.model.layout import BatchLayout, StepLayout, plain_layout, quadratic_layout
 from mlx_mtp.model.mtp_model import MTPModel
