@@ -19,7 +19,7 @@ class Body(BaseModel):
 
 
 class AnswerOptions(Body):
-    """How an answer is made; as in ``mlx_mtp.decoding.accept.Sampling`` and ``decode``."""
+    """How an answer is made; as in ``mlx_mtp.decoding.sampling.Sampling`` and ``decode``."""
 
     temp: float = Field(default=0.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
