@@ -19,7 +19,7 @@ class Body(BaseModel):
 
 
 class AnswerOptions(Body):
-    """Options of an answer, as in ``mlx_mtp.decoding.accept.Sampling`` and ``decode``."""
+    """Options of an answer, as in ``mlx_mtp.decoding.sampling.Sampling`` and ``decode``."""
 
     temp: float = Field(default=0.0, ge=0, le=2)
     top_p: float = Field(default=1.0, gt=0, le=1)
