@@ -29,7 +29,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.backends.cpu.blas import BLAS, LIBRARY
-from mlx_mtp.train.data import sequences as texts
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.train.settings import TrainSettings
 
 _THREADS = "OPENBLAS_NUM_THREADS"
@@ -93,7 +93,7 @@ class Workers:
     def __init__(
         self,
         spec: WorkerSpec,
-        sequences: Sequence[texts.Sequence],
+        sequences: Sequence[TokenSequence],
         *,
         count: int,
         like: Mapping[str, mx.array],
@@ -232,7 +232,7 @@ def one_blas_thread(needed: bool) -> Iterator[None]:
 
 def _work(
     spec: WorkerSpec,
-    sequences: list[texts.Sequence],
+    sequences: list[TokenSequence],
     parameters: _ForChild,
     gradients: _ForChild,
     end: Connection,

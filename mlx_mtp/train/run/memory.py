@@ -24,8 +24,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_mtp.backends.cpu.fast_math import PIECE
+from mlx_mtp.evaluation.forward import ordinary_rows
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.train.gradient.forward import ordinary_rows
 from mlx_mtp.train.gradient.workers import worker_count
 from mlx_mtp.train.settings import TrainSettings
 
