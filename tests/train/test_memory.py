@@ -35,7 +35,7 @@ SMALL = MemoryEstimate(
 )
 def test_the_advice_fits_what_is_too_large(part: str, advice: str) -> None:
     SMALL.check()
-    with pytest.raises(ValueError, match=f"about 31.2 GB of memory, 1.0 GB are .*{advice}"):
+    with pytest.raises(ValueError, match=f"about 31.2 GB of memory, but 1.0 GB are .*{advice}"):
         dataclasses.replace(SMALL, **{part: int(31.2e9)}).check()
 
 
