@@ -33,7 +33,7 @@ from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import HiddenStates, MaskEmbedding, StepRope
 
 if TYPE_CHECKING:
-    from mlx_mtp.decoding.batching import PackedCache
+    from mlx_mtp.decoding.batching import BatchCache
     from mlx_mtp.planning.auto import Speculation
 
 MASK_EMBEDDINGS = "mask_embeddings"
@@ -136,7 +136,7 @@ class MTPModel(nn.Module):
         self,
         ids: mx.array,
         *,
-        cache: MTPCache | PackedCache,
+        cache: MTPCache | BatchCache,
         layout: RowLayout | None = None,
     ) -> mx.array:
         """Run the backbone over one step, or over several that are packed.
