@@ -26,6 +26,7 @@ from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, MTPModel
 from mlx_mtp.storage.safetensors import read_safetensors
+from mlx_mtp.terminal import Status
 
 BOUND = 1e-4
 PROMPT_SIZES = (24, 7, 1)
@@ -137,16 +138,17 @@ def verify_conversion(
     rows = None if written is None else _as_numpy(written[1][MASK_EMBEDDINGS])
     with tempfile.TemporaryDirectory(prefix="mlx-mtp-verify-") as name, _on_cpu():
         scratch = Path(name)
-        reference = load_reference(
-            hf_path,
-            checkpoint,
-            scratch=scratch,
-            layout=layout,
-            options=options,
-            allow_pickle=allow_pickle,
-            written_rows=rows,
-        )
-        expected, columns = _run_torch(reference)
+        with Status("Running the original in PyTorch ..."):
+            reference = load_reference(
+                hf_path,
+                checkpoint,
+                scratch=scratch,
+                layout=layout,
+                options=options,
+                allow_pickle=allow_pickle,
+                written_rows=rows,
+            )
+            expected, columns = _run_torch(reference)
         sample = reference.embedding_rows(SAMPLE_ROWS)
         del reference  # the two models need not fit into memory together
         reason = None if mlx_model is None else lossy(mlx_model, sample)
@@ -161,8 +163,9 @@ def verify_conversion(
                 allow_pickle=allow_pickle,
                 trust_remote_code=trust_remote_code,
             )
-        model = _load_mlx(folder, written)
-        actual = [_run_mlx(model, case) for case in expected]
+        with Status("Running the converted model ..."):
+            model = _load_mlx(folder, written)
+            actual = [_run_mlx(model, case) for case in expected]
     notes = (f"the model that was written {reason}: compared was its original",) if reason else ()
     return ConversionReport(groups=_compare(actual, expected, columns), notes=notes)
 

@@ -72,8 +72,7 @@ def test_a_pytorch_file_is_read_exactly(tmp_path: Path, forked: None, new_form: 
         del state["model"]["kinds"]["uint16"]  # torch writes it so, but cannot read it
     path = tmp_path / "lora.pt"
     torch.save(state, path, _use_new_zipfile_serialization=new_form)
-    said: list[str] = []
-    checkpoint = read_checkpoint(path, allow_pickle=True, progress=said.append)
+    checkpoint = read_checkpoint(path, allow_pickle=True)
     model = state["model"]
     expected = {f"model.kinds.{name}": tensor for name, tensor in model.pop("kinds").items()}
     expected |= {f"model.{name}": tensor for name, tensor in model.items()}
@@ -90,7 +89,6 @@ def test_a_pytorch_file_is_read_exactly(tmp_path: Path, forked: None, new_form: 
         **{"config.lora_rank": 8, "config.name": "x", "config.none": None, "config.ids": [1, 2]},
         **{"alpha": 32.0, "yes": True, "epoch": 3, "size": [1]},
     }
-    assert said == ["reading lora.pt in a sandbox"]
 
 
 @sandboxed
