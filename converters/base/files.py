@@ -18,7 +18,7 @@ from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
-from mlx_mtp.converters.tokenizer.tokenizer import SENTENCEPIECE_FILES
+from mlx_mtp.converters.tokenizer.write import SENTENCEPIECE_FILES
 from mlx_mtp.loading import resolve
 from mlx_mtp.storage.safetensors import (
     READABLE,

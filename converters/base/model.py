@@ -29,7 +29,7 @@ from mlx_mtp.converters.base.files import (
 )
 from mlx_mtp.converters.base.rope import older_rope_keys
 from mlx_mtp.converters.base.shards import write_shards
-from mlx_mtp.converters.tokenizer.tokenizer import write_tokenizer
+from mlx_mtp.converters.tokenizer.write import write_tokenizer
 from mlx_mtp.storage.cards import read_licence
 from mlx_mtp.storage.folders import without_wildcards
 from mlx_mtp.storage.safetensors import shown

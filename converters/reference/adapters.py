@@ -75,7 +75,7 @@ def attach(
     allow_pickle: bool,
     written_rows: np.ndarray | None,
 ) -> Adapter:
-    """Add the gated layers of a checkpoint to a model; see ``reference.load_reference``.
+    """Add the gated layers of a checkpoint to a model; see ``model.load_reference``.
 
     Raises:
         ValueError: the checkpoint lacks something or does not fit the model.

@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.converters.base.model import convert_base
-from mlx_mtp.converters.reference.reference import Reference, StepRows, load_reference
+from mlx_mtp.converters.reference.model import Reference, StepRows, load_reference
 from mlx_mtp.loading import load, read_adapter
 from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.layout import StepLayout
