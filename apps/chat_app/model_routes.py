@@ -13,7 +13,7 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_mtp.apps.chat_app import bodies
 from mlx_mtp.apps.chat_app.desk import ChatDesk, chat_desk, server_desk, with_http_errors
-from mlx_mtp.apps.server.api.jobs import Desk
+from mlx_mtp.apps.server.api.jobs import ServerContext
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import ApiError
 from mlx_mtp.apps.server.replies import json_response
@@ -55,7 +55,7 @@ async def choose(request: Request) -> Response:
     await desk.answers.close()
     previous = (desk.model, desk.adapter_path)
     desk.model, desk.adapter_path, desk.switch_error = body.model, body.adapter_path, ""
-    await server.engine.change(_choice(desk))
+    await server.engine.change(**_choice(desk))
     desk.switching = asyncio.create_task(_restore_if_broken(server, desk, previous))
     return json_response(_state(server, desk), status=202)
 
@@ -112,21 +112,21 @@ def _check_local(body: bodies.ChosenModel) -> None:
 
 
 async def _restore_if_broken(
-    server: Desk, desk: ChatDesk, previous: tuple[str | None, str | None]
+    server: ServerContext, desk: ChatDesk, previous: tuple[str | None, str | None]
 ) -> None:
     """Restore the previous model if the selected one fails to load."""
     await server.engine.settled.wait()
     if server.engine.state == "broken":
         desk.switch_error = server.engine.error
         desk.model, desk.adapter_path = previous
-        await server.engine.change(_choice(desk))
+        await server.engine.change(**_choice(desk))
 
 
 def _choice(desk: ChatDesk) -> dict[str, Any]:
     return {"model": desk.model, "adapter_path": desk.adapter_path}
 
 
-def _state(server: Desk, desk: ChatDesk) -> dict[str, Any]:
+def _state(server: ServerContext, desk: ChatDesk) -> dict[str, Any]:
     info = server.engine.info
     return {
         "version": package_version(),

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -27,6 +28,7 @@ from mlx_mtp.apps.chat_app.desk import (
     with_http_errors,
 )
 from mlx_mtp.apps.engine.batch import Batch
+from mlx_mtp.apps.engine.protocol import Finished, Group, Job
 from mlx_mtp.apps.engine.supervisor import Engine
 from mlx_mtp.apps.history.store import History, Row
 from mlx_mtp.apps.server.body import read_body
@@ -60,9 +62,9 @@ async def race(request: Request) -> Any:
         raise ApiError(409, "a race cannot start while an answer is being generated")
     options = body.options.model_copy(update={"temp": 0.0, "layout": "plain", "seed": 0})
     messages, maximum = await _messages(request, body), server.info.num_draft_tokens
-    job = job_for(messages, options, max_draft_tokens=maximum) | {"fresh": True}
+    job = replace(job_for(messages, options, max_draft_tokens=maximum), fresh=True)
     # The first job is submitted here, so that a full queue is an HTTP error and not an event.
-    warm_up = server.engine.submit([job | {"max_tokens": WARM_UP_TOKENS}])
+    warm_up = server.engine.submit([replace(job, max_tokens=WARM_UP_TOKENS)])
     lanes = Lanes(server.engine, job, body.options.layout)
     return event_stream(request, lanes.run(warm_up), ended=warm_up.cancel)
 
@@ -94,9 +96,9 @@ class Lanes:
         layout: layout of the other job.
     """
 
-    def __init__(self, engine: Engine, job: dict[str, Any], layout: str) -> None:
+    def __init__(self, engine: Engine, job: Job, layout: str) -> None:
         self._engine = engine
-        self._jobs = {"plain": job, "mtp": job | {"layout": layout}}
+        self._jobs = {"plain": job, "mtp": replace(job, layout=layout)}
 
     async def run(self, warm_up: Batch) -> AsyncGenerator[bytes, None]:
         """Yield ``lane``, ``group`` per step and ``lane_end`` for every answer, then ``result``.
@@ -127,16 +129,16 @@ class Lanes:
         reason, others, begun = "", 0, 0
         async for message in batch:
             now = time.monotonic()
-            if message["type"] == "group":
+            if isinstance(message, Group):
                 ms = (now - times[-1]) * 1e3 if times else 0.0
                 if not times:
                     others, begun = self._engine.others(batch), self._engine.begun
                 times.append(now)
-                counts.append(message["tokens"])
-                ids += message["ids"]
+                counts.append(message.tokens)
+                ids += message.ids or []
                 yield {"type": "group", "lane": lane} | group_of(message, ms=ms)
-            elif message["type"] == "finished":
-                reason = message["reason"]
+            elif isinstance(message, Finished):
+                reason = message.reason
                 others += self._engine.begun - begun
         yield {
             "type": "lane_end",
