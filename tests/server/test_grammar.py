@@ -252,7 +252,7 @@ def test_a_schema_is_tried_once(monkeypatch):
 
 def test_without_llguidance_a_line_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ValueError, match=r"needs the package llguidance: pip install"):
+    with pytest.raises(ValueError, match=r"the package llguidance is missing: pip install"):
         json_grammar({"type": "object"})
 
 
