@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm import sample_utils
 
@@ -216,7 +216,6 @@ def test_target_probs_are_the_exact_ones(name: str) -> None:
         assert np.abs(verify[a, b, :2] - np.stack([second, third])).max() < 1e-5
 
 
-@settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     temp=st.floats(0.05, 4),
@@ -295,7 +294,6 @@ def test_a_match_after_a_mismatch_never_counts() -> None:
     assert (held == 1).all()
 
 
-@settings(deadline=None)
 @given(st.lists(st.booleans(), max_size=10))
 def test_count_accepted_is_the_leading_run(holds: list[bool]) -> None:
     expected = holds.index(False) if False in holds else len(holds)
