@@ -131,13 +131,13 @@ def test_no_hostile_pickle_runs_in_a_fresh_interpreter(
 
 
 def test_a_pickle_cannot_end_the_process_above(tmp_path: Path, zygote: Zygote) -> None:
-    target = zygote._process.pid
+    target = zygote.process.pid
     weapon = hostile.finish(hostile.call(hostile.named("os", "kill"), target, 9))
     path = tmp_path / "pickle"
     path.write_bytes(weapon)
     request = Request(path=path, scratch=_new(tmp_path, "s"), is_zip=False, limits=limits_for(1))
     assert zygote(request, way="raw") == 3
-    assert zygote._process.poll() is None
+    assert zygote.process.poll() is None
 
 
 def test_the_globals_of_a_hostile_pickle_are_named_without_running_it(tmp_path: Path) -> None:
