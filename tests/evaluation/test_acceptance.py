@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from mlx_mtp.decoding.loop import StepResult, decode
-from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.drafting.mask_tokens import draft_tokens
 from mlx_mtp.evaluation import acceptance as room
 from mlx_mtp.evaluation.acceptance import (
@@ -118,7 +117,6 @@ def drafts_of_decoding(model: MTPModel, ids: list[int], anchor: int, shortlist: 
         hidden,
         model.logits(hidden[None])[0],
         mx.array(ids[anchor + 1]),
-        sampling=Sampling(),
         key=mx.random.key(0),
         shortlist=shortlist,
     ).ids()
