@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from types import FrameType
 from typing import TYPE_CHECKING, Any, TextIO
 
+import click
+
 if TYPE_CHECKING:
     from tqdm import tqdm
 
@@ -18,6 +20,12 @@ INTERRUPTED = 130
 CLOSED_PIPE = 141
 SLOW_S = 2.0  # work that takes longer shows its progress
 _ERASE_LINE = "\r\x1b[K"
+
+
+class BadInput(click.ClickException):
+    """An error that the user can correct; printed as one line ``Error: ...``."""
+
+    exit_code = 2
 
 
 def one_line(error: BaseException) -> str:

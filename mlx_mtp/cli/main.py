@@ -32,7 +32,7 @@ from mlx_mtp.cli.train import train
 from mlx_mtp.cli.tune import tune
 from mlx_mtp.cli.verify import verify
 from mlx_mtp.storage.package import package_version
-from mlx_mtp.terminal import CLOSED_PIPE, INTERRUPTED, one_line
+from mlx_mtp.terminal import CLOSED_PIPE, INTERRUPTED, BadInput, one_line
 
 SECTIONS = (
     cloup.Section("Generate", [generate, chat]),
@@ -41,12 +41,6 @@ SECTIONS = (
     cloup.Section("Measure", [benchmark, verify, tune, doctor, simulate]),
 )
 WITHOUT_TORCH = (average, benchmark, chat, generate, simulate, train, tune, verify)
-
-
-class BadInput(click.ClickException):
-    """An error that the user can correct; printed as one line ``Error: ...``."""
-
-    exit_code = 2
 
 
 class CommandGroup(cloup.Group):

@@ -189,10 +189,10 @@ def all_prompts(source: str, kinds: Sequence[str] = ()) -> list[Prompt]:
         ValueError: a line is bad or a kind does not occur.
         OSError: the file cannot be read.
     """
-    from mlx_mtp.evaluation.prompt_sets import BUILTIN, prompts_of
+    from mlx_mtp.evaluation.prompt_sets import prompts_of
     from mlx_mtp.evaluation.prompts import KINDS
 
-    return prompts_of(source, kinds=kinds or (KINDS if source == BUILTIN else ()))
+    return prompts_of(source, kinds=kinds, builtin_kinds=KINDS)
 
 
 def num_prompts(default_text: str) -> Decorator:

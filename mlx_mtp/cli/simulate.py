@@ -242,6 +242,7 @@ def _planner_times(trace: Trace, machines: list[Machine]) -> list[str]:
 
 def _record(options: dict[str, Any]) -> None:
     """Answer prompts greedily, or read the answers of a file, and count the accepted drafts."""
+    from mlx_mtp.bench.contexts import prompt_ids
     from mlx_mtp.evaluation.acceptance import checked_num_masks
     from mlx_mtp.evaluation.greedy_texts import greedy_texts
     from mlx_mtp.evaluation.prompt_sets import spread
@@ -260,6 +261,7 @@ def _record(options: dict[str, Any]) -> None:
             model,
             tokenizer,
             prompts,
+            encode=prompt_ids,
             max_tokens=options["max_tokens"],
             path=options["texts"],
             progress=lambda done, total: status.update(f"Answered {done}/{total}"),
