@@ -102,7 +102,9 @@ def test_drafts_from_the_text_are_counted_apart(loaded, scripted):
 
 def test_each_step_can_be_explained(loaded, scripted):
     scripted.answers = [[*ids_of("Hello."), EOS]]
-    assert invoke("generate", "--explain", "--no-lookup").exit_code == 0
+    result = invoke("generate", "--explain", "--no-lookup")
+    assert result.exit_code == 0 and result.stdout.splitlines()[1] == "Hello."
+    assert result.stderr.splitlines() == [f"step: {number} tokens" for number in (1, 3, 3)]
     call = scripted.calls[0]
     assert not call.lookup and callable(call.explain)
 
