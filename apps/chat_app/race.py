@@ -19,12 +19,12 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_mtp.apps.chat_app import bodies
 from mlx_mtp.apps.chat_app.answering import group_of
-from mlx_mtp.apps.chat_app.desk import (
-    chat_desk,
+from mlx_mtp.apps.chat_app.context import (
+    chat_context,
     chat_messages,
     event_stream,
     job_for,
-    server_desk,
+    server_context,
     with_http_errors,
 )
 from mlx_mtp.apps.engine.batch import Batch
@@ -45,7 +45,7 @@ def routes(prefix: str) -> list[BaseRoute]:
 
 async def race(request: Request) -> Any:
     """Run a race and stream the events of ``Lanes``."""
-    server = server_desk(request)
+    server = server_context(request)
     body = await read_body(request, bodies.Race, server.settings)
     if server.info.num_draft_tokens == 0:
         raise refused("the model has no adapter, so there is nothing to compare")
@@ -58,7 +58,7 @@ async def race(request: Request) -> Any:
             "num_draft_tokens is 0: both sides would use plain decoding",
             param="options.num_draft_tokens",
         )
-    if chat_desk(request).answers.busy:
+    if chat_context(request).answers.busy:
         raise ApiError(409, "a race cannot start while an answer is being generated")
     options = body.options.model_copy(update={"temp": 0.0, "layout": "plain", "seed": 0})
     messages, maximum = await _messages(request, body), server.info.num_draft_tokens
@@ -71,7 +71,7 @@ async def race(request: Request) -> Any:
 
 async def _messages(request: Request, body: bodies.Race) -> list[dict[str, str]]:
     """Return the messages to answer: a branch that ends with the user, or a new text."""
-    archive, prompt, path = chat_desk(request).archive, "", []
+    archive, prompt, path = chat_context(request).archive, "", []
     if body.conversation is not None:
         prompt = (await archive(History.conversation, body.conversation))["system_prompt"]
     if body.message is not None:

@@ -22,7 +22,7 @@ Handler = Callable[[Request], Awaitable[Any]]
 
 
 @dataclass
-class ChatDesk:
+class ChatContext:
     """State of the app.
 
     Attributes:
@@ -42,12 +42,12 @@ class ChatDesk:
     switching: asyncio.Task[None] | None = None
 
 
-def chat_desk(request: Request) -> ChatDesk:
+def chat_context(request: Request) -> ChatContext:
     """Return the app's state."""
     return request.app.state.chat
 
 
-def server_desk(request: Request) -> ServerContext:
+def server_context(request: Request) -> ServerContext:
     """Return the server's state: engine and settings."""
     return request.app.state.context
 
@@ -88,7 +88,7 @@ def event_stream(
     return EventStream(
         events,
         failed=lambda error: event({"type": "error", "message": error.message}),
-        ping_s=server_desk(request).settings.ping_s,
+        ping_s=server_context(request).settings.ping_s,
         ended=ended,
     )
 
