@@ -103,20 +103,10 @@ def job_for(
         options: of the conversation.
         max_draft_tokens: k of the loaded adapter, which limits the conversation's own k.
     """
-    k = options.num_draft_tokens
-    return Job(
-        messages=messages,
-        max_tokens=options.max_tokens,
-        temp=options.temp,
-        top_p=options.top_p,
-        top_k=options.top_k,
-        min_p=options.min_p,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
-        layout=options.layout,
-        num_draft_tokens=None if k is None else min(k, max_draft_tokens),
-        pieces=True,
-    )
+    job = Job(messages=messages, pieces=True, **options.model_dump())
+    if job.num_draft_tokens is not None:
+        job.num_draft_tokens = min(job.num_draft_tokens, max_draft_tokens)
+    return job
 
 
 def chat_messages(system_prompt: str, path: list[dict[str, Any]]) -> list[dict[str, str]]:

@@ -8,7 +8,7 @@ import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from mlx_mtp.apps.engine.batch import Batch
@@ -56,17 +56,11 @@ class EventStream:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the events."""
-        sending = asyncio.create_task(self._send(send))
-        disconnect = asyncio.create_task(_disconnected(receive))
         try:
-            await asyncio.wait({sending, disconnect}, return_when=asyncio.FIRST_COMPLETED)
+            with contextlib.suppress(ClientDisconnect):
+                await unless_disconnected(receive, self._send(send))
         finally:
             self._ended()
-            for task in (sending, disconnect):
-                task.cancel()
-            await asyncio.gather(disconnect, return_exceptions=True)
-        with contextlib.suppress(asyncio.CancelledError):
-            await sending
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
@@ -119,42 +113,14 @@ class Reply(Protocol):
         ...
 
 
-async def answer(
-    request: Request,
-    reply: Reply,
-    batch: Batch,
-    first: Any,
-    *,
-    stream: bool,
-    failed: Callable[[ApiError], bytes] = lambda error: event(error.openai()),
-) -> Any:
-    """Return the response to a request, streamed or whole; the batch is cancelled when it ends.
-
-    Args:
-        request: the request, whose client may disconnect.
-        reply: formats the answer.
-        batch: the jobs of the request.
-        first: the first message of the batch.
-        stream: whether to stream.
-        failed: returns the last event of a stream after an error.
-    """
-    if stream:
-        events, ping_s = reply.events(batch, first), request.app.state.context.settings.ping_s
-        return EventStream(events, failed=failed, ping_s=ping_s, ended=batch.cancel)
-    try:
-        return await unless_disconnected(request, reply.whole(batch, first))
-    finally:
-        batch.cancel()
-
-
-async def unless_disconnected(request: Request, work: Coroutine[Any, Any, Result]) -> Result:
+async def unless_disconnected(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result:
     """Wait for a coroutine until the client disconnects.
 
     Raises:
         ClientDisconnect: the client disconnected; the coroutine is cancelled.
     """
     working = asyncio.create_task(work)
-    disconnect = asyncio.create_task(_disconnected(request.receive))
+    disconnect = asyncio.create_task(_disconnected(receive))
     try:
         await asyncio.wait({working, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not working.done():

@@ -24,7 +24,7 @@ from mlx_mtp.apps.server.api.tools import Tool, chat_tools
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import refused
 from mlx_mtp.apps.server.replies import json_response
-from mlx_mtp.apps.server.streams import answer, event
+from mlx_mtp.apps.server.streams import event
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
@@ -34,14 +34,11 @@ async def create(request: Request) -> Any:
     context: ServerContext = request.app.state.context
     body = await read_body(request, MessagesRequest, context.settings)
     context.check_model(body.model)
-    batch, first = await context.begin(request, [_job(body, context)])
-    reply = _Reply(body, context)
-    return await answer(
+    return await context.respond(
         request,
-        reply,
-        batch,
-        first,
-        stream=bool(body.stream),
+        [_job(body, context)],
+        _Reply(body, context),
+        stream=body.stream,
         failed=lambda error: event(error.anthropic(), name="error"),
     )
 

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 
-from mlx_mtp.apps.engine.batch import Batch
-from mlx_mtp.apps.engine.protocol import Job, JobMessage, Ready
+from mlx_mtp.apps.engine.protocol import Job, Ready
 from mlx_mtp.apps.engine.supervisor import Engine
 from mlx_mtp.apps.server.api.schemas import OpenAISampled, Sampled
 from mlx_mtp.apps.server.errors import ApiError, engine_down, refused
 from mlx_mtp.apps.server.settings import Settings
-from mlx_mtp.apps.server.streams import unless_disconnected
+from mlx_mtp.apps.server.streams import EventStream, Reply, event, unless_disconnected
 
 NUM_SEEDS = 2**63
 MIN_TOP_P = 1e-9  # replaces 0, which mlx-lm reads as no limit and the APIs as the tightest
@@ -61,8 +61,23 @@ class ServerContext:
                 code="model_not_found",
             )
 
-    async def begin(self, request: Request, jobs: list[Job]) -> tuple[Batch, JobMessage]:
-        """Submit jobs and wait for the first message.
+    async def respond(
+        self,
+        request: Request,
+        jobs: list[Job],
+        reply: Reply,
+        *,
+        stream: bool | None,
+        failed: Callable[[ApiError], bytes] = lambda error: event(error.openai()),
+    ) -> Any:
+        """Submit jobs and return the response; its status is known with the first message.
+
+        Args:
+            request: the request, whose client may disconnect, which cancels the jobs.
+            jobs: the jobs of the request.
+            reply: formats the answers.
+            stream: whether to stream.
+            failed: returns the last event of a stream after an error.
 
         Raises:
             ApiError: the engine refused the first job, or is not running.
@@ -70,7 +85,9 @@ class ServerContext:
         """
         batch = self.engine.submit(jobs)
         try:
-            return batch, await unless_disconnected(request, batch.next())
+            first = await unless_disconnected(request.receive, batch.next())
+            if not stream:
+                return await unless_disconnected(request.receive, reply.whole(batch, first))
         except ApiError as error:
             batch.cancel()
             if error.param == "num_draft_tokens":  # in requests it is a field of ``mtp``
@@ -79,6 +96,8 @@ class ServerContext:
         except BaseException:
             batch.cancel()
             raise
+        events, ping_s = reply.events(batch, first), self.settings.ping_s
+        return EventStream(events, failed=failed, ping_s=ping_s, ended=batch.cancel)
 
     def job(self, body: Sampled, *, max_tokens: int | None) -> Job:
         """Convert the fields that all APIs share; absent ones have the operator's defaults."""

@@ -19,7 +19,7 @@ from mlx_mtp.apps.server.api.tools import Tool, ToolCall, chat_tools, new_call, 
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import refused
 from mlx_mtp.apps.server.replies import json_response
-from mlx_mtp.apps.server.streams import DONE, answer, event
+from mlx_mtp.apps.server.streams import DONE, event
 
 MAX_TOP_LOGPROBS = 20
 _RESERVED_KWARGS = {
@@ -73,9 +73,8 @@ async def create(request: Request) -> Any:
     body = await read_body(request, ChatRequest, context.settings)
     context.check_model(body.model)
     jobs = choices_of(_job(body, context), body.n or 1)
-    batch, first = await context.begin(request, jobs)
     reply = _Reply(body, context, len(jobs))
-    return await answer(request, reply, batch, first, stream=bool(body.stream))
+    return await context.respond(request, jobs, reply, stream=body.stream)
 
 
 def _job(body: ChatRequest, context: ServerContext) -> Job:

@@ -17,7 +17,7 @@ from mlx_mtp.apps.server.api.schemas import MAX_CHOICES, MAX_TOKENS, Many, OpenA
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import refused
 from mlx_mtp.apps.server.replies import json_response
-from mlx_mtp.apps.server.streams import DONE, answer, event
+from mlx_mtp.apps.server.streams import DONE, event
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 Ids = Annotated[Many[TokenId], Field(min_length=1)]
@@ -44,9 +44,8 @@ async def create(request: Request) -> Any:
     context.check_model(body.model)
     prompts = _prompts(body)
     jobs = _jobs(body, context, prompts)
-    batch, first = await context.begin(request, jobs)
     reply = _Reply(body, context, len(jobs), len(prompts))
-    return await answer(request, reply, batch, first, stream=bool(body.stream))
+    return await context.respond(request, jobs, reply, stream=body.stream)
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:

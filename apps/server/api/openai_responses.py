@@ -19,7 +19,7 @@ from mlx_mtp.apps.server.api.tools import Tool, chat_tools
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import ApiError
 from mlx_mtp.apps.server.replies import json_response
-from mlx_mtp.apps.server.streams import answer, event
+from mlx_mtp.apps.server.streams import event
 
 
 async def create(request: Request) -> Any:
@@ -27,16 +27,8 @@ async def create(request: Request) -> Any:
     context: ServerContext = request.app.state.context
     body = await read_body(request, ResponsesRequest, context.settings)
     context.check_model(body.model)
-    batch, first = await context.begin(request, [_job(body, context)])
-    reply = _Reply(body, context)
-    return await answer(
-        request,
-        reply,
-        batch,
-        first,
-        stream=bool(body.stream),
-        failed=reply.failed,
-    )
+    job, reply = _job(body, context), _Reply(body, context)
+    return await context.respond(request, [job], reply, stream=body.stream, failed=reply.failed)
 
 
 def _job(body: ResponsesRequest, context: ServerContext) -> Job:
