@@ -21,10 +21,10 @@ from mlx_mtp.planning.acceptance import UNKNOWN, Acceptance
 from mlx_mtp.planning.costs import UNMEASURED, CostCurve, LiveCosts, shared_ms
 from mlx_mtp.planning.plan import LOOKUP, MASK, Plan
 from mlx_mtp.planning.policy import (
-    FORGET,
-    MOST_ROUNDS,
+    MAX_ROUNDS,
+    RESET_PROB,
+    Action,
     Policy,
-    StepPlan,
     best_policy,
     expected_tokens,
     step_ms,
@@ -219,8 +219,8 @@ class AutoPlanner:
         rule = known.rules.get(sharers)
         if rule is None or not rule.still_fits(holds, forward, draft):
             start = rule.policy if rule else None
-            rounds = MOST_ROUNDS if known.num_steps < LOOK_STEPS else 1
-            policy = best_policy(holds, forward, draft, start=start, rounds=rounds)
+            rounds = MAX_ROUNDS if known.num_steps < LOOK_STEPS else 1
+            policy = best_policy(holds, forward, draft, start=start, max_rounds=rounds)
             rule = Rule(policy, holds, forward, draft)
         self._rule = known.rules[sharers] = rule
         return rule
@@ -233,7 +233,7 @@ class AutoPlanner:
         masks = min(PROBE_MASKS, self.num_draft_tokens)
         if not masks or waiting or room < masks + 2 or not probing.may_be_due:
             return False
-        if any(rule.policy.plans[0].mask_counts) or math.isinf(rule.try_cost):
+        if any(rule.policy.actions[0].mask_counts) or math.isinf(rule.try_cost):
             return False
         return probing.is_due(rule.try_cost)
 
@@ -241,10 +241,10 @@ class AutoPlanner:
         self, rule: Rule, waiting: int, num_pending: int, room: int, is_probe: bool
     ) -> Plan:
         """The rule's step, or one of a try."""
-        plan = rule.policy.plans[waiting]
+        plan = rule.policy.actions[waiting]
         if is_probe:
             masks = min(PROBE_MASKS, self.num_draft_tokens)
-            plan = _all_of(plan, waiting) if waiting else StepPlan(0, (masks,))
+            plan = _all_of(plan, waiting) if waiting else Action(0, (masks,))
         source = MASK if plan.num_draft_tokens else ""
         return _decide(
             plan, rule, num_pending, room, source=source, holds=rule.holds, is_probe=is_probe
@@ -261,25 +261,25 @@ class AutoPlanner:
         plan = self._lookup_plan(rule, chances, float(rule.policy.values[waiting]))
         return plan and _decide(plan, rule, 1, room, source=LOOKUP, holds=chances)
 
-    def _lookup_plan(self, rule: Rule, chances: np.ndarray, least: float) -> StepPlan | None:
+    def _lookup_plan(self, rule: Rule, chances: np.ndarray, least: float) -> Action | None:
         """The best number of looked-up drafts, with no masks or some behind the last of them."""
         counts = np.arange(1, len(chances))
         emitted, whole = np.cumsum(chances)[1:], chances[1:]
         policy, forward, best = rule.policy, rule.forward_ms, None
-        for masks in {0, max(policy.plans[0].mask_counts)}:
+        for masks in {0, max(policy.actions[0].mask_counts)}:
             rows = 1 + counts + masks
             fits = rows < len(forward)
             ms = forward[np.minimum(rows, len(forward) - 1)] + rule.draft_ms[masks]
-            later = (1 - FORGET) * whole * policy.values[masks]
+            later = (1 - RESET_PROB) * whole * policy.values[masks]
             value = np.where(fits, emitted + later - policy.rate * ms, -np.inf)
             at = int(value.argmax())
             if value[at] > least + 1e-9:
                 least, best = float(value[at]), (at + 1, masks)
-        return best and StepPlan(best[0], (0,) * best[0] + (best[1],))
+        return best and Action(best[0], (0,) * best[0] + (best[1],))
 
 
 def _decide(
-    plan: StepPlan,
+    plan: Action,
     rule: Rule,
     num_pending: int,
     room: int,
@@ -290,7 +290,7 @@ def _decide(
 ) -> Plan:
     """A plan as a decision, without masks whose drafts could never be emitted."""
     useful = [max(0, min(c, room - 2 - at)) for at, c in enumerate(plan.mask_counts)]
-    plan = StepPlan(plan.num_draft_tokens, tuple(useful))
+    plan = Action(plan.num_draft_tokens, tuple(useful))
     known = plan.num_rows < len(rule.forward_ms)
     return Plan(
         layout=_layout(num_pending, plan),
@@ -302,12 +302,12 @@ def _decide(
     )
 
 
-def _all_of(plan: StepPlan, waiting: int) -> StepPlan:
+def _all_of(plan: Action, waiting: int) -> Action:
     """A plan that verifies all waiting drafts, as far as possible with the same masks."""
     counts = (*plan.mask_counts, *(0,) * waiting)[: waiting + 1]
-    return StepPlan(waiting, counts)
+    return Action(waiting, counts)
 
 
 @lru_cache(maxsize=512)
-def _layout(num_pending: int, plan: StepPlan) -> StepLayout:
+def _layout(num_pending: int, plan: Action) -> StepLayout:
     return StepLayout(num_pending, plan.num_draft_tokens, plan.mask_counts)

@@ -31,7 +31,7 @@ class Planner(Protocol):
         """Plan one step."""
         ...
 
-    def observe(self, decision: Plan, *, num_accepted: int, context: int, ms: float) -> Any:
+    def observe(self, plan: Plan, /, *, num_accepted: int, context: int, ms: float) -> Any:
         """Learn from it."""
         ...
 
