@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.data.clean import clean
 from mlx_mtp.train.data.distil import continue_text, distil
 from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.data.records import Record, data_hash, read_jsonl
-from mlx_mtp.train.data.sequences import Sequence as Ids
 from mlx_mtp.train.data.sequences import encode_all, split
 from mlx_mtp.train.data.sources import read_data
 from mlx_mtp.train.data.topics import default_topics
@@ -40,14 +40,14 @@ class Prepared:
         lines: what to tell the user about them.
     """
 
-    train: list[Ids]
-    held_out: list[Ids]
+    train: list[TokenSequence]
+    held_out: list[TokenSequence]
     data_hash: str
     lines: list[str]
 
     @property
     def longest(self) -> int:
-        """Ids of the longest sequence."""
+        """TokenSequence of the longest sequence."""
         return max(len(each.ids) for each in (*self.train, *self.held_out))
 
 
@@ -69,7 +69,7 @@ def room_for(model: MTPModel, max_seq_length: int, num_draft_tokens: int) -> int
 
 
 def expected_length(model: MTPModel, settings: DataSettings, *, max_seq_length: int) -> int:
-    """Ids of the longest sequence that is likely, before there is any text."""
+    """TokenSequence of the longest sequence that is likely, before there is any text."""
     if settings.as_is:
         return max_seq_length
     return min(max_seq_length, sum(settings.token_limits(model)) + TEMPLATE_TOKENS)

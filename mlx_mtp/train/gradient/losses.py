@@ -18,10 +18,10 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_mtp.backends.cpu import fast_math
+from mlx_mtp.evaluation.forward import OrdinaryRows, mask_rows, ordinary_rows
+from mlx_mtp.evaluation.mask_blocks import MaskRows
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.train.data import sequences as texts
-from mlx_mtp.train.gradient.forward import OrdinaryRows, mask_rows, ordinary_rows
-from mlx_mtp.train.gradient.mask_blocks import MaskRows
 from mlx_mtp.train.settings import TEACHERS, LossWeights
 
 
@@ -188,7 +188,7 @@ def _wide(x: mx.array) -> mx.array:
 
 
 def next_token_loss(
-    model: MTPModel, sequences: Sequence[texts.Sequence], *, rows_per_piece: int = 128
+    model: MTPModel, sequences: Sequence[TokenSequence], *, rows_per_piece: int = 128
 ) -> float:
     """Cross-entropy of the ordinary rows over the answers of sequences, in nats per token.
 
