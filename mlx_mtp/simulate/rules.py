@@ -25,6 +25,8 @@ Rule = tuple[Action, ...]  # by the number of waiting drafts, [k + 1]
 class RulePlanner:
     """Follows one rule; drafts and masks that could never be emitted are left out."""
 
+    uses_lookup = False
+
     def __init__(self, rule: Rule) -> None:
         self._rule = rule
 
@@ -33,7 +35,7 @@ class RulePlanner:
         enough = 2 * len(self._rule)
         return _decision(self._rule, num_pending, min(num_waiting, room - 1), min(room, enough))
 
-    def observe(self, decision: Plan, **_: Any) -> None:
+    def observe(self, plan: Plan, **_: Any) -> None:
         """Learn nothing."""
 
 

@@ -386,5 +386,5 @@ def test_what_the_planner_knows_goes_on_from_answer_to_answer() -> None:
     known = Speculation.guess(2)
     lines: list[str] = []
     run(model, PROMPT, max_tokens=40, speculation=known, lookup=False, explain=lines.append)
-    assert known.acceptance.chances()[0] != 0.5
+    assert known.acceptance.draft_probs()[0] != 0.5
     assert lines and all(" rows" in line and " accepted, " in line for line in lines)

@@ -90,7 +90,7 @@ class TestAgainstTheDecoder:
                 len(steps),
                 sum(step.num_rows for step in steps[1:]),
             )
-        assert decoding.acceptance.chances() == pytest.approx(replaying.acceptance.chances())
+        assert decoding.acceptance.draft_probs() == pytest.approx(replaying.acceptance.draft_probs())
 
 
 class TestReplay:
