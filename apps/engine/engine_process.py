@@ -82,7 +82,7 @@ def _load(options: Message, send: Any) -> Any:
     from mlx_mtp.apps.engine.session import Engine, Session
     from mlx_mtp.apps.engine.token_text import TokenTexts
     from mlx_mtp.calibration.stored_costs import speculation_for
-    from mlx_mtp.cli.options import load_model
+    from mlx_mtp.cli.arguments import load_model
     from mlx_mtp.decoding.grouping import StepGrouper
     from mlx_mtp.decoding.step import run
 

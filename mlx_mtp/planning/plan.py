@@ -33,15 +33,16 @@ class Plan:
     plain_ms: float = math.nan
 
     def report(self, num_accepted: int, ms: float) -> str:
-        """A line about the step for ``--explain``; ``ms`` is NaN in a batch."""
-        layout = self.layout
-        drafts = f"{layout.num_draft_tokens} {self.source} drafts" if self.source else "plain"
-        line = f"{drafts}, masks {','.join(map(str, layout.mask_counts))}: {layout.num_rows} rows"
+        """One line for ``--explain`` about the step that ran; ``ms`` is NaN in a batch."""
+        masks = ",".join(map(str, self.layout.mask_counts))
+        count = self.layout.num_draft_tokens
+        drafts = f"{count} {self.source} drafts" if self.source else "no drafts"
+        text = f"step: {drafts}, masks {masks}, {self.layout.num_rows} rows"
         if not math.isnan(self.expected_ms):
-            line += (
-                f", {self.expected_tokens:.2f} tokens expected in {self.expected_ms:.1f} ms, "
-                f"{self.plain_ms:.1f} ms for one plain token"
+            text += (
+                f"; expected {self.expected_tokens:.2f} tokens in {self.expected_ms:.1f} ms "
+                f"(plain: {self.plain_ms:.1f} ms per token)"
             )
-        line += " (probe)" if self.is_probe else ""
+        text += ", probe" if self.is_probe else ""
         duration = "in a batch" if math.isnan(ms) else f"{ms:.1f} ms"
-        return f"{line} -> {num_accepted} accepted, {duration}"
+        return f"{text} -> {num_accepted} accepted, {duration}"
