@@ -39,15 +39,15 @@ def engine() -> Engine:
         model=model,
         tokenizer=tokenizer,
         speculation=speculation_for(model, measure=False),
-        prefixes=PrefixCache(most_bytes=0),
+        prefixes=PrefixCache(max_bytes=0),
         texts=TokenTexts(tokenizer),
         prefill_step_size=8,
     )
 
 
-def kept(engine: Engine, most_bytes: int = 2**24) -> Engine:
+def kept(engine: Engine, max_bytes: int = 2**24) -> Engine:
     """The same engine with a cache of beginnings of its own."""
-    prefixes = PrefixCache(most_bytes=most_bytes)
+    prefixes = PrefixCache(max_bytes=max_bytes)
     return replace(engine, prefixes=prefixes)
 
 
