@@ -67,7 +67,7 @@ def test_greedy_ids_are_those_of_mlx_lm(kind: str, k: int, monkeypatch: pytest.M
         if index == k - 1:
             assert ids_of(run(model, PROMPT, prefill_step_size=chunk, **options)) == expected
     planner = UnevenPlanner(k, seed=k)
-    monkeypatch.setattr("mlx_mtp.decoding.request.make_planner", lambda *_, **__: planner)
+    monkeypatch.setattr("mlx_mtp.decoding.setup.make_planner", lambda *_, **__: planner)
     assert ids_of(run(drafted, PROMPT, max_tokens=24)) == expected
     assert any(len(set(plan.mask_counts)) > 1 for plan in planner.plans)
 
