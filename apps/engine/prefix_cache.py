@@ -1,7 +1,7 @@
-"""Caches of finished answers, so that a shared prefix of prompts is computed only once.
+"""Caches of finished answers, so that a prompt with the same beginning is not computed again.
 
-No two answers write to the same cache: an answer removes the cache that it uses, or copies it if
-much of it would be lost, for example another branch of a conversation.
+No two answers ever write to one: a cache that an answer takes is taken out, or copied if much of it
+would be lost, such as another branch of a conversation, or one that began with the same words.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 
 from mlx_mtp.model.cache import MTPCache
 
-MAX_LOST = 32  # ids that a cache may lose when it is taken; otherwise it is copied
-MIN_SHARED = 8  # for fewer ids a cache is left to prompts that share more
+MAX_LOST = 32  # ids that a cache may lose when it is taken; a copy is taken if it would lose more
+MIN_SHARED = 8  # with fewer shared ids no cache is taken
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Entry:
     Attributes:
         ids: the ids in it.
         cache: the keys and values.
-        nbytes: their memory.
+        nbytes: the memory they take.
     """
 
     ids: list[int]
@@ -31,31 +31,31 @@ class Entry:
 
 
 class PrefixCache:
-    """Stores the caches used most recently.
+    """Keeps the most recently used caches.
 
     Args:
-        max_bytes: maximum memory of all caches; 0 stores none.
-        max_entries: maximum number of caches.
+        max_bytes: maximum memory of all together; 0 keeps none.
+        max_entries: maximum number.
     """
 
     def __init__(self, *, max_bytes: int, max_entries: int = 16) -> None:
         self._max_bytes = max_bytes
         self._max_entries = max_entries
-        self._entries: list[Entry] = []  # in order of last use
+        self._entries: list[Entry] = []  # the most recently used one last
 
     @property
     def nbytes(self) -> int:
-        """Memory of the stored caches."""
+        """Memory that the kept caches take."""
         return sum(entry.nbytes for entry in self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def take(self, ids: list[int]) -> tuple[MTPCache, int] | None:
-        """Take the cache with the longest shared prefix, or a copy of it, rewound to that prefix.
+        """Take the cache that shares most with ``ids``, or a copy of it, rewound to that.
 
         Returns:
-            The cache and the number of ids in it, always fewer than in ``ids``; None if no cache
+            The cache and the number of ids in it, always fewer than ``ids`` has; None if no cache
             shares enough.
         """
         best: tuple[int, Entry] | None = None
@@ -76,7 +76,7 @@ class PrefixCache:
         return cache, shared
 
     def put(self, ids: list[int], cache: MTPCache) -> None:
-        """Store a cache of the first of ``ids``; the least recently used ones are dropped."""
+        """Keep a cache of the first of ``ids``; drop the least recently used ones to make room."""
         ids = ids[: cache.offset]
         nbytes = cache_bytes(cache)
         if len(ids) < max(MIN_SHARED, cache.offset) or nbytes > self._max_bytes:
@@ -88,11 +88,11 @@ class PrefixCache:
 
 
 def shared_prefix(one: list[int], other: list[int]) -> int:
-    """Return the length of the longest common prefix."""
-    shorter = min(len(one), len(other))
-    if one[:shorter] == other[:shorter]:
-        return shorter
-    low, high = 0, shorter  # the lists agree up to ``low`` and not up to ``high``
+    """How many ids two lists begin with in common."""
+    size = min(len(one), len(other))
+    if one[:size] == other[:size]:
+        return size
+    low, high = 0, size  # the lists agree up to ``low`` and not up to ``high``
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle)
@@ -100,5 +100,5 @@ def shared_prefix(one: list[int], other: list[int]) -> int:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Return the memory of a cache's keys and values."""
+    """Memory that the keys and values of a cache take."""
     return sum(layer.inner.nbytes for layer in cache.layers)
