@@ -48,11 +48,12 @@ def _job(body: MessagesRequest, context: ServerContext) -> Job:
         raise refused("temperature: should be at most 1", param="temperature")
     functions = [Tool.model_validate(tool) for tool in function_tools(body.tools)]
     choice, parallel = openai_choice(body.tool_choice)
+    tools = chat_tools(functions, choice, context.info, parallel=parallel)
     return replace(
         context.job(body, max_tokens=body.max_tokens),
         stop=body.stop_sequences,
         messages=conversation(body, has_tools=context.info.has_tools),
-        **chat_tools(functions, choice, context.info, parallel=parallel),
+        **tools,
     )
 
 

@@ -109,7 +109,7 @@ def function_tools(tools: list[ResponseTool] | None) -> list[dict[str, Any]]:
     for index, tool in enumerate(tools or ()):
         if tool.type != "function" or not tool.name:
             raise refused(
-                f"tools.{index}: type {tool.type[:40]!r} is not supported, only functions",
+                f"tools.{index}: type {tool.type[:40]!r} is not supported, only 'function' is",
                 param=f"tools.{index}",
                 code="unsupported_parameter",
             )
