@@ -106,12 +106,6 @@ class Conversation:
         self.last = None
         self._forget_cache()
 
-    def settle(self, say: Callable[[str], None]) -> None:
-        """Measure what rows cost again if answers have disproved it; ``say`` is told."""
-        from mlx_mtp.calibration.stored_costs import speculation_for
-
-        speculation_for(self._model, measure=False, say=say)
-
     def ask(
         self, text: str, *, progress: Callable[[int, int], None] | None = None
     ) -> Generator[GenerationResponse, None, None]:
@@ -247,7 +241,6 @@ class Repl:
         """Print an answer while it is made; Ctrl-C ends it."""
         try:
             with Interrupt() as interrupt, Progress("Reading ...") as progress:
-                self._conversation.settle(progress.say)
                 last = _print_answer(answer, interrupt, progress)
         except ContextOverflow as error:
             self._note(f"{one_line(error)}: /reset starts afresh")

@@ -169,7 +169,7 @@ def stream_generate(
         ContextOverflow: the prompt does not fit the model's context.
         ValueError: an argument is out of range or the prompt is empty; raised at the call.
     """
-    from mlx_mtp.calibration.stored_costs import doubt_disproved, speculation_for
+    from mlx_mtp.calibration.stored_costs import speculation_for, store_learned
     from mlx_mtp.decoding.loop import decode
 
     tokenizer, stop = _wrapped(tokenizer), _stop_strings(stop)
@@ -196,7 +196,7 @@ def stream_generate(
         prefill_step_size=prefill_step_size,
         seed=seed,
         prompt_progress_callback=prompt_progress_callback,
-        speculation=speculation_for(model, measure=False),
+        speculation=speculation_for(model),
         lookup=lookup,
         explain=explain,
     )
@@ -208,7 +208,7 @@ def stream_generate(
     text = TextStream(tokenizer.detokenizer, stop=stop)
     return _respond(
         steps, text, meter, cache=cache, stop_ids=tokenizer.eos_token_ids,
-        at_end=lambda: doubt_disproved(model),
+        at_end=lambda: store_learned(model),
     )  # fmt: skip
 
 

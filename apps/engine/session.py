@@ -15,7 +15,7 @@ from mlx_mtp.apps.engine.preparing import Prepared
 from mlx_mtp.apps.engine.protocol import Message
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.apps.engine.tool_calls import ToolCallReader
-from mlx_mtp.calibration.stored_costs import doubt_disproved, speculation_for
+from mlx_mtp.calibration.stored_costs import speculation_for, store_learned
 from mlx_mtp.decoding.loop import StepResult, decode
 from mlx_mtp.decoding.step import Step
 from mlx_mtp.generate import TextStream
@@ -69,7 +69,7 @@ def answer(job: Prepared, bench: Bench) -> Generator[Message | Step, None, None]
         _keep(job, ids, cache, bench)
         raise
     _keep(job, ids, cache, bench)
-    doubt_disproved(bench.model)
+    store_learned(bench.model)
 
 
 def _keep(job: Prepared, ids: list[int], cache: MTPCache, bench: Bench) -> None:
@@ -101,7 +101,7 @@ def _decode(
         cached_ids=ids[:held],
         stop_ids=bench.tokenizer.eos_token_ids,
         prefill_step_size=bench.prefill_step_size,
-        speculation=speculation_for(bench.model, measure=False),
+        speculation=speculation_for(bench.model),
         lookup=bench.lookup,
         **job.options,
     )

@@ -221,6 +221,10 @@ def _measure(wanted: Wanted) -> dict[str, Any] | None:
 
     with Progress("Loading the model ...") as progress:
         prepared = prepare(wanted, say=progress.say)
+        known = prepared.model.speculation
+        if known is not None and not known.costs.curve.is_guess:
+            progress.stop()
+            print(f"Layout auto plans with costs {known.costs.curve.source}", file=sys.stderr)
         with Interrupt() as interrupt:
             return run(prepared, check=interrupt.check, say=progress.say)
 

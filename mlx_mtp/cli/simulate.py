@@ -115,16 +115,16 @@ def _read_curve(path: Path) -> Any:
 
 
 def _kept_curve(options: dict[str, Any]) -> Any:
-    """What is kept for this machine, model and versions; another's is ignored."""
-    from mlx_mtp.calibration.stored_costs import kept_costs
+    """The stored measurement for this machine, model and versions."""
+    from mlx_mtp.calibration.stored_costs import measured_costs
     from mlx_mtp.loading import load
 
     model, _ = load(options["model"], adapter_path=options["adapter_path"])
-    curve = kept_costs(model, measure=False)
+    curve = measured_costs(model)
     if curve is None:
         raise ValueError(
-            f"no costs are kept for {model.name} on this machine with these versions; "
-            "mlx-mtp tune measures them"
+            f"no step costs are stored for {model.name} on this machine with these versions; "
+            "run mlx-mtp tune"
         )
     return curve
 

@@ -131,8 +131,9 @@ def decode(
         logits_processors: more processors in mlx-lm's form, applied along the drafted prefix.
         prompt_progress_callback: called with (rows done, rows in all) during prefill.
         speculation: what is known of steps and drafts, for ``"auto"``, updated in place; without
-            it the planner guesses and learns anew (``tuning.speculation_for`` has one).  Sampling
-            with a seed uses a copy of its beginnings, so that the same ids come again.
+            it the planner guesses and learns anew (``calibration.stored_costs.speculation_for``
+            has one).  Sampling with a seed uses a copy of its beginnings, so that the same ids
+            come again.
         lookup: whether ``"auto"`` may take drafts from the text so far.
         explain: called with a line about every step.
 
@@ -149,7 +150,7 @@ def decode(
     if seed is not None and not sampling.greedy:
         known = known.repeatable()  # drawn ids depend on the steps, so these must come again
     planner = _planner(model, layout, k, known, lookup)
-    if explain and isinstance(planner, AutoPlanner) and known.costs.curve.disturbed:
+    if explain and isinstance(planner, AutoPlanner) and known.costs.curve.doubt:
         explain(f"costs: {known.costs.curve.doubt}")
     room = _room(model, cache.offset + len(prompt), max_tokens)
     if seed is None:

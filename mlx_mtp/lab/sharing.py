@@ -19,7 +19,7 @@ from typing import Any
 import click
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_mtp.calibration.stored_costs import speculation_for
+from mlx_mtp.calibration.stored_costs import calibrate, speculation_for
 from mlx_mtp.decoding.loop import Decoding, decode
 from mlx_mtp.decoding.sharing import run_together
 from mlx_mtp.decoding.step import Step, run_steps
@@ -95,6 +95,7 @@ def measure(
         rounds: how often.
         say: told what is going on.
     """
+    calibrate(model, on_status=say)
     known = speculation_for(model)
     ways = {"by turns": one_by_one, "shared": lambda steps: run_together(steps, known)}
     pairs = list(product(layouts, ways))

@@ -10,7 +10,7 @@ worth more.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from mlx_mtp.drafting.lookup import LONGEST_LOOKUP, LookupAcceptance
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.planning.acceptance import UNKNOWN, Acceptance
-from mlx_mtp.planning.costs import UNMEASURED, CostCurve, LiveCosts, shared_ms
+from mlx_mtp.planning.costs import GPU_GUESS, CostCurve, LiveCosts, shared_ms
 from mlx_mtp.planning.plan import LOOKUP, MASK, Plan
 from mlx_mtp.planning.policy import (
     FORGET,
@@ -77,8 +77,7 @@ class Speculation:
         rules: the best rules so far, by how many answers share steps.
         sharers: how many answers shared the last steps; each pays its part of the rows of all.
         num_steps: steps observed so far.
-        may_measure: whether costs may be measured again if steps disprove them.
-        num_remeasured: how often that was done.
+        num_stored_steps: steps whose effect on ``costs`` is stored for the next start.
     """
 
     costs: LiveCosts
@@ -88,19 +87,17 @@ class Speculation:
     rules: dict[int, Rule] = field(default_factory=dict)
     sharers: int = 1
     num_steps: int = 0
-    may_measure: bool = False
-    num_remeasured: int = 0
+    num_stored_steps: int = 0
 
     @classmethod
     def guess(cls, num_draft_tokens: int) -> Speculation:
-        """Where nothing is known yet."""
+        """Start from nothing, for one answer, which is too short for plain steps to begin with."""
         acceptance = Acceptance([UNKNOWN] * max(num_draft_tokens, 1))
-        return cls(LiveCosts(UNMEASURED), acceptance)
+        return cls(LiveCosts(replace(GPU_GUESS, is_guess=False)), acceptance)
 
-    def take_costs(self, curve: CostCurve) -> None:
-        """Go on with costs that were measured again; what is known of drafts stays."""
-        self.costs, self.rules = LiveCosts(curve), {}
-        self.num_remeasured += 1
+    def replace_costs(self, curve: CostCurve) -> None:
+        """Start again from other costs; acceptance estimates stay."""
+        self.costs, self.rules, self.num_stored_steps = LiveCosts(curve), {}, 0
 
     def repeatable(self) -> Speculation:
         """What was known before the first step: plans from it depend on no clock and no history."""
@@ -149,6 +146,9 @@ class AutoPlanner:
             match: ids that matched for them.
         """
         rule = self._best_rule(context)
+        may_set_pace = num_pending == 1 and self._known.sharers == 1
+        if may_set_pace and self._known.costs.needs_plain_steps:
+            return _decide(StepPlan(0, (0,)), rule, 1, room, source="", holds=rule.holds)
         waiting = min(num_waiting, self.num_draft_tokens, room - 1)
         is_probe = self._is_probe(rule, waiting, room)
         if num_found and num_pending == 1 and not is_probe:

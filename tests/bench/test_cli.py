@@ -55,6 +55,7 @@ def tune_nothing(patch: pytest.MonkeyPatch) -> None:
         return model.speculation
 
     patch.setattr(modes, "speculation_for", guess)
+    patch.setattr(modes, "calibrate", guess)
 
 
 def invoke(*args: Any) -> Result:

@@ -18,10 +18,10 @@ from mlx_mtp.apps.engine.scheduler import Scheduler
 from mlx_mtp.apps.engine.session import Bench, answer
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.apps.engine.tool_calls import ToolCallReader
-from mlx_mtp.calibration.stored_costs import kept_costs, speculation_for
+from mlx_mtp.calibration.stored_costs import calibrate, measured_costs, speculation_for
 from mlx_mtp.decoding.sharing import run_together
 from mlx_mtp.generate import chat_text, generate
-from mlx_mtp.planning.costs import UNMEASURED
+from mlx_mtp.planning.costs import GPU_GUESS
 from tests.helpers.fixtures_generate import EOS, TEMPLATE, byte_tokenizer, ids_of
 from tests.helpers.tiny import BYTE_VOCAB, tiny_mtp
 
@@ -74,7 +74,7 @@ class Turns:
 
     def __init__(self, bench: Bench) -> None:
         self.messages: list[dict[str, Any]] = []
-        self.known = speculation_for(bench.model, measure=False)
+        self.known = speculation_for(bench.model)
         self.scheduler = Scheduler(
             prepare=lambda values: prepare(values, bench.model, bench.tokenizer),
             begin=lambda prepared: answer(prepared, bench),
@@ -379,16 +379,15 @@ def test_ids_look_like_their_bytes():
     assert [(each["token"], each["top_logprobs"]) for each in found] == [("A", []), ("B", [])]
 
 
-def test_costs_that_steps_disprove_are_doubted_behind_the_answer(bench, monkeypatch, tmp_path):
+def test_costs_that_steps_disprove_are_discarded_after_the_answer(bench, monkeypatch, tmp_path):
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
-    minutes = replace(UNMEASURED, forward_ms=((6e4,) * 5,))
+    minutes = replace(GPU_GUESS, forward_ms=((6e4,) * 6,), is_guess=False)
     monkeypatch.setattr("mlx_mtp.calibration.stored_costs.measure_costs", lambda *_, **__: minutes)
     monkeypatch.setattr(bench.model, "speculation", None)
-    kept_costs(bench.model)
-    known = speculation_for(bench.model, measure=False)
+    calibrate(bench.model)
+    known = speculation_for(bench.model)
     for _ in range(16):
         known.costs.observe(rows=1, largest_group=0, context=0, ms=0.01)
-    (file,) = (tmp_path / "costs").iterdir()
-    assert not json.loads(file.read_text())["disturbed"]
+    assert measured_costs(bench.model) == minutes
     run(bench, job("Why?"))
-    assert json.loads(file.read_text())["disturbed"]
+    assert measured_costs(bench.model) is None

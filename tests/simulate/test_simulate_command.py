@@ -161,7 +161,7 @@ class TestCommand:
         where = ("--model", model, "--adapter-path", adapter)
         (tmp_path / "cache" / "costs").mkdir(parents=True)
         (tmp_path / "cache" / "costs" / "of-another.json").write_text(json.dumps(CURVE.to_dict()))
-        assert "no costs are kept for" in failure("--here", *where)
+        assert "no step costs are stored for" in failure("--here", *where)
 
     def test_records_what_it_replays(self, tmp_path: Path) -> None:
         model, adapter = save_tiny_pair(tmp_path)
