@@ -257,7 +257,7 @@ def poison(name: str, value: float) -> Callable[[MTPConfig, Weights], MTPConfig]
 
 Change = Callable[[MTPConfig, Weights], MTPConfig]
 BROKEN_ADAPTERS: dict[str, tuple[Change, str]] = {
-    "nan": (poison(f"{Q_PROJ}.lora_a", float("nan")), f"{Q_PROJ}.lora_a holds NaN"),
+    "nan": (poison(f"{Q_PROJ}.lora_a", float("nan")), f"{Q_PROJ}.lora_a has NaN"),
     "infinite": (poison(MASK_EMBEDDINGS, float("inf")), "mask_embeddings has NaN or infinite"),
     "unknown tensor": (
         damaged(lambda w: w.update(extra=mx.zeros((2, 2)))),
