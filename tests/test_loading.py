@@ -143,7 +143,9 @@ def test_a_hub_id_is_downloaded(pair: tuple[Path, Path], monkeypatch: pytest.Mon
 
     monkeypatch.setattr("mlx_mtp.loading.snapshot_download", fail)
     found = refused("some-one/some-model")
-    assert found.startswith("cannot find model some-one/some-model locally or on") and "net" in found
+    assert (
+        found.startswith("cannot find model some-one/some-model locally or on") and "net" in found
+    )
 
 
 BROKEN_MODELS: dict[str, tuple[str, Callable[[Path], Any], str]] = {
