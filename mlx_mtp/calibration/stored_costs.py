@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten
 from mlx_mtp.backends.cpu.blas import BLAS
 from mlx_mtp.backends.device import gpu_info, gpu_marks, machine_name
 from mlx_mtp.backends.metal.choice import SWITCH
-from mlx_mtp.drafting.lookup import LONGEST_LOOKUP
+from mlx_mtp.calibration.per_model import PerModel
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.acceptance import UNKNOWN, Acceptance
 from mlx_mtp.planning.auto import Speculation
@@ -36,6 +36,7 @@ from mlx_mtp.planning.costs import (
     CostCurve,
     LiveCosts,
 )
+from mlx_mtp.planning.lookup import MAX_LOOKUP_TOKENS
 from mlx_mtp.storage.keyed_cache import KeyedCache
 from mlx_mtp.storage.package import package_version
 
@@ -44,6 +45,9 @@ CONTEXTS = (64, 1024)
 ROUNDS = 2
 STORE_STEPS = 16  # new steps after which it is worth storing what they taught
 _CORRECTIONS = "corrections"
+
+SPECULATIONS: PerModel[Speculation] = PerModel()
+"""What the planner knows about each loaded model."""
 
 OnStatus = Callable[[str], None]
 
@@ -69,7 +73,7 @@ def measure_costs(
 
     k, half = model.num_draft_tokens, max((model.max_context or 2**62) // 2, 1)
     contexts = sorted({min(context, half) for context in contexts})
-    useful = max((k + 1) ** 2, LONGEST_LOOKUP + 1)
+    useful = max((k + 1) ** 2, MAX_LOOKUP_TOKENS + 1)
     rows = [count for count in ROWS if count <= min(useful, half)]
     lines, disturbed = [], False
     bench = StepBench(model, contexts[0])
@@ -110,8 +114,8 @@ def calibrate(
     if curve.disturbed and earlier is not None:
         curve = curve.least(earlier)
     _cache(model).write(curve.to_dict())
-    if model.speculation is not None:
-        model.speculation.replace_costs(guessed_costs() if curve.disturbed else curve)
+    if known := SPECULATIONS.get(model):
+        known.replace_costs(guessed_costs() if curve.disturbed else curve)
     return curve
 
 
@@ -130,17 +134,17 @@ def speculation_for(model: MTPModel) -> Speculation:
     It starts from the stored measurement and corrections, or from a guess if there is none or the
     measurement was disturbed.
     """
-    if model.speculation is None:
+    known = SPECULATIONS.get(model)
+    if known is None:
         stored = _cache(model).read(_decode)
         if stored is None or stored.curve.disturbed:
             stored = LiveCosts(guessed_costs())
         shares = model.config.acceptance if model.config else ()
         unknown = [UNKNOWN] * max(model.num_draft_tokens, 1)
         prior = Acceptance.from_shares(shares) if shares else Acceptance(unknown)
-        model.speculation = Speculation(
-            stored, prior, num_stored_steps=stored.corrections.num_steps
-        )
-    return model.speculation
+        known = Speculation(stored, prior, num_stored_steps=stored.corrections.num_steps)
+        SPECULATIONS.set(model, known)
+    return known
 
 
 def store_learned(model: MTPModel) -> None:
@@ -149,7 +153,7 @@ def store_learned(model: MTPModel) -> None:
     A measurement that they disproved is discarded in favour of a guess, which learns quickly.  If
     another process has measured meanwhile, its measurement is used from now on.
     """
-    known = model.speculation
+    known = SPECULATIONS.get(model)
     if known is None:
         return
     num_new_steps = known.costs.corrections.num_steps - known.num_stored_steps

@@ -11,6 +11,7 @@ import pytest
 from mlx_mtp.calibration import stored_costs
 from mlx_mtp.calibration.step_timer import wide_step
 from mlx_mtp.calibration.stored_costs import (
+    SPECULATIONS,
     calibrate,
     curve_lines,
     guessed_costs,
@@ -40,7 +41,7 @@ def weights() -> MTPModel:
 @pytest.fixture
 def model(weights: MTPModel) -> MTPModel:
     """A model whose planner knows nothing yet."""
-    weights.speculation = None
+    SPECULATIONS.forget(weights)
     return weights
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from mlx_mtp.calibration.step_timer import Round, StepBench
 from mlx_mtp.calibration.stored_costs import (
+    SPECULATIONS,
     calibrate,
     curve_lines,
     guessed_costs,
@@ -84,7 +85,7 @@ def started(weights: MTPModel, machine: Machine) -> Callable[[], MTPModel]:
     del machine
 
     def start() -> MTPModel:
-        weights.speculation = None
+        SPECULATIONS.forget(weights)
         return weights
 
     return start
@@ -97,7 +98,7 @@ def plain_ms(curve: CostCurve | None) -> float:
 
 def decode_plainly(model: MTPModel, *, steps: int, slower: float = 1.0) -> None:
     """Plain steps, as the decoder reports them to the planner."""
-    known = model.speculation
+    known = SPECULATIONS.get(model)
     assert known is not None
     for _ in range(steps):
         known.costs.observe(rows=1, largest_group=0, context=70, ms=slower * true_ms(1))
@@ -179,7 +180,7 @@ class TestALoadThatCannotBeSeen:
         for _ in range(100):
             decode_plainly(model, steps=1)
             decode_plainly(model, steps=1, slower=3.0)
-        assert not model.speculation.costs.is_disproved
+        assert not speculation_for(model).costs.is_disproved
 
     def test_cannot_be_where_costs_are_guessed(self, started) -> None:
         known = speculation_for(started())
@@ -254,9 +255,9 @@ class TestWhatStepsTeach:
         model = started()
         known = speculation_for(model)
         decode_plainly(model, steps=20)
-        model.speculation = None  # another process, which measures
+        SPECULATIONS.forget(model)  # another process, which measures
         theirs = calibrate(model)
-        model.speculation = known
+        SPECULATIONS.set(model, known)
         store_learned(model)
         assert measured_costs(model) == known.costs.curve == theirs
 
