@@ -31,7 +31,7 @@ from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.lab.tokens_per_step import stamp
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.plan import LAYOUTS
-from mlx_mtp.terminal import BadInput, Progress, one_line
+from mlx_mtp.terminal import BadInput, Status, one_line
 
 
 @dataclass(frozen=True)
@@ -194,10 +194,10 @@ def run(
     loaded, tokenizer = load(model, adapter_path=adapter_path)
     results = {}
     for count in counts:
-        with Progress("Measuring ...", delay_s=0) as line:
+        with Status("Measuring ...", delay_s=0) as line:
             runs = measure(
                 loaded, _encoded(tokenizer, count), layouts=names, max_tokens=max_tokens,
-                rounds=rounds, say=line.say,
+                rounds=rounds, say=line.update,
             )  # fmt: skip
         results[count] = summarise(runs)
         for way, found in results[count].items():
