@@ -20,7 +20,7 @@ def tune(
     """Measure the cost of a step on this machine by its number of rows.
 
     Layout auto plans with these costs. They are stored in the cache folder by machine, model and
-    versions. Without them auto starts from a safe guess and learns from the steps that run.
+    versions. Without them auto starts from a safe estimate and learns from the steps that run.
     """
     from mlx_mtp.calibration.stored_costs import calibrate, curve_lines
     from mlx_mtp.loading import load
