@@ -90,7 +90,9 @@ class TestAgainstTheDecoder:
                 len(steps),
                 sum(step.num_rows for step in steps[1:]),
             )
-        assert decoding.acceptance.draft_probs() == pytest.approx(replaying.acceptance.draft_probs())
+        assert decoding.acceptance.draft_probs() == pytest.approx(
+            replaying.acceptance.draft_probs()
+        )
 
 
 class TestReplay:
