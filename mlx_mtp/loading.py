@@ -7,6 +7,8 @@ its adapter in ``adapter/``; such a bundle needs no ``adapter_path``.
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,6 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from mlx_lm import utils as lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.backends.metal.setup import set_up_kernels
 from mlx_mtp.model.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_config
@@ -30,7 +33,7 @@ from mlx_mtp.storage.default_model import (
 )
 from mlx_mtp.storage.folders import without_wildcards
 from mlx_mtp.storage.safetensors import check_safetensors, read_safetensors
-from mlx_mtp.terminal import first_line
+from mlx_mtp.terminal import Status, first_line
 
 HUB_FILES = (
     "*.json", "*.safetensors", "*.txt", "*.jsonl", "*.jinja", "tokenizer.model", "*.py"
@@ -76,6 +79,35 @@ def load(
         model = _with_adapter(base, name, adapter, shown=adapter_path or str(adapter))
     if kernels:
         set_up_kernels(model.base, tell=progress or (lambda line: None))
+    return model, tokenizer
+
+
+def load_with_status(
+    path_or_hf_repo: str | None = None, *, extra_eos_token: Sequence[str] = (), **options: Any
+) -> tuple[MTPModel, TokenizerWrapper]:
+    """Load a model as ``load`` does; show a status line and hints on stderr.
+
+    Args:
+        path_or_hf_repo: folder or hub id; None is the embedded default model.
+        extra_eos_token: more tokens that end an answer, by text or id.
+        options: more arguments of ``load``.
+
+    Raises:
+        ValueError: the model or adapter cannot be used, or an end token does not exist.
+    """
+    with Status("Loading the model ...") as status:
+        model, tokenizer = load(path_or_hf_repo, progress=status.update, **options)
+    for token in extra_eos_token:
+        known = tokenizer.get_vocab().values() if token.isdecimal() else tokenizer.get_vocab()
+        if (int(token) if token.isdecimal() else token) not in known:
+            raise ValueError(f"--extra-eos-token {token}: the tokenizer has no such token")
+        tokenizer.add_eos_token(token)
+    if options.get("mtp", True) and model.config is None:
+        line = f"{model.name} has no MTP adapter: it generates one token per step"
+        print(line, file=sys.stderr)
+    on_cpu = mx.default_device() == mx.Device(mx.DeviceType.cpu)
+    if BLAS == "reference" and SWITCH not in os.environ and on_cpu and sys.stderr.isatty():
+        print("hint: install OpenBLAS (libopenblas0-pthread) for speed", file=sys.stderr)
     return model, tokenizer
 
 

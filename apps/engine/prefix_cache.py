@@ -22,7 +22,7 @@ class Entry:
     Attributes:
         ids: the ids in it.
         cache: the keys and values.
-        nbytes: the memory they take.
+        nbytes: their memory.
     """
 
     ids: list[int]
@@ -45,14 +45,14 @@ class PrefixCache:
 
     @property
     def nbytes(self) -> int:
-        """Memory that the kept caches take."""
+        """Memory of the stored caches."""
         return sum(entry.nbytes for entry in self._entries)
 
     def __len__(self) -> int:
         return len(self._entries)
 
     def take(self, ids: list[int]) -> tuple[MTPCache, int] | None:
-        """Take the cache that shares most with ``ids``, or a copy of it, rewound to that.
+        """Take the cache with the longest shared prefix, or a copy of it, rewound to that prefix.
 
         Returns:
             The cache and the number of ids in it, always fewer than ``ids`` has; None if no cache
@@ -100,5 +100,5 @@ def shared_prefix(one: list[int], other: list[int]) -> int:
 
 
 def cache_bytes(cache: Any) -> int:
-    """Memory that the keys and values of a cache take."""
+    """Return the memory of a cache's keys and values."""
     return sum(layer.inner.nbytes for layer in cache.layers)

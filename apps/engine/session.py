@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.apps.engine.prefix_cache import PrefixCache
 from mlx_mtp.apps.engine.preparing import Prepared
-from mlx_mtp.apps.engine.protocol import Message
+from mlx_mtp.apps.engine.protocol import Finished, Group, JobMessage, Prefill, Started
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.apps.engine.tool_calls import ToolCallReader
 from mlx_mtp.calibration.stored_costs import store_learned
@@ -87,19 +86,15 @@ class Session:
             mtp=drafts_tokens(model, config),
         )
 
-    def started(self) -> Message:
+    def started(self) -> Started:
         """The first message."""
-        return {
-            "type": "started",
-            "prompt_tokens": len(self._job.ids),
-            "cached_tokens": self._num_cached,
-        }
+        return Started(prompt_tokens=len(self._job.ids), cached_tokens=self._num_cached)
 
     def plan(self) -> Step:
         """Plan the next step; a step that is not run leaves the cache as it was."""
         return self._request.plan()
 
-    def commit(self, outcome: Outcome) -> list[Message]:
+    def commit(self, outcome: Outcome) -> list[JobMessage]:
         """Take in the outcome of the planned step.
 
         Returns:
@@ -110,7 +105,7 @@ class Session:
         """
         step = self._request.commit(outcome)
         if not step.tokens:
-            return [{"type": "prefill", "done": self._request.cache.offset}]
+            return [Prefill(done=self._request.cache.offset)]
         group, reason = self._group(step)
         self.finished = reason is not None
         return [group, self._finished(reason)] if reason else [group]
@@ -122,36 +117,34 @@ class Session:
         if self.finished:
             store_learned(self._engine.model)
 
-    def _group(self, step: StepResult) -> tuple[Message, str | None]:
+    def _group(self, step: StepResult) -> tuple[Group, str | None]:
         """The message of a step up to a stop string, and why the answer ends with it."""
         pieces = list(self._text.pieces(step, self._meter))
         count, reason = len(pieces), pieces[-1].finish_reason
         text = "".join(piece.text for piece in pieces)
         if self._tools:
             text = self._tools.push(text) + (self._tools.finish() if reason else "")
-        message: Message = {
-            "type": "group",
-            "text": text,
-            "tokens": count,
-            "accepted": min(step.num_accepted, count),
-            "drafted": step.num_draft_tokens,
-            "source": step.source,
-        }
+        message = Group(
+            text=text,
+            tokens=count,
+            accepted=min(step.num_accepted, count),
+            drafted=step.num_draft_tokens,
+            source=step.source,
+        )
         if self._job.pieces:
-            texts = [piece.text for piece in pieces]
-            message |= {"pieces": texts, "ids": step.tokens[:count]}
+            message.pieces = [piece.text for piece in pieces]
+            message.ids = step.tokens[:count]
         if self._job.top_logprobs is not None:
-            message["logprobs"] = self._engine.texts.entries(
+            message.logprobs = self._engine.texts.entries(
                 step.tokens[:count], step.logprobs[:count], self._job.top_logprobs
             )
         return message, reason
 
-    def _finished(self, reason: str) -> Message:
-        calls: list[Any] = self._tools.calls if self._tools else []
-        return {
-            "type": "finished",
-            "reason": "tool_calls" if calls and reason == "stop" else reason,
-            "stop_string": self._text.stop_string,
-            "tool_calls": calls,
-            "stats": GenerationStats(**self._meter.counts()).stats_dict(),
-        }
+    def _finished(self, reason: str) -> Finished:
+        calls = self._tools.calls if self._tools else []
+        return Finished(
+            reason="tool_calls" if calls and reason == "stop" else reason,
+            stop_string=self._text.stop_string,
+            tool_calls=calls,
+            stats=GenerationStats(**self._meter.counts()).stats_dict(),
+        )

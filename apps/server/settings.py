@@ -67,7 +67,7 @@ class Settings:
             raise ValueError("the API key is empty")
         if not is_loopback(self.host) and self.api_key is None:
             raise ValueError(
-                f"--host {self.host} can be reached from other machines: give --api-key too"
+                f"--host {self.host} can be reached from other machines and needs --api-key"
             )
         for origin in self.allowed_origins:
             parts = urlsplit(origin)
@@ -75,22 +75,22 @@ class Settings:
                 raise ValueError(f"--allowed-origins {origin!r} is not scheme://host[:port]")
 
     def knows_host(self, header: str) -> bool:
-        """Whether a ``Host`` header names this server; a web page cannot forge one that does."""
+        """Whether a ``Host`` header, which a web page cannot forge, is a name of this server."""
         name = host_name(header)
         known = {*LOOPBACK_NAMES, self.host, *self.allowed_hosts}
-        if name in {each.lower() for each in known}:
+        if name in map(str.lower, known):
             return True
         if is_loopback(self.host):
             return False
         return _is_address(name) or name in (socket.gethostname().lower(), socket.getfqdn().lower())
 
     def knows_origin(self, origin: str, host: str) -> bool:
-        """Whether a page of that origin may use the server: its own, or an allowed one."""
+        """Whether an origin is the server's own or an allowed one."""
         return origin in self.allowed_origins or origin.lower() == f"http://{host.lower()}"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
+    """Whether an address can only be reached from this machine."""
     if host == "localhost":
         return True
     try:
@@ -100,7 +100,7 @@ def is_loopback(host: str) -> bool:
 
 
 def host_name(header: str) -> str:
-    """The name in a ``Host`` header, without port and brackets; empty where it is malformed."""
+    """Return the name in a ``Host`` header without port and brackets; empty if malformed."""
     try:
         return urlsplit(f"//{header}").hostname or ""
     except ValueError:

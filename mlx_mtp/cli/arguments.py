@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.terminal import Status
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -43,42 +39,13 @@ def load_model(
     Raises:
         ValueError: the model or adapter cannot be used, or an end token does not exist.
     """
-    from mlx_mtp.loading import load
+    from mlx_mtp.loading import load_with_status
 
-    with Status("Loading the model ...") as status:
-        model, tokenizer = load(
-            options["model"],
-            adapter_path=options["adapter_path"],
-            tokenizer_config=tokenizer_config,
-            trust_remote_code=options["trust_remote_code"],
-            mtp=options["mtp"],
-            progress=status.update,
-        )
-    for token in options["extra_eos_token"]:
-        _add_eos_token(tokenizer, token)
-    if options["mtp"] and model.config is None:
-        line = f"{model.name} has no MTP adapter: it generates one token per step"
-        print(line, file=sys.stderr)
-    _hint_at_blas()
-    return model, tokenizer
-
-
-def _add_eos_token(tokenizer: TokenizerWrapper, token: str) -> None:
-    """Let a token, by text or id, end an answer."""
-    vocabulary = tokenizer.get_vocab().values() if token.isdecimal() else tokenizer.get_vocab()
-    if (int(token) if token.isdecimal() else token) not in vocabulary:
-        raise ValueError(f"--extra-eos-token {token}: the tokenizer has no such token")
-    tokenizer.add_eos_token(token)
-
-
-def _hint_at_blas() -> None:
-    """Print on a terminal that a faster BLAS can be installed."""
-    import mlx.core as mx
-
-    if (
-        BLAS == "reference"
-        and SWITCH not in os.environ
-        and mx.default_device() == mx.Device(mx.DeviceType.cpu)
-        and sys.stderr.isatty()
-    ):
-        print("hint: install OpenBLAS (libopenblas0-pthread) for speed", file=sys.stderr)
+    return load_with_status(
+        options["model"],
+        adapter_path=options["adapter_path"],
+        tokenizer_config=tokenizer_config,
+        trust_remote_code=options["trust_remote_code"],
+        mtp=options["mtp"],
+        extra_eos_token=options["extra_eos_token"],
+    )

@@ -327,9 +327,9 @@ def test_no_limit_ends_at_the_models_context() -> None:
     ("prompt", "options", "message"),
     [
         ([], {}, "the prompt is empty"),
-        ([1, 64], {}, "prompt holds the id 64, the vocabulary has 64 ids"),
-        ([-1], {}, "prompt holds the id -1"),
-        ([1], {"sampling": Sampling(logit_bias={99: 1.0})}, "logit_bias holds the id 99"),
+        ([1, 64], {}, "prompt contains the id 64, but the vocabulary has 64 ids"),
+        ([-1], {}, "prompt contains the id -1"),
+        ([1], {"sampling": Sampling(logit_bias={99: 1.0})}, "logit_bias contains the id 99"),
         ([1], {"num_draft_tokens": 5}, "num_draft_tokens is 5, .* trained for 4"),
         ([1], {"num_draft_tokens": -1}, "num_draft_tokens must be at least 0, got -1"),
         ([1], {"max_tokens": 0}, "max_tokens must be at least 1, .* got 0"),

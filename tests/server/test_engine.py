@@ -14,6 +14,7 @@ import pytest
 from mlx_mtp.apps.engine.penalties import answer_penalty
 from mlx_mtp.apps.engine.prefix_cache import PrefixCache, shared_prefix
 from mlx_mtp.apps.engine.preparing import Refusal, prepare
+from mlx_mtp.apps.engine.protocol import Cancel, Job, Submit
 from mlx_mtp.apps.engine.scheduler import Scheduler
 from mlx_mtp.apps.engine.session import Engine, Session
 from mlx_mtp.apps.engine.token_text import TokenTexts
@@ -30,7 +31,7 @@ from mlx_mtp.generate import chat_text, generate
 from mlx_mtp.planning.costs import GPU_GUESS
 from tests.helpers.fixtures_generate import EOS, TEMPLATE, byte_tokenizer, ids_of
 from tests.helpers.tiny import BYTE_VOCAB, tiny_mtp
-from tests.server.sessions import messages_of
+from tests.server.sessions import as_sent, messages_of
 
 PROMPTS = ["Say a word about rain.", "One, two, three, four, one, two, three,", "Why?", "abcabcabc"]
 
@@ -78,15 +79,15 @@ class Turns:
     def __init__(self, engine: Engine) -> None:
         self.messages: list[dict[str, Any]] = []
         self.scheduler = Scheduler(
-            prepare=lambda values: prepare(values, engine.model, engine.tokenizer),
+            prepare=lambda values: prepare(Job.from_dict(values), engine.model, engine.tokenizer),
             begin=lambda prepared: Session(prepared, engine),
             group=StepGrouper(engine.model, engine.speculation).groups,
             run=lambda steps: step.run(engine.model, steps),
-            send=self.messages.append,
+            send=lambda message: self.messages.append(as_sent(message)),
         )
 
     def submit(self, number: int, values: dict[str, Any]) -> None:
-        self.scheduler.receive({"type": "submit", "id": number, "job": values})
+        self.scheduler.receive(Submit(id=number, job=values))
 
     def wait_until_prepared(self, count: int) -> None:
         """So that all of the jobs submitted are there when the first begins."""
@@ -94,7 +95,7 @@ class Turns:
             time.sleep(0.001)
 
     def cancel(self, number: int) -> None:
-        self.scheduler.receive({"type": "cancel", "id": number})
+        self.scheduler.receive(Cancel(id=number))
 
     def run(self, count: int) -> None:
         """Go on until so many jobs have ended."""
@@ -196,7 +197,8 @@ def test_a_cancelled_answer_leaves_a_whole_cache(engine):
     turns.cancel(0)
     turns.submit(1, job("y" * 100))
     turns.run(2)
-    assert turns.of(0)[-1] == {"type": "finished", "id": 0, "reason": "cancelled"}
+    last = {"type": "finished", "id": 0, "reason": "cancelled"}
+    assert turns.of(0)[-1] == last | {"tool_calls": [], "stats": {}}
     assert turns.of(1)[0]["cached_tokens"] > 8
     assert text_of(turns.of(1)) == expected(engine, "y" * 100)
 
@@ -300,14 +302,14 @@ def test_penalties_count_the_answer_only():
         ({"prompt": ""}, "prompt", "empty"),
         ({"prompt": [1, 999]}, "prompt", "999"),
         ({"prompt": "x" * 600}, "prompt", "takes fewer than 512"),
-        ({"prompt": "x", "logit_bias": {"260": 1.0}}, "logit_bias", "260"),
+        ({"prompt": "x", "logit_bias": {260: 1.0}}, "logit_bias", "260"),
         ({"prompt": "x", "num_draft_tokens": 9}, "num_draft_tokens", "9"),
         ({"prompt": "x", "top_p": 2.0}, None, "top_p"),
     ],
 )
 def test_jobs_that_cannot_be_done_are_refused(engine, values, param, word):
     with pytest.raises(Refusal, match=word) as refusal:
-        prepare({"max_tokens": 5} | values, engine.model, engine.tokenizer)
+        prepare(Job(max_tokens=5, **values), engine.model, engine.tokenizer)
     assert refusal.value.param == param
 
 
@@ -373,7 +375,7 @@ def test_tools_reach_the_template(engine):
     template = TEMPLATE + "{% if tools %}{{ tools[0]['function']['name'] }}{% endif %}"
     tokenizer = byte_tokenizer(template=template)
     tools = [{"type": "function", "function": {"name": "add"}}]
-    prepared = prepare(job("hi", tools=tools), engine.model, tokenizer)
+    prepared = prepare(Job.from_dict(job("hi", tools=tools)), engine.model, tokenizer)
     assert prepared.ids[-3:] == ids_of("add") and prepared.tools == tools
 
 
