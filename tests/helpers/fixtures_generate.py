@@ -164,6 +164,8 @@ def _steps(
         cache.ids += tokens[:-1] if fed else [answer[done - len(tokens) - 1], *tokens[:-1]]
         reason = "stop" if stops else "length" if done == limit else None
         drafts = 0 if fed or model.k is None else size
+        if options["explain"]:
+            options["explain"](f"step: {len(tokens)} tokens")
         yield SimpleNamespace(
             tokens=tokens,
             num_draft_tokens=drafts,

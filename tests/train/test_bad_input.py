@@ -63,7 +63,7 @@ def test_data_that_are_not_there(tmp_path, loop):
         (("--adapter-path", "OUT", "--iters", "0"), "Invalid value for '--iters'"),
         (("--adapter-path", "OUT", "--held-out", "1"), "Invalid value for '--held-out'"),
         (("--adapter-path", "OUT", "--learning-rate", "nan"), "learning_rate must be above 0"),
-        (("--adapter-path", "OUT", "--learning-rate", "0"), "learning_rate must be above 0"),
+        (("--adapter-path", "OUT", "--learning-rate", "0"), "0.0 is not in the range x>0"),
         (("--adapter-path", "OUT", "--target-modules", ","), "must name at least one layer"),
         (("--adapter-path", "OUT", "--val-batches", "0"), "val_batches must be at least 1"),
         (("--adapter-path", "OUT", "--teacher", "me"), "Invalid value for '--teacher'"),

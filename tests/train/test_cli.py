@@ -13,10 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_mtp.cli.train import TEACHERS, train
 from mlx_mtp.train.data.records import read_jsonl
-from mlx_mtp.train.settings import TEACHERS as ALL_TEACHERS
-from mlx_mtp.train.settings import TrainSettings
 from tests.helpers.tiny import save_tiny_model, save_tiny_pair
 from tests.train.kill_script import (
     SMALL,
@@ -30,19 +27,6 @@ from tests.train.kill_script import (
 )
 
 __all__ = ["loop"]
-
-
-def test_defaults_in_the_help_are_those_of_the_settings():
-    flags = {"grad_checkpoint", "target_modules", "sampler", "gate"}
-    shown = {each.name: re.findall(r"default: ([\d.]+)\]", each.help or "")  # type: ignore
-             for each in train.params}  # fmt: skip
-    for field in dataclasses.fields(TrainSettings):
-        if field.name in shown.keys() - flags - {"teacher"}:
-            assert [float(each) for each in shown[field.name]] == [field.default], field.name
-    assert TEACHERS == ALL_TEACHERS
-    helped = invoke("--help").output
-    assert helped.index("Model and run:") < helped.index("Data:") < helped.index("Training:")
-    assert "[default: argmax]" in " ".join(helped.split())
 
 
 def test_the_model_writes_text_and_is_trained_on_it(tmp_path, loop):
@@ -200,11 +184,11 @@ def test_options_may_stand_in_a_file(tmp_path, loop):
         ("iter: 3", "unknown option 'iter'"),
         ("iters: many", "iters: 'many' is not a valid integer"),
         ("iters: 0", "iters: 0 is not in the range"),
-        ("iters: 1.5", "iters: 1.5 is not what this option takes"),
-        ("iters: true", "iters: True is not what this option takes"),
-        ("no_gate: 1", "no_gate: 1 is not what this option takes"),
+        ("iters: 1.5", "iters: 1.5 is not a value of this option"),
+        ("iters: true", "iters: True is not a value of this option"),
+        ("no_gate: 1", "no_gate: 1 is not a value of this option"),
         ("config: other.yaml", "unknown option 'config'"),
-        ("- a\n- b", "must hold options"),
+        ("- a\n- b", "must contain options"),
         ("a: [", "is not YAML"),
     ],
 )
