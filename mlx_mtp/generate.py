@@ -29,7 +29,7 @@ from mlx_mtp.stats import RULE, GenerationStats, StatsMeter
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from mlx_mtp.decoding.request import StepResult
+    from mlx_mtp.decoding.step import StepResult
     from mlx_mtp.model.cache import MTPCache
     from mlx_mtp.model.mtp_model import MTPModel
 

@@ -95,7 +95,7 @@ def _load(options: Message, send: Any) -> Any:
         model=model,
         tokenizer=tokenizer,
         speculation=speculation,
-        prefixes=PrefixCache(most_bytes=options["prefix_cache_bytes"]),
+        prefixes=PrefixCache(max_bytes=options["prefix_cache_bytes"]),
         texts=TokenTexts(tokenizer),
         prefill_step_size=options["prefill_step_size"],
         lookup=options["lookup"],

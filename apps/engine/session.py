@@ -13,8 +13,8 @@ from mlx_mtp.apps.engine.protocol import Message
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.apps.engine.tool_calls import ToolCallReader
 from mlx_mtp.calibration.stored_costs import doubt_disproved
-from mlx_mtp.decoding.request import Request, StepResult
-from mlx_mtp.decoding.step import Outcome, Step
+from mlx_mtp.decoding.setup import make_request
+from mlx_mtp.decoding.step import Outcome, Step, StepResult
 from mlx_mtp.generate import TextStream, drafts_tokens
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
@@ -66,7 +66,7 @@ class Session:
         config = replace(
             job.config, lookup=engine.lookup, prefill_step_size=engine.prefill_step_size
         )
-        self._request = Request(
+        self._request = make_request(
             model,
             ids[self._num_cached :],
             config,

@@ -31,7 +31,7 @@ from mlx_mtp.backends.metal.choice import SWITCH
 from mlx_mtp.calibration.per_model import PerModel
 from mlx_mtp.calibration.step_timer import StepBench
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.planning.acceptance import UNKNOWN, Acceptance
+from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.planning.costs import UNMEASURED, CostCurve, LiveCosts
 from mlx_mtp.planning.lookup import MAX_LOOKUP_TOKENS
@@ -163,7 +163,7 @@ def speculation_for(
         curve = kept_costs(model, measure=measure, say=say) or UNMEASURED
         shares = model.config.acceptance if model.config else ()
         k = model.num_draft_tokens
-        prior = Acceptance.from_shares(shares) if shares else Acceptance([UNKNOWN] * max(k, 1))
+        prior = Acceptance.from_shares(shares) if shares else Acceptance.unknown(k)
         known = Speculation(LiveCosts(curve), prior)
         SPECULATIONS.set(model, known)
     known.may_measure |= measure

@@ -24,6 +24,7 @@ from mlx_mtp.calibration.stored_costs import speculation_for
 from mlx_mtp.decoding.config import GenerationConfig
 from mlx_mtp.decoding.grouping import StepGrouper
 from mlx_mtp.decoding.request import Request
+from mlx_mtp.decoding.setup import make_request
 from mlx_mtp.decoding.step import Outcome, Step
 from mlx_mtp.decoding.step import run as run_steps
 from mlx_mtp.evaluation.prompts import builtin_prompts
@@ -127,7 +128,7 @@ def measure(
             say(f"{len(prompts)} answers, round {at + 1}/{rounds}: {layout} {way}")
             known.sharers = 1
             config = GenerationConfig(max_tokens=max_tokens, layout=layout)
-            requests = [Request(model, ids, config, speculation=known) for ids in prompts]
+            requests = [make_request(model, ids, config, speculation=known) for ids in prompts]
             runs[f"{layout} {way}"].append(answer_all(requests, ways[way]))
     return runs
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -72,3 +73,13 @@ def remove_drafts(folder: Path) -> None:
     for path in folder.iterdir():
         if _DRAFT.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+def hash_weights(folder: Path | None) -> dict[str, str]:
+    """sha256 of a folder's weights and configuration, by file name; empty without a folder."""
+    hashes = {}
+    for path in sorted(folder.iterdir()) if folder else ():
+        if path.suffix == ".safetensors" or path.name in ("config.json", "adapter_config.json"):
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes

@@ -155,7 +155,7 @@ class TestALoadThatCannotBeSeen:
         told: list[str] = []
         known = speculation_for(model)
         known.acceptance.observe(2, 2)
-        chances = known.acceptance.chances()
+        chances = known.acceptance.draft_probs()
         decode_plainly(model, steps=15)
         assert not doubt_disproved(model) and machine.measured == 1
         decode_plainly(model, steps=1)
@@ -163,7 +163,7 @@ class TestALoadThatCannotBeSeen:
         again = speculation_for(model, measure=False, say=told.append)
         assert again is known and machine.measured == 2 and "busy" in told[0]
         assert plain_ms(known.costs.curve) == true_ms(1) and not known.costs.is_disproved
-        assert list(known.acceptance.chances()) == list(chances)
+        assert list(known.acceptance.draft_probs()) == list(chances)
         decode_plainly(model, steps=50)
         assert speculation_for(model) is known and machine.measured == 2
 

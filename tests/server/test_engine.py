@@ -39,15 +39,15 @@ def engine() -> Engine:
         model=model,
         tokenizer=tokenizer,
         speculation=speculation_for(model, measure=False),
-        prefixes=PrefixCache(most_bytes=0),
+        prefixes=PrefixCache(max_bytes=0),
         texts=TokenTexts(tokenizer),
         prefill_step_size=8,
     )
 
 
-def kept(engine: Engine, most_bytes: int = 2**24) -> Engine:
+def kept(engine: Engine, max_bytes: int = 2**24) -> Engine:
     """The same engine with a cache of beginnings of its own."""
-    prefixes = PrefixCache(most_bytes=most_bytes)
+    prefixes = PrefixCache(max_bytes=max_bytes)
     return replace(engine, prefixes=prefixes)
 
 
@@ -327,7 +327,7 @@ def test_a_forward_that_fails_ends_those_in_it_and_keeps_nothing(engine, monkeyp
     for _ in range(16):
         turns.scheduler.turn()
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_mtp.decoding.step._fetch", lambda *_: 1 / 0)
+        patch.setattr("mlx_mtp.decoding.step._outcome", lambda *_: 1 / 0)
         turns.run(2)
     assert [turns.of(at)[-1]["type"] for at in range(2)] == ["failed", "failed"]
     assert len(engine.prefixes) == 0
