@@ -352,7 +352,7 @@ class TestNames:
         copy = named(sources[2], tmp_path / "checkpoint", "/home/alice/secret/base")
         out = tmp_path / "out"
         text = run("convert", "--hf-path", sources[0], "--mtp-path", copy, "--mlx-path", out)
-        assert "the checkpoint names /home/alice/secret/base as its base, taken was model" in text
+        assert "the checkpoint names base /home/alice/secret/base, model was used" in text
         assert read_config(out / "adapter").base_model == "model"
 
     def test_a_hub_id_that_the_checkpoint_names_is_kept(
@@ -376,7 +376,7 @@ class TestBaseModel:
     ) -> None:
         copy = named(sources[2], tmp_path / "checkpoint", None)
         line = failure("convert", "--mtp-path", copy, "--mlx-path", tmp_path / "out")
-        assert "does not name its base model; give it with --base-model" in line
+        assert "does not name its base model: specify it with --base-model" in line
 
     def test_another_model_is_refused(
         self, sources: tuple[Path, Path, Path], tmp_path: Path
