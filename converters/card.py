@@ -1,4 +1,4 @@
-"""Cards of what a conversion writes."""
+"""Model cards of converted folders."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def adapter_card(config: MTPConfig, *, licence: str | None, notes: Sequence[str]
     """Return the card of an adapter folder.
 
     Args:
-        config: the adapter's configuration.
-        licence: as the hub writes it.
-        notes: what the conversion had to assume, a line each.
+        config: configuration of the adapter.
+        licence: hub identifier of the licence.
+        notes: assumptions of the conversion, one line per item.
     """
     assumed = ["\n".join(["Assumed in the conversion:", "", *(f"- {note}" for note in notes)])]
     return model_card(
@@ -28,7 +28,7 @@ def adapter_card(config: MTPConfig, *, licence: str | None, notes: Sequence[str]
         facts=[
             config.describe(),
             *(assumed if notes else []),
-            "It acts on mask rows only and cannot be fused; mlx-lm alone does not load it.",
+            "It acts on mask rows only and cannot be fused; mlx-lm does not load it.",
         ],
         usage=[f"mlx-mtp generate --model {config.base_model} --adapter-path FOLDER --prompt TEXT"],
     )
@@ -41,9 +41,9 @@ def base_card(
 
     Args:
         name: hub id or plain name of the model.
-        result: what the conversion wrote.
+        result: result of the conversion.
         adapter: configuration of the adapter in ``adapter/``.
-        licence: as the hub writes it.
+        licence: hub identifier of the licence.
     """
     facts = [f"Converted to MLX by mlx-mtp from {name}."]
     if result is not None:
