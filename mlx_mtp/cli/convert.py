@@ -99,7 +99,7 @@ FORCE = option("--force", is_flag=True, show_default=False, help="Replace an exi
         help="License of the adapter, for its model card.",
         show_default="the checkpoint's",
     ),
-    option("--upload-repo", metavar="REPO", help="Upload the folder to this hub repository."),
+    option("--upload-repo", metavar="REPO", help="Upload the folder to this repository."),
     option(
         "--verify",
         is_flag=True,
