@@ -220,7 +220,7 @@ class DataSettings:
 
     data: str | None = _data(
         None,
-        "JSONL file, folder or Hugging Face id with prompts for the model to answer. Without it the "
+        "JSONL file, folder or Hugging Face id with prompts to answer. Without it the "
         "model writes the prompts too.",
     )
     as_is: bool = _data(False, "Train on the answers in the data.", flag="--data-as-is")
