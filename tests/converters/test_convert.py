@@ -322,20 +322,23 @@ class TestOutput:
 
 
 BAD_FLAGS = [
-    ([], "give --hf-path, --mtp-path or both"),
+    ([], "--hf-path, --mtp-path or both are required"),
     (["--mtp-path", "c", "-q"], "--quantize needs --hf-path"),
     (["--mtp-path", "c", "--dtype", "float16"], "--dtype needs --hf-path"),
     (["--mtp-path", "c", "--verify"], "--verify needs --hf-path"),
     (["--hf-path", "m", "--q-bits", "4"], "--q-bits needs -q"),
     (["--hf-path", "m", "--checkpoint-layout", "x"], "--checkpoint-layout needs --mtp-path"),
-    (["--hf-path", "m", "--licence", "mit"], "--licence needs --mtp-path"),
-    (["--hf-path", "m", "--base-model", "b"], "--base-model is for --mtp-path alone"),
+    (["--hf-path", "m", "--licence", "mit"], "--license needs --mtp-path"),
+    (["--hf-path", "m", "--base-model", "b"], "--base-model cannot be combined with --hf-path"),
     (["--mtp-path", ".", "--checkpoint-option", "alpha"], "--checkpoint-option must be KEY=VALUE"),
     (["--mtp-path", "/no/such/folder"], "checkpoint /no/such/folder does not exist"),
     (["--hf-path", "/no/such/folder"], "/no/such/folder"),
     (["--hf-path", "m", "--dtype", "int8"], "--dtype"),
     (["--hf-path", ""], "--hf-path is empty"),
-    (["--hf-path", "m", "--upload-repo", "bad name!!"], "--upload-repo 'bad name!!' is no name"),
+    (
+        ["--hf-path", "m", "--upload-repo", "bad name!!"],
+        "--upload-repo 'bad name!!' is not a repository name",
+    ),
 ]
 
 
