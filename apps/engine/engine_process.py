@@ -79,7 +79,7 @@ def _load(options: Message, send: Any) -> Any:
     from mlx_mtp.apps.engine.prefix_cache import PrefixCache
     from mlx_mtp.apps.engine.preparing import prepare
     from mlx_mtp.apps.engine.scheduler import Scheduler
-    from mlx_mtp.apps.engine.session import Bench, Session
+    from mlx_mtp.apps.engine.session import Engine, Session
     from mlx_mtp.apps.engine.token_text import TokenTexts
     from mlx_mtp.calibration.stored_costs import speculation_for
     from mlx_mtp.cli.arguments import load_model
@@ -91,7 +91,7 @@ def _load(options: Message, send: Any) -> Any:
     model, tokenizer = load_model(options)
     grammars = Grammars(tokenizer)
     speculation = speculation_for(model, measure=False)
-    bench = Bench(
+    engine = Engine(
         model=model,
         tokenizer=tokenizer,
         speculation=speculation,
@@ -103,7 +103,7 @@ def _load(options: Message, send: Any) -> Any:
     send(_ready(model, tokenizer) | {"load_s": round(time.monotonic() - began, 2)})
     return Scheduler(
         prepare=lambda job: prepare(job, model, tokenizer, grammars),
-        begin=lambda job: Session(job, bench),
+        begin=lambda job: Session(job, engine),
         group=StepGrouper(model, speculation).groups,
         run=lambda steps: run(model, steps),
         send=send,

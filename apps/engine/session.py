@@ -22,7 +22,7 @@ from mlx_mtp.stats import GenerationStats, StatsMeter
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class Engine:
     """What all sessions share.
 
     Attributes:
@@ -49,21 +49,23 @@ class Session:
 
     Args:
         job: what to answer.
-        bench: what all sessions share.
+        engine: what all sessions share.
 
     Attributes:
         finished: whether the last message has been made.
     """
 
-    def __init__(self, job: Prepared, bench: Bench) -> None:
+    def __init__(self, job: Prepared, engine: Engine) -> None:
         self.finished = False
         self._job = job
-        self._bench = bench
-        model, tokenizer = bench.model, bench.tokenizer
+        self._engine = engine
+        model, tokenizer = engine.model, engine.tokenizer
         ids = job.ids
-        stored = None if job.fresh else bench.prefixes.take(ids)
+        stored = None if job.fresh else engine.prefixes.take(ids)
         cache, self._num_cached = stored if stored else (model.make_cache(), 0)
-        config = replace(job.config, lookup=bench.lookup, prefill_step_size=bench.prefill_step_size)
+        config = replace(
+            job.config, lookup=engine.lookup, prefill_step_size=engine.prefill_step_size
+        )
         self._request = Request(
             model,
             ids[self._num_cached :],
@@ -73,7 +75,7 @@ class Session:
             stop_ids=tokenizer.eos_token_ids,
             cache=cache,
             cached_ids=ids[: self._num_cached],
-            speculation=bench.speculation,
+            speculation=engine.speculation,
         )
         self._text = TextStream(
             tokenizer.detokenizer, stop=config.stop, stop_ids=tokenizer.eos_token_ids
@@ -116,9 +118,9 @@ class Session:
     def close(self) -> None:
         """End it between two steps, where the cache is whole, and keep the cache."""
         if not self._job.fresh:
-            self._bench.prefixes.put(self._request.ids, self._request.cache)
+            self._engine.prefixes.put(self._request.ids, self._request.cache)
         if self.finished:
-            doubt_disproved(self._bench.model)
+            doubt_disproved(self._engine.model)
 
     def _group(self, step: StepResult) -> tuple[Message, str | None]:
         """The message of a step up to a stop string, and why the answer ends with it."""
@@ -139,7 +141,7 @@ class Session:
             texts = [piece.text for piece in pieces]
             message |= {"pieces": texts, "ids": step.tokens[:count]}
         if self._job.top_logprobs is not None:
-            message["logprobs"] = self._bench.texts.entries(
+            message["logprobs"] = self._engine.texts.entries(
                 step.tokens[:count], step.logprobs[:count], self._job.top_logprobs
             )
         return message, reason

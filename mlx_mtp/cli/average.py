@@ -29,5 +29,5 @@ def average(adapters: tuple[str, ...], adapter_path: str) -> None:
 
     with Status("Reading the adapters ..."):
         folders = [resolve(adapter, kind="adapter") for adapter in adapters]
-        config = save_mean(folders, Path(adapter_path).expanduser(), named=adapters)
+        config = save_mean(folders, Path(adapter_path).expanduser(), names=adapters)
     print(f"wrote {adapter_path}: the mean of {len(adapters)} adapters for {config.base_model}")

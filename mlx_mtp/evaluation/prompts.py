@@ -38,7 +38,7 @@ class Prompt:
 
 
 def builtin_prompts(kinds: Collection[str] | None = None) -> list[Prompt]:
-    """Return the built-in prompts of the given kinds in file order; None means the 72 of ``KINDS``.
+    """Return the built-in prompts of some kinds in file order; None means the 72 of ``KINDS``.
 
     The further kinds were added for ``mlx-mtp benchmark``; they are returned only if named, so that
     figures measured on the 72 stay comparable.
@@ -62,7 +62,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     ``user``) and ``"id"`` (default ``line-N``).  Other keys are ignored.
 
     Raises:
-        ValueError: a line is bad, an id occurs twice, or the file holds no prompt.
+        ValueError: a line is bad, an id occurs twice, or the file has no prompt.
         OSError: the file cannot be read.
     """
     return _parse(Path(path).read_bytes(), name=str(path))

@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_mtp.drafting.lookup import MAX_GAP, MAX_PLACES, Match, SuffixLookup
@@ -64,7 +64,6 @@ class Slowly:
     ),
     st.integers(1, 8),
 )
-@settings(max_examples=300, deadline=None)
 def test_finds_what_a_slow_search_finds(parts: list[list[int]], most: int) -> None:
     text, slowly = SuffixLookup(), Slowly()
     for part in parts:
@@ -74,7 +73,6 @@ def test_finds_what_a_slow_search_finds(parts: list[list[int]], most: int) -> No
 
 
 @given(st.lists(st.integers(0, 9), max_size=300), st.integers(1, 30), st.integers(1, 40))
-@settings(max_examples=60, deadline=None)
 def test_what_it_finds_stood_behind_the_same_ids(ids: list[int], most: int, stride: int) -> None:
     text = SuffixLookup()
     for start in range(0, len(ids), stride):
@@ -165,7 +163,6 @@ class TestAcceptance:
         assert holds == pytest.approx([1, 0.4, 0.4 * 0.5, 0.4 * 0.5 * 0.5])
 
     @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 24), st.integers(0, 24))))
-    @settings(max_examples=60, deadline=None)
     def test_chances_stay_chances(self, steps):
         known = LookupAcceptance()
         text = known.in_text()

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_mtp.model.layout import plain_layout
@@ -58,7 +58,6 @@ class TestPlans:
         prior=st.floats(0, 1),
         steep=st.booleans(),
     )
-    @settings(max_examples=60, deadline=None)
     def test_keep_within_what_there_is(self, k, pending, waiting, room, found, prior, steep):
         plans = planner(STEEP if steep else FLAT, k=k, prior=prior)
         decision = plans.plan(
