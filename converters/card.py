@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mlx_mtp.model.config import MTPConfig
-from mlx_mtp.storage.cards import adapter_facts, model_card
+from mlx_mtp.storage.cards import model_card
 
 if TYPE_CHECKING:
     from mlx_mtp.converters.base.model import BaseResult
@@ -26,7 +26,7 @@ def adapter_card(config: MTPConfig, *, licence: str | None, notes: Sequence[str]
         base_model=config.base_model,
         licence=licence,
         facts=[
-            adapter_facts(config),
+            config.describe(),
             *(assumed if notes else []),
             "It acts on mask rows only and cannot be fused; mlx-lm alone does not load it.",
         ],
@@ -50,7 +50,7 @@ def base_card(
         facts[0] = f"Converted to MLX by mlx-mtp from {name}: {result.summary}."
     usage = ["mlx_lm.generate --model FOLDER --prompt TEXT"]
     if adapter is not None:
-        facts += [f"In `adapter/`: {adapter_facts(adapter)}"]
+        facts += [f"In `adapter/`: {adapter.describe()}"]
         usage = ["mlx-mtp generate --model FOLDER --prompt TEXT"]
     return model_card(
         kind="model" if adapter is None else "bundle",

@@ -90,12 +90,12 @@ def _load(options: Message, send: Any) -> Any:
     mx.random.seed(int.from_bytes(os.urandom(7), "little"))
     model, tokenizer = load_model(options)
     grammars = Grammars(tokenizer)
-    speculation = speculation_for(model, measure=False)
+    speculation = speculation_for(model)
     engine = Engine(
         model=model,
         tokenizer=tokenizer,
         speculation=speculation,
-        prefixes=PrefixCache(most_bytes=options["prefix_cache_bytes"]),
+        prefixes=PrefixCache(max_bytes=options["prefix_cache_bytes"]),
         texts=TokenTexts(tokenizer),
         prefill_step_size=options["prefill_step_size"],
         lookup=options["lookup"],
@@ -136,15 +136,14 @@ def _facts(model: Any) -> Message:
     from mlx_mtp.backends.cpu.blas import BLAS
     from mlx_mtp.backends.device import gpu_info, machine_name
     from mlx_mtp.calibration.stored_costs import speculation_for
-    from mlx_mtp.planning.costs import UNMEASURED
 
-    curve = speculation_for(model, measure=False).costs.curve
+    curve = speculation_for(model).costs.curve
     return {
         "device": machine_name(gpu_info()),
         "runs_on": "gpu" if mx.default_device().type == mx.gpu else "cpu",
         "blas": BLAS,
         "costs": curve.to_dict(),
-        "measured": curve is not UNMEASURED,
+        "measured": not curve.is_guess,
     }
 
 

@@ -43,7 +43,6 @@ def load_model(
     Raises:
         ValueError: the model or adapter cannot be used, or an end token does not exist.
     """
-    from mlx_mtp.calibration.stored_costs import speculation_for
     from mlx_mtp.loading import load
 
     with Status("Loading the model ...") as status:
@@ -55,8 +54,6 @@ def load_model(
             mtp=options["mtp"],
             progress=status.update,
         )
-        if options["mtp"] and options.get("layout") == "auto" and model.config is not None:
-            speculation_for(model, say=status.update)
     for token in options["extra_eos_token"]:
         _add_eos_token(tokenizer, token)
     if options["mtp"] and model.config is None:

@@ -221,9 +221,14 @@ def _request(options: dict[str, Any]) -> Wanted:
 
 def _measure(request: Wanted) -> dict[str, Any] | None:
     from mlx_mtp.bench.benchmark import prepare, run
+    from mlx_mtp.calibration.stored_costs import SPECULATIONS
 
     with Status("Loading the model ...") as status:
         prepared = prepare(request, say=status.update)
+        known = SPECULATIONS.get(prepared.model)
+        if known is not None and known.costs.curve.source.startswith("measured"):
+            status.stop()
+            print(f"Layout auto plans with costs {known.costs.curve.source}", file=sys.stderr)
         with Interrupt() as interrupt:
             return run(prepared, check=interrupt.check, say=status.update)
 

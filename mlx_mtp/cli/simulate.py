@@ -198,7 +198,7 @@ def _read_costs(path: Path) -> Any:
 
 def _stored_costs(options: dict[str, Any]) -> Any:
     """The costs stored for this machine, model and versions."""
-    from mlx_mtp.calibration.stored_costs import kept_costs
+    from mlx_mtp.calibration.stored_costs import measured_costs
     from mlx_mtp.loading import load
 
     model, _ = load(
@@ -206,7 +206,7 @@ def _stored_costs(options: dict[str, Any]) -> Any:
         adapter_path=options["adapter_path"],
         trust_remote_code=options["trust_remote_code"],
     )
-    curve = kept_costs(model, measure=False)
+    curve = measured_costs(model)
     if curve is None:
         raise ValueError(
             f"no step costs are stored for {model.name} on this machine with these versions; "

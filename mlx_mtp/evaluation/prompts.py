@@ -7,7 +7,10 @@ order.  A prompt is plain text, without a chat template.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -53,6 +56,12 @@ def builtin_prompts(kinds: Collection[str] | None = None) -> list[Prompt]:
         raise ValueError(f"kinds must be among {known}, got {unknown or kinds!r}")
     prompts = _parse((files("mlx_mtp.evaluation") / BUILTIN_FILE).read_bytes(), name=BUILTIN_FILE)
     return [prompt for prompt in prompts if prompt.kind in kinds]
+
+
+def hash_prompts(prompts: Sequence[Prompt]) -> str:
+    """sha256 of the prompts with their ids and kinds, in order."""
+    values = [dataclasses.asdict(prompt) for prompt in prompts]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:

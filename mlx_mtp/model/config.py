@@ -176,6 +176,16 @@ class MTPConfig:
         hints = typing.get_type_hints(cls)
         return cls(**{name: _coerce(name, value, hints[name]) for name, value in values.items()})
 
+    def describe(self) -> str:
+        """Describe the adapter in a paragraph, for model cards."""
+        sampler = "a sampler head" if self.sampler else "no sampler head"
+        return (
+            f"An mlx-mtp adapter: {self.num_draft_tokens} mask tokens, gated LoRA of rank "
+            f"{self.rank} on {', '.join(self.target_modules)}, and {sampler}. The base model "
+            "drafts several tokens a step with it and checks them itself, so the output stays "
+            "the base model's own."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON-ready values, keys in declaration order.
 

@@ -14,15 +14,15 @@ LAYOUTS = ("auto", *FIXED_LAYOUTS)
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned step and why.
+    """A planned step and the reasons for it.
 
     Attributes:
-        layout: the step.
-        source: where its drafts are from: ``MASK``, ``LOOKUP`` or "" without any.
-        is_probe: whether it was taken to learn, not because it was thought best.
-        expected_tokens: what it should emit.
-        expected_ms: what it should take, at the pace of the measurement.
-        plain_ms: what a step of one row takes.
+        layout: the rows.
+        source: source of its drafts: ``MASK``, ``LOOKUP`` or "" without any.
+        is_probe: whether it was chosen to learn, not because it was expected to be the best.
+        expected_tokens: tokens that it should emit.
+        expected_ms: its expected duration.
+        plain_ms: expected duration of a step of one row.
     """
 
     layout: StepLayout
@@ -32,8 +32,8 @@ class Plan:
     expected_ms: float = math.nan
     plain_ms: float = math.nan
 
-    def line(self) -> str:
-        """One line for ``--explain``."""
+    def report(self, num_accepted: int, ms: float) -> str:
+        """One line for ``--explain`` about the step that ran; ``ms`` is NaN in a batch."""
         masks = ",".join(map(str, self.layout.mask_counts))
         count = self.layout.num_draft_tokens
         drafts = f"{count} {self.source} drafts" if self.source else "no drafts"
@@ -43,4 +43,6 @@ class Plan:
                 f"; expected {self.expected_tokens:.2f} tokens in {self.expected_ms:.1f} ms "
                 f"(plain: {self.plain_ms:.1f} ms per token)"
             )
-        return text + (", probe" if self.is_probe else "")
+        text += ", probe" if self.is_probe else ""
+        duration = "in a batch" if math.isnan(ms) else f"{ms:.1f} ms"
+        return f"{text} -> {num_accepted} accepted, {duration}"

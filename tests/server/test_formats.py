@@ -220,7 +220,7 @@ def engine() -> Engine:
         model=model,
         tokenizer=tokenizer,
         speculation=Speculation.guess(model.num_draft_tokens),
-        prefixes=PrefixCache(most_bytes=0),
+        prefixes=PrefixCache(max_bytes=0),
         texts=TokenTexts(tokenizer),
         prefill_step_size=64,
     )
