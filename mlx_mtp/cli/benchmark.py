@@ -94,7 +94,6 @@ OPTIONS = (
         "--seed",
         type=click.IntRange(0),
         default=0,
-        metavar="INTEGER",
         help="Random seed of the bootstrap for confidence intervals.",
     ),
 )
@@ -113,13 +112,11 @@ OPTIONS = (
         "--json",
         "output_format",
         flag_value="json",
-        show_default=False,
         help=JSON_HELP,
     ),
     option(
         "--output-file",
         type=FILE,
-        metavar="FILE",
         help="Also write the report to this file, in the format of its extension: .md, .csv, .json "
         "or .jsonl.",
     ),
@@ -127,7 +124,6 @@ OPTIONS = (
         "--plot",
         former_names=("--picture",),
         type=FILE,
-        metavar="FILE",
         help="Write a plot of the report to this file, as PNG and SVG.",
     ),
     option(

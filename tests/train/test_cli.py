@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
+from mlx_mtp.cli.main import cli
 from mlx_mtp.train.data.records import read_jsonl
 from tests.helpers.tiny import save_tiny_model, save_tiny_pair
 from tests.train.kill_script import (
@@ -248,10 +250,9 @@ def test_a_tiny_model_is_trained_resumed_and_used(tmp_path):
     assert json.loads((out / "adapter_config.json").read_text())["base_model"] == "model"
     assert set(arrays(out / "adapters.safetensors")) > {"mask_embeddings"}
     done("--adapter-path", str(out), "--resume")  # all steps are done: nothing changes
-    words = [sys.executable, "-m", "mlx_mtp", "generate", "--model", str(model)]
-    words += ["--adapter-path", str(out), "--prompt", "hi", "--max-tokens", "12", "--json"]
-    answer = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert answer.returncode == 0, answer.stderr
+    words = ["generate", "--model", str(model), "--adapter-path", str(out), "-m", "12", "--json"]
+    answer = CliRunner().invoke(cli, words)
+    assert answer.exit_code == 0, answer.output
     assert len(json.loads(answer.stdout)["tokens"]) >= 1
 
 
