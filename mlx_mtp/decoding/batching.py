@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_mtp.backends.metal.attention_layer import hook
 from mlx_mtp.model.batch_cache import PackedCache
 from mlx_mtp.model.cache import MTPCache
 from mlx_mtp.model.layout import PackedLayout, StepLayout, plain_layout, quadratic_layout
@@ -51,7 +50,7 @@ def can_pack(model: MTPModel) -> bool:
     A model that does more with positions, masks or keys than hand them on cannot be packed.
     """
     if model.packs is None:
-        model.packs = hook(model.base) and model.wrap_ropes() and _agrees(model)
+        model.packs = model.wrap_attention() and model.wrap_ropes() and _agrees(model)
     return model.packs
 
 

@@ -6,12 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import base as lm_base
 from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache
 
-from mlx_mtp.backends.metal import attention_layer as attention_hook
+from mlx_mtp.backends.metal import attention_layer
 from mlx_mtp.backends.metal import matmul as kernels
 from mlx_mtp.backends.metal.attention import step_attention_kernel, step_attention_ops
 from mlx_mtp.backends.metal.attention_choice import check_attention, choose_attention
@@ -19,15 +22,15 @@ from mlx_mtp.backends.metal.attention_layer import (
     AttentionKey,
     StepAttention,
     attention_keys,
-    attention_of,
-    hook,
     use_attention,
 )
 from mlx_mtp.backends.metal.choice import KernelChoice
 from mlx_mtp.backends.metal.setup import all_choices, set_up_kernels
+from mlx_mtp.model.attention import NAME, AttentionSeam, attention_blocks, inject_attention
 from mlx_mtp.model.cache import QuantizedLayerCache
 from mlx_mtp.model.layout import quadratic_layout
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.model.wrappers import replace
 from tests.helpers.attention_host import attention
 from tests.helpers.kernel_host import run_launch
 from tests.helpers.tiny import step_ids, tiny_base, tiny_mtp
@@ -188,7 +191,7 @@ def in_operations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(queries.shape[2])
         return step_attention_ops(queries, *held, **options)
 
-    monkeypatch.setattr(attention_hook, "step_attention_kernel", attend)
+    monkeypatch.setattr(attention_layer, "step_attention_kernel", attend)
     return seen
 
 
@@ -213,19 +216,41 @@ def largest(logits: mx.array) -> int:
     return int(np.argmax(np.array(logits)))
 
 
-class TestHook:
+class TestSeam:
     def test_finds_how_a_model_attends(self):
         key = AttentionKey(2, 1, 64, mx.float32)
         assert attention_keys(tiny_base(**ROOMY)) == [key]
         assert key.name == "attention 2/1 heads of 64 float32"
         assert attention_keys(tiny_base()) == []  # heads of 8
 
-    def test_is_put_in_once(self):
+    def test_is_restored_and_leaves_mlx_lm_as_it_is(self):
         base = tiny_base(**ROOMY)
-        assert hook(base)
-        first = getattr(llama, attention_hook.NAME)
-        assert hook(base) and getattr(llama, attention_hook.NAME) is first
-        assert first.asks_the_cache
+        block = base.layers[0].self_attn
+        before = inject_attention(base, None)
+        assert before == {"model.layers.0.self_attn": block}
+        assert isinstance(base.layers[0].self_attn, AttentionSeam)
+        assert attention_blocks(base) == {"model.layers.0.self_attn": base.layers[0].self_attn}
+        inject_attention(base, None)
+        assert base.layers[0].self_attn.wrapped is block
+        replace(base, before)
+        assert base.layers[0].self_attn is block
+        assert vars(llama)[NAME] is lm_base.scaled_dot_product_attention
+
+    def test_parameters_keep_their_names(self):
+        base = tiny_base(**ROOMY)
+        names = [name for name, _ in tree_flatten(base.parameters())]
+        inject_attention(base, None)
+        assert [name for name, _ in tree_flatten(base.parameters())] == names
+
+    def test_a_module_replaced_in_a_block_is_used_by_it(self):
+        base = tiny_base(**ROOMY)
+        inject_attention(base, None)
+        before = base(mx.array([[1, 2]]))
+        shape = base.layers[0].self_attn.v_proj.weight.shape
+        zero = nn.Linear(shape[1], shape[0], bias=False)
+        zero.weight = mx.zeros(shape)
+        replace(base, {"model.layers.0.self_attn.v_proj": zero})
+        assert not mx.allclose(base(mx.array([[1, 2]])), before)
 
     def test_ids_are_those_of_stock_attention(self, in_operations):
         wanted = ids(tiny_mtp(**ROOMY))
@@ -236,7 +261,6 @@ class TestHook:
     def test_other_models_attend_as_before(self, in_operations):
         with_attention(tiny_mtp(**ROOMY))
         other = tiny_mtp(seed=1, **ROOMY)
-        assert attention_of(other.base) is None
         ids(other)
         other.base(mx.array([[1, 2]]), cache=[KVCache()])
         other.base(mx.array([[1, 2]]))
@@ -298,4 +322,4 @@ class TestSetup:
     def test_does_nothing_without_metal(self):
         base = tiny_base(**ROOMY)
         set_up_kernels(base)
-        assert attention_of(base) is None
+        assert not isinstance(base.layers[0].self_attn, AttentionSeam)

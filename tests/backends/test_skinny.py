@@ -11,8 +11,8 @@ import pytest
 from mlx_mtp.backends.metal import matmul as kernels
 from mlx_mtp.backends.metal.choice import KernelChoice
 from mlx_mtp.backends.metal.layers import (
-    SkinnyEmbedding,
-    SkinnyLinear,
+    KernelEmbedding,
+    KernelLinear,
     use_kernels,
     weights_by_shape,
 )
@@ -61,9 +61,9 @@ def test_layers_are_replaced_and_hold_the_same_weights():
     before, print_before = model.base.layers[0].mlp.down_proj, fingerprint(model.base)
     with_kernels(model)
     after = model.base.layers[0].mlp.down_proj
-    assert isinstance(after, GatedLoRALinear) and isinstance(after.linear, SkinnyLinear)
+    assert isinstance(after, GatedLoRALinear) and isinstance(after.linear, KernelLinear)
     assert after is before and after.linear.weight.shape == before.linear.weight.shape
-    assert isinstance(model.base.model.embed_tokens.embedding, SkinnyEmbedding)
+    assert isinstance(model.base.model.embed_tokens.embedding, KernelEmbedding)
     assert fingerprint(model.base) == print_before
 
 
@@ -139,4 +139,4 @@ def test_long_prompts_take_stock_kernels(launched):
 def test_an_untied_head_uses_kernels_too():
     base = tiny_base("olmo2", quantised=True)
     use_kernels(base, dict.fromkeys(weights_by_shape(base), OURS))
-    assert isinstance(base.lm_head, SkinnyLinear)
+    assert isinstance(base.lm_head, KernelLinear)

@@ -8,12 +8,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mtp.backends.cpu.blocks import DenseAttention
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.decoding.accept import Sampling
 from mlx_mtp.decoding.batching import can_pack, packed_forward
 from mlx_mtp.decoding.loop import Decoding, decode
 from mlx_mtp.decoding.step import Step, run_steps
+from mlx_mtp.model.attention import AttentionSeam
 from mlx_mtp.model.layout import PackedLayout, StepLayout, plain_layout, quadratic_layout
 from mlx_mtp.model.mtp_model import MTPModel
 from tests.helpers.scripted import ScriptedModel, UnevenPlanner, mixed
@@ -141,7 +141,7 @@ def test_greedy_ids_are_those_of_plain_decoding(kind: str, quantised: bool) -> N
 def test_blocks_for_linux_cpus_part_the_rows_too(kind: str) -> None:
     base = tiny_base(kind, quantised=True)
     assert to_float32(base)
-    assert any(isinstance(module, DenseAttention) for module in base.modules())
+    assert any(isinstance(module, AttentionSeam) for module in base.modules())
     config, weights = random_adapter(base, k=3)
     model = MTPModel(base, config=config, weights=weights)
     expected = alone(answers(model, [{"layout": "plain"}] * 4))

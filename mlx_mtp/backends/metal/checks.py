@@ -17,13 +17,13 @@ import mlx.core as mx
 from mlx_mtp.backends.metal.matmul import (
     MATRIX_MIN_ROWS,
     MAX_ROWS,
-    GatedTerm,
     PackedWeight,
     Variant,
     gated_lora_down_kernel,
     skinny_qmm_kernel,
     skinny_qmm_ops,
 )
+from mlx_mtp.model.lora import GatedTerm
 
 CHECK_ROWS = (1, 2, 3, 4, 5, 8, 9, 16, 17, 32)
 GATED_ROWS = 9

@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from mlx_mtp.model.lora import GatedTerm
+
 Variant = Literal["scalar", "matrix"]
 
 MAX_ROWS = 32
@@ -61,25 +63,6 @@ class PackedWeight:
         """
         known = self.bits in BITS and self.group_size in GROUP_SIZES
         return known and self.scales.dtype in DTYPES and self.scales.size >= 8
-
-
-@dataclass(frozen=True, kw_only=True)
-class GatedTerm:
-    """What gated low-rank weights add to a matmul: ``scale * low_rank[:, at: at + r] @ lora_b``.
-
-    Attributes:
-        low_rank: float32 ``[G, R]``, from ``gated_lora_down``; G rows from the gate split on.
-        first_rank: where this layer's ranks begin among the R.
-        lora_b: ``[r, N]``, of the type of the rows.
-        scale: factor.
-        gate_split: index of the first adapted row.
-    """
-
-    low_rank: mx.array
-    first_rank: int
-    lora_b: mx.array
-    scale: float
-    gate_split: int
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from mlx_mtp.model.cache import MTPCache
+from mlx_mtp.model.cache import ForwardLayerCache
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.gradient.mask_blocks import MaskRows
 
@@ -33,11 +32,18 @@ class OrdinaryRows:
     keys_and_values: Sequence[tuple[mx.array, mx.array]]
 
 
-class HeldRows:
-    """A layer cache that holds a sequence and never changes: mask rows see it and are forgotten.
+@dataclass(frozen=True)
+class TrainingCaches:
+    """The caches of a training forward, one per layer."""
+
+    layers: Sequence[ForwardLayerCache]
+
+
+class SequenceCache:
+    """A layer cache with the rows of a sequence; mask rows see them and are not stored.
 
     Attributes:
-        offset: 0, because mask rows carry positions in the sequence, not behind it.
+        offset: 0, because the layout has the positions of mask rows in the sequence.
     """
 
     offset = 0
@@ -48,7 +54,7 @@ class HeldRows:
         self._rows = rows
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the held rows followed by the given ones, ``[1, H, L + R, Dh]``."""
+        """Return the sequence's rows followed by the mask rows, ``[1, H, L + R, Dh]``."""
         return (
             mx.concatenate([self._keys, keys], axis=-2),
             mx.concatenate([self._values, values], axis=-2),
@@ -65,10 +71,9 @@ class HeldRows:
 
 def ordinary_rows(model: MTPModel, ids: mx.array, *, gradient: bool = False) -> OrdinaryRows:
     """Run the base model over a sequence ``[L]``; a gradient flows only where it is asked for."""
-    caches: Any = [KVCache() for _ in model.base.layers]
-    held = cast(MTPCache, SimpleNamespace(layers=caches))
-    hidden = model(ids[None], cache=held)[0]
-    pairs = [cache.keys_and_values() for cache in caches]
+    caches = [KVCache() for _ in model.base.layers]
+    hidden = model(ids[None], cache=TrainingCaches(caches))[0]
+    pairs: Any = [cache.keys_and_values() for cache in caches]
     if not gradient:
         pairs = [(mx.stop_gradient(keys), mx.stop_gradient(values)) for keys, values in pairs]
     return OrdinaryRows(hidden=mx.stop_gradient(hidden), keys_and_values=pairs)
@@ -81,10 +86,9 @@ def mask_rows(model: MTPModel, ordinary: OrdinaryRows, rows: MaskRows) -> mx.arr
         Final hidden states ``[R, D]``, block by block.
     """
     seen = max(rows.anchors) + 1
-    layers: Any = [
-        HeldRows(keys[..., :seen, :], values[..., :seen, :], rows)
+    layers = [
+        SequenceCache(keys[..., :seen, :], values[..., :seen, :], rows)
         for keys, values in ordinary.keys_and_values
     ]
-    held = cast(MTPCache, SimpleNamespace(layers=layers))
     ids = mx.array(rows.mask_offsets[None])
-    return model(ids, cache=held, layout=rows)[0]
+    return model(ids, cache=TrainingCaches(layers), layout=rows)[0]
