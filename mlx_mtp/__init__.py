@@ -16,7 +16,7 @@ from mlx_mtp.generate import ContextOverflow, GenerationResponse, generate, stre
 from mlx_mtp.stats import GenerationStats
 
 if TYPE_CHECKING:
-    from mlx_mtp.decoding.accept import Sampling
+    from mlx_mtp.decoding.sampling import Sampling
     from mlx_mtp.loading import load
 
     __version__: str
@@ -39,7 +39,7 @@ def __getattr__(name: str) -> Any:
 
         return package_version()
     if name == "Sampling":
-        from mlx_mtp.decoding.accept import Sampling
+        from mlx_mtp.decoding.sampling import Sampling
 
         return Sampling
     if name == "load":

@@ -26,8 +26,8 @@ from mlx_mtp.stats import RULE, GenerationStats, StatsMeter
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from mlx_mtp.decoding.accept import LogitsProcessor, Sampling
     from mlx_mtp.decoding.loop import StepResult
+    from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling
     from mlx_mtp.model.cache import MTPCache
     from mlx_mtp.model.mtp_model import MTPModel
 

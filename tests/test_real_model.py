@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import _get_classes
 
-from mlx_mtp.decoding.batching import can_pack
+from mlx_mtp.decoding.batching import can_batch
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.decoding.step import run_steps
 from mlx_mtp.evaluation.prompts import builtin_prompts
@@ -54,7 +54,7 @@ def test_ids_equal_those_of_mlx_lm(ours, stock, prompt):
 
 def test_answers_that_share_forwards_are_those_alone(ours):
     model, tokenizer = ours
-    assert can_pack(model)
+    assert can_batch(model)
     texts = [chat_text(tokenizer, [{"role": "user", "content": each.text}])
              for each in builtin_prompts()[::20]]  # fmt: skip
     prompts = [encode_prompt(tokenizer, text, add_special_tokens=False) for text in texts]

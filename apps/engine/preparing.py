@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.apps.engine.grammar import Grammars, calls_grammar, json_grammar
 from mlx_mtp.apps.engine.penalties import answer_penalty
-from mlx_mtp.decoding.accept import LogitsProcessor, Sampling
+from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.terminal import one_line

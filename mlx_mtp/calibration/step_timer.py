@@ -18,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.backends.device import waited_ms
-from mlx_mtp.decoding.accept import Sampling
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.step import HEAD_ROWS, Decoder, run_steps
 from mlx_mtp.drafting.mask_tokens import Drafts
 from mlx_mtp.model.layout import StepLayout

@@ -34,9 +34,9 @@ from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.acceptance import UNKNOWN, Acceptance
 from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.planning.costs import UNMEASURED, CostCurve, LiveCosts
-from mlx_mtp.storage.default_model import cache_dir
 from mlx_mtp.storage.files import write_atomically
 from mlx_mtp.storage.package import package_version
+from mlx_mtp.storage.paths import cache_dir
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 24, 25, 32, 33, 48, 64, 81, 96)
 CONTEXTS = (64, 1024)

@@ -11,15 +11,15 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_mtp.model.batch_cache import PackedCache
+from mlx_mtp.model.batch_cache import BatchCache
 from mlx_mtp.model.cache import MTPCache
-from mlx_mtp.model.layout import PackedLayout, StepLayout, plain_layout, quadratic_layout
+from mlx_mtp.model.layout import BatchLayout, StepLayout, plain_layout, quadratic_layout
 from mlx_mtp.model.mtp_model import MTPModel
 
 _MOST_ERROR = 0.05  # of the largest value; see ``MTPModel._probe``
 
 
-def packed_forward(
+def batch_forward(
     model: MTPModel,
     rows: Sequence[list[int]],
     caches: Sequence[MTPCache],
@@ -28,7 +28,7 @@ def packed_forward(
     """Run the steps of several answers in one forward.
 
     Args:
-        model: one for which ``can_pack`` holds.
+        model: one for which ``can_batch`` holds.
         rows: ids of each step, ordinary rows first.
         caches: of each answer; its rows are appended.
         layouts: of each step.
@@ -36,15 +36,15 @@ def packed_forward(
     Returns:
         Final hidden states of each step, ``[rows, D]``.
     """
-    layout = PackedLayout(tuple(layouts), tuple(cache.offset for cache in caches))
+    layout = BatchLayout(tuple(layouts), tuple(cache.offset for cache in caches))
     pairs = list(zip(rows, layouts, strict=True))
     ids = [token for each, step in pairs for token in each[: step.num_ordinary]]
     ids += [token for each, step in pairs for token in each[step.num_ordinary :]]
-    cache = PackedCache(caches, layout, scope=model.scope)
+    cache = BatchCache(caches, layout, scope=model.scope)
     return layout.unpack(model(mx.array([ids]), cache=cache, layout=layout)[0], axis=0)
 
 
-def can_pack(model: MTPModel) -> bool:
+def can_batch(model: MTPModel) -> bool:
     """Whether a packed forward gives what separate ones do; tried once, with a few rows.
 
     A model that does more with positions, masks or keys than hand them on cannot be packed.
@@ -68,7 +68,7 @@ def _agrees(model: MTPModel) -> bool:
     for cache, layout in zip(held, layouts, strict=True):
         cache.rewind(layout.num_rows)
     try:
-        packed = packed_forward(model, rows, held, layouts)
+        packed = batch_forward(model, rows, held, layouts)
         wanted, given = (mx.concatenate(each).astype(mx.float32) for each in (alone, packed))
         error = mx.abs(given - wanted).max() / (mx.abs(wanted).max() + 1e-6)
         return bool((error < _MOST_ERROR).item())

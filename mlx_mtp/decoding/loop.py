@@ -14,16 +14,16 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_mtp.decoding.accept import LogitsProcessor, Sampling
+from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling
 from mlx_mtp.decoding.step import Decoder, Step, run_steps
 from mlx_mtp.drafting.lookup import LONGEST_LOOKUP, Found, SuffixLookup
 from mlx_mtp.drafting.mask_tokens import Drafts
 from mlx_mtp.model.cache import MTPCache
 from mlx_mtp.model.layout import plain_layout
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.planning.auto import LAYOUTS, AutoPlanner, Speculation
+from mlx_mtp.planning.auto import AutoPlanner, Speculation
 from mlx_mtp.planning.fixed import FixedPlanner
-from mlx_mtp.planning.plan import LOOKUP, Decision
+from mlx_mtp.planning.plan import LAYOUTS, LOOKUP, Plan
 
 Progress = Callable[[int, int], None]
 
@@ -179,12 +179,12 @@ class _Pilot:
         self._explain = explain
         self._lookup = SuffixLookup()
         self._found = Found([], 0)
-        self._decision = Decision(plain_layout())
+        self._decision = Plan(plain_layout())
         self._held = 0
 
     def plan(
         self, drafts: Drafts, *, num_pending: int, room: int, held: int
-    ) -> tuple[Decision, Drafts]:
+    ) -> tuple[Plan, Drafts]:
         """The next step and the drafts that it verifies; ``held`` ids are in the cache."""
         self._held = held
         self._found = self._lookup.find(LONGEST_LOOKUP)

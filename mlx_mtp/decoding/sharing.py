@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_mtp.decoding.batching import can_pack
+from mlx_mtp.decoding.batching import can_batch
 from mlx_mtp.decoding.step import Step, run_steps
 from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.planning.costs import widened
@@ -31,7 +31,7 @@ def _groups(steps: Sequence[Step], known: Speculation) -> list[list[Step]]:
     """Steps that are to run together; wide ones, such as the end of a prompt, run alone."""
     alone = [[step] for step in steps if step.layout.num_rows > MOST_ROWS]
     narrow = [step for step in steps if step.layout.num_rows <= MOST_ROWS]
-    if len(narrow) < 2 or not can_pack(narrow[0].decoder.model):
+    if len(narrow) < 2 or not can_batch(narrow[0].decoder.model):
         return [*alone, *([step] for step in narrow)]
     context = int(np.mean([step.decoder.cache.offset for step in narrow]))
     ms = widened(known.costs.forward_ms(context), MOST_ROWS)

@@ -14,15 +14,9 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_mtp.decoding.accept import (
-    LogitsProcessor,
-    Sampling,
-    accept_greedy,
-    accept_sampled,
-    process_logits,
-    target_probs,
-)
-from mlx_mtp.decoding.batching import packed_forward
+from mlx_mtp.decoding.accept import accept_greedy, accept_sampled
+from mlx_mtp.decoding.batching import batch_forward
+from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling, process_logits, target_probs
 from mlx_mtp.drafting.mask_tokens import Drafts, draft_tokens
 from mlx_mtp.model.cache import MTPCache
 from mlx_mtp.model.layout import StepLayout
@@ -161,7 +155,7 @@ def run_steps(steps: Sequence[Step]) -> None:
     What one answer's logits processors raise is its step's ``error`` and spares the others.
 
     Args:
-        steps: one, or one each of several answers, for a model that ``packing.can_pack``.
+        steps: one, or one each of several answers, for a model that ``packing.can_batch``.
     """
     began = time.perf_counter()
     model = steps[0].decoder.model
@@ -192,7 +186,7 @@ def _forward(model: MTPModel, steps: Sequence[Step]) -> list[mx.array]:
         hidden = [model(mx.array(rows), cache=step.decoder.cache, layout=step.layout)[0]]
     else:
         caches = [step.decoder.cache for step in steps]
-        hidden = packed_forward(model, rows, caches, [step.layout for step in steps])
+        hidden = batch_forward(model, rows, caches, [step.layout for step in steps])
     return [each[step.layout.num_pending - 1 :] for each, step in zip(hidden, steps, strict=True)]
 
 

@@ -12,7 +12,7 @@ from typing import cast
 
 import mlx.core as mx
 
-from mlx_mtp.decoding.accept import Sampling, target_probs
+from mlx_mtp.decoding.sampling import Sampling, target_probs
 from mlx_mtp.model.mtp_model import MTPModel
 
 SHORTLIST = 64

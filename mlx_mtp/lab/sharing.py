@@ -27,7 +27,7 @@ from mlx_mtp.evaluation.prompts import builtin_prompts
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.lab.tokens_per_step import stamp
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.planning.auto import LAYOUTS
+from mlx_mtp.planning.plan import LAYOUTS
 from mlx_mtp.terminal import BadInput, Progress, one_line
 
 

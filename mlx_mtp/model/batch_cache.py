@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mtp.model.cache import LayerCache, MTPCache
-from mlx_mtp.model.layout import PackedLayout, StepScope
+from mlx_mtp.model.layout import BatchLayout, StepScope
 
 
 class PerAnswer:
@@ -22,12 +22,10 @@ class PerAnswer:
         self.parts = parts
 
 
-class PackedLayerCache:
+class BatchLayerCache:
     """The caches of several answers for one layer, as a model sees them in a batched forward."""
 
-    def __init__(
-        self, layers: Sequence[LayerCache], layout: PackedLayout, scope: StepScope
-    ) -> None:
+    def __init__(self, layers: Sequence[LayerCache], layout: BatchLayout, scope: StepScope) -> None:
         self._layers = layers
         self._layout = layout
         self._scope = scope
@@ -82,7 +80,7 @@ class PackedLayerCache:
         return self._layout.pack([attention(*answer) for answer in answers], axis=2)
 
 
-class PackedCache:
+class BatchCache:
     """The caches of several answers, in a batched forward.
 
     Args:
@@ -94,7 +92,7 @@ class PackedCache:
     offset = 0  # the layout has the positions of the rows
 
     def __init__(
-        self, caches: Sequence[MTPCache], layout: PackedLayout, *, scope: StepScope
+        self, caches: Sequence[MTPCache], layout: BatchLayout, *, scope: StepScope
     ) -> None:
         by_layer = zip(*(cache.layers for cache in caches), strict=True)
-        self.layers = [PackedLayerCache(layers, layout, scope) for layers in by_layer]
+        self.layers = [BatchLayerCache(layers, layout, scope) for layers in by_layer]

@@ -19,8 +19,7 @@ from mlx_mtp.drafting.lookup import LONGEST_LOOKUP, LookupAcceptance
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.planning.acceptance import UNKNOWN, Acceptance
 from mlx_mtp.planning.costs import UNMEASURED, CostCurve, LiveCosts, shared_ms
-from mlx_mtp.planning.fixed import FIXED_LAYOUTS
-from mlx_mtp.planning.plan import LOOKUP, MASK, Decision
+from mlx_mtp.planning.plan import LOOKUP, MASK, Plan
 from mlx_mtp.planning.policy import (
     FORGET,
     MOST_ROUNDS,
@@ -32,7 +31,6 @@ from mlx_mtp.planning.policy import (
 )
 from mlx_mtp.planning.probing import Probing
 
-LAYOUTS = ("auto", *FIXED_LAYOUTS)
 LOOK_STEPS = 32  # steps between two looks for the best rule
 EARLY_LOOKS = (2, 4, 8, 16)  # more looks while little is known
 MOVED = 0.05  # chances, or costs in plain steps, that moved by less leave the rule as it is
@@ -47,7 +45,7 @@ class Rule:
     holds: np.ndarray  # [k + 1]
     forward_ms: np.ndarray  # [R + 1]
     draft_ms: np.ndarray  # [k + 1]
-    decisions: dict[tuple[int, int, int, bool], Decision] = field(default_factory=dict)
+    decisions: dict[tuple[int, int, int, bool], Plan] = field(default_factory=dict)
 
     def still_fits(self, holds: np.ndarray, forward_ms: np.ndarray, draft_ms: np.ndarray) -> bool:
         """Whether little has moved since; what is best hardly changes with it."""
@@ -139,7 +137,7 @@ class AutoPlanner:
         context: int = 0,
         num_found: int = 0,
         match: int = 0,
-    ) -> Decision:
+    ) -> Plan:
         """Plan one step.
 
         Args:
@@ -166,7 +164,7 @@ class AutoPlanner:
 
     def observe(
         self,
-        decision: Decision,
+        decision: Plan,
         *,
         num_accepted: int,
         context: int,
@@ -241,7 +239,7 @@ class AutoPlanner:
 
     def _by_rule(
         self, rule: Rule, waiting: int, num_pending: int, room: int, is_probe: bool
-    ) -> Decision:
+    ) -> Plan:
         """The rule's step, or one of a try."""
         plan = rule.policy.plans[waiting]
         if is_probe:
@@ -254,7 +252,7 @@ class AutoPlanner:
 
     def _looked_up(
         self, rule: Rule, waiting: int, room: int, num_found: int, match: int
-    ) -> Decision | None:
+    ) -> Plan | None:
         """A step with looked-up drafts, if they are worth more than what waits."""
         found = min(num_found, LONGEST_LOOKUP, room - 1, len(rule.forward_ms) - 2)
         if found < 1:
@@ -289,12 +287,12 @@ def _decide(
     source: str,
     holds: np.ndarray,
     is_probe: bool = False,
-) -> Decision:
+) -> Plan:
     """A plan as a decision, without masks whose drafts could never be emitted."""
     useful = [max(0, min(c, room - 2 - at)) for at, c in enumerate(plan.mask_counts)]
     plan = StepPlan(plan.num_draft_tokens, tuple(useful))
     known = plan.num_rows < len(rule.forward_ms)
-    return Decision(
+    return Plan(
         layout=_layout(num_pending, plan),
         source=source,
         is_probe=is_probe,

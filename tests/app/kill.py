@@ -1,11 +1,11 @@
-"""Kill the chat app, or its engine, while it streams, again and again, and see what is left.
+"""Kill the chat app or its engine repeatedly while it streams, and check the history.
 
     python tests/app/kill.py --kills 50 --engine-kills 50
 
-After every SIGKILL of the app the history must open, be sound, and hold all text that the page was
-sent up to a second before.  When the engine is killed, by turns with SIGKILL and SIGSEGV, the
-stream must end with an error within a second, the history must hold all that was sent, and another
-engine must be there within five.
+After every SIGKILL of the app the history must be intact and contain all text that was sent until a
+second before.  When the engine is killed, alternately by SIGKILL and SIGSEGV, the stream must end
+with an error within a second, the history must contain all text that was sent, and another engine
+must be ready within five seconds.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ import httpx
 from mlx_mtp.apps.history.store import History
 
 PROCESS = Path(__file__).with_name("process.py")
-MOST_LOST_S = 1.0
-MOST_ERROR_S = 1.0
-MOST_RETURN_S = 5.0
+MAX_LOST_S = 1.0
+MAX_ERROR_S = 1.0
+MAX_RETURN_S = 5.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a kill left.
+    """Result of one kill of the app.
 
     Attributes:
-        sent: letters that the page was sent.
-        kept: letters in the history.
-        lost_s: how long before the kill the first lost letter was sent; 0.0 where none is lost.
+        sent: characters sent to the page.
+        kept: characters in the history.
+        lost_s: seconds from sending the first lost character to the kill; 0.0 if none is lost.
     """
 
     sent: int
@@ -52,10 +52,10 @@ class Outcome:
 
 
 def kill_once(path: Path, stream_s: float) -> Outcome:
-    """Run the app, stream for so long, kill it, and look.
+    """Run the app, kill it after ``stream_s`` seconds of streaming, and check the history.
 
     Raises:
-        AssertionError: the history is not sound, or holds another text.
+        AssertionError: the history is damaged, or contains another text.
     """
     killed: list[float] = []
 
@@ -80,12 +80,12 @@ def kill_once(path: Path, stream_s: float) -> Outcome:
 
 @dataclass(frozen=True)
 class EngineOutcome:
-    """What many kills of the engine left.
+    """Result of many kills of the engine.
 
     Attributes:
-        letters: that the page was sent; the history holds each of them.
-        error_s: the longest from a kill to the end of the stream.
-        return_s: the longest from a kill to another engine.
+        letters: characters sent to the page, all of them in the history.
+        error_s: maximum seconds from a kill to the end of the stream.
+        return_s: maximum seconds from a kill until another engine is ready.
     """
 
     letters: int
@@ -94,10 +94,10 @@ class EngineOutcome:
 
 
 def kill_engine_often(path: Path, kills: int) -> EngineOutcome:
-    """Run the app, and kill its engine in the middle of so many answers.
+    """Run the app, and kill its engine during ``kills`` answers.
 
     Raises:
-        AssertionError: a stream had no clean end, or the history holds another text.
+        AssertionError: a stream did not end cleanly, or the history contains another text.
     """
     chance, error_s, return_s = random.Random(0), 0.0, 0.0
     texts: list[str] = []
@@ -125,7 +125,7 @@ def kill_engine_often(path: Path, kills: int) -> EngineOutcome:
 
 @contextlib.contextmanager
 def _running(path: Path) -> Iterator[tuple[subprocess.Popen[str], httpx.Client]]:
-    """Run the app; a client that may ask it."""
+    """Run the app; yields the process and an authorised client."""
     command = [sys.executable, str(PROCESS), str(path)]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
@@ -157,7 +157,7 @@ def _wait_for_engine(client: httpx.Client) -> None:
 def _stream(
     client: httpx.Client, seconds: float, kill: Callable[[], None]
 ) -> tuple[list[tuple[float, str]], dict[str, Any]]:
-    """Have an answer made, and kill something; what came and when, and the last event."""
+    """Stream an answer and call ``kill``; returns the timed texts and the last event."""
     _wait_for_engine(client)
     number = client.post("/conversations", json={}).json()["id"]
     begun = client.post(f"/conversations/{number}/answer", json={"text": "slow"}).json()
@@ -193,7 +193,7 @@ def _kept_text(path: Path) -> str:
 
 
 def _all_texts(path: Path) -> list[str]:
-    """The answers of all conversations."""
+    """Return the answers of all conversations."""
     with contextlib.closing(History(path)) as history:
         numbers = [each["id"] for each in history.conversations()]
         return [history.conversation(number)["messages"][1]["text"] for number in numbers]
@@ -202,8 +202,10 @@ def _all_texts(path: Path) -> list[str]:
 def main() -> None:
     """Run it from the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=0, help="of the app")
-    parser.add_argument("--engine-kills", type=int, default=0)
+    parser.add_argument("--kills", type=int, default=0, help="Number of kills of the app.")
+    parser.add_argument(
+        "--engine-kills", type=int, default=0, help="Number of kills of the engine."
+    )
     options = parser.parse_args()
     good = True
     with tempfile.TemporaryDirectory() as folder:
@@ -212,23 +214,23 @@ def main() -> None:
         if options.engine_kills:
             left = kill_engine_often(Path(folder) / "engine.sqlite3", options.engine_kills)
             print(json.dumps({"engine_kills": options.engine_kills} | asdict(left)), flush=True)
-            good &= left.error_s <= MOST_ERROR_S and left.return_s <= MOST_RETURN_S
+            good &= left.error_s <= MAX_ERROR_S and left.return_s <= MAX_RETURN_S
     sys.exit(not good)
 
 
 def _kill_app_often(path: Path, kills: int) -> bool:
-    """Kill the app so often over one history; whether that was survived."""
+    """Kill the app ``kills`` times with one history; returns whether the history survived."""
     chance = random.Random(0)
-    found = [kill_once(path, chance.uniform(0.3, 2.0)) for _ in range(kills)]
-    worst, conversations = max(each.lost_s for each in found), len(_all_texts(path))
+    outcomes = [kill_once(path, chance.uniform(0.3, 2.0)) for _ in range(kills)]
+    worst, conversations = max(each.lost_s for each in outcomes), len(_all_texts(path))
     print(json.dumps({
         "kills": kills,
         "conversations": conversations,
-        "letters_sent": sum(each.sent for each in found),
-        "letters_kept": sum(min(each.kept, each.sent) for each in found),
+        "letters_sent": sum(each.sent for each in outcomes),
+        "letters_kept": sum(min(each.kept, each.sent) for each in outcomes),
         "most_lost_s": round(worst, 3),
     }), flush=True)  # fmt: skip
-    return worst <= MOST_LOST_S and conversations == kills
+    return worst <= MAX_LOST_S and conversations == kills
 
 
 if __name__ == "__main__":

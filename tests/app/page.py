@@ -1,7 +1,7 @@
-"""The app and a page of it in a real browser, as fixtures, and what tests do with a page.
+"""Fixtures for the app and its page in a real browser, and helpers for tests of the page.
 
-Every test begins with the settings of ``FIRST``, and ends with a look at what the page must not do:
-ask anybody else for anything, or stumble.
+Every test starts with the settings of ``FIRST``, and ends with a check that the page has made no
+foreign request and logged no error.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def browser_fixture() -> Iterator[Any]:
 @pytest.fixture(name="app", scope="module")
 def app_fixture(tmp_path_factory) -> Iterator[AppHost]:
     history = tmp_path_factory.mktemp("app") / "history.sqlite3"
-    with hosted_app(history, alone_s=60.0) as host:  # a busy machine takes long to load a page
+    with hosted_app(history, unwatched_s=60.0) as host:  # a busy machine loads pages slowly
         yield host
 
 
@@ -77,15 +77,15 @@ def answers(page: Page) -> Any:
 
 
 def finished(page: Page, count: int = 1) -> None:
-    """Wait until so many answers are shown and nothing is being made."""
+    """Wait until ``count`` answers are shown and none is running."""
     expect(answers(page)).to_have_count(count)
     expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
 
 
-def until(page: Page, holds: Callable[[], bool]) -> None:
-    """Wait until something holds; the page's policy forbids Playwright's own way to do so."""
+def until(page: Page, condition: Callable[[], bool]) -> None:
+    """Wait for a condition; the page's policy forbids Playwright's own wait_for_function."""
     for _ in range(WAIT_MS // 50):
-        if holds():
+        if condition():
             return
         page.wait_for_timeout(50)
-    raise AssertionError("it never held")
+    raise AssertionError("the condition never became true")

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from mlx_mtp.backends.cpu.float32 import to_float32
-from mlx_mtp.decoding.accept import Sampling
-from mlx_mtp.decoding.batching import can_pack, packed_forward
+from mlx_mtp.decoding.batching import batch_forward, can_batch
 from mlx_mtp.decoding.loop import Decoding, decode
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.step import Step, run_steps
 from mlx_mtp.model.attention import AttentionSeam
-from mlx_mtp.model.layout import PackedLayout, StepLayout, plain_layout, quadratic_layout
+from mlx_mtp.model.layout import BatchLayout, StepLayout, plain_layout, quadratic_layout
 from mlx_mtp.model.mtp_model import MTPModel
 from tests.helpers.scripted import ScriptedModel, UnevenPlanner, mixed
 from tests.helpers.tiny import KINDS, random_adapter, tiny_base, tiny_mtp
@@ -46,9 +46,9 @@ def close(found: Any, expected: Any) -> bool:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in UNPACKABLE])
 @pytest.mark.parametrize("adapted", [True, False])
-def test_a_packed_forward_is_the_separate_ones(kind: str, adapted: bool) -> None:
+def test_a_batch_forward_is_the_separate_ones(kind: str, adapted: bool) -> None:
     model = tiny_mtp(kind, k=3) if adapted else MTPModel(tiny_base(kind))
-    assert can_pack(model)
+    assert can_batch(model)
     layouts = LAYOUTS if adapted else [LAYOUTS[0], LAYOUTS[2], plain_layout(num_pending=3)]
     prompts = PROMPTS[: len(layouts)]
     alone = [held(model, prompt) for prompt in prompts]
@@ -57,7 +57,7 @@ def test_a_packed_forward_is_the_separate_ones(kind: str, adapted: bool) -> None
         for cache, layout in zip(alone, layouts, strict=True)
     ]
     caches = [held(model, prompt) for prompt in prompts]
-    found = packed_forward(model, [rows_of(layout) for layout in layouts], caches, layouts)
+    found = batch_forward(model, [rows_of(layout) for layout in layouts], caches, layouts)
     for one, other in zip(found, expected, strict=True):
         assert close(one, other)
     for cache, wanted in zip(caches, alone, strict=True):
@@ -70,14 +70,14 @@ def test_a_packed_forward_is_the_separate_ones(kind: str, adapted: bool) -> None
 @pytest.mark.parametrize("kind", UNPACKABLE)
 def test_a_model_that_counts_rows_itself_is_not_packed(kind: str) -> None:
     model = tiny_mtp(kind)
-    assert not can_pack(model)
+    assert not can_batch(model)
     assert model.scope.layout is None
     expected = [step.tokens for step in decode(tiny_mtp(kind), PROMPTS[0], max_tokens=8)]
     assert [step.tokens for step in decode(model, PROMPTS[0], max_tokens=8)] == expected
 
 
 def test_packing_and_unpacking_are_inverse() -> None:
-    layout = PackedLayout(tuple(LAYOUTS), (3, 9, 1, 7))
+    layout = BatchLayout(tuple(LAYOUTS), (3, 9, 1, 7))
     parts = [mx.random.normal((1, 2, each.num_rows, 4)) for each in LAYOUTS]
     packed = layout.pack(parts, axis=2)
     assert packed.shape[2] == layout.num_rows == sum(each.num_rows for each in LAYOUTS)
@@ -90,7 +90,7 @@ def test_packing_and_unpacking_are_inverse() -> None:
 
 
 def answers(model: Any, ways: list[dict[str, Any]]) -> list[Decoding]:
-    assert can_pack(getattr(model, "model", model))
+    assert can_batch(getattr(model, "model", model))
     return [decode(model, PROMPTS[at], max_tokens=20, **way) for at, way in enumerate(ways)]
 
 

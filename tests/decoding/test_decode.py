@@ -10,8 +10,8 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.sample_utils import make_logits_processors
 
-from mlx_mtp.decoding.accept import Sampling
 from mlx_mtp.decoding.loop import StepResult, decode
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.model import cache as kv_cache
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.acceptance import Acceptance

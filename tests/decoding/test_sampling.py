@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mtp.decoding.accept import Sampling
 from mlx_mtp.decoding.loop import decode
+from mlx_mtp.decoding.sampling import Sampling
 from tests.decoding.test_accept import eager
 from tests.helpers.exact import exact_probs, holm, p_value
 from tests.helpers.scripted import TableModel

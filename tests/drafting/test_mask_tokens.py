@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_mtp.decoding.accept import Sampling
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.drafting.mask_tokens import Drafts, draft_tokens, shortlisted
 from mlx_mtp.model.config import SamplerKind
 from mlx_mtp.model.mtp_model import SAMPLER_PREFIX, MTPModel

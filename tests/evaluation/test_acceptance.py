@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mtp.decoding.accept import Sampling
 from mlx_mtp.decoding.loop import StepResult, decode
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.drafting.mask_tokens import draft_tokens
 from mlx_mtp.evaluation import acceptance as room
 from mlx_mtp.evaluation.acceptance import (

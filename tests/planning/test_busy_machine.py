@@ -22,7 +22,7 @@ from mlx_mtp.calibration.stored_costs import (
 )
 from mlx_mtp.chat import Conversation
 from mlx_mtp.cli.main import cli
-from mlx_mtp.decoding.accept import Sampling
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.generate import stream_generate
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel

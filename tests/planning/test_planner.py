@@ -14,7 +14,7 @@ from mlx_mtp.model.layout import plain_layout
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import AutoPlanner, Speculation
 from mlx_mtp.planning.costs import UNMEASURED, CostCurve, LiveCosts
-from mlx_mtp.planning.plan import LOOKUP, MASK, Decision
+from mlx_mtp.planning.plan import LOOKUP, MASK, Plan
 from mlx_mtp.planning.probing import FIRST_PAUSE
 
 FLAT = CostCurve(rows=(1, 64), contexts=(0,), forward_ms=((10.0, 11.0),), draft_ms=(0.0, 0.2))
@@ -30,7 +30,7 @@ def planner(
 
 def play(
     plans: AutoPlanner, *, chance: float, steps: int, curve: CostCurve, seed: int = 0
-) -> list[Decision]:
+) -> list[Plan]:
     """Decode with drafts that each hold with a chance, at the curve's costs."""
     rng = np.random.default_rng(seed)
     costs, waiting, context, made = LiveCosts(curve), 0, 100, []
@@ -127,7 +127,7 @@ class TestLookup:
         assert not plans.plan(num_pending=1, num_waiting=0, room=99, **looked_up).source
         for _ in range(12):
             plans.observe(
-                Decision(plain_layout()), num_accepted=0, context=9, ms=10.0, match=2,
+                Plan(plain_layout()), num_accepted=0, context=9, ms=10.0, match=2,
                 num_judged=1, num_right=1,
             )  # fmt: skip
         assert plans.plan(num_pending=1, num_waiting=0, room=99, **looked_up).source == LOOKUP

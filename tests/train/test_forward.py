@@ -17,7 +17,6 @@ from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.gradient.forward import mask_rows, ordinary_rows
 from mlx_mtp.train.gradient.losses import (
-    LossWeights,
     _head,
     is_plain_head,
     loss_terms,
@@ -25,6 +24,7 @@ from mlx_mtp.train.gradient.losses import (
     total_loss,
 )
 from mlx_mtp.train.gradient.mask_blocks import MaskRows, choose_anchors, chunks, count_masks
+from mlx_mtp.train.settings import LossWeights
 from tests.helpers.tiny import KINDS, tiny_mtp
 
 LENGTH, K = 20, 4

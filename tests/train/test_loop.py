@@ -192,7 +192,7 @@ def test_another_number_of_processes_is_named_with_the_way_on(tmp_path, monkeypa
 
 
 def test_layers_are_not_computed_again_without_the_gate():
-    with pytest.raises(ValueError, match="grad_checkpoint does not go together"):
+    with pytest.raises(ValueError, match="grad_checkpoint cannot be used without the gate"):
         change(gate=False, grad_checkpoint=True)
 
 

@@ -16,7 +16,7 @@ import mlx_mtp.decoding.loop
 import mlx_mtp.decoding.step
 from mlx_mtp.backends.cpu.blas import BLAS
 from mlx_mtp.cli.verify import table
-from mlx_mtp.decoding.accept import Sampling
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.evaluation.prompts import Prompt
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.verify import VerifyReport, VerifySettings, build_receipt, verify, write_receipt

@@ -22,8 +22,7 @@ from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.data import sequences as texts
 from mlx_mtp.train.gradient.forward import OrdinaryRows, mask_rows, ordinary_rows
 from mlx_mtp.train.gradient.mask_blocks import MaskRows
-
-TEACHERS = ("argmax", "sample", "dist")
+from mlx_mtp.train.settings import TEACHERS, LossWeights
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,6 @@ class Targets:
     previous: mx.array
     twins: mx.array
     probs: mx.array | None = None
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """How much each term counts."""
-
-    base: float = 1.0
-    sampler: float = 1.0
-    lcm: float = 1.0
 
 
 def make_targets(
