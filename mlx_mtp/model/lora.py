@@ -157,8 +157,8 @@ class GatedLoRALinear(nn.Module):
 
 
 def linear_dims(linear: Any) -> tuple[int, int]:
-    """Return (in, out) of a linear layer, quantised or not."""
+    """Return (in, out) of a linear layer or an unembedding, quantised or not."""
     out_dims, in_dims = linear.weight.shape
-    if isinstance(linear, nn.QuantizedLinear):
+    if isinstance(linear, nn.QuantizedLinear | nn.QuantizedEmbedding):
         in_dims = in_dims * 32 // linear.bits
     return in_dims, out_dims

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,28 +11,9 @@ from mlx_lm.models import cache as lm_cache
 
 from mlx_mtp.backends.metal.attention import step_attention_kernel, takes
 from mlx_mtp.backends.metal.choice import KernelChoice
+from mlx_mtp.backends.metal.operations import AttentionKey, StepAttentionOperation
 from mlx_mtp.model.attention import inject_attention
 from mlx_mtp.model.wrappers import replace
-
-
-class AttentionKey(NamedTuple):
-    """What a choice depends on."""
-
-    heads: int
-    kv_heads: int
-    head_dim: int
-    dtype: mx.Dtype
-
-    @classmethod
-    def of(cls, queries: mx.array, keys: mx.array) -> AttentionKey:
-        """The key of a call with ``[1, H, M, D]`` queries and ``[1, Hkv, N, D]`` keys."""
-        return cls(queries.shape[1], keys.shape[1], keys.shape[3], keys.dtype)
-
-    @property
-    def name(self) -> str:
-        """Such as ``attention 9/3 heads of 64 float16``."""
-        dtype = str(self.dtype).removeprefix("mlx.core.")
-        return f"attention {self.heads}/{self.kv_heads} heads of {self.head_dim} {dtype}"
 
 
 class StepAttention:
@@ -64,7 +45,7 @@ def use_attention(base: nn.Module, choices: Mapping[AttentionKey, KernelChoice])
     return bool(inject_attention(base, StepAttention(choices)))
 
 
-def attention_keys(base: nn.Module) -> list[AttentionKey]:
+def attention_operations(base: nn.Module) -> list[StepAttentionOperation]:
     """Find the shapes for which a model calls attention and for which there is a kernel.
 
     The model is called with one token; nothing is evaluated.
@@ -85,4 +66,4 @@ def attention_keys(base: nn.Module) -> list[AttentionKey]:
         return []
     finally:
         replace(base, blocks)
-    return list(shapes)
+    return [StepAttentionOperation(key) for key in shapes]

@@ -8,7 +8,7 @@ type, go through stock MLX.  The kernels have no gradient: models in training ke
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -21,10 +21,9 @@ from mlx_mtp.backends.metal.matmul import (
     gated_lora_down_kernel,
     skinny_qmm_kernel,
 )
-from mlx_mtp.model.lora import GatedLoRALinear, GatedTerm, SharedLowRank
+from mlx_mtp.backends.metal.operations import Matmul
+from mlx_mtp.model.lora import GatedLoRALinear, GatedTerm, SharedLowRank, linear_dims
 from mlx_mtp.model.wrappers import Wrapper, replace
-
-ShapeKey = tuple[int, int, int, int, mx.Dtype]  # N, K, bits, group size, type
 
 _SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -40,11 +39,6 @@ def packed_weight(layer: Any) -> PackedWeight | None:
         group_size=layer.group_size,
         bits=layer.bits,
     )
-
-
-def shape_key(packed: PackedWeight) -> ShapeKey:
-    """What a choice depends on."""
-    return *packed.shape, packed.bits, packed.group_size, packed.scales.dtype
 
 
 class _KernelLayer(Wrapper):
@@ -107,17 +101,49 @@ class KernelEmbedding(_KernelLayer, nn.QuantizedEmbedding):
         return self.wrapped.as_linear(x) if variant is None else self._multiply(x, variant)
 
 
-def weights_by_shape(base: nn.Module) -> dict[ShapeKey, list[PackedWeight]]:
-    """A model's quantised weights by what a choice depends on."""
-    found: dict[ShapeKey, list[PackedWeight]] = {}
+def matmul_operations(base: nn.Module) -> list[Matmul]:
+    """The linear layers and the unembedding of a model by shape and format, the largest first."""
+    layers: dict[str, list[Any]] = {}
     for _, layer in base.named_modules():
-        if packed := packed_weight(layer):
-            found.setdefault(shape_key(packed), []).append(packed)
-    return found
+        is_head = isinstance(layer, nn.Embedding | nn.QuantizedEmbedding) and "lm_head" not in base
+        if is_head or isinstance(layer, nn.Linear | nn.QuantizedLinear):
+            layers.setdefault(_name(layer), []).append(layer)
+    operations = [_matmul(name, group) for name, group in layers.items()]
+    sizes = {name: sum(layer.weight.nbytes for layer in group) for name, group in layers.items()}
+    return sorted(operations, key=lambda operation: -sizes[operation.name])
 
 
-def use_kernels(base: nn.Module, choices: Mapping[ShapeKey, KernelChoice]) -> int:
+def _matmul(name: str, layers: Sequence[Any]) -> Matmul:
+    """The operation of layers of one shape."""
+    return Matmul(
+        name,
+        weights=[packed for packed in map(packed_weight, layers) if packed],
+        layers=[getattr(layer, "as_linear", layer) for layer in layers],
+        num_inputs=linear_dims(layers[0])[0],
+        dtype=_floating(layers[0]),
+    )
+
+
+def _floating(layer: Any) -> mx.Dtype:
+    """The type of the rows that a layer takes."""
+    types = [layer[name].dtype for name in ("weight", "scales") if name in layer]
+    return next((dtype for dtype in types if mx.issubdtype(dtype, mx.floating)), mx.bfloat16)
+
+
+def _name(layer: Any) -> str:
+    packed = packed_weight(layer)
+    if packed is not None:
+        return packed.name
+    outputs, inputs = layer.weight.shape
+    return f"{outputs}x{inputs} {str(layer.weight.dtype).removeprefix('mlx.core.')}"
+
+
+def use_kernels(base: nn.Module, choices: Mapping[str, KernelChoice]) -> int:
     """Let the quantised layers of a model use our kernels where these were chosen, in place.
+
+    Args:
+        base: the model.
+        choices: by ``PackedWeight.name``.
 
     Returns:
         Number of layers that do.
@@ -125,7 +151,7 @@ def use_kernels(base: nn.Module, choices: Mapping[ShapeKey, KernelChoice]) -> in
     layers: dict[str, nn.Module] = {}
     for path, layer in base.named_modules():
         packed = packed_weight(layer)
-        choice = choices.get(shape_key(packed)) if packed else None
+        choice = choices.get(packed.name) if packed else None
         if packed is None or choice is None or not choice.ours:
             continue
         kind = KernelLinear if isinstance(layer, nn.QuantizedLinear) else KernelEmbedding

@@ -56,6 +56,13 @@ class PackedWeight:
         return self.scales.shape[0], self.scales.shape[1] * self.group_size
 
     @property
+    def name(self) -> str:
+        """Shape and format, such as ``4096x14336 4-bit g64 float16`` (outputs x inputs)."""
+        outputs, inputs = self.shape
+        dtype = str(self.scales.dtype).removeprefix("mlx.core.")
+        return f"{outputs}x{inputs} {self.bits}-bit g{self.group_size} {dtype}"
+
+    @property
     def is_supported(self) -> bool:
         """Whether there is a kernel for it.
 
