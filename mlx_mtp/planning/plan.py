@@ -33,13 +33,14 @@ class Plan:
     plain_ms: float = math.nan
 
     def line(self) -> str:
-        """For ``--explain``."""
+        """One line for ``--explain``."""
         masks = ",".join(map(str, self.layout.mask_counts))
-        drafts = f"{self.layout.num_draft_tokens} {self.source} drafts" if self.source else "plain"
-        text = f"{drafts}, masks {masks}: {self.layout.num_rows} rows"
+        count = self.layout.num_draft_tokens
+        drafts = f"{count} {self.source} drafts" if self.source else "no drafts"
+        text = f"step: {drafts}, masks {masks}, {self.layout.num_rows} rows"
         if not math.isnan(self.expected_ms):
             text += (
-                f", {self.expected_tokens:.2f} tokens expected in {self.expected_ms:.1f} ms, "
-                f"{self.plain_ms:.1f} for one plain token"
+                f"; expected {self.expected_tokens:.2f} tokens in {self.expected_ms:.1f} ms "
+                f"(plain: {self.plain_ms:.1f} ms per token)"
             )
-        return text + (" (trying)" if self.is_probe else "")
+        return text + (", probe" if self.is_probe else "")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -32,7 +35,19 @@ from tests.metal_host.toolchain import find_clang
 
 VARIANTS: tuple[Variant, ...] = ("scalar", "matrix")
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
-FORMATS = [(bits, size) for bits in kernels.BITS for size in kernels.GROUP_SIZES]
+SOAK = pytest.mark.soak
+
+
+def formats() -> Iterator[Any]:
+    """Variant, bits, group size: all of them, of which the default run takes a third.
+
+    There every number of bits meets both variants, and every group size nearly all of the bits.
+    """
+    for i, bits in enumerate(kernels.BITS):
+        for j, variant in enumerate(VARIANTS):
+            for k, size in enumerate(kernels.GROUP_SIZES):
+                marks = () if k == (i + j) % 3 else SOAK
+                yield pytest.param(variant, bits, size, marks=marks)
 
 
 def product(
@@ -69,8 +84,7 @@ class TestQuantisedMatmul:
             assert np.all(np.abs(float64(y) - wanted) <= ulp)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(("bits", "group_size"), FORMATS)
-    @pytest.mark.parametrize("variant", VARIANTS)
+    @pytest.mark.parametrize(("variant", "bits", "group_size"), formats())
     def test_takes_every_format(self, variant, bits, group_size):
         inputs = 96 if group_size == 32 else 3 * group_size  # the last block may be half a block
         packed = random_weight(20, inputs, bits=bits, group_size=group_size)
@@ -79,7 +93,11 @@ class TestQuantisedMatmul:
         assert relative_error(y, exact_product(x, packed)) < EPS[mx.float32]
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 24, 25, 32, 33])
+    @pytest.mark.parametrize(
+        "rows",
+        [1, 3, 8, 9, 17, 33]
+        + [pytest.param(rows, marks=SOAK) for rows in (2, 4, 5, 6, 7, 16, 24, 25, 32)],
+    )
     @pytest.mark.parametrize("variant", VARIANTS)
     def test_takes_any_number_of_rows(self, variant, rows):
         packed = random_weight(37, 160, group_size=32)
@@ -97,12 +115,14 @@ class TestQuantisedMatmul:
         assert relative_error(y, exact_product(x, packed)) < EPS[mx.float32]
 
     @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "counts", [(2, 3, 5, 8, 9, 32), pytest.param(range(1, 33), marks=SOAK)]
+    )
     @pytest.mark.parametrize("dtype", DTYPES)
-    def test_gives_a_row_the_same_bits_for_every_number_of_rows(self, dtype):
+    def test_gives_a_row_the_same_bits_for_every_number_of_rows(self, dtype, counts):
         packed = random_weight(40, 1216, group_size=32, dtype=dtype)
         x = random_rows(32, 1216, dtype=dtype)
         alone = mx.concatenate([product(x[row : row + 1], packed) for row in range(32)])
-        counts = range(1, 33) if dtype == mx.float16 else (2, 3, 5, 8, 9, 32)
         for rows in counts:
             for variant in VARIANTS:
                 y = product(x[:rows], packed, variant)

@@ -21,6 +21,7 @@ from tests.metal_host.mutants import switchable_barriers
 from tests.metal_host.toolchain import find_clang
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+SOAK = pytest.mark.soak
 
 
 def same_bits(a: mx.array, b: mx.array) -> bool:
@@ -43,8 +44,14 @@ class TestResult:
         assert is_right(y, problem.exact()) and clean(reports)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("dtype", DTYPES)
-    @pytest.mark.parametrize("head_dim", HEAD_DIMS)
+    @pytest.mark.parametrize(
+        ("head_dim", "dtype"),  # the default run takes every second pair
+        [
+            pytest.param(head_dim, dtype, marks=SOAK if (i + j) % 2 else ())
+            for i, head_dim in enumerate(HEAD_DIMS)
+            for j, dtype in enumerate(DTYPES)
+        ],
+    )
     def test_is_within_a_rounding_for_every_head_in_every_type(self, head_dim, dtype):
         for rows, count in ((1, 33), (3, 135)):
             problem = attention(rows, count, head_dim=head_dim, heads=2, dtype=dtype, mask="causal")
@@ -52,9 +59,12 @@ class TestResult:
             assert is_right(y, problem.exact()), (rows, count)
 
     @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "counts", [(1, 3, 11), pytest.param((1, 2, 3, 5, 8, 11, 17, 32), marks=SOAK)]
+    )
     @pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (3, 1), (4, 1), (8, 1)])
-    def test_is_right_for_every_number_of_rows(self, heads, kv_heads):
-        for rows in (1, 2, 3, 5, 8, 11, 17, 32):
+    def test_is_right_for_every_number_of_rows(self, heads, kv_heads, counts):
+        for rows in counts:
             mask = step_mask(rows, 130, quadratic=rows % 3 == 2 and rows > 2)
             problem = attention(rows, 130, heads=heads, kv_heads=kv_heads, mask=mask, seed=rows)
             y, _ = problem.run()
@@ -102,22 +112,27 @@ class TestBits:
     """Of a row depend on nothing but its query and the keys that it sees."""
 
     @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "counts", [(1, 2, 5, 8, 17, 32), pytest.param(range(1, 33), marks=SOAK)]
+    )
     @pytest.mark.parametrize("heads", [1, 3])
-    def test_are_the_same_for_every_number_of_rows(self, heads):
+    def test_are_the_same_for_every_number_of_rows(self, heads, counts):
         context = 114  # the rows' own keys lie on both sides of a border between spans
         problem = attention(32, context + 32, heads=heads)
         alone = mx.concatenate(
             [problem.rows(row, row + 1, keys=context + row + 1).run()[0] for row in range(32)],
             axis=2,
         )
-        for rows in range(1, 33):
+        for rows in counts:
             y, _ = problem.rows(0, rows, keys=context + rows, mask="causal").run()
             assert same_bits(y, alone[:, :, :rows]), rows
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
         ("rows", "dtype"),
-        [(6, dtype) for dtype in DTYPES] + [(rows, mx.float32) for rows in (1, 11, 17, 32)],
+        [(6, dtype) for dtype in DTYPES]
+        + [(1, mx.float32), (17, mx.float32)]
+        + [pytest.param(rows, mx.float32, marks=SOAK) for rows in (11, 32)],
     )
     def test_are_the_same_with_masked_keys_behind_and_every_kind_of_mask(self, rows, dtype):
         seen = 125 + rows

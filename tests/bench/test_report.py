@@ -14,9 +14,10 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_mtp.bench import compare, tables
-from mlx_mtp.bench.measure import Measurement, Settings
+from mlx_mtp.bench.measure import Measurement
 from mlx_mtp.bench.modes import Mode
 from mlx_mtp.bench.report import Setup, build_report
+from mlx_mtp.bench.settings import Settings
 from mlx_mtp.cli.main import cli
 from mlx_mtp.evaluation.prompts import Prompt
 from mlx_mtp.planning.costs import UNMEASURED

@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from mlx_mtp.bench import contexts, machine_state, measure, modes, runs
 from mlx_mtp.bench.contexts import Question, check_room, questions
-from mlx_mtp.bench.measure import Settings, schedule
+from mlx_mtp.bench.measure import schedule
 from mlx_mtp.bench.modes import Mode, draft_steps
 from mlx_mtp.bench.runs import RUN, Step, num_repeated, timed
+from mlx_mtp.bench.settings import Settings
 from mlx_mtp.evaluation import prompt_sets
 from mlx_mtp.evaluation.prompts import BENCHMARK_KINDS, ENGLISH_KINDS, Prompt, builtin_prompts
 from tests.helpers.fixtures_generate import byte_tokenizer

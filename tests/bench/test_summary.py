@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -45,7 +45,6 @@ def test_speeds_are_all_tokens_over_all_seconds():
     assert rows[0, "chat", "auto"] == auto | {"kind": "chat"}
 
 
-@settings(deadline=None, max_examples=30)
 @given(speedups=SOME, repeats=st.integers(1, 3))
 def test_figures_fit_together(speedups, repeats):
     answers = pairs(speedups, repeats=repeats)
@@ -197,7 +196,6 @@ def test_steps_are_counted_by_layout():
     ]
 
 
-@settings(max_examples=40)
 @given(st.recursive(st.floats() | st.integers(), lambda each: st.lists(each) | st.tuples(each)))
 def test_what_is_written_is_finite(values):
     def numbers(tree):

@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -109,13 +109,11 @@ def reachable(draw: st.DrawFn) -> ConvertedAdapter:
     )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(reachable())
 def test_convert_after_export_is_the_identity(found: ConvertedAdapter) -> None:
     assert_identity(found)
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(RANKS, RANKS, st.floats(1e-3, 1e3), st.floats(1e-3, 1e3))
 def test_any_scale_is_exact_or_refused(first: int, second: int, one: float, two: float) -> None:
     paths = sorted(PATHS)[:2]
@@ -129,7 +127,6 @@ def test_any_scale_is_exact_or_refused(first: int, second: int, one: float, two:
         assert {first, second} - {1, 2, 4, 8}  # any scale is exact at a power of two
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.integers(1, 512), ALPHAS, st.booleans())
 def test_alpha_is_found_wherever_there_is_one(rank: int, alpha: float, rslora: bool) -> None:
     divisor = math.sqrt(rank) if rslora else rank

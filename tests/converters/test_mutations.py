@@ -65,15 +65,16 @@ def _read_range(folder: Path, start: int, stop: int, tally: Tally) -> None:
 
 
 @pytest.mark.skipif(sandbox.why_unavailable() is not None, reason="there is no sandbox here")
-@pytest.mark.parametrize("count", [100, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(2000, marks=pytest.mark.soak)])
 def test_mutated_checkpoints_are_read_or_refused(
-    tmp_path: Path, record_property: Callable[[str, object], None], count: int
+    tmp_path: Path, record_property: Callable[[str, object], None], seed: int, count: int
 ) -> None:
     mutations.prepare(tmp_path)
     tally = Tally()
-    half = count // 2
+    first = seed * 10_000
+    middle, last = first + count // 2, first + count
     with ThreadPoolExecutor(2) as pool:
-        ranges = [(0, half), (half, count)] if count > 100 else [(0, count)]
+        ranges = [(first, middle), (middle, last)] if count > 200 else [(first, last)]
         jobs = [pool.submit(_read_range, tmp_path, *ends, tally) for ends in ranges]
         for job in jobs:
             job.result()

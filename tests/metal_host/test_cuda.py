@@ -133,11 +133,11 @@ class TestGate:
     def test_sees_a_warning(self):
         assert "warning" in complaints(build(text_with("int unused = n; y[i] = x[i];")))[0]
 
-    @pytest.mark.slow
+    @pytest.mark.soak
     def test_takes_every_kernel_of_the_default_format(self):
         assert refused(list(cases.default_cases())) == {}
 
-    @pytest.mark.slow
+    @pytest.mark.soak
     def test_takes_a_sample_of_every_other_format(self):
         assert refused(list(cases.sampled_cases())) == {}
 

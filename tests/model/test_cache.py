@@ -20,7 +20,6 @@ from mlx_mtp.model.mtp_model import MTPModel
 from tests.helpers.tiny import KINDS, WINDOW, step_ids, tiny_base, tiny_mtp
 
 WIDE: dict[str, Any] = {"head_dim": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
-STEPS = 10_000
 
 
 def random_ids(count: int, *, vocab: int = 64, seed: int = 0) -> list[int]:
@@ -44,15 +43,18 @@ def assert_same_rows(cache: MTPCache, base: Any, ids: list[int]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("num_steps", [334, pytest.param(10_000, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("layout", ["linear", "quadratic", "auto"])
-def test_ten_thousand_random_steps_leave_what_a_fresh_prefill_leaves(layout: str) -> None:
+def test_thousands_of_random_steps_leave_what_a_fresh_prefill_leaves(
+    layout: str, num_steps: int, seed: int
+) -> None:
     # Drafts of a random adapter over six ids at temperature 1 hold about as often as not.
     options: dict[str, Any] = {"vocab_size": 6, "num_hidden_layers": 1, "num_key_value_heads": 1}
     model = tiny_mtp("llama", k=2, sampler=False, low_rank=False, **options)
     base = tiny_base("llama", **options)
     steps, counts = 0, Counter[int]()
-    for seed in range(STEPS):
-        prompt = random_ids(5 + seed % 9, vocab=6, seed=seed)
+    for start in range(seed, seed + num_steps):
+        prompt = random_ids(5 + start % 9, vocab=6, seed=start)
         cache, ids = model.make_cache(), list(prompt)
         found = decode(
             model,
@@ -61,7 +63,7 @@ def test_ten_thousand_random_steps_leave_what_a_fresh_prefill_leaves(layout: str
             max_tokens=250,
             layout=layout,
             sampling=Sampling(temp=1.0),
-            seed=seed,
+            seed=start,
         )
         for step in found:
             ids += step.tokens
@@ -70,10 +72,10 @@ def test_ten_thousand_random_steps_leave_what_a_fresh_prefill_leaves(layout: str
             if steps % 40 == 0:
                 assert_same_rows(cache, base, ids[:-1])
         assert_same_rows(cache, base, ids[:-1])
-        if steps >= STEPS / 3:
+        if steps >= num_steps:
             break
-    assert steps >= STEPS / 3
-    assert min(counts[accepted] for accepted in range(3)) > 100
+    assert steps >= num_steps
+    assert min(counts[accepted] for accepted in range(3)) > 0.03 * num_steps
 
 
 @pytest.mark.parametrize("kind", KINDS)

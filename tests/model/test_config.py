@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_mtp.model.config import CONFIG_FILE, MTPConfig, read_config
@@ -50,7 +50,6 @@ configs = st.builds(
 )
 
 
-@settings(max_examples=100, deadline=None)
 @given(configs)
 def test_a_round_trip_through_json_changes_nothing(config: MTPConfig) -> None:
     assert MTPConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_mtp.model.layout import (
@@ -51,7 +51,6 @@ def may_see(layout: StepLayout, row: tuple[str, int, int], other: tuple[str, int
     return other_group < layout.num_pending + group
 
 
-@settings(max_examples=150, deadline=None)
 @given(layouts)
 def test_rows_stand_and_see_as_the_rule_says(layout: StepLayout) -> None:
     rows = rows_of(layout)
@@ -68,7 +67,6 @@ def test_rows_stand_and_see_as_the_rule_says(layout: StepLayout) -> None:
     assert np.array(layout.attention).tolist() == sees
 
 
-@settings(max_examples=150, deadline=None)
 @given(layouts)
 def test_what_a_row_sees_stands_before_it_without_a_gap(layout: StepLayout) -> None:
     positions = np.array(layout.positions)
@@ -76,7 +74,6 @@ def test_what_a_row_sees_stands_before_it_without_a_gap(layout: StepLayout) -> N
         assert sorted(positions[sees].tolist()) == list(range(positions[row] + 1))
 
 
-@settings(max_examples=150, deadline=None)
 @given(layouts)
 def test_group_rows_point_at_each_group(layout: StepLayout) -> None:
     rows = rows_of(layout)
@@ -115,7 +112,6 @@ def test_a_scope_has_masks_only_inside_a_step_with_masks() -> None:
     assert scope.has_masks
 
 
-@settings(max_examples=200, deadline=None)
 @given(
     name=st.sampled_from(FIXED_LAYOUTS),
     k=st.integers(0, 8),

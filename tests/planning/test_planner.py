@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_mtp.model.layout import plain_layout
@@ -58,11 +58,10 @@ class TestPlans:
         prior=st.floats(0, 1),
         steep=st.booleans(),
     )
-    @settings(max_examples=60, deadline=None)
     def test_keep_within_what_there_is(self, k, pending, waiting, room, found, prior, steep):
         plans = planner(STEEP if steep else FLAT, k=k, prior=prior)
         decision = plans.plan(
-            num_pending=pending, num_waiting=waiting, room=room, num_found=found, match=5
+            num_pending=pending, num_waiting=waiting, room=room, num_lookup=found, match=5
         )
         layout = decision.layout
         assert layout.num_pending == pending
@@ -116,14 +115,14 @@ class TestLookup:
         plans = planner(FLAT, prior=0.3)
         alone = plans.plan(num_pending=1, num_waiting=2, room=99)
         assert alone.source == MASK
-        found = plans.plan(num_pending=1, num_waiting=2, room=99, num_found=20, match=12)
+        found = plans.plan(num_pending=1, num_waiting=2, room=99, num_lookup=20, match=12)
         assert found.source == LOOKUP and found.layout.num_draft_tokens > 4
 
     def test_is_learnt_without_being_taken(self):
         """Looked-up ids that were not verified are judged by what was emitted."""
         curve = dataclasses.replace(FLAT, forward_ms=((10.0, 390.0),))
         plans = planner(curve, prior=0.0)
-        looked_up = {"num_found": 9, "match": 2}
+        looked_up = {"num_lookup": 9, "match": 2}
         assert not plans.plan(num_pending=1, num_waiting=0, room=99, **looked_up).source
         for _ in range(12):
             plans.observe(
@@ -136,7 +135,7 @@ class TestLookup:
         """Edits hold in all their length; a chat that comes next begins with less trust."""
         known = Speculation(LiveCosts(FLAT), Acceptance([0.6] * 4))
         first = AutoPlanner(known, num_draft_tokens=4)
-        looked_up = {"num_pending": 1, "num_waiting": 0, "room": 99, "num_found": 24, "match": 4}
+        looked_up = {"num_pending": 1, "num_waiting": 0, "room": 99, "num_lookup": 24, "match": 4}
         for _ in range(20):
             decision = first.plan(**looked_up)
             first.observe(
@@ -149,11 +148,11 @@ class TestLookup:
 
     def test_is_left_where_rows_are_dear_and_once_it_fails(self):
         plans = planner(STEEP)
-        assert not plans.plan(num_pending=1, num_waiting=0, room=99, num_found=9, match=9).source
+        assert not plans.plan(num_pending=1, num_waiting=0, room=99, num_lookup=9, match=9).source
         plans = planner(FLAT, prior=0.0)
         sizes = []
         for _ in range(200):
-            decision = plans.plan(num_pending=1, num_waiting=0, room=99, num_found=9, match=9)
+            decision = plans.plan(num_pending=1, num_waiting=0, room=99, num_lookup=9, match=9)
             plans.observe(
                 decision, num_accepted=0, context=9, ms=10.5, match=9, num_judged=1, num_right=0
             )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_mtp.planning.policy import (
@@ -39,7 +39,6 @@ def problem(k: int, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.nd
 
 
 @given(st.integers(1, 2), st.integers(1, 5), st.integers(0, 10**6))
-@settings(max_examples=25, deadline=None)
 def test_no_rule_of_all_is_faster(k: int, rows: int, seed: int) -> None:
     given_ = problem(k, rows, seed)
     choices = [list(plans(k, rows, waiting=waiting)) for waiting in range(k + 1)]
@@ -48,7 +47,6 @@ def test_no_rule_of_all_is_faster(k: int, rows: int, seed: int) -> None:
 
 
 @given(st.integers(3, 4), st.integers(6, 14), st.integers(0, 10**6))
-@settings(max_examples=15, deadline=None)
 def test_no_step_of_all_is_worth_more(k: int, rows: int, seed: int) -> None:
     holds, forward, draft = problem(k, rows, seed)
     found = best_policy(holds, forward, draft)
@@ -60,7 +58,6 @@ def test_no_step_of_all_is_worth_more(k: int, rows: int, seed: int) -> None:
 
 
 @given(st.integers(1, 8), st.integers(0, 10**6))
-@settings(max_examples=15, deadline=None)
 def test_where_it_starts_does_not_matter(k: int, seed: int) -> None:
     one, other = problem(k, 24, seed), problem(k, 24, seed + 1)
     cold = best_policy(*one)

@@ -8,7 +8,7 @@ from functools import partial
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_mtp.planning.auto import AutoPlanner, Speculation
@@ -152,7 +152,6 @@ class TestTries:
         seed=st.integers(0, 99),
         less=st.sampled_from([0.5, 1.0]),
     )
-    @settings(max_examples=20, deadline=None)
     def test_cost_a_small_share_and_never_end(self, cost, holds, seed, less) -> None:
         steps = 12_000
         tries, longest = play(Probing(), cost=cost, steps=steps, holds=holds, seed=seed, less=less)
@@ -173,7 +172,6 @@ class TestTries:
 
 class TestLiveCosts:
     @given(scale=st.floats(0.2, 10), rows=st.integers(1, 30), seed=st.integers(0, 9))
-    @settings(max_examples=20, deadline=None)
     def test_of_a_machine_at_another_pace_keep_their_ratios(self, scale, rows, seed) -> None:
         live, rng = LiveCosts(CURVE), np.random.default_rng(seed)
         true = CURVE.forward(0)
@@ -184,7 +182,6 @@ class TestLiveCosts:
         assert now / now[1] == pytest.approx(true / true[1], rel=0.1)
 
     @given(scale=st.floats(0.1, 0.7), rows=st.integers(2, 30))
-    @settings(max_examples=40, deadline=None)
     def test_believe_a_few_tries_and_their_neighbours_too(self, scale, rows) -> None:
         live, believed = LiveCosts(CURVE), CURVE.forward(0)
         for _ in range(8):
@@ -199,7 +196,6 @@ class TestLiveCosts:
     @given(
         st.lists(st.tuples(st.integers(1, 40), st.integers(0, 8), st.floats(0, 1e6)), max_size=60)
     )
-    @settings(max_examples=40, deadline=None)
     def test_stay_finite_and_rise_whatever_happens(self, steps) -> None:
         live = LiveCosts(CURVE)
         for rows, masks, ms in steps:

@@ -18,18 +18,20 @@ from mlx_mtp.apps.engine.grammar import GrammarError
 from mlx_mtp.apps.engine.prefix_cache import PrefixCache
 from mlx_mtp.apps.engine.preparing import Prepared, Refusal, prepare
 from mlx_mtp.apps.engine.scheduler import Scheduler
-from mlx_mtp.apps.engine.session import Bench, answer
+from mlx_mtp.apps.engine.session import Engine
 from mlx_mtp.apps.engine.supervisor import EngineInfo
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.apps.engine.tool_calls import calls_are_json
 from mlx_mtp.apps.server.api.anthropic_schema import openai_choice
 from mlx_mtp.apps.server.api.tools import Tool, chat_tools
 from mlx_mtp.apps.server.errors import ApiError
+from mlx_mtp.planning.auto import Speculation
 from tests.helpers.fixtures_generate import byte_tokenizer
 from tests.helpers.tiny import BYTE_VOCAB, tiny_mtp
 from tests.server.command import Served, served
 from tests.server.host import PATHS, Host, hosted
 from tests.server.hostile_schemas import EITHER, REFUSED
+from tests.server.sessions import messages_of
 
 TEXT = "Who are you?"
 SCHEMA: dict[str, Any] = {
@@ -207,15 +209,17 @@ TOOLS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
+def engine() -> Engine:
     plain, detokenizer = byte_tokenizer(), cast(Any, BPEStreamingDetokenizer)
     tokenizer = TokenizerWrapper(
         plain._tokenizer, detokenizer, tool_parser=json_tools.parse_tool_call,
         tool_call_start="<tool_call>", tool_call_end="</tool_call>",
     )  # fmt: skip
-    return Bench(
-        model=tiny_mtp(vocab_size=BYTE_VOCAB, max_position_embeddings=1024),
+    model = tiny_mtp(vocab_size=BYTE_VOCAB, max_position_embeddings=1024)
+    return Engine(
+        model=model,
         tokenizer=tokenizer,
+        speculation=Speculation.guess(model.num_draft_tokens),
         prefixes=PrefixCache(most_bytes=0),
         texts=TokenTexts(tokenizer),
         prefill_step_size=64,
@@ -223,14 +227,13 @@ def bench() -> Bench:
 
 
 @pytest.mark.parametrize("names", [["add"], ["is_it", "add"]])
-def test_calls_that_must_be_made_are_made(bench, names):
-    assert calls_are_json(bench.tokenizer)
+def test_calls_that_must_be_made_are_made(engine, names):
+    assert calls_are_json(engine.tokenizer)
     job = {
         "messages": [{"role": "user", "content": TEXT}], "max_tokens": 200, "tools": TOOLS,
         "must_call": names, "many_calls": False,
     }  # fmt: skip
-    items: list[Any] = list(answer(prepare(job, bench.model, bench.tokenizer), bench))
-    last = items[-1]
+    *_, last = messages_of(engine, job)
     assert last["reason"] == "tool_calls" and len(last["tool_calls"]) == 1
     call = last["tool_calls"][0]
     schemas = {each["function"]["name"]: each["function"]["parameters"] for each in TOOLS}
@@ -238,14 +241,14 @@ def test_calls_that_must_be_made_are_made(bench, names):
     jsonschema.validate(json.loads(call["arguments"]), schemas[call["name"]])
 
 
-def test_a_bad_schema_of_a_tool_is_refused(bench):
+def test_a_bad_schema_of_a_tool_is_refused(engine):
     tool = {"type": "function", "function": {"name": "add", "parameters": REFUSED["no such type"]}}
     job = {
         "messages": [{"role": "user", "content": TEXT}], "max_tokens": 9, "tools": [tool],
         "must_call": ["add"], "many_calls": True,
     }  # fmt: skip
     with pytest.raises(Refusal, match="tools: ") as told:
-        prepare(job, bench.model, bench.tokenizer)
+        prepare(job, engine.model, engine.tokenizer)
     assert told.value.param == "tools"
 
 
@@ -295,17 +298,32 @@ def test_strict_tools_need_a_call_that_must_be_made():
 
 
 def test_a_grammar_that_leads_nowhere_is_told_and_harms_no_other():
-    def begin(prepared: Any) -> Any:
-        yield {"type": "started"}
-        if prepared.ids == [1]:
-            raise GrammarError("no way on")
-        yield {"type": "finished"}
+    class Answer:
+        finished = True
+
+        def __init__(self, prepared: Any) -> None:
+            self.ids = prepared.ids
+
+        def started(self) -> dict[str, Any]:
+            return {"type": "started"}
+
+        def plan(self) -> Any:
+            return object()
+
+        def commit(self, outcome: Any) -> list[dict[str, Any]]:
+            if self.ids == [1]:
+                raise GrammarError("no way on")
+            return [{"type": "finished"}]
+
+        def close(self) -> None:
+            pass
 
     sent: list[dict[str, Any]] = []
     scheduler = Scheduler(
         prepare=lambda job: Prepared(ids=job["ids"]),
-        begin=begin,
-        run_steps=lambda _: None,
+        begin=Answer,
+        group=lambda steps: [list(range(len(steps)))],
+        run=list,
         send=sent.append,
     )
     for number in (1, 2):

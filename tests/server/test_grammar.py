@@ -12,7 +12,7 @@ import jsonschema
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_mtp.apps.engine.grammar import GrammarError, Grammars, calls_grammar, json_grammar, try_out
@@ -104,7 +104,6 @@ SCHEMAS = st.recursive(_LEAVES, _larger, max_leaves=4)
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(schema=SCHEMAS, temp=st.sampled_from([0.0, 1.3]), layout=st.sampled_from(["auto", "linear"]))
 def test_whatever_the_schema_the_answer_is_valid(model, schema, temp, layout):
     ways = {"sampling": Sampling(temp=temp), "layout": layout, "max_tokens": 120}

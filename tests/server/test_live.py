@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -24,11 +25,11 @@ from mlx_mtp.cli.main import cli
 from mlx_mtp.generate import chat_text, generate
 from mlx_mtp.loading import load
 from tests.server.command import Served, command, served
-from tests.server.soak import ARGUMENTS
 from tests.server.soak_clients import soak
 from tests.server.soak_kills import kill_often
 from tests.server.soak_requests import fuzz
 
+ARGUMENTS = ("--queue-size", "256", "--max-tokens", "8", "--client-timeout", "5")
 TEXTS = [f"Tell {at} things about the number {at * 7}." for at in range(8)]
 
 pytestmark = [
@@ -121,20 +122,36 @@ def test_an_answer_stops_within_a_second_of_its_client(server):
         time.sleep(0.02)
 
 
-def test_a_few_seconds_of_soaking(server):
-    report = soak(server, clients=16, seconds=5)
-    assert report["replies"] >= 16 and report["why"] == [] and report["crossed"] == 0
+def show(**reports: dict[str, Any]) -> None:
+    """Print a report as one line of JSON; `pytest -rP` shows it for tests that pass too."""
+    print(json.dumps(reports))
 
 
-def test_a_few_hundred_made_up_requests(server):
-    report = fuzz(server, requests=300, seed=1)
-    assert report["requests"] >= 300
+@pytest.mark.parametrize(
+    ("clients", "seconds"), [(16, 3), pytest.param(64, 300, marks=pytest.mark.soak)]
+)
+def test_many_clients_each_get_their_own_answers(server, clients, seconds):
+    report = soak(server, clients=clients, seconds=seconds)
+    show(soak=report)
+    assert report["replies"] >= clients and report["why"] == []
+    assert report["lost"] == report["crossed"] == report["health_bad"] == 0
+    if seconds >= 60:  # in less, memory has not settled
+        assert report["server_growth"] < 0.05 and report["engine_growth"] < 0.05
+
+
+@pytest.mark.parametrize("requests", [150, pytest.param(10_000, marks=pytest.mark.soak)])
+def test_made_up_requests_do_no_harm(server, seed, requests):
+    report = fuzz(server, requests=requests, seed=seed)
+    show(fuzz=report)
+    assert report["requests"] >= requests
     assert report["bad"] == [] and report["restarts"] == 0
 
 
-def test_the_engine_is_killed_in_the_middle_of_answers(server):
-    report = kill_often(server, kills=2)
-    assert report["kills"] == 2 and report["unclean"] == []
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.soak)])
+def test_the_engine_is_killed_in_the_middle_of_answers(server, kills):
+    report = kill_often(server, kills=kills)
+    show(kills=report)
+    assert report["kills"] == kills and report["unclean"] == []
 
 
 def test_a_signal_ends_it_all_and_leaves_nothing(tmp_path):

@@ -7,6 +7,7 @@ import gc
 import sys
 import threading
 import time
+from typing import Any
 
 import httpx
 import pytest
@@ -15,27 +16,13 @@ from starlette.responses import JSONResponse, PlainTextResponse
 from starlette.routing import Route
 
 from tests.server.host import hosted, listening
-from tests.server.soak import FAKE, LIMITS, passed_limits
 from tests.server.soak_clients import soak
 from tests.server.soak_requests import fuzz
 from tests.server.soak_watch import summary, told, watch, watching
 
-GOOD = {
-    "soak": {"lost": 0, "crossed": 0, "health_bad": 0, "health_ms_most": 199.9,
-             "server_growth": -0.2, "engine_growth": 0.05},
-    "fuzz": {"bad": [], "restarts": 0},
-    "kills": {"unclean": [], "error_s_most": 0.9, "return_beyond_load_s": 4.9},
+FAKE: dict[str, Any] = {
+    "engine": {"queue_size": 256}, "body_timeout_s": 5.0, "header_timeout_s": 2.5,
 }  # fmt: skip
-
-
-def test_every_limit_counts():
-    assert passed_limits(GOOD) == []
-    for name, limits in LIMITS.items():
-        for what, most in limits.items():
-            for bad in ([0] * (int(most) + 1), most + 0.01, None):
-                found = passed_limits(GOOD | {name: GOOD[name] | {what: bad}})
-                assert len(found) == 1 and found[0].startswith(f"{name}: {what} is ")
-            assert passed_limits({name: GOOD[name] | {what: None}}, but=(what,)) == []
 
 
 def test_percentiles_are_values_that_occurred():
@@ -68,8 +55,8 @@ def _objects() -> collections.Counter[str]:
     return collections.Counter(type(each).__name__ for each in gc.get_objects())
 
 
-@pytest.mark.slow
-def test_nothing_is_kept_of_requests():
+@pytest.mark.parametrize("requests", [220, pytest.param(2000, marks=pytest.mark.soak)])
+def test_nothing_is_kept_of_requests(requests):
     with hosted() as host:
         host.wait_for("ok")
         with httpx.Client(base_url=host.url, timeout=60) as client:
@@ -82,7 +69,7 @@ def test_nothing_is_kept_of_requests():
 
             ask(150)  # asyncio keeps a hundred or two of timers that were cancelled
             before = _objects()
-            ask(300)
+            ask(requests)
             more = _objects() - before
     kept = {name: count for name, count in more.items() if count >= 200}
     assert kept == {}

@@ -199,18 +199,20 @@ def test_many_clients_get_their_own_replies():
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
-def test_fifty_deaths_in_the_middle_of_answers():
+@pytest.mark.parametrize("kills", [4, pytest.param(50, marks=pytest.mark.soak)])
+def test_the_engine_dies_in_the_middle_of_answers(kills):
     with hosted() as host:
         host.wait_for("ok")
-        report = kill_often(host, kills=50)
+        report = kill_often(host, kills=kills)
     assert report["unclean"] == []
     assert report["error_s_most"] < SOON_S
     assert report["return_beyond_load_s"] < 5
 
 
 @pytest.mark.slow
-def test_made_up_requests_never_hurt():
+@pytest.mark.parametrize("requests", [200, pytest.param(1000, marks=pytest.mark.soak)])
+def test_made_up_requests_never_hurt(requests, seed):
     with hosted() as host:
         host.wait_for("ok")
-        report = fuzz(host, requests=1000, seed=2)
+        report = fuzz(host, requests=requests, seed=seed)
     assert report["bad"] == [] and report["restarts"] == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm import utils as lm_utils
 from tokenizers import Tokenizer
@@ -37,12 +37,10 @@ TEXT = st.lists(PLAIN_TEXT | st.sampled_from([*SPECIAL, "🙂👩‍👩‍👧"
 
 
 class TestTokenizer:
-    @settings(deadline=None)
     @given(TEXT)
     def test_round_trip(self, tokenizer: Tokenizer, text: str) -> None:
         assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
 
-    @settings(deadline=None)
     @given(st.text())
     def test_any_text_can_be_encoded(self, tokenizer: Tokenizer, text: str) -> None:
         assert all(0 <= index < 49152 for index in tokenizer.encode(text).ids)
@@ -50,7 +48,6 @@ class TestTokenizer:
     def test_missing_bytes_are_dropped(self, tokenizer: Tokenizer) -> None:
         assert tokenizer.decode(tokenizer.encode("a\x04b").ids) == "ab"
 
-    @settings(deadline=None)
     @given(st.text("0123456789 ab.-½²"))
     def test_digits_stand_alone(self, tokenizer: Tokenizer, text: str) -> None:
         pieces = [tokenizer.decode([index]) for index in tokenizer.encode(text).ids]

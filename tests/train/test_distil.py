@@ -10,10 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_mtp.evaluation.batch_generation import generate_batch
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.data import distil_run
 from mlx_mtp.train.data.distil import continue_text, distil
-from mlx_mtp.train.data.distil_run import around_user, generate_batch, token_ids
+from mlx_mtp.train.data.distil_run import around_user, token_ids
 from mlx_mtp.train.data.records import Record, RecordWriter, read_jsonl
 from mlx_mtp.train.data.sequences import encode
 from tests.helpers.fixtures_generate import EOS, TEMPLATE, byte_tokenizer
@@ -174,9 +175,7 @@ def test_a_model_without_a_template_writes_plain_text(tmp_path):
     told: list[str] = []
     tokenizer = byte_tokenizer(template=None)
     path = tmp_path / "data.jsonl"
-    records = distil(
-        readable(end=-5.0), tokenizer, path, num_records=4, tell=told.append, **OPTIONS
-    )
+    records = distil(readable(end=-5.0), tokenizer, path, num_records=4, log=told.append, **OPTIONS)
     assert told == ["tiny has no chat template: it continues plain text instead"]
     assert len(records) == 4 and all(len(record.text or "") > 25 for record in records)
 
@@ -214,7 +213,9 @@ def test_given_conversations_are_answered_turn_by_turn(tmp_path):
 
 
 def test_a_model_that_writes_nothing_usable_is_told(tmp_path):
-    with pytest.raises(ValueError, match=r"tiny wrote no usable text \(dropped: .*prompt: empty"):
+    with pytest.raises(
+        ValueError, match=r"tiny generated no usable text \(dropped: .*prompt: empty"
+    ):
         distil(readable(end=1e4), byte_tokenizer(), tmp_path / "a.jsonl", num_records=1, **OPTIONS)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.loading import read_adapter
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.train.data.sequences import Sequence
 from mlx_mtp.train.gradient.adapter import (
     adapter_tensors,
     new_adapter,
@@ -47,7 +47,7 @@ SETTINGS = TrainSettings(
 )
 
 
-def texts(count: int = 6, *, seed: int = 1, period: int = 0) -> list[Sequence]:
+def texts(count: int = 6, *, seed: int = 1, period: int = 0) -> list[TokenSequence]:
     """Random texts of 20 ids; with a period they repeat themselves and can be foreseen."""
     rng = np.random.default_rng(seed)
     found = []
@@ -55,7 +55,7 @@ def texts(count: int = 6, *, seed: int = 1, period: int = 0) -> list[Sequence]:
         ids = rng.integers(2, 40, 20)
         if period:
             ids = np.resize(ids[:period], 20)
-        found.append(Sequence(ids.tolist(), [False] * 4 + [True] * 16))
+        found.append(TokenSequence(ids.tolist(), [False] * 4 + [True] * 16))
     return found
 
 
@@ -187,7 +187,7 @@ def test_every_option_trains(tmp_path, values):
 def test_another_number_of_processes_is_named_with_the_way_on(tmp_path, monkeypatch):
     run(tmp_path, change(iters=2, workers=1))
     monkeypatch.setattr("mlx_mtp.train.loop.worker_count", lambda wanted, **_: 3)
-    with pytest.raises(ValueError, match=r"begun with --workers 1,.* resume it with that"):
+    with pytest.raises(ValueError, match=r"began with --workers 1,.* Resume it with that"):
         run(tmp_path, change(iters=3), resume=True)
 
 
@@ -274,10 +274,10 @@ class TestStops:
 
     def test_before_it_begins_with_another_runs_state(self, tmp_path):
         run(tmp_path)
-        with pytest.raises(ValueError, match="other rank"):
+        with pytest.raises(ValueError, match="different rank"):
             run(tmp_path, change(rank=8), resume=True)
         other = TrainData(texts(), texts(2, seed=2), "other")
-        with pytest.raises(ValueError, match="other data_hash"):
+        with pytest.raises(ValueError, match="different data_hash"):
             run(tmp_path, data=other, resume=True)
         with pytest.raises(ValueError, match="no checkpoint"):
             run(tmp_path / "new", resume=True)

@@ -52,7 +52,7 @@ def test_a_tracker_gets_the_values(name: str, monkeypatch: pytest.MonkeyPatch) -
 def test_a_tracker_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", FakeService(fails=True))  # type: ignore[arg-type]
     told: list[str] = []
-    tracker = make_tracker("wandb", project="p", run=None, config={}, tell=told.append)
+    tracker = make_tracker("wandb", project="p", run=None, config={}, log=told.append)
     for step in (1, 2):
         tracker.log({"loss": 1.0}, step=step)
     tracker.finish()

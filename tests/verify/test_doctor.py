@@ -46,7 +46,7 @@ def test_attention_is_timed_too():
 def test_the_command_writes_the_report(tmp_path):
     model = save_tiny_model(tmp_path / "model")
     output = tmp_path / "report.json"
-    command = ["doctor", "--model", str(model), "--rows", "4,1", "--output", str(output)]
+    command = ["doctor", "--model", str(model), "--rows", "4,1", "--output-file", str(output)]
     done = CliRunner().invoke(cli, command)
     assert done.exit_code == 0, done.output
     assert "M=1" in done.output and "M=4" in done.output and f"wrote {output}" in done.output
@@ -56,7 +56,9 @@ def test_the_command_writes_the_report(tmp_path):
     assert json.loads(as_json.stdout)["machine"] == report["machine"]
 
 
-@pytest.mark.parametrize(("rows", "culprit"), [("1,x", "'1,x'"), ("0", "0 rows")])
+@pytest.mark.parametrize(
+    ("rows", "culprit"), [("1,x", "'1,x'"), ("0", "0 is less than the minimum, 1")]
+)
 def test_bad_rows_are_refused(rows, culprit):
     done = CliRunner().invoke(cli, ["doctor", "--rows", rows])
     assert done.exit_code == 2 and culprit in done.stderr

@@ -1,8 +1,8 @@
-"""The two halves of a training forward.
+"""The two parts of a forward over mask blocks of a sequence.
 
-Ordinary rows are computed once, without gradient: they are the base model's own, whatever the
-adapter is.  Their keys and values then serve all mask blocks of the sequence, whose rows run
-through the very modules that decode, so that what is trained is what will run.
+Ordinary rows are computed once, without gradient: they do not depend on the adapter.  Their keys
+and values then serve all mask blocks of the sequence, whose rows run through the same modules as in
+decoding.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
+from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.model.cache import ForwardLayerCache
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.train.gradient.mask_blocks import MaskRows
 
 
 @dataclass(frozen=True)
 class OrdinaryRows:
-    """What the base model makes of a sequence; no gradient flows into it.
+    """The base model's output for a sequence, without gradient.
 
     Attributes:
         hidden: final hidden states ``[L, D]``.
-        keys_and_values: of every layer, ``[1, H, L, Dh]`` each.
+        keys_and_values: of every layer, both ``[1, H, L, Dh]``.
     """
 
     hidden: mx.array
@@ -33,17 +33,17 @@ class OrdinaryRows:
 
 
 @dataclass(frozen=True)
-class TrainingCaches:
-    """The caches of a training forward, one per layer."""
+class FixedCaches:
+    """The caches of a forward over one sequence, one per layer."""
 
     layers: Sequence[ForwardLayerCache]
 
 
-class SequenceCache:
-    """A layer cache with the rows of a sequence; mask rows see them and are not stored.
+class FixedLayerCache:
+    """A layer cache of a sequence that mask rows see but do not change.
 
     Attributes:
-        offset: 0, because the layout has the positions of mask rows in the sequence.
+        offset: 0, because mask rows have their positions in the sequence.
     """
 
     offset = 0
@@ -54,7 +54,7 @@ class SequenceCache:
         self._rows = rows
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Return the sequence's rows followed by the mask rows, ``[1, H, L + R, Dh]``."""
+        """Return the cached rows followed by the new ones, ``[1, H, L + R, Dh]``."""
         return (
             mx.concatenate([self._keys, keys], axis=-2),
             mx.concatenate([self._values, values], axis=-2),
@@ -70,25 +70,25 @@ class SequenceCache:
 
 
 def ordinary_rows(model: MTPModel, ids: mx.array, *, gradient: bool = False) -> OrdinaryRows:
-    """Run the base model over a sequence ``[L]``; a gradient flows only where it is asked for."""
+    """Run the base model over a sequence ``[L]``; ``gradient`` keeps that of keys and values."""
     caches = [KVCache() for _ in model.base.layers]
-    hidden = model(ids[None], cache=TrainingCaches(caches))[0]
-    pairs: Any = [cache.keys_and_values() for cache in caches]
+    hidden = model(ids[None], cache=FixedCaches(caches))[0]
+    pairs: Any = [layer.keys_and_values() for layer in caches]
     if not gradient:
         pairs = [(mx.stop_gradient(keys), mx.stop_gradient(values)) for keys, values in pairs]
     return OrdinaryRows(hidden=mx.stop_gradient(hidden), keys_and_values=pairs)
 
 
 def mask_rows(model: MTPModel, ordinary: OrdinaryRows, rows: MaskRows) -> mx.array:
-    """Run mask blocks of a sequence; the rows behind the last anchor are not looked at.
+    """Run mask blocks of a sequence; rows after the last anchor are ignored.
 
     Returns:
         Final hidden states ``[R, D]``, block by block.
     """
     seen = max(rows.anchors) + 1
     layers = [
-        SequenceCache(keys[..., :seen, :], values[..., :seen, :], rows)
+        FixedLayerCache(keys[..., :seen, :], values[..., :seen, :], rows)
         for keys, values in ordinary.keys_and_values
     ]
     ids = mx.array(rows.mask_offsets[None])
-    return model(ids, cache=TrainingCaches(layers), layout=rows)[0]
+    return model(ids, cache=FixedCaches(layers), layout=rows)[0]
