@@ -110,8 +110,8 @@ class LayerCache:
         other = copy.copy(self)
         other.inner = copy.copy(self.inner)
         if not self.inner.empty():
-            held = (self.inner.keys, self.inner.values)
-            rows = tree_map(lambda x: x[..., : self.inner.offset, :], held)
+            arrays = (self.inner.keys, self.inner.values)
+            rows = tree_map(lambda x: x[..., : self.inner.offset, :], arrays)
             other.inner.keys, other.inner.values = rows
         return other
 

@@ -156,7 +156,7 @@ class Check:
     @property
     def matrix(self) -> Kernel | None:
         """The matrix variant that is right, if there is one."""
-        return next((each for each in self.kernels if each.variant == "matrix"), None)
+        return next((kernel for kernel in self.kernels if kernel.variant == "matrix"), None)
 
 
 def check(operation: Operation) -> Check:

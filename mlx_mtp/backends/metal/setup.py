@@ -56,7 +56,7 @@ def set_up_kernels(base: nn.Module, *, report: Report = lambda line: None) -> in
     mode = kernel_mode()
     if mode == "stock" or not has_metal():
         return 0
-    matmuls = [each for each in matmul_operations(base) if each.weights]
+    matmuls = [matmul for matmul in matmul_operations(base) if matmul.weights]
     attention = attention_operations(base)
     choices = choose_all([*matmuls, *attention], mode=mode, report=report)
     use_attention(base, {operation.key: choices[operation.name] for operation in attention})
