@@ -78,7 +78,7 @@ def load(
     else:
         model = _with_adapter(base, name, adapter, shown=adapter_path or str(adapter))
     if kernels:
-        set_up_kernels(model.base, tell=progress or (lambda line: None))
+        set_up_kernels(model.base, report=progress or (lambda line: None))
     return model, tokenizer
 
 

@@ -308,7 +308,7 @@ BROKEN_ADAPTERS: dict[str, tuple[Change, str]] = {
     ),
     "a sampler too many": (
         lambda config, _: dataclasses.replace(config, sampler=None),
-        "the adapter has no sampler, yet a tensor sampler_head.",
+        "the adapter has a tensor sampler_head.",
     ),
     "other masks": (
         lambda config, _: dataclasses.replace(config, num_draft_tokens=6),
