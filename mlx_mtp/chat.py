@@ -107,12 +107,6 @@ class Conversation:
         self.last = None
         self._forget_cache()
 
-    def settle(self, say: Callable[[str], None]) -> None:
-        """Measure what rows cost again if answers have disproved it; ``say`` is told."""
-        from mlx_mtp.calibration.stored_costs import speculation_for
-
-        speculation_for(self._model, measure=False, say=say)
-
     def ask(
         self,
         text: str,
@@ -259,7 +253,6 @@ class Repl:
         """Print an answer while it is made; Ctrl-C ends it."""
         try:
             with Interrupt() as interrupt, Status("Reading ...") as status:
-                self._conversation.settle(status.update)
                 last = _print_answer(answer, interrupt, status, explain=self._explain)
         except ContextOverflow as error:
             self._note(f"{one_line(error)}: /reset starts afresh")

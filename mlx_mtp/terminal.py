@@ -155,8 +155,6 @@ class Status:
         self._stream.write(_ERASE_LINE + text[:width])
         self._stream.flush()
 
-    say = update  # the former name
-
 
 class AnswerWriter:
     """Writes an answer to stdout and lines about it to stderr.
@@ -194,9 +192,6 @@ def _is_same_file(one: TextIO, other: TextIO) -> bool:
         return os.path.sameopenfile(one.fileno(), other.fileno())
     except (OSError, ValueError):  # a stream without a file
         return False
-
-
-Progress = Status  # the former name
 
 
 def dim(text: str) -> str:

@@ -112,9 +112,8 @@ def _load(load: Load, send: Callable[[Event | JobMessage], None]) -> Any:
         extra_eos_token=load.extra_eos_token,
     )
     max_draft_tokens(model, load.num_draft_tokens)
-    measure = load.mtp and load.layout == "auto" and model.config is not None
     grammars = Grammars(tokenizer)
-    speculation = speculation_for(model, measure=measure)
+    speculation = speculation_for(model)
     engine = Engine(
         model=model,
         tokenizer=tokenizer,
@@ -158,15 +157,14 @@ def _facts(model: Any) -> dict[str, Any]:
     from mlx_mtp.backends.cpu.blas import BLAS
     from mlx_mtp.backends.device import gpu_info, machine_name
     from mlx_mtp.calibration.stored_costs import speculation_for
-    from mlx_mtp.planning.costs import UNMEASURED
 
-    curve = speculation_for(model, measure=False).costs.curve
+    curve = speculation_for(model).costs.curve
     return {
         "device": machine_name(gpu_info()),
         "runs_on": "gpu" if mx.default_device().type == mx.gpu else "cpu",
         "blas": BLAS,
         "costs": curve.to_dict(),
-        "measured": curve is not UNMEASURED,
+        "measured": not curve.is_guess,
     }
 
 

@@ -11,7 +11,7 @@ from mlx_mtp.apps.engine.preparing import Prepared
 from mlx_mtp.apps.engine.protocol import Finished, Group, JobMessage, Prefill, Started
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.apps.engine.tool_calls import ToolCallReader
-from mlx_mtp.calibration.stored_costs import doubt_disproved
+from mlx_mtp.calibration.stored_costs import store_learned
 from mlx_mtp.decoding.setup import make_request
 from mlx_mtp.decoding.step import Outcome, Step, StepResult
 from mlx_mtp.generate import TextStream, drafts_tokens
@@ -115,7 +115,7 @@ class Session:
         if not self._job.fresh:
             self._engine.prefixes.put(self._request.ids, self._request.cache)
         if self.finished:
-            doubt_disproved(self._engine.model)
+            store_learned(self._engine.model)
 
     def _group(self, step: StepResult) -> tuple[Group, str | None]:
         """The message of a step up to a stop string, and why the answer ends with it."""

@@ -42,13 +42,11 @@ _CLOSE_S = 5.0
     option(
         "--no-browser",
         is_flag=True,
-        show_default=False,
         help="Print the address without opening a browser.",
     ),
     option(
         "--window",
         is_flag=True,
-        show_default=False,
         help="Open the page in its own window instead of the browser.",
     ),
 )

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.terminal import Status
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -40,10 +39,9 @@ def load_model(
     Raises:
         ValueError: the model or adapter cannot be used, or an end token does not exist.
     """
-    from mlx_mtp.calibration.stored_costs import speculation_for
     from mlx_mtp.loading import load_with_status
 
-    model, tokenizer = load_with_status(
+    return load_with_status(
         options["model"],
         adapter_path=options["adapter_path"],
         tokenizer_config=tokenizer_config,
@@ -51,7 +49,3 @@ def load_model(
         mtp=options["mtp"],
         extra_eos_token=options["extra_eos_token"],
     )
-    if options["mtp"] and options.get("layout") == "auto" and model.config is not None:
-        with Status("Measuring step costs ...") as status:
-            speculation_for(model, say=status.update)
-    return model, tokenizer

@@ -15,7 +15,7 @@ from mlx_mtp.terminal import Status
     "adapters",
     nargs=-1,
     metavar="ADAPTER ADAPTER ...",
-    help="Folder, hub id, or saved state of a training run, such as RUN/training/state-0000100.",
+    help="Folder, Hugging Face id, or saved state of a run, such as RUN/training/state-0000100.",
 )
 @option("--adapter-path", required=True, metavar="OUT", help="Folder to write the adapter to.")
 def average(adapters: tuple[str, ...], adapter_path: str) -> None:

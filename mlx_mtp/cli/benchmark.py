@@ -94,7 +94,6 @@ OPTIONS = (
         "--seed",
         type=click.IntRange(0),
         default=0,
-        metavar="INTEGER",
         help="Random seed of the bootstrap for confidence intervals.",
     ),
 )
@@ -113,13 +112,11 @@ OPTIONS = (
         "--json",
         "output_format",
         flag_value="json",
-        show_default=False,
         help=JSON_HELP,
     ),
     option(
         "--output-file",
         type=FILE,
-        metavar="FILE",
         help="Also write the report to this file, in the format of its extension: .md, .csv, .json "
         "or .jsonl.",
     ),
@@ -127,7 +124,6 @@ OPTIONS = (
         "--plot",
         former_names=("--picture",),
         type=FILE,
-        metavar="FILE",
         help="Write a plot of the report to this file, as PNG and SVG.",
     ),
     option(
@@ -225,9 +221,14 @@ def _request(options: dict[str, Any]) -> Wanted:
 
 def _measure(request: Wanted) -> dict[str, Any] | None:
     from mlx_mtp.bench.benchmark import prepare, run
+    from mlx_mtp.calibration.stored_costs import SPECULATIONS
 
     with Status("Loading the model ...") as status:
         prepared = prepare(request, say=status.update)
+        known = SPECULATIONS.get(prepared.model)
+        if known is not None and known.costs.curve.source.startswith("measured"):
+            status.stop()
+            print(f"Layout auto plans with costs {known.costs.curve.source}", file=sys.stderr)
         with Interrupt() as interrupt:
             return run(prepared, check=interrupt.check, say=status.update)
 

@@ -24,10 +24,9 @@ TORCH_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 ALLOW_PICKLE = option(
     "--allow-pickle",
     is_flag=True,
-    show_default=False,
     help="Read PyTorch pickle files, in a sandbox.",
 )
-FORCE = option("--force", is_flag=True, show_default=False, help="Replace an existing folder.")
+FORCE = option("--force", is_flag=True, help="Replace an existing folder.")
 
 
 @cloup.command()
@@ -70,18 +69,16 @@ FORCE = option("--force", is_flag=True, show_default=False, help="Replace an exi
 @cloup.option_group(
     "Output",
     option("--mlx-path", default="mlx_model", metavar="OUT", help="Folder to write the result to."),
-    option("--quantize", "-q", is_flag=True, show_default=False, help="Quantize the base model."),
+    option("--quantize", "-q", is_flag=True, help="Quantize the base model."),
     option(
         "--q-bits",
         type=int,
-        metavar="INTEGER",
         help="Bits per weight for -q.",
         show_default="4",
     ),
     option(
         "--q-group-size",
         type=int,
-        metavar="INTEGER",
         help="Group size for -q.",
         show_default="64",
     ),
@@ -99,11 +96,10 @@ FORCE = option("--force", is_flag=True, show_default=False, help="Replace an exi
         help="License of the adapter, for its model card.",
         show_default="the checkpoint's",
     ),
-    option("--upload-repo", metavar="REPO", help="Upload the folder to this hub repository."),
+    option("--upload-repo", metavar="REPO", help="Upload the folder to this repository."),
     option(
         "--verify",
         is_flag=True,
-        show_default=False,
         help="Compare the result with PyTorch before the folder is created.",
     ),
     FORCE,

@@ -39,7 +39,6 @@ ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24, 32)
         former_names=("--output",),
         type=click.Path(path_type=Path, dir_okay=False),
         default=Path("mlx-mtp-doctor.json"),
-        metavar="FILE",
         help="File to write the report to, as JSON.",
     ),
     AS_JSON,

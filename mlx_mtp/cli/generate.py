@@ -49,7 +49,6 @@ _PROMPT_OPTIONS = (
     option(
         "--ignore-chat-template",
         is_flag=True,
-        show_default=False,
         help="Use the prompt without the chat template.",
     ),
     option("--prefill-response", metavar="TEXT", help="Beginning of the answer."),

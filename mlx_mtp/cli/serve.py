@@ -59,14 +59,12 @@ SETTINGS = (
         "--max-concurrent",
         type=click.IntRange(1, 64),
         default=4,
-        metavar="INTEGER",
         help="Maximum number of answers generated at the same time.",
     ),
     option(
         "--queue-size",
         type=click.IntRange(0, 100_000),
         default=64,
-        metavar="INTEGER",
         help="Maximum number of waiting requests; more are refused with status 429.",
     ),
     option(

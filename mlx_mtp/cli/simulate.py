@@ -45,26 +45,22 @@ FILE = click.Path(path_type=Path)
         "--costs",
         former_names=("--curve",),
         type=FILE,
-        metavar="FILE",
         help="Step costs of another machine, printed by mlx-mtp tune --json.",
     ),
     option(
         "--here",
         is_flag=True,
-        show_default=False,
         help="Use the step costs stored for this machine and model.",
     ),
     option(
         "--plain-tps",
         type=float,
-        metavar="FLOAT",
         help="Scale the machines to this number of tokens per second of plain decoding.",
     ),
     option(
         "--list",
         "list_chips",
         is_flag=True,
-        show_default=False,
         help="List the chips with their sources.",
     ),
 )
@@ -73,7 +69,6 @@ FILE = click.Path(path_type=Path)
     option(
         "--trace",
         type=FILE,
-        metavar="FILE",
         help="Trace of accepted drafts to replay.",
         show_default="the included trace",
     ),
@@ -81,14 +76,13 @@ FILE = click.Path(path_type=Path)
         "--num-draft-tokens",
         former_names=("--k",),
         type=click.IntRange(1),
-        metavar="INTEGER",
         help="Draft tokens per step; the trace's maximum by default.",
     ),
     KINDS_OPTION,
 )
 @cloup.option_group(
     "Recording a trace",
-    option("--record", type=FILE, metavar="FILE", help="Record a trace into this file."),
+    option("--record", type=FILE, help="Record a trace into this file."),
     PROMPTS,
     num_prompts("all"),
     option("--every", type=click.IntRange(1), default=1, hidden=True, help="Use every n-th."),
@@ -103,7 +97,6 @@ FILE = click.Path(path_type=Path)
     option(
         "--texts",
         type=FILE,
-        metavar="FILE",
         help="Read answers from this JSONL file, and append missing ones.",
     ),
 )
@@ -113,7 +106,6 @@ FILE = click.Path(path_type=Path)
     option(
         "--by-kind",
         is_flag=True,
-        show_default=False,
         help="Print results for each kind of text.",
     ),
     AS_JSON,
@@ -121,13 +113,11 @@ FILE = click.Path(path_type=Path)
         "--plot",
         former_names=("--picture",),
         type=FILE,
-        metavar="FILE",
         help="Write a plot of the results to this PNG file.",
     ),
     option(
         "--time-planner",
         is_flag=True,
-        show_default=False,
         help="Measure the processor time of the planner instead.",
     ),
 )
@@ -208,7 +198,7 @@ def _read_costs(path: Path) -> Any:
 
 def _stored_costs(options: dict[str, Any]) -> Any:
     """The costs stored for this machine, model and versions."""
-    from mlx_mtp.calibration.stored_costs import kept_costs
+    from mlx_mtp.calibration.stored_costs import measured_costs
     from mlx_mtp.loading import load
 
     model, _ = load(
@@ -216,7 +206,7 @@ def _stored_costs(options: dict[str, Any]) -> Any:
         adapter_path=options["adapter_path"],
         trust_remote_code=options["trust_remote_code"],
     )
-    curve = kept_costs(model, measure=False)
+    curve = measured_costs(model)
     if curve is None:
         raise ValueError(
             f"no step costs are stored for {model.name} on this machine with these versions; "

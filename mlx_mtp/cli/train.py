@@ -48,7 +48,6 @@ def _attributes(name: str) -> dict[str, Any]:
     option(
         "--resume",
         is_flag=True,
-        show_default=False,
         help="Resume the run in OUT with its options.",
     ),
     option(
@@ -59,7 +58,6 @@ def _attributes(name: str) -> dict[str, Any]:
     option(
         "--estimate",
         is_flag=True,
-        show_default=False,
         help="Print the expected memory and train nothing.",
     ),
     option("--config", "-c", metavar="FILE", help="YAML file with options, by name."),

@@ -20,9 +20,9 @@ def tune(
     """Measure the cost of a step on this machine by its number of rows.
 
     Layout auto plans with these costs. They are stored in the cache folder by machine, model and
-    versions.
+    versions. Without them auto starts from a safe estimate and learns from the steps that run.
     """
-    from mlx_mtp.calibration.stored_costs import curve_lines, kept_costs
+    from mlx_mtp.calibration.stored_costs import calibrate, curve_lines
     from mlx_mtp.loading import load
 
     with Status("Loading the model ...") as status:
@@ -32,8 +32,7 @@ def tune(
             trust_remote_code=trust_remote_code,
             progress=status.update,
         )
-        costs = kept_costs(loaded, again=True, say=status.update)
-    assert costs is not None
+        costs = calibrate(loaded, again=True, on_status=status.update)
     if as_json:
         click.echo(json.dumps({"model": loaded.name} | costs.to_dict()))
     else:

@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.backends.metal.attention_layer import hook
 from mlx_mtp.model.batch_cache import BatchCache
 from mlx_mtp.model.cache import MTPCache
 from mlx_mtp.model.layout import BatchLayout, StepLayout, plain_layout, quadratic_layout
@@ -63,7 +62,7 @@ def can_batch(model: MTPModel) -> bool:
 
     A model that does more with positions, masks or keys than pass them on cannot be batched.
     """
-    if not (hook(model.base) and model.wrap_ropes()):
+    if not (model.wrap_attention() and model.wrap_ropes()):
         return False
     layouts = [plain_layout(), StepLayout(1, 2, (0, 0, 0))]
     if model.num_draft_tokens:

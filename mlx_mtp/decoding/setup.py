@@ -67,7 +67,7 @@ def make_request(
         known = known.repeatable()  # drawn ids depend on the steps, so these must come again
     layout = config.layout if model.num_draft_tokens else "plain"
     planner = make_planner(layout, num_draft_tokens=k, speculation=known, lookup=config.lookup)
-    if explain and layout == "auto" and known.costs.curve.disturbed:
+    if explain and layout == "auto" and known.costs.curve.doubt:
         explain(f"costs: {known.costs.curve.doubt}")
     cache = model.make_cache() if cache is None else cache
     room = max_new_tokens(model, cache.offset + len(prompt), config.max_tokens)

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from mlx_mtp.evaluation.mask_blocks import MaskRows
-from mlx_mtp.model.cache import MTPCache
+from mlx_mtp.model.cache import ForwardLayerCache
 from mlx_mtp.model.mtp_model import MTPModel
 
 
@@ -31,6 +30,13 @@ class OrdinaryRows:
 
     hidden: mx.array
     keys_and_values: Sequence[tuple[mx.array, mx.array]]
+
+
+@dataclass(frozen=True)
+class FixedCaches:
+    """The caches of a forward over one sequence, one per layer."""
+
+    layers: Sequence[ForwardLayerCache]
 
 
 class FixedLayerCache:
@@ -65,10 +71,9 @@ class FixedLayerCache:
 
 def ordinary_rows(model: MTPModel, ids: mx.array, *, gradient: bool = False) -> OrdinaryRows:
     """Run the base model over a sequence ``[L]``; ``gradient`` keeps that of keys and values."""
-    caches: Any = [KVCache() for _ in model.base.layers]
-    cache = cast(MTPCache, SimpleNamespace(layers=caches))
-    hidden = model(ids[None], cache=cache)[0]
-    pairs = [layer.keys_and_values() for layer in caches]
+    caches = [KVCache() for _ in model.base.layers]
+    hidden = model(ids[None], cache=FixedCaches(caches))[0]
+    pairs: Any = [layer.keys_and_values() for layer in caches]
     if not gradient:
         pairs = [(mx.stop_gradient(keys), mx.stop_gradient(values)) for keys, values in pairs]
     return OrdinaryRows(hidden=mx.stop_gradient(hidden), keys_and_values=pairs)
@@ -81,10 +86,9 @@ def mask_rows(model: MTPModel, ordinary: OrdinaryRows, rows: MaskRows) -> mx.arr
         Final hidden states ``[R, D]``, block by block.
     """
     seen = max(rows.anchors) + 1
-    layers: Any = [
+    layers = [
         FixedLayerCache(keys[..., :seen, :], values[..., :seen, :], rows)
         for keys, values in ordinary.keys_and_values
     ]
-    cache = cast(MTPCache, SimpleNamespace(layers=layers))
     ids = mx.array(rows.mask_offsets[None])
-    return model(ids, cache=cache, layout=rows)[0]
+    return model(ids, cache=FixedCaches(layers), layout=rows)[0]

@@ -10,18 +10,19 @@ Looked-up drafts are verified whenever that is worth more than what the policy d
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.planning.acceptance import Acceptance
-from mlx_mtp.planning.costs import UNMEASURED, CostCurve, LiveCosts, shared_ms
+from mlx_mtp.planning.costs import GPU_GUESS, CostCurve, LiveCosts, shared_ms
 from mlx_mtp.planning.lookup import MAX_LOOKUP_TOKENS, LookupAcceptance
 from mlx_mtp.planning.plan import LOOKUP, MASK, Plan
 from mlx_mtp.planning.policy import (
     MAX_ROUNDS,
+    PLAIN,
     RESET_PROB,
     Action,
     Policy,
@@ -87,8 +88,7 @@ class Speculation:
         policies: the best policies so far, by the number of answers that share steps.
         sharers: number of answers that shared the last steps; each pays its part of all rows.
         num_steps: steps observed so far.
-        may_measure: whether costs may be measured again if steps disprove them.
-        num_remeasured: how often that was done.
+        num_stored_steps: steps whose effect on ``costs`` is stored for the next start.
     """
 
     costs: LiveCosts
@@ -98,18 +98,17 @@ class Speculation:
     policies: dict[int, PricedPolicy] = field(default_factory=dict)
     sharers: int = 1
     num_steps: int = 0
-    may_measure: bool = False
-    num_remeasured: int = 0
+    num_stored_steps: int = 0
 
     @classmethod
     def guess(cls, num_draft_tokens: int) -> Speculation:
-        """Where nothing is known yet."""
-        return cls(LiveCosts(UNMEASURED), Acceptance.unknown(num_draft_tokens))
+        """Start from nothing, for one answer, which is too short for plain steps to begin with."""
+        guess = replace(GPU_GUESS, is_guess=False)
+        return cls(LiveCosts(guess), Acceptance.unknown(num_draft_tokens))
 
-    def take_costs(self, curve: CostCurve) -> None:
-        """Continue with costs that were measured again; acceptance estimates stay."""
-        self.costs, self.policies = LiveCosts(curve), {}
-        self.num_remeasured += 1
+    def replace_costs(self, curve: CostCurve) -> None:
+        """Start again from other costs; acceptance estimates stay."""
+        self.costs, self.policies, self.num_stored_steps = LiveCosts(curve), {}, 0
 
     def repeatable(self) -> Speculation:
         """A copy as before the first step, whose plans depend on no clock and no history."""
@@ -165,6 +164,10 @@ class AutoPlanner:
             match: ids that matched for them.
         """
         priced = self._best_policy(context)
+        may_set_pace = num_pending == 1 and self._known.sharers == 1
+        if may_set_pace and self._known.costs.needs_plain_steps:
+            probs = priced.prefix_probs
+            return _make_plan(PLAIN, priced, 1, room, source="", prefix_probs=probs)
         waiting = min(num_waiting, self.num_draft_tokens, room - 1)
         is_probe = self._is_probe(priced, waiting, room)
         if num_lookup and num_pending == 1 and not is_probe:

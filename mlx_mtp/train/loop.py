@@ -47,10 +47,9 @@ from mlx_mtp.train.run.checkpoint import (
     write_json,
 )
 from mlx_mtp.train.run.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
+from mlx_mtp.train.run.folder import HISTORY_FILE, SETTINGS_FILE, TRAINING
 from mlx_mtp.train.run.history import History
 from mlx_mtp.train.settings import TrainSettings
-
-TRAINING = "training"
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def train(
         on_event(Noticed(step=state.step if state else 0, text=line))
     if resume and state is None:
         raise ValueError(f"{output} contains no checkpoint to resume from")
-    with History(run.folder / "history.jsonl", keep=run.restore(state)) as history:
+    with History(run.folder / HISTORY_FILE, keep=run.restore(state)) as history:
         run.history = history  # locked, so no other process writes here
         remove_drafts(output)
         remove_drafts(run.folder)
@@ -191,7 +190,7 @@ class _Run:
         """Load a state, or begin; return the number of history lines to keep."""
         identity = self._identity()
         if state is None:
-            write_json(self.folder / "settings.json", identity | self.settings.to_dict())
+            write_json(self.folder / SETTINGS_FILE, identity | self.settings.to_dict())
             return 0
         saved = state.values["identity"]
         changed = [key for key in identity if saved.get(key) != identity[key]]

@@ -235,8 +235,8 @@ class DataSettings:
 
     data: str | None = _data(
         None,
-        "JSONL file, folder or hub id with prompts for the model to answer. Without it the model "
-        "writes the prompts too.",
+        "JSONL file, folder or Hugging Face id with prompts for the model to answer. Without it, "
+        "the model generates the prompts too.",
     )
     as_is: bool = _data(False, "Train on the answers in the data.", flag="--data-as-is")
     num_records: int | None = _data(

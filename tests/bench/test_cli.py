@@ -57,6 +57,7 @@ def tune_nothing(patch: pytest.MonkeyPatch) -> None:
         return known
 
     patch.setattr(modes, "speculation_for", guess)
+    patch.setattr(modes, "calibrate", guess)
 
 
 def invoke(*args: Any) -> Result:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -163,16 +161,3 @@ def test_lists_are_separated_by_commas() -> None:
             numbers.convert(text, None, None)
     assert ListOf(str).convert("a, b", None, None) == ("a", "b")
     assert isinstance(cli.commands["train"].params[0], Option)
-
-
-@pytest.mark.slow
-def test_help_imports_neither_models_nor_servers() -> None:
-    code = (
-        "import sys; from mlx_mtp.cli.main import main\n"
-        "sys.argv = ['mlx-mtp', 'train', '--help']\n"
-        "try: main()\n"
-        "finally: print(*sorted(sys.modules), file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    modules = set(done.stderr.split())
-    assert not modules & {"mlx_lm", "transformers", "torch", "starlette", "pydantic", "scipy"}

@@ -8,7 +8,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mtp.backends.cpu.blocks import DenseAttention
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.decoding.batching import can_batch, forward
 from mlx_mtp.decoding.loop import decode
@@ -16,6 +15,7 @@ from mlx_mtp.decoding.request import Request
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.setup import make_request
 from mlx_mtp.decoding.step import run
+from mlx_mtp.model.attention import AttentionSeam
 from mlx_mtp.model.layout import BatchLayout, StepLayout, plain_layout, quadratic_layout
 from mlx_mtp.model.mtp_model import MTPModel
 from tests.helpers.requests import finish_alone, step_together
@@ -136,7 +136,7 @@ def test_greedy_ids_are_those_of_plain_decoding(kind: str, quantised: bool) -> N
 def test_blocks_for_linux_cpus_part_the_rows_too(kind: str) -> None:
     base = tiny_base(kind, quantised=True)
     assert to_float32(base)
-    assert any(isinstance(module, DenseAttention) for module in base.modules())
+    assert any(isinstance(module, AttentionSeam) for module in base.modules())
     config, weights = random_adapter(base, k=3)
     model = MTPModel(base, config=config, weights=weights)
     expected = finish_alone(model, answers(model, [{"layout": "plain"}] * 4))

@@ -22,7 +22,7 @@ from mlx_mtp.decoding.config import GenerationConfig
 from mlx_mtp.decoding.limits import max_new_tokens
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import Speculation
-from mlx_mtp.planning.costs import UNMEASURED, LiveCosts
+from mlx_mtp.planning.costs import GPU_GUESS, LiveCosts
 
 EOS = 256
 USER = 257
@@ -89,7 +89,7 @@ class FakeCache:
 
 
 def _measured() -> Speculation:
-    curve = replace(UNMEASURED, source="a test")
+    curve = replace(GPU_GUESS, source="a test", is_guess=False)
     return Speculation(LiveCosts(curve), Acceptance([0.5]))
 
 

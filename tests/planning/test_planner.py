@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from mlx_mtp.model.layout import plain_layout
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import AutoPlanner, Speculation
-from mlx_mtp.planning.costs import UNMEASURED, CostCurve, LiveCosts
+from mlx_mtp.planning.costs import GPU_GUESS, CostCurve, LiveCosts
 from mlx_mtp.planning.plan import LOOKUP, MASK, Plan
 from mlx_mtp.planning.settings import DEFAULTS
 
@@ -202,7 +203,7 @@ class TestCosts:
         assert CostCurve.from_dict(self.CURVE.to_dict()) == self.CURVE
 
     def test_a_slower_machine_changes_nothing_but_one_row_number_does(self):
-        live = LiveCosts(UNMEASURED)
+        live = LiveCosts(replace(GPU_GUESS, is_guess=False))
         before = live.forward_ms(0).copy()
         for _ in range(200):
             for rows in (1, 4, 8):

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_mtp.planning.auto import AutoPlanner, Speculation
-from mlx_mtp.planning.costs import CostCurve, LiveCosts
+from mlx_mtp.planning.costs import CPU_GUESS, GPU_GUESS, SLOW_CPU_GUESS, CostCurve, LiveCosts
 from mlx_mtp.planning.fixed import FixedPlanner
 from mlx_mtp.planning.probing import Probing
 from mlx_mtp.planning.settings import DEFAULTS, PlannerSettings
@@ -96,6 +96,28 @@ class TestWrongCosts:
         known = speculation(wrong(CURVE, lambda rows: 40.0 if rows > 1 else 1.0), trace.shares, 8)
         known.probing = Probing(PlannerSettings(max_probe_wait=10**9))
         assert of_optimum(trace, costs, known, most_rows=30, after=LEARNT_BY) < 0.75
+
+
+class TestAGuess:
+    """The first answers on a machine where nothing was measured."""
+
+    @pytest.mark.parametrize("name", list(chips()))
+    @pytest.mark.parametrize(
+        ("chances", "least"), [((0.002,) * 8, 0.96), (CHANCES, 0.96), ((0.9,) * 8, 0.95)],
+        ids=["random", "shipped", "good"],
+    )  # fmt: skip
+    def test_never_costs_much(self, name: str, chances: tuple[float, ...], least: float) -> None:
+        trace = synthetic(chances, answers=10, shares=np.cumprod(CHANCES).tolist())
+        costs = StepCosts(chips()[name].machine(8).curve, most_rows=96)
+        guess = {"linux-cpu": CPU_GUESS, "linux-cpu-stock": SLOW_CPU_GUESS}.get(name, GPU_GUESS)
+        plain = replay(trace, partial(FixedPlanner, "plain", num_draft_tokens=0), costs)
+        known, auto = speculation(guess, trace.shares, 8), Tally()
+        for answer in trace.answers:
+            planner = AutoPlanner(known, num_draft_tokens=8, use_lookup=False)
+            auto.add(replay_answer(answer, planner, costs, max_tokens=trace.max_tokens))
+        assert auto.tps >= least * plain.total.tps
+        if chances[0] == 0.9 and name not in ("m2", "m3-ultra-bf16", "linux-cpu-stock"):
+            assert auto.tps >= 1.3 * plain.total.tps
 
 
 class TestThePrice:

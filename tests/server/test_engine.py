@@ -19,11 +19,16 @@ from mlx_mtp.apps.engine.scheduler import Scheduler
 from mlx_mtp.apps.engine.session import Engine, Session
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.apps.engine.tool_calls import ToolCallReader
-from mlx_mtp.calibration.stored_costs import SPECULATIONS, kept_costs, speculation_for
+from mlx_mtp.calibration.stored_costs import (
+    SPECULATIONS,
+    calibrate,
+    measured_costs,
+    speculation_for,
+)
 from mlx_mtp.decoding import step
 from mlx_mtp.decoding.grouping import StepGrouper
 from mlx_mtp.generate import chat_text, generate
-from mlx_mtp.planning.costs import UNMEASURED
+from mlx_mtp.planning.costs import GPU_GUESS
 from tests.helpers.fixtures_generate import EOS, TEMPLATE, byte_tokenizer, ids_of
 from tests.helpers.tiny import BYTE_VOCAB, tiny_mtp
 from tests.server.sessions import as_sent, messages_of
@@ -39,7 +44,7 @@ def engine() -> Engine:
     return Engine(
         model=model,
         tokenizer=tokenizer,
-        speculation=speculation_for(model, measure=False),
+        speculation=speculation_for(model),
         prefixes=PrefixCache(max_bytes=0),
         texts=TokenTexts(tokenizer),
         prefill_step_size=8,
@@ -385,16 +390,15 @@ def test_ids_look_like_their_bytes():
     assert [(each["token"], each["top_logprobs"]) for each in found] == [("A", []), ("B", [])]
 
 
-def test_costs_that_steps_disprove_are_doubted_behind_the_answer(engine, monkeypatch, tmp_path):
+def test_costs_that_steps_disprove_are_discarded_after_the_answer(engine, monkeypatch, tmp_path):
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
-    minutes = replace(UNMEASURED, forward_ms=((6e4,) * 5,))
+    minutes = replace(GPU_GUESS, forward_ms=((6e4,) * 6,), is_guess=False)
     monkeypatch.setattr("mlx_mtp.calibration.stored_costs.measure_costs", lambda *_, **__: minutes)
     SPECULATIONS.forget(engine.model)
-    kept_costs(engine.model)
-    known = speculation_for(engine.model, measure=False)
+    calibrate(engine.model)
+    known = speculation_for(engine.model)
     for _ in range(16):
         known.costs.observe(rows=1, largest_group=0, context=0, ms=0.01)
-    (file,) = (tmp_path / "costs").iterdir()
-    assert not json.loads(file.read_text())["disturbed"]
+    assert measured_costs(engine.model) == minutes
     messages_of(engine, job("Why?"))
-    assert json.loads(file.read_text())["disturbed"]
+    assert measured_costs(engine.model) is None

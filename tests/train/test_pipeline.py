@@ -103,7 +103,7 @@ def test_what_cannot_be_trained_on_is_named(tmp_path):
     assert len(make(tmp_path / "x.jsonl", data=str(path), as_is=True, told=told)) == 1
     assert told == ["1 records dropped: 1 loop"]
     path.write_text(json.dumps(lines[1]) + "\n")
-    with pytest.raises(ValueError, match=r"nothing of the data .*\(dropped: 1 loop\)"):
+    with pytest.raises(ValueError, match=r"no record can .*\(dropped: 1 loop\)"):
         make(tmp_path / "x.jsonl", data=str(path), as_is=True)
     chats = write_chats(tmp_path / "chats.jsonl")
     make(tmp_path / "x.jsonl", data=str(chats), as_is=True, template=False, told=told)

@@ -7,15 +7,16 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from mlx_mtp.backends.metal.layers import matmul_operations
 from mlx_mtp.cli.main import cli
-from mlx_mtp.verify.doctor import examine, layer_groups, table
+from mlx_mtp.verify.doctor import examine, table
 from tests.helpers.tiny import save_tiny_model, tiny_base
 
 
 def test_layers_are_grouped_by_shape_and_format():
     base = tiny_base(quantised=True)
-    groups = {group.name: group for group in layer_groups(base)}
-    count = sum(group.count for group in groups.values())
+    groups = {operation.name: operation for operation in matmul_operations(base)}
+    count = sum(len(operation.layers) for operation in groups.values())
     assert count == 7 * len(base.layers) + 1  # the embedding serves as the head
     assert all("4-bit g32 float32" in name for name in groups)
 

@@ -22,6 +22,7 @@ from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.layout import StepScope
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.model.wrappers import Wrapper
 from mlx_mtp.train.gradient.anchors import choose_anchors, chunks, count_masks
 from mlx_mtp.train.gradient.losses import (
     Targets,
@@ -251,14 +252,11 @@ def _sum(parts: Sequence[Part]) -> Part:
     return gradients, loss, terms
 
 
-class CheckpointedLayer(nn.Module):
+class CheckpointedLayer(Wrapper):
     """A layer whose activations are recomputed for the gradient instead of being stored."""
 
     def __init__(self, layer: nn.Module, scope: StepScope) -> None:
-        super().__init__()
-        dict.update(self, layer)  # the same modules under the same names
-        self.__dict__.update(layer.__dict__)
-        self._layer: Any = layer
+        super().__init__(layer)
         self._scope = scope
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
@@ -268,12 +266,12 @@ class CheckpointedLayer(nn.Module):
         def run(parameters: Any, x: mx.array) -> mx.array:
             before, self._scope.layout = self._scope.layout, layout  # the forward is over by then
             try:
-                self._layer.update(parameters)
-                return self._layer(x, *args, **kwargs)
+                self.wrapped.update(parameters)
+                return self.wrapped(x, *args, **kwargs)
             finally:
                 self._scope.layout = before
 
-        return mx.checkpoint(run)(self._layer.trainable_parameters(), x)
+        return mx.checkpoint(run)(self.wrapped.trainable_parameters(), x)
 
 
 def checkpoint_layers(model: MTPModel) -> None:

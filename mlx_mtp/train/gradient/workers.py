@@ -125,11 +125,6 @@ class Workers:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the workers."""
-        return [process.pid for process, _ in self._workers]
-
     def start(
         self,
         parameters: Mapping[str, mx.array],

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_mtp.evaluation.acceptance import Evaluation
 from mlx_mtp.model.config import MTPConfig
-from mlx_mtp.storage.cards import adapter_facts, model_card
+from mlx_mtp.storage.cards import model_card
 
 _COMMAND, _LICENCE = "command", "licence"
 
@@ -28,7 +28,7 @@ def training_card(config: MTPConfig, *, recipe: Mapping[str, Any], best: Evaluat
     training = ["## Training", "", *_table(["", ""], rows)]
     if command := recipe.get(_COMMAND):
         training += ["", "```", " ".join(str(command).split()), "```"]
-    facts = [adapter_facts(config)]
+    facts = [config.describe()]
     if best is not None:
         facts.append(_results(best))
     facts.append("\n".join(training))

@@ -97,7 +97,7 @@ def save_state(folder: Path, state: TrainState, *, keep: int = 2) -> Path:
         raise
     _sync(folder)
     # Later steps are from before the run was resumed at an earlier one.
-    _remove(folder / state_name(step) for step in _steps(folder) if step > state.step)
+    _remove(folder / state_name(step) for step in state_steps(folder) if step > state.step)
     remove_old_states(folder, state.step, keep=keep)
     return target
 
@@ -110,7 +110,7 @@ def remove_old_states(folder: Path, step: int, *, keep: int = 2) -> None:
         step: of an intact state.
         keep: number of states to keep, including that one.
     """
-    older = [number for number in _steps(folder) if number <= step][:-keep]
+    older = [number for number in state_steps(folder) if number <= step][:-keep]
     drafts = [folder / _DRAFT, folder / _ASIDE]
     _remove([*drafts, *(folder / state_name(number) for number in older)])
 
@@ -122,7 +122,7 @@ def newest_state(folder: Path, *, log: Callable[[str], None] | None = None) -> T
         folder: of the states; it need not exist.
         log: called with a line for every damaged state that is skipped.
     """
-    for step in reversed(_steps(folder)):
+    for step in reversed(state_steps(folder)):
         path = folder / state_name(step)
         try:
             return read_state(path)
@@ -309,7 +309,7 @@ def _json(values: Any, *, where: str, indent: int | None = None) -> str:
         raise ValueError(f"{where} cannot be written as JSON: {error}") from None
 
 
-def _steps(folder: Path) -> list[int]:
+def state_steps(folder: Path) -> list[int]:
     """Steps of the states in a folder, ascending."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     return sorted(int(match[1]) for match in map(_STATE.fullmatch, names) if match)

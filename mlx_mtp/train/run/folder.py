@@ -16,6 +16,7 @@ from typing import Any
 
 from mlx_mtp.model.config import CONFIG_FILE
 from mlx_mtp.storage.files import lock_file, write_atomically
+from mlx_mtp.train.run.checkpoint import state_steps
 
 TRAINING = "training"
 DATA_FILE = "data.jsonl"
@@ -24,7 +25,6 @@ CURVES_FILE = "curves.png"
 SETTINGS_FILE = "settings.json"
 COMMAND_FILE = "command.json"
 _LOCK_FILE = ".lock"
-_STATE_PREFIX = "state-"
 _OWN_FILES = {COMMAND_FILE, DATA_FILE, "data.settings.json", HISTORY_FILE, _LOCK_FILE}
 
 
@@ -82,9 +82,7 @@ class RunFolder:
 
     def newest_step(self) -> int | None:
         """Step of the newest checkpoint, or None."""
-        folders = self.training.glob(f"{_STATE_PREFIX}*") if self.training.is_dir() else ()
-        numbers = [path.name.removeprefix(_STATE_PREFIX) for path in folders if path.is_dir()]
-        return max((int(number) for number in numbers if number.isdecimal()), default=None)
+        return max(state_steps(self.training), default=None)
 
     def resume_command(self) -> str:
         """The command that resumes the run."""
