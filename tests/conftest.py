@@ -21,8 +21,6 @@ import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
 
-pytest.register_assert_rewrite("tests.app.page")  # imported before pytest takes its fixtures
-
 if sys.platform.startswith("linux") and mx.default_device().type != mx.cpu:
     mx.set_default_device(mx.Device(mx.cpu))
 
