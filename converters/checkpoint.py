@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -74,9 +74,7 @@ class Checkpoint:
         return merged
 
 
-def read_checkpoint(
-    path: Path, *, allow_pickle: bool = False, progress: Callable[[str], None] | None = None
-) -> Checkpoint:
+def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     """Read a checkpoint folder or file.
 
     A folder that only points on is followed: ``latest.json`` to the step that it names, and a
@@ -87,7 +85,6 @@ def read_checkpoint(
     Args:
         path: the folder or file.
         allow_pickle: read PyTorch files too, in a sandbox.
-        progress: called with a line of text before work that takes a while.
 
     Raises:
         ValueError: a file is missing, broken, refused or needs ``allow_pickle``; one line.
@@ -109,7 +106,7 @@ def read_checkpoint(
         raise ValueError(f"{error.filename or path}: {error.strerror or error}") from None
     if not names:
         raise ValueError(f"{path} holds no file of tensors ({_KINDS})")
-    files, values = _read_files(folder, names, allow_pickle=allow_pickle, progress=progress)
+    files, values = _read_files(folder, names, allow_pickle=allow_pickle)
     if path.is_dir():
         _check_indexes(folder, files)
     return Checkpoint(path=path, configs=configs, files=files, values=values)
@@ -174,11 +171,7 @@ def _odd_key(value: Any) -> str | None:
 
 
 def _read_files(
-    folder: Path,
-    names: list[str],
-    *,
-    allow_pickle: bool,
-    progress: Callable[[str], None] | None,
+    folder: Path, names: list[str], *, allow_pickle: bool
 ) -> tuple[dict[str, dict[str, mx.array]], dict[str, Any]]:
     """Open the tensor files; return their tensors by file, and the plain values."""
     files: dict[str, dict[str, mx.array]] = {}
@@ -188,8 +181,6 @@ def _read_files(
         if name.endswith(".safetensors"):
             files[name] = read_safetensors(folder / name)
             continue
-        if progress is not None and allow_pickle:
-            progress(f"reading {name} in a sandbox")
         files[name], found = _read_torch_file(folder / name, allow_pickle=allow_pickle)
         differing |= {key for key in found if key in values and values[key] != found[key]}
         values |= found

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mtp.converters.base.facts import base_name, find_base, load_base, read_facts
-from mlx_mtp.converters.base.model import BaseResult, ByteProgress, convert_base
+from mlx_mtp.converters.base.model import BaseResult, convert_base
 from mlx_mtp.converters.card import adapter_card, base_card
 from mlx_mtp.converters.checkpoint import Checkpoint, read_checkpoint
 from mlx_mtp.converters.layouts import (
@@ -31,6 +31,7 @@ from mlx_mtp.model.mtp_model import MTPModel, fingerprint
 from mlx_mtp.storage.cards import CARD_FILE, read_licence
 from mlx_mtp.storage.folders import new_folder
 from mlx_mtp.storage.safetensors import read_json_object, shown
+from mlx_mtp.terminal import Status
 
 MODEL_CONFIG_FILE = "config.json"
 Check = Callable[[Path], None]
@@ -91,7 +92,6 @@ def convert_model(
     adapter: AdapterOptions | None = None,
     force: bool = False,
     check: Check | None = None,
-    progress: ByteProgress | None = None,
 ) -> Converted:
     """Convert a base model and, if one is given, the adapter checkpoint that is for it.
 
@@ -103,7 +103,6 @@ def convert_model(
         adapter: how to read the checkpoint.
         force: replace ``output`` if it is a model or adapter folder, or empty.
         check: called with the finished folder before it is renamed; what it raises stops that.
-        progress: shows the base model's bytes.
 
     Raises:
         ValueError: something cannot be read, converted or written; the message names it.
@@ -118,10 +117,11 @@ def convert_model(
         """Write the adapter before the model: a folder that lacks something must not load."""
         nonlocal result
         if read is not None:
-            model = MTPModel(base_model, name=name)
-            converted = _convert(read, read_facts(model, draft), options)
-            licence = options.licence or read_licence(read.path)
-            config = _write_adapter(draft / BUNDLED_ADAPTER, converted, model, licence)
+            with Status("Converting the adapter ..."):
+                model = MTPModel(base_model, name=name)
+                converted = _convert(read, read_facts(model, draft), options)
+                licence = options.licence or read_licence(read.path)
+                config = _write_adapter(draft / BUNDLED_ADAPTER, converted, model, licence)
             result = Converted(adapter=config, layout=converted.layout, notes=converted.notes)
 
     def add_card(written: BaseResult) -> None:
@@ -134,7 +134,6 @@ def convert_model(
         convert_base(
             hf_path,
             draft,
-            progress=progress,
             on_model=add_adapter,
             on_written=add_card,
             **vars(base or BaseOptions()),
@@ -173,8 +172,9 @@ def convert_adapter(
     read = _read(checkpoint, options)
     chosen = None if base_model is None else str(base_model)
     name, folder = find_base(chosen, named=describe(read).base_model, checkpoint=checkpoint)
-    model = load_base(folder, name=name)
-    converted = _convert(read, read_facts(model, folder), options)
+    with Status("Converting the adapter ..."):
+        model = load_base(folder, name=name)
+        converted = _convert(read, read_facts(model, folder), options)
     licence = options.licence or read_licence(checkpoint)
     with output_folder(output, force=force) as draft:
         config = _write_adapter(draft, converted, model, licence)
@@ -243,7 +243,8 @@ def _read(checkpoint: Path, options: AdapterOptions) -> Checkpoint:
     bundled = checkpoint / BUNDLED_ADAPTER
     if (bundled / CONFIG_FILE).is_file() and not (checkpoint / CONFIG_FILE).is_file():
         checkpoint = bundled
-    read = read_checkpoint(checkpoint, allow_pickle=options.allow_pickle)
+    with Status(f"Reading {checkpoint} ..."):
+        read = read_checkpoint(checkpoint, allow_pickle=options.allow_pickle)
     recognise(read, layout=options.layout)
     return read
 

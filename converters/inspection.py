@@ -19,7 +19,7 @@ from mlx_mtp.converters.base.facts import load_base
 from mlx_mtp.converters.base.files import weight_files
 from mlx_mtp.converters.checkpoint import read_checkpoint
 from mlx_mtp.converters.layouts import describe
-from mlx_mtp.converters.pytorch.archive import pickle_globals
+from mlx_mtp.converters.pytorch.file_format import pickle_globals
 from mlx_mtp.model.config import BUNDLED_ADAPTER, CONFIG_FILE, MTPConfig, read_config
 from mlx_mtp.storage.safetensors import check_safetensors, read_json_object, shown
 

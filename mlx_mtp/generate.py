@@ -1,13 +1,13 @@
-"""Text in, text out: prompt, chat template, detokeniser, stop strings, stats.
+"""Text in, text out: prompt, chat template, detokenizer, stop strings, stats.
 
-``stream_generate`` turns a prompt into ids, hands them to the loop (``decode``), and turns the ids
+``stream_generate`` turns a prompt into ids, passes them to the loop (``decode``), and turns the ids
 that come back into text as soon as they are decided.  What it promises:
 
 - the pieces of text joined are the whole answer; a character of several bytes is never broken, and
   one that the end of the answer cut off is left out;
-- text never holds a stop string, nor what follows it; ids after a stop string are not counted;
-- however it ends, a cache that was passed in holds the prompt and the ids that were handed out,
-  except the last one, so that the next prompt can go on from there.
+- text never has a stop string in it, nor what follows it; ids after a stop string are not counted;
+- however it ends, a cache that was passed in has the prompt and the ids that were yielded, except
+  the last one, so that the next prompt can continue from there.
 
 mlx-lm takes seconds to import, so whatever needs it is imported when it is called.
 """
@@ -16,26 +16,26 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
+from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
+from mlx_mtp.decoding.limits import ContextOverflow
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.stats import RULE, GenerationStats, StatsMeter
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from mlx_mtp.decoding.accept import LogitsProcessor, Sampling
-    from mlx_mtp.decoding.loop import StepResult
+    from mlx_mtp.decoding.request import StepResult
     from mlx_mtp.model.cache import MTPCache
     from mlx_mtp.model.mtp_model import MTPModel
 
+__all__ = ["ContextOverflow", "GenerationResponse", "generate", "stream_generate"]
+Config = TypeVar("Config", GenerationConfig, CacheConfig)
 NO_TEXT = "No text generated for this prompt"
-
-
-class ContextOverflow(ValueError):
-    """The prompt does not fit the model's context."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ class GenerationResponse(GenerationStats):
     The fields of mlx-lm's class of this name are all here; the counts are in ``GenerationStats``.
 
     Attributes:
-        text: the text that this id decided; may be empty, for text is held back while it could
-            still become part of a character or of a stop string.
+        text: the text that this id decided; may be empty, because text waits while it could still
+            become part of a character or of a stop string.
         token: the id.
         logprobs: ``[V]`` log-probabilities that the id was chosen from; computed on use.
         from_draft: whether the id was an accepted draft.
@@ -60,60 +60,98 @@ class GenerationResponse(GenerationStats):
     finish_reason: str | None = None
 
 
+@dataclass(frozen=True)
+class Piece:
+    """One emitted id and the text that it decided; see ``GenerationResponse``."""
+
+    text: str
+    token: int
+    from_draft: bool
+    finish_reason: str | None
+
+
 class TextStream:
     """Turns ids into text: whole characters only, nothing from a stop string on.
+
+    Args:
+        detokenizer: a streaming detokenizer of mlx-lm.
+        stop: strings that end the text.
+        stop_ids: ids that end it and have no text.
 
     Attributes:
         stopped: whether a stop string has come up.
         stop_string: which one.
     """
 
-    def __init__(self, detokenizer: Any, *, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, detokenizer: Any, *, stop: Sequence[str] = (), stop_ids: Collection[int] = ()
+    ) -> None:
         self.stopped = False
         self.stop_string: str | None = None
         self._detokenizer = detokenizer
         self._stop = tuple(stop)
-        self._held = ""
+        self._stop_ids = stop_ids
+        self._pending = ""
+
+    def pieces(self, step: StepResult, meter: StatsMeter) -> Iterator[Piece]:
+        """Turn a step into pieces of text, one for each id, up to the end of the text.
+
+        Args:
+            step: what the loop emitted.
+            meter: counts the step, and every id before its piece is yielded.
+        """
+        meter.add_step(step.num_draft_tokens, source=step.source)
+        for index, token in enumerate(step.tokens, start=1):
+            is_last = index == len(step.tokens)
+            reason = step.finish_reason if is_last else None
+            text = "" if token in self._stop_ids else self.push(token)
+            text += self.finish() if reason else ""
+            from_draft = index <= step.num_accepted
+            meter.add_token(from_draft=from_draft)
+            yield Piece(text, token, from_draft, "stop" if self.stopped else reason)
+            if self.stopped:
+                return
 
     def push(self, token: int) -> str:
         """Take one id; return the text that is now certain."""
         self._detokenizer.add_token(token)
-        self._held += self._detokenizer.last_segment
+        self._pending += self._detokenizer.last_segment
         return self._release()
 
     def finish(self) -> str:
-        """Return what was held back; a character that was never completed is dropped."""
+        """Return the pending text; a character that was never completed is dropped."""
         if self.stopped:
             return ""
         self._detokenizer.finalize()
-        self._held += self._detokenizer.last_segment.rstrip("\ufffd")
+        self._pending += self._detokenizer.last_segment.rstrip("\ufffd")
         text = self._release()
         if not self.stopped:
-            text, self._held = text + self._held, ""
+            text, self._pending = text + self._pending, ""
         return text
 
     def _release(self) -> str:
-        """Hand out the held text up to a stop string or to what may become one.
+        """Return the pending text up to a stop string or to what may become one.
 
         Of several stop strings the one that is complete first counts, so that the result does not
         depend on how the text was cut into pieces.
         """
-        found = [(at + len(stop), at) for stop in self._stop if (at := self._held.find(stop)) >= 0]
-        if found:
+        starts = ((stop, self._pending.find(stop)) for stop in self._stop)
+        matches = [(start + len(stop), start) for stop, start in starts if start >= 0]
+        if matches:
             self.stopped = True
-            end, cut = min(found)
-            self.stop_string = self._held[cut:end]
+            end, cut = min(matches)
+            self.stop_string = self._pending[cut:end]
         else:
-            cut = len(self._held) - self._open_suffix()
-        text, self._held = self._held[:cut], self._held[cut:]
+            cut = len(self._pending) - self._open_suffix()
+        text, self._pending = self._pending[:cut], self._pending[cut:]
         return text
 
     def _open_suffix(self) -> int:
-        """Length of the longest suffix of the held text with which a stop string begins."""
+        """Length of the longest suffix of the pending text with which a stop string begins."""
         longest = 0
         for stop in self._stop:
-            for size in range(min(len(stop) - 1, len(self._held)), longest, -1):
-                if self._held.endswith(stop[:size]):
+            for size in range(min(len(stop) - 1, len(self._pending)), longest, -1):
+                if self._pending.endswith(stop[:size]):
                     longest = size
                     break
         return longest
@@ -123,23 +161,12 @@ def stream_generate(
     model: MTPModel,
     tokenizer: TokenizerWrapper,
     prompt: str | Sequence[int] | mx.array,
+    config: GenerationConfig | None = None,
     *,
-    max_tokens: int = 256,
-    stop: str | Sequence[str] = (),
-    sampling: Sampling | None = None,
-    logits_processors: Sequence[LogitsProcessor] = (),
-    seed: int | None = None,
-    layout: str = "auto",
-    num_draft_tokens: int | None = None,
+    cache_config: CacheConfig | None = None,
     prompt_cache: MTPCache | None = None,
-    max_kv_size: int | None = None,
-    kv_bits: int | None = None,
-    kv_group_size: int = 64,
-    quantized_kv_start: int = 5000,
-    prefill_step_size: int = 2048,
-    prompt_progress_callback: Callable[[int, int], None] | None = None,
-    lookup: bool = True,
-    explain: Callable[[str], None] | None = None,
+    draft_model: None = None,
+    **options: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Answer a prompt, one response per emitted id, as soon as a step has decided it.
 
@@ -148,22 +175,15 @@ def stream_generate(
         tokenizer: from ``load``; its ``eos_token_ids`` end an answer.
         prompt: text (no chat template is applied) or ids ``[n]``.  With ``prompt_cache`` it is
             what follows the cached ids.
-        max_tokens: most ids to emit; -1 means up to the end of the context.
-        stop: strings that end the answer; they are not part of it.
-        sampling: how tokens are chosen; greedy by default.
-        logits_processors: more processors in mlx-lm's form, applied along the drafts.
-        seed: makes sampling repeatable.
-        layout: "auto", "linear", "quadratic", or "plain" for one token a step.
-        num_draft_tokens: drafts per step, at most the adapter's own number, its default.
-        prompt_cache: from ``model.make_cache``; updated in place.  Excludes the next four.
-        max_kv_size: keep that many rows of the cache at most.
-        kv_bits: quantise the cache to that many bits ...
-        kv_group_size: ... in groups of that size ...
-        quantized_kv_start: ... from that context length on.
-        prefill_step_size: rows of the prompt per forward.
-        prompt_progress_callback: called with (ids prefilled, all ids of the prompt).
-        lookup: whether layout "auto" may take drafts from the text so far.
-        explain: called with a line about every step.
+        config: lengths, stop strings, layout, seed; its fields may also be given as keywords
+            (``max_tokens=``).
+        cache_config: size and quantisation of the cache; likewise (``max_kv_size=``).
+        prompt_cache: from ``model.make_cache``, in place of a new one; updated in place.
+        draft_model: not supported; the adapter proposes the drafts.
+        options: fields of ``config`` and ``cache_config``, and these of ``decode``:
+            ``sampling`` (how tokens are drawn; greedy by default) or mlx-lm's ``sampler``,
+            ``logits_processors``, ``prompt_progress_callback`` (called with the ids prefilled and
+            all ids of the prompt), ``explain`` (called with a line about every step).
 
     Raises:
         ContextOverflow: the prompt does not fit the model's context.
@@ -172,44 +192,36 @@ def stream_generate(
     from mlx_mtp.calibration.stored_costs import doubt_disproved, speculation_for
     from mlx_mtp.decoding.loop import decode
 
-    tokenizer, stop = _wrapped(tokenizer), _stop_strings(stop)
+    if draft_model is not None:
+        raise ValueError("draft_model is not supported: load(adapter_path=...) proposes the drafts")
+    if isinstance(prompt_cache, list):
+        raise ValueError("prompt_cache must come from model.make_cache(), not from mlx-lm")
+    for name in options.keys() & {field.name for field in fields(Sampling)}:
+        raise ValueError(f"{name} is a field of Sampling: pass sampling=Sampling({name}=...)")
+    tokenizer = _wrapped(tokenizer)
+    settings = _configured(config or GenerationConfig(), options)
+    cache_settings = _configured(cache_config or CacheConfig(), options)
     ids = encode_prompt(tokenizer, prompt)
-    cache = prompt_cache
-    if cache is None:
-        cache = model.make_cache(
-            max_kv_size=max_kv_size,
-            kv_bits=kv_bits,
-            kv_group_size=kv_group_size,
-            quantized_kv_start=quantized_kv_start,
-        )
-    _check_room(model, cache.offset + len(ids))
+    cache = model.make_cache(**vars(cache_settings)) if prompt_cache is None else prompt_cache
     steps = decode(
         model,
         ids,
-        max_tokens=max_tokens,
-        sampling=sampling,
-        logits_processors=logits_processors,
+        settings,
         stop_ids=tokenizer.eos_token_ids,
-        layout=layout,
-        num_draft_tokens=num_draft_tokens,
         cache=cache,
-        prefill_step_size=prefill_step_size,
-        seed=seed,
-        prompt_progress_callback=prompt_progress_callback,
         speculation=speculation_for(model, measure=False),
-        lookup=lookup,
-        explain=explain,
+        **options,
     )
+    text = TextStream(tokenizer.detokenizer, stop=settings.stop, stop_ids=tokenizer.eos_token_ids)
     meter = StatsMeter(
-        prompt_tokens=len(ids),
-        cached_tokens=cache.offset,
-        mtp=model.config is not None and layout != "plain" and num_draft_tokens != 0,
+        prompt_tokens=len(ids), cached_tokens=cache.offset, mtp=drafts_tokens(model, settings)
     )
-    text = TextStream(tokenizer.detokenizer, stop=stop)
-    return _respond(
-        steps, text, meter, cache=cache, stop_ids=tokenizer.eos_token_ids,
-        at_end=lambda: doubt_disproved(model),
-    )  # fmt: skip
+    return _respond(steps, text, meter, cache, at_end=lambda: doubt_disproved(model))
+
+
+def drafts_tokens(model: MTPModel, config: GenerationConfig) -> bool:
+    """Whether an answer is generated with drafts at all."""
+    return model.config is not None and config.layout != "plain" and config.num_draft_tokens != 0
 
 
 def generate(
@@ -288,8 +300,8 @@ def chat_text(
 ) -> str:
     """Render a conversation with the model's chat template, ready for the model's turn.
 
-    A last message of the assistant is left open, so that the model goes on with it.  Encode the
-    result without special tokens: the template has put them in.
+    A last message of the assistant is left open, so that the model continues it.  Encode the result
+    without special tokens: the template has added them.
 
     Raises:
         ValueError: the template refuses the conversation.
@@ -312,17 +324,16 @@ def chat_text(
 
 
 def _wrapped(tokenizer: Any) -> TokenizerWrapper:
-    """Give a bare tokenizer what mlx-lm's wrapper adds: a streaming detokeniser, end tokens."""
+    """Give a bare tokenizer what mlx-lm's wrapper adds: a streaming detokenizer, end tokens."""
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     return tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
 
 
-def _stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    strings = (stop,) if isinstance(stop, str) else tuple(stop)
-    if "" in strings:
-        raise ValueError("a stop string must not be empty")
-    return strings
+def _configured(config: Config, options: dict[str, Any]) -> Config:
+    """Take the fields of a configuration out of ``options``."""
+    names = {field.name for field in fields(config)} & options.keys()
+    return replace(config, **{name: options.pop(name) for name in names})
 
 
 def _checked_ids(prompt: Sequence[int] | mx.array) -> list[int]:
@@ -335,47 +346,26 @@ def _checked_ids(prompt: Sequence[int] | mx.array) -> list[int]:
     return values
 
 
-def _check_room(model: MTPModel, length: int) -> None:
-    """Refuse a conversation that leaves no room for a single id; the loop sees to the rest."""
-    if model.max_context is not None and length >= model.max_context:
-        raise ContextOverflow(
-            f"the prompt has {length} tokens, but {model.name} takes fewer than {model.max_context}"
-        )
-
-
 def _respond(
-    steps: Iterator[StepResult],
+    steps: Generator[StepResult, None, None],
     text: TextStream,
     meter: StatsMeter,
-    *,
     cache: MTPCache,
-    stop_ids: Collection[int],
+    *,
     at_end: Callable[[], object],
 ) -> Generator[GenerationResponse, None, None]:
-    """Yield one response per id, then leave the cache at the last id that was handed out."""
+    """Yield one response per id, then leave the cache at the last id that was yielded."""
     num_unused = 0
     try:
-        with contextlib.closing(steps), wired_memory():  # type: ignore[type-var]
+        with contextlib.closing(steps), wired_memory():
             for step in steps:
-                meter.add_step(step.num_draft_tokens, source=step.source)
                 num_unused = len(step.tokens)
-                for index, token in enumerate(step.tokens):
-                    from_draft = index < step.num_accepted
-                    meter.add_token(from_draft=from_draft)
+                for index, piece in enumerate(text.pieces(step, meter)):
                     num_unused -= 1
-                    ends = step.finish_reason is not None and num_unused == 0
-                    piece = text.push(token) if token not in stop_ids else ""
-                    piece += text.finish() if ends else ""
-                    reason = "stop" if text.stopped else step.finish_reason if ends else None
                     yield GenerationResponse(
-                        text=piece,
-                        token=token,
-                        logprobs=step.logprobs[index],
-                        from_draft=from_draft,
-                        finish_reason=reason,
-                        **meter.counts(),
+                        **vars(piece), logprobs=step.logprobs[index], **meter.counts()
                     )
-                    if reason:
+                    if piece.finish_reason:
                         return
     finally:
         cache.rewind(num_unused)
@@ -384,7 +374,7 @@ def _respond(
 
 @contextlib.contextmanager
 def wired_memory() -> Iterator[None]:
-    """Keep the model in the memory that a Mac's GPU may wire, as long as it generates."""
+    """Keep the model in the memory that a Mac's GPU may wire during generation."""
     if not mx.metal.is_available():
         yield
         return

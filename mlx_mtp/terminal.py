@@ -1,7 +1,7 @@
-"""Manners at a terminal: one-line errors, Ctrl-C, closed pipes, progress on stderr.
+"""Terminal behaviour of the commands: one-line errors, Ctrl-C, closed pipes, progress on stderr.
 
-Bad input ends in one line ``Error: ...`` on stderr and exit code 2, Ctrl-C in exit code 130, a
-closed pipe in silence and exit code 141, as for programs that the signal kills.  Any other
+Bad input ends with one line ``Error: ...`` on stderr and exit code 2, Ctrl-C with exit code 130,
+and a closed pipe silently with exit code 141, as for a program that the signal kills.  Any other
 exception is a bug and shows its traceback.
 """
 
@@ -13,30 +13,34 @@ import shutil
 import signal
 import sys
 import threading
+from collections.abc import Iterable
 from types import FrameType
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
 INTERRUPTED = 130
 CLOSED_PIPE = 141
-SLOW_S = 2.0
+SLOW_S = 2.0  # work that takes longer shows its progress
 _ERASE_LINE = "\r\x1b[K"
 
 
 class BadInput(click.ClickException):
-    """Something the user can mend; prints ``Error: ...`` in one line."""
+    """An error that the user can correct; printed as one line ``Error: ...``."""
 
     exit_code = 2
 
 
 class PoliteGroup(click.Group):
-    """A group of commands that all end the way the module says."""
+    """A command group whose commands all end as described in the module docstring."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command that the arguments name."""
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a terminal without UTF-8 shows what it can
+            sys.stdout.reconfigure(errors="replace")  # for terminals without UTF-8
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -50,23 +54,29 @@ class PoliteGroup(click.Group):
                 print(file=sys.stderr)
             sys.exit(INTERRUPTED)
         except BrokenPipeError:
-            _drop_stdout()
+            _discard_stdout()
             sys.exit(CLOSED_PIPE)
         except (ValueError, OSError) as error:
             raise BadInput(one_line(error)) from error
 
 
-def one_line(error: Exception) -> str:
-    """Say what went wrong in one line that names the culprit."""
+def one_line(error: BaseException) -> str:
+    """Return an error's whole text as one line, with the file that an OSError is about."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__
 
 
-class Interrupt:
-    """Turns Ctrl-C into a request that the program looks at where it can stop cleanly.
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, or the name of its type if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
-    The second Ctrl-C raises KeyboardInterrupt at once.
+
+class Interrupt:
+    """Turns Ctrl-C into a request that the program checks where it can stop cleanly.
+
+    The second Ctrl-C raises KeyboardInterrupt immediately.
 
     Attributes:
         requested: whether Ctrl-C was pressed.
@@ -97,10 +107,39 @@ class Interrupt:
         self.requested = True
 
 
-class Progress:
-    """One changing line on stderr for work that takes over two seconds; gone when it ends.
+def progress(
+    iterable: Iterable[Any] | None = None,
+    *,
+    total: float | None = None,
+    desc: str | None = None,
+    unit: str = "it",
+    delay: float = SLOW_S,
+    **options: Any,
+) -> tqdm[Any]:
+    """Return a progress bar on stderr, which disappears when the work ends.
 
-    Silent where stderr is no terminal.
+    Silent where stderr is not a terminal, and until the work has taken ``delay`` seconds.
+
+    Args:
+        iterable: to iterate over; without it call ``update(n)`` and ``close()``, or use a ``with``
+            block.
+        total: expected number of units; by default the length of ``iterable``.
+        desc: text before the bar.
+        unit: name of one unit; for bytes pass ``unit="B", unit_scale=True``.
+        delay: seconds before the bar appears.
+        options: more arguments of ``tqdm``.
+    """
+    from tqdm import tqdm  # 30 ms, which most commands do not need
+
+    defaults: dict[str, Any] = {"leave": False, "disable": None, "dynamic_ncols": True}
+    return tqdm(iterable, total=total, desc=desc, unit=unit, delay=delay, **defaults | options)
+
+
+class Status:
+    """One changing line of text on stderr for work without a countable total.
+
+    It appears after ``delay_s`` seconds, even while the work blocks, and disappears when the work
+    ends.  Silent where stderr is not a terminal.
     """
 
     def __init__(self, text: str, *, stream: TextIO | None = None, delay_s: float = SLOW_S) -> None:
@@ -108,12 +147,12 @@ class Progress:
         self._stream = stream or sys.stderr
         self._delay_s = delay_s
         self._lock = threading.Lock()
-        self._shown = False
+        self._is_visible = False
         self._timer: threading.Timer | None = None
 
-    def __enter__(self) -> Progress:
+    def __enter__(self) -> Status:
         if self._stream.isatty():
-            self._timer = threading.Timer(self._delay_s, self._show)
+            self._timer = threading.Timer(self._delay_s, self._appear)
             self._timer.daemon = True
             self._timer.start()
         return self
@@ -121,26 +160,26 @@ class Progress:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    def say(self, text: str) -> None:
-        """Change the line."""
+    def update(self, text: str) -> None:
+        """Change the text."""
         with self._lock:
             self._text = text
-            if self._shown:
+            if self._is_visible:
                 self._write(text)
 
     def stop(self) -> None:
-        """Take the line away; may be called twice."""
+        """Remove the line; may be called twice."""
         if self._timer is not None:
             self._timer.cancel()
         with self._lock:
-            if self._shown:
+            if self._is_visible:
                 self._write("")
-            self._timer, self._shown = None, False
+            self._timer, self._is_visible = None, False
 
-    def _show(self) -> None:
+    def _appear(self) -> None:
         with self._lock:
             if self._timer is not None:
-                self._shown = True
+                self._is_visible = True
                 self._write(self._text)
 
     def _write(self, text: str) -> None:
@@ -148,15 +187,20 @@ class Progress:
         self._stream.write(_ERASE_LINE + text[:width])
         self._stream.flush()
 
+    say = update  # the former name
+
+
+Progress = Status  # the former name
+
 
 def dim(text: str) -> str:
-    """Wrap a line for stdout in the escape codes for faint text, where a terminal shows them."""
+    """Wrap text for stdout in the escape codes for faint text, where a terminal shows them."""
     plain = not sys.stdout.isatty() or os.environ.get("TERM") == "dumb" or "NO_COLOR" in os.environ
     return text if plain else f"\x1b[2m{text}\x1b[0m"
 
 
-def _drop_stdout() -> None:
-    """Send what is still buffered nowhere, so that Python's own last flush is quiet."""
+def _discard_stdout() -> None:
+    """Redirect stdout to nowhere, so that Python's final flush of it raises no error."""
     try:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (OSError, io.UnsupportedOperation):

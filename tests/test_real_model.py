@@ -11,13 +11,13 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import _get_classes
 
-from mlx_mtp.decoding.batching import can_pack
+from mlx_mtp.decoding.batching import can_batch
 from mlx_mtp.decoding.loop import decode
-from mlx_mtp.decoding.step import run_steps
 from mlx_mtp.evaluation.prompts import builtin_prompts
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.loading import load
 from mlx_mtp.storage.default_model import default_model_path
+from tests.helpers.requests import finish_alone, request, step_together
 
 pytestmark = pytest.mark.slow
 MAX_TOKENS = 20
@@ -54,21 +54,20 @@ def test_ids_equal_those_of_mlx_lm(ours, stock, prompt):
 
 def test_answers_that_share_forwards_are_those_alone(ours):
     model, tokenizer = ours
-    assert can_pack(model)
+    assert can_batch(model)
     texts = [chat_text(tokenizer, [{"role": "user", "content": each.text}])
              for each in builtin_prompts()[::20]]  # fmt: skip
     prompts = [encode_prompt(tokenizer, text, add_special_tokens=False) for text in texts]
     alone, shared = (
-        [decode(model, ids, max_tokens=MAX_TOKENS, layout=layout) for ids in prompts]
+        [request(model, ids, max_tokens=MAX_TOKENS, layout=layout) for ids in prompts]
         for layout in ("plain", "quadratic")
     )
-    expected = [[token for step in each for token in step.tokens] for each in alone]
-    found: list[list[int]] = [[] for _ in prompts]
-    while going := [at for at, each in enumerate(shared) if each.planned()]:
-        run_steps([step for at in going if (step := shared[at].planned())])
-        for at in going:
-            found[at] += next(shared[at]).tokens
-    assert found == expected
+    expected = finish_alone(model, alone)
+    emitted: list[list[int]] = [[] for _ in prompts]
+    while going := [i for i, one in enumerate(shared) if not one.finished]:
+        for i, ids in zip(going, step_together(model, [shared[i] for i in going]), strict=True):
+            emitted[i] += ids
+    assert emitted == expected
 
 
 def test_the_shipped_adapter_drafts_well(ours):

@@ -1,5 +1,5 @@
-// Writes into dist/ the hash of the sources that it was built from.  hatch_build.py computes the same
-// and refuses to make a wheel where the two differ.
+// Writes the hash of the sources to dist/.  hatch_build.py computes the same hash and refuses to
+// build a wheel if the two differ.
 import { createHash } from "node:crypto";
 import { readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
@@ -14,9 +14,9 @@ function filesBelow(folder) {
 }
 
 const paths = [...SOURCES, ...filesBelow("src"), ...filesBelow("public")].sort();
-const whole = createHash("sha256");
+const total = createHash("sha256");
 for (const path of paths) {
   const content = createHash("sha256").update(readFileSync(path)).digest("hex");
-  whole.update(`${path} ${content}\n`);
+  total.update(`${path} ${content}\n`);
 }
-writeFileSync(join("dist", "stamp.json"), `${JSON.stringify({ sources: whole.digest("hex") })}\n`);
+writeFileSync(join("dist", "stamp.json"), `${JSON.stringify({ sources: total.digest("hex") })}\n`);

@@ -1,1 +1,1 @@
-"""The local chat app: a page, its history, and the routes between it and the engine."""
+"""The local chat app: the page, its history, and the routes to the engine."""

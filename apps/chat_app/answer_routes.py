@@ -1,4 +1,4 @@
-"""Routes that make answers: begin, watch, stop."""
+"""Routes for answers: start, watch, stop."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mlx_mtp.apps.chat_app.bodies import NewAnswer, checked_options
 from mlx_mtp.apps.chat_app.desk import (
     ChatDesk,
     chat_desk,
+    chat_messages,
     event_stream,
     job_for,
     number_of,
-    politely,
     server_desk,
-    spoken,
+    with_http_errors,
 )
 from mlx_mtp.apps.history.store import History, Row
 from mlx_mtp.apps.server.body import read_body
@@ -28,21 +28,25 @@ from mlx_mtp.apps.server.errors import ApiError, refused
 from mlx_mtp.apps.server.replies import json_response
 from mlx_mtp.apps.server.streams import event
 
-_MOST_TITLE = 60
+_MAX_TITLE = 60
 
 
 def routes(prefix: str) -> list[BaseRoute]:
-    """The routes below ``prefix``."""
+    """Return the routes below ``prefix``."""
     answer = f"{prefix}/answers/{{number:int}}"
     return [
-        Route(f"{prefix}/conversations/{{number:int}}/answer", politely(begin), methods=["POST"]),
-        Route(answer, politely(watch), methods=["GET"]),
-        Route(f"{answer}/stop", politely(stop), methods=["POST"]),
+        Route(
+            f"{prefix}/conversations/{{number:int}}/answer",
+            with_http_errors(start),
+            methods=["POST"],
+        ),
+        Route(answer, with_http_errors(watch), methods=["GET"]),
+        Route(f"{answer}/stop", with_http_errors(stop), methods=["POST"]),
     ]
 
 
-async def begin(request: Request) -> Response:
-    """Begin an answer; returns the messages that were added, the one that is filled last."""
+async def start(request: Request) -> Response:
+    """Start an answer; the response lists the added messages, the empty answer last."""
     server, desk, number = server_desk(request), chat_desk(request), number_of(request)
     body = await read_body(request, NewAnswer, server.settings)
     conversation = await desk.archive(History.conversation, number)
@@ -50,33 +54,33 @@ async def begin(request: Request) -> Response:
     parent, path = await _path(desk, body, number)
     if body.text is not None:
         path = [*path, {"role": "user", "text": body.text}]
-    # Submitted before anything is written: what is refused leaves no trace.
-    messages = spoken(conversation["system_prompt"], path)
-    job = job_for(messages, options, most_drafts=server.info.num_draft_tokens)
+    # Submitted before anything is written, so that a rejected request changes nothing.
+    messages = chat_messages(conversation["system_prompt"], path)
+    job = job_for(messages, options, max_draft_tokens=server.info.num_draft_tokens)
     batch = server.engine.submit([job])
     try:
         added = await desk.archive(_add, conversation, parent, body.text, server.model_id)
     except BaseException:
         batch.cancel()
         raise
-    desk.answers.begin(added[-1]["id"], batch)
+    desk.answers.start(added[-1]["id"], batch)
     return json_response({"messages": added}, status=201)
 
 
 async def watch(request: Request) -> Any:
-    """Events of an answer from its beginning, whether it is being made or has ended."""
+    """Stream the events of an answer from its beginning, whether it is running or finished."""
     desk, number = chat_desk(request), number_of(request)
     answer = desk.answers.get(number)
     if answer is not None:
-        return event_stream(request, _events(answer))
+        return event_stream(request, _live_events(answer))
     message = await desk.archive(History.message, number)
     if message["state"] == "streaming":
-        raise ApiError(409, "another process makes this answer", code="elsewhere")
-    return event_stream(request, _ended(message))
+        raise ApiError(409, "another process is generating this answer", code="elsewhere")
+    return event_stream(request, _stored_events(message))
 
 
 async def stop(request: Request) -> Response:
-    """Break an answer off."""
+    """Stop an answer."""
     answer = chat_desk(request).answers.get(number_of(request))
     if answer is not None:
         answer.stop()
@@ -84,26 +88,26 @@ async def stop(request: Request) -> Response:
 
 
 async def _path(desk: ChatDesk, body: NewAnswer, number: int) -> tuple[int | None, list[Row]]:
-    """The message that the first added one follows, and the branch up to it."""
+    """Return the parent of the first added message, and the branch that ends with it."""
     if body.parent is None:
         if body.text is None:
             raise refused("text is missing", param="text")
         return None, []
     if (await desk.archive(History.message, body.parent))["conversation"] != number:
-        raise refused(f"parent {body.parent} is in another conversation", param="parent")
+        raise refused(f"parent {body.parent} belongs to another conversation", param="parent")
     path = await desk.archive(History.path, body.parent)
     expected = "assistant" if body.text is not None else "user"
     if path[-1]["role"] != expected:
-        raise refused(f"parent {body.parent} is not a message of the {expected}", param="parent")
+        raise refused(f"parent {body.parent} must be a message of the {expected}", param="parent")
     if path[-1]["state"] == "streaming":
-        raise ApiError(409, "the answer before is still being made", code="busy")
+        raise ApiError(409, "the previous answer is still being generated", code="busy")
     return body.parent, path
 
 
 def _add(
     history: History, conversation: Row, parent: int | None, text: str | None, model: str
 ) -> list[Row]:
-    """Add the user's message, if there is a new one, and the empty answer."""
+    """Add the user's message, if there is one, and the empty answer."""
     number, added = conversation["id"], []
     with history.transaction():
         if text is not None:
@@ -117,18 +121,18 @@ def _add(
 
 def _title(text: str) -> str:
     words = " ".join(text.split())
-    words = words.lstrip("#>*-` ") or words  # Markdown's marks say nothing in a list
-    return words if len(words) <= _MOST_TITLE else words[: _MOST_TITLE - 1].rstrip() + "…"
+    words = words.lstrip("#>*-` ") or words  # Markdown syntax is noise in a title
+    return words if len(words) <= _MAX_TITLE else words[: _MAX_TITLE - 1].rstrip() + "…"
 
 
-async def _events(answer: Answer) -> AsyncGenerator[bytes, None]:
+async def _live_events(answer: Answer) -> AsyncGenerator[bytes, None]:
     async with contextlib.aclosing(answer.watch()) as watching:
-        async for each in watching:
-            yield event(each)
+        async for message in watching:
+            yield event(message)
 
 
-async def _ended(message: Row) -> AsyncGenerator[bytes, None]:
-    """The same events out of the history: a short answer may end before a page asks for it."""
+async def _stored_events(message: Row) -> AsyncGenerator[bytes, None]:
+    """Yield the events from the history; a short answer can end before the page watches it."""
     for group in message["groups"]:
         yield event({"type": "group"} | group)
     yield event({"type": "end", "state": message["state"], "stats": message["stats"]})

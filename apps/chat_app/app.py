@@ -1,4 +1,4 @@
-"""The chat app: the server's application with the page, its routes, and the gate before them."""
+"""The chat app: the server's application plus the page, its routes and access control."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_mtp.apps.chat_app import answer_routes, conversation_routes, model_routes, race
-from mlx_mtp.apps.chat_app.answering import ALONE_S, Answers
+from mlx_mtp.apps.chat_app.answering import UNWATCHED_S, Answers
 from mlx_mtp.apps.chat_app.archive import Archive
 from mlx_mtp.apps.chat_app.assets import Assets, dist_folder
 from mlx_mtp.apps.chat_app.bodies import Session
-from mlx_mtp.apps.chat_app.desk import ChatDesk, politely, server_desk
+from mlx_mtp.apps.chat_app.desk import ChatDesk, server_desk, with_http_errors
 from mlx_mtp.apps.chat_app.gate import SESSION_PATH, Gate
 from mlx_mtp.apps.engine.supervisor import Engine
-from mlx_mtp.apps.history.transfer import MOST_BYTES
+from mlx_mtp.apps.history.transfer import MAX_BYTES
 from mlx_mtp.apps.server.app import create_app
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.settings import Settings
@@ -31,11 +31,11 @@ PREFIX = "/app/api"
 
 @dataclass
 class ChatApp:
-    """What there is to serve.
+    """A chat app that is ready to serve.
 
     Attributes:
         gate: the ASGI application.
-        archive: the history; to be closed when the server has ended.
+        archive: the history; close it after the server has stopped.
     """
 
     gate: Gate
@@ -50,40 +50,40 @@ def create_chat_app(
     model: str | None = None,
     adapter_path: str | None = None,
     folder: Path | None = None,
-    alone_s: float = ALONE_S,
+    unwatched_s: float = UNWATCHED_S,
 ) -> ChatApp:
-    """Make the application; it starts the engine and stops it.
+    """Create the application; it starts and stops the engine.
 
     Args:
         engine: not started yet.
         settings: from ``app_settings``.
-        history: the file of the history.
-        model: what the engine was told to load.
-        adapter_path: likewise.
-        folder: where the page was built; the package's own by default.
-        alone_s: how long an answer goes on while no page watches.
+        history: path of the history file.
+        model: the model that the engine loads; None is the built-in model.
+        adapter_path: the adapter that the engine loads; None is the model's default.
+        folder: folder of the built page; the package's own by default.
+        unwatched_s: seconds without a watching page until an answer is stopped.
 
     Raises:
-        ValueError: the page was not built, or the file is no history.
+        ValueError: the page is not built, or the file is not a history.
     """
     assets = Assets(folder or dist_folder())
     archive = Archive(history)
-    desk = ChatDesk(archive, Answers(archive, alone_s=alone_s), model, adapter_path)
+    desk = ChatDesk(archive, Answers(archive, unwatched_s=unwatched_s), model, adapter_path)
     app = create_app(engine, settings, routes=[*assets.routes(), *_routes()])
     app.state.chat = desk
-    app.router.lifespan_context = _ending(app.router.lifespan_context, desk)
+    app.router.lifespan_context = _closing_answers(app.router.lifespan_context, desk)
     app.state.gate = Gate(app)
     return ChatApp(app.state.gate, archive)
 
 
 def app_settings(port: int = 0) -> Settings:
-    """Settings of the server for the app: this machine alone, files of conversations let in."""
-    return Settings(host="127.0.0.1", port=port, max_body_bytes=MOST_BYTES)
+    """Return the server's settings for the app: local connections only, large imports allowed."""
+    return Settings(host="127.0.0.1", port=port, max_body_bytes=MAX_BYTES)
 
 
 def _routes() -> list[BaseRoute]:
     return [
-        Route(SESSION_PATH, politely(_session), methods=["POST"]),
+        Route(SESSION_PATH, with_http_errors(_session), methods=["POST"]),
         *conversation_routes.routes(PREFIX),
         *answer_routes.routes(PREFIX),
         *race.routes(PREFIX),
@@ -99,8 +99,8 @@ async def _session(request: Request) -> Response:
     return Response(status_code=204, headers={"Set-Cookie": cookie})
 
 
-def _ending(inner: Any, desk: ChatDesk) -> Any:
-    """The application's life, with answers saved before the engine is stopped."""
+def _closing_answers(inner: Any, desk: ChatDesk) -> Any:
+    """Wrap the application's lifespan: save running answers before the engine stops."""
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[Any]:

@@ -1,4 +1,4 @@
-"""The history for a server: one thread of its own reads and writes it."""
+"""Asynchronous access to the history: one dedicated thread reads and writes it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Result = TypeVar("Result")
 
 
 class Archive:
-    """Calls on a history, one after the other, off the event loop.
+    """Runs calls on a history, one at a time, in a thread.
 
     Args:
-        path: the file.
+        path: the history file.
 
     Raises:
-        ValueError: it is no history.
+        ValueError: the file is not a history.
     """
 
     def __init__(self, path: Path) -> None:
@@ -28,13 +28,13 @@ class Archive:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="history")
 
     async def __call__(self, call: Callable[..., Result], *args: Any, **options: Any) -> Result:
-        """Run ``call(history, ...)``, a method of ``History`` or a function over one."""
+        """Run ``call(history, ...)``, a method of ``History`` or a function that takes one."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(
             self._thread, lambda: call(self._history, *args, **options)
         )
 
     def close(self) -> None:
-        """Finish what is under way, then close the file."""
+        """Finish running calls, then close the file."""
         self._thread.shutdown(wait=True)
         self._history.close()

@@ -1,4 +1,4 @@
-"""The page as it was built, read once."""
+"""The built page, read into memory once."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html"}
 
 
 def dist_folder() -> Path:
-    """Where the built page lies."""
+    """Return the folder of the built page."""
     return Path(str(files("mlx_mtp") / "apps" / "chat" / "dist"))
 
 
 class Assets:
-    """Files of the page by their path.
+    """Files of the built page by path.
 
     Args:
-        folder: where they were built.
+        folder: folder of the built page.
 
     Raises:
-        ValueError: the page was not built.
+        ValueError: the page is not built.
     """
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "index.html").is_file():
             raise ValueError(
-                f"{folder} holds no built page: run `npm ci && npm run build` in apps/chat"
+                f"{folder} contains no built page: run `npm ci && npm run build` in apps/chat"
             )
         paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".json"]
         self._files = {
@@ -40,16 +40,20 @@ class Assets:
         }
 
     def routes(self) -> list[BaseRoute]:
-        """Routes that serve them."""
+        """Return the routes that serve the files."""
         names = ["/", *(name for name in self._files if name != "/index.html")]
         return [Route(name, self._serve) for name in names]
 
     async def _serve(self, request: Request) -> Response:
         path = request.url.path
         name = "/index.html" if path == "/" else path
-        # Names under assets hold a hash of the content, so what a name means never changes.
-        lasting = path.startswith("/assets/")
-        keep = f"private, max-age={_YEAR_S}, immutable" if lasting else "no-cache"
+        # Names under assets contain a hash of the content, so they can be cached forever.
+        immutable = path.startswith("/assets/")
+        caching = f"private, max-age={_YEAR_S}, immutable" if immutable else "no-cache"
         suffix = Path(name).suffix
-        kind = _TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
-        return Response(self._files[name], headers={"Cache-Control": keep}, media_type=kind)
+        media_type = (
+            _TYPES.get(suffix) or mimetypes.guess_type(name)[0] or "application/octet-stream"
+        )
+        return Response(
+            self._files[name], headers={"Cache-Control": caching}, media_type=media_type
+        )

@@ -1,4 +1,4 @@
-"""Routes over the history: conversations, search, settings, export and import."""
+"""Routes for the history: conversations, search, settings, export and import."""
 
 from __future__ import annotations
 
@@ -10,70 +10,71 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_mtp.apps.chat_app.bodies import ChangedConversation, NewConversation, checked_options
 from mlx_mtp.apps.chat_app.bodies import Settings as PageSettings
-from mlx_mtp.apps.chat_app.desk import chat_desk, number_of, politely, server_desk
+from mlx_mtp.apps.chat_app.desk import chat_desk, number_of, server_desk, with_http_errors
 from mlx_mtp.apps.history import transfer
 from mlx_mtp.apps.history.store import History
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import ApiError
 from mlx_mtp.apps.server.replies import json_response
 
-_MOST_SEARCH = 200
+_MAX_SEARCH = 200
 
 
 def routes(prefix: str) -> list[BaseRoute]:
-    """The routes below ``prefix``."""
+    """Return the routes below ``prefix``."""
     one = f"{prefix}/conversations/{{number:int}}"
     table = [
-        ("/conversations", "GET", listed),
+        ("/conversations", "GET", list_all),
         ("/conversations", "POST", create),
         ("/settings", "GET", settings),
         ("/settings", "PUT", remember),
         ("/export", "GET", export_all),
-        ("/import", "POST", take_in),
+        ("/import", "POST", import_file),
     ]
-    found: list[BaseRoute] = [
-        Route(prefix + path, politely(handler), methods=[method]) for path, method, handler in table
+    routes: list[BaseRoute] = [
+        Route(prefix + path, with_http_errors(handler), methods=[method])
+        for path, method, handler in table
     ]
     for method, handler in [("GET", show), ("PATCH", change), ("DELETE", delete)]:
-        found.append(Route(one, politely(handler), methods=[method]))
-    return [*found, Route(f"{one}/export", politely(export), methods=["GET"])]
+        routes.append(Route(one, with_http_errors(handler), methods=[method]))
+    return [*routes, Route(f"{one}/export", with_http_errors(export), methods=["GET"])]
 
 
-async def listed(request: Request) -> Response:
-    """Summaries, the latest first; ``?search=`` looks through titles and text."""
-    search = request.query_params.get("search", "")[:_MOST_SEARCH]
+async def list_all(request: Request) -> Response:
+    """List summaries, the latest first; ``?search=`` searches titles and messages."""
+    search = request.query_params.get("search", "")[:_MAX_SEARCH]
     return json_response(await chat_desk(request).archive(History.conversations, search))
 
 
 async def create(request: Request) -> Response:
-    """Begin a conversation."""
+    """Create a conversation."""
     body = await read_body(request, NewConversation, server_desk(request).settings)
     checked_options(body.options)
     archive = chat_desk(request).archive
-    made = await archive(
+    created = await archive(
         History.create, body.title, system_prompt=body.system_prompt, options=body.options
     )
-    return json_response(made, status=201)
+    return json_response(created, status=201)
 
 
 async def show(request: Request) -> Response:
-    """A conversation with all messages."""
+    """Return a conversation with all messages."""
     return json_response(await chat_desk(request).archive(History.conversation, number_of(request)))
 
 
 async def change(request: Request) -> Response:
-    """Rename it, set its system prompt or options, or choose the branch that is shown."""
+    """Change the title, system prompt, options or shown branch of a conversation."""
     body = await read_body(request, ChangedConversation, server_desk(request).settings)
     values = body.model_dump(exclude_unset=True)
     if "options" in values:
         checked_options(values["options"] or {})
-    given = {name: value for name, value in values.items() if value is not None or name == "leaf"}
-    await chat_desk(request).archive(History.update, number_of(request), given)
+    changes = {name: value for name, value in values.items() if value is not None or name == "leaf"}
+    await chat_desk(request).archive(History.update, number_of(request), changes)
     return Response(status_code=204)
 
 
 async def delete(request: Request) -> Response:
-    """Delete it; an answer that is being made for it is broken off."""
+    """Delete a conversation and stop its running answers."""
     desk, number = chat_desk(request), number_of(request)
     for message in (await desk.archive(History.conversation, number))["messages"]:
         if answer := desk.answers.get(message["id"]):
@@ -83,7 +84,7 @@ async def delete(request: Request) -> Response:
 
 
 async def export(request: Request) -> Response:
-    """Download one: ``?format=json`` or ``markdown``."""
+    """Download a conversation as ``?format=json`` or ``markdown``."""
     archive, number = chat_desk(request).archive, number_of(request)
     title = (await archive(History.conversation, number))["title"]
     match request.query_params.get("format", "json"):
@@ -93,43 +94,43 @@ async def export(request: Request) -> Response:
         case "markdown":
             text = await archive(transfer.to_markdown, number)
             return _download(text, _file_name(title, "md"), "text/markdown")
-    raise ValueError("format is json or markdown")
+    raise ValueError("format must be json or markdown")
 
 
 async def export_all(request: Request) -> Response:
-    """Download all of them."""
+    """Download all conversations as JSON."""
     archive = chat_desk(request).archive
-    numbers = [each["id"] for each in await archive(History.conversations)]
+    numbers = [summary["id"] for summary in await archive(History.conversations)]
     text = await archive(transfer.to_json, numbers)
     return _download(text, "conversations.json", "application/json")
 
 
-async def take_in(request: Request) -> Response:
-    """Add conversations from a file that was exported."""
+async def import_file(request: Request) -> Response:
+    """Import conversations from an exported file."""
     data = bytearray()
     async for chunk in request.stream():
         data += chunk
-        if len(data) > transfer.MOST_BYTES:
-            raise ApiError(413, f"the file is longer than {transfer.MOST_BYTES} bytes")
+        if len(data) > transfer.MAX_BYTES:
+            raise ApiError(413, f"the file exceeds {transfer.MAX_BYTES} bytes")
     numbers = await chat_desk(request).archive(transfer.from_json, bytes(data))
     return json_response({"conversations": numbers}, status=201)
 
 
 async def settings(request: Request) -> Response:
-    """What the page remembers."""
+    """Return the settings of the page."""
     return json_response(await chat_desk(request).archive(History.settings))
 
 
 async def remember(request: Request) -> Response:
-    """Change some of it."""
+    """Change some settings of the page."""
     body = await read_body(request, PageSettings, server_desk(request).settings)
     await chat_desk(request).archive(History.remember, body.values)
     return Response(status_code=204)
 
 
-def _download(text: str, name: str, kind: str) -> Response:
+def _download(text: str, name: str, media_type: str) -> Response:
     headers = {"Content-Disposition": f'attachment; filename="{name}"'}
-    return Response(text.encode(), headers=headers, media_type=kind)
+    return Response(text.encode(), headers=headers, media_type=media_type)
 
 
 def _file_name(title: str, suffix: str) -> str:

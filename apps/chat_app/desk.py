@@ -1,4 +1,4 @@
-"""What the routes of the app share, and small things that all of them do."""
+"""State and helpers that the routes of the app share."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Handler = Callable[[Request], Awaitable[Any]]
 
 @dataclass
 class ChatDesk:
-    """What the routes need.
+    """State of the app.
 
     Attributes:
         archive: the history.
-        answers: those being made, by the number of their message.
-        model: what ``--model`` or the page chose; None is the embedded one.
-        adapter_path: likewise for the adapter; None is the model's own.
-        switch_error: why the last chosen model could not be loaded.
-        switching: the task that loads a chosen model.
+        answers: the running answers.
+        model: the selected model; None is the built-in model.
+        adapter_path: the selected adapter; None is the model's default.
+        switch_error: error of the last selected model, if it failed to load.
+        switching: the task that restores the previous model if the selected one fails to load.
     """
 
     archive: Archive
@@ -41,35 +41,35 @@ class ChatDesk:
 
 
 def chat_desk(request: Request) -> ChatDesk:
-    """The app's desk."""
+    """Return the app's state."""
     return request.app.state.chat
 
 
 def server_desk(request: Request) -> Desk:
-    """The server's desk: engine and settings."""
+    """Return the server's state: engine and settings."""
     return request.app.state.desk
 
 
 def number_of(request: Request) -> int:
-    """The number in the path.
+    """Return the id in the path.
 
     Raises:
-        ApiError: 404, there is nothing of that number.
+        ApiError: 404 if the id is out of range.
     """
     number = request.path_params["number"]
     if number >= 2**63:
-        raise ApiError(404, "there is nothing of that number", code="not_found")
+        raise ApiError(404, f"no item with id {number}", code="not_found")
     return number
 
 
-def politely(handler: Handler) -> Handler:
-    """Turn what a history complains of into answers: 404 for what is missing, 400 for the rest."""
+def with_http_errors(handler: Handler) -> Handler:
+    """Convert errors of the history to HTTP errors: KeyError to 404, ValueError to 400."""
 
     async def handle(request: Request) -> Any:
         try:
             return await handler(request)
         except KeyError as error:
-            raise ApiError(404, f"there is no {error.args[0]}", code="not_found") from None
+            raise ApiError(404, f"no item with id {error.args[0]}", code="not_found") from None
         except ValueError as error:
             raise refused(" ".join(str(error).split())) from None
 
@@ -82,7 +82,7 @@ def event_stream(
     *,
     ended: Callable[[], None] = lambda: None,
 ) -> EventStream:
-    """A response of events; an error is the last of them.  ``ended`` as in ``EventStream``."""
+    """Return a stream of events, ended by an error if there is one; see ``EventStream``."""
     return EventStream(
         events,
         failed=lambda error: event({"type": "error", "message": error.message}),
@@ -92,14 +92,14 @@ def event_stream(
 
 
 def job_for(
-    messages: list[dict[str, str]], options: AnswerOptions, *, most_drafts: int
+    messages: list[dict[str, str]], options: AnswerOptions, *, max_draft_tokens: int
 ) -> dict[str, Any]:
-    """A job for the engine.
+    """Return a job for the engine.
 
     Args:
-        messages: as ``spoken`` returns them.
+        messages: from ``chat_messages``.
         options: of the conversation.
-        most_drafts: k of the adapter that is loaded; a conversation may have been begun with more.
+        max_draft_tokens: k of the loaded adapter, which limits the conversation's own k.
     """
     k = options.num_draft_tokens
     return {
@@ -112,12 +112,12 @@ def job_for(
         "repetition_penalty": options.repetition_penalty,
         "seed": options.seed,
         "layout": options.layout,
-        "num_draft_tokens": None if k is None else min(k, most_drafts),
+        "num_draft_tokens": None if k is None else min(k, max_draft_tokens),
         "pieces": True,
     }
 
 
-def spoken(system_prompt: str, path: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """A branch as the chat template takes it."""
+def chat_messages(system_prompt: str, path: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Return a branch as messages for the chat template."""
     head = [{"role": "system", "content": system_prompt}] if system_prompt.strip() else []
-    return head + [{"role": each["role"], "content": each["text"]} for each in path]
+    return head + [{"role": message["role"], "content": message["text"]} for message in path]

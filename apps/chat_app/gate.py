@@ -1,8 +1,8 @@
-"""Who may use the app: whoever holds the token of this launch, and nobody's web page.
+"""Access control: requests need the token of this launch and must come from the app's own page.
 
-The token comes with the address that is opened, as its fragment, which browsers send nowhere.  The
-page exchanges it for a cookie that scripts cannot read and other sites cannot send.  A cookie of
-127.0.0.1 goes to every port there, so requests must also come from our own page.
+The token is the fragment of the opened address, which browsers never send.  The page exchanges it
+for a cookie that scripts cannot read and other sites cannot send.  Browsers send cookies for
+127.0.0.1 to every port, so requests must also come from the app's own page.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ HEADERS = {
 
 
 class Gate:
-    """ASGI middleware around the whole server.
+    """ASGI middleware that protects the whole server.
 
     Args:
-        app: what lies behind.
+        app: the protected application.
 
     Attributes:
-        token: what the address of this launch holds; it also serves as a bearer token.
+        token: access token in the address of this launch; also valid as a bearer token.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -52,7 +52,7 @@ class Gate:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Check a request, and add the headers that bind the page."""
+        """Check a request, and add security headers to the response."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -65,13 +65,15 @@ class Gate:
         await self._app(scope, receive, sending)
 
     def cookie(self, token: str, host: str) -> str:
-        """The ``Set-Cookie`` header for whoever shows the token.
+        """Return the ``Set-Cookie`` header for a valid token.
 
         Raises:
-            ApiError: 401, it is another token.
+            ApiError: 401 if the token is wrong.
         """
         if not hmac.compare_digest(token.encode(), self.token.encode()):
-            raise ApiError(401, "the token is not the one of this launch", code="invalid_token")
+            raise ApiError(
+                401, "the token is not valid for this launch of the app", code="invalid_token"
+            )
         return f"{cookie_name(host)}={self._session}; Path=/; HttpOnly; SameSite=Strict"
 
     def _check(self, scope: Scope) -> None:
@@ -79,20 +81,20 @@ class Gate:
         if path in PUBLIC_PATHS or path.startswith(PUBLIC_FOLDER):
             return
         if headers.get("sec-fetch-site", "same-origin") not in ("same-origin", "none"):
-            raise ApiError(403, "only the app's own page may ask", code="foreign_origin")
+            raise ApiError(403, "requests must come from the app's own page", code="foreign_origin")
         kind, _, bearer = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer":
-            good = hmac.compare_digest(bearer.strip().encode(), self.token.encode())
+            valid = hmac.compare_digest(bearer.strip().encode(), self.token.encode())
         else:
             cookies = cookie_parser(headers.get("cookie", ""))
-            given = cookies.get(cookie_name(headers.get("host", "")), "")
-            good = hmac.compare_digest(given.encode(), self._session.encode())
-        if not good:
+            session = cookies.get(cookie_name(headers.get("host", "")), "")
+            valid = hmac.compare_digest(session.encode(), self._session.encode())
+        if not valid:
             raise ApiError(401, "open the address that mlx-mtp app printed", code="no_session")
 
 
 def cookie_name(host: str) -> str:
-    """Name of the cookie; ports share cookies, so the port is part of it."""
+    """Return the cookie's name; it contains the port because ports share cookies."""
     port = host.rpartition(":")[2]
     return f"mlx_mtp_app_{port if port.isdecimal() else 80}"
 

@@ -1,9 +1,9 @@
-"""The race: one prompt answered plainly, then with several tokens a step, alone each time.
+"""The race: one prompt answered by plain decoding, then by multi-token decoding.
 
-Both answers are greedy and start from nothing: no cache of earlier prompts is used or left behind.
-A short answer before them, which is not timed, warms up what the first one would otherwise pay for.
-Timed is what follows the first step, so the prompt counts for neither.  Clients of ``/v1`` cannot
-be kept out; how many answers shared the engine while the clock ran is told.
+Both answers use greedy decoding, and neither reads nor writes the cache of earlier prompts.  A
+short answer, which is not timed, warms up the engine first.  Timing starts after the first step, so
+prompt processing is excluded.  Clients of ``/v1`` cannot be blocked; the result reports how many
+other answers shared the engine during the timed steps.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from mlx_mtp.apps.chat_app import bodies
 from mlx_mtp.apps.chat_app.answering import group_of
 from mlx_mtp.apps.chat_app.desk import (
     chat_desk,
+    chat_messages,
     event_stream,
     job_for,
-    politely,
     server_desk,
-    spoken,
+    with_http_errors,
 )
 from mlx_mtp.apps.engine.batch import Batch
 from mlx_mtp.apps.engine.supervisor import Engine
@@ -37,54 +37,61 @@ WARM_UP_TOKENS = 8
 
 
 def routes(prefix: str) -> list[BaseRoute]:
-    """The route below ``prefix``."""
-    return [Route(f"{prefix}/race", politely(race), methods=["POST"])]
+    """Return the route below ``prefix``."""
+    return [Route(f"{prefix}/race", with_http_errors(race), methods=["POST"])]
 
 
 async def race(request: Request) -> Any:
-    """Run a race; the events are those of ``Lanes``."""
+    """Run a race and stream the events of ``Lanes``."""
     server = server_desk(request)
     body = await read_body(request, bodies.Race, server.settings)
     if server.info.num_draft_tokens == 0:
-        raise refused("the model has no adapter: there is nothing to race against")
+        raise refused("the model has no adapter, so there is nothing to compare")
     if body.options.layout == "plain":
-        raise refused("layout is plain on both sides", param="options.layout")
+        raise refused(
+            "layout is plain: both sides would use plain decoding", param="options.layout"
+        )
     if body.options.num_draft_tokens == 0:
-        raise refused("nothing is drafted on either side", param="options.num_draft_tokens")
+        raise refused(
+            "num_draft_tokens is 0: both sides would use plain decoding",
+            param="options.num_draft_tokens",
+        )
     if chat_desk(request).answers.busy:
-        raise ApiError(409, "an answer is being made, which a race would have to share with")
+        raise ApiError(409, "a race cannot start while an answer is being generated")
     options = body.options.model_copy(update={"temp": 0.0, "layout": "plain", "seed": 0})
-    messages, most = await _messages(request, body), server.info.num_draft_tokens
-    job = job_for(messages, options, most_drafts=most) | {"fresh": True}
-    # The first job is submitted here, so that a full queue is an answer and not an event.
+    messages, maximum = await _messages(request, body), server.info.num_draft_tokens
+    job = job_for(messages, options, max_draft_tokens=maximum) | {"fresh": True}
+    # The first job is submitted here, so that a full queue is an HTTP error and not an event.
     warm_up = server.engine.submit([job | {"max_tokens": WARM_UP_TOKENS}])
     lanes = Lanes(server.engine, job, body.options.layout)
     return event_stream(request, lanes.run(warm_up), ended=warm_up.cancel)
 
 
 async def _messages(request: Request, body: bodies.Race) -> list[dict[str, str]]:
-    """What is to be answered: a branch that ends with the user, or a text of its own."""
+    """Return the messages to answer: a branch that ends with the user, or a new text."""
     archive, prompt, path = chat_desk(request).archive, "", []
     if body.conversation is not None:
         prompt = (await archive(History.conversation, body.conversation))["system_prompt"]
     if body.message is not None:
         if (await archive(History.message, body.message))["conversation"] != body.conversation:
-            raise refused(f"message {body.message} is in another conversation", param="message")
+            raise refused(
+                f"message {body.message} belongs to another conversation", param="message"
+            )
         path = await archive(History.path, body.message)
     if body.text is not None:
         path = [*path, {"role": "user", "text": body.text}]
     if not path or path[-1]["role"] != "user":
-        raise refused("a race needs a message to answer", param="text")
-    return spoken(prompt, path)
+        raise refused("a race needs a user message to answer", param="text")
+    return chat_messages(prompt, path)
 
 
 class Lanes:
-    """Two answers one after the other.
+    """Two answers, one after the other.
 
     Args:
-        engine: makes them.
-        job: the plain one.
-        layout: of the other.
+        engine: generates them.
+        job: the job with plain decoding.
+        layout: layout of the other job.
     """
 
     def __init__(self, engine: Engine, job: dict[str, Any], layout: str) -> None:
@@ -92,10 +99,10 @@ class Lanes:
         self._jobs = {"plain": job, "mtp": job | {"layout": layout}}
 
     async def run(self, warm_up: Batch) -> AsyncGenerator[bytes, None]:
-        """Events: ``lane`` as one begins, ``group`` for its steps, ``lane_end``, then ``result``.
+        """Yield ``lane``, ``group`` per step and ``lane_end`` for every answer, then ``result``.
 
         Raises:
-            ApiError: the engine is gone, or takes no more.
+            ApiError: the engine is unavailable, or its queue is full.
         """
         results: list[Row] = []
         yield event({"type": "lane", "lane": "warm-up"})
@@ -105,10 +112,10 @@ class Lanes:
             yield event({"type": "lane", "lane": lane})
             batch = self._engine.submit([job])
             try:
-                async for each in self._run_lane(lane, batch):
-                    if each["type"] == "lane_end":
-                        results.append(each)
-                    yield event({name: each[name] for name in each if name != "ids"})
+                async for message in self._run_lane(lane, batch):
+                    if message["type"] == "lane_end":
+                        results.append(message)
+                    yield event({name: message[name] for name in message if name != "ids"})
             finally:
                 batch.cancel()
         yield event({"type": "result"} | verdict(results[0], results[1]))
@@ -146,20 +153,20 @@ class Lanes:
 
 
 def hash_of(ids: Sequence[int]) -> str:
-    """SHA-256 over token ids, each as four bytes, the lowest first."""
-    return hashlib.sha256(b"".join(each.to_bytes(4, "little") for each in ids)).hexdigest()
+    """Return the SHA-256 of token ids as 32-bit little-endian integers."""
+    return hashlib.sha256(b"".join(token.to_bytes(4, "little") for token in ids)).hexdigest()
 
 
 def verdict(plain: Row, mtp: Row) -> Row:
-    """Who won, and whether they said the same.
+    """Compare the outputs and the speeds of the two answers.
 
     Returns:
-        ``identical``; ``differs_at``, the first token that differs, or None; ``speed_up``, tokens a
-        second over those of plain decoding, None where an answer was too short to tell; ``others``,
-        answers that took turns with them, so that the times say little.
+        ``identical``; ``differs_at``, the index of the first different token, or None;
+        ``speed_up``, the ratio of tokens per second to plain decoding, or None if an answer was
+        too short; ``others``, the number of other answers that shared the engine.
     """
     pairs = zip(plain["ids"], mtp["ids"], strict=False)
-    differs = next((at for at, (one, other) in enumerate(pairs) if one != other), None)
+    differs = next((index for index, (one, other) in enumerate(pairs) if one != other), None)
     if differs is None and plain["tokens"] != mtp["tokens"]:
         differs = min(plain["tokens"], mtp["tokens"])
     rates = [

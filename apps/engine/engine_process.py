@@ -79,19 +79,22 @@ def _load(options: Message, send: Any) -> Any:
     from mlx_mtp.apps.engine.prefix_cache import PrefixCache
     from mlx_mtp.apps.engine.preparing import prepare
     from mlx_mtp.apps.engine.scheduler import Scheduler
-    from mlx_mtp.apps.engine.session import Bench, answer
+    from mlx_mtp.apps.engine.session import Bench, Session
     from mlx_mtp.apps.engine.token_text import TokenTexts
     from mlx_mtp.calibration.stored_costs import speculation_for
     from mlx_mtp.cli.options import load_model
-    from mlx_mtp.decoding.sharing import run_together
+    from mlx_mtp.decoding.grouping import StepGrouper
+    from mlx_mtp.decoding.step import run
 
     _wire_memory(mx)
     mx.random.seed(int.from_bytes(os.urandom(7), "little"))
     model, tokenizer = load_model(options)
     grammars = Grammars(tokenizer)
+    speculation = speculation_for(model, measure=False)
     bench = Bench(
         model=model,
         tokenizer=tokenizer,
+        speculation=speculation,
         prefixes=PrefixCache(most_bytes=options["prefix_cache_bytes"]),
         texts=TokenTexts(tokenizer),
         prefill_step_size=options["prefill_step_size"],
@@ -100,8 +103,9 @@ def _load(options: Message, send: Any) -> Any:
     send(_ready(model, tokenizer) | {"load_s": round(time.monotonic() - began, 2)})
     return Scheduler(
         prepare=lambda job: prepare(job, model, tokenizer, grammars),
-        begin=lambda job: answer(job, bench),
-        run_steps=lambda steps: run_together(steps, speculation_for(model, measure=False)),
+        begin=lambda job: Session(job, bench),
+        group=StepGrouper(model, speculation).groups,
+        run=lambda steps: run(model, steps),
         send=send,
         rest=mx.clear_cache,
     )

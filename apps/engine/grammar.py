@@ -19,7 +19,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_mtp.decoding.accept import LogitsProcessor
+from mlx_mtp.decoding.sampling import LogitsProcessor
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

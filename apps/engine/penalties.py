@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.decoding.accept import LogitsProcessor
+from mlx_mtp.decoding.sampling import LogitsProcessor
 
 
 def answer_penalty(*, num_prompt: int, frequency: float, presence: float) -> LogitsProcessor:

@@ -12,7 +12,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.apps.engine.grammar import Grammars, calls_grammar, json_grammar
 from mlx_mtp.apps.engine.penalties import answer_penalty
-from mlx_mtp.decoding.accept import LogitsProcessor, Sampling
+from mlx_mtp.decoding.config import GenerationConfig
+from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.terminal import one_line
@@ -40,17 +41,19 @@ class Prepared:
 
     Attributes:
         ids: of the whole prompt.
-        options: arguments of ``decode`` that are the job's own.
-        stop: strings that end the answer.
-        top_logprobs: how many likeliest ids to tell beside each; None for no log-probabilities.
+        config: lengths, seed and layout of the answer, and its stop strings.
+        sampling: how tokens are drawn.
+        logits_processors: of penalties and grammars.
+        top_logprobs: number of likeliest ids to report per id; None for no log-probabilities.
         tools: tools whose calls are looked for.
-        pieces: whether the ids of each step and the text of each are told.
-        fresh: whether nothing kept from earlier prompts is used, nor anything kept of this one.
+        pieces: whether the ids of each step and the text of each id are reported.
+        fresh: whether caches of earlier prompts are neither used nor added to.
     """
 
     ids: list[int]
-    options: dict[str, Any] = field(default_factory=dict)
-    stop: tuple[str, ...] = ()
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+    sampling: Sampling = field(default_factory=Sampling)
+    logits_processors: list[LogitsProcessor] = field(default_factory=list)
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
     pieces: bool = False
@@ -83,18 +86,19 @@ def prepare(
             f"num_draft_tokens is {k}, but the adapter was trained for {model.num_draft_tokens}",
             param="num_draft_tokens",
         )
-    options = {
-        "max_tokens": job["max_tokens"],
-        "sampling": sampling,
-        "logits_processors": _processors(job, len(ids), tokenizer, grammars or Grammars(tokenizer)),
-        "seed": job.get("seed"),
-        "layout": job.get("layout", "auto"),
-        "num_draft_tokens": k,
-    }
+    config = GenerationConfig(
+        max_tokens=job["max_tokens"],
+        stop=tuple(job.get("stop") or ()),
+        seed=job.get("seed"),
+        layout=job.get("layout", "auto"),
+        num_draft_tokens=k,
+    )
+    processors = _processors(job, len(ids), tokenizer, grammars or Grammars(tokenizer))
     return Prepared(
         ids=ids,
-        options=options,
-        stop=tuple(job.get("stop") or ()),
+        config=config,
+        sampling=sampling,
+        logits_processors=processors,
         top_logprobs=job.get("top_logprobs"),
         tools=job.get("tools") or [],
         pieces=bool(job.get("pieces")),

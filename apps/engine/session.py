@@ -1,13 +1,10 @@
-"""One answer, as a generator: messages, and steps that are to be run before it goes on."""
+"""One answer of the server: plans steps, turns their outcomes into messages, keeps its cache."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.apps.engine.prefix_cache import PrefixCache
@@ -15,12 +12,12 @@ from mlx_mtp.apps.engine.preparing import Prepared
 from mlx_mtp.apps.engine.protocol import Message
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.apps.engine.tool_calls import ToolCallReader
-from mlx_mtp.calibration.stored_costs import doubt_disproved, speculation_for
-from mlx_mtp.decoding.loop import StepResult, decode
-from mlx_mtp.decoding.step import Step
-from mlx_mtp.generate import TextStream
-from mlx_mtp.model.cache import MTPCache
+from mlx_mtp.calibration.stored_costs import doubt_disproved
+from mlx_mtp.decoding.request import Request, StepResult
+from mlx_mtp.decoding.step import Outcome, Step
+from mlx_mtp.generate import TextStream, drafts_tokens
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.stats import GenerationStats, StatsMeter
 
 
@@ -31,138 +28,128 @@ class Bench:
     Attributes:
         model: the model.
         tokenizer: its tokenizer.
+        speculation: what the model's planner knows.
         prefixes: caches of finished answers.
-        texts: what ids look like.
+        texts: text and bytes of ids.
         prefill_step_size: rows of a prompt per forward, between which others have their turn.
         lookup: whether layout "auto" may take drafts from the text so far.
     """
 
     model: MTPModel
     tokenizer: TokenizerWrapper
+    speculation: Speculation
     prefixes: PrefixCache
     texts: TokenTexts
     prefill_step_size: int
     lookup: bool = True
 
 
-def answer(job: Prepared, bench: Bench) -> Generator[Message | Step, None, None]:
-    """Answer a job; closing the generator breaks it off, while no step has run that it handed out.
+class Session:
+    """One answer in progress: ``plan`` a step, run it, ``commit`` its outcome, until ``finished``.
 
-    Yields:
-        ``started``, then ``prefill`` for every chunk of a long prompt, a step and its ``group`` by
-        turns, ``finished`` at the end.  A step that nobody ran, it runs.
+    Args:
+        job: what to answer.
+        bench: what all sessions share.
+
+    Attributes:
+        finished: whether the last message has been made.
     """
-    ids = list(job.ids)
-    taken = None if job.fresh else bench.prefixes.take(ids)
-    cache, num_cached = taken if taken else (bench.model.make_cache(), 0)
-    try:
-        yield {"type": "started", "prompt_tokens": len(ids), "cached_tokens": num_cached}
-        meter = StatsMeter(
-            prompt_tokens=len(ids) - num_cached,
-            cached_tokens=num_cached,
-            mtp=bench.model.config is not None and job.options["layout"] != "plain",
+
+    def __init__(self, job: Prepared, bench: Bench) -> None:
+        self.finished = False
+        self._job = job
+        self._bench = bench
+        model, tokenizer = bench.model, bench.tokenizer
+        ids = job.ids
+        stored = None if job.fresh else bench.prefixes.take(ids)
+        cache, self._num_cached = stored if stored else (model.make_cache(), 0)
+        config = replace(job.config, lookup=bench.lookup, prefill_step_size=bench.prefill_step_size)
+        self._request = Request(
+            model,
+            ids[self._num_cached :],
+            config,
+            sampling=job.sampling,
+            logits_processors=job.logits_processors,
+            stop_ids=tokenizer.eos_token_ids,
+            cache=cache,
+            cached_ids=ids[: self._num_cached],
+            speculation=bench.speculation,
         )
-        for done in _prefill(ids, cache, bench):
-            yield {"type": "prefill", "done": done}
-        yield from _decode(job, ids, cache, meter, bench)
-    except GeneratorExit:  # between two steps, where the cache is whole
-        _keep(job, ids, cache, bench)
-        raise
-    _keep(job, ids, cache, bench)
-    doubt_disproved(bench.model)
+        self._text = TextStream(
+            tokenizer.detokenizer, stop=config.stop, stop_ids=tokenizer.eos_token_ids
+        )
+        self._tools = ToolCallReader(tokenizer, job.tools) if job.tools else None
+        self._meter = StatsMeter(
+            prompt_tokens=len(ids) - self._num_cached,
+            cached_tokens=self._num_cached,
+            mtp=drafts_tokens(model, config),
+        )
 
+    def started(self) -> Message:
+        """The first message."""
+        return {
+            "type": "started",
+            "prompt_tokens": len(self._job.ids),
+            "cached_tokens": self._num_cached,
+        }
 
-def _keep(job: Prepared, ids: list[int], cache: MTPCache, bench: Bench) -> None:
-    if not job.fresh:
-        bench.prefixes.put(ids, cache)
+    def plan(self) -> Step:
+        """Plan the next step; a step that is not run leaves the cache as it was."""
+        return self._request.plan()
 
+    def commit(self, outcome: Outcome) -> list[Message]:
+        """Take in the outcome of the planned step.
 
-def _prefill(ids: list[int], cache: MTPCache, bench: Bench) -> Iterator[int]:
-    """Run the prompt but for its last chunk, which awaits its masks."""
-    size = bench.prefill_step_size
-    while len(ids) - cache.offset > size:
-        start = cache.offset
-        cache.begin_step()
-        bench.model(mx.array([ids[start : start + size]]), cache=cache)
-        mx.eval(cache.state)
-        mx.clear_cache()
-        yield cache.offset
+        Returns:
+            ``prefill`` for a chunk of the prompt, else a ``group`` and, at the end, ``finished``.
 
+        Raises:
+            Exception: what a logits processor raised in the step.
+        """
+        step = self._request.commit(outcome)
+        if not step.tokens:
+            return [{"type": "prefill", "done": self._request.cache.offset}]
+        group, reason = self._group(step)
+        self.finished = reason is not None
+        return [group, self._finished(reason)] if reason else [group]
 
-def _decode(
-    job: Prepared, ids: list[int], cache: MTPCache, meter: StatsMeter, bench: Bench
-) -> Iterator[Message | Step]:
-    """Hand out the steps and what they emit, by which ``ids`` grows."""
-    held = cache.offset
-    steps = decode(
-        bench.model,
-        ids[held:],
-        cache=cache,
-        cached_ids=ids[:held],
-        stop_ids=bench.tokenizer.eos_token_ids,
-        prefill_step_size=bench.prefill_step_size,
-        speculation=speculation_for(bench.model, measure=False),
-        lookup=bench.lookup,
-        **job.options,
-    )
-    text = TextStream(bench.tokenizer.detokenizer, stop=job.stop)
-    tools = ToolCallReader(bench.tokenizer, job.tools) if job.tools else None
-    with contextlib.closing(steps):
-        while (planned := steps.planned()) is not None:
-            yield planned
-            step = next(steps)
-            ids += step.tokens
-            meter.add_step(step.num_draft_tokens, source=step.source)
-            message = _group(step, text, meter, bench, job)
-            reason = "stop" if text.stopped else step.finish_reason
-            tail = text.finish() if reason else ""
-            message["text"] += tail
-            if job.pieces:
-                message["pieces"][-1] += tail
-            if tools:
-                message["text"] = tools.push(message["text"])
-                message["text"] += tools.finish() if reason else ""
-            yield message
-            if reason:
-                yield _finished(reason, text, tools, meter)
-                return
+    def close(self) -> None:
+        """End it between two steps, where the cache is whole, and keep the cache."""
+        if not self._job.fresh:
+            self._bench.prefixes.put(self._request.ids, self._request.cache)
+        if self.finished:
+            doubt_disproved(self._bench.model)
 
+    def _group(self, step: StepResult) -> tuple[Message, str | None]:
+        """The message of a step up to a stop string, and why the answer ends with it."""
+        pieces = list(self._text.pieces(step, self._meter))
+        count, reason = len(pieces), pieces[-1].finish_reason
+        text = "".join(piece.text for piece in pieces)
+        if self._tools:
+            text = self._tools.push(text) + (self._tools.finish() if reason else "")
+        message: Message = {
+            "type": "group",
+            "text": text,
+            "tokens": count,
+            "accepted": min(step.num_accepted, count),
+            "drafted": step.num_draft_tokens,
+            "source": step.source,
+        }
+        if self._job.pieces:
+            texts = [piece.text for piece in pieces]
+            message |= {"pieces": texts, "ids": step.tokens[:count]}
+        if self._job.top_logprobs is not None:
+            message["logprobs"] = self._bench.texts.entries(
+                step.tokens[:count], step.logprobs[:count], self._job.top_logprobs
+            )
+        return message, reason
 
-def _group(
-    step: StepResult, text: TextStream, meter: StatsMeter, bench: Bench, job: Prepared
-) -> Message:
-    """What one step emitted, up to a stop string."""
-    pieces, count = [], 0
-    for token in step.tokens:
-        meter.add_token(from_draft=count < step.num_accepted)
-        count += 1
-        pieces.append("" if token in bench.tokenizer.eos_token_ids else text.push(token))
-        if text.stopped:
-            break
-    message = {
-        "type": "group",
-        "text": "".join(pieces),
-        "tokens": count,
-        "accepted": min(step.num_accepted, count),
-        "drafted": step.num_draft_tokens,
-        "source": step.source,
-    }
-    if job.pieces:
-        message |= {"pieces": pieces, "ids": step.tokens[:count]}
-    if job.top_logprobs is not None:
-        logprobs = step.logprobs[:count]
-        message["logprobs"] = bench.texts.entries(step.tokens[:count], logprobs, job.top_logprobs)
-    return message
-
-
-def _finished(
-    reason: str, text: TextStream, tools: ToolCallReader | None, meter: StatsMeter
-) -> Message:
-    calls: list[Any] = tools.calls if tools else []
-    return {
-        "type": "finished",
-        "reason": "tool_calls" if calls and reason == "stop" else reason,
-        "stop_string": text.stop_string,
-        "tool_calls": calls,
-        "stats": GenerationStats(**meter.counts()).stats_dict(),
-    }
+    def _finished(self, reason: str) -> Message:
+        calls: list[Any] = self._tools.calls if self._tools else []
+        return {
+            "type": "finished",
+            "reason": "tool_calls" if calls and reason == "stop" else reason,
+            "stop_string": self._text.stop_string,
+            "tool_calls": calls,
+            "stats": GenerationStats(**self._meter.counts()).stats_dict(),
+        }

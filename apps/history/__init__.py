@@ -1,1 +1,1 @@
-"""Conversations kept in SQLite: messages as a tree, so that nothing said is overwritten."""
+"""Conversations in SQLite: messages form a tree, so that no message is overwritten."""

@@ -1,7 +1,7 @@
-"""The tables of a history file, and how older files become newer ones.
+"""The tables of a history file, and migrations from older files.
 
-``PRAGMA user_version`` says how many of ``MIGRATIONS`` a file has seen.  The full-text index is an
-extra: where SQLite lacks FTS5 or its trigrams, searching reads all text instead.
+``PRAGMA user_version`` is the number of ``MIGRATIONS`` that have been applied to a file.  The
+full-text index is optional: without FTS5 or its trigrams, a search reads all messages.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ BUSY_S = 5.0
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """Open a history file, make it if it is not there, and bring it up to date.
+    """Open a history file; create it if it is missing, and migrate it if it is old.
 
-    The connection commits every statement by itself; it may move between threads, one at a time.
+    The connection is in autocommit mode; only one thread at a time may use it.
 
     Raises:
-        ValueError: the file is no history, is damaged, or was written by a newer version.
+        ValueError: the file is not a history, is damaged, or was written by a newer version.
     """
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     connection = sqlite3.connect(
@@ -77,7 +77,7 @@ def connect(path: Path) -> sqlite3.Connection:
         _migrate(connection, path)
     except sqlite3.DatabaseError as error:
         connection.close()
-        raise ValueError(f"{path} cannot be read as a history: {error}") from None
+        raise ValueError(f"cannot read {path} as a conversation history: {error}") from None
     except BaseException:
         connection.close()
         raise
@@ -85,9 +85,9 @@ def connect(path: Path) -> sqlite3.Connection:
 
 
 def has_index(connection: sqlite3.Connection) -> bool:
-    """Whether text can be searched by its index."""
-    found = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'message_index'")
-    return found.fetchone() is not None
+    """Return whether the file has a full-text index."""
+    rows = connection.execute("SELECT 1 FROM sqlite_master WHERE name = 'message_index'")
+    return rows.fetchone() is not None
 
 
 def _migrate(connection: sqlite3.Connection, path: Path) -> None:
@@ -100,10 +100,10 @@ def _migrate(connection: sqlite3.Connection, path: Path) -> None:
     if not has_index(connection):
         try:
             _run(connection, _INDEX)
-        except sqlite3.OperationalError:  # an SQLite without FTS5 or without its trigrams
+        except sqlite3.OperationalError:  # SQLite without FTS5 or its trigrams
             connection.rollback()
 
 
 def _run(connection: sqlite3.Connection, script: str) -> None:
-    """Run a script as one transaction: a kill leaves all of it or nothing."""
+    """Run a script as one transaction: after a kill, all of it or nothing is applied."""
     connection.executescript(f"BEGIN IMMEDIATE; {script} COMMIT;")

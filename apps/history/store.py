@@ -1,8 +1,8 @@
-"""Conversations in a file: read, written while an answer streams, searched.
+"""Conversations in a file: created, changed, searched, and saved while an answer streams.
 
-Messages form a tree: an edited question and a second answer stand beside the first.  A conversation
-remembers the leaf of the branch that was shown last.  Text that streams in is appended in place, so
-a kill loses what was not appended yet and nothing else.  Times are seconds since 1970.
+Messages form a tree: an edited question or a second answer is a sibling of the first.  A
+conversation stores the leaf of the branch that was shown last.  Streamed text is appended in place,
+so a kill loses only text that was not appended yet.  Times are seconds since 1970.
 """
 
 from __future__ import annotations
@@ -20,26 +20,26 @@ from mlx_mtp.storage.files import lock_file
 
 Row = dict[str, Any]
 
-MOST_TITLE = 200
-MOST_TEXT = 1_000_000
-MOST_OPTIONS = 64_000
-MOST_FOUND = 200
+MAX_TITLE = 200
+MAX_TEXT = 1_000_000
+MAX_OPTIONS = 64_000
+MAX_FOUND = 200
 STATES = ("streaming", "done", "length", "stopped", "interrupted", "failed")
 _FIELDS = ("title", "system_prompt", "options", "leaf")
 _SUMMARY = "id, title, created, updated"
 
 
 class History:
-    """A history file.  One thread at a time may use it.
+    """A history file.  Only one thread at a time may use it.
 
-    What an earlier process was writing when it died is marked "interrupted", unless another process
-    has the file open and may be writing still.
+    Messages that an earlier process was streaming when it died are marked "interrupted", unless
+    another process has the file open and may still be writing.
 
     Args:
-        path: the file; it is made where it is missing.
+        path: the history file; it is created if it is missing.
 
     Raises:
-        ValueError: the file is no history, is damaged, or was written by a newer version.
+        ValueError: the file is not a history, is damaged, or was written by a newer version.
     """
 
     def __init__(self, path: Path) -> None:
@@ -52,7 +52,7 @@ class History:
             self._db.execute("UPDATE messages SET state='interrupted' WHERE state='streaming'")
 
     def close(self) -> None:
-        """Close the file; may be called twice."""
+        """Close the file; further calls do nothing."""
         if self._lock >= 0:
             self._db.close()
             os.close(self._lock)
@@ -60,7 +60,7 @@ class History:
 
     @contextlib.contextmanager
     def transaction(self) -> Iterator[None]:
-        """All or nothing of what is done inside."""
+        """Apply all changes inside the block, or none of them."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
@@ -70,26 +70,26 @@ class History:
         self._db.execute("COMMIT")
 
     def conversations(self, search: str = "") -> list[Row]:
-        """Summaries, the latest first; those whose title or text holds ``search``, if any.
+        """Return summaries, the latest first, of conversations with ``search`` in title or text.
 
         Returns:
-            ``id``, ``title``, ``created``, ``updated`` and, where text was found, ``snippet``.
+            ``id``, ``title``, ``created``, ``updated`` and, for a search, ``snippet``.
         """
         if not search.strip():
             return self._all(f"SELECT {_SUMMARY} FROM conversations ORDER BY updated DESC, id DESC")
-        if "\0" in search:  # where SQLite takes a text to end
+        if "\0" in search:  # SQLite ends a text there
             return []
-        found = self._found(search.strip())
+        texts = self._matching_texts(search.strip())
         title = _like(search.strip())
         rows = self._all(
             f"SELECT {_SUMMARY}, title LIKE ? ESCAPE '\\' AS by_title FROM conversations "
             "ORDER BY updated DESC, id DESC",
             title,
         )
-        hits = [row for row in rows if row["by_title"] or row["id"] in found]
+        hits = [row for row in rows if row["by_title"] or row["id"] in texts]
         return [
             {name: row[name] for name in ("id", "title", "created", "updated")}
-            | {"snippet": _snippet(found.get(row["id"], ""), search.strip())}
+            | {"snippet": _snippet(texts.get(row["id"], ""), search.strip())}
             for row in hits
         ]
 
@@ -101,7 +101,7 @@ class History:
         options: Mapping[str, Any] | None = None,
         created: float | None = None,
     ) -> Row:
-        """Begin a conversation; see ``conversation`` for what is returned."""
+        """Create a conversation; returns it as ``conversation`` does."""
         now = time.time() if created is None else created
         values = _checked(
             {"title": title, "system_prompt": system_prompt, "options": dict(options or {})}
@@ -114,26 +114,26 @@ class History:
         return self.conversation(cursor.lastrowid or 0)
 
     def conversation(self, number: int) -> Row:
-        """A conversation with all its messages, oldest first.
+        """Return a conversation with all its messages, oldest first.
 
         Raises:
-            KeyError: it is not there.
+            KeyError: there is no such conversation.
         """
         row = self._one("SELECT * FROM conversations WHERE id = ?", number)
         row["options"] = json.loads(row["options"])
         messages = self._all("SELECT * FROM messages WHERE conversation = ? ORDER BY id", number)
-        return row | {"messages": [_message(each) for each in messages]}
+        return row | {"messages": [_message(message) for message in messages]}
 
     def update(self, number: int, values: Mapping[str, Any]) -> None:
         """Change ``title``, ``system_prompt``, ``options`` or ``leaf`` of a conversation.
 
         Raises:
-            KeyError: it is not there.
-            ValueError: a field is unknown or its value is wrong.
+            KeyError: there is no such conversation.
+            ValueError: a field is unknown or its value is invalid.
         """
         changed = _checked(values)
         self._one("SELECT id FROM conversations WHERE id = ?", number)
-        if changed.get("leaf") is not None and self._home(changed["leaf"]) != number:
+        if changed.get("leaf") is not None and self._conversation_of(changed["leaf"]) != number:
             raise ValueError(f"leaf {changed['leaf']} is not a message of conversation {number}")
         for name, value in changed.items():
             self._db.execute(f"UPDATE conversations SET {name} = ? WHERE id = ?", (value, number))
@@ -142,7 +142,7 @@ class History:
         """Delete a conversation and its messages.
 
         Raises:
-            KeyError: it is not there.
+            KeyError: there is no such conversation.
         """
         if not self._db.execute("DELETE FROM conversations WHERE id = ?", (number,)).rowcount:
             raise KeyError(number)
@@ -160,25 +160,25 @@ class History:
         model: str = "",
         created: float | None = None,
     ) -> Row:
-        """Add a message behind ``parent``; it becomes the leaf that is shown.
+        """Add a message after ``parent``; it becomes the leaf that is shown.
 
         Raises:
-            KeyError: the conversation is not there.
+            KeyError: there is no such conversation.
             ValueError: the parent is in another conversation, or the text is too long.
         """
         self._one("SELECT id FROM conversations WHERE id = ?", conversation)
-        if parent is not None and self._home(parent) != conversation:
+        if parent is not None and self._conversation_of(parent) != conversation:
             raise ValueError(f"parent {parent} is not a message of conversation {conversation}")
         if role not in ("user", "assistant"):
-            raise ValueError(f"role is {role!r}, not user or assistant")
+            raise ValueError(f"role must be 'user' or 'assistant', got {role!r}")
         if state not in STATES:
-            raise ValueError(f"state {state!r} is unknown")
+            raise ValueError(f"unknown state {state!r}")
         now = time.time() if created is None else created
-        values = (conversation, parent, role, _text("text", text, MOST_TEXT), groups, state)
+        values = (conversation, parent, role, _text("text", text, MAX_TEXT), groups, state)
         cursor = self._db.execute(
             "INSERT INTO messages (conversation, parent, role, text, groups, state, stats, model, "
             "created) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (*values, json.dumps(dict(stats or {})), model[:MOST_TITLE], now),
+            (*values, json.dumps(dict(stats or {})), model[:MAX_TITLE], now),
         )
         self._db.execute(
             "UPDATE conversations SET leaf = ?, updated = max(updated, ?) WHERE id = ?",
@@ -187,16 +187,16 @@ class History:
         return self.message(cursor.lastrowid or 0)
 
     def message(self, number: int) -> Row:
-        """A message; ``groups`` is a list with one object for each step.
+        """Return a message; ``groups`` is a list with one object per step.
 
         Raises:
-            KeyError: it is not there.
+            KeyError: there is no such message.
         """
         return _message(self._one("SELECT * FROM messages WHERE id = ?", number))
 
     def append(self, number: int, text: str, groups: Sequence[Mapping[str, Any]] = ()) -> None:
-        """Append to a message that streams."""
-        lines = "".join(json.dumps(each, separators=(",", ":")) + "\n" for each in groups)
+        """Append to a streaming message."""
+        lines = "".join(json.dumps(group, separators=(",", ":")) + "\n" for group in groups)
         self._db.execute(
             "UPDATE messages SET text = text || ?, groups = groups || ? "
             "WHERE id = ? AND state = 'streaming'",
@@ -204,17 +204,17 @@ class History:
         )
 
     def finish(self, number: int, state: str, stats: Mapping[str, Any] | None = None) -> None:
-        """End a message that streams: "done", "length", "stopped", "interrupted" or "failed"."""
+        """End a streaming message: "done", "length", "stopped", "interrupted" or "failed"."""
         self._db.execute(
             "UPDATE messages SET state = ?, stats = ? WHERE id = ? AND state = 'streaming'",
             (state, json.dumps(dict(stats or {})), number),
         )
 
     def path(self, number: int) -> list[Row]:
-        """The messages from the first one to this one.
+        """Return the messages from the first one to this one.
 
         Raises:
-            KeyError: it is not there.
+            KeyError: there is no such message.
         """
         rows = self._all(
             "WITH RECURSIVE up(id, parent, role, text, state, depth) AS ("
@@ -229,44 +229,44 @@ class History:
         return rows
 
     def settings(self) -> Row:
-        """What the page remembers beside conversations."""
+        """Return the settings of the page."""
         return {
             row["name"]: json.loads(row["value"])
             for row in self._all("SELECT name, value FROM settings")
         }
 
     def remember(self, values: Mapping[str, Any]) -> None:
-        """Set some of the settings.
+        """Save some settings of the page.
 
         Raises:
-            ValueError: they are too long.
+            ValueError: a value is too long or not JSON.
         """
         for name, value in values.items():
             self._db.execute(
                 "INSERT INTO settings VALUES (?, ?) "
                 "ON CONFLICT (name) DO UPDATE SET value = excluded.value",
-                (_text("name", name, MOST_TITLE), _json(name, value)),
+                (_text("name", name, MAX_TITLE), _json(name, value)),
             )
 
-    def _found(self, search: str) -> dict[int, str]:
-        """A text with ``search`` in it for each conversation that has one."""
+    def _matching_texts(self, search: str) -> dict[int, str]:
+        """Return one message text that contains ``search`` per conversation that has one."""
         if self._has_index and len(search) >= 3:
             phrase = '"' + search.replace('"', '""') + '"'
             rows = self._all(
                 "SELECT conversation, m.text FROM message_index i JOIN messages m ON m.id = i.rowid"
-                f" WHERE message_index MATCH ? ORDER BY m.id DESC LIMIT {20 * MOST_FOUND}",
+                f" WHERE message_index MATCH ? ORDER BY m.id DESC LIMIT {20 * MAX_FOUND}",
                 phrase,
             )
         else:
             rows = self._all(
                 "SELECT conversation, text FROM messages WHERE text LIKE ? ESCAPE '\\' "
-                f"ORDER BY id DESC LIMIT {20 * MOST_FOUND}",
+                f"ORDER BY id DESC LIMIT {20 * MAX_FOUND}",
                 _like(search),
             )
         return {row["conversation"]: row["text"] for row in rows}
 
-    def _home(self, message: Any) -> int | None:
-        """The conversation of a message."""
+    def _conversation_of(self, message: Any) -> int | None:
+        """Return the conversation of a message."""
         rows = self._all("SELECT conversation FROM messages WHERE id = ?", message)
         return rows[0]["conversation"] if rows else None
 
@@ -286,32 +286,32 @@ def _message(row: Row) -> Row:
 
 
 def _checked(values: Mapping[str, Any]) -> Row:
-    """Values of a conversation as the file takes them."""
+    """Validate values of a conversation and convert them to columns."""
     checked: Row = {}
     for name, value in values.items():
         match name:
             case "title":
-                checked[name] = " ".join(_text(name, value, MOST_TEXT).split())[:MOST_TITLE]
+                checked[name] = " ".join(_text(name, value, MAX_TEXT).split())[:MAX_TITLE]
             case "system_prompt":
-                checked[name] = _text(name, value, MOST_TEXT)
+                checked[name] = _text(name, value, MAX_TEXT)
             case "options" if isinstance(value, Mapping):
                 checked[name] = _json(name, value)
             case "leaf" if value is None or type(value) is int:
                 checked[name] = value
             case _ if name in _FIELDS:
-                raise ValueError(f"{name} cannot be {str(value)[:40]!r}")
+                raise ValueError(f"invalid value for {name}: {str(value)[:40]!r}")
             case _:
-                raise ValueError(f"a conversation has no {name[:40]!r}")
+                raise ValueError(f"unknown field {name[:40]!r}")
     return checked
 
 
-def _text(name: str, value: Any, most: int) -> str:
+def _text(name: str, value: Any, max_length: int) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{name} must be text, got {str(value)[:40]!r}")
-    if len(value) > most:
-        raise ValueError(f"{name} has {len(value)} characters, at most {most} are kept")
-    if any("\ud800" <= letter <= "\udfff" for letter in value):
-        raise ValueError(f"{name} is not Unicode")
+        raise ValueError(f"{name} must be a string, got {str(value)[:40]!r}")
+    if len(value) > max_length:
+        raise ValueError(f"{name} has {len(value)} characters; the maximum is {max_length}")
+    if any("\ud800" <= character <= "\udfff" for character in value):
+        raise ValueError(f"{name} is not valid Unicode")
     return value
 
 
@@ -319,8 +319,8 @@ def _json(name: str, value: Any) -> str:
     try:
         text = json.dumps(value, allow_nan=False)
     except (TypeError, ValueError, RecursionError):
-        raise ValueError(f"{name} is not JSON") from None
-    return _text(name, text, MOST_OPTIONS)
+        raise ValueError(f"{name} is not valid JSON") from None
+    return _text(name, text, MAX_OPTIONS)
 
 
 def _like(search: str) -> str:
@@ -329,10 +329,10 @@ def _like(search: str) -> str:
 
 
 def _snippet(text: str, search: str, around: int = 40) -> str:
-    """The words around what was found, in one line."""
-    at = text.casefold().find(search.casefold())
-    if at < 0:
+    """Return the text around the first match, in one line."""
+    index = text.casefold().find(search.casefold())
+    if index < 0:
         return " ".join(text.split())[: 2 * around]
-    start = max(0, at - around)
-    piece = " ".join(text[start : at + len(search) + around].split())
+    start = max(0, index - around)
+    piece = " ".join(text[start : index + len(search) + around].split())
     return ("… " if start else "") + piece

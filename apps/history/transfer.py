@@ -1,4 +1,4 @@
-"""Conversations out of a history and back in: JSON keeps everything, Markdown is for reading."""
+"""Export and import of conversations: JSON is complete, Markdown is for reading."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_mtp.apps.history.store import MOST_TEXT, STATES, History, Row
+from mlx_mtp.apps.history.store import MAX_TEXT, STATES, History, Row
 
 FORMAT = "mlx-mtp conversations"
 VERSION = 1
-MOST_BYTES = 64 * 2**20
-MOST_CONVERSATIONS = 10_000
-MOST_MESSAGES = 200_000
-_KEPT = ("role", "text", "groups", "state", "stats", "model", "created")
-_MOST_DRAFTED = 1024  # in a step; the page makes a row for each
-_LATEST = 2**40  # seconds; no clock of ours says more
+MAX_BYTES = 64 * 2**20
+MAX_CONVERSATIONS = 10_000
+MAX_MESSAGES = 200_000
+_FIELDS = ("role", "text", "groups", "state", "stats", "model", "created")
+_MAX_DRAFTED = 1024  # per step; the page shows a row per draft position
+_MAX_TIME = 2**40  # seconds
 
 
 def to_json(history: History, numbers: Sequence[int]) -> str:
-    """Conversations as JSON text, with all branches; messages name their parents by position.
+    """Return conversations as JSON text, with all branches; a parent is an index into the messages.
 
     Raises:
-        KeyError: a conversation is not there.
+        KeyError: a conversation does not exist.
     """
-    found = [_exported(history.conversation(number)) for number in numbers]
-    everything = {"format": FORMAT, "version": VERSION, "conversations": found}
-    return json.dumps(everything, ensure_ascii=False, indent=1)
+    conversations = [_exported(history.conversation(number)) for number in numbers]
+    export = {"format": FORMAT, "version": VERSION, "conversations": conversations}
+    return json.dumps(export, ensure_ascii=False, indent=1)
 
 
 def to_markdown(history: History, number: int) -> str:
-    """The branch that was shown last, to read.
+    """Return the branch that was shown last as Markdown.
 
     Raises:
-        KeyError: the conversation is not there.
+        KeyError: the conversation does not exist.
     """
     conversation = history.conversation(number)
     lines = [f"# {conversation['title'] or 'Untitled'}", ""]
@@ -49,55 +49,58 @@ def to_markdown(history: History, number: int) -> str:
 
 
 def from_json(history: History, data: bytes) -> list[int]:
-    """Add exported conversations to a history, all or none of them.
+    """Import exported conversations, all or none of them.
 
     Returns:
-        The numbers they were given.
+        The ids of the new conversations.
 
     Raises:
-        ValueError: the file is too large, no such export, or damaged; the message says where.
+        ValueError: the file is too large, not an export, or damaged; the message names the place.
     """
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"the file has {len(data)} bytes, at most {MOST_BYTES} are read")
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"the file has {len(data)} bytes; the maximum is {MAX_BYTES}")
     try:
-        everything = json.loads(data)
+        export = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"the file is not JSON: {str(error)[:80]}") from None
-    if not isinstance(everything, dict) or everything.get("format") != FORMAT:
+        raise ValueError(f"the file is not valid JSON: {str(error)[:80]}") from None
+    if not isinstance(export, dict) or export.get("format") != FORMAT:
         raise ValueError("the file is not an export of mlx-mtp conversations")
-    if everything.get("version") != VERSION:
-        raise ValueError(f"version {str(everything.get('version'))[:20]} of exports is unknown")
-    conversations = everything.get("conversations")
-    if not isinstance(conversations, list) or len(conversations) > MOST_CONVERSATIONS:
-        raise ValueError(f"conversations must be a list of {MOST_CONVERSATIONS} at most")
+    if export.get("version") != VERSION:
+        raise ValueError(f"unsupported export version {str(export.get('version'))[:20]}")
+    conversations = export.get("conversations")
+    if not isinstance(conversations, list) or len(conversations) > MAX_CONVERSATIONS:
+        raise ValueError(f"conversations must be a list of at most {MAX_CONVERSATIONS} items")
+    _check_message_count(conversations)
     with history.transaction():
-        return [_add(history, each, f"conversation {at + 1}") for at, each in _each(conversations)]
+        return [
+            _add(history, conversation, f"conversation {number}")
+            for number, conversation in enumerate(conversations, 1)
+        ]
 
 
-def _each(conversations: list[Any]) -> list[tuple[int, Any]]:
-    messages = [each.get("messages") for each in conversations if isinstance(each, dict)]
-    if sum(len(each) for each in messages if isinstance(each, list)) > MOST_MESSAGES:
-        raise ValueError(f"the file has more than {MOST_MESSAGES} messages")
-    return list(enumerate(conversations))
+def _check_message_count(conversations: list[Any]) -> None:
+    lists = [item.get("messages") for item in conversations if isinstance(item, dict)]
+    if sum(len(messages) for messages in lists if isinstance(messages, list)) > MAX_MESSAGES:
+        raise ValueError(f"the file has more than {MAX_MESSAGES} messages")
 
 
 def _exported(conversation: Row) -> Row:
-    places = {message["id"]: at for at, message in enumerate(conversation["messages"])}
+    positions = {message["id"]: index for index, message in enumerate(conversation["messages"])}
     return {
         "title": conversation["title"],
         "system_prompt": conversation["system_prompt"],
         "options": conversation["options"],
         "created": conversation["created"],
-        "leaf": places.get(conversation["leaf"]),
+        "leaf": positions.get(conversation["leaf"]),
         "messages": [
-            {"parent": places.get(message["parent"])} | {name: message[name] for name in _KEPT}
+            {"parent": positions.get(message["parent"])} | {name: message[name] for name in _FIELDS}
             for message in conversation["messages"]
         ],
     }
 
 
 def _add(history: History, values: Any, where: str) -> int:
-    """Add one conversation, message by message."""
+    """Import one conversation."""
     if not isinstance(values, dict) or not isinstance(values.get("messages"), list):
         raise ValueError(f"{where} is not a conversation")
     try:
@@ -110,11 +113,11 @@ def _add(history: History, values: Any, where: str) -> int:
     except ValueError as error:
         raise ValueError(f"{where}: {error}") from None
     added: list[int] = []
-    for at, message in enumerate(values["messages"]):
+    for position, message in enumerate(values["messages"], 1):
         try:
             added.append(_add_message(history, number, message, added))
         except ValueError as error:
-            raise ValueError(f"{where}, message {at + 1}: {error}") from None
+            raise ValueError(f"{where}, message {position}: {error}") from None
     leaf = values.get("leaf")
     if type(leaf) is int and 0 <= leaf < len(added):
         history.update(number, {"leaf": added[leaf]})
@@ -123,12 +126,12 @@ def _add(history: History, values: Any, where: str) -> int:
 
 def _add_message(history: History, number: int, values: Any, added: list[int]) -> int:
     if not isinstance(values, dict):
-        raise ValueError("it is not a message")
+        raise ValueError("not a message")
     parent, state = values.get("parent"), values.get("state", "done")
     if parent is not None and not (type(parent) is int and 0 <= parent < len(added)):
-        raise ValueError(f"its parent {str(parent)[:20]!r} does not come before it")
+        raise ValueError(f"parent {str(parent)[:20]!r} is not an earlier message")
     if state not in STATES:
-        raise ValueError(f"state {str(state)[:20]!r} is unknown")
+        raise ValueError(f"unknown state {str(state)[:20]!r}")
     return history.add(
         number,
         None if parent is None else added[parent],
@@ -136,39 +139,39 @@ def _add_message(history: History, number: int, values: Any, added: list[int]) -
         values.get("text", ""),
         state="interrupted" if state == "streaming" else state,
         groups=_group_lines(values.get("groups", [])),
-        stats=_plain(_mapping(values.get("stats", {}), "stats")),
+        stats=_scalars(_mapping(values.get("stats", {}), "stats")),
         model=str(values.get("model", "")),
         created=_seconds(values.get("created")),
     )["id"]
 
 
 def _group_lines(groups: Any) -> str:
-    """Steps as the file keeps them; of a foreign shape they are left out, the text is what counts.
+    """Return steps as stored in the history, or "" if any of them is invalid; the text is kept.
 
-    The page reads these values as numbers and text, so nothing else may come in.
+    The page uses these values as numbers and text, so nothing else may be imported.
     """
     if not isinstance(groups, list):
         return ""
     lines = []
-    for each in groups:
-        if not _is_group(each):
+    for group in groups:
+        if not _is_group(group):
             return ""
-        kept = {name: each[name] for name in ("tokens", "accepted", "drafted", "source", "ms")}
-        lines.append(json.dumps(kept, separators=(",", ":"), allow_nan=False) + "\n")
+        fields = {name: group[name] for name in ("tokens", "accepted", "drafted", "source", "ms")}
+        lines.append(json.dumps(fields, separators=(",", ":"), allow_nan=False) + "\n")
     text = "".join(lines)
-    return text if len(text) <= 8 * MOST_TEXT else ""
+    return text if len(text) <= 8 * MAX_TEXT else ""
 
 
-def _is_group(each: Any) -> bool:
+def _is_group(group: Any) -> bool:
     return (
-        isinstance(each, dict)
-        and isinstance(each.get("tokens"), list)
-        and all(isinstance(token, str) for token in each["tokens"])
-        and all(type(each.get(name)) is int for name in ("accepted", "drafted"))
-        and 0 <= each["accepted"] <= each["drafted"] <= _MOST_DRAFTED
-        and isinstance(each.get("source"), str)
-        and type(each.get("ms")) in (int, float)
-        and math.isfinite(each["ms"])
+        isinstance(group, dict)
+        and isinstance(group.get("tokens"), list)
+        and all(isinstance(token, str) for token in group["tokens"])
+        and all(type(group.get(name)) is int for name in ("accepted", "drafted"))
+        and 0 <= group["accepted"] <= group["drafted"] <= _MAX_DRAFTED
+        and isinstance(group.get("source"), str)
+        and type(group.get("ms")) in (int, float)
+        and math.isfinite(group["ms"])
     )
 
 
@@ -178,20 +181,20 @@ def _mapping(value: Any, name: str) -> Row:
     try:
         text = json.dumps(value, allow_nan=False)
     except ValueError:
-        raise ValueError(f"{name} holds a number that is not finite") from None
-    if len(text) > MOST_TEXT:
+        raise ValueError(f"{name} contains a number that is not finite") from None
+    if len(text) > MAX_TEXT:
         raise ValueError(f"{name} is too long")
     return value
 
 
-def _plain(values: Row) -> Row:
-    """Only numbers and text, which is all that stats hold."""
+def _scalars(values: Row) -> Row:
+    """Keep only numbers and strings."""
     return {
         name: value for name, value in values.items() if isinstance(value, str | int | float | None)
     }
 
 
 def _seconds(value: Any) -> float:
-    """A time, or now where it is none."""
-    good = type(value) in (int, float) and 0 <= value <= _LATEST
-    return float(value) if good else time.time()
+    """Return a valid time unchanged, and the current time for any other value."""
+    valid = type(value) in (int, float) and 0 <= value <= _MAX_TIME
+    return float(value) if valid else time.time()

@@ -77,7 +77,7 @@ def load_base(folder: Path, *, name: str) -> MTPModel:
 
 def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
     """Tell a layout what it may ask of the base model."""
-    num_tokens, mask_token = _tokens(folder)
+    num_tokens, mask_token = tokenizer_facts(folder)
     linears = {
         path: linear_dims(module)
         for path, module in model.base.named_modules()
@@ -109,8 +109,8 @@ def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
     )
 
 
-def _tokens(folder: Path) -> tuple[int | None, int | None]:
-    """Length of the base model's tokenizer and its ``<mask>``, where there are such."""
+def tokenizer_facts(folder: Path) -> tuple[int | None, int | None]:
+    """Return the length of a model's tokenizer and the id of its ``<mask>``; None if missing."""
     try:
         tokenizer: Any = lm_utils.load_tokenizer(folder)._tokenizer
     except Exception:  # transformers raises many kinds for a folder without a tokenizer

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,8 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
 
-from mlx_mtp.converters.progress import ByteProgress
 from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
-from mlx_mtp.converters.tokenizer.tokenizer import SENTENCEPIECE_FILES
+from mlx_mtp.converters.tokenizer.write import SENTENCEPIECE_FILES
 from mlx_mtp.loading import resolve
 from mlx_mtp.storage.safetensors import (
     READABLE,
@@ -29,6 +28,7 @@ from mlx_mtp.storage.safetensors import (
     safe_member,
     shown,
 )
+from mlx_mtp.terminal import Status
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -84,14 +84,7 @@ def read_config(source: Path, *, trust_remote_code: bool = False) -> dict[str, A
     return config
 
 
-def stage(
-    source: Path,
-    config: dict[str, Any],
-    scratch: Path,
-    *,
-    allow_pickle: bool,
-    progress: ByteProgress,
-) -> Path:
+def stage(source: Path, config: dict[str, Any], scratch: Path, *, allow_pickle: bool) -> Path:
     """Check a model's files and link them into a new folder in ``scratch``; return that.
 
     Args:
@@ -99,14 +92,13 @@ def stage(
         config: its ``config.json``, checked by ``read_config``.
         scratch: takes the folder, and safetensors copies of PyTorch files.
         allow_pickle: whether PyTorch files may be read, in a sandbox.
-        progress: counts the bytes of PyTorch files that are read.
 
     Raises:
         ValueError: a file is missing, broken, or holds what cannot be read.
     """
     weights = weight_files(source)
     if weights[0].suffix != ".safetensors":
-        weights = _from_torch(weights, scratch, allow_pickle=allow_pickle, progress=progress)
+        weights = _from_torch(weights, scratch, allow_pickle=allow_pickle)
     num_tensors = _check_weights(source, weights)
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > num_tensors:
@@ -191,18 +183,13 @@ def _complete(source: Path, files: list[Path]) -> list[Path]:
     return files
 
 
-def _from_torch(
-    files: Iterable[Path], scratch: Path, *, allow_pickle: bool, progress: ByteProgress
-) -> list[Path]:
-    """Turn PyTorch files into safetensors files in ``scratch``, one at a time."""
-    files = list(files)
-    progress.expect(sum(path.stat().st_size for path in files))
-    read = []
-    for path in files:
-        progress.say(f"Reading {path.name}")
-        read.append(torch_to_safetensors(path, scratch, allow_pickle=allow_pickle)[0])
-        progress.advance(path.stat().st_size)
-    return read
+def _from_torch(files: Sequence[Path], scratch: Path, *, allow_pickle: bool) -> list[Path]:
+    """Convert PyTorch files to safetensors files in ``scratch``, one at a time."""
+    converted = []
+    for number, path in enumerate(files, 1):
+        with Status(f"Reading {path.name} ({number} of {len(files)}) in a sandbox ..."):
+            converted.append(torch_to_safetensors(path, scratch, allow_pickle=allow_pickle)[0])
+    return converted
 
 
 def _check_weights(source: Path, files: list[Path]) -> int:

@@ -29,13 +29,11 @@ from mlx_mtp.converters.base.files import (
 )
 from mlx_mtp.converters.base.rope import older_rope_keys
 from mlx_mtp.converters.base.shards import write_shards
-from mlx_mtp.converters.progress import ByteProgress
-from mlx_mtp.converters.tokenizer.tokenizer import write_tokenizer
+from mlx_mtp.converters.tokenizer.write import write_tokenizer
 from mlx_mtp.storage.cards import read_licence
 from mlx_mtp.storage.folders import without_wildcards
 from mlx_mtp.storage.safetensors import shown
-
-__all__ = ["BaseResult", "ByteProgress", "Quantisation", "convert_base", "resolve_base"]
+from mlx_mtp.terminal import Status, progress
 
 DTYPES = ("float16", "bfloat16", "float32")
 BITS = (1, 2, 3, 4, 5, 6, 8)  # of mx.quantize in its affine mode
@@ -98,7 +96,6 @@ def convert_base(
     dtype: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
-    progress: ByteProgress | None = None,
     on_model: Callable[[Any], None] | None = None,
     on_written: Callable[[BaseResult], None] | None = None,
 ) -> BaseResult:
@@ -113,7 +110,6 @@ def convert_base(
         dtype: ``float16``, ``bfloat16`` or ``float32``; the model's own by default.
         allow_pickle: whether PyTorch files may be read, in a sandbox.
         trust_remote_code: whether code in the model's folder may run.
-        progress: shows the bytes read from PyTorch files and written.
         on_model: called with the lazy mlx-lm model, cast but not quantised, before anything but
             the tokenizer is written; what else belongs into ``output`` can be written there.
         on_written: called when nothing but ``config.json`` is missing.
@@ -128,19 +124,20 @@ def convert_base(
     source = resolve_base(hf_path, trust_remote_code=trust_remote_code)
     config = read_config(source, trust_remote_code=trust_remote_code)
     _check_supported(source, config)
-    bar = progress or ByteProgress(stream=io.StringIO())
     with _emptied_on_failure(output), _scratch(output) as scratch:
-        texts = write_tokenizer(
-            source,
-            output,
-            scratch,
-            model_type=config["model_type"],
-            trust_remote_code=trust_remote_code,
-        )
-        staged = stage(source, config, scratch, allow_pickle=allow_pickle, progress=bar)
-        model, config = _load(
-            source, staged, older_rope_keys(config), trust_remote_code=trust_remote_code
-        )
+        with Status("Converting the tokenizer ..."):
+            texts = write_tokenizer(
+                source,
+                output,
+                scratch,
+                model_type=config["model_type"],
+                trust_remote_code=trust_remote_code,
+            )
+        staged = stage(source, config, scratch, allow_pickle=allow_pickle)
+        with Status("Loading the model ..."):
+            model, config = _load(
+                source, staged, older_rope_keys(config), trust_remote_code=trust_remote_code
+            )
         cast = _cast(model, config, dtype)
         if on_model is not None:
             on_model(model)
@@ -148,7 +145,7 @@ def convert_base(
             config = _quantise(source, model, config, quantisation)
         num_parameters = lm_utils.get_total_parameters(model)
         keep_vision = "vision_tower" in getattr(model, "model", {})  # as mlx-lm's own save
-        num_bytes = _write_weights(model, output, num_parameters=num_parameters, progress=bar)
+        num_bytes = _write_weights(model, output, num_parameters=num_parameters)
         copy_papers(source, output, code=trust_remote_code)
         result = BaseResult(
             source=source,
@@ -279,20 +276,20 @@ def _quantise(
     return config
 
 
-def _write_weights(model: Any, output: Path, *, num_parameters: int, progress: ByteProgress) -> int:
-    """Write the weights and take them out of the model; return their bytes."""
+def _write_weights(model: Any, output: Path, *, num_parameters: int) -> int:
+    """Write the weights and remove them from the model; return their size in bytes."""
     tensors: Any = dict(tree_flatten(model.parameters()))
     # The model must not keep what has been written in memory.
     model.update(tree_map(lambda _: mx.array([]), model.parameters()))
-    progress.say("Writing")
-    progress.expect(sum(value.nbytes for value in tensors.values()))
+    num_bytes = sum(value.nbytes for value in tensors.values())
     try:
-        return write_shards(
-            output,
-            tensors,
-            max_bytes=MAX_SHARD_BYTES,
-            num_parameters=num_parameters,
-            written=progress.advance,
-        )
+        with progress(total=num_bytes, desc="Writing", unit="B", unit_scale=True) as bar:
+            return write_shards(
+                output,
+                tensors,
+                max_bytes=MAX_SHARD_BYTES,
+                num_parameters=num_parameters,
+                written=bar.update,
+            )
     except RuntimeError as error:  # MLX, when a file cannot be read or memory is short
         raise ValueError(f"cannot convert {output.name}: {shown(error)}") from None

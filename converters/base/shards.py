@@ -30,7 +30,7 @@ def write_shards(
     *,
     max_bytes: int,
     num_parameters: int | None = None,
-    written: Callable[[int], None] | None = None,
+    written: Callable[[int], object] | None = None,
 ) -> int:
     """Write ``model.safetensors`` or ``model-00001-of-0000N.safetensors`` and the index.
 

@@ -1,9 +1,9 @@
 """PyTorch files in, safetensors files out: the only place that reads PyTorch files.
 
-A file is first checked by its bytes (``torch_archive``).  Then a child process with a scrubbed
-environment imports torch, enters the sandbox and reads the file (``torch_reader``); this process
-keeps the clock, and checks the child's output as if it had come from the hub.  Without the
-caller's leave, or where no sandbox can be had, the file is refused.
+A child process with a scrubbed environment imports torch, enters the sandbox and reads the file
+with ``weights_only=True`` (``reader``).  This process enforces the time limit, and checks the
+child's output as if it had been downloaded.  Without the caller's permission, or on a machine
+without a sandbox, the file is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mtp.converters.pytorch import sandbox
-from mlx_mtp.converters.pytorch.archive import check_torch_file, pickle_globals
+from mlx_mtp.converters.pytorch.file_format import recognise_torch_file
 from mlx_mtp.converters.pytorch.reader import (
     MAX_TEXT,
     RESULT_FILE,
@@ -33,8 +33,6 @@ from mlx_mtp.converters.pytorch.reader import (
 )
 from mlx_mtp.storage.package import package_folder
 from mlx_mtp.storage.safetensors import check_safetensors, read_json_object, shown
-
-__all__ = ["Request", "limits_for", "pickle_globals", "run_child", "torch_to_safetensors"]
 
 _START_S = 180.0  # importing torch from a cold disk; the file has not been looked at yet
 _BYTES_PER_S = 20e6  # no machine that can run a model reads and writes more slowly
@@ -94,19 +92,19 @@ def torch_to_safetensors(
             "(weights only, in a sandbox)"
         )
     scratch = scratch.resolve()  # the child has a working directory of its own
-    found = check_torch_file(path)
+    file = recognise_torch_file(path)
     if reason := sandbox.why_unavailable():
         raise ValueError(f"{path} cannot be read in a sandbox and is refused: {reason}")
     if importlib.util.find_spec("torch") is None:
         raise ValueError(f'{path} needs PyTorch to be read: pip install "mlx-mtp[convert]"')
-    if shutil.disk_usage(scratch).free < found.num_bytes + _MIN_FREE_BYTES:
-        raise ValueError(f"{scratch} has no room for the {found.num_bytes} bytes of {path}")
+    if shutil.disk_usage(scratch).free < file.num_bytes + _MIN_FREE_BYTES:
+        raise ValueError(f"{scratch} has no room for the {file.num_bytes} bytes of {path}")
     with tempfile.TemporaryDirectory(dir=scratch, prefix="read.") as private:
         request = Request(
             path=path.resolve(),
             scratch=Path(private),
-            is_zip=found.is_zip,
-            limits=limits_for(found.num_bytes),
+            is_zip=file.is_zip,
+            limits=limits_for(file.num_bytes),
         )
         values = _serve(request, shown_path=path)
         return _publish(Path(private) / TENSORS_FILE, scratch, path), values

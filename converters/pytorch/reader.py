@@ -1,17 +1,18 @@
 """The child process that reads one PyTorch file: import torch, enter the sandbox, then look at it.
 
-The tensors go to ``tensors.safetensors`` in the scratch folder, one at a time; what else there is
-to say goes to ``result.json`` there: ``{"error": text or null, "values": {name: value}}``.  The
-parent trusts neither and checks both.
+The tensors are written to ``tensors.safetensors`` in the scratch folder, one after the other, and
+the rest to ``result.json``: ``{"error": text or null, "values": {name: value}}``.  The parent
+process trusts neither file and checks both.
 
-``read_confined`` is the whole of the work.  ``torch_checkpoint`` calls it in a fresh interpreter;
-a test may call it in a forked process that has imported torch, with one thread.
+``read_confined`` does all the work.  ``checkpoint`` calls it in a fresh interpreter; a test may
+call it in a forked process that has imported torch and has one thread.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 import warnings
 from collections.abc import Callable, Mapping
@@ -32,7 +33,9 @@ _MAX_NODES = 200_000
 _MAX_DIMENSIONS = 8
 _SLICE_BYTES = 64 << 20
 _SLACK_BYTES = 1 << 20
-_OLDEST_TORCH = (2, 6)  # older ones could be made to run code even with weights_only
+# Older versions do not check the pickle's instructions and the sizes of storages well enough: a
+# file could corrupt memory, or run code, in spite of weights_only (CVE-2025-32434, CVE-2026-24747).
+_OLDEST_TORCH = (2, 10)
 
 _DTYPES = {
     **{"bool": "BOOL", "uint8": "U8", "int8": "I8", "uint16": "U16", "int16": "I16"},
@@ -104,7 +107,8 @@ def _import_torch(scratch: Path) -> Any:
     warnings.simplefilter("ignore")
     version = tuple(int(part) for part in torch.__version__.split(".")[:2])
     if version < _OLDEST_TORCH:
-        raise ValueError(f"PyTorch {torch.__version__} is not safe for this, 2.6 or newer is")
+        oldest = ".".join(map(str, _OLDEST_TORCH))
+        raise ValueError(f"PyTorch {torch.__version__} is too old to read it safely: use {oldest}")
     torch.set_num_threads(1)
     sample = scratch / "sample.pt"
     torch.save({"sample": torch.zeros(2)}, sample)
@@ -230,17 +234,38 @@ def _write_tensor(file: Any, tensor: Any, *, torch: Any) -> None:
         file.write(memoryview(flat[start : start + step].view(torch.uint8).numpy()))
 
 
+# What torch says, and what is shown instead; the first match counts.
+_REASONS = (
+    (
+        r"(?i:unsupported global): GLOBAL (\S+)|unsupported GLOBAL (\S+) whose module",
+        "it refers to {}, which is not plain weights; save its state_dict alone",
+    ),
+    (
+        r"Unsupported operand (\d+)",
+        "its pickle uses instruction {}, which plain weights never need",
+    ),
+    (r"TorchScript archives", "it is a TorchScript program, not a checkpoint"),
+    (r"\.tar format", "it is a tar archive, not a checkpoint"),
+    (r"alloc_cpu|allocate memory", "it needs too much memory"),
+    (r"PytorchStreamReader|enforce fail|hasRecord", "it is a broken or truncated zip archive"),
+)
+
+
 def _reason(problem: BaseException) -> str:
-    """Say in one line why the file could not be read."""
+    """Return one line that explains why the file cannot be read."""
     if isinstance(problem, MemoryError):
         return "it needs too much memory"
     if isinstance(problem, RecursionError):
         return "it is nested too deeply"
     if isinstance(problem, KeyError | AttributeError | IndexError | EOFError | struct.error):
         return f"its pickle is broken ({type(problem).__name__} {problem})"[:MAX_TEXT]
-    # torch wraps the reason in advice, part of which is to read the file without restraint.
+    # torch wraps the reason in advice, part of which is to read the file without weights_only.
     before, wrapped, after = str(problem)[: 64 * MAX_TEXT].partition("WeightsUnpickler error:")
-    lines = [line.strip() for line in (after if wrapped else before).splitlines() if line.strip()]
+    text = after if wrapped else before
+    for pattern, reason in _REASONS:
+        if match := re.search(pattern, text):
+            return reason.format(next(filter(None, match.groups()), ""))[:MAX_TEXT]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if len(lines) > 1 and lines[0].startswith("Weights only load failed"):
         del lines[0]
     sentence = lines[0].partition(". ")[0] if lines else type(problem).__name__

@@ -1,8 +1,9 @@
-"""Adapters of the PyTorch side of a verification, from the original checkpoint's own tensors.
+"""Adapters for the PyTorch model of a verification, from the tensors of the original checkpoint.
 
-PEFT checkpoints are loaded by PEFT itself.  For the others a hook on each adapted layer adds the
-low-rank product as their projects do: fused projections stay whole and give each layer its columns.
-Written apart from ``converters.layouts`` so that a mistake there shows up as a difference here.
+PEFT loads PEFT checkpoints.  MTP-GLoRA's layers are hooked on under their own names, fused ones
+whole, so that a mistake in ``converters.layouts`` shows up as a difference.  For other checkpoints
+names and shapes are all that there is: they are read by the same rules as in the conversion, which
+proves what was written and computed, but not the rules.
 """
 
 from __future__ import annotations
@@ -10,26 +11,61 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.converters.reference.files import Original, read_original
-from mlx_mtp.converters.reference.reference import EXTRA, Adapter, Gate
+from mlx_mtp.converters.base.facts import DEFAULT_NORM_EPS, tokenizer_facts
+from mlx_mtp.converters.checkpoint import Checkpoint, read_checkpoint
+from mlx_mtp.converters.layouts import BaseFacts, convert_layout, recognise
+from mlx_mtp.model.config import SamplerKind
+from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS
 
 if TYPE_CHECKING:
     import torch
 
+INSTALL = 'pip install "mlx-mtp[convert]"'
 PEFT_PREFIX = "base_model.model."
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 Sampler = Callable[["torch.Tensor", "torch.Tensor"], "torch.Tensor"]
 
 
+class Gate:
+    """Index of the first mask row of the forward in progress."""
+
+    def __init__(self) -> None:
+        self.split = 0
+
+    def choose(self, plain: torch.Tensor, adapted: torch.Tensor) -> torch.Tensor:
+        """Return ordinary rows from ``plain`` and mask rows from ``adapted``, ``[1, L, out]``."""
+        import torch
+
+        rows = torch.arange(plain.shape[-2]) >= self.split
+        return torch.where(rows[:, None], adapted, plain)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Adapter:
+    """What a checkpoint adds to the base model, except for the gated layers inside it.
+
+    Attributes:
+        mask_rows: embeddings of the mask rows ``[k, D]``.
+        sampler: maps embeddings of previous tokens and hidden states, ``[k, D]`` each.
+        mask_ids: ids of mask tokens, which do not occur in text.
+    """
+
+    mask_rows: torch.Tensor
+    sampler: Sampler | None = None
+    mask_ids: tuple[int, ...] = ()
+
+
 def attach(
     model: Any,
-    checkpoint: Path,
+    path: Path,
     *,
     base: Path,
     gate: Gate,
@@ -39,48 +75,56 @@ def attach(
     allow_pickle: bool,
     written_rows: np.ndarray | None,
 ) -> Adapter:
-    """Put the gated layers of a checkpoint into a model; see ``reference.load_reference``.
+    """Add the gated layers of a checkpoint to a model; see ``model.load_reference``.
 
     Raises:
-        ValueError: the checkpoint does not say what is needed, or does not fit the model.
+        ValueError: the checkpoint lacks something or does not fit the model.
     """
-    original = read_original(checkpoint, scratch=scratch, allow_pickle=allow_pickle)
-    kind = layout or recognise(original)
-    if kind.startswith("peft"):
-        return _attach_peft(
-            model, original, gate=gate, scratch=scratch, options=options, written=written_rows
-        )
-    if kind == "mtp-glora":
-        return _attach_glora(model, original, gate=gate, base=base, options=options)
-    from mlx_mtp.converters.reference.state_dict import attach_state_dict
-
-    return attach_state_dict(model, original, gate=gate, options=options, written=written_rows)
-
-
-def recognise(original: Original) -> str:
-    """Name the layout of a checkpoint by its settings: PEFT's, MTP-GLoRA's, or neither."""
-    if "peft_type" in original.configs.get("adapter_config.json", {}):
-        return "peft"
-    return (
-        "mtp-glora" if "draft_length" in original.configs.get("config.json", {}) else "state-dict"
-    )
+    checkpoint = read_checkpoint(path, allow_pickle=allow_pickle)
+    layout = recognise(checkpoint, layout=layout)
+    if layout.startswith("peft"):
+        folder = scratch / "peft"
+        return _attach_peft(model, checkpoint, folder, gate, options, written_rows)
+    if layout == "mtp-glora":
+        return _attach_glora(model, checkpoint, gate=gate, base=base, options=options)
+    facts = _base_facts(model, base)
+    return _attach_converted(model, checkpoint, facts, gate=gate, layout=layout, options=options)
 
 
 def add_low_rank(
     layer: Any, a: torch.Tensor, b: torch.Tensor, *, scale: float, gate: Gate, columns: slice
 ) -> None:
-    """Hook ``scale * B A x`` to a linear layer's mask rows; ``[r, in]`` and ``[out, r]``."""
+    """Add ``columns`` of ``scale * B A x`` to a linear layer's mask rows.
+
+    Args:
+        layer: the linear layer.
+        a: A ``[r, in]``.
+        b: B ``[out, r]``.
+        scale: factor of the product.
+        gate: selects the mask rows.
+        columns: the layer's part of a fused product.
+    """
 
     def hook(module: Any, args: tuple[torch.Tensor, ...], y: torch.Tensor) -> torch.Tensor:
         del module
-        low_rank = (args[0] @ a.float().T) @ b.float().T
+        low_rank = (args[0] @ a.T) @ b.T
         return gate.choose(y, y + scale * low_rank[..., columns])
 
     layer.register_forward_hook(hook)
 
 
-def id_list(text: str) -> list[int]:
-    """Parse a comma list of ids."""
+def _as_torch(array: mx.array) -> torch.Tensor:
+    """Copy an array into a float32 tensor."""
+    import torch
+
+    return torch.from_numpy(np.array(array.astype(mx.float32)))
+
+
+def _as_mlx(tensor: torch.Tensor) -> mx.array:
+    return mx.array(tensor.detach().numpy())
+
+
+def _parse_ids(text: str) -> list[int]:
     return [int(part) for part in text.split(",")]
 
 
@@ -89,12 +133,11 @@ def id_list(text: str) -> list[int]:
 
 def _attach_peft(
     model: Any,
-    original: Original,
-    *,
+    checkpoint: Checkpoint,
+    folder: Path,
     gate: Gate,
-    scratch: Path,
     options: Mapping[str, str],
-    written: np.ndarray | None,
+    written_rows: np.ndarray | None,
 ) -> Adapter:
     """Let PEFT load its adapter as ordinary LoRA, then gate every layer."""
     import torch
@@ -103,106 +146,93 @@ def _attach_peft(
         from peft import PeftModel
         from peft.tuners.lora.layer import LoraLayer
     except ImportError:
-        raise ValueError(f"verifying a PEFT checkpoint needs peft: {EXTRA}") from None
+        raise ValueError(f"verifying a PEFT checkpoint needs peft: {INSTALL}") from None
 
-    config = original.configs["adapter_config.json"]
-    tensors = {name: value for name, value in original.tensors.items() if ".lora_" in name}
-    tensors |= {name: value for name, value in original.tensors.items() if "embed_tokens" in name}
-    tensors |= {name: value for name, value in original.tensors.items() if "lm_head" in name}
-    num_rows = model.get_input_embeddings().weight.shape[0]
-    ids = _peft_mask_ids(config, options)
-    needed = [value.shape[0] for name, value in tensors.items() if _is_table(name)]
-    needed += [max(ids) + 1] if ids else []
-    if max(needed, default=0) > num_rows:
-        model.resize_token_embeddings(max(needed), mean_resizing=False)
-    if not ids:
-        ids = look_up(model, written)
+    config = checkpoint.configs["adapter_config.json"]
     tensors = {
-        name: _with_base_rows(model, name, value, ids) if _is_table(name) else value
-        for name, value in tensors.items()
+        PEFT_PREFIX + name.removeprefix(PEFT_PREFIX): value
+        for name, value in checkpoint.tensors.items()
+        if ".lora_" in name or "embed_tokens" in name or "lm_head" in name
     }
-    with torch.no_grad():
-        PeftModel.from_pretrained(model, _peft_folder(scratch / "peft", config, tensors))
-        for module in list(model.modules()):
-            if isinstance(module, LoraLayer):
-                module.register_forward_hook(_gated(gate))  # type: ignore[union-attr]
-        mask_rows = model.get_input_embeddings()(torch.tensor(ids))
-    chosen = config.get("alora_invocation_tokens") or config.get("trainable_token_indices")
-    mask_ids = tuple(ids) if chosen else ()
-    return Adapter(mask_rows=mask_rows, sampler=_peft_sampler(original), mask_ids=mask_ids)
+    tables = [name for name in tensors if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
+    ids = _peft_mask_ids(config, options)
+    num_rows = max([max(ids, default=0) + 1, *(tensors[name].shape[0] for name in tables)])
+    if num_rows > model.get_input_embeddings().weight.shape[0]:
+        model.resize_token_embeddings(num_rows, mean_resizing=False)
+    if not ids:
+        ids = _find_tokens(model, written_rows)
+    for name in tables:
+        tensors[name] = _with_base_rows(model, name, tensors[name], ids)
+    folder.mkdir()
+    # PEFT's own gate goes by token ids, of which a forward on embeddings has none.
+    plain = {**config, "alora_invocation_tokens": None, "inference_mode": True}
+    (folder / "adapter_config.json").write_text(json.dumps(plain), encoding="utf-8")
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), tensors, {"format": "pt"})
 
-
-def _gated(gate: Gate) -> Callable[..., Any]:
     def hook(module: Any, args: tuple[Any, ...], y: Any) -> Any:
         return gate.choose(module.base_layer(*args), y)
 
-    return hook
-
-
-def _is_table(name: str) -> bool:
-    return name.endswith("weight") and ("embed_tokens" in name or "lm_head" in name)
-
-
-def _with_base_rows(model: Any, name: str, table: torch.Tensor, ids: list[int]) -> torch.Tensor:
-    """A saved table with the base model's own rows, which saving may have rounded."""
-    is_head = "lm_head" in name
-    own = model.get_output_embeddings() if is_head else model.get_input_embeddings()
-    merged = own.weight.detach().clone()[: table.shape[0]]
-    rows = [token for token in ids if token < table.shape[0]]
-    merged[rows] = table[rows].float()
-    return merged
+    with torch.no_grad():
+        for module in list(PeftModel.from_pretrained(model, str(folder)).modules()):
+            if isinstance(module, LoraLayer):
+                module.register_forward_hook(hook)  # type: ignore[union-attr]
+        mask_rows = model.get_input_embeddings()(torch.tensor(ids))
+    has_mask_tokens = config.get("alora_invocation_tokens") or config.get("trainable_token_indices")
+    return Adapter(
+        mask_rows=mask_rows,
+        sampler=_peft_sampler(checkpoint),
+        mask_ids=tuple(ids) if has_mask_tokens else (),
+    )
 
 
 def _peft_mask_ids(config: Mapping[str, Any], options: Mapping[str, str]) -> list[int]:
-    """Ids of the mask tokens in drafting order; none where the checkpoint has no mask tokens."""
+    """Ids of the mask tokens in drafting order; empty if the checkpoint has no mask tokens."""
     if "mask_token_ids" in options:
-        return id_list(options["mask_token_ids"])
+        return _parse_ids(options["mask_token_ids"])
     trained = config.get("trainable_token_indices")
     if isinstance(trained, Mapping):
         trained = next(iter(trained.values()))
     return list(config.get("alora_invocation_tokens") or trained or [])
 
 
-def look_up(model: Any, written: np.ndarray | None) -> list[int]:
-    """Ids of the base model's tokens whose embeddings were written as mask rows."""
+def _with_base_rows(model: Any, name: str, table: mx.array, ids: Sequence[int]) -> mx.array:
+    """Return a saved table with the base model's own rows, which saving may have rounded."""
+    is_head = "lm_head" in name
+    own = model.get_output_embeddings() if is_head else model.get_input_embeddings()
+    merged = _as_mlx(own.weight)[: table.shape[0]]
+    if ids := [token for token in ids if token < table.shape[0]]:
+        rows = mx.array(ids)
+        merged[rows] = table[rows].astype(mx.float32)
+    return merged
+
+
+def _find_tokens(model: Any, written_rows: np.ndarray | None) -> list[int]:
+    """Return the ids of the base model's tokens whose embeddings were written as mask rows."""
     import torch
 
-    if written is None:
-        raise ValueError("the checkpoint has no mask tokens; give mask_token_ids")
+    if written_rows is None:
+        raise ValueError("the checkpoint has no mask tokens: set layout option mask_token_ids")
     table = model.get_input_embeddings().weight.detach().float()
     ids = []
-    for j, row in enumerate(torch.tensor(written)):
+    for index, row in enumerate(torch.tensor(written_rows)):
         distance = (table - row).abs().amax(dim=1)
         nearest = int(distance.argmin())
         if distance[nearest] > 1e-2 * row.abs().max():
-            raise ValueError(f"mask row {j} is not the embedding of any token of the base model")
+            raise ValueError(
+                f"mask row {index} is not the embedding of any token of the base model"
+            )
         ids.append(nearest)
     return ids
 
 
-def _peft_folder(
-    folder: Path, config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]
-) -> str:
-    """Write a PEFT folder without PEFT's own gate, and with PEFT's own prefix."""
-    from safetensors.torch import save_file
-
-    folder.mkdir()
-    plain = dict(config) | {"alora_invocation_tokens": None, "inference_mode": True}
-    (folder / "adapter_config.json").write_text(json.dumps(plain), encoding="utf-8")
-    named = {PEFT_PREFIX + name.removeprefix(PEFT_PREFIX): v for name, v in tensors.items()}
-    contiguous = {name: value.clone().contiguous() for name, value in named.items()}
-    save_file(contiguous, folder / "adapter_model.safetensors", {"format": "pt"})
-    return str(folder)
-
-
-def _peft_sampler(original: Original) -> Sampler | None:
-    """``z + mlp([E; z])`` with the tensors ``sampler.mlp.*``."""
+def _peft_sampler(checkpoint: Checkpoint) -> Sampler | None:
+    """Build ``z + mlp([E; z])`` from the tensors ``sampler.mlp.*``."""
     import torch
     from torch import nn
 
     prefix = "sampler.mlp."
-    tensors = original.tensors.items()
-    state = {k.removeprefix(prefix): v.float() for k, v in tensors if k.startswith(prefix)}
+    tensors = checkpoint.tensors.items()
+    state = {k.removeprefix(prefix): _as_torch(v) for k, v in tensors if k.startswith(prefix)}
     if not state:
         return None
     width = state["3.weight"].shape[0]
@@ -218,23 +248,21 @@ def _peft_sampler(original: Original) -> Sampler | None:
 
 
 def _attach_glora(
-    model: Any, original: Original, *, gate: Gate, base: Path, options: Mapping[str, str]
+    model: Any, checkpoint: Checkpoint, *, gate: Gate, base: Path, options: Mapping[str, str]
 ) -> Adapter:
     """Hook MTP-GLoRA's layers on, fused ones on each of their parts."""
-    arguments = original.configs.get("config.json", {})
-    tensors = {name.removeprefix("module."): v for name, v in original.tensors.items()}
+    arguments = checkpoint.configs.get("config.json", {})
+    tensors = {name.removeprefix("module."): v for name, v in checkpoint.tensors.items()}
     alpha = float(_argument(arguments, "lora_alpha", options, "alpha"))
     rank = int(_argument(arguments, "lora_rank", options, "rank"))
     k = int(_argument(arguments, "draft_length", options, "num_draft_tokens"))
     for name, a in tensors.items():
-        match = re.fullmatch(r"model\.(.+)\.lora_A\.weight", name)
-        if match is None:
-            continue
-        b = tensors[f"model.{match[1]}.lora_B.weight"]
-        wide = a.shape[0]
-        root = math.sqrt(wide) if arguments.get("lora_use_rslora") else wide
-        scale = alpha * (wide / rank) / root  # a fused layer has its rank and alpha multiplied
-        _hook_parts(model, match[1], a, b, scale=scale, gate=gate)
+        if match := re.fullmatch(r"model\.(.+)\.lora_A\.weight", name):
+            wide = a.shape[0]
+            root = math.sqrt(wide) if arguments.get("lora_use_rslora") else wide
+            scale = alpha * (wide / rank) / root  # a fused layer has a multiple of rank and alpha
+            b = _as_torch(tensors[f"model.{match[1]}.lora_B.weight"])
+            _hook_parts(model, match[1], _as_torch(a), b, scale=scale, gate=gate)
     eps = float(options.get("norm_eps", model.config.rms_norm_eps))
     return Adapter(
         mask_rows=_glora_rows(model, tensors, (_glora_mask_ids(base, options) * k)[:k]),
@@ -245,9 +273,9 @@ def _attach_glora(
 def _argument(
     arguments: Mapping[str, Any], key: str, options: Mapping[str, str], option: str
 ) -> Any:
-    """A training argument, or the layout option that stands in for it."""
+    """Return a training argument, or the layout option that replaces it."""
     if arguments.get(key) is None and option not in options:
-        raise ValueError(f"config.json does not say {key}; give {option}")
+        raise ValueError(f"config.json has no {key}: set layout option {option}")
     return options[option] if arguments.get(key) is None else arguments[key]
 
 
@@ -270,43 +298,111 @@ def _hook_parts(
 
 
 def _glora_mask_ids(base: Path, options: Mapping[str, str]) -> list[int]:
-    """The id of the one mask token: given, known to the tokenizer, or the next new one."""
+    """Return the id of the one mask token: from the options, the tokenizer, or the next new one."""
     from transformers import AutoTokenizer
 
     if "mask_token_ids" in options:
-        return id_list(options["mask_token_ids"])
+        return _parse_ids(options["mask_token_ids"])
     tokenizer: Any = AutoTokenizer.from_pretrained(base, local_files_only=True)
     return [tokenizer.get_vocab().get("<mask>", len(tokenizer))]
 
 
-def _glora_rows(model: Any, tensors: Mapping[str, torch.Tensor], ids: list[int]) -> torch.Tensor:
+def _glora_rows(model: Any, tensors: Mapping[str, mx.array], ids: list[int]) -> torch.Tensor:
     import torch
 
-    table = model.get_input_embeddings()
+    table = model.get_input_embeddings().weight.detach()
     saved = [value for name, value in tensors.items() if name.endswith("embed_tokens.weight")]
     if saved and max(ids) < saved[0].shape[0]:
-        return saved[0].float()[ids]
-    if max(ids) >= table.weight.shape[0]:
+        return _as_torch(saved[0][mx.array(ids)])
+    if max(ids) >= table.shape[0]:
         raise ValueError(f"mask token {max(ids)} has no row in the base model's embedding")
-    with torch.no_grad():
-        return table(torch.tensor(ids))
+    return table[torch.tensor(ids)]
 
 
-def _glora_sampler(tensors: Mapping[str, torch.Tensor], *, eps: float) -> Sampler | None:
-    """Two blocks of RMSNorm(SiLU(Linear)), the second one added to the first."""
-    import torch
-    from torch.nn.functional import linear, rms_norm, silu
-
+def _glora_sampler(tensors: Mapping[str, mx.array], *, eps: float) -> Sampler | None:
+    """Build two blocks of RMSNorm(SiLU(Linear)), the output of the first added to the second."""
     prefix = "sampler_head.layers."
     if not any(name.startswith(prefix) for name in tensors):
         return None
+    state = {}
+    for index in (0, 1):
+        for part in ("linear", "norm"):
+            weight = tensors[f"{prefix}{index}.{part}.weight"]
+            state[f"sampler_head.{part}_{index + 1}.weight"] = _as_torch(weight)
+    return _sampler(state, SamplerKind(norm="rms", norm_eps=eps, bias=False, residual="inner"))
+
+
+# --- other checkpoints ---------------------------------------------------------------------------
+
+
+def _attach_converted(
+    model: Any,
+    checkpoint: Checkpoint,
+    facts: BaseFacts,
+    *,
+    gate: Gate,
+    layout: str,
+    options: Mapping[str, str],
+) -> Adapter:
+    """Hook on what the conversion's own rules read from the checkpoint."""
+    converted = convert_layout(checkpoint, facts, layout=layout, options=options)
+    tensors = {name: _as_torch(value) for name, value in converted.tensors.items()}
+    for path in facts.linears:
+        if f"{path}.lora_a" in tensors:
+            a, b = tensors[f"{path}.lora_a"].T, tensors[f"{path}.lora_b"].T
+            scale = converted.scale_pattern.get(path, converted.scale)
+            layer = model.get_submodule(path)
+            add_low_rank(layer, a, b, scale=scale, gate=gate, columns=slice(None))
+    sampler = None if converted.sampler is None else _sampler(tensors, converted.sampler)
+    return Adapter(mask_rows=tensors[MASK_EMBEDDINGS], sampler=sampler)
+
+
+def _base_facts(model: Any, folder: Path) -> BaseFacts:
+    """Describe a transformers model to a layout."""
+    from torch import nn
+
+    table = model.get_input_embeddings().weight
+    num_tokens, mask_token = tokenizer_facts(folder)
+    return BaseFacts(
+        name=folder.name,
+        model_type=model.config.model_type,
+        hidden_size=table.shape[1],
+        num_layers=model.config.num_hidden_layers,
+        vocab_size=table.shape[0],
+        norm_eps=float(getattr(model.config, "rms_norm_eps", DEFAULT_NORM_EPS)),
+        num_tokens=num_tokens,
+        mask_token=mask_token,
+        linears={
+            path: (module.in_features, module.out_features)
+            for path, module in model.named_modules()
+            if isinstance(module, nn.Linear)
+        },
+        embed=lambda ids: _as_mlx(table[list(ids)]),
+        unembed=lambda ids: _as_mlx(model.get_output_embeddings().weight[list(ids)]),
+    )
+
+
+def _sampler(tensors: Mapping[str, torch.Tensor], kind: SamplerKind) -> Sampler:
+    """Build the sampler head of ``mlx_mtp.model`` from its tensors."""
+    import torch
+    from torch.nn.functional import layer_norm, linear, rms_norm, silu
 
     def block(index: int, x: torch.Tensor) -> torch.Tensor:
-        y = silu(linear(x, tensors[f"{prefix}{index}.linear.weight"].float()))
-        return rms_norm(y, y.shape[-1:], tensors[f"{prefix}{index}.norm.weight"].float(), eps)
+        name = "sampler_head.{}_{}.{}".format
+        weight = tensors[name("linear", index, "weight")]
+        y = silu(linear(x, weight, tensors.get(name("linear", index, "bias"))))
+        norm = tensors[name("norm", index, "weight")]
+        if kind.norm == "layer":
+            return layer_norm(
+                y, norm.shape, norm, tensors[name("norm", index, "bias")], kind.norm_eps
+            )
+        return rms_norm(y, norm.shape, norm, kind.norm_eps)
 
     def sampler(previous: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        inner = block(0, torch.cat([previous, hidden], dim=-1))
-        return inner + block(1, inner)
+        inner = block(1, torch.cat([previous, hidden], dim=-1))
+        out = block(2, inner)
+        if kind.residual == "none":
+            return out
+        return out + (hidden if kind.residual == "hidden" else inner)
 
     return sampler

@@ -1,9 +1,9 @@
-"""Proof of a conversion: PyTorch on the original files against MLX on the written folders.
+"""Verification of a conversion: PyTorch on the original files against MLX on the written folders.
 
-Both sides run the same prompts, with the mask rows behind each, in float32 on the CPU.  Compared
-are the logits of ordinary rows, the hidden states and logits of mask rows, and the logits of the
-sampler head.  A model that was quantised or cast cannot agree to the bound, so its original is then
-converted once more, to float32, into a scratch folder; the report says so.
+Both run the same prompts, followed by the mask rows, in float32 on the CPU.  The logits of ordinary
+rows, the hidden states and logits of mask rows, and the logits of the sampler head are compared.
+A model that was quantised or cast cannot match within the bound, so its original is converted once
+more, to float32, into a scratch folder; the report says so.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from typing import Any, cast
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.converters.reference.reference import Reference, StepRows, load_reference
+from mlx_mtp.converters.base.model import convert_base
+from mlx_mtp.converters.reference.model import Reference, StepRows, load_reference
 from mlx_mtp.loading import load, read_adapter
 from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, MTPModel
 from mlx_mtp.storage.safetensors import read_safetensors
+from mlx_mtp.terminal import Status
 
 BOUND = 1e-4
 PROMPT_SIZES = (24, 7, 1)
@@ -33,7 +35,7 @@ SAMPLE_ROWS = 64
 
 @dataclass(frozen=True, kw_only=True)
 class RowGroup:
-    """How far one kind of row is from PyTorch's.
+    """The difference between MLX and PyTorch for one kind of row.
 
     Attributes:
         name: ``"ordinary rows"``, ``"mask rows"`` or ``"sampler rows"``.
@@ -48,10 +50,10 @@ class RowGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class ConversionReport:
-    """What a verification found.
+    """The result of a verification.
 
     Attributes:
-        groups: the kinds of rows that there were to compare.
+        groups: the kinds of rows that were compared.
         bound: largest error that passes.
         notes: what was compared instead of the written files, if anything; one line each.
     """
@@ -62,11 +64,11 @@ class ConversionReport:
 
     @property
     def passed(self) -> bool:
-        """Whether every kind of row is within the bound; NaN is not."""
+        """Whether the error of every kind of row is within the bound; NaN is not."""
         return bool(self.groups) and all(group.error <= self.bound for group in self.groups)
 
     def lines(self) -> list[str]:
-        """A small table and the verdict, for printing."""
+        """Return a small table and the verdict, for printing."""
         rows = [f"{g.name:<14}{g.num_rows:>6}   {g.error:.1e}" for g in self.groups]
         verdict = "the same as PyTorch" if self.passed else "NOT the same as PyTorch"
         return [
@@ -89,20 +91,19 @@ class ConversionReport:
 
 @dataclass(frozen=True, kw_only=True)
 class _Case:
-    """One prompt and what a side computed for it.
+    """One prompt and what PyTorch or MLX computed for it.
 
-    ``previous`` are the ids before each mask row, ``sampler`` the sampler head's logits after them
-    ``[k, V]``, or no rows.
+    Attributes:
+        prompt: ids of the prompt.
+        previous: an id per mask row, for the sampler head.
+        rows: the results of one step.
+        sampler: the sampler head's logits after ``previous`` ``[k, V]``, or no rows.
     """
 
     prompt: list[int]
     previous: list[int]
     rows: StepRows
     sampler: np.ndarray
-
-
-_Pick = Callable[[_Case], np.ndarray]
-_Tensors = dict[str, mx.array]
 
 
 def verify_conversion(
@@ -120,16 +121,16 @@ def verify_conversion(
 
     Args:
         hf_path: Hugging Face folder of the base model.
-        checkpoint: the adapter checkpoint that was converted, if one was.
-        mlx_model: the model folder that was written; None takes the base model from ``hf_path``.
-        adapter: the adapter folder that was written, if one was.
-        allow_pickle: read PyTorch files, in a sandbox.
-        trust_remote_code: let the tokenizer's code run where the model is converted once more.
-        layout: the checkpoint's layout; found out if None.
-        options: the layout options of the conversion.
+        checkpoint: adapter checkpoint that was converted, if any.
+        mlx_model: model folder that was written; None converts ``hf_path`` for the comparison.
+        adapter: adapter folder that was written, if any.
+        allow_pickle: whether PyTorch files may be read, in a sandbox.
+        trust_remote_code: whether the tokenizer's code may run if the model is converted again.
+        layout: layout of the checkpoint; detected if None.
+        options: layout options of the conversion.
 
     Raises:
-        ValueError: a side cannot be loaded; one line.
+        ValueError: a model or an adapter cannot be loaded; one line.
     """
     if (checkpoint is None) != (adapter is None):
         raise ValueError("a checkpoint and its adapter are verified together")
@@ -137,8 +138,8 @@ def verify_conversion(
     rows = None if written is None else _as_numpy(written[1][MASK_EMBEDDINGS])
     with tempfile.TemporaryDirectory(prefix="mlx-mtp-verify-") as name, _on_cpu():
         scratch = Path(name)
-        cases, columns, sample = _torch_side(
-            load_reference(
+        with Status("Running the original in PyTorch ..."):
+            reference = load_reference(
                 hf_path,
                 checkpoint,
                 scratch=scratch,
@@ -147,24 +148,31 @@ def verify_conversion(
                 allow_pickle=allow_pickle,
                 written_rows=rows,
             )
-        )
+            expected, columns = _run_torch(reference)
+        sample = reference.embedding_rows(SAMPLE_ROWS)
+        del reference  # the two models need not fit into memory together
         reason = None if mlx_model is None else lossy(mlx_model, sample)
-        if mlx_model is None or reason:
+        folder = mlx_model
+        if folder is None or reason:
             folder = scratch / "mlx"
-            _convert_again(
-                hf_path, folder, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+            folder.mkdir()
+            convert_base(
+                str(hf_path),
+                folder,
+                dtype="float32",
+                allow_pickle=allow_pickle,
+                trust_remote_code=trust_remote_code,
             )
-        else:
-            folder = mlx_model
-        model = _mlx_model(folder, written)
-        found = [_mlx_case(model, case) for case in cases]
+        with Status("Running the converted model ..."):
+            model = _load_mlx(folder, written)
+            actual = [_run_mlx(model, case) for case in expected]
     notes = (f"the model that was written {reason}: compared was its original",) if reason else ()
-    return ConversionReport(groups=_compare(found, cases, columns), notes=notes)
+    return ConversionReport(groups=_compare(actual, expected, columns), notes=notes)
 
 
 @contextmanager
 def _on_cpu() -> Iterator[None]:
-    """MLX's CPU: only there is float32 arithmetic the same on every machine."""
+    """Run MLX on the CPU, where float32 arithmetic is the same on every machine."""
     device = mx.default_device()
     mx.set_default_device(mx.Device(mx.cpu))
     try:
@@ -173,13 +181,12 @@ def _on_cpu() -> Iterator[None]:
         mx.set_default_device(device)
 
 
-def _torch_side(reference: Reference) -> tuple[list[_Case], np.ndarray, np.ndarray]:
+def _run_torch(reference: Reference) -> tuple[list[_Case], np.ndarray]:
     """Run random prompts of ordinary ids through PyTorch.
 
     Returns:
-        The cases; the ids whose logits can be compared, for mask tokens may have changed their own
-        in PyTorch; the first rows of the embedding table ``[n, D]``.  None of it holds on to the
-        PyTorch model: the two models need not fit into memory together.
+        The cases, and the ids whose logits can be compared: PyTorch may have changed those of mask
+        tokens.
     """
     rng = np.random.default_rng(0)
     adapter = reference.adapter
@@ -193,31 +200,15 @@ def _torch_side(reference: Reference) -> tuple[list[_Case], np.ndarray, np.ndarr
         if adapter is not None and adapter.sampler is not None:
             sampler = reference.sampler_logits(rows.hidden, previous)
         cases.append(_Case(prompt=prompt, previous=previous, rows=rows, sampler=sampler))
-    return cases, ids, reference.embedding_rows(SAMPLE_ROWS)
-
-
-def _convert_again(
-    hf_path: Path, target: Path, *, allow_pickle: bool, trust_remote_code: bool
-) -> None:
-    """Convert the base model to float32, which loses nothing."""
-    from mlx_mtp.converters.base.model import convert_base
-
-    target.mkdir()
-    convert_base(
-        str(hf_path),
-        target,
-        dtype="float32",
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-    )
+    return cases, ids
 
 
 def lossy(mlx_model: Path, sample: np.ndarray) -> str | None:
-    """Why a converted model cannot agree to the bound, if it cannot.
+    """Return why a converted model cannot match within the bound, or None if it can.
 
     Args:
-        mlx_model: the model folder.
-        sample: the first rows of the original's embedding table, ``[n, D]``.
+        mlx_model: model folder.
+        sample: first rows of the original's embedding table, ``[n, D]``.
 
     Raises:
         ValueError: the folder cannot be read.
@@ -239,8 +230,8 @@ def lossy(mlx_model: Path, sample: np.ndarray) -> str | None:
     return None
 
 
-def _mlx_model(folder: Path, written: tuple[MTPConfig, dict[str, mx.array]] | None) -> MTPModel:
-    """Load the MLX side in float32, with the written adapter."""
+def _load_mlx(folder: Path, written: tuple[MTPConfig, dict[str, mx.array]] | None) -> MTPModel:
+    """Load the converted model in float32, with the written adapter."""
     model, _ = load(str(folder), mtp=False)
     if model.dtype != mx.float32:
         raise ValueError(f"{folder} does not fit into memory in float32, so it cannot be verified")
@@ -250,8 +241,8 @@ def _mlx_model(folder: Path, written: tuple[MTPConfig, dict[str, mx.array]] | No
     return MTPModel(model.base, name=config.base_model, config=config, weights=weights)
 
 
-def _mlx_case(model: MTPModel, case: _Case) -> _Case:
-    """Run one prompt through MLX, all rows in one step."""
+def _run_mlx(model: MTPModel, case: _Case) -> _Case:
+    """Run one prompt and the mask rows through MLX in one step."""
     split, k = len(case.prompt), model.num_draft_tokens
     step = StepLayout(split, 0, (k,))
     ids = mx.array([[*case.prompt, *range(k)]])
@@ -268,37 +259,37 @@ def _mlx_case(model: MTPModel, case: _Case) -> _Case:
 
 
 def _compare(
-    found: Sequence[_Case], wanted: Sequence[_Case], columns: np.ndarray
+    actual: Sequence[_Case], expected: Sequence[_Case], columns: np.ndarray
 ) -> tuple[RowGroup, ...]:
-    """Sum up all cases by kind of row; a kind that neither side has is left out."""
-    kinds: dict[str, tuple[_Pick, ...]] = {
+    """Summarise all cases by kind of row; a kind that neither has is left out."""
+    kinds: dict[str, tuple[Callable[[_Case], np.ndarray], ...]] = {
         "ordinary rows": (lambda case: case.rows.ordinary[:, columns],),
         "mask rows": (lambda case: case.rows.masks[:, columns], lambda case: case.rows.hidden),
         "sampler rows": (lambda case: case.sampler[:, columns],),
     }
     groups = []
-    for name, picks in kinds.items():
+    for name, parts in kinds.items():
         errors = [
-            relative_error(pick(a), pick(b))
-            for a, b in zip(found, wanted, strict=True)
-            for pick in picks
+            relative_error(part(a), part(b))
+            for a, b in zip(actual, expected, strict=True)
+            for part in parts
         ]
-        num_rows = sum(len(picks[0](case)) for case in wanted)
+        num_rows = sum(len(parts[0](case)) for case in expected)
         if num_rows or any(errors):
             groups.append(RowGroup(name=name, num_rows=num_rows, error=float(np.max(errors))))
     return tuple(groups)
 
 
-def relative_error(found: np.ndarray, wanted: np.ndarray) -> float:
-    """Largest max |a - b| / max |b| over the rows of two arrays ``[n, width]``.
+def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
+    """Return the largest max |a - b| / max |b| over the rows of two arrays ``[n, width]``.
 
-    NaN if a value is not finite, infinite if the two have other shapes, 0 if they have no rows.
+    NaN if a value is not finite, infinite if the shapes differ, 0 if there are no rows.
     """
-    if found.shape != wanted.shape:
+    if actual.shape != expected.shape:
         return float("inf")
-    if not len(wanted):
+    if not len(expected):
         return 0.0
-    return float((np.abs(found - wanted).max(axis=-1) / np.abs(wanted).max(axis=-1)).max())
+    return float((np.abs(actual - expected).max(axis=-1) / np.abs(expected).max(axis=-1)).max())
 
 
 def _as_numpy(array: mx.array) -> np.ndarray:

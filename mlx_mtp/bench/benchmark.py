@@ -23,6 +23,7 @@ from mlx_mtp.bench.modes import (
 )
 from mlx_mtp.bench.report import Setup, build_report
 from mlx_mtp.bench.runs import Check
+from mlx_mtp.calibration.stored_costs import SPECULATIONS
 from mlx_mtp.evaluation.prompts import Prompt
 
 if TYPE_CHECKING:
@@ -196,7 +197,8 @@ def run(
 
 def _setup(prepared: Prepared) -> Setup:
     wanted, model = prepared.wanted, prepared.model
-    curve = model.speculation.costs.curve.to_dict() if model.speculation else None
+    known = SPECULATIONS.get(model)
+    curve = known.costs.curve.to_dict() if known else None
     return Setup(
         model=prepared.facts,
         modes=prepared.modes,

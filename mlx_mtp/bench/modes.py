@@ -18,8 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_mtp.bench.runs import Check, Step
 from mlx_mtp.calibration.stored_costs import speculation_for
 from mlx_mtp.decoding.loop import decode
-from mlx_mtp.planning.auto import LAYOUTS
-from mlx_mtp.planning.fixed import FIXED_LAYOUTS
+from mlx_mtp.planning.plan import FIXED_LAYOUTS, LAYOUTS
 
 if TYPE_CHECKING:
     from mlx_mtp.model.mtp_model import MTPModel

@@ -18,9 +18,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.backends.device import waited_ms
-from mlx_mtp.decoding.accept import Sampling
-from mlx_mtp.decoding.step import HEAD_ROWS, Decoder, run_steps
-from mlx_mtp.drafting.mask_tokens import Drafts
+from mlx_mtp.decoding.accept import Target
+from mlx_mtp.decoding.step import HEAD_ROWS, Step
+from mlx_mtp.decoding.step import run as run_steps
+from mlx_mtp.drafting.drafter import Drafts
+from mlx_mtp.drafting.mask_tokens import MaskTokenDrafter
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
 
@@ -76,7 +78,7 @@ class StepBench:
         self.disturbed = False
         self._model = model
         self._cache = model.make_cache()
-        self._decoder = Decoder(model, self._cache, Sampling(), [])
+        self._drafter = MaskTokenDrafter(model, None)
         self._ids = [(7 * each + 1) % model.vocab_size for each in range(context)]
         self._cache.begin_step()
         mx.eval(model(mx.array([self._ids]), cache=self._cache))
@@ -136,9 +138,18 @@ class StepBench:
         drafts = Drafts.certain(mx.array(self._ids[: layout.num_draft_tokens], mx.int32))
         drafts.tokens.tolist()
         self._cache.begin_step()
+        step = Step(
+            cache=self._cache,
+            layout=layout,
+            pending=self._ids[-1:],
+            drafts=drafts,
+            context=self._ids,
+            target=Target(),
+            drafter=self._drafter,
+            key=mx.random.key(0),
+        )
         waited, began = waited_ms(), time.perf_counter()
-        key = mx.random.key(0)
-        run_steps([self._decoder.step(self._ids[-1:], drafts, layout, context=self._ids, key=key)])
+        run_steps(self._model, [step])
         ms = (time.perf_counter() - began) * 1e3
         waited = waited_ms() - waited
         self._cache.rewind(layout.num_rows)

@@ -28,20 +28,24 @@ from mlx.utils import tree_flatten
 from mlx_mtp.backends.cpu.blas import BLAS
 from mlx_mtp.backends.device import gpu_info, gpu_marks, machine_name
 from mlx_mtp.backends.metal.choice import SWITCH
+from mlx_mtp.calibration.per_model import PerModel
 from mlx_mtp.calibration.step_timer import StepBench
-from mlx_mtp.drafting.lookup import LONGEST_LOOKUP
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.acceptance import UNKNOWN, Acceptance
 from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.planning.costs import UNMEASURED, CostCurve, LiveCosts
-from mlx_mtp.storage.default_model import cache_dir
+from mlx_mtp.planning.lookup import MAX_LOOKUP_TOKENS
 from mlx_mtp.storage.files import write_atomically
 from mlx_mtp.storage.package import package_version
+from mlx_mtp.storage.paths import cache_dir
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 17, 24, 25, 32, 33, 48, 64, 81, 96)
 CONTEXTS = (64, 1024)
 ROUNDS = 2
 MOST_MEASUREMENTS = 3  # of a machine that is busy each time
+
+SPECULATIONS: PerModel[Speculation] = PerModel()
+"""What the planner knows of each loaded model."""
 
 Say = Callable[[str], None]
 
@@ -65,7 +69,7 @@ def measure_costs(
     """
     k, half = model.num_draft_tokens, max((model.max_context or 2**62) // 2, 1)
     contexts = sorted({min(each, half) for each in contexts})
-    useful = max((k + 1) ** 2, LONGEST_LOOKUP + 1)
+    useful = max((k + 1) ** 2, MAX_LOOKUP_TOKENS + 1)
     rows = [each for each in ROWS if each <= min(useful, half)]
     lines, disturbed = [], False
     bench = StepBench(model, contexts[0])
@@ -128,7 +132,7 @@ def doubt_disproved(model: MTPModel) -> bool:
         Whether it was disproved; it is measured once more at the next start, or before the next
         answer where measuring was allowed.
     """
-    known = model.speculation
+    known = SPECULATIONS.get(model)
     if known is None or not known.costs.is_disproved or known.costs.curve is UNMEASURED:
         return False
     curve = known.costs.curve
@@ -154,13 +158,14 @@ def speculation_for(
             otherwise it is guessed.
         say: called with a line while it measures.
     """
-    known = model.speculation
+    known = SPECULATIONS.get(model)
     if known is None or (measure and known.costs.curve is UNMEASURED):
         curve = kept_costs(model, measure=measure, say=say) or UNMEASURED
         shares = model.config.acceptance if model.config else ()
         k = model.num_draft_tokens
         prior = Acceptance.from_shares(shares) if shares else Acceptance([UNKNOWN] * max(k, 1))
-        known = model.speculation = Speculation(LiveCosts(curve), prior)
+        known = Speculation(LiveCosts(curve), prior)
+        SPECULATIONS.set(model, known)
     known.may_measure |= measure
     if known.may_measure and known.num_remeasured < MOST_MEASUREMENTS and doubt_disproved(model):
         known.take_costs(kept_costs(model, say=say) or known.costs.curve)

@@ -54,14 +54,14 @@ def _run(options: dict[str, Any], *, browse: bool) -> None:
         from mlx_mtp.apps.server.run import serve
     except ImportError as error:
         raise ValueError(f'{error.name} is missing: pip install "mlx-mtp[server]"') from None
-    from mlx_mtp.storage.paths import FILE, data_dir
+    from mlx_mtp.storage.paths import HISTORY_FILE, data_dir
 
     settings = app_settings(options["port"])
     engine = Engine(_engine_options(options))
     made = create_chat_app(
         engine,
         settings,
-        (options["data_dir"] or data_dir()) / FILE,
+        (options["data_dir"] or data_dir()) / HISTORY_FILE,
         model=options["model"],
         adapter_path=options["adapter_path"],
     )

@@ -54,39 +54,22 @@ def convert(**options: Any) -> None:
     adapter in OUT/adapter, which `mlx-mtp generate --model OUT` finds by itself.
     """
     from mlx_mtp.converters.convert import convert_adapter, convert_model
-    from mlx_mtp.converters.progress import ByteProgress
 
     _check_flags(options)
     output, hf_path = Path(options["mlx_path"]).expanduser(), options["hf_path"]
     checkpoint = None
     if options["mtp_path"] is not None:
         checkpoint = _checkpoint_path(options["mtp_path"], allow_pickle=options["allow_pickle"])
-    adapter = _adapter_options(options)
     report: list[str] = []
     check = _verifier(options, checkpoint, report) if options["verify"] else None
+    settings = {"adapter": _adapter_options(options), "force": options["force"], "check": check}
     if hf_path is not None:
-        with ByteProgress() as progress:
-            result = convert_model(
-                hf_path,
-                output,
-                checkpoint=checkpoint,
-                base=_base_options(options),
-                adapter=adapter,
-                force=options["force"],
-                check=check,
-                progress=progress,
-            )
+        base = _base_options(options)
+        result = convert_model(hf_path, output, checkpoint=checkpoint, base=base, **settings)
     else:
         assert checkpoint is not None
-        with Progress(f"Converting {checkpoint} ..."):
-            result = convert_adapter(
-                checkpoint,
-                output,
-                base_model=options["base_model"],
-                adapter=adapter,
-                force=options["force"],
-                check=check,
-            )
+        base_model = options["base_model"]
+        result = convert_adapter(checkpoint, output, base_model=base_model, **settings)
     if report and result.notes:
         report[-1] += ", if the assumptions above hold"
     print("\n".join(_summary(output, result, bundle=hf_path is not None) + report))

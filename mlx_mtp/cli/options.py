@@ -147,7 +147,7 @@ def stream_options(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a sampling option is out of range.
     """
-    from mlx_mtp.decoding.accept import Sampling
+    from mlx_mtp.decoding.sampling import Sampling
 
     sampling = Sampling(
         logit_bias=options["logit_bias"], **{name: options[name] for name in SAMPLING_OPTIONS}

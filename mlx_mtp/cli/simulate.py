@@ -146,13 +146,15 @@ def _planner_times(trace: Trace, machines: list[Machine]) -> list[str]:
 
 def _record(options: dict[str, Any]) -> None:
     """Answer prompts greedily, or take the answers of a file, and count the drafts that hold."""
+    from mlx_mtp.bench.contexts import prompt_ids
     from mlx_mtp.evaluation.acceptance import checked_num_masks
     from mlx_mtp.evaluation.greedy_texts import greedy_texts
-    from mlx_mtp.lab.tokens_per_step import prompts_of
+    from mlx_mtp.evaluation.prompt_sets import prompts_of
+    from mlx_mtp.evaluation.prompts import KINDS
     from mlx_mtp.loading import load
     from mlx_mtp.simulate.trace import record, write_trace
 
-    chosen = prompts_of(options["prompts"])[:: options["every"]]
+    chosen = prompts_of(options["prompts"], builtin_kinds=KINDS)[:: options["every"]]
     with Progress("Loading the model ...") as progress:
         model, tokenizer = load(options["model"], adapter_path=options["adapter_path"])
         checked_num_masks(model, None)  # before the slow part
@@ -160,6 +162,7 @@ def _record(options: dict[str, Any]) -> None:
             model,
             tokenizer,
             chosen,
+            encode=prompt_ids,
             max_tokens=options["max_tokens"],
             path=options["texts"],
             progress=lambda done, wanted: progress.say(f"Answered {done}/{wanted}"),

@@ -1,8 +1,8 @@
 """Several answers' steps in one forward: each row passes the layers once, with its own cache.
 
-A step of few rows takes little longer than one of a single row, for the weights are read but once.
+A step of few rows takes little longer than one of a single row, because the weights are read once.
 So the rows of several answers go through the linear layers together; each answer's queries meet its
-own keys and values, with its own mask (``packed_cache``).
+own keys and values, with its own mask (``batch_cache``).
 """
 
 from __future__ import annotations
@@ -12,73 +12,69 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_mtp.backends.metal.attention_layer import hook
-from mlx_mtp.model.batch_cache import PackedCache
+from mlx_mtp.model.batch_cache import BatchCache
 from mlx_mtp.model.cache import MTPCache
-from mlx_mtp.model.layout import PackedLayout, StepLayout, plain_layout, quadratic_layout
+from mlx_mtp.model.layout import BatchLayout, StepLayout, plain_layout, quadratic_layout
 from mlx_mtp.model.mtp_model import MTPModel
 
-_MOST_ERROR = 0.05  # of the largest value; see ``MTPModel._probe``
+_MAX_ERROR = 0.05  # of the largest value; see ``MTPModel._probe``
 
 
-def packed_forward(
+def batch_forward(
     model: MTPModel,
-    rows: Sequence[list[int]],
+    ids: Sequence[list[int]],
     caches: Sequence[MTPCache],
     layouts: Sequence[StepLayout],
 ) -> list[mx.array]:
     """Run the steps of several answers in one forward.
 
     Args:
-        model: one for which ``can_pack`` holds.
-        rows: ids of each step, ordinary rows first.
+        model: one for which ``can_batch`` is true.
+        ids: ids of each step's rows, ordinary rows first.
         caches: of each answer; its rows are appended.
         layouts: of each step.
 
     Returns:
         Final hidden states of each step, ``[rows, D]``.
     """
-    layout = PackedLayout(tuple(layouts), tuple(cache.offset for cache in caches))
-    pairs = list(zip(rows, layouts, strict=True))
-    ids = [token for each, step in pairs for token in each[: step.num_ordinary]]
-    ids += [token for each, step in pairs for token in each[step.num_ordinary :]]
-    cache = PackedCache(caches, layout, scope=model.scope)
-    return layout.unpack(model(mx.array([ids]), cache=cache, layout=layout)[0], axis=0)
+    layout = BatchLayout(tuple(layouts), tuple(cache.offset for cache in caches))
+    pairs = list(zip(ids, layouts, strict=True))
+    rows = [token for step_ids, step in pairs for token in step_ids[: step.num_ordinary]]
+    rows += [token for step_ids, step in pairs for token in step_ids[step.num_ordinary :]]
+    cache = BatchCache(caches, layout, scope=model.scope)
+    return layout.unpack(model(mx.array([rows]), cache=cache, layout=layout)[0], axis=0)
 
 
-def can_pack(model: MTPModel) -> bool:
-    """Whether a packed forward gives what separate ones do; tried once, with a few rows.
+def can_batch(model: MTPModel) -> bool:
+    """Check whether a batch gives what separate forwards give, by running a few rows.
 
-    A model that does more with positions, masks or keys than hand them on cannot be packed.
+    A model that does more with positions, masks or keys than pass them on cannot be batched.
     """
-    if model.packs is None:
-        model.packs = hook(model.base) and model.wrap_ropes() and _agrees(model)
-    return model.packs
-
-
-def _agrees(model: MTPModel) -> bool:
+    if not (hook(model.base) and model.wrap_ropes()):
+        return False
     layouts = [plain_layout(), StepLayout(1, 2, (0, 0, 0))]
     if model.num_draft_tokens:
         layouts += [quadratic_layout(num_pending=1, num_draft_tokens=1, num_masks=1)]
-    rows = [[3, 1, 2][: each.num_ordinary] + each.mask_offsets.tolist() for each in layouts]
+    ids = [[3, 1, 2][: layout.num_ordinary] + layout.mask_offsets.tolist() for layout in layouts]
     prompts = [[1, 2], [4, 3, 2, 1], [2, 5, 1]]
-    held = [_held(model, prompt) for prompt in prompts[: len(layouts)]]
+    caches = [_prefilled(model, prompt) for prompt in prompts[: len(layouts)]]
     alone = [
-        model(mx.array([ids]), cache=cache, layout=layout)[0]
-        for ids, cache, layout in zip(rows, held, layouts, strict=True)
+        model(mx.array([row_ids]), cache=cache, layout=layout)[0]
+        for row_ids, cache, layout in zip(ids, caches, layouts, strict=True)
     ]
-    for cache, layout in zip(held, layouts, strict=True):
+    for cache, layout in zip(caches, layouts, strict=True):
         cache.rewind(layout.num_rows)
     try:
-        packed = packed_forward(model, rows, held, layouts)
-        wanted, given = (mx.concatenate(each).astype(mx.float32) for each in (alone, packed))
-        error = mx.abs(given - wanted).max() / (mx.abs(wanted).max() + 1e-6)
-        return bool((error < _MOST_ERROR).item())
+        batch = mx.concatenate(batch_forward(model, ids, caches, layouts)).astype(mx.float32)
+        expected = mx.concatenate(alone).astype(mx.float32)
+        error = mx.abs(batch - expected).max() / (mx.abs(expected).max() + 1e-6)
+        return bool((error < _MAX_ERROR).item())
     except (TypeError, ValueError, AttributeError, IndexError):
         return False
 
 
-def _held(model: MTPModel, prompt: list[int]) -> MTPCache:
-    """Caches that hold a prompt."""
+def _prefilled(model: MTPModel, prompt: list[int]) -> MTPCache:
+    """Caches with a prompt."""
     cache = model.make_cache()
     cache.begin_step()
     mx.eval(model(mx.array([prompt]), cache=cache))

@@ -1,8 +1,4 @@
-"""One step of an answer: a forward and what follows from it, alone or together with other answers'.
-
-``Decoder.step`` plans nothing and runs nothing; it makes a ``Step``, and ``run_steps`` runs one or
-several: one forward, one pass of the head or two, and one host sync for all of them.
-"""
+"""One step of an answer, alone or in a batch with other answers': one forward and one host sync."""
 
 from __future__ import annotations
 
@@ -10,20 +6,13 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from mlx_mtp.decoding.accept import (
-    LogitsProcessor,
-    Sampling,
-    accept_greedy,
-    accept_sampled,
-    process_logits,
-    target_probs,
-)
-from mlx_mtp.decoding.batching import packed_forward
-from mlx_mtp.drafting.mask_tokens import Drafts, draft_tokens
+from mlx_mtp.decoding.accept import Target
+from mlx_mtp.decoding.batching import batch_forward
+from mlx_mtp.drafting.drafter import Drafter, Drafts
 from mlx_mtp.model.cache import MTPCache
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
@@ -31,188 +20,168 @@ from mlx_mtp.model.mtp_model import MTPModel
 HEAD_ROWS = 12  # up to here one pass of the head over all rows costs less than two over some
 
 
-@dataclass(frozen=True)
-class Decoder:
-    """A model, the caches of an answer and the way its tokens are drawn."""
-
-    model: MTPModel
-    cache: MTPCache
-    sampling: Sampling
-    processors: list[LogitsProcessor]
-
-    def step(
-        self,
-        pending: list[int],
-        drafts: Drafts,
-        layout: StepLayout,
-        *,
-        context: list[int],
-        key: mx.array,
-    ) -> Step:
-        """Make a step, which ``run_steps`` is to run.
-
-        Args:
-            pending: ids that are not in the cache yet.
-            drafts: the drafts to verify, as many as the layout has.
-            layout: the rows.
-            context: all ids so far, pending ones included.
-            key: random key.
-        """
-        accept_key, draft_key = mx.random.split(key)
-        return Step(self, pending, drafts, layout, context, accept_key, draft_key)
-
-
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Step:
-    """A step that runs, or has run.
+    """The input of a step.
 
     Attributes:
-        tokens: emitted ids, accepted drafts then the bonus token; None until it has run.
-        num_accepted: drafts that held.
-        logits: processed logits of ``tokens``, ``[num_accepted + 1, V]``.
-        following: the next drafts.
-        ms: what it took; NaN where other answers' steps ran in the same forward.
-        error: what a logits processor raised; then it has no tokens and the answer is at its end.
-
-    The cache holds all rows then.
+        cache: caches of the answer, to which ``run`` appends all rows.
+        layout: the rows.
+        pending: ids that are not in the cache yet.
+        drafts: drafts to verify, as many as the layout has.
+        context: all ids so far, pending ones included.
+        target: what the emitted ids follow; None emits nothing: a chunk of the prompt.
+        drafter: proposes the next drafts within the step.
+        key: random key.
     """
 
-    decoder: Decoder
-    pending: list[int]
-    drafts: Drafts
+    cache: MTPCache
     layout: StepLayout
-    context: list[int]
-    accept_key: mx.array
-    draft_key: mx.array
-    tokens: list[int] | None = None
-    num_accepted: int = 0
-    logits: mx.array = field(default_factory=lambda: mx.zeros((0, 0)))
-    following: Drafts = field(default_factory=Drafts.none)
-    ms: float = math.nan
-    error: Exception | None = None
-    judged: tuple[mx.array, mx.array] = field(init=False)  # tokens [num_verify], num_accepted
+    pending: list[int]
+    drafts: Drafts = field(default_factory=Drafts.none)
+    context: list[int] = field(default_factory=list)
+    target: Target | None = None
+    drafter: Drafter | None = None
+    key: mx.array | None = None
 
     @property
-    def num_verify(self) -> int:
-        """Rows that are verified: the last pending one and the drafts."""
-        return self.layout.num_draft_tokens + 1
+    def is_prompt_chunk(self) -> bool:
+        """Whether its rows only go into the cache."""
+        return self.target is None
 
-    def rows(self) -> list[int]:
-        """Ids of the forward; those of mask rows count mask tokens from 0."""
+    @property
+    def ids(self) -> list[int]:
+        """Ids of the rows; those of mask rows count mask tokens from 0."""
         return [*self.pending, *self.drafts.ids(), *self.layout.mask_offsets.tolist()]
 
-    def judge(self, head: mx.array) -> bool:
-        """Judge the drafts by the logits of the verify rows ``[num_verify, V]``.
 
-        Returns:
-            Whether that went well; else ``error`` says what a logits processor raised.
-        """
-        try:
-            self.judged = self._accept(head)
-        except Exception as error:
-            self.error = error
-        return self.error is None
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Outcome:
+    """The output of a step, all of it computed; the cache has all rows then.
 
-    def _accept(self, head: mx.array) -> tuple[mx.array, mx.array]:
-        """Return tokens ``[num_verify]`` and num_accepted."""
-        self.logits = process_logits(
-            head,
-            context=self.context,
-            drafts=self.drafts.ids(),
-            processors=self.decoder.processors,
-        )
-        sampling, drafts = self.decoder.sampling, self.drafts
-        if sampling.greedy:
-            return accept_greedy(self.logits, drafts.tokens)
-        probs = target_probs(self.logits, sampling)
-        return accept_sampled(
-            probs, drafts.tokens, drafts.candidates, drafts.probs, key=self.accept_key
-        )
+    Attributes:
+        tokens: accepted drafts, then the bonus token; none of a prompt chunk.
+        num_accepted: accepted drafts.
+        logits: processed logits of ``tokens``, ``[num_accepted + 1, V]``.
+        drafts: what the drafter proposed.
+        ms: duration; NaN in a batch.
+        error: what a logits processor or sampler raised; the answer cannot continue then.
+    """
 
-    def group(self) -> mx.array:
-        """Rows of the mask group behind the accepted run, counted from the first verify row."""
-        _, num_accepted = self.judged
-        return self.layout.group_rows[num_accepted] - (self.layout.num_pending - 1)
-
-    def draft(self, hidden: mx.array, logits: mx.array) -> None:
-        """Draft from that group's hidden states ``[m, D]`` and logits ``[m, V]``."""
-        tokens, num_accepted = self.judged
-        self.following = draft_tokens(
-            self.decoder.model,
-            hidden,
-            logits,
-            tokens[num_accepted],
-            sampling=self.decoder.sampling,
-            key=self.draft_key,
-        )
-
-    def take(self, fetched: list[int]) -> None:
-        """Take num_accepted, tokens and draft ids, now on the host."""
-        self.num_accepted, *ids = fetched
-        self.tokens = ids[: self.num_accepted + 1]
-        self.logits = self.logits[: self.num_accepted + 1]
-        following = replace(self.following, host_ids=ids[self.num_verify :])
-        self.following = following.first(self.layout.mask_counts[self.num_accepted])
+    tokens: list[int] = field(default_factory=list)
+    num_accepted: int = 0
+    logits: mx.array = field(default_factory=lambda: mx.zeros((0, 0)))
+    drafts: Drafts = field(default_factory=Drafts.none)
+    ms: float = math.nan
+    error: Exception | None = None
 
 
-def run_steps(steps: Sequence[Step]) -> None:
-    """Run steps of one model: accept, and draft from the mask group behind each accepted run.
+class _Verdict(NamedTuple):
+    """What was accepted, on the device: tokens ``[d+1]``, num_accepted, logits ``[d+1, V]``."""
 
-    What one answer's logits processors raise is its step's ``error`` and spares the others.
+    tokens: mx.array
+    num_accepted: mx.array
+    logits: mx.array
+
+
+def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
+    """Run steps of one model: one forward, one or two passes of the head and one host sync.
+
+    An exception of one answer's logits processors or sampler is its outcome's ``error`` and does
+    not concern the others.
 
     Args:
-        steps: one, or one each of several answers, for a model that ``packing.can_pack``.
+        model: the model.
+        steps: one, or one each of several answers if ``can_batch(model)``, no prompt chunk then.
     """
     began = time.perf_counter()
-    model = steps[0].decoder.model
-    hidden = _forward(model, steps)  # each [verify rows + mask rows, D]
-    one_pass = sum(each.shape[0] for each in hidden) <= HEAD_ROWS
-    verified = [rows[: step.num_verify] for step, rows in zip(steps, hidden, strict=True)]
-    heads = _logits(model, hidden if one_pass else verified)
-    judged = [at for at, step in enumerate(steps) if step.judge(heads[at][: step.num_verify])]
-    drafting = [at for at in judged if steps[at].layout.num_masks]
-    groups = [steps[at].group() for at in drafting]
-    masks = [hidden[at][group] for at, group in zip(drafting, groups, strict=True)]
-    if one_pass:
-        mask_logits = [heads[at][group] for at, group in zip(drafting, groups, strict=True)]
-    else:
-        mask_logits = _logits(model, masks)
-    for at, rows, logits in zip(drafting, masks, mask_logits, strict=True):
-        steps[at].draft(rows, logits)
-    _fetch([steps[at] for at in judged])
-    if len(steps) == 1:
-        steps[0].ms = (time.perf_counter() - began) * 1e3
+    hidden = _forward(model, steps)  # per step, from its first verify row on: [d + 1 + masks, D]
+    if steps[0].is_prompt_chunk:
+        mx.eval(steps[0].cache.state)
+        return [Outcome()]
+    verify = [slice(step.layout.num_draft_tokens + 1) for step in steps]
+    one_pass = sum(rows.shape[0] for rows in hidden) <= HEAD_ROWS
+    parts = hidden if one_pass else [rows[v] for rows, v in zip(hidden, verify, strict=True)]
+    logits = _logits(model, parts)
+    outcomes, verdicts = {}, {}
+    for i, step in enumerate(steps):
+        try:
+            verdicts[i] = _verify(step, logits[i][verify[i]])
+        except Exception as error:
+            outcomes[i] = Outcome(error=error)
+    drafts = _draft(model, steps, verdicts, hidden, logits if one_pass else None)
+    fetched = _fetch([(verdicts[i], drafts[i]) for i in verdicts])
+    ms = (time.perf_counter() - began) * 1e3 if len(steps) == 1 else math.nan
+    for (i, verdict), (num_accepted, *ids) in zip(verdicts.items(), fetched, strict=True):
+        outcomes[i] = Outcome(
+            tokens=ids[: num_accepted + 1],
+            num_accepted=num_accepted,
+            logits=verdict.logits[: num_accepted + 1],
+            drafts=replace(drafts[i], host_ids=ids[verdict.tokens.size :]),
+            ms=ms,
+        )
+    return [outcomes[i] for i in range(len(steps))]
 
 
 def _forward(model: MTPModel, steps: Sequence[Step]) -> list[mx.array]:
-    """Hidden states of each step from its first verify row on."""
-    rows = [step.rows() for step in steps]
     if len(steps) == 1:
-        step = steps[0]
-        hidden = [model(mx.array(rows), cache=step.decoder.cache, layout=step.layout)[0]]
+        [step] = steps
+        hidden = [model(mx.array([step.ids]), cache=step.cache, layout=step.layout)[0]]
     else:
-        caches = [step.decoder.cache for step in steps]
-        hidden = packed_forward(model, rows, caches, [step.layout for step in steps])
-    return [each[step.layout.num_pending - 1 :] for each, step in zip(hidden, steps, strict=True)]
+        ids, caches = [step.ids for step in steps], [step.cache for step in steps]
+        hidden = batch_forward(model, ids, caches, [step.layout for step in steps])
+    return [rows[step.layout.num_pending - 1 :] for rows, step in zip(hidden, steps, strict=True)]
 
 
 def _logits(model: MTPModel, parts: Sequence[mx.array]) -> list[mx.array]:
-    """Logits of several lots of rows ``[n, D]``, in one pass of the head."""
+    """Logits of several arrays of rows ``[n, D]``, in one pass of the head."""
     if len(parts) < 2:
         return [model.logits(part[None])[0] for part in parts]
     ends = [0]
     for part in parts:
         ends.append(ends[-1] + part.shape[0])
-    head: Any = model.logits(mx.concatenate(list(parts))[None])[0]
-    return list(mx.split(head, ends[1:-1]))
+    logits: Any = model.logits(mx.concatenate(list(parts))[None])[0]
+    return list(mx.split(logits, ends[1:-1]))
 
 
-def _fetch(steps: Sequence[Step]) -> None:
-    """The one host sync: num_accepted, tokens and draft ids of each step in one list."""
-    fetched = [
-        mx.concatenate([step.judged[1][None], step.judged[0], step.following.tokens])
-        for step in steps
+def _verify(step: Step, logits: mx.array) -> _Verdict:
+    """Accept drafts by the logits of the verify rows ``[d+1, V]``."""
+    assert step.target is not None and step.key is not None
+    logits = step.target.process(logits, context=step.context, drafts=step.drafts)
+    accept_key, _ = mx.random.split(step.key)
+    return _Verdict(*step.target.accept(logits, step.drafts, key=accept_key), logits)
+
+
+def _draft(
+    model: MTPModel,
+    steps: Sequence[Step],
+    verdicts: dict[int, _Verdict],
+    hidden: Sequence[mx.array],
+    logits: Sequence[mx.array] | None,
+) -> dict[int, Drafts]:
+    """Propose the next drafts; ``logits`` of all rows where there was one pass of the head."""
+    drafts, rows = {}, {}
+    for i, verdict in verdicts.items():
+        drafter, layout = steps[i].drafter, steps[i].layout
+        chosen = drafter.rows(layout, verdict.num_accepted) if drafter is not None else None
+        if chosen is None:
+            drafts[i] = Drafts.none()
+        else:
+            rows[i] = chosen - (layout.num_pending - 1)
+    states = [hidden[i][chosen] for i, chosen in rows.items()]
+    heads = [logits[i][rows[i]] for i in rows] if logits else _logits(model, states)
+    for i, state, head in zip(rows, states, heads, strict=True):
+        _, key = mx.random.split(steps[i].key)
+        bonus_token = verdicts[i].tokens[verdicts[i].num_accepted]
+        drafts[i] = cast(Drafter, steps[i].drafter).draft(state, head, bonus_token, key=key)
+    return drafts
+
+
+def _fetch(results: Sequence[tuple[_Verdict, Drafts]]) -> list[list[int]]:
+    """The one host sync: num_accepted, tokens and draft ids of each step."""
+    ids = [
+        mx.concatenate([verdict.num_accepted[None], verdict.tokens, drafts.tokens])
+        for verdict, drafts in results
     ]
-    mx.eval(fetched, [(step.following.candidates, step.following.probs) for step in steps])
-    for step, ids in zip(steps, fetched, strict=True):
-        step.take(cast(list[int], ids.tolist()))
+    mx.eval(ids, [(drafts.candidates, drafts.probs) for _, drafts in results])
+    return [cast(list[int], row.tolist()) for row in ids]

@@ -1,62 +1,88 @@
-"""Drafts by suffix lookup: what followed the last few ids when they stood in the text before.
+"""Drafts by suffix lookup: the ids that followed the last few ids where the text had them before.
 
-Prompt lookup (Saxena 2023; also in transformers and llama.cpp): answers that repeat their prompt,
-as edits and summaries do, go on as the prompt went on.  It costs no rows until drafts are verified.
+Prompt lookup (Saxena 2023; also in transformers and llama.cpp): an answer that repeats its prompt,
+as edits and summaries do, continues as the prompt did.  It costs no rows until drafts are verified.
 
-A copy that is edited breaks off at the words that are new, and mostly goes on a little behind the
-place where it broke off.  There a single id that stands again is enough to take it up.
-
-What is looked up is judged by the text as it comes, verified or not, so learning costs nothing.
+A copy that is edited breaks off at the new words, and mostly resumes shortly after the place where
+it broke off.  There a single matching id is enough to resume it.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from itertools import takewhile
 
-import numpy as np
+import mlx.core as mx
 
-SHORTEST, LONGEST = 2, 32  # ids that must match, and that are looked at
-LONGEST_LOOKUP = 24  # drafts of one lookup
-LOOKED_AT = 32  # places of a run of ids, the last ones
-NEAR = 16  # ids of the source that an edit may leave out, and ids of its own
-_RUNS = (4, SHORTEST)  # ids by which places are found: common short runs would hide longer matches
-_CLASSES = (1, 2, 3, 4, 6, 10, 16, 32)  # matches of such lengths, up to the next, are alike
-_PRIOR = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-# Observations count by what they tell, chance * (1 - chance): a quarter at most.
-_PRIOR_WEIGHT = 40.0  # observations that the prior stands for
-_MOST_WEIGHT = 40.0  # of a class; more would be slow to follow
-_TEXT_WEIGHT, _MOST_TEXT_WEIGHT = 0.4, 2.0  # of no shift, and of what a text has shown
-_CLASS_OF = np.searchsorted(_CLASSES, np.arange(LONGEST + 1), side="right") - 1
+from mlx_mtp.drafting.drafter import Drafter, Drafts
+from mlx_mtp.model.layout import StepLayout
+from mlx_mtp.planning.lookup import MAX_LOOKUP_TOKENS, MAX_MATCH
+from mlx_mtp.planning.plan import LOOKUP
+
+MIN_MATCH = 2  # ids that must match
+MAX_PLACES = 32  # places of a run of ids that are compared, the last ones
+MAX_GAP = 16  # ids of the source that an edit may leave out, and ids of its own
+_RUNS = (4, MIN_MATCH)  # lengths of indexed runs: common short runs would hide longer matches
 
 
 @dataclass(frozen=True)
-class Found:
-    """Drafts that were looked up.
+class Match:
+    """A match of the text's last ids with earlier ones.
 
     Attributes:
-        tokens: what followed.
-        match: how many ids before it were the same, up to ``LONGEST``.
+        tokens: the ids that followed.
+        length: how many ids before them are the same, up to ``MAX_MATCH``.
     """
 
     tokens: list[int]
-    match: int
+    length: int
 
     def num_right(self, emitted: Iterable[int]) -> int:
-        """How many of the first tokens are what was emitted."""
+        """How many of the first tokens equal the emitted ones."""
         same = (ours == theirs for ours, theirs in zip(self.tokens, emitted, strict=False))
         return sum(takewhile(bool, same))
 
 
+class LookupDrafter(Drafter):
+    """Proposes what followed the text's last ids before.
+
+    Args:
+        ids: the text; None proposes nothing.
+
+    Attributes:
+        match: the proposal.
+    """
+
+    source = LOOKUP
+
+    def __init__(self, ids: Sequence[int] | None) -> None:
+        self._text = None if ids is None else SuffixLookup(ids)
+        self.match = Match([], 0) if self._text is None else self._text.find(MAX_LOOKUP_TOKENS)
+
+    @property
+    def num_drafts(self) -> int:
+        return len(self.match.tokens)
+
+    def first(self, count: int) -> Drafts:
+        """The first ids after the match."""
+        tokens = self.match.tokens[:count]
+        return replace(Drafts.certain(mx.array(tokens, mx.int32)), host_ids=tokens)
+
+    def commit(self, layout: StepLayout, tokens: Sequence[int], drafts: Drafts) -> None:
+        """Add the emitted ids to the text and look up what may follow."""
+        if self._text is not None:
+            self._text.extend(tokens)
+            self.match = self._text.find(MAX_LOOKUP_TOKENS)
+
+
 class SuffixLookup:
-    """Finds earlier places of the text's last ids."""
+    """Finds the earlier places of a text's last ids."""
 
     def __init__(self, ids: Iterable[int] = ()) -> None:
         self._ids: list[int] = []
         self._places: dict[tuple[int, ...], list[int]] = {}
-        self._source = self._end = 0  # ids[_end:] go on, or broke off, as ids[_source:]
+        self._source = self._end = 0  # the last copy: ids[_end:] repeat, or repeated, ids[_source:]
         self.extend(ids)
 
     def extend(self, ids: Iterable[int]) -> None:
@@ -64,43 +90,43 @@ class SuffixLookup:
         for token in ids:
             end = len(self._ids)
             for size in _RUNS:
-                if end >= size:  # what stands before ``token`` is followed by it
+                if end >= size:  # these ids are followed by ``token``
                     self._places.setdefault(tuple(self._ids[-size:]), []).append(end)
             self._ids.append(token)
 
-    def find(self, most: int) -> Found:
-        """What followed the longest match; no tokens without any.
+    def find(self, max_tokens: int) -> Match:
+        """The longest match; one without tokens where nothing matches.
 
-        Of several alike long it is the first one behind where the last copy broke off, else the
-        last one in the text.  Where the text runs into itself it goes round.
+        Of several equally long ones it is the first one after the place where the last copy broke
+        off, else the last one in the text.  Tokens that reach the end of the text repeat.
         """
         end = len(self._ids)
         place, match = self._elsewhere()
         near, near_match = self._near()
         if near_match >= max(match, 1):
             place, match = near, near_match
-        if match >= SHORTEST:  # less is no copy yet, and if it fails the old one should be known
+        if match >= MIN_MATCH:  # a shorter one is no copy, and must not replace the last one
             self._source, self._end = place, end
-        tokens = self._ids[place : place + most]
-        while tokens and len(tokens) < most:
-            tokens += tokens[: most - len(tokens)]
-        return Found(tokens, match)
+        tokens = self._ids[place : place + max_tokens]
+        while tokens and len(tokens) < max_tokens:
+            tokens += tokens[: max_tokens - len(tokens)]
+        return Match(tokens, match)
 
     def _elsewhere(self) -> tuple[int, int]:
         """The last place of the longest match, and its length."""
         for size in _RUNS:
             if places := self._places.get(tuple(self._ids[-size:])):
-                return self._longest(reversed(places[-LOOKED_AT:]))
+                return self._longest(reversed(places[-MAX_PLACES:]))
         return self._longest(())
 
     def _near(self) -> tuple[int, int]:
-        """The same among the places that the last copy leads to, the first of them."""
+        """The same among the places where the last copy may resume, the first of them."""
         ids, end = self._ids, len(self._ids)
         while self._end < end and ids[self._source] == ids[self._end]:
             self._source, self._end = self._source + 1, self._end + 1
-        if not self._source or end - self._end > NEAR:
+        if not self._source or end - self._end > MAX_GAP:
             return self._longest(())
-        return self._longest(range(self._source, min(self._source + NEAR + 1, end)))
+        return self._longest(range(self._source, min(self._source + MAX_GAP + 1, end)))
 
     def _longest(self, places: Iterable[int]) -> tuple[int, int]:
         """The first place of the longest match, and its length; the text's end without any."""
@@ -109,67 +135,14 @@ class SuffixLookup:
             length = self._match(place)
             if length > match:
                 best, match = place, length
-            if match == LONGEST:
+            if match == MAX_MATCH:
                 break
         return best, match
 
     def _match(self, place: int) -> int:
-        """Ids before ``place`` that equal the text's last ones, up to ``LONGEST``."""
+        """Ids before ``place`` that equal the text's last ones, up to ``MAX_MATCH``."""
         ids, end, length = self._ids, len(self._ids), 0
-        most = min(LONGEST, place)
-        while length < most and ids[place - 1 - length] == ids[end - 1 - length]:
+        limit = min(MAX_MATCH, place)
+        while length < limit and ids[place - 1 - length] == ids[end - 1 - length]:
             length += 1
         return length
-
-
-class LookupAcceptance:
-    """How looked-up ids hold in general, by the length of the match.
-
-    Behind ids that hold the match is longer by them, so one table tells how all of them do.
-
-    Attributes:
-        logits: log-odds that one id holds if those before it do, by class of length.
-        weights: what is known of each.
-    """
-
-    def __init__(self) -> None:
-        self.logits = [math.log(chance / (1 - chance)) for chance in _PRIOR]
-        self.weights = [_PRIOR_WEIGHT * chance * (1 - chance) for chance in _PRIOR]
-
-    def in_text(self) -> TextAcceptance:
-        """The same for a text that begins."""
-        return TextAcceptance(self)
-
-
-class TextAcceptance:
-    """How looked-up ids hold in one text, beside others.
-
-    Texts differ: an edit repeats its prompt, a chat uses some of its words.  So a text has a shift
-    of all log-odds, and the general ones are those of a text without (a logistic regression with
-    a random effect, fitted one observation at a time).
-
-    Args:
-        general: of all texts; it goes on learning.
-    """
-
-    def __init__(self, general: LookupAcceptance) -> None:
-        self._general = general
-        self._shift, self._weight = 0.0, _TEXT_WEIGHT
-
-    def holds(self, match: int, num_draft_tokens: int) -> np.ndarray:
-        """Chance that at least j drafts hold, ``[drafts + 1]``."""
-        chances = 1 / (1 + np.exp(-self._shift - np.array(self._general.logits)))
-        lengths = np.minimum(match + np.arange(num_draft_tokens), LONGEST)
-        return np.concatenate([[1.0], np.cumprod(chances[_CLASS_OF[lengths]])])
-
-    def observe(self, match: int, num_judged: int, num_right: int) -> None:
-        """Count looked-up ids of which the first ``num_right`` were right."""
-        logits, weights = self._general.logits, self._general.weights
-        for each in range(min(num_judged, num_right + 1)):
-            at = int(_CLASS_OF[min(match + each, LONGEST)])
-            chance = 1 / (1 + math.exp(-self._shift - logits[at]))
-            error, weight = (each < num_right) - chance, chance * (1 - chance)
-            self._weight = min(self._weight + weight, _MOST_TEXT_WEIGHT)
-            weights[at] = min(weights[at] + weight, _MOST_WEIGHT)
-            self._shift += error / self._weight
-            logits[at] += error / weights[at]

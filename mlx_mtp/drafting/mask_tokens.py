@@ -1,4 +1,4 @@
-"""Mask rows' hidden states in, draft tokens out.
+"""Drafts from mask tokens: hidden states of mask rows in, draft tokens out.
 
 The base model's head ranks the whole vocabulary for each mask row in one matmul; the sampler head
 then re-ranks only a shortlist of it, one draft after the other, each conditioned on the draft
@@ -7,59 +7,58 @@ before.  k full unembeddings in a row would cost half a small model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import cast
+from collections.abc import Sequence
 
 import mlx.core as mx
 
-from mlx_mtp.decoding.accept import Sampling, target_probs
+from mlx_mtp.drafting.drafter import Distribution, Drafter, Drafts
+from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.planning.plan import MASK
 
 SHORTLIST = 64
 _BLOCKS = 1024  # of a vocabulary; each is represented by its best token
 
 
-@dataclass(frozen=True)
-class Drafts:
-    """Drafts that wait to be verified, on the device.
+class MaskTokenDrafter(Drafter):
+    """Proposes what the mask rows of the last step predicted after its accepted prefix.
 
-    Attributes:
-        tokens: draft ids, int32 ``[m]``.
-        candidates: ids that the draft distributions are over, ``[m, S]``.
-        probs: the distributions that the drafts were drawn from, ``[m, S]``; one-hot when greedy.
-        host_ids: ``tokens`` on the host, once a sync has brought them there.
+    Args:
+        model: the model with its adapter.
+        distribution: turns logits into the probabilities that drafts are drawn from, those of the
+            answer, which makes min(target, draft) large; None drafts the most likely tokens.
     """
 
-    tokens: mx.array
-    candidates: mx.array
-    probs: mx.array
-    host_ids: list[int] | None = None
+    source = MASK
 
-    @classmethod
-    def none(cls) -> Drafts:
-        """No drafts."""
-        return cls(mx.zeros((0,), mx.int32), mx.zeros((0, 1), mx.int32), mx.zeros((0, 1)))
+    def __init__(self, model: MTPModel, distribution: Distribution | None) -> None:
+        self._model = model
+        self._distribution = distribution
+        self._drafts = Drafts.none()
 
-    @classmethod
-    def certain(cls, tokens: mx.array) -> Drafts:
-        """Drafts ``[m]`` that were not drawn but chosen: their distributions are one-hot."""
-        return cls(tokens, tokens[:, None], mx.ones((tokens.size, 1)))
+    @property
+    def num_drafts(self) -> int:
+        return len(self._drafts)
 
     def first(self, count: int) -> Drafts:
-        """The first drafts."""
-        if count >= len(self):
-            return self
-        host_ids = None if self.host_ids is None else self.host_ids[:count]
-        return Drafts(self.tokens[:count], self.candidates[:count], self.probs[:count], host_ids)
+        """The first of the drafts made in the last step."""
+        return self._drafts.first(count)
 
-    def ids(self) -> list[int]:
-        """Draft ids on the host; a sync if they are not there yet."""
-        if self.host_ids is not None:
-            return self.host_ids
-        return cast(list[int], self.tokens.tolist())
+    def commit(self, layout: StepLayout, tokens: Sequence[int], drafts: Drafts) -> None:
+        """Keep the new drafts, of which a step makes as many as its largest mask group has."""
+        self._drafts = drafts.first(layout.mask_counts[len(tokens) - 1])
 
-    def __len__(self) -> int:
-        return self.tokens.size
+    def rows(self, layout: StepLayout, num_accepted: mx.array) -> mx.array | None:
+        """The mask group after the accepted prefix."""
+        return layout.group_rows[num_accepted] if layout.num_masks else None
+
+    def draft(
+        self, hidden: mx.array, logits: mx.array, previous: mx.array, *, key: mx.array
+    ) -> Drafts:
+        """Draft one token per mask row."""
+        return draft_tokens(
+            self._model, hidden, logits, previous, distribution=self._distribution, key=key
+        )
 
 
 def draft_tokens(
@@ -68,7 +67,7 @@ def draft_tokens(
     logits: mx.array,
     previous: mx.array,
     *,
-    sampling: Sampling,
+    distribution: Distribution | None = None,
     key: mx.array,
     shortlist: int = SHORTLIST,
 ) -> Drafts:
@@ -77,24 +76,24 @@ def draft_tokens(
     Args:
         model: the model with its adapter.
         hidden: final hidden states of a mask group, ``[m, D]``.
-        logits: what the base model's head makes of them, ``[m, V]``.
+        logits: the base model's logits for them, ``[m, V]``.
         previous: the token before the first draft, scalar.
-        sampling: greedy drafts when greedy, else drafts are drawn at the same settings, which
-            makes min(target, draft) large.
+        distribution: turns logits ``[..., V]`` into the probabilities that drafts are drawn from;
+            None drafts the most likely tokens.
         key: random key.
         shortlist: how many candidates the sampler head re-ranks.
     """
     candidates = shortlisted(logits, shortlist)
     if model.sampler_head is None:
         scores = mx.take_along_axis(logits, candidates, axis=-1)
-        return _chain(candidates, lambda j, _: scores[j], previous, sampling, key)
+        return _chain(candidates, lambda j, _: scores[j], previous, distribution, key)
     head = model.sampler_head
     unembed = model.unembed_rows(candidates)  # [m, S, D]
 
     def score(j: int, before: mx.array) -> mx.array:
         return unembed[j] @ head(model.embed(before), hidden[j])
 
-    return _chain(candidates, score, previous, sampling, key)
+    return _chain(candidates, score, previous, distribution, key)
 
 
 def shortlisted(logits: mx.array, size: int) -> mx.array:
@@ -106,7 +105,7 @@ def shortlisted(logits: mx.array, size: int) -> mx.array:
 
     Args:
         logits: ``[m, V]``.
-        size: how many are wanted.
+        size: how many.
 
     Returns:
         int32 ``[m, min(size, V)]``.
@@ -124,18 +123,18 @@ def shortlisted(logits: mx.array, size: int) -> mx.array:
     return (place * _BLOCKS + best).astype(mx.int32)
 
 
-def _chain(candidates, score, previous, sampling: Sampling, key: mx.array) -> Drafts:
+def _chain(candidates, score, previous, distribution: Distribution | None, key: mx.array) -> Drafts:
     """Pick draft after draft; ``score(j, token before)`` rates the candidates of row j."""
     tokens, probs = [], []
     for j, step_key in enumerate(mx.random.split(key, candidates.shape[0])):
         scores = score(j, previous)
-        if sampling.greedy:
+        if distribution is None:
             pick = mx.argmax(scores)
         else:
-            probs.append(target_probs(scores[None], sampling)[0])
+            probs.append(distribution(scores[None])[0])
             pick = mx.random.categorical(mx.log(probs[-1]), key=step_key)
         previous = candidates[j, pick]
         tokens.append(previous)
-    if sampling.greedy:
+    if distribution is None:
         return Drafts.certain(mx.stack(tokens))
     return Drafts(mx.stack(tokens), candidates, mx.stack(probs))

@@ -25,12 +25,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.drafting.mask_tokens import SHORTLIST, shortlisted
-from mlx_mtp.train.gradient.forward import OrdinaryRows, mask_rows, ordinary_rows
-from mlx_mtp.train.gradient.mask_blocks import MaskRows
+from mlx_mtp.evaluation.forward import OrdinaryRows, mask_rows, ordinary_rows
+from mlx_mtp.evaluation.mask_blocks import MaskRows
 
 if TYPE_CHECKING:
+    from mlx_mtp.evaluation.sequences import TokenSequence
     from mlx_mtp.model.mtp_model import MTPModel
-    from mlx_mtp.train.data import sequences as texts
 
 LAYOUTS = ("quadratic", "linear")
 
@@ -184,7 +184,7 @@ def walk(
 
 def count_answers(
     model: MTPModel,
-    sequences: Sequence[texts.Sequence],
+    sequences: Sequence[TokenSequence],
     *,
     max_tokens: int = 64,
     num_draft_tokens: int | None = None,
@@ -259,7 +259,7 @@ def summarise(
 
 def evaluate(
     model: MTPModel,
-    sequences: Sequence[texts.Sequence],
+    sequences: Sequence[TokenSequence],
     *,
     max_tokens: int = 64,
     num_draft_tokens: int | None = None,
@@ -314,7 +314,7 @@ def checked_num_masks(model: MTPModel, num_draft_tokens: int | None) -> int:
     return k
 
 
-def _answers(sequence: texts.Sequence) -> list[tuple[int, int]]:
+def _answers(sequence: TokenSequence) -> list[tuple[int, int]]:
     """First position of each answer and the position behind it; id 0 has nothing before it."""
     flags = np.array([False, *sequence.answer, False]).astype(np.int8)
     borders = np.flatnonzero(np.diff(flags)).reshape(-1, 2)

@@ -1,9 +1,9 @@
-"""Greedy answers to prompts, written once by the base model and kept for every adapter.
+"""Greedy answers to prompts, generated once by the base model and reused for every adapter.
 
 An adapter changes nothing on ordinary rows, so all adapters of a model have the same greedy texts,
-and what a decode would do on them can be counted instead of run (``train.evaluate``).  Answers are
-generated in batches, whose matrix products may round otherwise than single decoding does; where
-two tokens tie but for that, a text may differ from the one that ``decode`` emits.
+and the steps of a decode can be counted from them instead of run (``acceptance``).  Answers are
+generated in batches, whose matrix products may round differently from single decoding; where two
+tokens are tied up to rounding, a text may differ from the one that ``decode`` emits.
 """
 
 from __future__ import annotations
@@ -17,12 +17,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from mlx_mtp.bench.contexts import prompt_ids
+from mlx_mtp.evaluation.batch_generation import generate_batch
 from mlx_mtp.evaluation.prompts import Prompt
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.mtp_model import MTPModel, fingerprint
 from mlx_mtp.storage.files import write_atomically
-from mlx_mtp.train.data.distil_run import generate_batch
-from mlx_mtp.train.data.sequences import Sequence as Text
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GreedyText:
-    """A prompt and its greedy answer, as ids; a stop id that ended the answer is its last."""
+    """A prompt and its greedy answer, as ids; the answer includes the stop id that ended it."""
 
     id: str
     kind: str
@@ -38,10 +37,10 @@ class GreedyText:
     answer: list[int]
 
     @property
-    def sequence(self) -> Text:
-        """As evaluation takes it."""
+    def sequence(self) -> TokenSequence:
+        """The text with its answer marked, for ``acceptance.evaluate``."""
         flags = [False] * len(self.prompt) + [True] * len(self.answer)
-        return Text(self.prompt + self.answer, flags)
+        return TokenSequence(self.prompt + self.answer, flags)
 
 
 def greedy_texts(
@@ -49,54 +48,58 @@ def greedy_texts(
     tokenizer: TokenizerWrapper,
     prompts: Sequence[Prompt],
     *,
+    encode: Callable[[TokenizerWrapper, str], list[int]],
     max_tokens: int = 64,
     path: Path | None = None,
     batch_size: int = 16,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[GreedyText]:
-    """Answer every prompt greedily, or take the answers that a file holds.
+    """Answer every prompt greedily, or read the answers from a file.
 
     Args:
-        model: its adapter, if any, plays no part.
+        model: its adapter, if any, is not used.
         tokenizer: of the model.
         prompts: in the order of the result.
-        max_tokens: most ids of an answer.
-        path: JSONL file to keep the answers in; what it lacks is generated and added.
-        batch_size: prompts answered at a time.
-        progress: called with (answers there, answers wanted).
+        encode: turns a user message into ids, such as ``bench.contexts.prompt_ids``.
+        max_tokens: maximum number of ids of an answer.
+        path: JSONL file of answers; missing ones are generated and added.
+        batch_size: prompts answered together.
+        progress: called with (answers done, number of prompts).
 
     Raises:
         ValueError: the file is damaged, or was made with another model or ``max_tokens``.
     """
     header = {"fingerprint": fingerprint(model.base), "max_tokens": max_tokens}
     done = _read(path, header) if path and path.exists() else {}
-    asked = {each.id: prompt_ids(tokenizer, each.text) for each in prompts}
+    ids = {prompt.id: encode(tokenizer, prompt.text) for prompt in prompts}
     missing = [
-        each for each in prompts if each.id not in done or done[each.id].prompt != asked[each.id]
+        prompt
+        for prompt in prompts
+        if prompt.id not in done or done[prompt.id].prompt != ids[prompt.id]
     ]
-    missing.sort(key=lambda each: len(asked[each.id]))  # alike in length, so little padding
-    group = 2 * batch_size
-    for start in range(0, len(missing), group):
+    missing.sort(key=lambda prompt: len(ids[prompt.id]))  # similar lengths need little padding
+    size = 2 * batch_size
+    for start in range(0, len(missing), size):
         if progress:
             progress(len(prompts) - len(missing) + start, len(prompts))
-        some = missing[start : start + group]
+        group = missing[start : start + size]
         answers = _answers(
             model,
             tokenizer,
-            [asked[each.id] for each in some],
+            [ids[prompt.id] for prompt in group],
             max_tokens=max_tokens,
             batch_size=batch_size,
         )
-        for each, answer in zip(some, answers, strict=True):
-            done[each.id] = GreedyText(each.id, each.kind, asked[each.id], answer)
+        for prompt, answer in zip(group, answers, strict=True):
+            done[prompt.id] = GreedyText(prompt.id, prompt.kind, ids[prompt.id], answer)
         if path:
             _write(path, header, done.values())
-    return [done[each.id] for each in prompts]
+    return [done[prompt.id] for prompt in prompts]
 
 
 def texts_hash(texts: Sequence[GreedyText]) -> str:
-    """Tells one set of texts from another."""
-    lines = "\n".join(json.dumps([each.prompt, each.answer]) for each in texts)
+    """A hash of the ids of texts, 16 hexadecimal digits."""
+    lines = "\n".join(json.dumps([text.prompt, text.answer]) for text in texts)
     return hashlib.sha256(lines.encode()).hexdigest()[:16]
 
 
@@ -115,7 +118,7 @@ def _answers(
         model,
         prompts,
         max_tokens=max_tokens,
-        stops=[[each] for each in stops],
+        stops=[[stop] for stop in stops],
         samplers=[_greedy] * len(prompts),
         batch_size=batch_size,
     ):
@@ -141,16 +144,16 @@ def _read(path: Path, header: dict[str, Any]) -> dict[str, GreedyText]:
     try:
         first, *lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         texts = [GreedyText(**line) for line in lines]
-        begun = {key: first[key] for key in header}
+        values = {key: first[key] for key in header}
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} holds no greedy texts, or is damaged") from None
+        raise ValueError(f"{path} is damaged, or is not a file of greedy texts") from None
     for key, value in header.items():
-        if begun[key] != value:
-            raise ValueError(f"{path} was made with {key} {begun[key]!r}, not {value!r}")
-    return {each.id: each for each in texts}
+        if values[key] != value:
+            raise ValueError(f"{path} was made with {key} {values[key]!r}, not {value!r}")
+    return {text.id: text for text in texts}
 
 
 def _write(path: Path, header: dict[str, Any], texts: Any) -> None:
-    lines = [header, *(asdict(each) for each in texts)]
+    lines = [header, *(asdict(text) for text in texts)]
     content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_atomically(path, content)

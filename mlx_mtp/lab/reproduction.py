@@ -22,10 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from mlx_mtp.bench.contexts import prompt_ids
 from mlx_mtp.bench.figures import draw_lines
 from mlx_mtp.evaluation.acceptance import LAYOUTS, checked_num_masks, count_answers, summarise
 from mlx_mtp.evaluation.greedy_texts import GreedyText, greedy_texts, texts_hash
-from mlx_mtp.lab.tokens_per_step import prompts_of, stamp
+from mlx_mtp.evaluation.prompt_sets import prompts_of
+from mlx_mtp.evaluation.prompts import KINDS
+from mlx_mtp.lab.tokens_per_step import stamp
 from mlx_mtp.model.config import WEIGHTS_FILE
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.files import write_atomically
@@ -210,7 +213,8 @@ def _texts(
         return greedy_texts(
             model,
             tokenizer,
-            prompts_of(options["prompts"])[:: options["every"]],
+            prompts_of(options["prompts"], builtin_kinds=KINDS)[:: options["every"]],
+            encode=prompt_ids,
             max_tokens=options["max_tokens"],
             path=options["texts"],
             progress=lambda done, all_: line.say(f"Answered {done}/{all_}"),

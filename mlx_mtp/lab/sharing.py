@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import product
 from statistics import median
 from typing import Any
@@ -20,14 +21,16 @@ import click
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.calibration.stored_costs import speculation_for
-from mlx_mtp.decoding.loop import Decoding, decode
-from mlx_mtp.decoding.sharing import run_together
-from mlx_mtp.decoding.step import Step, run_steps
+from mlx_mtp.decoding.config import GenerationConfig
+from mlx_mtp.decoding.grouping import StepGrouper
+from mlx_mtp.decoding.request import Request
+from mlx_mtp.decoding.step import Outcome, Step
+from mlx_mtp.decoding.step import run as run_steps
 from mlx_mtp.evaluation.prompts import builtin_prompts
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.lab.tokens_per_step import stamp
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.planning.auto import LAYOUTS
+from mlx_mtp.planning.plan import LAYOUTS
 from mlx_mtp.terminal import BadInput, Progress, one_line
 
 
@@ -51,29 +54,45 @@ class Run:
         return self.tokens / self.seconds
 
 
-def answer_all(decodings: Sequence[Decoding], run: Callable[[list[Step]], None]) -> Run:
+Turn = Callable[[list[Step]], list[Outcome]]
+
+
+def answer_all(requests: Sequence[Request], run_turn: Turn) -> Run:
     """Make answers, a step of each in every turn.
 
     Args:
-        decodings: the answers, not begun.
-        run: runs the steps of a turn.
+        requests: the answers, not begun.
+        run_turn: runs the steps of a turn.
     """
-    found = [list(next(each).tokens) for each in decodings]
-    first = sum(map(len, found))
-    going = [pair for pair in zip(decodings, found, strict=True) if pair[0].planned()]
+    ids = [_first_step(one, run_turn) for one in requests]
+    first = sum(map(len, ids))
     began = time.perf_counter()
-    while going:
-        run([step for each, _ in going if (step := each.planned())])
-        for each, ids in going:
-            ids += next(each).tokens
-        going = [(each, ids) for each, ids in going if each.planned()]
-    return Run(found, sum(map(len, found)) - first, time.perf_counter() - began)
+    while going := [i for i, one in enumerate(requests) if not one.finished]:
+        outcomes = run_turn([requests[i].plan() for i in going])
+        for i, outcome in zip(going, outcomes, strict=True):
+            ids[i] += requests[i].commit(outcome).tokens
+    return Run(ids, sum(map(len, ids)) - first, time.perf_counter() - began)
 
 
-def one_by_one(steps: Sequence[Step]) -> None:
+def _first_step(request: Request, run_turn: Turn) -> list[int]:
+    """Prefill, and the first step."""
+    tokens: list[int] = []
+    while not tokens:
+        tokens = request.commit(run_turn([request.plan()])[0]).tokens
+    return list(tokens)
+
+
+def one_by_one(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
     """Run each step in a forward of its own."""
-    for step in steps:
-        run_steps([step])
+    return [run_steps(model, [step])[0] for step in steps]
+
+
+def grouped(model: MTPModel, grouper: StepGrouper, steps: Sequence[Step]) -> list[Outcome]:
+    """Run steps in batches where that costs less."""
+    outcomes: dict[int, Outcome] = {}
+    for group in grouper.groups(steps):
+        outcomes |= zip(group, run_steps(model, [steps[i] for i in group]), strict=True)
+    return [outcomes[i] for i in range(len(steps))]
 
 
 def measure(
@@ -96,16 +115,20 @@ def measure(
         say: told what is going on.
     """
     known = speculation_for(model)
-    ways = {"by turns": one_by_one, "shared": lambda steps: run_together(steps, known)}
+    grouper = StepGrouper(model, known)
+    ways: dict[str, Turn] = {
+        "by turns": partial(one_by_one, model),
+        "shared": partial(grouped, model, grouper),
+    }
     pairs = list(product(layouts, ways))
     runs: dict[str, list[Run]] = {f"{layout} {way}": [] for layout, way in pairs}
     for at in range(rounds):
         for layout, way in pairs[at % len(pairs) :] + pairs[: at % len(pairs)]:
             say(f"{len(prompts)} answers, round {at + 1}/{rounds}: {layout} {way}")
             known.sharers = 1
-            options: dict[str, Any] = {"max_tokens": max_tokens, "layout": layout}
-            decodings = [decode(model, ids, speculation=known, **options) for ids in prompts]
-            runs[f"{layout} {way}"].append(answer_all(decodings, ways[way]))
+            config = GenerationConfig(max_tokens=max_tokens, layout=layout)
+            requests = [Request(model, ids, config, speculation=known) for ids in prompts]
+            runs[f"{layout} {way}"].append(answer_all(requests, ways[way]))
     return runs
 
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.train.data import sequences as texts
 from mlx_mtp.train.gradient.adapter import trainable
 from mlx_mtp.train.gradient.step import Parameters, StepGradient
 from mlx_mtp.train.settings import TrainSettings
@@ -84,7 +84,7 @@ def compare(
     model: MTPModel,
     rival: TorchStep,
     settings: TrainSettings,
-    data: Sequence[texts.Sequence],
+    data: Sequence[TokenSequence],
     *,
     most_rows: int | None = None,
 ) -> Agreement:

@@ -20,6 +20,7 @@ from typing import Any
 import click
 
 from mlx_mtp.backends.cpu.blas import BLAS
+from mlx_mtp.bench.contexts import prompt_ids
 from mlx_mtp.evaluation.acceptance import (
     LAYOUTS,
     Answer,
@@ -29,19 +30,12 @@ from mlx_mtp.evaluation.acceptance import (
     summarise,
 )
 from mlx_mtp.evaluation.greedy_texts import GreedyText, greedy_texts, texts_hash
-from mlx_mtp.evaluation.prompt_sets import human_eval_prompts
-from mlx_mtp.evaluation.prompts import ENGLISH_KINDS, KINDS, Prompt, builtin_prompts, read_prompts
+from mlx_mtp.evaluation.prompt_sets import prompts_of
+from mlx_mtp.evaluation.prompts import ENGLISH_KINDS, KINDS
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.terminal import BadInput, Progress, one_line
 
 DEFAULT_ADAPTER = "default"
-
-
-def prompts_of(source: str) -> list[Prompt]:
-    """The prompts that ``builtin``, ``human-eval`` or the name of a JSONL file stands for."""
-    if source == "human-eval":
-        return human_eval_prompts()
-    return builtin_prompts() if source == "builtin" else read_prompts(Path(source))
 
 
 def by_kind(texts: Sequence[GreedyText], answers: Sequence[Answer]) -> dict[str, list[Answer]]:
@@ -141,7 +135,7 @@ def run(
     """Do what the options say; see ``main``."""
     from mlx_mtp.loading import load
 
-    chosen = prompts_of(prompts)[::every]
+    chosen = prompts_of(prompts, builtin_kinds=KINDS)[::every]
     results: dict[str, dict[str, Evaluation]] = {}
     written: list[GreedyText] = []
     start, generation_s = time.perf_counter(), 0.0
@@ -154,6 +148,7 @@ def run(
                     loaded,
                     tokenizer,
                     chosen,
+                    encode=prompt_ids,
                     max_tokens=max_tokens,
                     path=texts,
                     batch_size=batch_size,

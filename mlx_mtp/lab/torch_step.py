@@ -21,10 +21,11 @@ import torch
 import torch.nn.functional as F
 from mlx.utils import tree_flatten
 
+from mlx_mtp.evaluation.mask_blocks import MaskRows
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, MTPModel
-from mlx_mtp.train.data import sequences as texts
 from mlx_mtp.train.gradient.adapter import trainable
-from mlx_mtp.train.gradient.mask_blocks import MaskRows, chunks
+from mlx_mtp.train.gradient.anchors import chunks
 from mlx_mtp.train.gradient.step import blocks_of
 from mlx_mtp.train.settings import TrainSettings
 
@@ -84,7 +85,7 @@ class TorchStep:
 
     def gradient(
         self,
-        data: Sequence[texts.Sequence],
+        data: Sequence[TokenSequence],
         chosen: Sequence[int],
         *,
         step: int,
@@ -124,7 +125,7 @@ class TorchStep:
 
     def __call__(
         self,
-        data: Sequence[texts.Sequence],
+        data: Sequence[TokenSequence],
         chosen: Sequence[int],
         *,
         step: int,

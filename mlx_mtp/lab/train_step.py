@@ -29,11 +29,11 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mlx_mtp.evaluation.prompts import builtin_prompts
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.lab.step_agreement import Agreement, compare
 from mlx_mtp.lab.tokens_per_step import stamp
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.terminal import BadInput, Progress, one_line
-from mlx_mtp.train.data import sequences as texts
 from mlx_mtp.train.gradient.adapter import new_adapter, trainable
 from mlx_mtp.train.gradient.step import Parameters, StepGradient, blocks_of
 from mlx_mtp.train.gradient.workers import Workers, WorkerSpec, one_blas_thread, worker_count
@@ -65,7 +65,7 @@ class OurStep:
         self._optimiser.init(self._parameters)
 
     def __call__(
-        self, data: Sequence[texts.Sequence], chosen: Sequence[int], *, step: int
+        self, data: Sequence[TokenSequence], chosen: Sequence[int], *, step: int
     ) -> tuple[int, int]:
         """Do a step; returns how many tokens and mask rows it had."""
         found = self._gradient(self._parameters, data, chosen, step=step, workers=self._workers)
@@ -77,7 +77,7 @@ class OurStep:
         return found.num_tokens, found.num_rows
 
 
-def sample_sequences(tokenizer: Any, *, count: int, length: int) -> list[texts.Sequence]:
+def sample_sequences(tokenizer: Any, *, count: int, length: int) -> list[TokenSequence]:
     """Cut sequences from the built-in prompts; all but their first quarter is answer.
 
     Args:
@@ -90,7 +90,7 @@ def sample_sequences(tokenizer: Any, *, count: int, length: int) -> list[texts.S
     ids *= -(-count * length // len(ids))
     answer = [at >= length // 4 for at in range(length)]
     starts = range(0, count * length, length)
-    return [texts.Sequence(ids[start : start + length], answer) for start in starts]
+    return [TokenSequence(ids[start : start + length], answer) for start in starts]
 
 
 def torch_step(model: MTPModel, settings: TrainSettings, *, num_threads: int) -> TorchStep:
@@ -156,7 +156,7 @@ def _rate(counts: Sequence[int], seconds: Sequence[float]) -> float:
 def measure(
     ours: OurStep,
     rival: TorchStep,
-    data: Sequence[texts.Sequence],
+    data: Sequence[TokenSequence],
     settings: TrainSettings,
     *,
     repeats: int,
@@ -245,7 +245,7 @@ def run(*, model: str | None, repeats: int, length: int, only_json: bool, **opti
 def _helpers(
     model: str | None,
     settings: TrainSettings,
-    data: Sequence[texts.Sequence],
+    data: Sequence[TokenSequence],
     *,
     count: int,
     like: Parameters,

@@ -13,7 +13,7 @@ import mlx.core as mx
 from mlx_lm.models import base as lm_base
 
 from mlx_mtp.model.cache import LayerCache, MTPCache
-from mlx_mtp.model.layout import PackedLayout, StepScope
+from mlx_mtp.model.layout import BatchLayout, StepScope
 
 
 class Several:
@@ -23,12 +23,10 @@ class Several:
         self.parts = parts
 
 
-class PackedLayerCache:
+class BatchLayerCache:
     """One layer's caches of several answers, as a model sees them in a packed forward."""
 
-    def __init__(
-        self, layers: Sequence[LayerCache], layout: PackedLayout, scope: StepScope
-    ) -> None:
+    def __init__(self, layers: Sequence[LayerCache], layout: BatchLayout, scope: StepScope) -> None:
         self._layers = layers
         self._layout = layout
         self._scope = scope
@@ -99,7 +97,7 @@ def _attend(
     )
 
 
-class PackedCache:
+class BatchCache:
     """The caches of several answers, in a packed forward.
 
     Args:
@@ -111,7 +109,7 @@ class PackedCache:
     offset = 0  # rows of a packed layout know their positions
 
     def __init__(
-        self, caches: Sequence[MTPCache], layout: PackedLayout, *, scope: StepScope
+        self, caches: Sequence[MTPCache], layout: BatchLayout, *, scope: StepScope
     ) -> None:
         each_layer = zip(*(cache.layers for cache in caches), strict=True)
-        self.layers = [PackedLayerCache(layers, layout, scope) for layers in each_layer]
+        self.layers = [BatchLayerCache(layers, layout, scope) for layers in each_layer]

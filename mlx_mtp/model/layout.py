@@ -127,7 +127,7 @@ def plain_layout(*, num_pending: int = 1) -> StepLayout:
 
 
 @dataclass(frozen=True)
-class PackedLayout:
+class BatchLayout:
     """Rows of several answers' steps in one forward: all ordinary rows, then all mask rows.
 
     The gate is one split index again.  No row may see another answer's, which the packed caches

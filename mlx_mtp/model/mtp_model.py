@@ -33,8 +33,7 @@ from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import HiddenStates, MaskEmbedding, StepRope
 
 if TYPE_CHECKING:
-    from mlx_mtp.decoding.batching import PackedCache
-    from mlx_mtp.planning.auto import Speculation
+    from mlx_mtp.model.batch_cache import BatchCache
 
 MASK_EMBEDDINGS = "mask_embeddings"
 SAMPLER_PREFIX = "sampler_head."
@@ -69,8 +68,6 @@ class MTPModel(nn.Module):
         self.base = base
         self.config = config
         self.sampler_head: SamplerHead | None = None
-        self.speculation: Speculation | None = None  # what the planner knows; see ``tuning``
-        self.packs: bool | None = None  # whether steps can be packed, once ``packing`` has tried
         self._scope = StepScope()
         self._embedding, embedding_path = _find_embedding(base)
         if config is not None:
@@ -136,7 +133,7 @@ class MTPModel(nn.Module):
         self,
         ids: mx.array,
         *,
-        cache: MTPCache | PackedCache,
+        cache: MTPCache | BatchCache,
         layout: RowLayout | None = None,
     ) -> mx.array:
         """Run the backbone over one step, or over several that are packed.

@@ -15,12 +15,11 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from mlx_mtp.drafting.lookup import LONGEST_LOOKUP, LookupAcceptance
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.planning.acceptance import UNKNOWN, Acceptance
 from mlx_mtp.planning.costs import UNMEASURED, CostCurve, LiveCosts, shared_ms
-from mlx_mtp.planning.fixed import FIXED_LAYOUTS
-from mlx_mtp.planning.plan import LOOKUP, MASK, Decision
+from mlx_mtp.planning.lookup import MAX_LOOKUP_TOKENS, LookupAcceptance
+from mlx_mtp.planning.plan import LOOKUP, MASK, Plan
 from mlx_mtp.planning.policy import (
     FORGET,
     MOST_ROUNDS,
@@ -32,7 +31,6 @@ from mlx_mtp.planning.policy import (
 )
 from mlx_mtp.planning.probing import Probing
 
-LAYOUTS = ("auto", *FIXED_LAYOUTS)
 LOOK_STEPS = 32  # steps between two looks for the best rule
 EARLY_LOOKS = (2, 4, 8, 16)  # more looks while little is known
 MOVED = 0.05  # chances, or costs in plain steps, that moved by less leave the rule as it is
@@ -47,7 +45,7 @@ class Rule:
     holds: np.ndarray  # [k + 1]
     forward_ms: np.ndarray  # [R + 1]
     draft_ms: np.ndarray  # [k + 1]
-    decisions: dict[tuple[int, int, int, bool], Decision] = field(default_factory=dict)
+    decisions: dict[tuple[int, int, int, bool], Plan] = field(default_factory=dict)
 
     def still_fits(self, holds: np.ndarray, forward_ms: np.ndarray, draft_ms: np.ndarray) -> bool:
         """Whether little has moved since; what is best hardly changes with it."""
@@ -137,9 +135,9 @@ class AutoPlanner:
         num_waiting: int,
         room: int,
         context: int = 0,
-        num_found: int = 0,
+        num_lookup: int = 0,
         match: int = 0,
-    ) -> Decision:
+    ) -> Plan:
         """Plan one step.
 
         Args:
@@ -147,14 +145,14 @@ class AutoPlanner:
             num_waiting: drafts that could be verified.
             room: tokens that may still be emitted, at least 1; drafts beyond it are useless.
             context: ids in the cache.
-            num_found: drafts that suffix lookup has found.
+            num_lookup: drafts that suffix lookup proposes.
             match: ids that matched for them.
         """
         rule = self._best_rule(context)
         waiting = min(num_waiting, self.num_draft_tokens, room - 1)
         is_probe = self._is_probe(rule, waiting, room)
-        if num_found and num_pending == 1 and not is_probe:
-            decision = self._looked_up(rule, waiting, room, num_found, match)
+        if num_lookup and num_pending == 1 and not is_probe:
+            decision = self._looked_up(rule, waiting, room, num_lookup, match)
             if decision is not None:
                 return decision
         key = (waiting, num_pending, min(room, 2 * self.num_draft_tokens + 2), is_probe)
@@ -166,7 +164,7 @@ class AutoPlanner:
 
     def observe(
         self,
-        decision: Decision,
+        plan: Plan,
         *,
         num_accepted: int,
         context: int,
@@ -178,7 +176,7 @@ class AutoPlanner:
         """Learn from a step that ran.
 
         Args:
-            decision: what ``plan`` said.
+            plan: what ``plan`` returned.
             num_accepted: drafts that held, whether they were emitted or not.
             context: ids in the cache before the step.
             ms: what the step took; NaN where other answers' ran with it, which says nothing of one.
@@ -186,7 +184,7 @@ class AutoPlanner:
             num_judged: looked-up ids, verified or not, that the emitted ones tell of.
             num_right: how many of these from the first on were emitted.
         """
-        layout, known = decision.layout, self._known
+        layout, known = plan.layout, self._known
         drafts, largest = layout.num_draft_tokens, max(layout.mask_counts)
         of_expected = 1.0
         if layout.num_pending == 1 and not math.isnan(ms):
@@ -194,13 +192,13 @@ class AutoPlanner:
                 rows=layout.num_rows, largest_group=largest, context=context, ms=ms
             )
         self._lookup.observe(match, num_judged, num_right)
-        if decision.source == LOOKUP:
+        if plan.source == LOOKUP:
             drafts = 0
         elif drafts:
             known.acceptance.observe(drafts, num_accepted)
         known.num_steps += 1
         ended = known.probing.observe(
-            is_probe=decision.is_probe,
+            is_probe=plan.is_probe,
             masks=largest,
             drafts=drafts,
             num_accepted=num_accepted,
@@ -241,7 +239,7 @@ class AutoPlanner:
 
     def _by_rule(
         self, rule: Rule, waiting: int, num_pending: int, room: int, is_probe: bool
-    ) -> Decision:
+    ) -> Plan:
         """The rule's step, or one of a try."""
         plan = rule.policy.plans[waiting]
         if is_probe:
@@ -253,13 +251,13 @@ class AutoPlanner:
         )
 
     def _looked_up(
-        self, rule: Rule, waiting: int, room: int, num_found: int, match: int
-    ) -> Decision | None:
+        self, rule: Rule, waiting: int, room: int, num_lookup: int, match: int
+    ) -> Plan | None:
         """A step with looked-up drafts, if they are worth more than what waits."""
-        found = min(num_found, LONGEST_LOOKUP, room - 1, len(rule.forward_ms) - 2)
+        found = min(num_lookup, MAX_LOOKUP_TOKENS, room - 1, len(rule.forward_ms) - 2)
         if found < 1:
             return None
-        chances = self._lookup.holds(match, found)
+        chances = self._lookup.accept_probs(match, found)
         plan = self._lookup_plan(rule, chances, float(rule.policy.values[waiting]))
         return plan and _decide(plan, rule, 1, room, source=LOOKUP, holds=chances)
 
@@ -289,12 +287,12 @@ def _decide(
     source: str,
     holds: np.ndarray,
     is_probe: bool = False,
-) -> Decision:
+) -> Plan:
     """A plan as a decision, without masks whose drafts could never be emitted."""
     useful = [max(0, min(c, room - 2 - at)) for at, c in enumerate(plan.mask_counts)]
     plan = StepPlan(plan.num_draft_tokens, tuple(useful))
     known = plan.num_rows < len(rule.forward_ms)
-    return Decision(
+    return Plan(
         layout=_layout(num_pending, plan),
         source=source,
         is_probe=is_probe,

@@ -6,9 +6,7 @@ from functools import lru_cache
 from typing import Any
 
 from mlx_mtp.model.layout import StepLayout, linear_layout, plain_layout, quadratic_layout
-from mlx_mtp.planning.plan import MASK, Decision
-
-FIXED_LAYOUTS = ("linear", "quadratic", "plain")
+from mlx_mtp.planning.plan import FIXED_LAYOUTS, MASK, Plan
 
 
 class FixedPlanner:
@@ -30,16 +28,16 @@ class FixedPlanner:
         self.layout = layout if num_draft_tokens > 0 else "plain"
         self.num_draft_tokens = num_draft_tokens
 
-    def plan(self, *, num_pending: int, num_waiting: int, room: int, **_: Any) -> Decision:
+    def plan(self, *, num_pending: int, num_waiting: int, room: int, **_: Any) -> Plan:
         """Plan one step; ``AutoPlanner.plan`` has the arguments."""
         drafts = min(num_waiting, self.num_draft_tokens, room - 1)
         masks = min(self.num_draft_tokens, room)
         if self.layout == "plain":
-            return Decision(plain_layout(num_pending=num_pending))
+            return Plan(plain_layout(num_pending=num_pending))
         make = _linear if self.layout == "linear" else _quadratic
-        return Decision(make(num_pending, drafts, masks), source=MASK if drafts else "")
+        return Plan(make(num_pending, drafts, masks), source=MASK if drafts else "")
 
-    def observe(self, decision: Decision, **_: Any) -> None:
+    def observe(self, plan: Plan, **_: Any) -> None:
         """Learn nothing."""
 
 

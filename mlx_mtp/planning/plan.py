@@ -1,4 +1,4 @@
-"""What a planner says of the next step."""
+"""A plan: the layout of the next step and where its drafts come from."""
 
 from __future__ import annotations
 
@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from mlx_mtp.model.layout import StepLayout
 
-MASK, LOOKUP = "mask", "lookup"  # where drafts are from
+MASK, LOOKUP = "mask", "lookup"  # sources of drafts
+FIXED_LAYOUTS = ("linear", "quadratic", "plain")
+LAYOUTS = ("auto", *FIXED_LAYOUTS)
 
 
 @dataclass(frozen=True)
-class Decision:
+class Plan:
     """A planned step and why.
 
     Attributes:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlx_mtp.planning.auto import AutoPlanner
-from mlx_mtp.planning.plan import Decision
+from mlx_mtp.planning.plan import Plan
 from mlx_mtp.simulate.chips import Machine
 from mlx_mtp.simulate.replay import StepCosts, replay, speculation
 from mlx_mtp.simulate.trace import Trace
@@ -26,14 +26,14 @@ class TimedPlanner:
     planner: AutoPlanner
     times: list[int] = field(default_factory=list)
 
-    def plan(self, **given: Any) -> Decision:
+    def plan(self, **given: Any) -> Plan:
         """Plan a step."""
         began = time.thread_time_ns()
         decision = self.planner.plan(**given)
         self.times.append(time.thread_time_ns() - began)
         return decision
 
-    def observe(self, decision: Decision, **given: Any) -> None:
+    def observe(self, decision: Plan, **given: Any) -> None:
         """Learn from it."""
         began = time.thread_time_ns()
         self.planner.observe(decision, **given)

@@ -18,7 +18,7 @@ import numpy as np
 from mlx_mtp.planning.acceptance import UNKNOWN, Acceptance
 from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.planning.costs import CostCurve, LiveCosts
-from mlx_mtp.planning.plan import Decision
+from mlx_mtp.planning.plan import Plan
 from mlx_mtp.simulate.trace import Trace, TracedAnswer
 
 CONTEXT_STEP = 128  # contexts nearer than this cost the same, as for the planner
@@ -27,11 +27,11 @@ CONTEXT_STEP = 128  # contexts nearer than this cost the same, as for the planne
 class Planner(Protocol):
     """What ``AutoPlanner`` and ``FixedPlanner`` have in common."""
 
-    def plan(self, *, num_pending: int, num_waiting: int, room: int, context: int) -> Decision:
+    def plan(self, *, num_pending: int, num_waiting: int, room: int, context: int) -> Plan:
         """Plan one step."""
         ...
 
-    def observe(self, decision: Decision, *, num_accepted: int, context: int, ms: float) -> Any:
+    def observe(self, decision: Plan, *, num_accepted: int, context: int, ms: float) -> Any:
         """Learn from it."""
         ...
 

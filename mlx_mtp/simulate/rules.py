@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_mtp.model.layout import StepLayout
-from mlx_mtp.planning.plan import MASK, Decision
+from mlx_mtp.planning.plan import MASK, Plan
 from mlx_mtp.planning.policy import StepPlan
 from mlx_mtp.simulate.replay import CONTEXT_STEP, StepCosts
 from mlx_mtp.simulate.trace import Trace
@@ -28,21 +28,21 @@ class RulePlanner:
     def __init__(self, rule: Rule) -> None:
         self._rule = rule
 
-    def plan(self, *, num_pending: int, num_waiting: int, room: int, **_: Any) -> Decision:
+    def plan(self, *, num_pending: int, num_waiting: int, room: int, **_: Any) -> Plan:
         """Plan one step."""
         enough = 2 * len(self._rule)
         return _decision(self._rule, num_pending, min(num_waiting, room - 1), min(room, enough))
 
-    def observe(self, decision: Decision, **_: Any) -> None:
+    def observe(self, decision: Plan, **_: Any) -> None:
         """Learn nothing."""
 
 
 @lru_cache(maxsize=4096)
-def _decision(rule: Rule, num_pending: int, waiting: int, room: int) -> Decision:
+def _decision(rule: Rule, num_pending: int, waiting: int, room: int) -> Plan:
     plan = rule[waiting]
     useful = tuple(max(0, min(c, room - 2 - at)) for at, c in enumerate(plan.mask_counts))
     drafts = plan.num_draft_tokens
-    return Decision(StepLayout(num_pending, drafts, useful), source=MASK if drafts else "")
+    return Plan(StepLayout(num_pending, drafts, useful), source=MASK if drafts else "")
 
 
 def fixed_rules(num_draft_tokens: int, most_rows: int) -> Iterator[tuple[str, Rule]]:

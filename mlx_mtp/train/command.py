@@ -20,7 +20,6 @@ from mlx_mtp.loading import load
 from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, read_config
 from mlx_mtp.terminal import Interrupt, one_line
 from mlx_mtp.train.data.pipeline import (
-    DataSettings,
     Prepared,
     expected_length,
     kept_records,
@@ -41,7 +40,7 @@ from mlx_mtp.train.run.folder import RunFolder
 from mlx_mtp.train.run.memory import estimate
 from mlx_mtp.train.run.summary import finish, tracked_values
 from mlx_mtp.train.run.trackers import Tracker, make_tracker
-from mlx_mtp.train.settings import TrainSettings
+from mlx_mtp.train.settings import DataSettings, TrainSettings
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -23,9 +23,9 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mlx_mtp.evaluation.acceptance import Evaluation, evaluate
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.files import remove_drafts
-from mlx_mtp.train.data import sequences as texts
 from mlx_mtp.train.gradient.adapter import adapter_tensors, trainable
 from mlx_mtp.train.gradient.losses import next_token_loss
 from mlx_mtp.train.gradient.step import (
@@ -63,8 +63,8 @@ class TrainData:
         data_hash: tells one set of records from another.
     """
 
-    train: list[texts.Sequence]
-    held_out: list[texts.Sequence]
+    train: list[TokenSequence]
+    held_out: list[TokenSequence]
     data_hash: str
 
 

@@ -1,4 +1,18 @@
-"""What decides a training run, as data: it is saved beside the adapter, and resuming reads it."""
+"""Settings of a training run.
+
+Each field describes itself in its metadata, from which ``mlx-mtp train`` makes its options and
+which the checks below read.  The keys, all optional but for ``help`` and ``group``:
+
+    help            what the field decides, a sentence
+    group           heading of the option in the help text
+    min, max        bounds, inclusive
+    min_open, max_open      True excludes the bound
+    choices         the values that are allowed
+    flag            name of the option where it is not the field's; ``--no-...`` sets False
+    default_text    what the help text shows as the default of None
+
+This module imports neither MLX nor NumPy, so that the help text is printed at once.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +20,12 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_mtp.train.gradient.losses import TEACHERS, LossWeights
+if TYPE_CHECKING:
+    from mlx_mtp.model.mtp_model import MTPModel
 
+TEACHERS = ("argmax", "sample", "dist")
 PROJECTIONS = (
     "q_proj",
     "k_proj",
@@ -21,100 +37,157 @@ PROJECTIONS = (
     "gate_up_proj",
     "down_proj",
 )
+DATA, ADAPTER, TRAINING = "Data", "Adapter and loss", "Training"  # groups of options
+NUM_RECORDS = 1000
+PROMPT_TOKENS = {"distil": 256, "continue": 512}
+ANSWER_TOKENS = 512
+
+
+def _setting(default: Any, help: str, group: str, **metadata: Any) -> Any:
+    """A field with the metadata that the module docstring lists."""
+    return dataclasses.field(default=default, metadata={"help": help, "group": group} | metadata)
+
+
+def _adapter(default: Any, help: str, **metadata: Any) -> Any:
+    return _setting(default, help, ADAPTER, **metadata)
+
+
+def _training(default: Any, help: str, **metadata: Any) -> Any:
+    return _setting(default, help, TRAINING, **metadata)
+
+
+def _data(default: Any, help: str, **metadata: Any) -> Any:
+    return _setting(default, help, DATA, **metadata)
+
+
+def check_fields(settings: Any) -> None:
+    """Compare the fields of a dataclass with the bounds and choices in their metadata.
+
+    Raises:
+        ValueError: a value is out of range; the message names the field.
+    """
+    for field in dataclasses.fields(settings):
+        value, bounds = getattr(settings, field.name), field.metadata
+        choices, low, high = bounds.get("choices"), bounds.get("min"), bounds.get("max")
+        if choices is not None and value not in choices:
+            raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}")
+        if value is None or isinstance(value, bool | str | tuple):
+            continue
+        is_low = low is not None and (value <= low if bounds.get("min_open") else value < low)
+        is_high = high is not None and (value >= high if bounds.get("max_open") else value > high)
+        if is_low or is_high or not math.isfinite(value):
+            raise ValueError(f"{field.name} must be {_range_text(bounds)}, got {value}")
+
+
+def _range_text(bounds: Mapping[str, Any]) -> str:
+    """The bounds of a number in words."""
+    texts = []
+    if "min" in bounds:
+        low = bounds["min"]
+        texts.append(f"above {low}" if bounds.get("min_open") else f"at least {low}")
+    if "max" in bounds:
+        high = bounds["max"]
+        texts.append(f"below {high}" if bounds.get("max_open") else f"at most {high}")
+    return " and ".join(texts) or "finite"
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weight of each term of the loss."""
+
+    base: float = 1.0
+    sampler: float = 1.0
+    lcm: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """All that the loop is told.
-
-    Attributes:
-        num_draft_tokens: k, mask tokens of a block.
-        rank: rank of the gated LoRA weights.
-        scale: factor of the low-rank product.
-        target_modules: leaf names of the adapted linear layers; those that the model has count.
-        sampler: whether there is a sampler head.
-        iters: optimiser steps.
-        batch_size: sequences of a step.
-        learning_rate: its peak, after the warm-up.
-        warmup: steps in which it rises from 0.
-        min_learning_rate: share of the peak that the cosine ends in.
-        weight_decay: AdamW's.
-        clip: largest norm of a step's gradient; 0 does not clip.
-        num_anchors: mask blocks of a sequence.
-        drop_late: chance that a block ends before each mask but its first; 0 keeps them all.
-        teacher: what the mask rows learn, see ``losses.make_targets``.
-        base_weight, sampler_weight, lcm_weight: how much each term of the loss counts.
-        candidates: tokens that a loss is taken over, the likeliest of a forward's rows; 0 takes the
-            whole vocabulary.
-        max_seq_length: most ids of a sequence.
-        rows_per_forward: most mask rows that are computed at once.
-        workers: processes that train; 0 is one a core on a Linux CPU, else one.
-        grad_checkpoint: whether layers are computed again for the gradient, to save memory.
-        gate: False trains ordinary LoRA on all rows, for the ablation alone.
-        steps_per_report, steps_per_eval, save_every: after how many steps each happens.
-        val_batches: held-out sequences of an evaluation; -1 takes all.
-        seed: decides all random draws.
+    """Settings of the training loop; see the ``help`` of each field.
 
     Raises:
-        ValueError: a value is out of range; the message names it.
+        ValueError: a value is out of range; the message names the field.
     """
 
-    num_draft_tokens: int = 8
-    rank: int = 32
-    scale: float = 2.0
-    target_modules: tuple[str, ...] = PROJECTIONS
-    sampler: bool = True
-    iters: int = 1000
-    batch_size: int = 4
-    learning_rate: float = 5e-4
-    warmup: int = 50
-    min_learning_rate: float = 0.05
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    num_anchors: int = 32
-    drop_late: float = 0.0
-    teacher: str = "argmax"
-    base_weight: float = 1.0
-    sampler_weight: float = 1.0
-    lcm_weight: float = 1.0
-    candidates: int = 0
-    max_seq_length: int = 2048
-    rows_per_forward: int = 128
-    workers: int = 0
-    grad_checkpoint: bool = False
-    gate: bool = True
-    steps_per_report: int = 10
-    steps_per_eval: int = 100
-    save_every: int = 100
-    val_batches: int = 16
-    seed: int = 0
+    num_draft_tokens: int = _adapter(
+        8, "Number of mask tokens (k), the maximum number of draft tokens per step.", min=1
+    )
+    rank: int = _adapter(32, "Rank of the LoRA weights.", min=1)
+    scale: float = _adapter(2.0, "Factor of the LoRA product.")
+    target_modules: tuple[str, ...] = _adapter(
+        PROJECTIONS,
+        "Names of the linear layers to adapt, separated by commas.",
+        default_text="all projections",
+    )
+    sampler: bool = _adapter(True, "Train without a sampler head.", flag="--no-sampler")
+    iters: int = _training(1000, "Number of training steps.", min=1)
+    batch_size: int = _training(4, "Number of texts per training step.", min=1)
+    learning_rate: float = _training(5e-4, "Peak learning rate.", min=0, min_open=True)
+    warmup: int = _training(50, "Number of steps in which the learning rate rises from 0.", min=0)
+    min_learning_rate: float = _training(
+        0.05, "Final learning rate of the cosine schedule, as a fraction of the peak.", min=0
+    )
+    weight_decay: float = _training(0.01, "Weight decay of AdamW.", min=0)
+    clip: float = _training(1.0, "Maximum norm of the gradient; 0 turns clipping off.", min=0)
+    num_anchors: int = _adapter(32, "Number of mask blocks per text.", min=1)
+    drop_late: float = _adapter(
+        0.0,
+        "Probability that a mask block ends before each mask after the first.",
+        min=0,
+        max=1,
+        max_open=True,
+    )
+    teacher: str = _adapter(
+        "argmax",
+        "Target of the mask tokens: the model's most likely token, the token in the text, or the "
+        "model's whole distribution.",
+        choices=TEACHERS,
+    )
+    base_weight: float = _adapter(1.0, "Weight of the cross-entropy.", min=0)
+    sampler_weight: float = _adapter(1.0, "Weight of the sampler head's cross-entropy.", min=0)
+    lcm_weight: float = _adapter(1.0, "Weight of the latent consistency loss.", min=0)
+    candidates: int = _training(
+        0,
+        "Number of likely tokens over which the losses are computed; 0 uses the whole vocabulary, "
+        "which takes longer on a CPU.",
+        min=0,
+    )
+    max_seq_length: int = _data(2048, "Maximum number of tokens of a text.", min=1)
+    rows_per_forward: int = _training(
+        128, "Maximum number of mask rows per forward; fewer save memory.", min=1
+    )
+    workers: int = _training(
+        0, "Number of processes; 0 is one per core on a Linux CPU, otherwise one.", min=0
+    )
+    grad_checkpoint: bool = _training(
+        False, "Recompute layers for the gradient, to save memory.", flag="--grad-checkpoint"
+    )
+    gate: bool = _adapter(
+        True,
+        "Train ordinary LoRA, which changes the model's output; for comparison only.",
+        flag="--no-gate",
+    )
+    steps_per_report: int = _training(10, "Number of steps between reports.", min=1)
+    steps_per_eval: int = _training(100, "Number of steps between evaluations.", min=1)
+    save_every: int = _training(100, "Number of steps between checkpoints.", min=1)
+    val_batches: int = _training(
+        16, "Number of held-out texts per evaluation; -1 uses all.", min=-1
+    )
+    seed: int = _training(0, "Random seed.", min=0, max=2**63 - 1)
 
     def __post_init__(self) -> None:
-        for name in _COUNTS:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in _AMOUNTS:
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name} must be 0 or more, got {value}")
-        if self.learning_rate == 0:
-            raise ValueError("learning_rate must be above 0")
-        if self.drop_late >= 1:
-            raise ValueError(f"drop_late must be below 1, got {self.drop_late}")
-        if self.teacher not in TEACHERS:
-            raise ValueError(f"teacher must be one of {', '.join(TEACHERS)}, got {self.teacher!r}")
+        check_fields(self)
         if not self.target_modules:
             raise ValueError("target_modules must name at least one layer")
         if not (self.base_weight or self.sampler_weight or self.lcm_weight):
-            raise ValueError("the loss has no term: all of its weights are 0")
+            raise ValueError("all weights of the loss are 0")
         if self.grad_checkpoint and not self.gate:  # ordinary rows would get no gradient
-            raise ValueError("grad_checkpoint does not go together with an adapter without a gate")
-        if self.val_batches < 1 and self.val_batches != -1:
-            raise ValueError(f"val_batches must be at least 1, or -1, got {self.val_batches}")
+            raise ValueError("grad_checkpoint cannot be used without the gate")
+        if self.val_batches == 0:
+            raise ValueError("val_batches must be at least 1, or -1 for all texts, got 0")
 
     @property
     def loss_weights(self) -> LossWeights:
-        """How much each term of the loss counts."""
+        """Weight of each term of the loss."""
         return LossWeights(self.base_weight, self.sampler_weight, self.lcm_weight)
 
     def to_dict(self) -> dict[str, Any]:
@@ -123,7 +196,7 @@ class TrainSettings:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainSettings:
-        """Build settings from what ``to_dict`` gave.
+        """Build settings from the result of ``to_dict``.
 
         Raises:
             ValueError: a key is unknown or a value is out of range.
@@ -131,35 +204,83 @@ class TrainSettings:
         unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
         if unknown:
             raise ValueError(f"unknown settings: {', '.join(unknown)}")
-        given = dict(values)
-        if "target_modules" in given:
-            given["target_modules"] = tuple(given["target_modules"])
-        return cls(**given)
+        values = dict(values)
+        if "target_modules" in values:
+            values["target_modules"] = tuple(values["target_modules"])
+        return cls(**values)
 
 
-_COUNTS = (
-    "num_draft_tokens",
-    "rank",
-    "iters",
-    "batch_size",
-    "num_anchors",
-    "max_seq_length",
-    "rows_per_forward",
-    "steps_per_report",
-    "steps_per_eval",
-    "save_every",
-)
-_AMOUNTS = (
-    "learning_rate",
-    "warmup",
-    "min_learning_rate",
-    "weight_decay",
-    "clip",
-    "drop_late",
-    "base_weight",
-    "sampler_weight",
-    "lcm_weight",
-    "candidates",
-    "workers",
-    "seed",
-)
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Settings of the training text; see the ``help`` of each field.
+
+    Raises:
+        ValueError: a value is out of range, or settings contradict each other.
+    """
+
+    data: str | None = _data(
+        None,
+        "JSONL file, folder or hub id with prompts for the model to answer. Without it the model "
+        "writes the prompts too.",
+    )
+    as_is: bool = _data(False, "Train on the answers in the data.", flag="--data-as-is")
+    num_records: int | None = _data(
+        None,
+        "Number of conversations to generate.",
+        min=1,
+        default_text=f"{NUM_RECORDS}, or all of the data",
+    )
+    topics: tuple[str, ...] | None = _data(
+        None,
+        "File with one topic per line; a line that ends in ... begins the user's message.",
+        default_text="a built-in list",
+    )
+    max_prompt_tokens: int | None = _data(
+        None,
+        "Maximum number of tokens of a prompt.",
+        min=1,
+        default_text=f"{PROMPT_TOKENS['distil']}, or {PROMPT_TOKENS['continue']} with --data",
+    )
+    max_answer_tokens: int | None = _data(
+        None, "Maximum number of tokens of an answer.", min=1, default_text=str(ANSWER_TOKENS)
+    )
+    batch_size: int = _data(
+        16, "Number of texts generated together.", min=1, flag="--distil-batch-size"
+    )
+    held_out: float = _data(
+        0.05,
+        "Fraction of the texts held out for evaluation.",
+        min=0,
+        max=1,
+        min_open=True,
+        max_open=True,
+    )
+    seed: int = 0  # the seed of TrainSettings
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.data is not None and not self.data.strip():
+            raise ValueError("data is empty")
+        if self.as_is and self.data is None:
+            raise ValueError("--data-as-is needs --data")
+        if self.topics is not None and self.data is not None:
+            raise ValueError("--topics cannot be used with --data")
+
+    @property
+    def method(self) -> str:
+        """ "distil", "continue" or "as is"."""
+        return "as is" if self.as_is else "distil" if self.data is None else "continue"
+
+    def token_limits(self, model: MTPModel) -> tuple[int, int]:
+        """Maximum tokens of a prompt and of an answer; defaults shrink to fit the context."""
+        prompt = self.max_prompt_tokens or PROMPT_TOKENS.get(self.method, 0)
+        answer = self.max_answer_tokens or ANSWER_TOKENS
+        context = model.max_context
+        if context is None or prompt + answer <= context:
+            return prompt, answer
+        if self.max_prompt_tokens is None:
+            rest = context - (self.max_answer_tokens or 2 * context // 3)
+            prompt = max(1, min(prompt, rest))
+        if self.max_answer_tokens is None:
+            answer = max(1, min(answer, context - prompt))
+        return prompt, answer

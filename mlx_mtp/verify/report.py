@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_mtp.decoding.accept import Sampling
 from mlx_mtp.decoding.loop import StepResult
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.evaluation.prompts import Prompt
-from mlx_mtp.planning.auto import LAYOUTS
+from mlx_mtp.planning.plan import LAYOUTS
 from mlx_mtp.verify.near_tie import Divergence
 from mlx_mtp.verify.sampling import DEFAULT_SETTINGS, SamplingTest
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.decoding.accept import LogitsProcessor
 from mlx_mtp.decoding.loop import decode
+from mlx_mtp.decoding.sampling import LogitsProcessor
 from mlx_mtp.evaluation.prompts import Prompt
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.model.mtp_model import MTPModel

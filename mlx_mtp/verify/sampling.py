@@ -22,8 +22,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.decoding.accept import Sampling, target_probs
 from mlx_mtp.decoding.loop import decode
+from mlx_mtp.decoding.sampling import Sampling, target_probs
 from mlx_mtp.model.cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.verify.chi_square import MIN_EXPECTED, Group, chi_square, holm, simulated_p_value

@@ -1,7 +1,7 @@
 """The app and a page of it in a real browser.
 
-Every test of a page begins with the settings of ``INITIAL_SETTINGS``.  Afterwards the page must not
-have asked any other server for anything, nor logged an error.
+Every test of a page starts with ``INITIAL_SETTINGS``, and ends with a check that the page has made
+no foreign request and logged no error.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def app(tmp_path_factory: pytest.TempPathFactory) -> Iterator[AppHost]:
     history = tmp_path_factory.mktemp("app") / "history.sqlite3"
-    with hosted_app(history, alone_s=60.0) as host:  # a busy machine takes long to load a page
+    with hosted_app(history, unwatched_s=60.0) as host:  # a busy machine loads pages slowly
         yield host
 
 

@@ -1,9 +1,9 @@
-"""An engine without a model for the chat app's tests: it says back what it is asked to say.
+"""An engine without a model for the chat app's tests: it echoes the last message.
 
-Run as a script, so that it starts in a moment.  The last message says what comes: ``fail``, ``die``
-after two steps, ``slow`` for ever in steps of 20 ms, ``flood`` the same after a step of half a MiB;
-anything else is said back, with "slowly" in it in steps of 0.2 s.  A plain job gives
-one token of four letters a step, others up to ``num_draft_tokens`` + 1; a step takes 4 ms.
+It runs as a script, so that it starts quickly.  Special messages: ``fail``, ``die`` after two
+steps, ``slow`` forever in steps of 20 ms, ``flood`` the same after a step of half a MiB.  Any other
+message is echoed, with "slowly" in it in steps of 0.2 s.  A plain job emits one token of four
+characters per step, others up to ``num_draft_tokens`` + 1; a step takes 4 ms.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class AppHost:
         url: where it is.
         token: of this launch.
         engine: its engine.
-        client: an HTTP client that has shown the token.
+        client: an HTTP client with a session cookie.
     """
 
     def __init__(self, url: str, token: str, engine: Engine) -> None:
@@ -42,7 +42,7 @@ class AppHost:
 
     @property
     def address(self) -> str:
-        """What mlx-mtp app prints and opens."""
+        """The address that mlx-mtp app prints and opens."""
         return f"{self.url}/#token={self.token}"
 
     def wait_for(self, state: str) -> None:
@@ -52,16 +52,16 @@ class AppHost:
             assert time.monotonic() < deadline, f"still {self.engine.state}"
             time.sleep(0.01)
 
-    def talk(self, **values: Any) -> int:
-        """Begin a conversation; returns its number."""
+    def new_conversation(self, **values: Any) -> int:
+        """Create a conversation; returns its id."""
         return self.client.post("/conversations", json=values).json()["id"]
 
     def conversation(self, number: int) -> dict[str, Any]:
         """A conversation with its messages."""
         return self.client.get(f"/conversations/{number}").json()
 
-    def begin(self, number: int, text: str | None, parent: int | None = None) -> int:
-        """Begin an answer; returns the number of its message."""
+    def start(self, number: int, text: str | None, parent: int | None = None) -> int:
+        """Start an answer; returns the id of its message."""
         body = {"parent": parent} | ({} if text is None else {"text": text})
         reply = self.client.post(f"/conversations/{number}/answer", json=body)
         assert reply.status_code == 201, reply.text
@@ -72,16 +72,16 @@ class AppHost:
         return events_of(self.client.get(f"/answers/{answer}").text)
 
     def ask(self, number: int, text: str | None, parent: int | None = None) -> int:
-        """Have an answer made to its end; returns the number of its message."""
-        answer = self.begin(number, text, parent)
+        """Wait for a complete answer; returns the id of its message."""
+        answer = self.start(number, text, parent)
         assert self.events(answer)[-1]["type"] == "end"
         return answer
 
 
 def events_of(text: str) -> list[dict[str, Any]]:
-    """Server-sent events as objects, without comments, which only say that the stream lives."""
-    told = [each for each in text.split("\n\n") if each.startswith("data: ")]
-    return [json.loads(each.removeprefix("data: ")) for each in told]
+    """Parse server-sent events; comments, which only keep the connection alive, are skipped."""
+    events = [part for part in text.split("\n\n") if part.startswith("data: ")]
+    return [json.loads(event.removeprefix("data: ")) for event in events]
 
 
 @contextlib.contextmanager

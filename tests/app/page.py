@@ -1,4 +1,4 @@
-"""What tests do with a page of the app in a real browser; the fixtures are in conftest.py."""
+"""Helpers for tests of the page in a real browser; the fixtures are in conftest.py."""
 
 from __future__ import annotations
 
@@ -38,15 +38,15 @@ def answers(page: Page) -> Any:
 
 
 def finished(page: Page, count: int = 1) -> None:
-    """Wait until so many answers are shown and nothing is being made."""
+    """Wait until ``count`` answers are shown and none is running."""
     expect(answers(page)).to_have_count(count)
     expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
 
 
-def until(page: Page, holds: Callable[[], bool]) -> None:
-    """Wait until something holds; the page's policy forbids Playwright's own way to do so."""
+def until(page: Page, condition: Callable[[], bool]) -> None:
+    """Wait for a condition; the page's policy forbids Playwright's own wait_for_function."""
     for _ in range(WAIT_MS // 50):
-        if holds():
+        if condition():
             return
         page.wait_for_timeout(50)
-    raise AssertionError("it never held")
+    raise AssertionError("the condition never became true")

@@ -1,4 +1,4 @@
-"""The chat app over an engine without a model, as a process of its own that can be killed."""
+"""The chat app over an engine without a model, as a separate process that can be killed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.app.host import ENGINE
 
 
 def main() -> None:
-    """Serve the history that the argument names; the first line says address and token."""
+    """Serve the history file in the argument; the first line of output is address and token."""
     engine, settings = Engine({}, command=ENGINE), app_settings()
     made = create_chat_app(engine, settings, Path(sys.argv[1]))
     serve(made.gate, engine, settings, greet=lambda url: print(url, made.gate.token, flush=True))

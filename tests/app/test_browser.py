@@ -1,4 +1,4 @@
-"""The page in a real browser: what people do with it, by mouse and by keyboard alone."""
+"""The page in a real browser: everyday use, by mouse and by keyboard alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_markdown_streams_with_highlighted_code_that_can_be_copied(page: Page):
     expect(page.locator("header h1")).to_have_text(re.compile("^Sorted"))
 
 
-def test_escape_stops_and_what_came_stays(page: Page):
+def test_escape_stops_and_keeps_the_text(page: Page):
     send(page, "slow")
     expect(answers(page)).to_contain_text("slowslow")
     page.keyboard.press("Escape")
@@ -46,7 +46,7 @@ def test_escape_stops_and_what_came_stays(page: Page):
 def test_edits_and_second_answers_are_branches(page: Page):
     send(page, "first version")
     finished(page)
-    answers(page).get_by_role("button", name="Again").click()
+    answers(page).get_by_role("button", name="Regenerate").click()
     expect(answers(page)).to_contain_text("2/2")
     finished(page)
     page.get_by_role("article", name="You").get_by_role("button", name="Edit").click()
@@ -56,14 +56,14 @@ def test_edits_and_second_answers_are_branches(page: Page):
     finished(page)
     expect(answers(page)).to_contain_text("second version")
     you = page.get_by_role("article", name="You")
-    you.get_by_role("button", name="Earlier version").click()
+    you.get_by_role("button", name="Previous version").click()
     expect(you).to_contain_text("first version")
     expect(answers(page)).to_contain_text("2/2")
-    answers(page).get_by_role("button", name="Earlier version").click()
+    answers(page).get_by_role("button", name="Previous version").click()
     expect(answers(page)).to_contain_text("1/2")
 
 
-def test_history_is_kept_over_a_reload(page: Page):
+def test_history_survives_a_reload(page: Page):
     send(page, "remember the platypus")
     finished(page)
     page.reload()
@@ -71,7 +71,7 @@ def test_history_is_kept_over_a_reload(page: Page):
     expect(page.locator(".conversations .current")).to_contain_text("platypus")
 
 
-def test_an_answer_goes_on_over_a_reload(page: Page):
+def test_an_answer_continues_after_a_reload(page: Page):
     send(page, "slow")
     expect(answers(page)).to_contain_text("slow")
     page.reload()
@@ -96,7 +96,7 @@ def test_search_rename_and_delete(page: Page):
     row.hover()
     row.get_by_role("button", name=re.compile("^Delete")).click()
     page.get_by_role("dialog").get_by_role("button", name="Delete").click()
-    expect(page.locator(".conversations")).to_contain_text("Nothing found")
+    expect(page.locator(".conversations")).to_contain_text("No conversations found")
 
 
 def test_export_and_import(page: Page, tmp_path):
@@ -120,10 +120,10 @@ def test_export_and_import(page: Page, tmp_path):
     page.locator("input[type=file]").set_input_files(
         {"name": "bad.json", "mimeType": "application/json", "buffer": b"{"}
     )
-    expect(page.get_by_role("status").first).to_contain_text("not JSON")
+    expect(page.get_by_role("status").first).to_contain_text("not valid JSON")
 
 
-def test_each_step_is_one_underlined_group_and_hovering_tells_of_it(page: Page):
+def test_every_step_is_underlined_and_hovering_describes_it(page: Page):
     send(page, "Every step of this *answer* has its own line below it, as it should.")
     finished(page)
     sizes = page.evaluate(
@@ -131,24 +131,24 @@ def test_each_step_is_one_underlined_group_and_hovering_tells_of_it(page: Page):
     )
     assert sizes["step-even"] and sizes["step-odd"] and sizes["step-one"]
     answers(page).locator("em").hover()
-    expect(page.get_by_role("tooltip")).to_contain_text("drafts held, from mask tokens")
+    expect(page.get_by_role("tooltip")).to_contain_text("drafts accepted, from mask tokens")
     answers(page).get_by_role("button", name="Step by step").click()
     steps = page.get_by_role("listbox", name=re.compile("^Steps"))
     steps.focus()
     page.keyboard.press("ArrowRight")
     expect(page.locator(".step-facts")).to_contain_text("Step 2 of")
-    expect(page.locator(".step-facts")).to_contain_text("draft 1 of 4, held")
+    expect(page.locator(".step-facts")).to_contain_text("draft 1 of 4, accepted")
     page.keyboard.press("End")
     expect(page.locator(".step[aria-selected=true]")).to_have_count(1)
 
 
-def test_the_meter_the_positions_and_why_it_is_slow(page: Page):
+def test_the_meter_the_positions_and_the_speed_limits(page: Page):
     page.get_by_role("button", name="Steps", exact=True).click()
     send(page, "count the tokens of every step and draw a line of them, please, " * 5)
     finished(page)
     panel = page.get_by_role("complementary", name="Steps")
     expect(panel.get_by_role("img")).to_have_attribute(
-        "aria-label", re.compile(r"\d tokens a step")
+        "aria-label", re.compile(r"\d on average over the last 16 steps")
     )
     expect(panel.locator(".positions tbody tr")).to_have_count(4)
     expect(panel.locator(".reasons")).to_contain_text("A step of 4 rows takes about 1.30 times")
@@ -167,31 +167,33 @@ def test_the_slider_for_k_and_sampling_reach_the_engine(page: Page, app: AppHost
     send(page, "one draft at most for this answer, " * 2)
     finished(page)
     number = int(page.url.partition("#c=")[2])
-    kept = app.conversation(number)
-    assert kept["options"]["num_draft_tokens"] == 1 and kept["options"]["temp"] == 0.5
-    assert kept["system_prompt"] == "Be brief."
-    assert max(len(group["tokens"]) for group in kept["messages"][1]["groups"]) == 2
+    conversation = app.conversation(number)
+    assert (
+        conversation["options"]["num_draft_tokens"] == 1 and conversation["options"]["temp"] == 0.5
+    )
+    assert conversation["system_prompt"] == "Be brief."
+    assert max(len(group["tokens"]) for group in conversation["messages"][1]["groups"]) == 2
     page.get_by_role("button", name="Settings").click()
     page.get_by_role("button", name="Steps", exact=True).first.click()
     reasons = page.get_by_role("complementary", name="Steps").locator(".reasons")
-    expect(reasons).to_contain_text("Verifying 1 draft takes about 1.10 times a plain step")
+    expect(reasons).to_contain_text("Verifying 1 draft takes about 1.10 times as long")
 
 
-def test_a_race_ends_in_a_proof_and_a_number(page: Page):
+def test_a_race_reports_identical_hashes_and_the_speed_up(page: Page):
     send(page, "run, and say the same, " * 8)
     finished(page)
     page.get_by_role("button", name="Race").click()
     dialog = page.get_by_role("dialog", name="Race")
     dialog.get_by_role("button", name="Start").click()
     expect(dialog.get_by_role("status")).to_contain_text("Identical output: both hashes")
-    expect(dialog.get_by_role("status")).to_contain_text(re.compile(r"\d\.\d\dx the tokens"))
+    expect(dialog.get_by_role("status")).to_contain_text(re.compile(r"\d\.\d\dx the speed"))
     first, second = dialog.locator(".hash code").all_inner_texts()
     assert first == second and re.fullmatch("[0-9a-f]{64}", first)
     page.keyboard.press("Escape")
     expect(dialog).to_have_count(0)
 
 
-def test_a_race_says_when_it_had_to_share_the_model(page: Page, app: AppHost):
+def test_a_race_reports_that_it_shared_the_model(page: Page, app: AppHost):
     page.get_by_role("button", name="Race").click()
     dialog = page.get_by_role("dialog", name="Race")
     dialog.get_by_label("Prompt").fill("run, and say the same, " * 4)
@@ -201,15 +203,15 @@ def test_a_race_says_when_it_had_to_share_the_model(page: Page, app: AppHost):
         assert other.status_code == 200
         dialog.get_by_role("button", name="Start").click()
         status = dialog.get_by_role("status")
-        expect(status).to_contain_text("not fair: 2 other answers took turns")
+        expect(status).to_contain_text("unreliable: 2 other answers used the model")
         expect(status).to_contain_text("Identical output: both hashes")
 
 
 def test_another_model_is_loaded_with_a_progress_bar(page: Page, tmp_path):
     (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     page.locator("button.model").click()
-    page.get_by_role("combobox", name="Model").select_option(label="a folder")
-    page.get_by_label("Folder of the model").fill(str(tmp_path))
+    page.get_by_role("combobox", name="Model").select_option(label="Folder…")
+    page.get_by_label("Model folder").fill(str(tmp_path))
     page.get_by_role("button", name="Load").click()
     expect(page.get_by_role("progressbar")).to_be_visible()
     expect(page.locator("button.model")).to_contain_text(tmp_path.name)

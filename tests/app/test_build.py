@@ -1,4 +1,4 @@
-"""The built page: there, from these sources, small, and asking nobody else for anything."""
+"""The built page: built from these sources, small, and without external requests."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 CHAT = ROOT / "apps" / "chat"
-MOST_BYTES = 500_000
+MAX_BYTES = 500_000
 
 
 @pytest.fixture(scope="module")
@@ -27,28 +27,28 @@ def hook() -> Any:
 
 @pytest.fixture
 def copied(tmp_path) -> Path:
-    kept = shutil.ignore_patterns("node_modules")
-    return Path(shutil.copytree(CHAT, tmp_path / "chat", ignore=kept))
+    ignored = shutil.ignore_patterns("node_modules")
+    return Path(shutil.copytree(CHAT, tmp_path / "chat", ignore=ignored))
 
 
 def test_the_committed_page_was_built_from_these_sources(hook):
     hook.check_page(CHAT)
 
 
-def test_a_changed_source_is_refused(hook, copied):
+def test_a_changed_source_is_rejected(hook, copied):
     (copied / "src" / "tree.ts").write_text("// changed\n", encoding="utf-8")
     with pytest.raises(RuntimeError, match="other sources"):
         hook.check_page(copied)
 
 
-def test_a_new_source_is_refused(hook, copied):
+def test_a_new_source_is_rejected(hook, copied):
     (copied / "src" / "new.ts").write_text("export {};\n", encoding="utf-8")
     with pytest.raises(RuntimeError, match="other sources"):
         hook.check_page(copied)
 
 
 @pytest.mark.parametrize("name", ["index.html", "stamp.json"])
-def test_a_missing_page_is_refused(hook, copied, name):
+def test_a_missing_page_is_rejected(hook, copied, name):
     (copied / "dist" / name).unlink()
     with pytest.raises(RuntimeError, match="no built page"):
         hook.check_page(copied)
@@ -56,10 +56,10 @@ def test_a_missing_page_is_refused(hook, copied, name):
 
 def test_the_page_is_small():
     sizes = [len(gzip.compress(path.read_bytes())) for path in _files()]
-    assert sum(sizes) < MOST_BYTES
+    assert sum(sizes) < MAX_BYTES
 
 
-def test_the_page_names_only_files_of_its_own():
+def test_the_page_refers_only_to_its_own_files():
     html = (CHAT / "dist" / "index.html").read_text(encoding="utf-8")
     names = re.findall(r'(?:src|href)="([^"]+)"', html)
     assert names

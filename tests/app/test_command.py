@@ -1,4 +1,4 @@
-"""The command ``mlx-mtp app``: its address, its end, what it says when something is missing."""
+"""The command ``mlx-mtp app``: its address, its exit, and its errors."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_a_taken_port_is_one_line(tmp_path):
 def test_a_damaged_history_is_one_line(tmp_path):
     (tmp_path / "history.sqlite3").write_bytes(b"no database, but long enough to be read" * 50)
     result = CliRunner().invoke(cli, ["app", "--no-browser", "--data-dir", str(tmp_path)])
-    assert result.exit_code == 2 and "cannot be read as a history" in result.output
+    assert result.exit_code == 2 and "as a conversation history" in result.output
     assert len(result.output.strip().splitlines()) == 1
 
 

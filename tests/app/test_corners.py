@@ -1,4 +1,4 @@
-"""The page in a real browser where input is large or odd, or the focus, engine or server lost."""
+"""The page in a real browser: large or unusual input, lost focus, and a lost engine or server."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ RIGHT_ENDS = """(paragraph) => {
     return [text, paragraph].map((each) => each.getBoundingClientRect().right);
 }"""
 DROP = """(text) => {
-    const held = new DataTransfer();
-    held.items.add(new File([text], "some.json", {type: "application/json"}));
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([text], "some.json", {type: "application/json"}));
     for (const kind of ["dragover", "drop"]) document.body.dispatchEvent(
-        new DragEvent(kind, {dataTransfer: held, bubbles: true, cancelable: true}));
+        new DragEvent(kind, {dataTransfer: transfer, bubbles: true, cancelable: true}));
 }"""
 
 
 def imported(app: AppHost, title: str, *, pairs: int) -> int:
-    """A conversation of so many questions and answers; returns its number."""
+    """Import a conversation of ``pairs`` questions and answers; returns its id."""
     whole = {
         "format": "mlx-mtp conversations",
         "version": 1,
@@ -68,14 +68,14 @@ def test_the_focus_is_never_lost(page: Page):
     send(page, "first")
     finished(page)
     box = page.get_by_label("Message", exact=True)
-    answers(page).get_by_role("button", name="Again").focus()
+    answers(page).get_by_role("button", name="Regenerate").focus()
     page.keyboard.press("Enter")
     expect(answers(page)).to_contain_text("2/2")
     expect(box).to_be_focused()
     finished(page)
-    answers(page).get_by_role("button", name="Earlier version").focus()
+    answers(page).get_by_role("button", name="Previous version").focus()
     page.keyboard.press("Enter")
-    expect(answers(page).get_by_role("button", name="Later version")).to_be_focused()
+    expect(answers(page).get_by_role("button", name="Next version")).to_be_focused()
     edit = page.get_by_role("article", name="You").get_by_role("button", name="Edit")
     edit.focus()
     page.keyboard.press("Enter")
@@ -112,14 +112,14 @@ def test_an_export_that_is_dropped_on_the_page_is_imported(page: Page, app: AppH
     expect(page.locator(".drop")).to_have_count(0)
 
 
-def test_a_server_that_is_gone_is_told_of_until_it_is_back(browser, app: AppHost):
+def test_an_unreachable_server_is_reported_until_it_responds(browser, app: AppHost):
     context = browser.new_context()
     page = context.new_page()
     page.goto(app.address)
     button = page.get_by_role("button", name="Send", exact=True)
     expect(button).to_be_enabled()
     page.route("**/app/api/**", lambda route: route.abort())
-    expect(page.get_by_role("alert")).to_contain_text("mlx-mtp app does not answer")
+    expect(page.get_by_role("alert")).to_contain_text("mlx-mtp app is not responding")
     expect(button).to_be_disabled()
     page.unroute("**/app/api/**")
     expect(page.get_by_role("alert")).to_have_count(0)
@@ -127,7 +127,7 @@ def test_a_server_that_is_gone_is_told_of_until_it_is_back(browser, app: AppHost
     context.close()
 
 
-def test_an_answer_goes_on_when_the_connection_is_back(browser, app: AppHost):
+def test_an_answer_continues_after_a_lost_connection(browser, app: AppHost):
     context = browser.new_context()
     context.add_init_script(CUTTABLE)
     page = context.new_page()
@@ -137,7 +137,7 @@ def test_an_answer_goes_on_when_the_connection_is_back(browser, app: AppHost):
     expect(answers(page)).to_contain_text("slowslow")
     page.route("**/app/api/**", lambda route: route.abort())
     page.evaluate("cut()")
-    expect(answers(page)).to_contain_text("The connection broke off")
+    expect(answers(page)).to_contain_text("The connection was lost")
     expect(page.get_by_role("alert")).to_be_visible()
     page.unroute("**/app/api/**")
     expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
@@ -146,7 +146,7 @@ def test_an_answer_goes_on_when_the_connection_is_back(browser, app: AppHost):
     context.close()
 
 
-def test_an_engine_that_dies_leaves_what_came_and_starts_anew(page: Page, app: AppHost):
+def test_a_dead_engine_keeps_the_text_and_restarts(page: Page, app: AppHost):
     send(page, "die")
     expect(answers(page)).to_contain_text("the engine died")
     expect(answers(page)).to_contain_text("last words")
@@ -157,10 +157,10 @@ def test_an_engine_that_dies_leaves_what_came_and_starts_anew(page: Page, app: A
     expect(answers(page).last).to_contain_text("and on")
 
 
-def test_why_a_model_was_not_loaded_stays_to_be_read(page: Page):
+def test_the_error_of_a_model_that_fails_to_load_stays_visible(page: Page):
     page.locator("button.model").click()
-    page.get_by_role("combobox", name="Model").select_option(label="a folder")
-    page.get_by_label("Folder of the model").fill("/no/such/folder")
+    page.get_by_role("combobox", name="Model").select_option(label="Folder…")
+    page.get_by_label("Model folder").fill("/no/such/folder")
     page.get_by_role("button", name="Load").click()
     panel = page.get_by_role("complementary", name="Model")
     expect(panel.get_by_role("alert")).to_contain_text("/no/such/folder is neither a folder nor")
@@ -177,12 +177,12 @@ def test_a_message_of_100_kb_is_folded(page: Page):
     expect(said.locator(".folded")).to_have_count(1)
     low = said.bounding_box()
     assert low and low["height"] < 400
-    said.get_by_role("button", name="Show all 100,000 letters").click()
+    said.get_by_role("button", name="Show all 100,000 characters").click()
     high = said.bounding_box()
     assert high and high["height"] > 2000
 
 
-def test_wide_tables_scroll_tasks_have_boxes_and_arabic_begins_at_the_right(page: Page):
+def test_wide_tables_scroll_tasks_have_boxes_and_arabic_runs_right_to_left(page: Page):
     send(page, f"{WIDE}\n\n- [x] done\n\n{ARABIC}")
     finished(page)
     cells = answers(page).locator("th")
@@ -194,7 +194,7 @@ def test_wide_tables_scroll_tasks_have_boxes_and_arabic_begins_at_the_right(page
     assert text == pytest.approx(whole, abs=2)
 
 
-def test_a_conversation_opens_at_its_end_and_back_leads_to_the_last_one(page: Page, app: AppHost):
+def test_a_conversation_opens_at_its_end_and_back_opens_the_previous_one(page: Page, app: AppHost):
     numbers = [imported(app, title, pairs=100) for title in ("older", "newer")]
     page.reload()
     thread = page.locator(".thread")
@@ -206,17 +206,17 @@ def test_a_conversation_opens_at_its_end_and_back_leads_to_the_last_one(page: Pa
         page.locator(f'[data-conversation="{number}"]').click()
         expect(page.locator("header h1")).to_have_text(title)
         until(page, is_at_end)
-        expect(page.get_by_role("button", name="Go to the end")).to_have_count(0)
+        expect(page.get_by_role("button", name="Scroll to bottom")).to_have_count(0)
         thread.evaluate("box => box.scrollTo(0, 0)")
-        expect(page.get_by_role("button", name="Go to the end")).to_be_visible()
+        expect(page.get_by_role("button", name="Scroll to bottom")).to_be_visible()
     page.go_back()
     expect(page.locator("header h1")).to_have_text("older")
     thread.evaluate("box => box.scrollTo(0, 0)")
-    page.get_by_role("button", name="Go to the end").click()
+    page.get_by_role("button", name="Scroll to bottom").click()
     until(page, is_at_end)
 
 
-def test_a_phone_sees_the_conversation_first_below_two_rows(browser, app: AppHost):
+def test_a_phone_shows_the_conversation_below_two_rows(browser, app: AppHost):
     app.client.put("/settings", json={"values": {"panel": "settings"}}).raise_for_status()
     context = browser.new_context(
         viewport={"width": 360, "height": 700}, has_touch=True, is_mobile=True
@@ -238,7 +238,7 @@ def test_a_phone_sees_the_conversation_first_below_two_rows(browser, app: AppHos
     context.close()
 
 
-def test_a_print_holds_the_whole_conversation_and_nothing_else(page: Page, app: AppHost):
+def test_a_print_contains_only_the_whole_conversation(page: Page, app: AppHost):
     number = imported(app, "on paper", pairs=30)
     page.goto(f"{app.url}/#c={number}")
     page.reload()
@@ -259,7 +259,7 @@ def test_a_conversation_is_copied_as_markdown(page: Page):
     assert "## You\n\nto the clipboard" in page.evaluate("navigator.clipboard.readText()")
 
 
-def test_a_suggestion_begins_a_conversation(page: Page):
+def test_a_suggestion_starts_a_conversation(page: Page):
     page.get_by_role("button", name="Explain in simple words why the sky is blue.").click()
     finished(page)
     expect(answers(page)).to_contain_text("why the sky is blue")

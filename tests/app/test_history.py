@@ -1,4 +1,4 @@
-"""The history: a tree of messages in SQLite, searched, exported, and whole after a kill."""
+"""The history: a tree of messages in SQLite, with search, export and recovery after a kill."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def history(tmp_path):
 
 
 def talk(history: History, title: str, *texts: str) -> int:
-    """A conversation with so many messages in turn; returns its number."""
+    """Create a conversation with alternating messages; returns its id."""
     number, parent = history.create(title)["id"], None
     for at, text in enumerate(texts):
         parent = history.add(number, parent, ("user", "assistant")[at % 2], text)["id"]
     return number
 
 
-def test_messages_form_a_tree_and_the_leaf_tells_which_branch_is_shown(history):
+def test_messages_form_a_tree_and_the_leaf_selects_the_shown_branch(history):
     number = history.create("Trees")["id"]
     question = history.add(number, None, "user", "What is a tree?")["id"]
     first = history.add(number, question, "assistant", "A plant.")["id"]
@@ -58,7 +58,7 @@ def test_streamed_text_is_appended_and_nothing_is_after_the_end(history):
     assert message["state"] == "done" and message["stats"] == {"generation_tps": 3.0}
 
 
-def test_what_was_streaming_at_a_death_is_marked_unless_its_writer_lives(tmp_path):
+def test_streaming_messages_of_a_dead_process_are_marked_interrupted(tmp_path):
     path = tmp_path / "history.sqlite3"
     writer = History(path)
     answer = writer.add(writer.create()["id"], None, "assistant", state="streaming")["id"]
@@ -71,7 +71,7 @@ def test_what_was_streaming_at_a_death_is_marked_unless_its_writer_lives(tmp_pat
     reader.close()
 
 
-def test_deleting_takes_the_messages_along(history):
+def test_deleting_a_conversation_deletes_its_messages(history):
     number = talk(history, "Gone", "findable words", "indeed")
     kept = talk(history, "Kept", "other words")
     history.delete(number)
@@ -104,13 +104,13 @@ def test_search_finds_titles_and_text_of_any_script(tmp_path, monkeypatch, with_
 @pytest.mark.parametrize(
     ("values", "culprit"),
     [
-        ({"title": 5}, "title must be text"),
+        ({"title": 5}, "title must be a string"),
         ({"nonsense": 5}, "nonsense"),
         ({"options": []}, "options"),
-        ({"options": {"x": float("nan")}}, "options is not JSON"),
+        ({"options": {"x": float("nan")}}, "options is not valid JSON"),
         ({"options": {"x": "y" * 70_000}}, "options has"),
         ({"system_prompt": "x" * 1_000_001}, "system_prompt has"),
-        ({"system_prompt": "\ud800"}, "system_prompt is not Unicode"),
+        ({"system_prompt": "\ud800"}, "system_prompt is not valid Unicode"),
         ({"leaf": 99}, "leaf 99"),
         ({"leaf": True}, "leaf"),
     ],
@@ -158,14 +158,14 @@ def _export(**changes) -> dict:
 @pytest.mark.parametrize(
     ("data", "culprit"),
     [
-        (b"", "not JSON"),
-        (b"\xff\xfe", "not JSON"),
-        (b"[" * 200_000, "not JSON"),
+        (b"", "not valid JSON"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b"[" * 200_000, "not valid JSON"),
         (b"[]", "not an export"),
         (_export(version=2), "version 2"),
         (_export(conversations={}), "must be a list"),
         (_export(conversations=[5]), "conversation 1 is not"),
-        (_export(conversations=[{"messages": [{"role": "system"}]}]), "message 1: role is 'sys"),
+        (_export(conversations=[{"messages": [{"role": "system"}]}]), "role must be .* 'sys"),
         (_export(conversations=[{"messages": [{"role": "user", "text": 5}]}]), "message 1: text"),
         (
             _export(conversations=[{"messages": [{"role": "user", "text": "", "parent": 0}]}]),
@@ -176,7 +176,7 @@ def _export(**changes) -> dict:
          b'"options":{"a":NaN}}]}', "not finite"),
     ],
 )  # fmt: skip
-def test_a_damaged_import_changes_nothing_and_says_where(history, data, culprit):
+def test_a_damaged_import_changes_nothing_and_names_the_place(history, data, culprit):
     if not isinstance(data, bytes):
         data["conversations"] = [*_good(), *data["conversations"]] if _listed(data) else 5
         data = json.dumps(data).encode()
@@ -195,7 +195,7 @@ def _good() -> list[dict]:
     return _export()["conversations"]
 
 
-def test_steps_of_a_foreign_shape_are_left_out(history):
+def test_invalid_steps_are_omitted(history):
     data = _export()
     for wrong in ({"ms": "<b>"}, {"drafted": 10**9}, {"accepted": -1}, {"tokens": [1]}):
         values = {"groups": [GROUP | wrong], "stats": {"error": {"a": 1}, "num_steps": 2}}
@@ -206,18 +206,18 @@ def test_steps_of_a_foreign_shape_are_left_out(history):
         assert message["stats"] == {"num_steps": 2}
 
 
-def test_settings_are_remembered(history):
+def test_settings_are_saved(history):
     history.remember({"theme": "dark"})
     history.remember({"theme": "light", "width": 3})
     assert history.settings() == {"theme": "light", "width": 3}
-    with pytest.raises(ValueError, match="theme is not JSON"):
+    with pytest.raises(ValueError, match="theme is not valid JSON"):
         history.remember({"theme": {1, 2}})
 
 
 def test_a_foreign_or_newer_file_is_refused_in_one_line(tmp_path):
     path = tmp_path / "history.sqlite3"
     path.write_bytes(b"this is not a database at all, but it is long enough to look" * 40)
-    with pytest.raises(ValueError, match="cannot be read as a history"):
+    with pytest.raises(ValueError, match="as a conversation history"):
         History(path)
     path.unlink()
     newer = sqlite3.connect(path)
@@ -260,16 +260,16 @@ def test_what_was_appended_survives_kill_9(tmp_path):
             [sys.executable, "-c", _WRITER, str(path)], stdout=subprocess.PIPE, text=True
         )
         assert writer.stdout
-        said = [int(writer.stdout.readline()) for _ in range(50)]
+        printed = [int(writer.stdout.readline()) for _ in range(50)]
         writer.send_signal(signal.SIGKILL)
-        said += [int(line) for line in writer.stdout if line.endswith("\n")]
+        printed += [int(line) for line in writer.stdout if line.endswith("\n")]
         writer.wait()
         history = History(path)
         latest = history.conversation(history.conversations()[0]["id"])["messages"][0]
         history.close()
         assert latest["state"] == "interrupted"
         kept = [int(each) for each in latest["text"].split()]
-        assert kept[: len(said)] == said and kept == list(range(len(kept)))
+        assert kept[: len(printed)] == printed and kept == list(range(len(kept)))
 
 
 def test_ten_thousand_messages_are_searched_quickly(tmp_path):

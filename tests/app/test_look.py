@@ -1,4 +1,4 @@
-"""How the page looks and reads: colours, a phone's width, screen readers, axe, the first paint."""
+"""Appearance and accessibility of the page: colours, phones, screen readers, the first paint."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def test_colours_follow_the_system_until_they_are_chosen(page: Page, scheme):
         colour = page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
         return int(re.findall(r"\d+", colour)[0]) < 128
 
-    page.get_by_label("Colours").select_option("system")
+    page.get_by_label("Theme").select_option("system")
     assert is_dark() == (scheme == "dark")
     other = {"light": "dark", "dark": "light"}[scheme]
-    page.get_by_label("Colours").select_option(other)
+    page.get_by_label("Theme").select_option(other)
     until(page, lambda: is_dark() == (other == "dark"))
-    page.get_by_label("Colours").select_option("system")
+    page.get_by_label("Theme").select_option("system")
 
 
 @pytest.mark.parametrize("width", [320, 390])
@@ -48,38 +48,38 @@ def test_it_fits_a_phone(page: Page, width):
     page.get_by_role("button", name="Close").click()
 
 
-def test_screen_readers_are_told_sentences_not_tokens(page: Page):
+def test_screen_readers_get_sentences_not_tokens(page: Page):
     page.evaluate(
         """() => {
-            window.told = [];
-            const watch = () => told.push(document.querySelector('[role=log]').textContent);
+            window.announced = [];
+            const watch = () => announced.push(document.querySelector('[role=log]').textContent);
             new MutationObserver(watch).observe(document.querySelector('[role=log]'),
                 {childList: true, characterData: true, subtree: true});
         }"""
     )
     send(page, "One sentence. Two sentences. " * 10)
     finished(page)
-    until(page, lambda: "Answer complete" in "".join(page.evaluate("told")[-1:]))
-    assert len(page.evaluate("told")) <= 6
+    until(page, lambda: "Answer complete" in "".join(page.evaluate("announced")[-1:]))
+    assert len(page.evaluate("announced")) <= 6
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_axe_finds_nothing_serious(page: Page, theme):
-    page.get_by_label("Colours").select_option(theme)
+    page.get_by_label("Theme").select_option(theme)
     send(page, CODE)
     finished(page)
-    found = _serious(page)
+    violations = _serious(page)
     for name in ("Settings", "Steps"):
         page.get_by_role("button", name=name, exact=True).first.click()
-        found += _serious(page)
+        violations += _serious(page)
     answers(page).get_by_role("button", name="Step by step").click()
-    found += _serious(page)
+    violations += _serious(page)
     page.get_by_role("button", name="Race").click()
-    found += _serious(page)
+    violations += _serious(page)
     page.keyboard.press("Escape")
     page.get_by_role("complementary", name="Steps").get_by_role("button", name="Close").click()
-    page.get_by_label("Colours").select_option("system")
-    assert found == []
+    page.get_by_label("Theme").select_option("system")
+    assert violations == []
 
 
 def _serious(page: Page) -> list[str]:
@@ -92,15 +92,15 @@ def _serious(page: Page) -> list[str]:
     ]
 
 
-def test_without_the_key_the_page_says_what_to_do(browser, app: AppHost):
+def test_without_the_key_the_page_explains_how_to_open_it(browser, app: AppHost):
     context = browser.new_context()
     opened = context.new_page()
     opened.goto(app.url)
-    expect(opened.get_by_role("heading")).to_have_text("This page needs its key")
+    expect(opened.get_by_role("heading")).to_have_text("Access key required")
     context.close()
 
 
-def test_the_first_paint_comes_soon(browser, app: AppHost):
+def test_the_first_paint_is_fast(browser, app: AppHost):
     times: list[float] = []
     while len(times) < 10 and min(times, default=1000) >= 1000:  # others may use the machine
         context = browser.new_context()

@@ -1,4 +1,4 @@
-"""The routes of the app: answers that outlive the page, the history, the gate before them."""
+"""The routes of the app: answers, the history, and access control."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tests.app.host import AppHost, events_of, hosted_app
 
 @pytest.fixture(scope="module")
 def app(tmp_path_factory):
-    with hosted_app(tmp_path_factory.mktemp("app") / "history.sqlite3", alone_s=0.5) as host:
+    with hosted_app(tmp_path_factory.mktemp("app") / "history.sqlite3", unwatched_s=0.5) as host:
         yield host
 
 
-def test_an_answer_is_streamed_step_by_step_and_kept(app: AppHost):
-    number = app.talk()
+def test_an_answer_is_streamed_step_by_step_and_saved(app: AppHost):
+    number = app.new_conversation()
     text = "Tell me *something* slowly about a tree."
-    answer = app.begin(number, text)
+    answer = app.start(number, text)
     events = app.events(answer)
     assert events[0] == {"type": "started", "prompt_tokens": 10, "cached_tokens": 4}
     groups = [each for each in events if each["type"] == "group"]
@@ -40,7 +40,7 @@ def test_an_answer_is_streamed_step_by_step_and_kept(app: AppHost):
 
 
 def test_an_answer_can_be_watched_again_from_its_beginning(app: AppHost):
-    answer = app.begin(app.talk(), "watch me twice")
+    answer = app.start(app.new_conversation(), "watch me twice")
     with httpx.Client(base_url=app.client.base_url, cookies=app.client.cookies) as other:
         first = events_of(other.get(f"/answers/{answer}").text)
     assert first[-1]["type"] == "end"
@@ -48,9 +48,9 @@ def test_an_answer_can_be_watched_again_from_its_beginning(app: AppHost):
     assert again == [each for each in first if each["type"] in ("group", "end")]
 
 
-def test_stop_keeps_what_has_come(app: AppHost):
-    number = app.talk()
-    answer = app.begin(number, "slow")
+def test_stop_keeps_the_text_so_far(app: AppHost):
+    number = app.new_conversation()
+    answer = app.start(number, "slow")
     time.sleep(0.3)
     assert app.client.post(f"/answers/{answer}/stop").status_code == 204
     assert app.events(answer)[-1]["state"] == "stopped"
@@ -59,28 +59,28 @@ def test_stop_keeps_what_has_come(app: AppHost):
     assert message["text"] == "".join(t for group in message["groups"] for t in group["tokens"])
 
 
-def test_an_answer_nobody_watches_ends_and_one_that_is_watched_goes_on(app: AppHost):
-    number = app.talk()
-    answer = app.begin(number, "slow")
+def test_an_unwatched_answer_ends_and_a_watched_one_continues(app: AppHost):
+    number = app.new_conversation()
+    answer = app.start(number, "slow")
     with app.client.stream("GET", f"/answers/{answer}") as reply:
         lines = reply.iter_lines()
         began = time.monotonic()
-        while time.monotonic() - began < 1.2:  # longer than it may be alone
+        while time.monotonic() - began < 1.2:  # longer than an answer may be unwatched
             next(lines)
     time.sleep(1.2)
     assert app.conversation(number)["messages"][1]["state"] == "interrupted"
 
 
 def state_of(app: AppHost, number: int) -> str:
-    """How the first answer of a conversation stands."""
+    """State of the first answer of a conversation."""
     return app.conversation(number)["messages"][1]["state"]
 
 
-def test_a_page_that_takes_nothing_counts_as_gone(tmp_path):
-    with hosted_app(tmp_path / "history.sqlite3", alone_s=0.2, send_timeout_s=0.4) as app:
-        number = app.talk()
-        answer = app.begin(number, "flood")
-        with app.client.stream("GET", f"/answers/{answer}"):  # and nothing is read of it
+def test_a_page_that_reads_nothing_is_disconnected(tmp_path):
+    with hosted_app(tmp_path / "history.sqlite3", unwatched_s=0.2, send_timeout_s=0.4) as app:
+        number = app.new_conversation()
+        answer = app.start(number, "flood")
+        with app.client.stream("GET", f"/answers/{answer}"):  # nothing is read
             deadline = time.monotonic() + 20
             while app.engine.running or state_of(app, number) == "streaming":
                 assert time.monotonic() < deadline
@@ -89,8 +89,8 @@ def test_a_page_that_takes_nothing_counts_as_gone(tmp_path):
 
 
 def test_text_is_written_while_it_streams(app: AppHost):
-    number = app.talk()
-    answer = app.begin(number, "slow")
+    number = app.new_conversation()
+    answer = app.start(number, "slow")
     with app.client.stream("GET", f"/answers/{answer}") as reply:
         lines = reply.iter_lines()
         began = time.monotonic()
@@ -102,7 +102,7 @@ def test_text_is_written_while_it_streams(app: AppHost):
 
 
 def test_regenerate_and_edit_make_branches(app: AppHost):
-    number = app.talk()
+    number = app.new_conversation()
     first = app.ask(number, "question")
     question = app.conversation(number)["messages"][0]["id"]
     again = app.ask(number, None, question)
@@ -119,35 +119,35 @@ def test_regenerate_and_edit_make_branches(app: AppHost):
     ("body", "status", "culprit"),
     [
         ({}, 400, "text is missing"),
-        ({"parent": 10**6}, 404, "there is no 1000000"),
+        ({"parent": 10**6}, 404, "no item with id 1000000"),
         ({"text": 5}, 400, "text"),
         ({"text": "x", "more": 1}, 400, "more"),
         ({"text": "x", "parent": -1}, 400, "parent"),
     ],
 )
 def test_bad_requests_for_answers_are_named(app: AppHost, body, status, culprit):
-    reply = app.client.post(f"/conversations/{app.talk()}/answer", json=body)
+    reply = app.client.post(f"/conversations/{app.new_conversation()}/answer", json=body)
     assert reply.status_code == status and culprit in reply.json()["error"]["message"]
 
 
-def test_a_message_must_follow_one_of_the_other_side(app: AppHost):
-    number = app.talk()
+def test_a_message_must_follow_one_of_the_other_role(app: AppHost):
+    number = app.new_conversation()
     answer = app.ask(number, "one")
     question = app.conversation(number)["messages"][0]["id"]
     for body in ({"parent": answer}, {"parent": question, "text": "two"}):
         reply = app.client.post(f"/conversations/{number}/answer", json=body)
         assert reply.status_code == 400, body
-    other = app.talk()
+    other = app.new_conversation()
     reply = app.client.post(f"/conversations/{other}/answer", json={"parent": question})
     assert "another conversation" in reply.json()["error"]["message"]
 
 
-def test_failures_of_the_engine_are_kept_and_told(app: AppHost):
-    number = app.talk()
-    failed = app.begin(number, "fail")
+def test_failures_of_the_engine_are_saved_and_reported(app: AppHost):
+    number = app.new_conversation()
+    failed = app.start(number, "fail")
     assert "out of luck" in app.events(failed)[-1]["stats"]["error"]
     assert app.conversation(number)["messages"][1]["state"] == "failed"
-    died = app.begin(number, "die")
+    died = app.start(number, "die")
     end = app.events(died)[-1]
     assert end["state"] == "interrupted" and "died" in end["stats"]["error"]
     assert app.conversation(number)["messages"][3]["text"].startswith("last words")
@@ -166,19 +166,19 @@ def test_failures_of_the_engine_are_kept_and_told(app: AppHost):
     ],
 )
 def test_bad_changes_are_named(app: AppHost, values, culprit):
-    reply = app.client.patch(f"/conversations/{app.talk()}", json=values)
+    reply = app.client.patch(f"/conversations/{app.new_conversation()}", json=values)
     assert reply.status_code == 400 and culprit in reply.json()["error"]["message"]
 
 
 def test_options_reach_the_engine(app: AppHost):
-    number = app.talk(options={"layout": "plain", "max_tokens": 2})
-    events = app.events(app.begin(number, "twelve letters"))
+    number = app.new_conversation(options={"layout": "plain", "max_tokens": 2})
+    events = app.events(app.start(number, "twelve letters"))
     assert [each["tokens"] for each in events if each["type"] == "group"] == [["twel"], ["ve l"]]
     assert events[-1]["state"] == "length"
 
 
 def test_export_import_search_rename_delete(app: AppHost):
-    number = app.talk()
+    number = app.new_conversation()
     app.ask(number, "zebras and quaggas")
     exported = app.client.get(f"/conversations/{number}/export")
     assert "attachment" in exported.headers["content-disposition"]
@@ -186,8 +186,8 @@ def test_export_import_search_rename_delete(app: AppHost):
     assert markdown.startswith("# zebras and quaggas\n")
     [copy] = app.client.post("/import", content=exported.content).json()["conversations"]
     app.client.patch(f"/conversations/{copy}", json={"title": "Stripes"})
-    found = app.client.get("/conversations", params={"search": "quaggas"}).json()
-    assert {each["id"]: each["title"] for each in found} == {
+    matches = app.client.get("/conversations", params={"search": "quaggas"}).json()
+    assert {each["id"]: each["title"] for each in matches} == {
         number: "zebras and quaggas",
         copy: "Stripes",
     }
@@ -198,7 +198,7 @@ def test_export_import_search_rename_delete(app: AppHost):
     assert bad.status_code == 400 and "not an export" in bad.json()["error"]["message"]
 
 
-def test_a_race_tells_that_the_outputs_are_the_same_and_what_was_gained(app: AppHost):
+def test_a_race_reports_identical_outputs_and_the_speed_up(app: AppHost):
     reply = app.client.post("/race", json={"text": "run as fast as you can, " * 10})
     events = events_of(reply.text)
     ends = [each for each in events if each["type"] == "lane_end"]
@@ -210,7 +210,7 @@ def test_a_race_tells_that_the_outputs_are_the_same_and_what_was_gained(app: App
     assert result["others"] == 0
 
 
-def test_a_race_tells_when_others_were_answered_meanwhile(app: AppHost):
+def test_a_race_reports_answers_that_ran_at_the_same_time(app: AppHost):
     bearer = {"Authorization": f"Bearer {app.token}"}
     body = {"messages": [{"role": "user", "content": "slow"}], "stream": True}
     with (
@@ -223,7 +223,7 @@ def test_a_race_tells_when_others_were_answered_meanwhile(app: AppHost):
     assert ends == [1, 1] and events_of(reply.text)[-1]["others"] == 2
 
 
-def test_a_race_tells_when_another_answer_came_between(app: AppHost):
+def test_a_race_reports_an_answer_that_started_during_it(app: AppHost):
     bearer = {"Authorization": f"Bearer {app.token}"}
     body = {"messages": [{"role": "user", "content": "hello"}]}
     asked: list[httpx.Response] = []
@@ -242,7 +242,7 @@ def test_a_race_tells_when_another_answer_came_between(app: AppHost):
 
 
 def test_a_race_over_a_question_of_the_conversation(app: AppHost):
-    number = app.talk()
+    number = app.new_conversation()
     app.ask(number, "which question")
     question = app.conversation(number)["messages"][0]["id"]
     reply = app.client.post("/race", json={"conversation": number, "message": question})
@@ -253,39 +253,39 @@ def test_a_race_over_a_question_of_the_conversation(app: AppHost):
 
 
 @pytest.mark.parametrize("options", [{"layout": "plain"}, {"num_draft_tokens": 0}])
-def test_a_race_that_would_be_none_is_refused(app: AppHost, options):
+def test_a_race_of_plain_decoding_with_itself_is_rejected(app: AppHost, options):
     reply = app.client.post("/race", json={"text": "run", "options": options})
     assert reply.status_code == 400 and "side" in reply.json()["error"]["message"]
 
 
-def test_a_race_wants_the_engine_for_itself(app: AppHost):
-    answer = app.begin(app.talk(), "slow")
+def test_a_race_cannot_start_during_an_answer(app: AppHost):
+    answer = app.start(app.new_conversation(), "slow")
     assert app.client.post("/race", json={"text": "run"}).status_code == 409
     app.client.post(f"/answers/{answer}/stop")
     assert app.events(answer)[-1]["state"] == "stopped"
 
 
-def test_more_drafts_than_the_adapter_has_become_all_of_them(app: AppHost):
-    number = app.talk(options={"num_draft_tokens": 64})
-    events = app.events(app.begin(number, "four drafts are all that there are " * 3))
+def test_k_is_limited_to_that_of_the_adapter(app: AppHost):
+    number = app.new_conversation(options={"num_draft_tokens": 64})
+    events = app.events(app.start(number, "four drafts are all that there are " * 3))
     assert max(len(each["tokens"]) for each in events if each["type"] == "group") == 5
 
 
-def test_a_verdict_says_where_two_answers_part():
+def test_a_verdict_reports_the_first_difference():
     def lane(ids: list[int], seconds: float) -> dict:
         counts = {"tokens": len(ids), "timed_tokens": len(ids) - 1, "seconds": seconds, "others": 1}
         return {"ids": ids, "sha256": hash_of(ids)} | counts
 
-    found = verdict(lane([1, 2, 3], 2.0), lane([1, 2, 4], 1.0))
-    assert not found["identical"] and found["differs_at"] == 2 and found["speed_up"] == 2.0
-    assert found["others"] == 2
+    result = verdict(lane([1, 2, 3], 2.0), lane([1, 2, 4], 1.0))
+    assert not result["identical"] and result["differs_at"] == 2 and result["speed_up"] == 2.0
+    assert result["others"] == 2
     assert verdict(lane([1, 2], 1.0), lane([1, 2, 3], 1.0))["differs_at"] == 2
     assert verdict(lane([1], 0.0), lane([1], 0.0))["speed_up"] is None
     expected = bytes([1, 0, 0, 0, 0, 1, 0, 0])
     assert hash_of([1, 256]) == hashlib.sha256(expected).hexdigest()
 
 
-def test_another_model_is_loaded_and_a_broken_one_gives_way_to_the_last(app: AppHost, tmp_path):
+def test_another_model_is_loaded_and_a_broken_one_restores_the_previous(app: AppHost, tmp_path):
     for name in ("good", "broken"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}", encoding="utf-8")
@@ -306,16 +306,16 @@ def test_another_model_is_loaded_and_a_broken_one_gives_way_to_the_last(app: App
     app.wait_for("ok")
     state = app.client.get("/state").json()
     assert state["chosen"]["model"] == str(tmp_path / "good") and "cannot load" in state["error"]
-    assert app.ask(app.talk(), "still here")
+    assert app.ask(app.new_conversation(), "still here")
 
 
-def test_facts_tell_what_steps_cost(app: AppHost):
+def test_facts_contain_the_cost_of_steps(app: AppHost):
     facts = app.client.get("/facts").json()
     assert facts["costs"]["rows"] == [1, 2, 4, 8] and facts["num_draft_tokens"] == 4
 
 
 @pytest.mark.parametrize("path", ["/app/api/conversations", "/app/api/state", "/v1/models"])
-def test_nothing_is_told_without_the_cookie_or_the_token(app: AppHost, path):
+def test_every_route_needs_the_cookie_or_the_token(app: AppHost, path):
     assert httpx.get(app.url + path).status_code == 401
     name = next(iter(app.client.cookies))
     assert httpx.get(app.url + path, cookies={name: "x" * 43}).status_code == 401
@@ -353,7 +353,7 @@ def test_the_cookie_is_for_this_page_alone(app: AppHost):
 
 
 @pytest.mark.parametrize("path", ["/", "/app/api/state", "/nowhere"])
-def test_every_answer_carries_the_policy(app: AppHost, path):
+def test_every_response_has_the_policy(app: AppHost, path):
     headers = httpx.get(app.url + path).headers
     policy = headers["content-security-policy"]
     assert "default-src 'none'" in policy and "unsafe" not in policy and "*" not in policy
@@ -375,15 +375,15 @@ def test_the_page_is_served(app: AppHost):
 def test_answers_are_saved_when_the_app_ends(tmp_path):
     path = tmp_path / "history.sqlite3"
     with hosted_app(path) as host:
-        number = host.talk()
-        host.begin(number, "slow")
+        number = host.new_conversation()
+        host.start(number, "slow")
         time.sleep(0.2)
     with hosted_app(path) as host:
         message = host.conversation(number)["messages"][1]
         assert message["state"] == "interrupted" and message["text"].startswith("slow")
 
 
-def test_a_page_that_was_not_built_is_told(tmp_path):
+def test_a_page_that_is_not_built_is_reported(tmp_path):
     with (
         pytest.raises(ValueError, match="npm run build"),
         hosted_app(tmp_path / "h.sqlite3", folder=tmp_path),

@@ -16,6 +16,7 @@ from click.testing import CliRunner, Result
 
 from mlx_mtp.bench import benchmark as flow
 from mlx_mtp.bench import modes
+from mlx_mtp.calibration.stored_costs import SPECULATIONS
 from mlx_mtp.cli import benchmark as cli_benchmark
 from mlx_mtp.cli.main import cli
 from mlx_mtp.planning.auto import Speculation
@@ -51,8 +52,9 @@ def tune_nothing(patch: pytest.MonkeyPatch) -> None:
     """What rows cost is guessed; measuring it has tests of its own."""
 
     def guess(model: Any, **_: Any) -> Speculation:
-        model.speculation = model.speculation or Speculation.guess(model.num_draft_tokens)
-        return model.speculation
+        known = SPECULATIONS.get(model) or Speculation.guess(model.num_draft_tokens)
+        SPECULATIONS.set(model, known)
+        return known
 
     patch.setattr(modes, "speculation_for", guess)
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import errno
-import io
 import json
 import re
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mlx_mtp.cli.main import cli
-from mlx_mtp.terminal import CLOSED_PIPE, INTERRUPTED, Interrupt, PoliteGroup, Progress, one_line
+from mlx_mtp.terminal import CLOSED_PIPE, INTERRUPTED, Interrupt, PoliteGroup
 from tests.helpers.fixtures_generate import (
     ASSISTANT,
     EOS,
@@ -29,13 +27,6 @@ from tests.helpers.fixtures_generate import (
 )
 
 __all__ = ["scripted"]
-
-
-class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
-
-    def isatty(self) -> bool:
-        return True
 
 
 @pytest.fixture
@@ -261,11 +252,6 @@ def raiser(error: Exception) -> Any:
     return load
 
 
-def test_one_line_always_says_something():
-    assert one_line(ValueError()) == "ValueError"
-    assert one_line(OSError("plain")) == "plain"
-
-
 @pytest.mark.parametrize(
     ("error", "code"), [(KeyboardInterrupt(), INTERRUPTED), (BrokenPipeError(), CLOSED_PIPE)]
 )
@@ -288,25 +274,6 @@ def test_the_second_interrupt_is_immediate():
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-
-
-def test_progress_shows_slow_work_at_a_terminal_only():
-    for stream, wanted in ((Terminal(), True), (io.StringIO(), False)):
-        with Progress("Loading ...", stream=stream, delay_s=0.01) as progress:
-            time.sleep(0.2)
-            progress.say("Still loading ...")
-        shown = stream.getvalue()
-        assert (shown == "") is not wanted
-        if wanted:
-            assert "Loading ..." in shown and "Still loading ..." in shown
-            assert shown.endswith("\r\x1b[K")
-
-
-def test_progress_keeps_quiet_about_quick_work():
-    stream = Terminal()
-    with Progress("Loading ...", stream=stream, delay_s=60):
-        pass
-    assert stream.getvalue() == ""
 
 
 def test_a_prompt_cache_names_its_model(loaded, scripted, monkeypatch, tmp_path):

@@ -1,4 +1,4 @@
-"""Shards, the progress bar, memory, and the benchmark of conversion."""
+"""Shards, progress, memory, and the benchmark of conversion."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import pty
 import subprocess
 import sys
+import termios
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_mtp.converters.base.shards import write_shards
-from mlx_mtp.converters.progress import ByteProgress
-from tests.converters.base_models import convert, edit, tensors
+from tests.converters.base_models import edit, tensors, torch_files
 from tests.helpers.tiny import save_tiny_model
 
 
@@ -40,93 +40,58 @@ def test_shards_hold_what_was_written(tmp_path, dtype):
         assert found[name].dtype == dtype and mx.array_equal(found[name], value).item()
 
 
-class Terminal:
-    """A stream that says it is a terminal."""
-
-    def __init__(self) -> None:
-        self.text = ""
-
-    def isatty(self) -> bool:
-        return True
-
-    def write(self, text: str) -> None:
-        self.text += text
-
-    def flush(self) -> None: ...
-
-
-def test_progress_shows_bytes_rate_and_time_left(monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr("mlx_mtp.converters.progress.time.monotonic", lambda: clock[0])
-    stream: Any = Terminal()
-    with ByteProgress(1_000_000_000, stream=stream) as progress:
-        progress.advance(100_000_000)
-        assert stream.text == ""
-        clock[0] += 2.5
-        progress.advance(150_000_000)
-        line = stream.text.rpartition("\x1b[K")[2]
-        assert line.startswith("Converting [#")
-        assert line.endswith("] 250 MB/1.00 GB 100 MB/s ETA 0:08") and len(line) < 80
-        progress.expect(1_000_000_000)
-        clock[0] += 5000
-        progress.say("Writing")
-        assert "Writing [" in stream.text and "250 MB/2.00 GB 50 KB/s ETA 9:43:" in stream.text
-    assert stream.text.endswith("\r\x1b[K")
-
-
-def test_progress_of_a_conversion_counts_all_bytes(tmp_path, monkeypatch):
-    stream: Any = Terminal()
-    monkeypatch.setattr("mlx_mtp.converters.progress._REDRAW_S", 0)
-    with ByteProgress(stream=stream, delay_s=0) as progress:
-        _, result = convert(save_tiny_model(tmp_path / "in"), tmp_path, progress=progress)
-        size = f"{result.num_bytes / 1000:.0f} KB"
-        assert f"{size}/{size}" in stream.text.split("\x1b[K")[-1]
-    assert stream.text.endswith("\r\x1b[K")
-
-
 PROGRESS = """
-import sys, time
-from mlx_mtp.converters.progress import ByteProgress
-with ByteProgress(10_000_000, delay_s=0.2) as progress:
-    for _ in range(10):
-        time.sleep(0.1)
-        progress.advance(1_000_000)
-print("done")
+import functools, sys
+from mlx_mtp import terminal
+terminal.progress = functools.partial(terminal.progress, delay=0, mininterval=0)
+terminal.Status = functools.partial(terminal.Status, delay_s=0)
+from mlx_mtp.cli.main import cli
+cli(sys.argv[1:])
 """
 
 
-def test_progress_at_a_terminal_and_in_a_pipe():
-    """On a pseudo-terminal a bar that is wiped away; elsewhere nothing."""
-    command = [sys.executable, "-c", PROGRESS]
-    quiet = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert (quiet.stdout, quiet.stderr) == ("done\n", "")
+def test_progress_at_a_terminal_and_in_a_pipe(tmp_path):
+    """Each stage shows at a pseudo-terminal, and is removed; nothing appears elsewhere."""
+    source = save_tiny_model(tmp_path / "in")
+    torch_files(source, parts=2)
+    command = [sys.executable, "-c", PROGRESS, "convert", "--hf-path", str(source)]
+    command += ["--allow-pickle", "--mlx-path"]
     ours, theirs = pty.openpty()
-    shown: list[bytes] = []
+    termios.tcsetwinsize(theirs, (24, 100))
+    written: list[bytes] = []
 
     def read() -> None:
         while chunk := _read(ours):
-            shown.append(chunk)
+            written.append(chunk)
 
     thread = threading.Thread(target=read)
     thread.start()
-    environment = {**os.environ, "COLUMNS": "60"}
-    result = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=theirs, timeout=60, env=environment
-    )
+    quiet = subprocess.run([*command, str(tmp_path / "quiet")], capture_output=True, check=True)
+    assert quiet.stdout.startswith(b"wrote ") and quiet.stderr == b""
+    command += [str(tmp_path / "out"), "--verify"]
+    result = subprocess.run(command, stdout=subprocess.PIPE, stderr=theirs, check=True)
+    assert b"the same as PyTorch" in result.stdout
     os.close(theirs)
     thread.join(timeout=10)
     os.close(ours)
-    text = b"".join(shown).decode()
-    assert result.stdout == b"done\n" and text.endswith("\r\x1b[K")
-    lines = text.split("\r\x1b[K")
-    assert any("#" in line and "MB/s ETA 0:0" in line for line in lines)
-    assert all(len(line) < 60 for line in lines)
+    text = b"".join(written).decode()
+    for stage in (
+        "Converting the tokenizer ...",
+        "Reading pytorch_model-00002-of-00002.bin (2 of 2) in a sandbox ...",
+        "Loading the model ...",
+        "Writing: 100%|",
+        "B/s]",
+        "Running the original in PyTorch ...",
+        "Running the converted model ...",
+    ):
+        assert stage in text, stage
+    assert text.endswith("\r\x1b[K") and "\n" not in text
 
 
 def _read(descriptor: int) -> bytes:
     try:
         return os.read(descriptor, 4096)
-    except OSError:  # Linux says so when the other end is closed
+    except OSError:  # Linux reports the closed other end so
         return b""
 
 

@@ -16,8 +16,8 @@ import torch
 from mlx_mtp.converters.checkpoint import read_checkpoint
 from mlx_mtp.converters.pytorch import checkpoint as torch_checkpoint
 from mlx_mtp.converters.pytorch import sandbox
-from mlx_mtp.converters.pytorch.archive import TorchFile, pickle_globals
 from mlx_mtp.converters.pytorch.checkpoint import Request, limits_for
+from mlx_mtp.converters.pytorch.file_format import pickle_globals
 from tests.converters import hostile, malformed
 from tests.converters.torch_zygote import Zygote
 
@@ -26,7 +26,13 @@ pytestmark = pytest.mark.skipif(
 )
 
 LIMIT_S = 5.0
-GATES = ("closed", "open")
+# Torch reads these files in spite of their faults.  What it returns are bytes of the file.
+READ_ANYWAY = {
+    *("protocol 255", "protocol 5", "two pickles in a row", "bytes behind the pickle"),
+    *("a storage of absurd length", "a storage of a long number", "a storage of the wrong kind"),
+    *("a name upwards", "a name with a backslash", "a folder's entry", "a name in another case"),
+    *("bytes behind", "a comment", "a local name that differs", "a method that differs"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +40,6 @@ def zygote() -> Iterator[Zygote]:
     process = Zygote()
     yield process
     process.close()
-
-
-def _open_the_gate(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let every file through to the child, as if the check of its bytes did not exist."""
-
-    def unchecked(path: Path) -> TorchFile:
-        is_zip = path.read_bytes()[:4] == b"PK\x03\x04"
-        return TorchFile(is_zip=is_zip, num_bytes=path.stat().st_size, globals=())
-
-    monkeypatch.setattr(torch_checkpoint, "check_torch_file", unchecked)
 
 
 def _refusal(path: Path) -> str | None:
@@ -107,25 +103,21 @@ def test_the_hostile_pickles_are_armed_and_the_sandbox_disarms_them(
             assert os.path.lexists(canary) == obeyed, f"{name}, {way}"
 
 
-@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.soak)])
 def test_no_hostile_pickle_runs(
-    tmp_path: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch, gate: str, every: int
+    tmp_path: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     monkeypatch.setattr(torch_checkpoint, "run_child", zygote)
-    if gate == "open":
-        _open_the_gate(monkeypatch)
-    count = _refuse_weapons(tmp_path, every=every)
-    assert count >= 140 // every
+    assert _refuse_weapons(tmp_path, every=every) >= 140 // every
 
 
-def test_no_hostile_pickle_runs_in_a_fresh_interpreter(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _open_the_gate(monkeypatch)
+def test_no_hostile_pickle_runs_in_a_fresh_interpreter(tmp_path: Path) -> None:
     weapon = hostile.weapons(tmp_path / "canary", _new(tmp_path, "needs"))["posix.system"]
     (tmp_path / "checkpoint.pt").write_bytes(hostile.zipped(weapon))
-    with pytest.raises(ValueError, match=r"checkpoint\.pt cannot be read: .*posix\.system"):
+    reason = (
+        r"checkpoint\.pt cannot be read: it refers to posix\.system, which is not plain weights"
+    )
+    with pytest.raises(ValueError, match=reason):
         read_checkpoint(tmp_path / "checkpoint.pt", allow_pickle=True)
     assert not (tmp_path / "canary").exists()
 
@@ -168,30 +160,25 @@ def _refuse_all(files: dict[str, bytes], folder: Path) -> dict[str, str]:
     for index, (name, content) in enumerate(files.items()):
         path = folder / f"{index}.pt"
         path.write_bytes(content)
-        if wrong := _refusal(path):
+        wrong = _refusal(path)
+        if wrong and (wrong != "was read" or name.partition(",")[0] not in READ_ANYWAY):
             wrongs[name] = wrong
         path.unlink()
     return wrongs
 
 
-@pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.soak)])
 def test_malformed_pickles_are_refused(
-    tmp_path: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch, gate: str, every: int
+    tmp_path: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch, every: int
 ) -> None:
     monkeypatch.setattr(torch_checkpoint, "run_child", zygote)
-    if gate == "open":
-        _open_the_gate(monkeypatch)
     pickles = malformed.pickles()
     assert len(pickles) >= 80
     chosen = list(pickles.items())[::every]
     files = {f"{name}, {f}": w for name, p in chosen for f, w in _forms(p).items()}
-    if gate == "open":  # torch spends all its time on each doubled tuple; one form is enough
-        files = {n: c for n, c in files.items() if "doubled" not in n or n.endswith("zip")}
-    wrongs = _refuse_all(files, tmp_path)
-    if gate == "open":  # torch is lenient with a few; what it makes of them is harmless
-        wrongs = {name: wrong for name, wrong in wrongs.items() if wrong != "was read"}
-    assert wrongs == {}
+    # Torch spends all its time on each doubled tuple; one form is enough.
+    files = {n: c for n, c in files.items() if "doubled" not in n or n.endswith("zip")}
+    assert _refuse_all(files, tmp_path) == {}
 
 
 def test_malformed_archives_are_refused(
@@ -201,21 +188,41 @@ def test_malformed_archives_are_refused(
     assert _refuse_all(malformed.archives(), tmp_path) == {}
 
 
-def test_what_torch_saves_beside_plain_weights_is_refused_by_name(tmp_path: Path) -> None:
-    for value, named in (
-        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
-        (argparse.Namespace(rank=8), "argparse.Namespace"),
-        (numpy.float64(1), "scalar"),
-        (torch.zeros(2, 2).to_sparse(), "_rebuild_sparse_tensor"),
-        (torch.zeros(2, device="meta"), "_rebuild_meta_tensor_no_storage"),
-        (tmp_path, "pathlib.PosixPath"),
+def test_what_torch_saves_beside_plain_weights_is_refused_by_name(
+    tmp_path: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_checkpoint, "run_child", zygote)
+    for value, reason in (
+        (torch.nn.Linear(2, 2), "it refers to torch.nn.modules.linear.Linear, which is not plain"),
+        (argparse.Namespace(rank=8), "it refers to argparse.Namespace, which is not plain weights"),
+        (numpy.float64(1), "it refers to numpy._core.multiarray.scalar, which is not plain"),
+        (torch.zeros(2, 2).to_sparse(), "tensor value is sparse, quantised or has no data"),
+        (torch.zeros(2, device="meta"), "tensor value is sparse, quantised or has no data"),
+        (tmp_path, "it refers to pathlib.PosixPath, which is not plain weights"),
     ):
         for new_form in (True, False):
             path = tmp_path / "a.pt"
             torch.save({"value": value}, path, _use_new_zipfile_serialization=new_form)
-            with pytest.raises(ValueError, match="is refused: it refers to") as refusal:
+            with pytest.raises(ValueError, match=f"cannot be read: {reason}"):
                 read_checkpoint(path, allow_pickle=True)
-            assert named in str(refusal.value)
+
+
+def test_what_is_no_checkpoint_is_named(
+    tmp_path: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_checkpoint, "run_child", zygote)
+    archives = malformed.archives()
+    for name, reason in {
+        "a text": "it is neither a zip archive nor an old PyTorch file",
+        "a program": "it is neither a zip archive nor an old PyTorch file",
+        "a zip cut off": "it is a broken or truncated zip archive",
+        "an entry of 4 GiB without the field": "it needs too much memory",
+        "a TorchScript program": "it is a TorchScript program, not a checkpoint",
+        "one storage under many names": "its tensors would fill 20971520 bytes",
+    }.items():
+        (tmp_path / "a.pt").write_bytes(archives[name])
+        with pytest.raises(ValueError, match=f"a.pt cannot be read: {reason}"):
+            read_checkpoint(tmp_path / "a.pt", allow_pickle=True)
 
 
 def test_special_files_are_not_waited_for(tmp_path: Path) -> None:

@@ -72,8 +72,7 @@ def test_a_pytorch_file_is_read_exactly(tmp_path: Path, forked: None, new_form: 
         del state["model"]["kinds"]["uint16"]  # torch writes it so, but cannot read it
     path = tmp_path / "lora.pt"
     torch.save(state, path, _use_new_zipfile_serialization=new_form)
-    said: list[str] = []
-    checkpoint = read_checkpoint(path, allow_pickle=True, progress=said.append)
+    checkpoint = read_checkpoint(path, allow_pickle=True)
     model = state["model"]
     expected = {f"model.kinds.{name}": tensor for name, tensor in model.pop("kinds").items()}
     expected |= {f"model.{name}": tensor for name, tensor in model.items()}
@@ -90,7 +89,6 @@ def test_a_pytorch_file_is_read_exactly(tmp_path: Path, forked: None, new_form: 
         **{"config.lora_rank": 8, "config.name": "x", "config.none": None, "config.ids": [1, 2]},
         **{"alpha": 32.0, "yes": True, "epoch": 3, "size": [1]},
     }
-    assert said == ["reading lora.pt in a sandbox"]
 
 
 @sandboxed
@@ -144,18 +142,18 @@ def test_two_files_of_one_stem_do_not_meet(tmp_path: Path, forked: None) -> None
         ({"a": torch.zeros(2).to(torch.float8_e4m3fn)}, "a has type float8_e4m3fn, which cannot"),
         ({"a": torch.zeros(2).to(torch.float8_e5m2)}, "a has type float8_e5m2, which cannot"),
         ({"a": torch.ones(1).expand(5)}, "exceeds its storage"),
-        ([torch.ones(1)], "it holds no dict of tensors"),
+        ([torch.ones(1)], "it holds a list, not a dict of tensors"),
         ({"a.b": torch.ones(1), "a": {"b": torch.ones(1)}}, "two of its tensors are named a.b"),
         ({"__metadata__": torch.ones(1)}, "__metadata__ is no name for a tensor"),
         ({"a\nb": torch.ones(1)}, "that is no name"),
-        ({(1, 2): torch.ones(1)}, "a key that is no name but a tuple"),
+        ({(1, 2): torch.ones(1)}, "a key of type tuple that is no name"),
     ],
 )
 def test_tensors_that_cannot_be_carried_over_are_refused(
     tmp_path: Path, forked: None, state: Any, said: str
 ) -> None:
     torch.save(state, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=f"x.pt (is refused|cannot be read): .*{said}"):
+    with pytest.raises(ValueError, match=f"x.pt cannot be read: .*{said}"):
         read_checkpoint(tmp_path / "x.pt", allow_pickle=True)
 
 

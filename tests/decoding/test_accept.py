@@ -13,14 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx_lm import sample_utils
 
-from mlx_mtp.decoding.accept import (
+from mlx_mtp.decoding.accept import accept_greedy, accept_sampled, count_accepted
+from mlx_mtp.decoding.sampling import (
     Sampling,
     _keep_min_p,
     _keep_top_k,
     _keep_top_p,
-    accept_greedy,
-    accept_sampled,
-    count_accepted,
     process_logits,
     target_probs,
 )

@@ -10,12 +10,14 @@ import pytest
 
 from mlx_mtp.backends.cpu.blocks import DenseAttention
 from mlx_mtp.backends.cpu.float32 import to_float32
-from mlx_mtp.decoding.accept import Sampling
-from mlx_mtp.decoding.batching import can_pack, packed_forward
-from mlx_mtp.decoding.loop import Decoding, decode
-from mlx_mtp.decoding.step import Step, run_steps
-from mlx_mtp.model.layout import PackedLayout, StepLayout, plain_layout, quadratic_layout
+from mlx_mtp.decoding.batching import batch_forward, can_batch
+from mlx_mtp.decoding.loop import decode
+from mlx_mtp.decoding.request import Request
+from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.decoding.step import run
+from mlx_mtp.model.layout import BatchLayout, StepLayout, plain_layout, quadratic_layout
 from mlx_mtp.model.mtp_model import MTPModel
+from tests.helpers.requests import finish_alone, request, step_together
 from tests.helpers.scripted import ScriptedModel, UnevenPlanner, mixed
 from tests.helpers.tiny import KINDS, random_adapter, tiny_base, tiny_mtp
 
@@ -46,9 +48,9 @@ def close(found: Any, expected: Any) -> bool:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in UNPACKABLE])
 @pytest.mark.parametrize("adapted", [True, False])
-def test_a_packed_forward_is_the_separate_ones(kind: str, adapted: bool) -> None:
+def test_a_batch_forward_is_the_separate_ones(kind: str, adapted: bool) -> None:
     model = tiny_mtp(kind, k=3) if adapted else MTPModel(tiny_base(kind))
-    assert can_pack(model)
+    assert can_batch(model)
     layouts = LAYOUTS if adapted else [LAYOUTS[0], LAYOUTS[2], plain_layout(num_pending=3)]
     prompts = PROMPTS[: len(layouts)]
     alone = [held(model, prompt) for prompt in prompts]
@@ -57,7 +59,7 @@ def test_a_packed_forward_is_the_separate_ones(kind: str, adapted: bool) -> None
         for cache, layout in zip(alone, layouts, strict=True)
     ]
     caches = [held(model, prompt) for prompt in prompts]
-    found = packed_forward(model, [rows_of(layout) for layout in layouts], caches, layouts)
+    found = batch_forward(model, [rows_of(layout) for layout in layouts], caches, layouts)
     for one, other in zip(found, expected, strict=True):
         assert close(one, other)
     for cache, wanted in zip(caches, alone, strict=True):
@@ -70,14 +72,14 @@ def test_a_packed_forward_is_the_separate_ones(kind: str, adapted: bool) -> None
 @pytest.mark.parametrize("kind", UNPACKABLE)
 def test_a_model_that_counts_rows_itself_is_not_packed(kind: str) -> None:
     model = tiny_mtp(kind)
-    assert not can_pack(model)
+    assert not can_batch(model)
     assert model.scope.layout is None
     expected = [step.tokens for step in decode(tiny_mtp(kind), PROMPTS[0], max_tokens=8)]
     assert [step.tokens for step in decode(model, PROMPTS[0], max_tokens=8)] == expected
 
 
 def test_packing_and_unpacking_are_inverse() -> None:
-    layout = PackedLayout(tuple(LAYOUTS), (3, 9, 1, 7))
+    layout = BatchLayout(tuple(LAYOUTS), (3, 9, 1, 7))
     parts = [mx.random.normal((1, 2, each.num_rows, 4)) for each in LAYOUTS]
     packed = layout.pack(parts, axis=2)
     assert packed.shape[2] == layout.num_rows == sum(each.num_rows for each in LAYOUTS)
@@ -89,32 +91,24 @@ def test_packing_and_unpacking_are_inverse() -> None:
     assert layout.gate_split == sum(each.num_ordinary for each in LAYOUTS)
 
 
-def answers(model: Any, ways: list[dict[str, Any]]) -> list[Decoding]:
-    assert can_pack(getattr(model, "model", model))
-    return [decode(model, PROMPTS[at], max_tokens=20, **way) for at, way in enumerate(ways)]
+def answers(model: Any, ways: list[dict[str, Any]]) -> list[Request]:
+    assert can_batch(getattr(model, "model", model))
+    return [request(model, PROMPTS[i], max_tokens=20, **way) for i, way in enumerate(ways)]
 
 
-def together(decodings: list[Decoding], *, seed: int) -> tuple[list[list[int]], set[int]]:
-    """Run answers to their ends, some of them together in each turn; ids, and sizes of groups."""
+def together(model: Any, requests: list[Request], *, seed: int) -> tuple[list[list[int]], set[int]]:
+    """Run requests to their ends, some of them in a batch each turn; ids, and sizes of batches."""
     rng = np.random.default_rng(seed)
-    ids: list[list[int]] = [[] for _ in decodings]
-    going, sizes = set(range(len(decodings))), set()
-    while going:
-        turn = [at for at in sorted(going) if rng.random() < 0.7]
-        steps = {at: decodings[at].planned() for at in turn}
-        going -= {at for at, step in steps.items() if step is None}
-        planned = [step for step in steps.values() if isinstance(step, Step)]
-        if planned:
-            run_steps(planned)
-            sizes.add(len(planned))
-        for at, step in steps.items():
-            if step is not None:
-                ids[at] += next(decodings[at]).tokens
+    ids: list[list[int]] = [[] for _ in requests]
+    sizes = set()
+    while going := [i for i, one in enumerate(requests) if not one.finished]:
+        turn = [i for i in going if rng.random() < 0.7]
+        if turn:
+            sizes.add(len(turn))
+            steps = step_together(model, [requests[i] for i in turn])
+            for i, tokens in zip(turn, steps, strict=True):
+                ids[i] += tokens
     return ids, sizes
-
-
-def alone(decodings: list[Decoding]) -> list[list[int]]:
-    return [[token for step in each for token in step.tokens] for each in decodings]
 
 
 GREEDY: list[dict[str, Any]] = [
@@ -129,10 +123,10 @@ GREEDY: list[dict[str, Any]] = [
 @pytest.mark.parametrize("quantised", [False, True])
 def test_greedy_ids_are_those_of_plain_decoding(kind: str, quantised: bool) -> None:
     model = tiny_mtp(kind, k=3, quantised=quantised)
-    expected = alone(answers(model, [{"layout": "plain"}] * 4))
+    expected = finish_alone(model, answers(model, [{"layout": "plain"}] * 4))
     for seed, way in enumerate(expected[:3]):
         drafted = ScriptedModel(model, mixed([0] * 5 + way, seed=seed))
-        found, sizes = together(answers(drafted, GREEDY), seed=seed)
+        found, sizes = together(drafted, answers(drafted, GREEDY), seed=seed)
         assert found == expected
         assert max(sizes) == 4
 
@@ -144,23 +138,25 @@ def test_blocks_for_linux_cpus_part_the_rows_too(kind: str) -> None:
     assert any(isinstance(module, DenseAttention) for module in base.modules())
     config, weights = random_adapter(base, k=3)
     model = MTPModel(base, config=config, weights=weights)
-    expected = alone(answers(model, [{"layout": "plain"}] * 4))
+    expected = finish_alone(model, answers(model, [{"layout": "plain"}] * 4))
     drafted = ScriptedModel(model, mixed([*PROMPTS[0], *expected[0]], seed=0))
     for seed in range(3):
-        assert together(answers(drafted, GREEDY), seed=seed)[0] == expected
+        assert together(drafted, answers(drafted, GREEDY), seed=seed)[0] == expected
 
 
 @pytest.mark.slow
 def test_adversarial_drafts_in_any_company(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_mtp("llama", k=3, num_hidden_layers=1)
-    expected = alone(answers(model, [{"layout": "plain"}] * 4))
+    expected = finish_alone(model, answers(model, [{"layout": "plain"}] * 4))
     for seed in range(60):
         drafted = ScriptedModel(model, mixed([*PROMPTS[seed % 4], *expected[seed % 4]], seed=seed))
         with monkeypatch.context() as patch:
             planners = iter([UnevenPlanner(3, seed=4 * seed + at) for at in range(4)])
-            patch.setattr("mlx_mtp.decoding.loop._planner", lambda *_, them=planners: next(them))
-            decodings = answers(drafted, [{}] * 4)
-        assert together(decodings, seed=seed)[0] == expected, seed
+            patch.setattr(
+                "mlx_mtp.decoding.request.make_planner", lambda *_, them=planners, **__: next(them)
+            )
+            requests = answers(drafted, [{}] * 4)
+        assert together(drafted, requests, seed=seed)[0] == expected, seed
 
 
 @pytest.mark.parametrize("layout", ["plain", "quadratic", "auto"])
@@ -168,9 +164,9 @@ def test_a_seed_gives_the_same_ids_in_any_company(layout: str) -> None:
     model = tiny_mtp("llama", k=3)
     sampling = Sampling(temp=1.1, top_p=0.95)
     ways = [{"layout": layout, "sampling": sampling, "seed": at} for at in range(4)]
-    expected = alone(answers(model, ways))
+    expected = finish_alone(model, answers(model, ways))
     for seed in range(4):
-        assert together(answers(model, ways), seed=seed)[0] == expected
+        assert together(model, answers(model, ways), seed=seed)[0] == expected
 
 
 def test_processors_and_log_probabilities_stay_with_their_answer() -> None:
@@ -180,13 +176,14 @@ def test_processors_and_log_probabilities_stay_with_their_answer() -> None:
         {"sampling": Sampling(repetition_penalty=1.5)},
         {},
     ]
-    expected = alone(answers(model, ways))
+    expected = finish_alone(model, answers(model, ways))
     assert set(expected[0]) == {7}
-    assert together(answers(model, ways), seed=0)[0] == expected
-    pair = answers(model, [{"layout": "quadratic"}] * 2)
-    run_steps([step for each in pair if (step := each.planned())])
-    for each, other in zip(pair, answers(model, [{"layout": "plain"}] * 2), strict=True):
-        assert close(next(each).logprobs[0], next(other).logprobs[0])
+    assert together(model, answers(model, ways), seed=0)[0] == expected
+    pair, plain = (answers(model, [{"layout": layout}] * 2) for layout in ("quadratic", "plain"))
+    outcomes = run(model, [one.plan() for one in pair])
+    for one, outcome, other in zip(pair, outcomes, plain, strict=True):
+        [expected_outcome] = run(model, [other.plan()])
+        assert close(one.commit(outcome).logprobs[0], other.commit(expected_outcome).logprobs[0])
 
 
 def test_a_processor_that_fails_ends_its_own_answer_only() -> None:
@@ -198,29 +195,27 @@ def test_a_processor_that_fails_ends_its_own_answer_only() -> None:
         return logits
 
     ways: list[dict[str, Any]] = [{"layout": "plain"}] * 3
-    expected = alone(answers(model, ways))
+    expected = finish_alone(model, answers(model, ways))
     bad, *good = answers(model, [{"logits_processors": [fail], "layout": "plain"}, *ways[1:]])
+    requests = [bad, *good]
     for count in range(8):
-        run_steps([step for each in (bad, *good) if (step := each.planned())])
-        if count < 5:
-            next(bad)
-        elif count == 5:
+        outcomes = run(model, [one.plan() for one in requests])
+        if count == 5:
             with pytest.raises(ValueError, match="no way on"):
-                next(bad)
-            with pytest.raises(StopIteration):
-                next(bad)
-        for each, ids in zip(good, expected[1:], strict=True):
-            assert next(each).tokens == [ids[count]]
+                bad.commit(outcomes[0])
+            requests, outcomes = good, outcomes[1:]
+        results = [one.commit(each) for one, each in zip(requests, outcomes, strict=True)]
+        for result, ids in zip(results[-2:], expected[1:], strict=True):
+            assert result.tokens == [ids[count]]
 
 
-def test_an_answer_broken_off_before_its_step_leaves_a_whole_cache() -> None:
+def test_an_answer_abandoned_before_its_step_leaves_a_whole_cache() -> None:
     model = tiny_mtp("llama")
     cache = model.make_cache()
-    steps = decode(model, PROMPTS[1], cache=cache, max_tokens=20)
-    emitted = next(steps).tokens
-    assert steps.planned() is steps.planned()
-    steps.close()
+    one = request(model, PROMPTS[1], cache=cache, max_tokens=20)
+    [emitted] = step_together(model, [one])
+    one.plan()
     assert cache.offset == len(PROMPTS[1]) + len(emitted) - 1
     rest = decode(model, emitted[-1:], cache=cache, max_tokens=20 - len(emitted))
-    expected = alone(answers(model, [{}, {}]))[1]
+    expected = finish_alone(model, answers(model, [{}, {}]))[1]
     assert emitted + [token for step in rest for token in step.tokens] == expected

@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mtp.decoding.accept import Sampling
 from mlx_mtp.decoding.loop import decode
+from mlx_mtp.decoding.sampling import Sampling
 from tests.decoding.test_accept import eager
 from tests.helpers.exact import exact_probs, holm, p_value
 from tests.helpers.scripted import TableModel
@@ -73,7 +73,7 @@ def test_the_loop_draws_from_the_exact_distribution() -> None:
 def test_a_bias_of_two_percent_planted_in_the_loop_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mlx_mtp.decoding.step.accept_sampled", eager)
+    monkeypatch.setattr("mlx_mtp.decoding.accept.accept_sampled", eager)
     found = chain_p_values("quadratic", Sampling(temp=0.4))
     assert holm([*found.values()] * len(TABLE_SETTINGS))[0] < 0.001, found
 

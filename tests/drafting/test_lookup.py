@@ -9,13 +9,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_mtp.drafting.lookup import LONGEST, LOOKED_AT, NEAR, Found, LookupAcceptance, SuffixLookup
+from mlx_mtp.drafting.lookup import MAX_GAP, MAX_PLACES, Match, SuffixLookup
+from mlx_mtp.planning.lookup import MAX_MATCH, LookupAcceptance
 
 
 def same_before(ids: list[int], place: int) -> int:
     """Ids before ``place`` that equal the last ones."""
     pairs = zip(reversed(ids[:place]), reversed(ids), strict=False)
-    return min(LONGEST, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+    return min(
+        MAX_MATCH, sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+    )
 
 
 def going_round(ids: list[int], place: int, most: int) -> list[int]:
@@ -30,19 +33,19 @@ class Slowly:
         self.ids: list[int] = []
         self.copy: tuple[int, int] | None = None  # the place last found, and the text's length then
 
-    def find(self, most: int) -> Found:
+    def find(self, most: int) -> Match:
         end = len(self.ids)
         lengths = {place: same_before(self.ids, place) for place in range(1, end)}
         near = [place for place in self.leads_to() if lengths[place]]
         best = max((length for length in lengths.values() if length >= 2), default=0)
         match = max([best, *(lengths[place] for place in near)], default=0)
         if not match:
-            return Found([], 0)
+            return Match([], 0)
         following = [place for place in near if lengths[place] == match]
         place = following[0] if following else max(p for p in lengths if lengths[p] == match)
         if match >= 2:
             self.copy = place, end
-        return Found(going_round(self.ids, place, most), match)
+        return Match(going_round(self.ids, place, most), match)
 
     def leads_to(self) -> range:
         """Places where the last copy may go on."""
@@ -52,12 +55,12 @@ class Slowly:
         place, since = self.copy
         while since < end and self.ids[place] == self.ids[since]:
             place, since = place + 1, since + 1
-        return range(place, min(place + NEAR + 1, end)) if end - since <= NEAR else range(0)
+        return range(place, min(place + MAX_GAP + 1, end)) if end - since <= MAX_GAP else range(0)
 
 
 @given(
     st.lists(st.lists(st.integers(0, 3), max_size=9), max_size=6).filter(
-        lambda parts: sum(map(len, parts)) <= LOOKED_AT + 1
+        lambda parts: sum(map(len, parts)) <= MAX_PLACES + 1
     ),
     st.integers(1, 8),
 )
@@ -75,8 +78,8 @@ def test_what_it_finds_stood_behind_the_same_ids(ids: list[int], most: int, stri
     for start in range(0, len(ids), stride):
         text.extend(ids[start : start + stride])
         known, found = ids[: start + stride], text.find(most)
-        places = [p for p in range(1, len(known)) if same_before(known, p) >= found.match]
-        if found.match:
+        places = [p for p in range(1, len(known)) if same_before(known, p) >= found.length]
+        if found.length:
             assert any(going_round(known, place, most) == found.tokens for place in places)
         else:
             assert not found.tokens
@@ -84,14 +87,14 @@ def test_what_it_finds_stood_behind_the_same_ids(ids: list[int], most: int, stri
 
 def test_the_longest_match_wins_and_of_several_the_last() -> None:
     text = SuffixLookup([1, 2, 3, 4, 5, 9, 2, 3, 4, 6, 8, 1, 2, 3, 4])
-    assert text.find(3) == Found([5, 9, 2], 4)
-    assert SuffixLookup([1, 2, 5, 1, 2, 6, 1, 2]).find(1) == Found([6], 2)
-    assert SuffixLookup([1, 2, 3]).find(3) == SuffixLookup().find(3) == Found([], 0)
+    assert text.find(3) == Match([5, 9, 2], 4)
+    assert SuffixLookup([1, 2, 5, 1, 2, 6, 1, 2]).find(1) == Match([6], 2)
+    assert SuffixLookup([1, 2, 3]).find(3) == SuffixLookup().find(3) == Match([], 0)
 
 
 def test_a_long_match_is_not_hidden_by_many_short_ones() -> None:
-    noise = [each for at in range(2 * LOOKED_AT) for each in (50 + at % 7, 1, 2)]
-    assert SuffixLookup([3, 4, 1, 2, 99, *noise, 3, 4, 1, 2]).find(1) == Found([99], 4)
+    noise = [each for at in range(2 * MAX_PLACES) for each in (50 + at % 7, 1, 2)]
+    assert SuffixLookup([3, 4, 1, 2, 99, *noise, 3, 4, 1, 2]).find(1) == Match([99], 4)
 
 
 def test_text_that_runs_into_itself_goes_round() -> None:
@@ -118,19 +121,19 @@ def test_an_edited_copy_is_taken_up_by_one_id(edited: list[int], behind: int) ->
         text.extend([token])
         text.find(9)
     text.extend(edited[-1:])
-    assert text.find(4) == Found(list(range(behind, behind + 4)), 1)
+    assert text.find(4) == Match(list(range(behind, behind + 4)), 1)
 
 
 def test_nothing_is_taken_up_far_behind_or_without_a_copy() -> None:
     text = SuffixLookup([*SOURCE, 1, 10, 11])
     assert text.find(2).tokens == [12, 13]
-    text.extend([12 + NEAR + 1])
+    text.extend([12 + MAX_GAP + 1])
     assert not text.find(2).tokens
     text = SuffixLookup([*SOURCE, 1, 10, 11])
     text.find(2)
-    text.extend([90] * (NEAR + 1))
+    text.extend([90] * (MAX_GAP + 1))
     text.extend([14])
-    assert text.find(2).match < 1
+    assert text.find(2).length < 1
     assert not SuffixLookup([*SOURCE, 1, 14]).find(2).tokens  # one id is no copy
 
 
@@ -139,13 +142,13 @@ def test_a_copy_goes_on_though_others_are_later() -> None:
     text = SuffixLookup([*line, 5, 6, 7, *end, *line, 70, *end, 0, 1, 2, 3])
     text.find(3)  # both lines are alike so far, the later one is taken
     text.extend([4, 5])
-    assert text.find(2) == Found([6, 7], 5)
+    assert text.find(2) == Match([6, 7], 5)
     text.extend([60, 8])  # of the two ends the one behind this line
     assert text.find(3).tokens == [9, 1, 2]
 
 
 def test_how_many_were_right() -> None:
-    found = Found([1, 2, 3, 4], 5)
+    found = Match([1, 2, 3, 4], 5)
     assert [found.num_right(ids) for ids in ([], [1], [1, 2, 9, 4], [9, 2], [1, 2, 3, 4, 5])] == [
         0, 1, 2, 0, 4,
     ]  # fmt: skip
@@ -154,9 +157,9 @@ def test_how_many_were_right() -> None:
 class TestAcceptance:
     def test_longer_matches_hold_more_often(self):
         text = LookupAcceptance().in_text()
-        firsts = [text.holds(match, 3)[1] for match in (1, 3, 12, 99)]
+        firsts = [text.accept_probs(match, 3)[1] for match in (1, 3, 12, 99)]
         assert firsts == sorted(set(firsts))
-        holds = text.holds(3, 3)
+        holds = text.accept_probs(3, 3)
         assert holds == pytest.approx([1, 0.4, 0.4 * 0.5, 0.4 * 0.5 * 0.5])
 
     @given(st.lists(st.tuples(st.integers(1, 40), st.integers(1, 24), st.integers(0, 24))))
@@ -165,17 +168,17 @@ class TestAcceptance:
         text = known.in_text()
         for match, judged, right in steps:
             text.observe(match, judged, min(judged, right))
-            holds = text.holds(match, 24)
+            holds = text.accept_probs(match, 24)
             assert np.all(np.diff(holds) <= 0)
             assert holds[-1] > 0 and holds[1] < 1
 
     def test_a_text_is_followed_within_a_few_ids(self):
         text = LookupAcceptance().in_text()
         text.observe(2, 12, 12)
-        assert text.holds(2, 24)[-1] > 0.2
+        assert text.accept_probs(2, 24)[-1] > 0.2
         for _ in range(8):
             text.observe(2, 1, 0)
-        assert text.holds(2, 1)[1] < 0.3
+        assert text.accept_probs(2, 1)[1] < 0.3
 
     def test_texts_are_told_apart_and_general_ones_converge(self):
         known, rng = LookupAcceptance(), np.random.default_rng(0)
@@ -183,8 +186,8 @@ class TestAcceptance:
             text = known.in_text()
             for _ in range(15):
                 text.observe(3, 1, int(rng.uniform() < chance))
-            assert text.holds(3, 1)[1] == pytest.approx(chance, abs=0.25)
-            assert 0.1 < known.in_text().holds(3, 1)[1] < 0.9
+            assert text.accept_probs(3, 1)[1] == pytest.approx(chance, abs=0.25)
+            assert 0.1 < known.in_text().accept_probs(3, 1)[1] < 0.9
 
     def test_what_all_texts_show_is_kept(self):
         known = LookupAcceptance()
@@ -192,10 +195,10 @@ class TestAcceptance:
             text = known.in_text()
             for _ in range(5):
                 text.observe(4, 1, 0)
-        assert known.in_text().holds(4, 1)[1] < 0.2
+        assert known.in_text().accept_probs(4, 1)[1] < 0.2
 
     def test_right_ids_that_were_all_there_say_nothing_of_the_next(self):
         text = LookupAcceptance().in_text()
-        before = text.holds(1, 1)[1]
+        before = text.accept_probs(1, 1)[1]
         text.observe(1, 0, 0)
-        assert text.holds(1, 1)[1] == before
+        assert text.accept_probs(1, 1)[1] == before

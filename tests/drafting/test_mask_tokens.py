@@ -9,15 +9,13 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_mtp.decoding.accept import Sampling
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.drafting.mask_tokens import Drafts, draft_tokens, shortlisted
 from mlx_mtp.model.config import SamplerKind
 from mlx_mtp.model.mtp_model import SAMPLER_PREFIX, MTPModel
 from mlx_mtp.model.sampler_head import SamplerHead
 from tests.helpers.exact import filtered, p_value
 from tests.helpers.tiny import random_adapter, tiny_base, tiny_mtp
-
-GREEDY = Sampling()
 
 
 def group(model: MTPModel, rows: int = 3, seed: int = 0) -> mx.array:
@@ -28,7 +26,7 @@ def group(model: MTPModel, rows: int = 3, seed: int = 0) -> mx.array:
 
 def draft(model: MTPModel, hidden: mx.array, previous: int, **options: Any) -> Drafts:
     """Draft behind a token, by default greedily and with the key 0."""
-    options = {"sampling": GREEDY, "key": mx.random.key(0), **options}
+    options = {"key": mx.random.key(0), **options}
     logits = model.logits(hidden[None])[0]
     drafts = draft_tokens(model, hidden, logits, mx.array(previous), **options)
     mx.eval(drafts.tokens, drafts.candidates, drafts.probs)
@@ -94,7 +92,7 @@ def test_without_a_head_drafts_are_the_base_models_own() -> None:
     logits = model.logits(hidden[None])[0]
     assert mx.array_equal(draft(model, hidden, 3).tokens, mx.argmax(logits, axis=-1))
     sampling = Sampling(temp=0.8)
-    drafts = draft(model, hidden, 3, sampling=sampling)
+    drafts = draft(model, hidden, 3, distribution=sampling.distribution)
     for row, candidates, probs in zip(
         np.array(logits), np.array(drafts.candidates), np.array(drafts.probs), strict=True
     ):
@@ -106,7 +104,7 @@ def test_without_a_head_drafts_are_the_base_models_own() -> None:
 def test_a_shortlist_holds_the_heads_best(size: int) -> None:
     model = tiny_mtp("llama")
     hidden = group(model)
-    drafts = draft(model, hidden, 3, sampling=Sampling(temp=1.0), shortlist=size)
+    drafts = draft(model, hidden, 3, distribution=Sampling(temp=1.0).distribution, shortlist=size)
     logits = np.array(model.logits(hidden[None])[0])
     best = np.argsort(-logits, axis=-1)[:, : min(size, 64)]
     assert np.array_equal(np.sort(np.array(drafts.candidates)), np.sort(best))
@@ -135,7 +133,9 @@ def test_sampled_drafts_follow_the_distribution_that_they_report() -> None:
     logits, sampling = model.logits(hidden[None])[0], Sampling(temp=1.0)
 
     def one(key: mx.array) -> Any:
-        drafts = draft_tokens(model, hidden, logits, mx.array(3), sampling=sampling, key=key)
+        drafts = draft_tokens(
+            model, hidden, logits, mx.array(3), distribution=sampling.distribution, key=key
+        )
         dense = mx.zeros((2, 8))
         dense = mx.put_along_axis(dense, drafts.candidates, drafts.probs, axis=-1)
         return drafts.tokens, dense

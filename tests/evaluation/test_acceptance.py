@@ -9,7 +9,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mtp.decoding.accept import Sampling
 from mlx_mtp.decoding.loop import StepResult, decode
 from mlx_mtp.drafting.mask_tokens import draft_tokens
 from mlx_mtp.evaluation import acceptance as room
@@ -23,11 +22,11 @@ from mlx_mtp.evaluation.acceptance import (
     walk,
 )
 from mlx_mtp.evaluation.prompts import builtin_prompts
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.loading import load
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.train.data.sequences import Sequence as Text
 from tests.helpers.scripted import ScriptedModel, right, wrong
 from tests.helpers.tiny import KINDS, tiny_base, tiny_mtp
 
@@ -38,13 +37,13 @@ def random_ids(seed: int, size: int, vocab: int = FEW) -> list[int]:
     return np.random.default_rng(seed).integers(0, vocab, size).tolist()
 
 
-def text_of(prompt: Sequence[int], steps: Sequence[StepResult]) -> Text:
+def text_of(prompt: Sequence[int], steps: Sequence[StepResult]) -> TokenSequence:
     emitted = [token for step in steps for token in step.tokens]
-    return Text([*prompt, *emitted], [False] * len(prompt) + [True] * len(emitted))
+    return TokenSequence([*prompt, *emitted], [False] * len(prompt) + [True] * len(emitted))
 
 
-def answer_only(size: int, *, seed: int = 0, given: int = 1, vocab: int = FEW) -> Text:
-    return Text(random_ids(seed, size, vocab), [at >= given for at in range(size)])
+def answer_only(size: int, *, seed: int = 0, given: int = 1, vocab: int = FEW) -> TokenSequence:
+    return TokenSequence(random_ids(seed, size, vocab), [at >= given for at in range(size)])
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "no sampler"])
@@ -118,7 +117,6 @@ def drafts_of_decoding(model: MTPModel, ids: list[int], anchor: int, shortlist: 
         hidden,
         model.logits(hidden[None])[0],
         mx.array(ids[anchor + 1]),
-        sampling=Sampling(),
         key=mx.random.key(0),
         shortlist=shortlist,
     ).ids()
@@ -185,12 +183,12 @@ def test_walks_by_hand() -> None:
 def test_several_answers_of_one_sequence() -> None:
     model, ids = tiny_mtp(vocab_size=FEW), random_ids(2, 40)
     flags = [4 <= at < 9 or 15 <= at < 40 for at in range(40)]
-    found = list(count_answers(model, [Text(ids, flags)], max_tokens=10))
+    found = list(count_answers(model, [TokenSequence(ids, flags)], max_tokens=10))
     assert [(each.first, each.last, each.end) for each in found] == [(4, 8, 9), (15, 24, 40)]
     whole = accepted_counts(model, ids, range(40))
     assert found[0].counts.tolist() == whole[3:7].tolist()
     assert found[1].counts.tolist() == whole[14:23].tolist()
-    total = evaluate(model, [Text(ids, flags)], max_tokens=10)
+    total = evaluate(model, [TokenSequence(ids, flags)], max_tokens=10)
     assert (total.num_tokens, total.num_sequences) == (15, 1)
 
 
@@ -241,7 +239,7 @@ def test_bad_arguments(options: dict[str, Any], told: str) -> None:
 
 def test_nothing_to_evaluate_on() -> None:
     with pytest.raises(ValueError, match="no answers to evaluate on"):
-        evaluate(tiny_mtp(), [Text([1, 2, 3], [False] * 3)])
+        evaluate(tiny_mtp(), [TokenSequence([1, 2, 3], [False] * 3)])
     with pytest.raises(ValueError, match="has no adapter"):
         evaluate(MTPModel(tiny_base(), name="bare"), [answer_only(12)])
     with pytest.raises(ValueError, match="anchors must lie between 0 and 2"):

@@ -145,7 +145,7 @@ BAD_LINES = {
     "id": (b'{"prompt": "a", "id": 4}', "'id' must be a string, got 4"),
     "null id": (b'{"prompt": "a", "id": null}', "'id' must be a string, got null"),
     "empty id": (b'{"prompt": "a", "id": ""}', "'id' is empty"),
-    "surrogate": (b'{"prompt": "a \\ud83d"}', "'prompt' holds half of a surrogate pair"),
+    "surrogate": (b'{"prompt": "a \\ud83d"}', "'prompt' contains half of a surrogate pair"),
     "same id": (b'{"prompt": "a", "id": "line-1"}', "id 'line-1' was used on line 1"),
 }
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from scipy.stats import chi2
 
-from mlx_mtp.decoding.accept import Sampling
+from mlx_mtp.decoding.sampling import Sampling
 
 SMALLEST_EXPECTED = 5.0  # cells expected less often are pooled
 

@@ -17,6 +17,9 @@ from mlx_lm.tokenizer_utils import (
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from mlx_mtp.calibration.stored_costs import SPECULATIONS
+from mlx_mtp.decoding.config import GenerationConfig
+from mlx_mtp.decoding.limits import max_new_tokens
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.planning.costs import UNMEASURED, LiveCosts
@@ -113,6 +116,9 @@ class FakeModel:
     caches: list[FakeCache] = field(default_factory=list)
     cache_options: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        SPECULATIONS.set(self, self.speculation)
+
     @property
     def config(self) -> Any:
         return None if self.k is None else SimpleNamespace(num_draft_tokens=self.k)
@@ -124,9 +130,17 @@ class FakeModel:
 
 
 def fake_decode(
-    model: FakeModel, prompt: Sequence[int], *, cache: FakeCache, **options: Any
+    model: FakeModel,
+    prompt: Sequence[int],
+    config: GenerationConfig,
+    *,
+    cache: FakeCache,
+    **defined: Any,
 ) -> Iterator[Any]:
     """The loop's contract, without a model: groups of the written answer, cut at the end."""
+    options = dict.fromkeys(("prompt_progress_callback", "explain", "sampling"))
+    options |= vars(config) | defined
+    max_new_tokens(model, cache.offset + len(prompt), config.max_tokens)
     model.calls.append(SimpleNamespace(prompt=list(prompt), cached=list(cache.ids), **options))
     if options["num_draft_tokens"] is not None and options["num_draft_tokens"] > (model.k or 0):
         raise ValueError(f"num_draft_tokens must be at most {model.k}")

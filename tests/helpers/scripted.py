@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_mtp.model.layout import StepLayout, plain_layout
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.planning.plan import Decision
+from mlx_mtp.planning.plan import Plan
 
 Script = Callable[[int, int], int]
 """What a mask row drafts: (position of the drafted token, which mask of its group) to an id."""
@@ -94,14 +94,14 @@ class UnevenPlanner:
         self.rng = np.random.default_rng(seed)
         self.plans: list[StepLayout] = []
 
-    def plan(self, *, num_pending: int, num_waiting: int, room: int, **_: Any) -> Decision:
+    def plan(self, *, num_pending: int, num_waiting: int, room: int, **_: Any) -> Plan:
         """A layout with up to k masks in each group."""
         drafts = min(num_waiting, self.k, room - 1)
         counts = tuple(self.rng.integers(0, self.k + 1, drafts + 1).tolist())
         self.plans.append(StepLayout(num_pending, drafts, counts))
-        return Decision(self.plans[-1], source="mask" if drafts else "")
+        return Plan(self.plans[-1], source="mask" if drafts else "")
 
-    def observe(self, decision: Decision, **_: Any) -> None:
+    def observe(self, plan: Plan, **_: Any) -> None:
         """Learn nothing."""
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from mlx_mtp.bench.contexts import prompt_ids
 from mlx_mtp.bench.figures import draw_lines
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.evaluation import greedy_texts as room
@@ -46,7 +47,9 @@ def prompt_file(tmp_path: Path) -> Path:
 
 def test_texts_are_those_of_decoding(loaded: Any) -> None:
     model, tokenizer = loaded
-    for text in greedy_texts(model, tokenizer, PROMPTS, max_tokens=12, batch_size=2):
+    for text in greedy_texts(
+        model, tokenizer, PROMPTS, encode=prompt_ids, max_tokens=12, batch_size=2
+    ):
         stop_ids = tokenizer.eos_token_ids
         steps = list(decode(model, text.prompt, max_tokens=12, stop_ids=stop_ids))
         assert text.answer == [token for step in steps for token in step.tokens]
@@ -59,11 +62,13 @@ def test_texts_are_those_of_decoding(loaded: Any) -> None:
 
 def test_a_stop_id_is_the_last_of_its_text(loaded: Any, monkeypatch: Any) -> None:
     model, tokenizer = loaded
-    plain = greedy_texts(model, tokenizer, PROMPTS, max_tokens=12)
+    plain = greedy_texts(model, tokenizer, PROMPTS, encode=prompt_ids, max_tokens=12)
     stops = {plain[0].answer[4], plain[1].answer[2]}
     monkeypatch.setattr(tokenizer, "_eos_token_ids", stops)
     for before, after in zip(
-        plain, greedy_texts(model, tokenizer, PROMPTS, max_tokens=12), strict=True
+        plain,
+        greedy_texts(model, tokenizer, PROMPTS, encode=prompt_ids, max_tokens=12),
+        strict=True,
     ):
         ends = [at for at, token in enumerate(before.answer) if token in stops]
         assert after.answer == before.answer[: ends[0] + 1 if ends else None]
@@ -72,7 +77,7 @@ def test_a_stop_id_is_the_last_of_its_text(loaded: Any, monkeypatch: Any) -> Non
 def test_texts_are_kept(loaded: Any, tmp_path: Path, monkeypatch: Any) -> None:
     model, tokenizer = loaded
     file = tmp_path / "texts.jsonl"
-    first = greedy_texts(model, tokenizer, PROMPTS[:3], max_tokens=6, path=file)
+    first = greedy_texts(model, tokenizer, PROMPTS[:3], encode=prompt_ids, max_tokens=6, path=file)
     asked: list[int] = []
     generate = room.generate_batch
 
@@ -81,21 +86,23 @@ def test_texts_are_kept(loaded: Any, tmp_path: Path, monkeypatch: Any) -> None:
         return generate(model, prompts, **options)
 
     monkeypatch.setattr(room, "generate_batch", counting)
-    every = greedy_texts(model, tokenizer, PROMPTS, max_tokens=6, path=file)
+    every = greedy_texts(model, tokenizer, PROMPTS, encode=prompt_ids, max_tokens=6, path=file)
     assert every[:3] == first and asked == [2]
-    assert greedy_texts(model, tokenizer, PROMPTS, max_tokens=6, path=file) == every
+    assert (
+        greedy_texts(model, tokenizer, PROMPTS, encode=prompt_ids, max_tokens=6, path=file) == every
+    )
     assert asked == [2] and texts_hash(every) != texts_hash(first)
 
 
 def test_texts_of_others_are_refused(loaded: Any, tmp_path: Path) -> None:
     model, tokenizer = loaded
     file = tmp_path / "texts.jsonl"
-    greedy_texts(model, tokenizer, PROMPTS[:1], max_tokens=6, path=file)
+    greedy_texts(model, tokenizer, PROMPTS[:1], encode=prompt_ids, max_tokens=6, path=file)
     with pytest.raises(ValueError, match="was made with max_tokens 6, not 7"):
-        greedy_texts(model, tokenizer, PROMPTS[:1], max_tokens=7, path=file)
+        greedy_texts(model, tokenizer, PROMPTS[:1], encode=prompt_ids, max_tokens=7, path=file)
     file.write_text('{"torn')
     with pytest.raises(ValueError, match="is damaged"):
-        greedy_texts(model, tokenizer, PROMPTS[:1], max_tokens=6, path=file)
+        greedy_texts(model, tokenizer, PROMPTS[:1], encode=prompt_ids, max_tokens=6, path=file)
 
 
 def test_kinds_of_the_built_in_prompts_have_a_sum_without_languages() -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import KVCache, make_prompt_cache, save_prompt_cache
 
-from mlx_mtp.decoding.accept import Sampling
 from mlx_mtp.decoding.loop import decode
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.model import cache as kv_cache
 from mlx_mtp.model.cache import MTPCache, QuantizedLayerCache, WindowLayerCache
 from mlx_mtp.model.layout import StepLayout

@@ -16,7 +16,8 @@ from mlx_mtp.model.layout import (
     plain_layout,
     quadratic_layout,
 )
-from mlx_mtp.planning.fixed import FIXED_LAYOUTS, FixedPlanner
+from mlx_mtp.planning.fixed import FixedPlanner
+from mlx_mtp.planning.plan import FIXED_LAYOUTS
 
 layouts = st.lists(st.integers(0, 4), min_size=1, max_size=6).flatmap(
     lambda counts: st.builds(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from mlx_mtp.calibration.step_timer import Round, StepBench
 from mlx_mtp.calibration.stored_costs import (
     MOST_MEASUREMENTS,
+    SPECULATIONS,
     curve_lines,
     doubt_disproved,
     kept_costs,
@@ -22,7 +23,7 @@ from mlx_mtp.calibration.stored_costs import (
 )
 from mlx_mtp.chat import Conversation
 from mlx_mtp.cli.main import cli
-from mlx_mtp.decoding.accept import Sampling
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.generate import stream_generate
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
@@ -81,7 +82,7 @@ def started(weights: MTPModel, machine: Machine) -> Callable[[], MTPModel]:
     del machine
 
     def start() -> MTPModel:
-        weights.speculation = None
+        SPECULATIONS.forget(weights)
         return weights
 
     return start
@@ -94,7 +95,7 @@ def plain_ms(curve: CostCurve | None) -> float:
 
 def decode_plainly(model: MTPModel, *, steps: int, slower: float = 1.0) -> None:
     """Plain steps, as the decoder tells the planner of them."""
-    known = model.speculation
+    known = SPECULATIONS.get(model)
     assert known is not None
     for _ in range(steps):
         known.costs.observe(rows=1, largest_group=0, context=70, ms=slower * true_ms(1))

@@ -14,7 +14,7 @@ from mlx_mtp.model.layout import plain_layout
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import AutoPlanner, Speculation
 from mlx_mtp.planning.costs import UNMEASURED, CostCurve, LiveCosts
-from mlx_mtp.planning.plan import LOOKUP, MASK, Decision
+from mlx_mtp.planning.plan import LOOKUP, MASK, Plan
 from mlx_mtp.planning.probing import FIRST_PAUSE
 
 FLAT = CostCurve(rows=(1, 64), contexts=(0,), forward_ms=((10.0, 11.0),), draft_ms=(0.0, 0.2))
@@ -30,7 +30,7 @@ def planner(
 
 def play(
     plans: AutoPlanner, *, chance: float, steps: int, curve: CostCurve, seed: int = 0
-) -> list[Decision]:
+) -> list[Plan]:
     """Decode with drafts that each hold with a chance, at the curve's costs."""
     rng = np.random.default_rng(seed)
     costs, waiting, context, made = LiveCosts(curve), 0, 100, []
@@ -61,7 +61,7 @@ class TestPlans:
     def test_keep_within_what_there_is(self, k, pending, waiting, room, found, prior, steep):
         plans = planner(STEEP if steep else FLAT, k=k, prior=prior)
         decision = plans.plan(
-            num_pending=pending, num_waiting=waiting, room=room, num_found=found, match=5
+            num_pending=pending, num_waiting=waiting, room=room, num_lookup=found, match=5
         )
         layout = decision.layout
         assert layout.num_pending == pending
@@ -115,18 +115,18 @@ class TestLookup:
         plans = planner(FLAT, prior=0.3)
         alone = plans.plan(num_pending=1, num_waiting=2, room=99)
         assert alone.source == MASK
-        found = plans.plan(num_pending=1, num_waiting=2, room=99, num_found=20, match=12)
+        found = plans.plan(num_pending=1, num_waiting=2, room=99, num_lookup=20, match=12)
         assert found.source == LOOKUP and found.layout.num_draft_tokens > 4
 
     def test_is_learnt_without_being_taken(self):
         """Looked-up ids that were not verified are judged by what was emitted."""
         curve = dataclasses.replace(FLAT, forward_ms=((10.0, 390.0),))
         plans = planner(curve, prior=0.0)
-        looked_up = {"num_found": 9, "match": 2}
+        looked_up = {"num_lookup": 9, "match": 2}
         assert not plans.plan(num_pending=1, num_waiting=0, room=99, **looked_up).source
         for _ in range(12):
             plans.observe(
-                Decision(plain_layout()), num_accepted=0, context=9, ms=10.0, match=2,
+                Plan(plain_layout()), num_accepted=0, context=9, ms=10.0, match=2,
                 num_judged=1, num_right=1,
             )  # fmt: skip
         assert plans.plan(num_pending=1, num_waiting=0, room=99, **looked_up).source == LOOKUP
@@ -135,7 +135,7 @@ class TestLookup:
         """Edits hold in all their length; a chat that comes next begins with less trust."""
         known = Speculation(LiveCosts(FLAT), Acceptance([0.6] * 4))
         first = AutoPlanner(known, num_draft_tokens=4)
-        looked_up = {"num_pending": 1, "num_waiting": 0, "room": 99, "num_found": 24, "match": 4}
+        looked_up = {"num_pending": 1, "num_waiting": 0, "room": 99, "num_lookup": 24, "match": 4}
         for _ in range(20):
             decision = first.plan(**looked_up)
             first.observe(
@@ -148,11 +148,11 @@ class TestLookup:
 
     def test_is_left_where_rows_are_dear_and_once_it_fails(self):
         plans = planner(STEEP)
-        assert not plans.plan(num_pending=1, num_waiting=0, room=99, num_found=9, match=9).source
+        assert not plans.plan(num_pending=1, num_waiting=0, room=99, num_lookup=9, match=9).source
         plans = planner(FLAT, prior=0.0)
         sizes = []
         for _ in range(200):
-            decision = plans.plan(num_pending=1, num_waiting=0, room=99, num_found=9, match=9)
+            decision = plans.plan(num_pending=1, num_waiting=0, room=99, num_lookup=9, match=9)
             plans.observe(
                 decision, num_accepted=0, context=9, ms=10.5, match=9, num_judged=1, num_right=0
             )

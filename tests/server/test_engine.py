@@ -15,11 +15,12 @@ from mlx_mtp.apps.engine.penalties import answer_penalty
 from mlx_mtp.apps.engine.prefix_cache import PrefixCache, shared_prefix
 from mlx_mtp.apps.engine.preparing import Refusal, prepare
 from mlx_mtp.apps.engine.scheduler import Scheduler
-from mlx_mtp.apps.engine.session import Bench, answer
+from mlx_mtp.apps.engine.session import Bench, Session
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.apps.engine.tool_calls import ToolCallReader
-from mlx_mtp.calibration.stored_costs import kept_costs, speculation_for
-from mlx_mtp.decoding.sharing import run_together
+from mlx_mtp.calibration.stored_costs import SPECULATIONS, kept_costs, speculation_for
+from mlx_mtp.decoding import step
+from mlx_mtp.decoding.grouping import StepGrouper
 from mlx_mtp.generate import chat_text, generate
 from mlx_mtp.planning.costs import UNMEASURED
 from tests.helpers.fixtures_generate import EOS, TEMPLATE, byte_tokenizer, ids_of
@@ -32,9 +33,11 @@ PROMPTS = ["Say a word about rain.", "One, two, three, four, one, two, three,", 
 def bench() -> Bench:
     tokenizer = byte_tokenizer()
     tokenizer.add_eos_token(str(EOS))
+    model = tiny_mtp(vocab_size=BYTE_VOCAB, max_position_embeddings=512)
     return Bench(
-        model=tiny_mtp(vocab_size=BYTE_VOCAB, max_position_embeddings=512),
+        model=model,
         tokenizer=tokenizer,
+        speculation=speculation_for(model, measure=False),
         prefixes=PrefixCache(most_bytes=0),
         texts=TokenTexts(tokenizer),
         prefill_step_size=8,
@@ -53,8 +56,13 @@ def job(text: str, **more: Any) -> dict[str, Any]:
 
 def run(bench: Bench, values: dict[str, Any]) -> list[dict[str, Any]]:
     """All messages of one job."""
-    items = answer(prepare(values, bench.model, bench.tokenizer), bench)
-    return [item for item in items if isinstance(item, dict)]
+    session = Session(prepare(values, bench.model, bench.tokenizer), bench)
+    messages = [session.started()]
+    while not session.finished:
+        [outcome] = step.run(bench.model, [session.plan()])
+        messages += session.commit(outcome)
+    session.close()
+    return messages
 
 
 def text_of(messages: list[dict[str, Any]]) -> str:
@@ -74,11 +82,11 @@ class Turns:
 
     def __init__(self, bench: Bench) -> None:
         self.messages: list[dict[str, Any]] = []
-        self.known = speculation_for(bench.model, measure=False)
         self.scheduler = Scheduler(
             prepare=lambda values: prepare(values, bench.model, bench.tokenizer),
-            begin=lambda prepared: answer(prepared, bench),
-            run_steps=lambda steps: run_together(steps, self.known),
+            begin=lambda prepared: Session(prepared, bench),
+            group=StepGrouper(bench.model, bench.speculation).groups,
+            run=lambda steps: step.run(bench.model, steps),
             send=self.messages.append,
         )
 
@@ -383,7 +391,7 @@ def test_costs_that_steps_disprove_are_doubted_behind_the_answer(bench, monkeypa
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
     minutes = replace(UNMEASURED, forward_ms=((6e4,) * 5,))
     monkeypatch.setattr("mlx_mtp.calibration.stored_costs.measure_costs", lambda *_, **__: minutes)
-    monkeypatch.setattr(bench.model, "speculation", None)
+    SPECULATIONS.forget(bench.model)
     kept_costs(bench.model)
     known = speculation_for(bench.model, measure=False)
     for _ in range(16):

@@ -295,17 +295,32 @@ def test_strict_tools_need_a_call_that_must_be_made():
 
 
 def test_a_grammar_that_leads_nowhere_is_told_and_harms_no_other():
-    def begin(prepared: Any) -> Any:
-        yield {"type": "started"}
-        if prepared.ids == [1]:
-            raise GrammarError("no way on")
-        yield {"type": "finished"}
+    class Answer:
+        finished = True
+
+        def __init__(self, prepared: Any) -> None:
+            self.ids = prepared.ids
+
+        def started(self) -> dict[str, Any]:
+            return {"type": "started"}
+
+        def plan(self) -> Any:
+            return object()
+
+        def commit(self, outcome: Any) -> list[dict[str, Any]]:
+            if self.ids == [1]:
+                raise GrammarError("no way on")
+            return [{"type": "finished"}]
+
+        def close(self) -> None:
+            pass
 
     sent: list[dict[str, Any]] = []
     scheduler = Scheduler(
         prepare=lambda job: Prepared(ids=job["ids"]),
-        begin=begin,
-        run_steps=lambda _: None,
+        begin=Answer,
+        group=lambda steps: [list(range(len(steps)))],
+        run=list,
         send=sent.append,
     )
     for number in (1, 2):

@@ -16,8 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_mtp.apps.engine.grammar import GrammarError, Grammars, calls_grammar, json_grammar, try_out
-from mlx_mtp.decoding.accept import Sampling
 from mlx_mtp.decoding.loop import decode
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.model.mtp_model import MTPModel
 from tests.helpers.fixtures_generate import EOS, USER, byte_tokenizer, ids_of
 from tests.helpers.tiny import tiny_mtp

@@ -20,7 +20,7 @@ from mlx_lm import utils as lm_utils
 from mlx_mtp.model.config import WEIGHTS_FILE, read_config
 from mlx_mtp.model.mtp_model import fingerprint
 from mlx_mtp.storage import default_model
-from mlx_mtp.storage.default_model import cache_dir, default_adapter_path, default_model_path
+from mlx_mtp.storage.default_model import default_adapter_path, default_model_path
 from tests.helpers.default_folder import cache, folder
 
 __all__ = ["cache", "folder"]
@@ -136,25 +136,6 @@ class TestWriting:
         assert default_model_path() == folder
         assert default_model._is_complete(folder)
         assert leftovers(empty_cache) == []
-
-    @pytest.mark.parametrize(
-        ("environment", "expected"),
-        [
-            ({"MLX_MTP_CACHE": "/a/b", "XDG_CACHE_HOME": "/x"}, "/a/b"),
-            ({"XDG_CACHE_HOME": "/x"}, "/x/mlx-mtp"),
-            ({"HOME": "/h"}, "/h/.cache/mlx-mtp"),
-            ({"HOME": "/h", "platform": "darwin"}, "/h/Library/Caches/mlx-mtp"),
-        ],
-    )
-    def test_cache_dir(
-        self, environment: dict[str, str], expected: str, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr(sys, "platform", environment.pop("platform", "linux"))
-        for name in ("MLX_MTP_CACHE", "XDG_CACHE_HOME"):
-            monkeypatch.delenv(name, raising=False)
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        assert cache_dir() == Path(expected)
 
 
 class TestRefusals:

@@ -62,12 +62,12 @@ def test_data_that_are_not_there(tmp_path, loop):
         (("--adapter-path", "OUT", "--data", ""), "--data is empty"),
         (("--adapter-path", "OUT", "--iters", "0"), "Invalid value for '--iters'"),
         (("--adapter-path", "OUT", "--held-out", "1"), "Invalid value for '--held-out'"),
-        (("--adapter-path", "OUT", "--learning-rate", "nan"), "learning_rate must be 0 or more"),
+        (("--adapter-path", "OUT", "--learning-rate", "nan"), "learning_rate must be above 0"),
         (("--adapter-path", "OUT", "--learning-rate", "0"), "learning_rate must be above 0"),
         (("--adapter-path", "OUT", "--target-modules", ","), "must name at least one layer"),
         (("--adapter-path", "OUT", "--val-batches", "0"), "val_batches must be at least 1"),
         (("--adapter-path", "OUT", "--teacher", "me"), "Invalid value for '--teacher'"),
-        (("--adapter-path", "OUT", "--data-as-is"), "there are no data to take as they are"),
+        (("--adapter-path", "OUT", "--data-as-is"), "--data-as-is needs --data"),
         (("--adapter-path", "OUT", "--topics", "no.txt"), "no.txt: No such file"),
         (("--adapter-path", "OUT", "--resume"), "holds no training run to resume"),
         (("--adapter-path", "OUT", "--resume-adapter-file", "no"), "adapter no does not exist"),
@@ -75,7 +75,7 @@ def test_data_that_are_not_there(tmp_path, loop):
         (
             ("--adapter-path", "OUT", "--base-weight", "0", "--sampler-weight", "0",
              "--lcm-weight", "0"),
-            "the loss has no term",
+            "all weights of the loss are 0",
         ),
     ],
 )  # fmt: skip

@@ -15,7 +15,7 @@ import pytest
 
 from mlx_mtp.cli.train import TEACHERS, train
 from mlx_mtp.train.data.records import read_jsonl
-from mlx_mtp.train.gradient import losses
+from mlx_mtp.train.settings import TEACHERS as ALL_TEACHERS
 from mlx_mtp.train.settings import TrainSettings
 from tests.helpers.tiny import save_tiny_model, save_tiny_pair
 from tests.train.kill_script import (
@@ -39,7 +39,7 @@ def test_defaults_in_the_help_are_those_of_the_settings():
     for field in dataclasses.fields(TrainSettings):
         if field.name in shown.keys() - flags - {"teacher"}:
             assert [float(each) for each in shown[field.name]] == [field.default], field.name
-    assert TEACHERS == losses.TEACHERS
+    assert TEACHERS == ALL_TEACHERS
     helped = invoke("--help").output
     assert helped.index("Model and run:") < helped.index("Data:") < helped.index("Training:")
     assert "[default: argmax]" in " ".join(helped.split())

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.storage.files import remove_drafts, write_atomically
 from mlx_mtp.train.data import sources
 from mlx_mtp.train.data.records import (
@@ -19,7 +20,7 @@ from mlx_mtp.train.data.records import (
     read_json,
     read_jsonl,
 )
-from mlx_mtp.train.data.sequences import Sequence, encode, encode_all, split
+from mlx_mtp.train.data.sequences import encode, encode_all, split
 from mlx_mtp.train.data.sources import read_data, split_text
 from tests.helpers.fixtures_generate import ASSISTANT, EOS, byte_tokenizer, ids_of
 
@@ -60,13 +61,13 @@ def test_plain_text_and_unanswered_prompts_are_read():
         ("{", "not JSON"),
         ('{"a": 1}', "found 'a'"),
         ('{"text": " "}', "'text' is empty"),
-        ('{"text": 3}', "must be a string, got int"),
+        ('{"text": 3}', "must be a string, got 3"),
         ('{"text": "\\ud800"}', "half of a surrogate pair"),
         ('{"messages": []}', "must be a list of messages"),
         ('{"messages": [1]}', r"messages\[0\] must be an object"),
         ('{"messages": [{"role": "cat", "content": "x"}]}', "unknown role 'cat'"),
         ('{"messages": [{"role": "user", "content": [{"image": 1}]}]}', "only text"),
-        ('{"messages": [{"role": "user"}]}', "must be a string, got NoneType"),
+        ('{"messages": [{"role": "user"}]}', "must be a string, got null"),
         ("[" * 100000, "not JSON|too deep"),
     ],
 )
@@ -252,7 +253,7 @@ def test_a_hub_that_fails_is_told_in_a_line(monkeypatch):
         read_data("owner/name")
 
 
-def shown(sequence: Sequence) -> str:
+def shown(sequence: TokenSequence) -> str:
     """The answer tokens of a byte-tokenised sequence as text; specials as <id>."""
     kept = [id for id, flag in zip(sequence.ids, sequence.answer, strict=True) if flag]
     return "".join(chr(id) if id < 256 else f"<{id}>" for id in kept)
@@ -336,9 +337,10 @@ def test_long_and_short_records_are_counted():
         encode_all([CHAT, short], tokenizer, max_seq_length=60)
 
 
-def numbered(count: int) -> list[Sequence]:
+def numbered(count: int) -> list[TokenSequence]:
     return [
-        Sequence([number, 7, 1, 2, 3], [False, False, True, True, True]) for number in range(count)
+        TokenSequence([number, 7, 1, 2, 3], [False, False, True, True, True])
+        for number in range(count)
     ]
 
 
@@ -350,7 +352,7 @@ def test_the_held_out_side_is_stable():
 
 
 def test_the_same_question_is_on_one_side():
-    twins = [Sequence([3, 7, answer, 2], [False, False, True, True]) for answer in range(50)]
+    twins = [TokenSequence([3, 7, answer, 2], [False, False, True, True]) for answer in range(50)]
     sides = split([*twins, *numbered(3)], held_out=0.5)
     assert sum(any(each.ids[:2] == [3, 7] for each in side) for side in sides) == 1
 

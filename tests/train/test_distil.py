@@ -10,10 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
+from mlx_mtp.evaluation.batch_generation import generate_batch
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.data import distil_run
 from mlx_mtp.train.data.distil import continue_text, distil
-from mlx_mtp.train.data.distil_run import around_user, generate_batch, token_ids
+from mlx_mtp.train.data.distil_run import around_user, token_ids
 from mlx_mtp.train.data.records import Record, RecordWriter, read_jsonl
 from mlx_mtp.train.data.sequences import encode
 from tests.helpers.fixtures_generate import EOS, TEMPLATE, byte_tokenizer

@@ -13,18 +13,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_unflatten
 
+from mlx_mtp.evaluation.forward import mask_rows, ordinary_rows
+from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.train.gradient.forward import mask_rows, ordinary_rows
+from mlx_mtp.train.gradient.anchors import choose_anchors, chunks, count_masks
 from mlx_mtp.train.gradient.losses import (
-    LossWeights,
     _head,
     is_plain_head,
     loss_terms,
     make_targets,
     total_loss,
 )
-from mlx_mtp.train.gradient.mask_blocks import MaskRows, choose_anchors, chunks, count_masks
+from mlx_mtp.train.settings import LossWeights
 from tests.helpers.tiny import KINDS, tiny_mtp
 
 LENGTH, K = 20, 4

@@ -25,13 +25,13 @@ from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.gradient.adapter import new_adapter
 from mlx_mtp.train.run.checkpoint import newest_state
 from mlx_mtp.train.loop import TrainData, train
-from mlx_mtp.train.data.sequences import Sequence
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.train.settings import TrainSettings
 
 def texts(count, seed):
     rng = np.random.default_rng(seed)
     ids = [tuple(int(i) for i in rng.integers(2, 12, 24)) for _ in range(count)]
-    return [Sequence(ids=each, answer=(False,) * 6 + (True,) * 18) for each in ids]
+    return [TokenSequence(ids=each, answer=(False,) * 6 + (True,) * 18) for each in ids]
 
 def work(task):
     output = Path(task)

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.loading import read_adapter
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.train.data.sequences import Sequence
 from mlx_mtp.train.gradient.adapter import (
     adapter_tensors,
     new_adapter,
@@ -47,7 +47,7 @@ SETTINGS = TrainSettings(
 )
 
 
-def texts(count: int = 6, *, seed: int = 1, period: int = 0) -> list[Sequence]:
+def texts(count: int = 6, *, seed: int = 1, period: int = 0) -> list[TokenSequence]:
     """Random texts of 20 ids; with a period they repeat themselves and can be foreseen."""
     rng = np.random.default_rng(seed)
     found = []
@@ -55,7 +55,7 @@ def texts(count: int = 6, *, seed: int = 1, period: int = 0) -> list[Sequence]:
         ids = rng.integers(2, 40, 20)
         if period:
             ids = np.resize(ids[:period], 20)
-        found.append(Sequence(ids.tolist(), [False] * 4 + [True] * 16))
+        found.append(TokenSequence(ids.tolist(), [False] * 4 + [True] * 16))
     return found
 
 
@@ -192,7 +192,7 @@ def test_another_number_of_processes_is_named_with_the_way_on(tmp_path, monkeypa
 
 
 def test_layers_are_not_computed_again_without_the_gate():
-    with pytest.raises(ValueError, match="grad_checkpoint does not go together"):
+    with pytest.raises(ValueError, match="grad_checkpoint cannot be used without the gate"):
         change(gate=False, grad_checkpoint=True)
 
 

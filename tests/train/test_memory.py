@@ -8,8 +8,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.train.data.sequences import Sequence
 from mlx_mtp.train.gradient.adapter import new_adapter, trainable
 from mlx_mtp.train.gradient.step import StepGradient
 from mlx_mtp.train.run.memory import MemoryEstimate, estimate
@@ -35,7 +35,7 @@ SMALL = MemoryEstimate(
 )
 def test_the_advice_fits_what_is_too_large(part: str, advice: str) -> None:
     SMALL.check()
-    with pytest.raises(ValueError, match=f"about 31.2 GB of memory, 1.0 GB are .*{advice}"):
+    with pytest.raises(ValueError, match=f"about 31.2 GB of memory, but 1.0 GB are .*{advice}"):
         dataclasses.replace(SMALL, **{part: int(31.2e9)}).check()
 
 
@@ -77,7 +77,7 @@ def test_the_estimate_is_near_the_peak_of_a_step() -> None:
     base = tiny_base(vocab_size=4096, hidden_size=64, intermediate_size=192)
     model = new_adapter(MTPModel(base), settings)
     ids = np.random.default_rng(0).integers(0, 4096, 128).tolist()
-    data = [Sequence(ids, [False] * 8 + [True] * 120)]
+    data = [TokenSequence(ids, [False] * 8 + [True] * 120)]
     parameters, gradient = trainable(model), StepGradient(model, settings)
     mx.eval(parameters, gradient(parameters, data, [0], step=0).gradients)
     before = mx.get_active_memory()

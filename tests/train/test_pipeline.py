@@ -14,7 +14,6 @@ from mlx_mtp.evaluation.acceptance import Evaluation
 from mlx_mtp.evaluation.prompts import builtin_prompts
 from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.data.pipeline import (
-    DataSettings,
     expected_length,
     kept_records,
     make_records,
@@ -34,6 +33,7 @@ from mlx_mtp.train.run.display import (
 )
 from mlx_mtp.train.run.events import Evaluated, Reported, Stepped
 from mlx_mtp.train.run.folder import RunFolder
+from mlx_mtp.train.settings import DataSettings
 from tests.helpers.fixtures_generate import byte_tokenizer
 from tests.train.test_distil import readable
 
@@ -125,10 +125,10 @@ def test_sequences_are_divided_and_told(tmp_path):
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"data": " "}, "name is empty"),
-        ({"as_is": True}, "there are no data to take as they are"),
-        ({"topics": ("a",), "data": "x"}, "topics are for text that the model writes"),
-        ({"held_out": 0.0}, "must lie between 0 and 1, got 0.0"),
+        ({"data": " "}, "data is empty"),
+        ({"as_is": True}, "--data-as-is needs --data"),
+        ({"topics": ("a",), "data": "x"}, "--topics cannot be used with --data"),
+        ({"held_out": 0.0}, "held_out must be above 0 and below 1, got 0.0"),
         ({"num_records": 0}, "num_records must be at least 1, got 0"),
     ],
 )

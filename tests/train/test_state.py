@@ -358,7 +358,7 @@ def test_a_history_is_held_by_one(tmp_path: Path) -> None:
 def test_a_bad_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "history.jsonl"
     path.write_bytes(b'{"step": 1}\n[]\n')
-    with pytest.raises(ValueError, match=r"history\.jsonl, line 2: not a JSON object"):
+    with pytest.raises(ValueError, match=r"history\.jsonl, line 2: expected a JSON object"):
         History(path)
     with History(path, keep=1) as history:  # what is cut off may be anything
         assert len(history) == 1

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from mlx_lm.sample_utils import make_sampler
 
+import mlx_mtp.decoding.accept
 import mlx_mtp.decoding.loop
-import mlx_mtp.decoding.step
 from mlx_mtp.backends.cpu.blas import BLAS
 from mlx_mtp.cli.verify import table
-from mlx_mtp.decoding.accept import Sampling
+from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.evaluation.prompts import Prompt
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.verify import VerifyReport, VerifySettings, build_receipt, verify, write_receipt
@@ -157,7 +157,7 @@ def twins() -> MTPModel:
 
 def prefer_the_other_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Break ties the other way in steps that have drafts."""
-    real = mlx_mtp.decoding.step.accept_greedy
+    real = mlx_mtp.decoding.accept.accept_greedy
 
     def other(logits: mx.array, drafts: mx.array) -> tuple[mx.array, mx.array]:
         tokens, num_accepted = real(logits, drafts)
@@ -165,7 +165,7 @@ def prefer_the_other_twin(monkeypatch: pytest.MonkeyPatch) -> None:
             return tokens, num_accepted
         return tokens + 1 - 2 * (tokens % 2), mx.zeros_like(num_accepted)
 
-    monkeypatch.setattr("mlx_mtp.decoding.step.accept_greedy", other)
+    monkeypatch.setattr("mlx_mtp.decoding.accept.accept_greedy", other)
 
 
 def test_near_ties_are_told_apart_and_nothing_behind_them_is_hidden(
@@ -188,7 +188,7 @@ def test_a_mismatch_behind_a_near_tie_is_found(
     twins: MTPModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prefer_the_other_twin(monkeypatch)
-    twin_of = mlx_mtp.decoding.step.accept_greedy
+    twin_of = mlx_mtp.decoding.accept.accept_greedy
     calls = {"drafted": 0}
 
     def worse(logits: mx.array, drafts: mx.array) -> tuple[mx.array, mx.array]:
@@ -198,7 +198,7 @@ def test_a_mismatch_behind_a_near_tie_is_found(
             tokens = mx.argmin(logits, axis=-1).astype(tokens.dtype)
         return tokens, num_accepted
 
-    monkeypatch.setattr("mlx_mtp.decoding.step.accept_greedy", worse)
+    monkeypatch.setattr("mlx_mtp.decoding.accept.accept_greedy", worse)
     report = run(twins)
     tally = report.runs[1].against["plain"]
     assert tally.mismatches >= 1 and not report.passed
@@ -289,7 +289,7 @@ def test_honest_sampling_passes(model: MTPModel) -> None:
 
 @pytest.mark.slow
 def test_biased_sampling_fails(model: MTPModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = mlx_mtp.decoding.step.accept_sampled
+    real = mlx_mtp.decoding.accept.accept_sampled
 
     def biased(probs: mx.array, drafts: mx.array, *args: Any, **kwargs: Any) -> Any:
         tokens, num_accepted = real(probs, drafts, *args, **kwargs)
@@ -297,7 +297,7 @@ def test_biased_sampling_fails(model: MTPModel, monkeypatch: pytest.MonkeyPatch)
             return tokens, num_accepted
         return mx.concatenate([drafts.astype(tokens.dtype), tokens[-1:]]), mx.array(drafts.size)
 
-    monkeypatch.setattr("mlx_mtp.decoding.step.accept_sampled", biased)
+    monkeypatch.setattr("mlx_mtp.decoding.accept.accept_sampled", biased)
     settings = VerifySettings(
         layouts=("quadratic",), depths=(2,), max_tokens=2, num_draws=150,
         sampling=(Sampling(temp=1.0),),

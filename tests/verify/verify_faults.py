@@ -5,12 +5,12 @@ from __future__ import annotations
 import mlx.core as mx
 import pytest
 
-import mlx_mtp.decoding.step
+import mlx_mtp.decoding.accept
 
 
 def accept_first_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plant a mistake: the first draft always holds."""
-    real = mlx_mtp.decoding.step.accept_greedy
+    real = mlx_mtp.decoding.accept.accept_greedy
 
     def broken(logits: mx.array, drafts: mx.array) -> tuple[mx.array, mx.array]:
         tokens, num_accepted = real(logits, drafts)
@@ -19,4 +19,4 @@ def accept_first_draft(monkeypatch: pytest.MonkeyPatch) -> None:
         tokens = mx.concatenate([drafts[:1].astype(tokens.dtype), tokens[1:]])
         return tokens, mx.maximum(num_accepted, 1)
 
-    monkeypatch.setattr("mlx_mtp.decoding.step.accept_greedy", broken)
+    monkeypatch.setattr("mlx_mtp.decoding.accept.accept_greedy", broken)

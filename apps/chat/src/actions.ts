@@ -1,4 +1,4 @@
-/** What the user can do with conversations, and what it does to the state. */
+/** Actions of the user on conversations, and their effect on the state. */
 
 import { batch } from "@preact/signals";
 
@@ -12,38 +12,38 @@ import { counted } from "./words";
 const NOTICE_MS = 6000;
 let noticeTimer = 0;
 
-/** Do something and show what goes wrong; returns whether it went well. */
+/** Run ``work`` and show its error, if any; returns whether it succeeded. */
 export async function attempt(work: () => Promise<unknown>): Promise<boolean> {
   try {
     await work();
     return true;
   } catch (error) {
     if (error instanceof ApiError && error.status === 401) state.locked.value = true;
-    else if (!state.gone.value) say(error instanceof Error ? error.message : String(error), true);
+    else if (!state.gone.value) notify(error instanceof Error ? error.message : String(error), true);
     return false;
   }
 }
 
-/** Show a line for a while. */
-export function say(text: string, bad = false): void {
+/** Show a notice for a few seconds. */
+export function notify(text: string, bad = false): void {
   clearTimeout(noticeTimer);
   state.notice.value = { text, bad };
   noticeTimer = window.setTimeout(() => (state.notice.value = null), NOTICE_MS);
 }
 
-/** Read the list of conversations, those that match the search. */
+/** Load the list of conversations that match the search. */
 export async function listConversations(): Promise<void> {
-  const wanted = state.search.value;
-  const found = await ask<Summary[]>("GET", `/conversations?search=${encodeURIComponent(wanted)}`);
-  if (wanted === state.search.value) state.summaries.value = found;
+  const query = state.search.value;
+  const summaries = await ask<Summary[]>("GET", `/conversations?search=${encodeURIComponent(query)}`);
+  if (query === state.search.value) state.summaries.value = summaries;
 }
 
-/** Show a conversation, and follow its answer if one is being made. */
+/** Show a conversation, and follow its answer if one is being generated. */
 export async function openConversation(id: number): Promise<void> {
   const { messages, ...head } = await ask<Conversation>("GET", `/conversations/${id}`);
   batch(() => {
     state.conversation.value = head;
-    state.messages.value = new Map(messages.map((each) => [each.id, each]));
+    state.messages.value = new Map(messages.map((message) => [message.id, message]));
     state.editing.value = null;
     state.drawer.value = false;
   });
@@ -51,7 +51,7 @@ export async function openConversation(id: number): Promise<void> {
   for (const message of messages) if (message.state === "streaming") void watchAnswer(message.id);
 }
 
-/** Begin a new conversation; it is saved with its first message. */
+/** Start a new conversation; it is saved with its first message. */
 export function newConversation(): void {
   batch(() => {
     state.conversation.value = null;
@@ -63,33 +63,33 @@ export function newConversation(): void {
   goTo("#");
 }
 
-/** Put what is shown into the address, where the browser's Back finds it again. */
+/** Record the shown conversation in the address, so that the browser's Back returns to it. */
 function goTo(hash: string): void {
   if ((location.hash || "#") !== hash) history.pushState(null, "", hash);
 }
 
-/** Send a message behind the branch that is shown, or behind ``parent``. */
+/** Send a message after the last one shown, or after ``parent``. */
 export async function sendMessage(text: string, parent?: number | null): Promise<boolean> {
   return attempt(async () => {
-    const before = state.shown.value.at(-1);
-    const behind = parent === undefined ? (before?.id ?? null) : parent;
+    const last = state.shown.value.at(-1);
+    const previous = parent === undefined ? (last?.id ?? null) : parent;
     if (!state.conversation.value) await save();
-    await answer(behind, text);
+    await answer(previous, text);
   });
 }
 
-/** Answer a message of the user once more; the other answers stay beside. */
+/** Answer a message of the user once more; the other answers are kept. */
 export async function regenerate(message: Message): Promise<void> {
   const question = message.role === "user" ? message.id : message.parent;
   if (question !== null) await attempt(() => answer(question));
 }
 
-/** Replace a message by another version of it, and answer that. */
+/** Add a new version of a message, and answer it. */
 export async function edit(message: Message, text: string): Promise<void> {
   if (await sendMessage(text, message.parent)) state.editing.value = null;
 }
 
-/** Break off the answer that is being made. */
+/** Stop the answer that is being generated. */
 export async function stop(): Promise<void> {
   const running = state.answering.value;
   if (running) await attempt(() => ask("POST", `/answers/${running.id}/stop`));
@@ -104,7 +104,7 @@ export async function chooseBranch(message: Message): Promise<void> {
   await attempt(() => ask("PATCH", `/conversations/${shown.id}`, { leaf }));
 }
 
-/** Give a conversation a name. */
+/** Rename a conversation. */
 export async function rename(id: number, title: string): Promise<void> {
   await attempt(async () => {
     await ask("PATCH", `/conversations/${id}`, { title });
@@ -114,17 +114,17 @@ export async function rename(id: number, title: string): Promise<void> {
   });
 }
 
-/** Delete a conversation for good. */
+/** Delete a conversation permanently. */
 export async function remove(id: number): Promise<void> {
   await attempt(async () => {
     await ask("DELETE", `/conversations/${id}`);
     if (state.conversation.value?.id === id) newConversation();
     await listConversations();
-    say("Deleted");
+    notify("Conversation deleted");
   });
 }
 
-/** Change the system prompt or the options of what is shown. */
+/** Change the system prompt or the options of the conversation that is shown. */
 export async function change(values: {
   system_prompt?: string;
   options?: Options;
@@ -138,13 +138,13 @@ export async function change(values: {
   await attempt(() => ask("PATCH", `/conversations/${shown.id}`, values));
 }
 
-/** Remember something about the page. */
+/** Save settings of the page. */
 export async function remember(values: Partial<state.Settings>): Promise<void> {
   state.settings.value = { ...state.settings.value, ...values };
   await attempt(() => ask("PUT", "/settings", { values }));
 }
 
-/** Download one conversation or, without a number, all of them. */
+/** Download one conversation, or all of them for null. */
 export function download(id: number | null, format: "json" | "markdown"): void {
   const link = document.createElement("a");
   link.href = address(id === null ? "/export" : `/conversations/${id}/export?format=${format}`);
@@ -152,34 +152,34 @@ export function download(id: number | null, format: "json" | "markdown"): void {
   link.click();
 }
 
-/** Put text on the clipboard. */
+/** Copy text to the clipboard. */
 export async function copy(text: string): Promise<void> {
   await attempt(async () => {
     await navigator.clipboard.writeText(text);
-    say("Copied");
+    notify("Copied");
   });
 }
 
-/** Put a conversation as Markdown on the clipboard. */
+/** Copy a conversation to the clipboard as Markdown. */
 export async function copyMarkdown(id: number): Promise<void> {
   await attempt(async () => {
-    // A promise, for Safari forgets the click while one waits for what is to be copied.
-    const whole = askText(`/conversations/${id}/export?format=markdown`);
-    const blob = whole.then((text) => new Blob([text], { type: "text/plain" }));
+    // A promise, because Safari loses the click's permission while the text is awaited.
+    const markdown = askText(`/conversations/${id}/export?format=markdown`);
+    const blob = markdown.then((text) => new Blob([text], { type: "text/plain" }));
     await navigator.clipboard.write([new ClipboardItem({ "text/plain": blob })]);
-    say("Copied");
+    notify("Copied");
   });
 }
 
-/** Add conversations from a file. */
-export async function takeIn(file: File): Promise<void> {
+/** Import conversations from a file. */
+export async function importFile(file: File): Promise<void> {
   await attempt(async () => {
     const added = await upload<{ conversations: number[] }>("/import", file);
     await listConversations();
     const first = added.conversations[0];
     if (first !== undefined) await openConversation(first);
     const count = added.conversations.length;
-    say(`${counted(count, "conversation")} imported`);
+    notify(`${counted(count, "conversation")} imported`);
   });
 }
 
@@ -188,7 +188,7 @@ async function save(): Promise<void> {
     ...state.draft.value,
   });
   state.conversation.value = head;
-  state.messages.value = new Map(messages.map((each) => [each.id, each]));
+  state.messages.value = new Map(messages.map((message) => [message.id, message]));
   history.replaceState(null, "", `#c=${head.id}`);
 }
 
@@ -202,13 +202,13 @@ async function answer(parent: number | null, text?: string): Promise<void> {
   batch(() => {
     state.messages.value = new Map([
       ...state.messages.value,
-      ...messages.map((each) => [each.id, each] as const),
+      ...messages.map((message) => [message.id, message] as const),
     ]);
     state.conversation.value = { ...shown, leaf: last.id };
   });
   void watchAnswer(last.id);
   await listConversations();
-  const title = state.summaries.value.find((each) => each.id === shown.id)?.title;
+  const title = state.summaries.value.find((summary) => summary.id === shown.id)?.title;
   const current = state.conversation.value;
   if (title && current?.id === shown.id) state.conversation.value = { ...current, title };
 }

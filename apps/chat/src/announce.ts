@@ -1,42 +1,42 @@
-/** Tells screen readers an answer in whole sentences, not token by token. */
+/** Announces an answer to screen readers in whole sentences, not token by token. */
 
 import { spoken } from "./state";
 import type { MessageState } from "./types";
 
 const PAUSE_MS = 2500;
-const MOST_LETTERS = 400;
+const MAX_CHARACTERS = 400;
 const ENDS: Record<MessageState, string> = {
   streaming: "",
   done: "Answer complete.",
-  length: "Answer cut at the limit of tokens.",
+  length: "The answer reached the token limit.",
   stopped: "Answer stopped.",
   interrupted: "Answer interrupted.",
-  failed: "The answer failed.",
+  failed: "Answer failed.",
 };
 
 export class Announcer {
-  #held = "";
+  #pending = "";
   #last = 0;
 
-  /** Take text; say what is complete, not too often. */
+  /** Add text; announce complete sentences, at most once per ``PAUSE_MS``. */
   add(text: string): void {
-    this.#held += text;
-    const end = Math.max(...[". ", "! ", "? ", "\n"].map((stop) => this.#held.lastIndexOf(stop)));
+    this.#pending += text;
+    const end = Math.max(...[". ", "! ", "? ", "\n"].map((stop) => this.#pending.lastIndexOf(stop)));
     const now = performance.now();
     if (end < 0 || now - this.#last < PAUSE_MS) return;
     this.#last = now;
-    this.#say(this.#held.slice(0, end + 1));
-    this.#held = this.#held.slice(end + 1);
+    this.#announce(this.#pending.slice(0, end + 1));
+    this.#pending = this.#pending.slice(end + 1);
   }
 
-  /** Say the rest and how it ended. */
+  /** Announce the remaining text and how the answer ended. */
   end(state: MessageState): void {
-    this.#say(`${this.#held} ${ENDS[state]}`);
-    this.#held = "";
+    this.#announce(`${this.#pending} ${ENDS[state]}`);
+    this.#pending = "";
   }
 
-  #say(text: string): void {
-    // Marks of code and tables are noise when they are read out.
-    spoken.value = text.replace(/[`*_#|]+/g, "").slice(0, MOST_LETTERS);
+  #announce(text: string): void {
+    // Markdown's code and table marks are noise when read aloud.
+    spoken.value = text.replace(/[`*_#|]+/g, "").slice(0, MAX_CHARACTERS);
   }
 }

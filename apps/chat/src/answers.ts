@@ -1,4 +1,4 @@
-/** Follows answers while they are made. */
+/** Follows answers while they are generated. */
 
 import { ApiError, events } from "./api";
 import { Announcer } from "./announce";
@@ -6,11 +6,11 @@ import * as state from "./state";
 import type { AnswerEvent, Group, Message } from "./types";
 import { counted } from "./words";
 
-/** Steps are shown together this often; more would only make the page slow. */
+/** Interval between updates of the page; updating for every step would make it slow. */
 const SHOW_MS = 40;
 const followed = new Set<number>();
 
-/** Show an answer as it comes, from its beginning. */
+/** Show an answer as it streams, from its beginning. */
 export async function watchAnswer(id: number): Promise<void> {
   if (followed.has(id)) return;
   followed.add(id);
@@ -26,10 +26,10 @@ export async function watchAnswer(id: number): Promise<void> {
     for await (const event of events<AnswerEvent>("GET", `/answers/${id}`, { signal })) {
       switch (event.type) {
         case "started":
-          state.waiting.value = `Reading ${counted(event.prompt_tokens, "token")}`;
+          state.waiting.value = `Processing the prompt: ${counted(event.prompt_tokens, "token")}`;
           break;
         case "prefill":
-          state.waiting.value = `Reading, ${counted(event.done, "token")} done`;
+          state.waiting.value = `Processing the prompt: ${counted(event.done, "token")} done`;
           break;
         case "group": {
           const { type: _, ...group } = event;
@@ -47,8 +47,8 @@ export async function watchAnswer(id: number): Promise<void> {
       }
     }
   } catch (error) {
-    const broken = "The connection broke off; what came until then is here.";
-    const text = error instanceof ApiError && error.status ? error.message : broken;
+    const lost = "The connection was lost. The text received so far is shown.";
+    const text = error instanceof ApiError && error.status ? error.message : lost;
     update(id, { state: "interrupted", stats: { error: text } });
   } finally {
     clearTimeout(timer);
@@ -58,7 +58,7 @@ export async function watchAnswer(id: number): Promise<void> {
 }
 
 function textOf(groups: readonly Group[]): string {
-  return groups.map((each) => each.tokens.join("")).join("");
+  return groups.map((group) => group.tokens.join("")).join("");
 }
 
 function update(id: number, values: Partial<Message>): void {

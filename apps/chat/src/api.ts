@@ -1,8 +1,8 @@
-/** Requests to the server that this page came from; there are no others. */
+/** Requests to the server that this page was loaded from; the page makes no others. */
 
 const PREFIX = "/app/api";
 
-/** An answer other than 2xx; the message is for people. */
+/** A response other than 2xx; the message is shown to the user. */
 export class ApiError extends Error {
   constructor(
     readonly status: number,
@@ -14,7 +14,7 @@ export class ApiError extends Error {
 
 type Method = "GET" | "POST" | "PUT" | "PATCH" | "DELETE";
 
-/** Ask for something; returns the parsed answer, undefined where it is empty. */
+/** Send a request; returns the parsed response, or undefined if it is empty. */
 export async function ask<Result = void>(
   method: Method,
   path: string,
@@ -24,7 +24,7 @@ export async function ask<Result = void>(
   return (response.status === 204 ? undefined : await response.json()) as Result;
 }
 
-/** Follow a stream of events until it ends or the signal breaks it off. */
+/** Read a stream of events until it ends or the signal aborts it. */
 export async function* events<Event>(
   method: Method,
   path: string,
@@ -32,12 +32,12 @@ export async function* events<Event>(
 ): AsyncGenerator<Event> {
   const response = await send(method, path, options.body, options.signal);
   const reader = response.body!.pipeThrough(new TextDecoderStream()).getReader();
-  let held = "";
+  let pending = "";
   for (;;) {
     const { done, value } = await reader.read();
     if (done) return;
-    const parts = (held + value).split("\n\n");
-    held = parts.pop()!;
+    const parts = (pending + value).split("\n\n");
+    pending = parts.pop()!;
     for (const part of parts) {
       if (part.startsWith("data: ")) yield JSON.parse(part.slice(6)) as Event;
     }
@@ -49,17 +49,17 @@ export function openSession(token: string): Promise<void> {
   return ask("POST", "/session", { token });
 }
 
-/** Ask for text. */
+/** Request text. */
 export async function askText(path: string): Promise<string> {
   return (await send("GET", path)).text();
 }
 
-/** Where something can be downloaded. */
+/** The address of a download. */
 export function address(path: string): string {
   return PREFIX + path;
 }
 
-/** Send a file as it is. */
+/** Upload a file unchanged. */
 export async function upload<Result>(path: string, file: Blob): Promise<Result> {
   const response = await checked(
     await fetch(PREFIX + path, { method: "POST", body: file, credentials: "same-origin" }),
@@ -84,7 +84,7 @@ async function send(
     response = await fetch(PREFIX + path, init);
   } catch (error) {
     if (signal?.aborted) throw error;
-    throw new ApiError(0, "mlx-mtp app does not answer; is it still running?");
+    throw new ApiError(0, "mlx-mtp app is not responding. Is it still running?");
   }
   return checked(response);
 }
@@ -95,7 +95,7 @@ async function checked(response: Response): Promise<Response> {
   try {
     message = (await response.json()).error.message;
   } catch {
-    // An error without our shape keeps its status as its message.
+    // A response that is not one of our errors is reported by its status.
   }
   throw new ApiError(response.status, message);
 }

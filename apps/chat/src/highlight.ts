@@ -1,4 +1,4 @@
-/** Colours for code, in the languages that answers are mostly written in. */
+/** Syntax highlighting for the languages that are common in answers. */
 
 import hljs from "highlight.js/lib/core";
 import bash from "highlight.js/lib/languages/bash";
@@ -37,12 +37,12 @@ const LANGUAGES = {
   lua, makefile, markdown, perl, php, python, r, ruby, rust, scala, shell, sql, swift, typescript,
   xml, yaml,
 }; // prettier-ignore
-const MOST_LETTERS = 50_000;
+const MAX_CHARACTERS = 50_000;
 
 for (const [name, language] of Object.entries(LANGUAGES)) hljs.registerLanguage(name, language);
 
-/** Code as escaped HTML with classes; null where the language is unknown or the code too long. */
+/** Code as escaped HTML with classes; null if the language is unknown or the code too long. */
 export function highlight(code: string, language: string): string | null {
-  if (!hljs.getLanguage(language) || code.length > MOST_LETTERS) return null;
+  if (!hljs.getLanguage(language) || code.length > MAX_CHARACTERS) return null;
   return hljs.highlight(code, { language, ignoreIllegals: true }).value;
 }

@@ -17,38 +17,38 @@ import "./styles/dialogs.css";
 import "./styles/narrow.css";
 import "./styles/print.css";
 
-/** Take the token out of the address, where it would be seen, and exchange it for a cookie. */
-async function enter(): Promise<void> {
+/** Remove the token from the address, where it is visible, and exchange it for a cookie. */
+async function signIn(): Promise<void> {
   const token = new URLSearchParams(location.hash.slice(1)).get("token");
   if (token === null) return;
   history.replaceState(null, "", "/");
   await attempt(() => openSession(token));
 }
 
-function wantedConversation(): number {
+function conversationInAddress(): number {
   return Number(new URLSearchParams(location.hash.slice(1)).get("c"));
 }
 
 function followAddress(): void {
-  const wanted = wantedConversation();
-  if (!wanted) newConversation();
-  else if (wanted !== state.conversation.value?.id) void attempt(() => openConversation(wanted));
+  const id = conversationInAddress();
+  if (!id) newConversation();
+  else if (id !== state.conversation.value?.id) void attempt(() => openConversation(id));
 }
 
 async function start(): Promise<void> {
-  const wanted = wantedConversation();
+  const id = conversationInAddress();
   render(<App />, document.getElementById("app")!);
-  await enter();
+  await signIn();
   if (state.locked.value) return;
   void followEngine();
   await attempt(async () => {
-    const kept = await ask<Partial<state.Settings>>("GET", "/settings");
-    state.settings.value = { ...state.FIRST_SETTINGS, ...kept };
+    const saved = await ask<Partial<state.Settings>>("GET", "/settings");
+    state.settings.value = { ...state.FIRST_SETTINGS, ...saved };
     if (panelCovers.matches) state.settings.value = { ...state.settings.value, panel: "" };
-    if (!wanted) newConversation();
+    if (!id) newConversation();
     await listConversations();
   });
-  if (wanted && !(await attempt(() => openConversation(wanted)))) newConversation();
+  if (id && !(await attempt(() => openConversation(id)))) newConversation();
   addEventListener("popstate", followAddress);
   isPhone.addEventListener("change", () => (state.drawer.value = false));
 }

@@ -1,9 +1,9 @@
 /**
- * Markdown to HTML that is safe to show.
+ * Renders Markdown to safe HTML.
  *
- * Three walls stand between an answer and the page: markdown-it takes no HTML, DOMPurify lets through
- * only the tags below, and the server's policy allows no script or request but the page's own.
- * Images are never fetched: an address could carry the conversation away.
+ * Three layers protect the page from an answer: markdown-it rejects HTML, DOMPurify allows only the
+ * tags below, and the server's policy allows only the page's own scripts and requests.
+ * Images are never fetched, because an image address could leak the conversation.
  */
 
 import DOMPurify from "dompurify";
@@ -17,10 +17,10 @@ const TAGS =
     " ",
   );
 const ATTRIBUTES = ["class", "href", "rel", "start", "tabindex", "target", "title", "type"];
-const MOST_KEPT = 500;
+const MAX_CACHED = 500;
 
 const markdown = new MarkdownIt({ html: false, linkify: true, typographer: false });
-const kept = new Map<string, string>();
+const cache = new Map<string, string>();
 
 markdown.linkify.set({ fuzzyLink: false, fuzzyEmail: false });
 markdown.validateLink = (url: string) => SAFE_LINK.test(url);
@@ -38,10 +38,10 @@ markdown.renderer.rules.fence = (tokens, index) => {
 };
 markdown.renderer.rules.code_block = (tokens, index) => codeBlock(tokens[index]!.content, "");
 
-// Boxes of a list of tasks are letters: a control that does nothing would mislead.
+// Checkboxes of task lists are characters: a control that does nothing would mislead.
 markdown.core.ruler.push("tasks", ({ tokens }) => {
-  tokens.forEach((token, at) => {
-    const item = tokens[at - 2];
+  tokens.forEach((token, index) => {
+    const item = tokens[index - 2];
     const box = /^\[([ xX])\] /.exec(token.content)?.[1];
     const first = token.children?.[0];
     if (token.type !== "inline" || item?.type !== "list_item_open" || !box || !first) return;
@@ -50,7 +50,7 @@ markdown.core.ruler.push("tasks", ({ tokens }) => {
   });
 });
 
-// Headings of an answer stand below those of the page.
+// Headings of an answer rank below those of the page.
 for (const rule of ["heading_open", "heading_close"] as const) {
   markdown.renderer.rules[rule] = (tokens, index, options, _env, self) => {
     const token = tokens[index]!;
@@ -59,7 +59,7 @@ for (const rule of ["heading_open", "heading_close"] as const) {
     return self.renderToken(tokens, index, options);
   };
 }
-// The policy allows no style attributes, so alignment becomes a class.
+// The policy forbids style attributes, so alignment becomes a class.
 for (const rule of ["th_open", "td_open"] as const) {
   markdown.renderer.rules[rule] = (tokens, index, options, _env, self) => {
     const token = tokens[index]!;
@@ -78,25 +78,25 @@ DOMPurify.addHook("afterSanitizeAttributes", (node) => {
   }
 });
 
-/** Render text; returns safe HTML for each block, so that those that stay need not be shown anew. */
+/** Render text; returns safe HTML per block, so that unchanged blocks are not rendered again. */
 export function renderBlocks(text: string): string[] {
   const env = {};
   const tokens = markdown.parse(text, env);
   const blocks: string[] = [];
   let start = 0;
   let depth = 0;
-  tokens.forEach((token, at) => {
+  tokens.forEach((token, index) => {
     depth += token.nesting;
     if (depth > 0) return;
-    const html = markdown.renderer.render(tokens.slice(start, at + 1), markdown.options, env);
+    const html = markdown.renderer.render(tokens.slice(start, index + 1), markdown.options, env);
     if (html.trim()) blocks.push(safe(html));
-    start = at + 1;
+    start = index + 1;
   });
   return blocks;
 }
 
 function safe(html: string): string {
-  let clean = kept.get(html);
+  let clean = cache.get(html);
   if (clean === undefined) {
     clean = DOMPurify.sanitize(html, {
       ALLOWED_TAGS: TAGS,
@@ -105,8 +105,8 @@ function safe(html: string): string {
       ALLOW_DATA_ATTR: false,
       ALLOW_ARIA_ATTR: false,
     });
-    if (kept.size >= MOST_KEPT) kept.delete(kept.keys().next().value!);
-    kept.set(html, clean);
+    if (cache.size >= MAX_CACHED) cache.delete(cache.keys().next().value!);
+    cache.set(html, clean);
   }
   return clean;
 }

@@ -1,14 +1,14 @@
 /**
- * Underlines each step of an answer in its rendered Markdown, and tells which step lies at a point.
+ * Underlines every step of an answer in its rendered Markdown, and maps a point to its step.
  *
- * Rendering takes marks of Markdown away and leaves the rest in order, so the shown text is found
- * again in the source piece by piece.  The underlines are CSS highlights: the document stays as it is.
+ * Rendering removes Markdown's syntax and keeps the order of the text, so the shown text is aligned
+ * with the source piece by piece.  The underlines are CSS highlights: the document is not changed.
  */
 
 import { indexAt, stepEnds } from "./steps";
 import type { Group } from "./types";
 
-/** Letters of a text node that stand one after the other in the source. */
+/** Characters of a text node that are contiguous in the source. */
 interface Run {
   node: Text;
   start: number;
@@ -17,7 +17,7 @@ interface Run {
 }
 
 const NAMES = ["step-even", "step-odd", "step-one"] as const;
-/** How far ahead to look for so many letters: the fewer, the likelier they stand there by chance. */
+/** Search distance by number of characters: short matches are more often accidental. */
 const LOOK_AHEAD: [number, number][] = [
   [8, 600],
   [3, 60],
@@ -34,7 +34,7 @@ export class Marks {
   #ends: number[] = [];
   #ranges: [string, AbstractRange][] = [];
 
-  /** Underline the steps; what was underlined before is not any more. */
+  /** Underline the steps, and remove earlier underlines. */
   show(root: HTMLElement, source: string, groups: readonly Group[]): void {
     this.clear();
     this.#ends = stepEnds(groups);
@@ -43,54 +43,52 @@ export class Marks {
     for (const [name, range] of this.#ranges) highlightOf(name).add(range);
   }
 
-  /** Take the underlines away. */
+  /** Remove the underlines. */
   clear(): void {
     for (const [name, range] of this.#ranges) highlightOf(name).delete(range);
     this.#ranges = [];
   }
 
-  /** Offset in the source of what is shown at a point of the window; null where nothing is. */
+  /** Offset in the source of the text at a point of the window; null if there is none. */
   offsetAt(x: number, y: number): number | null {
     const caret = caretAt(x, y);
     const run =
       caret &&
       this.#runs.find(
-        (each) =>
-          each.node === caret.node &&
-          caret.offset >= each.start &&
-          caret.offset < each.start + each.length,
+        ({ node, start, length }) =>
+          node === caret.node && caret.offset >= start && caret.offset < start + length,
       );
     return run ? run.source + caret.offset - run.start : null;
   }
 
   #underline(run: Run, groups: readonly Group[]): void {
-    let at = 0;
-    while (at < run.length) {
-      const step = indexAt(this.#ends, run.source + at);
+    let offset = 0;
+    while (offset < run.length) {
+      const step = indexAt(this.#ends, run.source + offset);
       const group = groups[step];
       if (!group) return;
       const end = Math.min(run.length, this.#ends[step]! - run.source);
       const name = group.tokens.length < 2 ? "step-one" : step % 2 ? "step-odd" : "step-even";
       const range = new StaticRange({
         startContainer: run.node,
-        startOffset: run.start + at,
+        startOffset: run.start + offset,
         endContainer: run.node,
         endOffset: run.start + end,
       });
       this.#ranges.push([name, range]);
-      at = end;
+      offset = end;
     }
   }
 }
 
-/** Find the shown text in the source. */
+/** Align the shown text with the source. */
 export function align(root: HTMLElement, source: string): Run[] {
   const runs: Run[] = [];
   const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   let from = 0;
   for (let node = walker.nextNode() as Text | null; node; node = walker.nextNode() as Text | null) {
-    const around = node.parentElement;
-    if (around?.closest(".code-head") || (!node.data.trim() && !around?.closest("pre"))) continue;
+    const parent = node.parentElement;
+    if (parent?.closest(".code-head") || (!node.data.trim() && !parent?.closest("pre"))) continue;
     from = alignNode(node, source, from, runs);
   }
   return runs;
@@ -98,39 +96,39 @@ export function align(root: HTMLElement, source: string): Run[] {
 
 function alignNode(node: Text, source: string, from: number, runs: Run[]): number {
   const text = node.data;
-  let at = 0;
-  while (at < text.length) {
-    const found = findAhead(source, text.slice(at, at + PROBE), from);
-    if (found < 0) {
-      at += 1;
+  let start = 0;
+  while (start < text.length) {
+    const match = findAhead(source, text.slice(start, start + PROBE), from);
+    if (match < 0) {
+      start += 1;
       continue;
     }
     let length = 1;
-    while (at + length < text.length && text[at + length] === source[found + length]) length += 1;
-    runs.push({ node, start: at, source: found, length });
-    at += length;
-    from = found + length;
+    while (start + length < text.length && text[start + length] === source[match + length]) length += 1;
+    runs.push({ node, start, source: match, length });
+    start += length;
+    from = match + length;
   }
   return from;
 }
 
-/** Where the source goes on with a text, or at least with its beginning; -1 for nowhere near. */
+/** The next offset of a text, or of its first characters, in the source; -1 if it is not nearby. */
 function findAhead(source: string, text: string, from: number): number {
-  for (const [letters, distance] of LOOK_AHEAD) {
-    if (letters > text.length) continue;
-    const found = source.slice(from, from + distance + letters).indexOf(text.slice(0, letters));
-    if (found >= 0) return from + found;
+  for (const [characters, distance] of LOOK_AHEAD) {
+    if (characters > text.length) continue;
+    const match = source.slice(from, from + distance + characters).indexOf(text.slice(0, characters));
+    if (match >= 0) return from + match;
   }
   return -1;
 }
 
 function highlightOf(name: string): Highlight {
-  let found = CSS.highlights.get(name);
-  if (!found) {
-    found = new Highlight();
-    CSS.highlights.set(name, found);
+  let highlight = CSS.highlights.get(name);
+  if (!highlight) {
+    highlight = new Highlight();
+    CSS.highlights.set(name, highlight);
   }
-  return found;
+  return highlight;
 }
 
 if (canMark) for (const name of NAMES) highlightOf(name);

@@ -1,4 +1,4 @@
-/** A race as it runs: two lanes, one after the other. */
+/** A running race: two answers, one after the other. */
 
 import { signal } from "@preact/signals";
 
@@ -17,7 +17,7 @@ export const verdict = signal<Verdict | null>(null);
 export const failure = signal("");
 let running: AbortController | null = null;
 
-/** What is raced over: a text of its own, else the last question of the conversation. */
+/** Answer ``text``, or the last question of the conversation, twice. */
 export async function runRace(text: string, maxTokens: number): Promise<void> {
   stopRace();
   const controller = new AbortController();
@@ -27,7 +27,7 @@ export async function runRace(text: string, maxTokens: number): Promise<void> {
   try {
     const body = raceBody(text, maxTokens);
     for await (const event of events<RaceEvent>("POST", "/race", { body, signal: controller.signal })) {
-      take(event);
+      apply(event);
     }
   } catch (error) {
     if (!controller.signal.aborted) failure.value = (error as Error).message;
@@ -39,27 +39,27 @@ export async function runRace(text: string, maxTokens: number): Promise<void> {
   }
 }
 
-/** Break a race off. */
+/** Stop the race. */
 export function stopRace(): void {
   running?.abort();
   running = null;
   stage.value = "";
 }
 
-/** The question that a race without a text of its own is about. */
+/** The last question of the conversation, the default prompt of a race. */
 export function lastQuestion(): string {
-  return state.shown.value.findLast((each) => each.role === "user")?.text ?? "";
+  return state.shown.value.findLast((message) => message.role === "user")?.text ?? "";
 }
 
 function raceBody(text: string, maxTokens: number): object {
   const options = { ...state.options.value, max_tokens: maxTokens };
   if (options.layout === "plain") options.layout = "auto";
-  const question = state.shown.value.findLast((each) => each.role === "user");
+  const question = state.shown.value.findLast((message) => message.role === "user");
   if (text.trim() && text !== question?.text) return { text, options };
   return { conversation: state.conversation.value?.id, message: question?.id, options };
 }
 
-function take(event: RaceEvent): void {
+function apply(event: RaceEvent): void {
   switch (event.type) {
     case "lane":
       stage.value = event.lane;

@@ -1,4 +1,4 @@
-/** What the page knows.  Components read these signals; only actions change them. */
+/** The state of the page.  Components read these signals; only actions change them. */
 
 import { computed, signal } from "@preact/signals";
 
@@ -16,13 +16,13 @@ import type {
 export type Theme = "system" | "light" | "dark";
 export type Panel = "" | "settings" | "steps" | "model";
 
-/** What is remembered from one launch to the next. */
+/** Settings that are saved between launches. */
 export interface Settings {
   theme: Theme;
   /** Whether the steps of answers are underlined. */
   marks: boolean;
   panel: Panel;
-  /** What new conversations begin with. */
+  /** System prompt and options of new conversations. */
   defaults: { system_prompt: string; options: Options };
 }
 
@@ -34,7 +34,7 @@ export const FIRST_SETTINGS: Settings = {
 };
 
 export const locked = signal(false);
-/** Whether the server has stopped answering. */
+/** Whether the server has stopped responding. */
 export const gone = signal(false);
 export const settings = signal<Settings>(FIRST_SETTINGS);
 export const engine = signal<EngineState | null>(null);
@@ -57,22 +57,22 @@ export const racing = signal(false);
 export const helping = signal(false);
 export const drawer = signal(false);
 
-/** A line that is shown for a while: something went wrong, or was done. */
+/** A notice that is shown for a few seconds: an error, or a completed action. */
 export const notice = signal<{ text: string; bad: boolean } | null>(null);
-/** What screen readers are told. */
+/** Text for screen readers. */
 export const spoken = signal("");
-/** What an answer waits for before its first token. */
+/** Status of an answer before its first token. */
 export const waiting = signal("");
 
 export const shown = computed(() => branch(messages.value, conversation.value?.leaf ?? null));
-/** Messages that stand in the same place, oldest first, by the message before them. */
+/** Alternative messages by parent, oldest first. */
 export const versions = computed(() => siblings(messages.value));
-export const answering = computed(() => shown.value.find((each) => each.state === "streaming"));
-/** Whether an answer is being made; unlike it, this changes twice and not with every step. */
+export const answering = computed(() => shown.value.find((message) => message.state === "streaming"));
+/** Whether an answer is being generated; unlike ``answering``, it does not change with every step. */
 export const busy = computed(() => answering.value !== undefined);
 export const model = computed<ModelInfo | null>(() => engine.value?.model ?? null);
 export const ready = computed(() => engine.value?.state === "ok" && !gone.value);
-/** The model's name without who published it or where it lies. */
+/** The model's name without its publisher or folder. */
 export const modelName = computed(() => model.value?.name.split(/[\\/]/).filter(Boolean).at(-1) ?? "");
 
 /** Options that apply to the next answer. */
@@ -83,7 +83,7 @@ export const systemPrompt = computed(
   () => conversation.value?.system_prompt ?? draft.value.system_prompt,
 );
 
-/** The answer whose steps are looked at: the one being made, else the last one. */
+/** The answer whose steps are shown in the panel: the latest one. */
 export const observed = computed<Message | undefined>(() =>
-  shown.value.findLast((each) => each.role === "assistant"),
+  shown.value.findLast((message) => message.role === "assistant"),
 );

@@ -1,12 +1,12 @@
-/** What steps of an answer tell: how many tokens they gave, and which drafts held. */
+/** Statistics of an answer's steps: tokens generated and drafts accepted. */
 
 import type { Group } from "./types";
 import { counted } from "./words";
 
 export interface Position {
-  /** Drafts at this position that were looked at, for all before them held. */
-  seen: number;
-  held: number;
+  /** Drafts at this position that were verified, because all earlier ones were accepted. */
+  verified: number;
+  accepted: number;
 }
 
 export interface StepSummary {
@@ -14,76 +14,76 @@ export interface StepSummary {
   tokens: number;
   drafted: number;
   accepted: number;
-  /** Share of steps that drafted nothing. */
+  /** Share of steps without draft tokens. */
   plainShare: number;
   lookupSteps: number;
   tokensPerStep: number;
-  /** Tokens a second behind the first step. */
+  /** Tokens per second after the first step. */
   tokensPerSecond: number;
-  /** By position of the mask token, the first one first. */
+  /** By position of the mask token, starting with the first. */
   positions: Position[];
 }
 
-/** Sum up the steps of an answer. */
+/** Summarise the steps of an answer. */
 export function summarise(groups: readonly Group[]): StepSummary {
-  const tokens = total(groups, (each) => each.tokens.length);
+  const tokens = total(groups, (group) => group.tokens.length);
   const later = groups.slice(1);
-  const ms = total(later, (each) => each.ms);
+  const ms = total(later, (group) => group.ms);
   return {
     steps: groups.length,
     tokens,
-    drafted: total(groups, (each) => each.drafted),
-    accepted: total(groups, (each) => each.accepted),
-    plainShare: groups.length ? later.filter((each) => !each.drafted).length / groups.length : 0,
-    lookupSteps: groups.filter((each) => each.source === "lookup").length,
+    drafted: total(groups, (group) => group.drafted),
+    accepted: total(groups, (group) => group.accepted),
+    plainShare: groups.length ? later.filter((group) => !group.drafted).length / groups.length : 0,
+    lookupSteps: groups.filter((group) => group.source === "lookup").length,
     tokensPerStep: groups.length ? tokens / groups.length : 0,
-    tokensPerSecond: ms > 0 ? (total(later, (each) => each.tokens.length) / ms) * 1000 : 0,
-    positions: positionsOf(groups.filter((each) => each.source === "mask")),
+    tokensPerSecond: ms > 0 ? (total(later, (group) => group.tokens.length) / ms) * 1000 : 0,
+    positions: positionsOf(groups.filter((group) => group.source === "mask")),
   };
 }
 
 function positionsOf(groups: readonly Group[]): Position[] {
-  const most = Math.max(0, ...groups.map((each) => each.drafted));
-  return Array.from({ length: most }, (_, at) => ({
-    seen: groups.filter((each) => each.drafted > at && each.accepted >= at).length,
-    held: groups.filter((each) => each.drafted > at && each.accepted > at).length,
+  const length = Math.max(0, ...groups.map((group) => group.drafted));
+  return Array.from({ length }, (_, position) => ({
+    verified: groups.filter((group) => group.drafted > position && group.accepted >= position).length,
+    accepted: groups.filter((group) => group.drafted > position && group.accepted > position).length,
   }));
 }
 
 /** Tokens per step around each step, over the last ``window`` of them. */
 export function rolling(groups: readonly Group[], window = 16): number[] {
   let sum = 0;
-  return groups.map((each, at) => {
-    sum += each.tokens.length - (groups[at - window]?.tokens.length ?? 0);
-    return sum / Math.min(at + 1, window);
+  return groups.map((group, index) => {
+    sum += group.tokens.length - (groups[index - window]?.tokens.length ?? 0);
+    return sum / Math.min(index + 1, window);
   });
 }
 
-/** Say in words what a step did. */
-export function describeStep(groups: readonly Group[], at: number): string {
-  const group = groups[at]!;
-  const head = `Step ${at + 1} of ${groups.length}: ${counted(group.tokens.length, "token")}`;
-  if (!group.drafted) return `${head}, nothing drafted`;
-  const origin = group.source === "lookup" ? "found in the text" : "from mask tokens";
-  return `${head}, ${group.accepted} of ${counted(group.drafted, "draft")} held, ${origin}`;
+/** Describe a step in words. */
+export function describeStep(groups: readonly Group[], index: number): string {
+  const group = groups[index]!;
+  const head = `Step ${index + 1} of ${groups.length}: ${counted(group.tokens.length, "token")}`;
+  if (!group.drafted) return `${head}, no draft tokens`;
+  const origin = group.source === "lookup" ? "from lookup" : "from mask tokens";
+  return `${head}, ${group.accepted} of ${counted(group.drafted, "draft")} accepted, ${origin}`;
 }
 
-/** Say where one token of a step is from. */
+/** Describe the origin of one token of a step. */
 export function describeToken(group: Group, token: number): string {
-  if (token < group.accepted) return `draft ${token + 1} of ${group.drafted}, held`;
+  if (token < group.accepted) return `draft ${token + 1} of ${group.drafted}, accepted`;
   if (group.drafted > group.accepted && token === group.accepted) {
-    return `the model's own, draft ${token + 1} did not hold`;
+    return `from the model; draft ${token + 1} was rejected`;
   }
-  return "the model's own";
+  return "from the model";
 }
 
-/** Where each step ends in the joined text. */
+/** The end offset of every step in the joined text. */
 export function stepEnds(groups: readonly Group[]): number[] {
-  let at = 0;
-  return groups.map((each) => (at += total(each.tokens, (token) => token.length)));
+  let end = 0;
+  return groups.map((group) => (end += total(group.tokens, (token) => token.length)));
 }
 
-/** The first of rising ``ends`` that lies behind ``offset``. */
+/** The index of the first of the ascending ``ends`` that is greater than ``offset``. */
 export function indexAt(ends: readonly number[], offset: number): number {
   let low = 0;
   let high = ends.length;

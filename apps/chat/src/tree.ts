@@ -1,4 +1,4 @@
-/** A conversation is a tree of messages; shown is the branch from the root to a leaf. */
+/** A conversation is a tree of messages; the page shows the branch from the root to one leaf. */
 
 import type { Message } from "./types";
 
@@ -7,32 +7,32 @@ export type Messages = ReadonlyMap<number, Message>;
 /** The messages from the first one to a leaf. */
 export function branch(messages: Messages, leaf: number | null): Message[] {
   const path: Message[] = [];
-  for (let at = leaf; at !== null; ) {
-    const message = messages.get(at);
+  for (let id = leaf; id !== null; ) {
+    const message = messages.get(id);
     if (!message) break;
     path.push(message);
-    at = message.parent;
+    id = message.parent;
   }
   return path.reverse();
 }
 
-/** Numbers of the messages behind each message, oldest first; behind null those that begin. */
+/** Ids of the replies to every message, oldest first; null has the first messages. */
 export function siblings(messages: Messages): Map<number | null, number[]> {
-  const found = new Map<number | null, number[]>();
+  const replies = new Map<number | null, number[]>();
   for (const { id, parent } of messages.values()) {
-    const others = found.get(parent);
+    const others = replies.get(parent);
     if (others) others.push(id);
-    else found.set(parent, [id]);
+    else replies.set(parent, [id]);
   }
-  return found;
+  return replies;
 }
 
-/** The leaf that is reached from a message by always taking the newest answer. */
+/** The leaf reached from a message by always following the newest reply. */
 export function newestLeaf(messages: Messages, from: number): number {
-  let at = from;
+  let leaf = from;
   for (;;) {
-    const children = [...messages.values()].filter((each) => each.parent === at);
-    if (!children.length) return at;
-    at = Math.max(...children.map((each) => each.id));
+    const children = [...messages.values()].filter((message) => message.parent === leaf);
+    if (!children.length) return leaf;
+    leaf = Math.max(...children.map((message) => message.id));
   }
 }

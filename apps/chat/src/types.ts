@@ -1,6 +1,6 @@
-/** What the server sends; see apps/history/store.py and apps/chat_app. */
+/** Messages of the server; see apps/history/store.py and apps/chat_app. */
 
-/** One step: the text of each token, and what was drafted for it. */
+/** One step: the texts of its tokens, and its draft counts. */
 export interface Group {
   tokens: string[];
   accepted: number;
@@ -110,7 +110,7 @@ export interface Verdict {
   speed_up: number | null;
   plain_tps: number;
   mtp_tps: number;
-  /** Answers that took turns with these while the clock ran. */
+  /** Other answers that used the model while the race was timed. */
   others: number;
 }
 

@@ -1,4 +1,4 @@
-/** Widths below which the page is laid out otherwise; the same stand in styles/narrow.css. */
+/** Widths at which the layout changes; keep them equal to those in styles/narrow.css. */
 
 /** A panel covers the conversation. */
 export const panelCovers = matchMedia("(max-width: 70rem)");

@@ -1,6 +1,6 @@
-/** Words that several parts of the page need. */
+/** Text helpers of the page. */
 
-/** A number with its noun: "1 draft", "2 drafts". */
+/** A count with its noun: "1 draft", "2 drafts". */
 export function counted(count: number, noun: string): string {
   return `${count} ${noun}${count === 1 ? "" : "s"}`;
 }

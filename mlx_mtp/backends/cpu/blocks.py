@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import KVCache
 
 from mlx_mtp.backends.cpu.fast_math import softmax, swiglu
-from mlx_mtp.model.batch_cache import PackedLayerCache, Several
+from mlx_mtp.model.batch_cache import BatchLayerCache, Several
 
 _MLP_NAMES = {"gate_proj", "up_proj", "down_proj"}
 _ATTENTION_NAMES = {"q_proj", "k_proj", "v_proj", "o_proj", "rope"}
@@ -64,7 +64,7 @@ class DenseAttention(nn.Module):
         queries, keys = self.rope(queries, offset=offset), self.rope(keys, offset=offset)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        if isinstance(cache, PackedLayerCache):
+        if isinstance(cache, BatchLayerCache):
             held: Any = (keys, values, self._biases.of_several(mask))
             out = cache.attend_each(self._attend, queries, *held)
         else:

@@ -13,86 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.data.clean import clean
 from mlx_mtp.train.data.distil import continue_text, distil
 from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.data.records import Record, data_hash, read_jsonl
-from mlx_mtp.train.data.sequences import Sequence as Ids
 from mlx_mtp.train.data.sequences import encode_all, split
 from mlx_mtp.train.data.sources import read_data
 from mlx_mtp.train.data.topics import default_topics
+from mlx_mtp.train.settings import NUM_RECORDS, DataSettings
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-NUM_RECORDS = 1000
-PROMPT_TOKENS = {"distil": 256, "continue": 512}
-ANSWER_TOKENS = 512
 TEMPLATE_TOKENS = 64  # what a chat template may add to a prompt and its answer
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataSettings:
-    """Where the text is from.
-
-    Attributes:
-        data: file, folder or hub id; None lets the model write.
-        as_is: train on the data's own answers.
-        num_records: records wanted; None is ``NUM_RECORDS``, or all that ``data`` has.
-        topics: see ``distil``; None takes the built-in ones.
-        max_prompt_tokens, max_answer_tokens: see ``distil``; None is as many as are usual, or as
-            the model has room for.
-        batch_size: sequences that are written together.
-        held_out: share of the sequences that is not trained on.
-        seed: decides all random draws.
-
-    Raises:
-        ValueError: settings do not go together.
-    """
-
-    data: str | None = None
-    as_is: bool = False
-    num_records: int | None = None
-    topics: tuple[str, ...] | None = None
-    max_prompt_tokens: int | None = None
-    max_answer_tokens: int | None = None
-    batch_size: int = 16
-    held_out: float = 0.05
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.data is not None and not self.data.strip():
-            raise ValueError("the data's name is empty")
-        if self.as_is and self.data is None:
-            raise ValueError("there are no data to take as they are")
-        if self.topics is not None and self.data is not None:
-            raise ValueError("topics are for text that the model writes without data")
-        if not 0 < self.held_out < 1:
-            raise ValueError(f"the share to hold out must lie between 0 and 1, got {self.held_out}")
-        for name in ("num_records", "max_prompt_tokens", "max_answer_tokens", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-
-    @property
-    def method(self) -> str:
-        """ "distil", "continue" or "as is"."""
-        return "as is" if self.as_is else "distil" if self.data is None else "continue"
-
-    def token_limits(self, model: MTPModel) -> tuple[int, int]:
-        """Most tokens of a prompt and of an answer; those that were not given fit the context."""
-        prompt = self.max_prompt_tokens or PROMPT_TOKENS.get(self.method, 0)
-        answer = self.max_answer_tokens or ANSWER_TOKENS
-        room = model.max_context
-        if room is None or prompt + answer <= room:
-            return prompt, answer
-        if self.max_prompt_tokens is None:
-            rest = room - (self.max_answer_tokens or 2 * room // 3)
-            prompt = max(1, min(prompt, rest))
-        if self.max_answer_tokens is None:
-            answer = max(1, min(answer, room - prompt))
-        return prompt, answer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,14 +40,14 @@ class Prepared:
         lines: what to tell the user about them.
     """
 
-    train: list[Ids]
-    held_out: list[Ids]
+    train: list[TokenSequence]
+    held_out: list[TokenSequence]
     data_hash: str
     lines: list[str]
 
     @property
     def longest(self) -> int:
-        """Ids of the longest sequence."""
+        """TokenSequence of the longest sequence."""
         return max(len(each.ids) for each in (*self.train, *self.held_out))
 
 
@@ -134,7 +69,7 @@ def room_for(model: MTPModel, max_seq_length: int, num_draft_tokens: int) -> int
 
 
 def expected_length(model: MTPModel, settings: DataSettings, *, max_seq_length: int) -> int:
-    """Ids of the longest sequence that is likely, before there is any text."""
+    """TokenSequence of the longest sequence that is likely, before there is any text."""
     if settings.as_is:
         return max_seq_length
     return min(max_seq_length, sum(settings.token_limits(model)) + TEMPLATE_TOKENS)

@@ -1,26 +1,21 @@
-"""One piece of training text, and the JSONL files that hold many.
+"""Records of training text, and the JSONL files that contain them.
 
 Four shapes of a line are read: ``{"messages": [{"role", "content"}]}``, ``{"conversations":
-[{"from", "value"}]}``, ``{"prompt", "completion" or "response"}`` and ``{"text"}``.  A file is read
-wholly or not at all: the first bad line raises ``ValueError`` with the file's name, the line's
-number and the reason.
-
-``RecordWriter`` appends.  A line is written whole or not at all, and what a crash left of a last
-line is cut off before the next one is written.
+[{"from", "value"}]}``, ``{"prompt", "completion" or "response"}`` and ``{"text"}``.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from mlx_mtp.storage.files import append_line, lock_file
+from mlx_mtp.evaluation.jsonl import UTF8_BOM, check_object, check_text, parse_json, read_lines
+from mlx_mtp.train.line_file import LineFile
 
 Message = dict[str, str]
 
@@ -33,19 +28,18 @@ _SPEAKERS = {
     "chatgpt": "assistant",
 }
 _ANSWERS = ("completion", "response")
-_UTF8_BOM = b"\xef\xbb\xbf"
 
 
 @dataclass(frozen=True)
 class Record:
-    """A conversation or a plain text, one of the two.
+    """A conversation or a plain text.
 
     Attributes:
-        messages: ``{"role", "content"}`` each, or None.
+        messages: dicts of ``role`` and ``content``, or None.
         text: plain text, or None.
-        source: where it is from, for messages to the user.
-        meta: what else is known.  ``cut`` is true where the last answer stops for lack of room;
-            ``given`` counts the characters of a text that the model did not write itself.
+        source: name of the origin, for messages to the user.
+        meta: further values.  ``cut`` is true if the last answer was truncated; ``given`` is the
+            number of leading characters of a text that the model did not write.
     """
 
     messages: tuple[Message, ...] | None = None
@@ -61,15 +55,15 @@ class Record:
         """The first user message, or the whole text."""
         if self.messages is None:
             return self.text or ""
-        asked = (message["content"] for message in self.messages if message["role"] == "user")
-        return next(asked, "")
+        users = (message["content"] for message in self.messages if message["role"] == "user")
+        return next(users, "")
 
     @property
     def answers(self) -> list[str]:
-        """What the assistant says, or the whole text."""
+        """The assistant's messages, or the whole text."""
         if self.messages is None:
             return [self.text or ""]
-        return [each["content"] for each in self.messages if each["role"] == "assistant"]
+        return [item["content"] for item in self.messages if item["role"] == "assistant"]
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object that ``parse_record`` reads."""
@@ -85,10 +79,9 @@ def parse_record(values: Any, *, source: str = "") -> Record:
     """Turn a JSON object into a record.
 
     Raises:
-        ValueError: it has none of the four shapes, or holds no words.
+        ValueError: it has none of the four shapes, or contains no text.
     """
-    if not isinstance(values, dict):
-        raise ValueError(f"expected a JSON object, got {type(values).__name__}")
+    values = check_object(values)
     meta = values.get("meta")
     extra = {
         "source": _known_source(values, source),
@@ -101,7 +94,7 @@ def parse_record(values: Any, *, source: str = "") -> Record:
     if "prompt" in values:
         return Record(_pair(values), **extra)
     if "text" in values:
-        return Record(text=_words(values["text"], "text"), **extra)
+        return Record(text=check_text(values["text"], "text"), **extra)
     raise ValueError(
         "expected one of the keys 'messages', 'conversations', 'prompt' and 'text', found "
         + (", ".join(repr(key) for key in list(values)[:5]) or "none")
@@ -109,26 +102,31 @@ def parse_record(values: Any, *, source: str = "") -> Record:
 
 
 def read_jsonl(path: Path) -> list[Record]:
-    """Read a file of one JSON object a line; blank lines are skipped.
+    """Read a JSONL file; blank lines are skipped.
 
     Raises:
         ValueError: a line is bad.
         OSError: the file cannot be read.
     """
-    return [record for _, record in _numbered_records(path)]
+    return _parse_jsonl(path.read_bytes(), path)
 
 
 def read_json(path: Path) -> list[Record]:
-    """Read a file that holds a JSON list of objects, or else JSONL.
+    """Read a file with a JSON list of objects, or JSONL.
 
     Raises:
         ValueError: it is neither, or an entry is bad; the message names it.
         OSError: the file cannot be read.
     """
-    if not path.read_bytes().removeprefix(_UTF8_BOM).lstrip().startswith(b"["):
-        return read_jsonl(path)
+    data = path.read_bytes()
+    if not data.removeprefix(UTF8_BOM).lstrip().startswith(b"["):
+        return _parse_jsonl(data, path)
+    try:
+        entries = parse_json(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     records = []
-    for number, entry in enumerate(_json(path.read_bytes(), where=str(path)), start=1):
+    for number, entry in enumerate(entries, start=1):
         try:
             records.append(parse_record(entry, source=path.name))
         except ValueError as error:
@@ -137,7 +135,7 @@ def read_json(path: Path) -> list[Record]:
 
 
 def data_hash(records: Iterable[Record]) -> str:
-    """The sha256 of what is trained on: words and roles in order, not where they came from."""
+    """The sha256 of the text and roles of records in order; sources do not count."""
     digest = hashlib.sha256()
     for record in records:
         words = record.text if record.messages is None else record.messages
@@ -145,105 +143,53 @@ def data_hash(records: Iterable[Record]) -> str:
     return digest.hexdigest()
 
 
-class RecordWriter:
-    """Appends records to a JSONL file that it holds alone.
+class RecordWriter(LineFile[Record]):
+    """Appends records to a JSONL file.
 
     Args:
-        path: the file; made with its parents when it is not there.
-
-    Attributes:
-        records: what the file holds.
+        path: the file; it and its parents are created if missing.
 
     Raises:
-        ValueError: another process writes the file, or a line in it is bad.
+        ValueError: another process writes to the file, or a line is bad.
         OSError: the file cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
-        try:
-            lock_file(self._file, path=path)
-            self._drop_torn_line()
-            self.records = read_jsonl(path)
-        except BaseException:
-            os.close(self._file)
-            raise
+        super().__init__(path, partial(_parse_jsonl, path=path))
 
     def append(self, record: Record) -> None:
-        """Write one line, to the disk and not only to the system's memory.
+        """Write one record and sync it to the disk.
 
         Raises:
-            OSError: there is no room; the file is as it was before.
+            OSError: the disk is full; the file is unchanged.
         """
-        append_line(self._file, record.to_dict(), path=self.path)
-        self.records.append(record)
-
-    def close(self) -> None:
-        """Let go of the file."""
-        os.close(self._file)
-
-    def __enter__(self) -> RecordWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def _drop_torn_line(self) -> None:
-        data = self.path.read_bytes()
-        if not data.endswith(b"\n"):
-            os.ftruncate(self._file, data.rfind(b"\n") + 1)
+        self._append(record.to_dict(), record)
 
 
-def _numbered_records(path: Path) -> Iterator[tuple[int, Record]]:
-    # Bytes are split at newlines alone: text may hold U+2028 and its like inside a string.
-    lines = path.read_bytes().removeprefix(_UTF8_BOM).split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        values = _json(line, where=where)
-        try:
-            yield number, parse_record(values, source=path.name)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from None
-
-
-def _json(data: bytes, *, where: str) -> Any:
-    try:
-        return json.loads(data.removeprefix(_UTF8_BOM).decode("utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{where}: not UTF-8") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error.msg} at column {error.colno})") from None
-    except (RecursionError, ValueError):
-        raise ValueError(f"{where}: JSON too deep, or with a number too long, to be read") from None
+def _parse_jsonl(data: bytes, path: Path) -> list[Record]:
+    return read_lines(
+        data, lambda values, _: parse_record(values, source=path.name), name=str(path)
+    )
 
 
 def _known_source(values: Mapping[str, Any], source: str) -> str:
-    found = values.get("source")
-    return found if isinstance(found, str) and found else source
+    own = values.get("source")
+    return own if isinstance(own, str) and own else source
 
 
 def _pair(values: Mapping[str, Any]) -> tuple[Message, ...]:
-    """A prompt and, where there is one, its answer; either may be a list of messages."""
-    asked = values["prompt"]
+    """A prompt and its answer, if any; either may be a list of messages."""
+    prompt = values["prompt"]
     messages = (
-        list(_messages(asked, key="prompt"))
-        if isinstance(asked, list)
-        else [{"role": "user", "content": _words(asked, "prompt")}]
+        list(_messages(prompt, key="prompt"))
+        if isinstance(prompt, list)
+        else [{"role": "user", "content": check_text(prompt, "prompt")}]
     )
     for key in _ANSWERS:
         if isinstance(values.get(key), list):
             messages += _messages(values[key], key=key)
         elif key in values:
-            messages.append({"role": "assistant", "content": _words(values[key], key)})
+            messages.append({"role": "assistant", "content": check_text(values[key], key)})
     return tuple(messages)
 
 
@@ -265,23 +211,11 @@ def _messages(values: Any, *, key: str) -> tuple[Message, ...]:
 
 
 def _content(value: Any, where: str) -> str:
-    """A message's words; parts of other kinds than text are refused."""
+    """A message's text; parts of other types are refused."""
     if isinstance(value, Sequence) and not isinstance(value, str):
-        found = [part.get("text") if isinstance(part, dict) else part for part in value]
-        parts = [part for part in found if isinstance(part, str)]
-        if len(parts) < len(found):
+        parts = [part.get("text") if isinstance(part, dict) else part for part in value]
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
             raise ValueError(f"{where}: only text can be trained on")
-        value = "".join(parts)
-    return _words(value, where, empty=True)
-
-
-def _words(value: Any, where: str, *, empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise ValueError(f"{where!r} must be a string, got {type(value).__name__}")
-    if not empty and not value.strip():
-        raise ValueError(f"{where!r} is empty")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError(f"{where!r} holds half of a surrogate pair") from None
-    return value
+        value = "".join(texts)
+    return check_text(value, where, allow_empty=True)

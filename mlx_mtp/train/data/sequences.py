@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.generate import chat_text
 from mlx_mtp.train.data.records import Message, Record
 
@@ -21,26 +22,6 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 MIN_ANSWER_TOKENS = 8
-
-
-@dataclass(frozen=True)
-class Sequence:
-    """A text as ids.
-
-    Attributes:
-        ids: ``[L]``.
-        answer: for each id, whether it belongs to an answer, ``[L]``.
-        cut: whether the text was longer than there was room.
-    """
-
-    ids: list[int]
-    answer: list[bool]
-    cut: bool = False
-
-    @property
-    def num_answer_tokens(self) -> int:
-        """How many ids belong to answers."""
-        return sum(self.answer)
 
 
 @dataclass(frozen=True)
@@ -53,7 +34,7 @@ class Encoded:
         dropped: records left out, by reason.
     """
 
-    sequences: list[Sequence]
+    sequences: list[TokenSequence]
     num_cut: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
 
@@ -68,7 +49,7 @@ class Encoded:
         return told
 
 
-def encode(record: Record, tokenizer: TokenizerWrapper, *, max_seq_length: int) -> Sequence:
+def encode(record: Record, tokenizer: TokenizerWrapper, *, max_seq_length: int) -> TokenSequence:
     """Turn a record into ids.
 
     A conversation is rendered with the chat template; without one its messages are joined by blank
@@ -87,7 +68,7 @@ def encode(record: Record, tokenizer: TokenizerWrapper, *, max_seq_length: int) 
         ids, answer = _encode_chat(record, tokenizer)
     else:
         ids, answer = _encode_text(record, tokenizer)
-    return Sequence(
+    return TokenSequence(
         ids=ids[:max_seq_length], answer=answer[:max_seq_length], cut=len(ids) > max_seq_length
     )
 
@@ -101,7 +82,7 @@ def encode_all(
         ValueError: fewer than two sequences are left: there must be one to train on and one to
             hold out.
     """
-    sequences: list[Sequence] = []
+    sequences: list[TokenSequence] = []
     dropped: Counter[str] = Counter()
     for record in records:
         try:
@@ -122,8 +103,8 @@ def encode_all(
 
 
 def split(
-    sequences: abc.Sequence[Sequence], *, held_out: float = 0.05
-) -> tuple[list[Sequence], list[Sequence]]:
+    sequences: abc.Sequence[TokenSequence], *, held_out: float = 0.05
+) -> tuple[list[TokenSequence], list[TokenSequence]]:
     """Divide sequences into those to train on and those to hold out.
 
     What decides is a hash of what precedes the first answer, so a sequence keeps its side when
@@ -144,13 +125,13 @@ def split(
         raise ValueError(f"too little data: {len(set(marks))} different sequences, 2 are needed")
     # Of few sequences at least one is on either side.
     border = min(max(held_out, np.nextafter(lowest, 1.0)), highest)
-    sides: tuple[list[Sequence], list[Sequence]] = ([], [])
+    sides: tuple[list[TokenSequence], list[TokenSequence]] = ([], [])
     for sequence, mark in zip(sequences, marks, strict=True):
         sides[int(mark < border)].append(sequence)
     return sides
 
 
-def _mark(sequence: Sequence) -> float:
+def _mark(sequence: TokenSequence) -> float:
     """A number in [0, 1) from the ids before the first answer; from all where there are none."""
     start = sequence.answer.index(True) if True in sequence.answer else 0
     ids = np.array(sequence.ids[:start] if start > 1 else sequence.ids, dtype="<i8")

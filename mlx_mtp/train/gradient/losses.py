@@ -18,12 +18,11 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_mtp.backends.cpu import fast_math
+from mlx_mtp.evaluation.forward import OrdinaryRows, mask_rows, ordinary_rows
+from mlx_mtp.evaluation.mask_blocks import MaskRows
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.train.data import sequences as texts
-from mlx_mtp.train.gradient.forward import OrdinaryRows, mask_rows, ordinary_rows
-from mlx_mtp.train.gradient.mask_blocks import MaskRows
-
-TEACHERS = ("argmax", "sample", "dist")
+from mlx_mtp.train.settings import TEACHERS, LossWeights
 
 
 @dataclass(frozen=True)
@@ -41,15 +40,6 @@ class Targets:
     previous: mx.array
     twins: mx.array
     probs: mx.array | None = None
-
-
-@dataclass(frozen=True)
-class LossWeights:
-    """How much each term counts."""
-
-    base: float = 1.0
-    sampler: float = 1.0
-    lcm: float = 1.0
 
 
 def make_targets(
@@ -198,7 +188,7 @@ def _wide(x: mx.array) -> mx.array:
 
 
 def next_token_loss(
-    model: MTPModel, sequences: Sequence[texts.Sequence], *, rows_per_piece: int = 128
+    model: MTPModel, sequences: Sequence[TokenSequence], *, rows_per_piece: int = 128
 ) -> float:
     """Cross-entropy of the ordinary rows over the answers of sequences, in nats per token.
 

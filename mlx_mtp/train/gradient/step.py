@@ -17,10 +17,12 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
+from mlx_mtp.evaluation.forward import OrdinaryRows, ordinary_rows
+from mlx_mtp.evaluation.mask_blocks import MaskRows
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.layout import StepScope
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.train.data import sequences as texts
-from mlx_mtp.train.gradient.forward import OrdinaryRows, ordinary_rows
+from mlx_mtp.train.gradient.anchors import choose_anchors, chunks, count_masks
 from mlx_mtp.train.gradient.losses import (
     Targets,
     is_plain_head,
@@ -28,7 +30,6 @@ from mlx_mtp.train.gradient.losses import (
     make_targets,
     total_loss,
 )
-from mlx_mtp.train.gradient.mask_blocks import MaskRows, choose_anchors, chunks, count_masks
 from mlx_mtp.train.gradient.workers import Workers, shares
 from mlx_mtp.train.settings import TrainSettings
 
@@ -79,7 +80,7 @@ def sequences_of_step(step: int, *, num_sequences: int, batch_size: int, seed: i
     return found
 
 
-def blocks_of(sequence: texts.Sequence, settings: TrainSettings, *, key: Sequence[int]) -> MaskRows:
+def blocks_of(sequence: TokenSequence, settings: TrainSettings, *, key: Sequence[int]) -> MaskRows:
     """Draw the mask blocks of a sequence; there is none where the answer is too short."""
     rng = np.random.default_rng([settings.seed, _ANCHORS, *key])
     anchors = choose_anchors(sequence.answer, count=settings.num_anchors, rng=rng)
@@ -112,7 +113,7 @@ class StepGradient:
     def __call__(
         self,
         parameters: Parameters,
-        data: Sequence[texts.Sequence],
+        data: Sequence[TokenSequence],
         chosen: Sequence[int],
         *,
         step: int,
@@ -157,7 +158,7 @@ class StepGradient:
     def part(
         self,
         parameters: Parameters,
-        places: Sequence[tuple[int, texts.Sequence]],
+        places: Sequence[tuple[int, TokenSequence]],
         *,
         step: int,
         total: int,
@@ -184,7 +185,7 @@ class StepGradient:
         return found
 
     def _forwards(
-        self, parameters: Parameters, sequence: texts.Sequence, rows: MaskRows
+        self, parameters: Parameters, sequence: TokenSequence, rows: MaskRows
     ) -> Iterator[tuple[Part, int]]:
         """Yield what each forward of a sequence gives, a mean, and over how many rows.
 

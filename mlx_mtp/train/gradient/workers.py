@@ -1,10 +1,13 @@
-"""Other processes that compute a part of each step's gradient, for MLX's CPU back-end.
+"""Processes that compute part of each step's gradient, for MLX's CPU backend.
 
-Matmuls use all cores, everything else in MLX's CPU back-end uses one.  With one process a core,
-each with its own copy of the model, the sequences of a step are shared out: parameters go to the
-workers and gradients come back through shared memory.  Who computes what is fixed by what the
-sequences cost and sums are taken in the order of the workers, so the result depends on their number
-but not on their speed.
+Matrix products use all cores, everything else in MLX's CPU backend uses one.  With one process per
+core, each with its own copy of the model, the sequences of a step are divided among them:
+parameters go to the workers and gradients come back through shared memory.  The division depends on
+the cost of the sequences, and sums are taken in the order of the workers, so the result depends on
+the number of workers but not on their speed.
+
+A process that waits in ``mx.distributed`` (ring) keeps a core busy that the others need, see
+``docs/log.md``.
 """
 
 from __future__ import annotations
@@ -12,15 +15,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import math
-import mmap
 import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import reduction, resource_tracker
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.backends.cpu.blas import BLAS, LIBRARY
-from mlx_mtp.train.data import sequences as texts
+from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.train.settings import TrainSettings
 
 _THREADS = "OPENBLAS_NUM_THREADS"
@@ -40,9 +41,9 @@ class WorkerSpec:
     """What a worker loads.
 
     Attributes:
-        model: as ``loading.load`` takes it.
-        trust_remote_code: likewise.
-        start: adapter folder that the run began with, see ``adapter.new_adapter``.
+        model: argument of ``loading.load``.
+        trust_remote_code: argument of ``loading.load``.
+        start: adapter folder that the run started from, see ``adapter.new_adapter``.
         settings: of the run.
     """
 
@@ -53,7 +54,7 @@ class WorkerSpec:
 
 
 class SharedParameters:
-    """Parameters by name, float32, as one run of numbers that processes can share."""
+    """Parameters by name as one float32 array that processes can share."""
 
     def __init__(self, like: Mapping[str, mx.array]) -> None:
         self.shapes = {name: value.shape for name, value in like.items()}
@@ -61,65 +62,59 @@ class SharedParameters:
 
     def write(self, parameters: Mapping[str, mx.array], numbers: np.ndarray) -> None:
         """Copy parameters into ``numbers``, float32 ``[size]``."""
-        at = 0
+        start = 0
         for name in self.shapes:
             value = parameters[name]
-            numbers[at : at + value.size] = np.array(value, copy=False).reshape(-1)
-            at += value.size
+            numbers[start : start + value.size] = np.array(value, copy=False).reshape(-1)
+            start += value.size
 
     def read(self, numbers: np.ndarray) -> dict[str, mx.array]:
-        """Make parameters of a copy of ``numbers``."""
-        found, at = {}, 0
+        """Return parameters with copies of ``numbers``."""
+        parameters, start = {}, 0
         for name, shape in self.shapes.items():
             size = math.prod(shape)
-            found[name] = mx.array(numbers[at : at + size].reshape(shape))
-            at += size
-        return found
+            parameters[name] = mx.array(numbers[start : start + size].reshape(shape))
+            start += size
+        return parameters
 
 
 class Workers:
-    """Processes beside this one that compute gradients; to be used as a context.
+    """Worker processes that compute gradients; use it as a context.
 
     Args:
         spec: what they load.
-        sequences: all sequences to train on.
-        count: how many processes there are, this one included.
+        sequences: all training sequences.
+        count: number of processes, including this one.
         like: the parameters, for their shapes.
 
     Raises:
-        ValueError: a worker ended; the message says why.
+        ValueError: a worker exited; the message has the reason.
     """
 
     def __init__(
         self,
         spec: WorkerSpec,
-        sequences: Sequence[texts.Sequence],
+        sequences: Sequence[TokenSequence],
         *,
         count: int,
         like: Mapping[str, mx.array],
     ) -> None:
         self.count = count
         self._layout = SharedParameters(like)
-        self._ends: list[tuple[Any, Connection]] = []
-        bytes_each = self._layout.size * 4
+        self._workers: list[tuple[Any, Connection]] = []
         context = multiprocessing.get_context("spawn")
+        # An unlinked file behind a mapping, in memory if there is room: no kill leaves it behind.
+        memory: Any = context.RawArray(ctypes.c_float, count * self._layout.size)
+        self._memory = np.frombuffer(memory, dtype=np.float32).reshape(count, -1)
         try:
-            parameters = _shared_file(bytes_each)
-            self._given = _numbers(parameters, bytes_each)
-            self._found = []
-            with _environment(_THREADS, "1"), _ctrl_c_held_back():
-                for _ in range(count - 1):
-                    gradients = _shared_file(bytes_each)
-                    self._found.append(_numbers(gradients, bytes_each))
+            with _environment(_THREADS, "1"), _sigint_blocked():
+                for index in range(1, count):
                     ours, theirs = context.Pipe()
-                    files = _ForChild(parameters), _ForChild(gradients)
-                    job = (spec, list(sequences), *files, theirs)
+                    job = (spec, list(sequences), memory, index, theirs)
                     process = context.Process(target=_work, args=job, daemon=True)
                     process.start()
-                    self._ends.append((process, ours))
+                    self._workers.append((process, ours))
                     theirs.close()
-                    os.close(gradients)
-            os.close(parameters)
         except BaseException:
             self.close()
             raise
@@ -132,8 +127,8 @@ class Workers:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the others."""
-        return [process.pid for process, _ in self._ends]
+        """Process ids of the workers."""
+        return [process.pid for process, _ in self._workers]
 
     def start(
         self,
@@ -144,25 +139,26 @@ class Workers:
         step: int,
         total: int,
     ) -> None:
-        """Let the workers begin a step.
+        """Start a training step in the workers.
 
         Args:
             parameters: the trainable parameters.
             chosen: indices of the step's sequences.
-            shared: places in ``chosen`` for each process, from ``shares``; the first is this one.
-            step: the step's number.
+            shared: positions in ``chosen`` for each process, from ``shares``; the first is for
+                this process.
+            step: number of the step.
             total: mask rows of the whole step.
         """
-        self._layout.write(parameters, self._given)
-        for (_, end), part in zip(self._ends, shared[1:], strict=True):
-            with contextlib.suppress(OSError):  # ``collect`` says why it is gone
-                end.send((step, total, [(at, chosen[at]) for at in part]))
+        self._layout.write(parameters, self._memory[0])
+        for (_, connection), part in zip(self._workers, shared[1:], strict=True):
+            with contextlib.suppress(OSError):  # ``collect`` reports why it exited
+                connection.send((step, total, [(place, chosen[place]) for place in part]))
 
     def collect(self) -> Iterator[tuple[Any, float, dict[str, float]]]:
-        """Wait for the workers; yields gradients, loss and terms of each that had a part."""
-        for (process, end), numbers in zip(self._ends, self._found, strict=True):
+        """Wait for the workers; yield gradients, loss and terms of those that had sequences."""
+        for (process, connection), gradients in zip(self._workers, self._memory[1:], strict=True):
             try:
-                reply = end.recv()
+                reply = connection.recv()
             except (EOFError, OSError):
                 process.join(5)
                 raise ValueError(
@@ -171,54 +167,53 @@ class Workers:
             if isinstance(reply, str):
                 raise ValueError(f"a training worker failed: {reply}")
             if reply is not None:
-                yield self._layout.read(numbers), *reply
+                yield self._layout.read(gradients), *reply
 
     def close(self) -> None:
-        """End the workers; may be called twice."""
-        for process, end in self._ends:
-            end.close()
+        """Terminate the workers; may be called twice."""
+        for process, connection in self._workers:
+            connection.close()
             process.terminate()
             process.join()
-        self._ends = []
-        self._given, self._found = np.zeros(0), []
+        self._workers = []
 
 
-def worker_count(wanted: int, *, batch_size: int) -> int:
-    """How many processes train: what is wanted, or with 0 what suits the device.
+def worker_count(num_workers: int, *, batch_size: int) -> int:
+    """Number of processes: the setting, or for 0 one per core on a Linux CPU and otherwise one.
 
-    More than the sequences of a step would have nothing to do.
+    At most one per sequence of a step.
     """
-    if wanted == 0:
+    if num_workers == 0:
         is_linux_cpu = mx.default_device().type == mx.cpu and sys.platform.startswith("linux")
-        wanted = len(os.sched_getaffinity(0)) if is_linux_cpu else 1
-    return max(1, min(wanted, batch_size))
+        num_workers = len(os.sched_getaffinity(0)) if is_linux_cpu else 1
+    return max(1, min(num_workers, batch_size))
 
 
 def shares(costs: Sequence[float], count: int) -> list[list[int]]:
-    """Share work out so that all are done at about the same time.
+    """Divide work so that all shares take about the same time.
 
-    The dearest piece that is left goes to whoever has least to do (Graham 1969, longest processing
-    time first), so no share is dearer than 4/3 of the best possible one.
+    The most expensive remaining piece goes to the share with the lowest cost (Graham 1969, longest
+    processing time first), so no share costs more than 4/3 of the optimum.
 
     Args:
         costs: of the pieces.
-        count: how many there are to share them.
+        count: number of shares.
 
     Returns:
-        Indices of each one's pieces, ascending.
+        Indices of the pieces of each share, ascending.
     """
-    found: list[list[int]] = [[] for _ in range(count)]
+    parts: list[list[int]] = [[] for _ in range(count)]
     loads = [0.0] * count
-    for at in sorted(range(len(costs)), key=lambda at: (-costs[at], at)):
-        least = loads.index(min(loads))
-        loads[least] += costs[at]
-        found[least].append(at)
-    return [sorted(each) for each in found]
+    for piece in sorted(range(len(costs)), key=lambda piece: (-costs[piece], piece)):
+        lowest = loads.index(min(loads))
+        loads[lowest] += costs[piece]
+        parts[lowest].append(piece)
+    return [sorted(part) for part in parts]
 
 
 @contextlib.contextmanager
 def one_blas_thread(needed: bool) -> Iterator[None]:
-    """Keep OpenBLAS to one thread for a while, for the other cores have work."""
+    """Limit OpenBLAS to one thread, because the other cores run workers."""
     library: Any = ctypes.CDLL(LIBRARY) if needed and BLAS == "openblas" else None
     before = library.openblas_get_num_threads() if library else 0
     if library:
@@ -232,12 +227,12 @@ def one_blas_thread(needed: bool) -> Iterator[None]:
 
 def _work(
     spec: WorkerSpec,
-    sequences: list[texts.Sequence],
-    parameters: _ForChild,
-    gradients: _ForChild,
-    end: Connection,
+    sequences: list[TokenSequence],
+    memory: Any,
+    index: int,
+    connection: Connection,
 ) -> None:
-    """The life of a worker: load, then a step at a time until the other end is closed."""
+    """Run a worker: load, then compute one step at a time until the connection is closed."""
     from mlx_mtp.loading import load
     from mlx_mtp.train.gradient.adapter import new_adapter, trainable
     from mlx_mtp.train.gradient.step import StepGradient
@@ -250,67 +245,32 @@ def _work(
         model = new_adapter(model, spec.settings, start=spec.start)
         gradient = StepGradient(model, spec.settings)
         layout = SharedParameters(trainable(model))
-        given = _numbers(parameters.open(), layout.size * 4)
-        found = _numbers(gradients.open(), layout.size * 4)
+        numbers = np.frombuffer(memory, dtype=np.float32).reshape(-1, layout.size)
         while True:
-            step, total, places = end.recv()
-            tree = layout.read(given)
+            step, total, places = connection.recv()
             part = gradient.part(
-                tree, [(at, sequences[index]) for at, index in places], step=step, total=total
+                layout.read(numbers[0]),
+                [(place, sequences[number]) for place, number in places],
+                step=step,
+                total=total,
             )
             if part is not None:
-                layout.write(part[0], found)
-            end.send(part and part[1:])
+                layout.write(part[0], numbers[index])
+            connection.send(part and part[1:])
     except (EOFError, ConnectionResetError, BrokenPipeError):
         pass
-    except Exception as error:  # goes to the user through the first process
+    except Exception as error:  # reaches the user through the first process
         with contextlib.suppress(OSError):
-            end.send(f"{type(error).__name__}: {error}")
-
-
-class _ForChild:
-    """An open file on its way into a process that is being started."""
-
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def __getstate__(self) -> Any:
-        return reduction.DupFd(self._descriptor)
-
-    def __setstate__(self, state: Any) -> None:
-        self._descriptor = state.detach()
-
-    def open(self) -> int:
-        """The descriptor, in either process."""
-        return self._descriptor
-
-
-def _shared_file(size: int) -> int:
-    """A file without a name, in memory where the system has such, so that no kill leaves it.
-
-    Not ``/dev/shm``, of which a container has 64 MB.
-    """
-    if sys.platform.startswith("linux"):
-        descriptor = os.memfd_create("mlx-mtp")
-    else:
-        with tempfile.TemporaryFile() as file:
-            descriptor = os.dup(file.fileno())
-    os.ftruncate(descriptor, size)
-    return descriptor
-
-
-def _numbers(descriptor: int, size: int) -> np.ndarray:
-    """What a shared file holds, as float32."""
-    return np.frombuffer(mmap.mmap(descriptor, size), dtype=np.float32)
+            connection.send(f"{type(error).__name__}: {error}")
 
 
 @contextlib.contextmanager
-def _ctrl_c_held_back() -> Iterator[None]:
-    """Processes started meanwhile never see Ctrl-C, which goes to all of a terminal's processes.
+def _sigint_blocked() -> Iterator[None]:
+    """Start processes that never receive Ctrl-C, which goes to all processes of a terminal.
 
-    A worker takes seconds to come as far as ignoring it by itself.  This process sees it after.
+    A worker needs seconds until it ignores the signal itself.  This process receives it afterwards.
     """
-    resource_tracker.ensure_running()  # starting it later would let the signal through again
+    resource_tracker.ensure_running()  # starting it later would unblock the signal
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -320,7 +280,7 @@ def _ctrl_c_held_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """A variable that new processes find."""
+    """Set an environment variable for new processes."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

@@ -1,14 +1,22 @@
-"""How much memory a training run will take, before it takes it.
+"""Memory that a training run needs, estimated from the sizes of its tensors.
 
-A step holds the model, the adapter with its gradients and AdamW's two moments, what the base model
-made of one sequence, and what the mask rows of one forward leave behind for their gradient.  Every
-further process that trains holds a model and a step of its own.
+With r mask rows per forward, n tokens of the longest sequence, width D, V ids, P adapter weights
+and, per layer, o outputs of its linear layers, k numbers of a row's keys and values and h heads:
 
-The factors below were fitted to peaks that MLX counted on a CPU in float32, for tiny models (width
-128, 2 or 6 layers, 16 to 256 mask rows behind 256 or 1024 tokens, 2048 to 32768 ids, with and
-without candidates); those without ``_CPU`` come from such runs with MLX's own exponentials and were
-never compared with a GPU.  The program itself is not counted: on Linux a process took 0.45 GB more
-than MLX counted.
+    adapter            3 P          weights, summed gradients and newest gradients
+    optimiser          2 P          AdamW's moments
+    sequence           n (D + all k)
+    mask rows          sum over layers of  2.6 r o + r D + (n + r) (1.25 h r + k)
+    logits             r V (4 + 1.6 per head + 4 for the teacher "dist"), and on a CPU three copies
+                       of the piece that ``fast_math`` computes at once; or 4 r (V + candidates)
+
+Weights of the adapter, moments and logits are float32; the rest has the model's type.  Computing
+the sequence itself needs n (1.25 o + 9 D + 8 h n) for one layer on a CPU, where attention is not
+fused (h n on a GPU); that counts if it is more than mask rows and logits, which come later.
+
+The factors of copies were fitted to MLX's peaks on a CPU in float32, for models of width 128 with 2
+or 6 layers; they were never compared with a GPU.  The program itself is not included: on Linux a
+process took 0.45 GB more than MLX counted.
 """
 
 from __future__ import annotations
@@ -24,47 +32,35 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_mtp.backends.cpu.fast_math import PIECE
+from mlx_mtp.evaluation.forward import ordinary_rows
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.train.gradient.forward import ordinary_rows
 from mlx_mtp.train.gradient.workers import worker_count
 from mlx_mtp.train.settings import TrainSettings
 
-MEMORY_SHARE = 0.9  # of a machine's memory; the rest is the system's
+MEMORY_SHARE = 0.9  # of a machine's memory; the rest is left to the system
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
-_WIDE = 4  # bytes of a float32, in which logits and moments are kept
-
-# Copies that one forward of mask rows keeps for its gradient.
-_LAYER_OUTPUTS = 2.6  # of what every linear layer of a layer puts out
-_LAYER_WIDTHS = 1.0  # of the layer's width
-_SCORES = 1.25  # of the attention weights of every head
-_KEYS = 1.0  # of the keys and values, held rows and mask rows in one
-_LOGITS, _LOGITS_OF_HEAD = 3.9, 1.0  # of the logits, and more for each head
-_LOGITS_CPU, _LOGITS_OF_HEAD_CPU, _LOGITS_OF_DIST_CPU = 4.2, 1.6, 3.7
-_PIECE_CPU = 3.0  # of the logits that ``fast_math`` takes at once
-_CHOOSING = 4.0  # of the logits, where candidates are chosen from them
-_CANDIDATES = 4.0  # of the logits of the candidates
-_GRADIENTS = 2.0  # of the adapter: the sum so far and the newest
-
-# Copies that the ordinary rows take while one layer is computed.
-_ORDINARY_OUTPUTS = 1.25
-_ORDINARY_WIDTHS = 9.0
-_ORDINARY_SCORES = 1.15
-_ORDINARY_SCORES_CPU = 8.0  # whose softmax is made of basic operations
+_ADVICE = {
+    "weights of the model": "use a smaller model, or one quantised to fewer bits",
+    "adapter and its gradients": "lower --rank or adapt fewer layers (--target-modules)",
+    "optimiser": "lower --rank or adapt fewer layers (--target-modules)",
+    "tokens of the longest sequence": "lower --max-seq-length",
+    "mask rows": "lower --rows-per-forward or use --grad-checkpoint",
+    "logits of the mask rows": "lower --rows-per-forward",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryEstimate:
-    """Bytes at the peak of a step, by what takes them.
+    """Bytes at the peak of a training step, by use, in all processes together.
 
     Attributes:
-        weights_bytes: the base model, in all processes.
-        trainable_bytes: the adapter's weights and gradients, in all processes and between them.
+        weights_bytes: the base model.
+        trainable_bytes: weights and gradients of the adapter, with copies shared by processes.
         optimizer_bytes: AdamW's moments.
-        ordinary_bytes: keys, values and hidden states of the longest sequence; where computing
-            them takes more than the mask rows do later, that too.
-        activation_bytes: what the mask rows of a forward keep for the gradient.
-        logits_bytes: logits of these rows, in all forms that exist at once.
-        available_bytes: what the device can give.
+        ordinary_bytes: the longest sequence.
+        activation_bytes: activations of the mask rows that the gradient needs.
+        logits_bytes: logits of the mask rows.
+        available_bytes: memory of the device.
     """
 
     weights_bytes: int
@@ -77,11 +73,11 @@ class MemoryEstimate:
 
     @property
     def total_bytes(self) -> int:
-        """All that is needed at once."""
+        """Sum of all uses."""
         return sum(size for _, size in self._parts())
 
     def lines(self) -> list[str]:
-        """Say it, a line for each part and one for the sum."""
+        """One line for each use, the sum and the available memory."""
         rows = [*self._parts(), ("together", self.total_bytes), ("available", self.available_bytes)]
         return [f"{name:<34}{size / 1e9:8.2f} GB" for name, size in rows]
 
@@ -95,9 +91,9 @@ class MemoryEstimate:
             return
         name, size = max(self._parts(), key=lambda part: part[1])
         raise ValueError(
-            f"training needs about {self.total_bytes / 1e9:.1f} GB of memory, "
-            f"{self.available_bytes / 1e9:.1f} GB are available; the most, {size / 1e9:.1f} GB, "
-            f"goes to the {name}: {_ADVICE[name]}"
+            f"training needs about {self.total_bytes / 1e9:.1f} GB of memory, but "
+            f"{self.available_bytes / 1e9:.1f} GB are available; {size / 1e9:.1f} GB are for the "
+            f"{name}: {_ADVICE[name]}"
         )
 
     def _parts(self) -> list[tuple[str, int]]:
@@ -112,73 +108,61 @@ class MemoryEstimate:
         return list(zip(_ADVICE, sizes, strict=True))
 
 
-_ADVICE = {
-    "weights of the model": "take a smaller model or one of fewer bits",
-    "adapter and its gradients": "lower --rank or adapt fewer layers (--target-modules)",
-    "optimiser": "lower --rank or adapt fewer layers (--target-modules)",
-    "tokens of the longest sequence": "lower --max-seq-length",
-    "mask rows": "lower --rows-per-forward or turn on --grad-checkpoint",
-    "logits of the mask rows": "lower --rows-per-forward",
-}
-
-
-@dataclass(frozen=True)
-class _Shape:
-    """What of a model decides the size of a step.
-
-    Attributes:
-        outputs: numbers that all linear layers put out for a row, by layer.
-        width: D.
-        heads: of attention.
-        keys: numbers in the keys and values of a row, by layer.
-        vocab: V.
-        item_bytes: bytes of a number in a hidden state.
-    """
-
-    outputs: list[int]
-    width: int
-    heads: int
-    keys: list[int]
-    vocab: int
-    item_bytes: int
-
-
 def estimate(model: MTPModel, settings: TrainSettings, *, longest: int) -> MemoryEstimate:
-    """Estimate the memory that training takes.
-
-    Against MLX's peak of a step in one process, the estimate was from 13% below (a model with more
-    normalisations than others) to 16% above for the shapes that it was fitted to, and about 15%
-    above, weights included, for the default model with 64 or 128 mask rows behind 512 or 1024
-    tokens.
+    """Estimate the memory of training; see the module docstring for the formula.
 
     Args:
-        model: with the adapter that is to be trained; nothing else of it may be trainable.
+        model: with the adapter; nothing else of it may be trainable.
         settings: of the run.
-        longest: tokens of the longest sequence.
+        longest: number of tokens of the longest sequence.
     """
-    shape, count = _shape(model), worker_count(settings.workers, batch_size=settings.batch_size)
-    trainable = _bytes(model.trainable_parameters())
-    wide = _WIDE * sum(value.size for value in _arrays(model.trainable_parameters()))
-    rows = min(settings.rows_per_forward, settings.num_anchors * settings.num_draft_tokens)
-    rows = max(rows, settings.num_draft_tokens)
+    args: Any = model.base.args
+    on_cpu = mx.default_device().type == mx.cpu
+    row = ordinary_rows(model, mx.array([0]))  # never evaluated: only its shapes are used
+    item, width, heads = row.hidden.dtype.size, model.hidden_size, args.num_attention_heads
+    keys = [sum(part.shape[1] * part.shape[-1] for part in pair) for pair in row.keys_and_values]
+    experts = getattr(args, "num_experts_per_tok", 1) or 1
+    outputs = [_num_outputs(layer, experts) for layer in model.base.layers]
+
+    narrow = _num_bytes(model.trainable_parameters())
+    wide = 4 * sum(value.size for value in _arrays(model.trainable_parameters()))
+    count = worker_count(settings.workers, batch_size=settings.batch_size)
+    copies = 3 * count + (2 * count - 1 if count > 1 else 0)  # sent, received, copied by each
+    trainable = copies * wide + count * (narrow if narrow != wide else 0)
+
+    k = settings.num_draft_tokens
+    rows = max(min(settings.rows_per_forward, settings.num_anchors * k), k)
     kept = rows if settings.gate else rows + longest  # without the gate all rows have a gradient
-    activation = _activation_bytes(shape, kept, longest, checkpoint=settings.grad_checkpoint)
-    logits = _logits_bytes(shape, rows, settings, sampler=model.sampler_head is not None)
-    held = longest * (sum(shape.keys) + shape.width) * shape.item_bytes
-    ordinary = max(held, held + _prefill_bytes(shape, longest) - activation - logits)
+    layers = [
+        kept * (2.6 * output + width) + (longest + kept) * (1.25 * heads * kept + key)
+        for output, key in zip(outputs, keys, strict=True)
+    ]
+    if settings.grad_checkpoint:
+        layers = [max(layers), len(layers) * kept * width]
+    activations = item * sum(layers)
+
+    num_logits, num_heads = rows * model.vocab_size, 1 + (model.sampler_head is not None)
+    logits = 4 * num_logits * (4 + 1.6 * num_heads + 4 * (settings.teacher == "dist"))
+    logits += 4 * 3 * min(num_logits, PIECE) if on_cpu else 0
+    if 0 < settings.candidates < model.vocab_size:
+        logits = 4 * rows * 4 * (model.vocab_size + settings.candidates)
+
+    sequence = item * longest * (sum(keys) + width)
+    scores = (8 if on_cpu else 1) * heads * longest
+    prefill = item * longest * (1.25 * max(outputs) + 9 * width + scores)
     return MemoryEstimate(
-        weights_bytes=count * (_bytes(model.parameters()) - trainable),
-        trainable_bytes=_adapter_bytes(wide, narrow=trainable, count=count),
-        optimizer_bytes=2 * wide,  # the first process alone has one
-        ordinary_bytes=count * ordinary,
-        activation_bytes=count * activation,
-        logits_bytes=count * logits,
+        weights_bytes=count * (_num_bytes(model.parameters()) - narrow),
+        trainable_bytes=trainable,
+        optimizer_bytes=2 * wide,  # only the first process has one
+        ordinary_bytes=count * round(sequence + max(0, prefill - activations - logits)),
+        activation_bytes=count * round(activations),
+        logits_bytes=count * round(logits),
         available_bytes=available_bytes(),
     )
 
 
 def available_bytes() -> int:
-    """What the default device can give to a program, bytes."""
+    """Memory that the default device can give to a program, bytes."""
     if mx.default_device().type == mx.gpu:
         info: dict[str, Any] = mx.device_info()
         for key in ("max_recommended_working_set_size", "free_memory", "total_memory"):
@@ -190,71 +174,17 @@ def available_bytes() -> int:
     return int(MEMORY_SHARE * machine)
 
 
-def _adapter_bytes(wide: int, *, narrow: int, count: int) -> int:
-    """The adapter in ``count`` processes, of ``wide`` bytes in float32.
-
-    Where the model computes in another type, ``narrow`` bytes of that are beside it.
-    """
-    own = (1 + _GRADIENTS) * wide + (narrow if narrow != wide else 0)
-    shared = (2 * count - 1) * wide if count > 1 else 0  # sent, received, and the copies of these
-    return round(count * own + shared)
-
-
-def _activation_bytes(shape: _Shape, rows: int, held: int, *, checkpoint: bool) -> int:
-    """What mask rows behind ``held`` tokens keep for their gradient."""
-    layers = [
-        rows * (_LAYER_OUTPUTS * outputs + _LAYER_WIDTHS * shape.width)
-        + (held + rows) * (_SCORES * shape.heads * rows + _KEYS * keys)
-        for outputs, keys in zip(shape.outputs, shape.keys, strict=True)
-    ]
-    kept = max(layers) + len(layers) * rows * shape.width if checkpoint else sum(layers)
-    return round(kept * shape.item_bytes)
-
-
-def _logits_bytes(shape: _Shape, rows: int, settings: TrainSettings, *, sampler: bool) -> int:
-    size, is_dist = rows * shape.vocab, settings.teacher == "dist"
-    if 0 < settings.candidates < shape.vocab:
-        return round((_CHOOSING * size + _CANDIDATES * rows * settings.candidates) * _WIDE)
-    if mx.default_device().type == mx.cpu:
-        copies = _LOGITS_CPU + _LOGITS_OF_HEAD_CPU * (1 + sampler) + _LOGITS_OF_DIST_CPU * is_dist
-        return round((copies * size + _PIECE_CPU * min(size, PIECE)) * _WIDE)
-    return round((_LOGITS + _LOGITS_OF_HEAD * (1 + sampler + is_dist)) * size * _WIDE)
-
-
-def _prefill_bytes(shape: _Shape, length: int) -> int:
-    """What computing the ordinary rows of a sequence takes, beyond what stays of them."""
-    row = _ORDINARY_OUTPUTS * max(shape.outputs) + _ORDINARY_WIDTHS * shape.width
-    on_cpu = mx.default_device().type == mx.cpu
-    scores = (_ORDINARY_SCORES_CPU if on_cpu else _ORDINARY_SCORES) * shape.heads * length
-    return round(length * (row + scores) * shape.item_bytes)
-
-
-def _shape(model: MTPModel) -> _Shape:
-    row = ordinary_rows(model, mx.array([0]))  # never evaluated: its shapes are enough
-    keys = [sum(part.shape[1] * part.shape[-1] for part in pair) for pair in row.keys_and_values]
-    args: Any = model.base.args
-    active = getattr(args, "num_experts_per_tok", 1) or 1
-    return _Shape(
-        outputs=[_outputs(layer, active) for layer in model.base.layers],
-        width=model.hidden_size,
-        heads=args.num_attention_heads,
-        keys=keys,
-        vocab=model.vocab_size,
-        item_bytes=row.hidden.dtype.size,
+def _num_outputs(layer: nn.Module, experts: int) -> int:
+    """Outputs per row of all linear layers of a layer, with ``experts`` active experts."""
+    weights = (module.get("weight") for _, module in layer.named_modules())
+    return sum(
+        weight.shape[-2] * (experts if weight.ndim == 3 else 1)
+        for weight in weights
+        if isinstance(weight, mx.array) and weight.ndim >= 2
     )
 
 
-def _outputs(layer: nn.Module, active_experts: int) -> int:
-    """Numbers that the linear layers of a layer put out for a row."""
-    total = 0
-    for _, module in layer.named_modules():
-        weight = module.get("weight")
-        if isinstance(weight, mx.array) and weight.ndim >= 2:
-            total += weight.shape[-2] * (active_experts if weight.ndim == 3 else 1)
-    return total
-
-
-def _bytes(parameters: Any) -> int:
+def _num_bytes(parameters: Any) -> int:
     return sum(value.nbytes for value in _arrays(parameters))
 
 

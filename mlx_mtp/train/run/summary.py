@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import platform
 import shlex
@@ -70,7 +71,8 @@ def finish(
     width, height = CURVES_SIZE
     print("\n".join(summary_lines(folder, records, result, model=command_model(command))))
     if records and sys.stdout.isatty():
-        print(terminal_curves(records, width=width, height=height))
+        with contextlib.suppress(ValueError):  # without plotext there is still the PNG file
+            print(terminal_curves(records, width=width, height=height))
 
 
 def summary_lines(

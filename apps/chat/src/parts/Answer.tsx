@@ -32,8 +32,8 @@ export function Answer({ message }: { message: Message }) {
   return (
     <div onMouseMove={point} onMouseLeave={() => setTip(null)}>
       <div class="text" ref={root}>
-        {blocks.map((html, at) => (
-          <div key={at} dangerouslySetInnerHTML={{ __html: html }} />
+        {blocks.map((html, index) => (
+          <div key={index} dangerouslySetInnerHTML={{ __html: html }} />
         ))}
       </div>
       {tip && <Tooltip tip={tip} />}
@@ -48,7 +48,7 @@ function Tooltip({ tip }: { tip: Tip }) {
       class={right ? "tip right" : "tip"}
       role="tooltip"
       ref={(box) => {
-        // Set as properties, which the policy allows; style attributes in HTML it does not.
+        // Set as properties, because the policy forbids style attributes.
         if (box) {
           box.style.left = `${tip.x}px`;
           box.style.top = `${tip.y + 18}px`;

@@ -1,6 +1,6 @@
 import { useSignalEffect } from "@preact/signals";
 
-import { stop, takeIn } from "../actions";
+import { importFile, stop } from "../actions";
 import * as state from "../state";
 import { Composer } from "./Composer";
 import { Header } from "./Header";
@@ -17,7 +17,7 @@ export function App() {
   useTheme();
   useTitle();
   useShortcuts(stop);
-  const dropping = useDrop(takeIn);
+  const dropping = useDrop(importFile);
   if (state.locked.value) return <Locked />;
   return (
     <div class={`page ${state.drawer.value ? "with-drawer" : ""}`}>
@@ -30,8 +30,8 @@ export function App() {
         <Header />
         {state.gone.value && (
           <p class="gone" role="alert">
-            mlx-mtp app does not answer. If it has ended, start it again and open the address that it prints;
-            what was said is kept.
+            mlx-mtp app is not responding. If it has exited, start it again and open the address that it prints.
+            Your conversations are saved.
           </p>
         )}
         <Thread />
@@ -61,10 +61,10 @@ function Notice() {
 function Locked() {
   return (
     <main class="locked">
-      <h1>This page needs its key</h1>
+      <h1>Access key required</h1>
       <p>
-        Open the address that <code>mlx-mtp app</code> printed when it started. It holds a key that
-        is new at every start.
+        Open the address that <code>mlx-mtp app</code> printed when it started. It contains an
+        access key that changes on every start.
       </p>
     </main>
   );

@@ -4,7 +4,7 @@ import { sendMessage, stop } from "../actions";
 import * as state from "../state";
 import { isComposing } from "./shortcuts";
 
-/** Where messages are written. */
+/** The message box. */
 export function Composer() {
   const box = useRef<HTMLTextAreaElement>(null);
   const busy = state.busy.value;
@@ -53,19 +53,19 @@ export function Composer() {
 }
 
 function placeholder(): string {
-  if (state.gone.value) return "mlx-mtp app does not answer";
+  if (state.gone.value) return "mlx-mtp app is not responding";
   if (state.ready.value) return "Write a message";
-  return state.engine.value?.state === "broken" ? "No model is loaded" : "The model is being loaded";
+  return state.engine.value?.state === "broken" ? "No model is loaded" : "The model is loading";
 }
 
 function editLast(event: KeyboardEvent): void {
-  const last = state.shown.value.findLast((each) => each.role === "user");
+  const last = state.shown.value.findLast((message) => message.role === "user");
   if (!last || state.busy.value) return;
   event.preventDefault();
   state.editing.value = last.id;
 }
 
-/** Let a text box be as high as its text. */
+/** Fit the height of a text box to its text. */
 export function fit(box: HTMLTextAreaElement): void {
   box.style.height = "auto";
   box.style.height = `${Math.min(box.scrollHeight + 2, innerHeight * 0.4)}px`;

@@ -1,7 +1,7 @@
 import type { ComponentChildren } from "preact";
 import { useEffect, useRef } from "preact/hooks";
 
-/** A modal dialog: it keeps the focus, Esc closes it, and the focus goes back to where it was. */
+/** A modal dialog: it traps the focus, Esc closes it, and closing restores the focus. */
 export function Dialog(props: {
   title: string;
   close: () => void;
@@ -10,10 +10,14 @@ export function Dialog(props: {
 }) {
   const box = useRef<HTMLDialogElement>(null);
   useEffect(() => {
-    const before = document.activeElement;
-    box.current?.showModal();
+    const previous = document.activeElement;
+    const dialog = box.current!;
+    dialog.showModal();
     return () => {
-      if (before instanceof HTMLElement && before.isConnected) before.focus();
+      // The cleanup can run late, when the user has already moved the focus elsewhere.
+      const active = document.activeElement ?? document.body;
+      if (active !== document.body && !dialog.contains(active)) return;
+      if (previous instanceof HTMLElement && previous.isConnected) previous.focus();
     };
   }, []);
   return (

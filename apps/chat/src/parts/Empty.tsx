@@ -3,40 +3,40 @@ import * as state from "../state";
 import { counted } from "../words";
 import { focusOn } from "./shortcuts";
 
-/** Something to begin with; code and repetition show best what several tokens a step do. */
+/** Example prompts; code and repetition benefit most from several tokens per step. */
 export const SUGGESTIONS = [
   "Write a Python function that reverses a string, and explain it.",
   "Explain in simple words why the sky is blue.",
   "Write a short story about a lighthouse keeper.",
 ];
 
-/** What stands where nothing has been said yet. */
+/** Placeholder for a conversation without messages. */
 export function Empty() {
   const model = state.model.value;
   if (!model) return <Loading />;
   return (
     <div class="empty">
-      <h2>What shall {state.modelName.value} write?</h2>
+      <h2>Chat with {state.modelName.value}</h2>
       {model.adapter ? (
         <p>
-          It gives up to {counted(model.num_draft_tokens + 1, "token")} a step, and says what it would say one
-          token at a time. Tokens of one step share an underline; point at one to see where it came from.
+          Generates up to {counted(model.num_draft_tokens + 1, "token")} per step. The text is the same as with
+          one token per step. Tokens of one step share an underline; point at a token to see its origin.
         </p>
       ) : (
-        <p>It has no adapter, so it says one token a step.</p>
+        <p>This model has no adapter, so it generates one token per step.</p>
       )}
       {model.has_chat_template ? (
         <ul class="suggestions">
-          {SUGGESTIONS.map((each) => (
-            <li key={each}>
-              <button type="button" disabled={!state.ready.value} onClick={() => ask(each)}>
-                {each}
+          {SUGGESTIONS.map((text) => (
+            <li key={text}>
+              <button type="button" disabled={!state.ready.value} onClick={() => ask(text)}>
+                {text}
               </button>
             </li>
           ))}
         </ul>
       ) : (
-        <p class="bad">This model has no chat template, so it cannot hold a conversation.</p>
+        <p class="bad">This model has no chat template, so it cannot be used for chat.</p>
       )}
     </div>
   );
@@ -47,7 +47,7 @@ function Loading() {
   return (
     <div class="empty">
       <p class={broken ? "bad" : ""}>
-        {broken ? state.engine.value!.error || "No model is loaded." : "The model is being loaded."}
+        {broken ? state.engine.value!.error || "No model is loaded." : "The model is loading."}
       </p>
     </div>
   );

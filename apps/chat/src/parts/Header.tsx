@@ -3,7 +3,7 @@ import * as state from "../state";
 import { panelCovers } from "../widths";
 import { focusOn } from "./shortcuts";
 
-const WORDS = {
+const STATE_LABELS = {
   loading: "loading",
   ok: "",
   restarting: "restarting",
@@ -11,7 +11,7 @@ const WORDS = {
   stopped: "stopped",
 } as const;
 
-/** Title, model and what can be opened beside. */
+/** Title, model and panel buttons. */
 export function Header() {
   const shown = state.conversation.value;
   const title = shown?.title || "New conversation";
@@ -39,8 +39,8 @@ export function Header() {
       <div class="second-row">
         <ModelButton />
         <nav class="tools" aria-label="Tools">
-          <Opens panel="steps" text="Steps" />
-          <Opens panel="settings" text="Settings" />
+          <PanelButton panel="steps" text="Steps" />
+          <PanelButton panel="settings" text="Settings" />
           <button type="button" class="quiet" onClick={() => (state.racing.value = true)}>
             Race
           </button>
@@ -53,7 +53,7 @@ export function Header() {
 
 function ModelButton() {
   const engine = state.engine.value;
-  const word = engine ? WORDS[engine.state] : "connecting";
+  const label = engine ? STATE_LABELS[engine.state] : "connecting";
   return (
     <button
       type="button"
@@ -63,12 +63,12 @@ function ModelButton() {
       onClick={() => toggle("model")}
     >
       <span class="model-name">{state.modelName.value || "no model"}</span>
-      {word && <span class="muted">{word}</span>}
+      {label && <span class="muted">{label}</span>}
     </button>
   );
 }
 
-function Opens({ panel, text }: { panel: state.Panel; text: string }) {
+function PanelButton({ panel, text }: { panel: state.Panel; text: string }) {
   return (
     <button
       type="button"
@@ -82,7 +82,7 @@ function Opens({ panel, text }: { panel: state.Panel; text: string }) {
 }
 
 function Export({ id }: { id: number }) {
-  const ways: [string, () => void][] = [
+  const actions: [string, () => void][] = [
     ["Save as Markdown", () => download(id, "markdown")],
     ["Save as JSON", () => download(id, "json")],
     ["Copy as Markdown", () => void copyMarkdown(id)],
@@ -93,15 +93,15 @@ function Export({ id }: { id: number }) {
         Export
       </button>
       <div id="export" class="menu" popover="auto" role="group" aria-label="Export this conversation">
-        {ways.map(([text, go], at) => (
+        {actions.map(([text, run], index) => (
           <button
             key={text}
             type="button"
             class="quiet"
-            autofocus={at === 0}
+            autofocus={index === 0}
             onClick={() => {
               document.getElementById("export")?.hidePopover();
-              go();
+              run();
             }}
           >
             {text}

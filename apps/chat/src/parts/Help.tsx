@@ -2,10 +2,10 @@ import { helping } from "../state";
 import { Dialog } from "./Dialog";
 import { SHORTCUTS } from "./shortcuts";
 
-/** The list of keys. */
+/** The list of keyboard shortcuts. */
 export function Help() {
   return (
-    <Dialog title="Keys" close={() => (helping.value = false)}>
+    <Dialog title="Keyboard shortcuts" close={() => (helping.value = false)}>
       <dl class="keys">
         {SHORTCUTS.map(([keys, meaning]) => (
           <div key={keys}>

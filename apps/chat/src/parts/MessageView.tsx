@@ -13,16 +13,16 @@ import { focusOn, isComposing, leaveEditing } from "./shortcuts";
 const ENDS: Record<MessageState, string> = {
   streaming: "",
   done: "",
-  length: "cut at the limit",
+  length: "token limit reached",
   stopped: "stopped",
   interrupted: "interrupted",
   failed: "failed",
 };
 
 /** Longer messages of the user are folded. */
-const FOLDED_LETTERS = 3000;
+const FOLDED_CHARACTERS = 3000;
 
-/** One message with what can be done to it; ``versions`` are the numbers of all that stand in its place. */
+/** One message with its buttons; ``versions`` are the ids of it and its alternatives. */
 export function MessageView({ message, versions }: { message: Message; versions: readonly number[] }) {
   const [listed, setListed] = useState(false);
   const mine = message.role === "user";
@@ -63,7 +63,7 @@ export function MessageView({ message, versions }: { message: Message; versions:
 }
 
 function Body({ message, listed }: { message: Message; listed: boolean }) {
-  if (message.role === "user") return <Said text={message.text} />;
+  if (message.role === "user") return <UserText text={message.text} />;
   return (
     <>
       {message.text === "" && message.state === "streaming" && (
@@ -75,10 +75,10 @@ function Body({ message, listed }: { message: Message; listed: boolean }) {
   );
 }
 
-/** What the user said; folded where it would fill screens. */
-function Said({ text }: { text: string }) {
+/** A message of the user; long ones are folded. */
+function UserText({ text }: { text: string }) {
   const [whole, setWhole] = useState(false);
-  const long = text.length > FOLDED_LETTERS;
+  const long = text.length > FOLDED_CHARACTERS;
   return (
     <>
       <div class={long && !whole ? "text plain folded" : "text plain"}>{text}</div>
@@ -89,19 +89,19 @@ function Said({ text }: { text: string }) {
           aria-expanded={whole}
           onClick={() => setWhole(!whole)}
         >
-          {whole ? "Show less" : `Show all ${text.length.toLocaleString("en")} letters`}
+          {whole ? "Show less" : `Show all ${text.length.toLocaleString("en")} characters`}
         </button>
       )}
     </>
   );
 }
 
-/** How an answer that is being made gets on. */
+/** Progress of an answer that is being generated. */
 function Progress({ message }: { message: Message }) {
   const { steps, tokens, tokensPerStep } = summarise(message.groups);
   return (
     <span class="muted facts live">
-      {steps > 0 && `${counted(tokens, "token")}, ${tokensPerStep.toFixed(2)} a step`}
+      {steps > 0 && `${counted(tokens, "token")}, ${tokensPerStep.toFixed(2)} per step`}
     </span>
   );
 }
@@ -121,7 +121,7 @@ function AnswerTools(props: { message: Message; listed: boolean; toggle: () => v
         disabled={state.busy.value || !state.ready.value}
         onClick={() => void again()}
       >
-        Again
+        Regenerate
       </button>
       {summary.steps > 0 && (
         <button
@@ -135,7 +135,7 @@ function AnswerTools(props: { message: Message; listed: boolean; toggle: () => v
       )}
       <span class="muted facts">
         {summary.steps > 0 &&
-          `${counted(summary.tokens, "token")}, ${summary.tokensPerStep.toFixed(2)} a step, ${summary.tokensPerSecond.toFixed(1)} a second`}
+          `${counted(summary.tokens, "token")}, ${summary.tokensPerStep.toFixed(2)} per step, ${summary.tokensPerSecond.toFixed(1)} per second`}
         {ENDS[message.state] && `${summary.steps ? ", " : ""}${ENDS[message.state]}`}
       </span>
     </>
@@ -144,24 +144,24 @@ function AnswerTools(props: { message: Message; listed: boolean; toggle: () => v
 
 function Versions({ id, all }: { id: number; all: readonly number[] }) {
   if (all.length < 2) return null;
-  const at = all.indexOf(id);
+  const index = all.indexOf(id);
   return (
     <span class="versions" role="group" aria-label="Versions">
-      <Turn to={all[at - 1]} name="Earlier version" sign="‹" />
+      <VersionButton to={all[index - 1]} name="Previous version" sign="‹" />
       <span>
-        {at + 1}/{all.length}
+        {index + 1}/{all.length}
       </span>
-      <Turn to={all[at + 1]} name="Later version" sign="›" />
+      <VersionButton to={all[index + 1]} name="Next version" sign="›" />
     </span>
   );
 }
 
-function Turn({ to, name, sign }: { to: number | undefined; name: string; sign: string }) {
+function VersionButton({ to, name, sign }: { to: number | undefined; name: string; sign: string }) {
   const go = () => {
     const message = to === undefined ? undefined : state.messages.value.get(to);
     if (!message) return;
     void chooseBranch(message);
-    // The other version is another article; the last one has nowhere further to turn to.
+    // The other version is another article; at the last version this button is disabled.
     requestAnimationFrame(() => {
       const buttons = `#message-${to} .versions button:enabled`;
       const same = `${buttons}[aria-label="${name}"]`;

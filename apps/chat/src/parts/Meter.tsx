@@ -6,7 +6,7 @@ import { settings } from "../state";
 
 const HEIGHT = 130;
 
-/** Tokens per step, averaged over the last 16, as a line that grows with the answer. */
+/** A line chart of tokens per step, averaged over the last 16 steps. */
 export function Meter({ values }: { values: number[] }) {
   const box = useRef<HTMLDivElement>(null);
   const plot = useRef<uPlot | null>(null);
@@ -30,10 +30,10 @@ export function Meter({ values }: { values: number[] }) {
     return () => system.removeEventListener("change", redraw);
   }, [settings.value.theme]);
   useEffect(() => {
-    plot.current?.setData([values.map((_, at) => at + 1), values]);
+    plot.current?.setData([values.map((_, index) => index + 1), values]);
   }, [values]);
   const last = values.at(-1);
-  const label = last === undefined ? "no steps yet" : `${last.toFixed(2)} tokens a step of late`;
+  const label = last === undefined ? "no steps yet" : `${last.toFixed(2)} on average over the last 16 steps`;
   return <div class="meter" ref={box} role="img" aria-label={`Tokens per step: ${label}`} />;
 }
 

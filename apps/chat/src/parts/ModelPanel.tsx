@@ -4,18 +4,18 @@ import { chooseModel, localModels } from "../engine";
 import * as state from "../state";
 import { counted } from "../words";
 
-const OWN = "";
-const TYPED = " typed";
+const DEFAULT = "";
+const FOLDER = " folder";
 
-/** Which model and adapter are loaded, and others that could be. */
+/** The loaded model and adapter, and a form to load others. */
 export function ModelPanel() {
-  const [found, setFound] = useState<{ models: string[]; adapters: string[] } | null>(null);
+  const [local, setLocal] = useState<{ models: string[]; adapters: string[] } | null>(null);
   const chosen = state.engine.value?.chosen;
-  const [model, setModel] = useState(chosen?.model ?? OWN);
-  const [adapter, setAdapter] = useState(chosen?.adapter_path ?? OWN);
+  const [model, setModel] = useState(chosen?.model ?? DEFAULT);
+  const [adapter, setAdapter] = useState(chosen?.adapter_path ?? DEFAULT);
   const [failed, setFailed] = useState("");
   useEffect(() => {
-    localModels().then(setFound, () => setFound({ models: [], adapters: [] }));
+    localModels().then(setLocal, () => setLocal({ models: [], adapters: [] }));
   }, []);
   const busy = state.engine.value?.state === "loading" || state.engine.value?.state === "restarting";
   return (
@@ -26,24 +26,24 @@ export function ModelPanel() {
         void chooseModel(model.trim() || null, adapter.trim() || null).then(setFailed);
       }}
     >
-      <Standing />
+      <Status />
       <Choice
         label="Model"
-        own="the embedded one"
-        names={found?.models ?? []}
+        defaultLabel="Built-in model"
+        names={local?.models ?? []}
         value={model}
         set={setModel}
       />
       <Choice
         label="Adapter"
-        own="the model’s own"
-        names={found?.adapters ?? []}
+        defaultLabel="Default for the model"
+        names={local?.adapters ?? []}
         value={adapter}
         set={setAdapter}
       />
       <p class="muted">
-        Listed is what the hub’s cache on this machine holds. A folder’s path does as well. Nothing is
-        downloaded from here.
+        The lists show the local Hugging Face cache. You can also enter the path of a folder. Nothing is
+        downloaded.
       </p>
       <button type="submit" class="primary" disabled={busy}>
         Load
@@ -59,37 +59,37 @@ export function ModelPanel() {
 
 function Choice(props: {
   label: string;
-  own: string;
+  defaultLabel: string;
   names: string[];
   value: string;
   set: (value: string) => void;
 }) {
-  const listed = props.value === OWN || props.names.includes(props.value);
+  const listed = props.value === DEFAULT || props.names.includes(props.value);
   const [typing, setTyping] = useState(!listed);
   return (
     <>
       <label>
         {props.label}
         <select
-          value={typing && !listed ? TYPED : props.value}
+          value={typing && !listed ? FOLDER : props.value}
           onChange={(event) => {
             const value = event.currentTarget.value;
-            setTyping(value === TYPED);
-            props.set(value === TYPED ? " " : value);
+            setTyping(value === FOLDER);
+            props.set(value === FOLDER ? " " : value);
           }}
         >
-          <option value={OWN}>{props.own}</option>
-          {props.names.map((each) => (
-            <option key={each} value={each}>
-              {each}
+          <option value={DEFAULT}>{props.defaultLabel}</option>
+          {props.names.map((name) => (
+            <option key={name} value={name}>
+              {name}
             </option>
           ))}
-          <option value={TYPED}>a folder</option>
+          <option value={FOLDER}>Folder…</option>
         </select>
       </label>
       {typing && !listed && (
         <label>
-          Folder of the {props.label.toLowerCase()}
+          {props.label} folder
           <input value={props.value.trimStart()} onInput={(event) => props.set(event.currentTarget.value || " ")} />
         </label>
       )}
@@ -97,15 +97,15 @@ function Choice(props: {
   );
 }
 
-function Standing() {
-  const [since, setSince] = useState(0);
+function Status() {
+  const [seconds, setSeconds] = useState(0);
   const engine = state.engine.value;
   const loading = engine?.state === "loading" || engine?.state === "restarting";
   useEffect(() => {
     if (!loading) return;
-    const began = Date.now();
-    setSince(0);
-    const timer = setInterval(() => setSince(Math.round((Date.now() - began) / 1000)), 500);
+    const start = Date.now();
+    setSeconds(0);
+    const timer = setInterval(() => setSeconds(Math.round((Date.now() - start) / 1000)), 500);
     return () => clearInterval(timer);
   }, [loading]);
   if (!engine) return <p class="muted">Connecting</p>;
@@ -114,7 +114,7 @@ function Standing() {
       {loading ? (
         <>
           <label>
-            Loading, {since} s
+            Loading, {seconds} s
             <progress />
           </label>
         </>
@@ -123,7 +123,7 @@ function Standing() {
           <strong>{engine.model?.name ?? "No model"}</strong>
           {engine.model &&
             (engine.model.adapter
-              ? `, drafts up to ${counted(engine.model.num_draft_tokens, "token")} a step`
+              ? `, up to ${counted(engine.model.num_draft_tokens, "draft token")} per step`
               : ", no adapter")}
         </p>
       )}

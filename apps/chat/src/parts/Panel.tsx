@@ -6,7 +6,7 @@ import { closePanel } from "./shortcuts";
 
 const TITLES = { settings: "Settings", steps: "Steps", model: "Model" } as const;
 
-/** What is open beside the conversation. */
+/** The panel next to the conversation. */
 export function Panel() {
   const panel = settings.value.panel;
   if (!panel) return null;

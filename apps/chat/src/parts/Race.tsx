@@ -11,27 +11,27 @@ import { SUGGESTIONS } from "./Empty";
 const STAGES = {
   "": "",
   "warm-up": "Warming up",
-  plain: "Plain decoding runs",
-  mtp: "Several tokens a step run",
+  plain: "Running plain decoding",
+  mtp: "Running multi-token decoding",
   done: "",
 } as const;
 
-/** Plain decoding and several tokens a step, side by side. */
+/** Plain and multi-token decoding of the same prompt, side by side. */
 export function Race() {
   const [text, setText] = useState(race.lastQuestion() || SUGGESTIONS[0]!);
   const [tokens, setTokens] = useState(128);
   const status = useRef<HTMLDivElement>(null);
   useEffect(() => race.stopRace, []);
   useEffect(() => status.current?.scrollIntoView({ block: "nearest" }), [race.verdict.value, race.failure.value]);
-  const runs = race.stage.value !== "" && race.stage.value !== "done";
-  const can = ready.value && !!model.value?.adapter && text.trim() !== "";
+  const running = race.stage.value !== "" && race.stage.value !== "done";
+  const canStart = ready.value && !!model.value?.adapter && text.trim() !== "";
   return (
     <Dialog title="Race" wide close={() => (racing.value = false)}>
       <form
         class="race-form"
         onSubmit={(event) => {
           event.preventDefault();
-          if (can) void race.runRace(text, tokens);
+          if (canStart) void race.runRace(text, tokens);
         }}
       >
         <label>
@@ -39,7 +39,7 @@ export function Race() {
           <textarea rows={2} dir="auto" autofocus value={text} onInput={(event) => setText(event.currentTarget.value)} />
         </label>
         <label class="number">
-          Most tokens
+          Max tokens
           <input
             type="number"
             min={8}
@@ -48,20 +48,20 @@ export function Race() {
             onChange={(event) => setTokens(Math.min(2000, Math.max(8, Math.round(event.currentTarget.valueAsNumber || 128))))}
           />
         </label>
-        {runs ? (
+        {running ? (
           <button type="button" onClick={race.stopRace}>
             Stop
           </button>
         ) : (
-          <button type="submit" class="primary" disabled={!can}>
+          <button type="submit" class="primary" disabled={!canStart}>
             Start
           </button>
         )}
       </form>
-      {model.value && !model.value.adapter && <p class="bad">The model has no adapter to race with.</p>}
+      {model.value && !model.value.adapter && <p class="bad">A race needs a model with an adapter.</p>}
       <div class="lanes">
         <LaneView lane="plain" title="Plain decoding" />
-        <LaneView lane="mtp" title="Several tokens a step" />
+        <LaneView lane="mtp" title="Multi-token decoding" />
       </div>
       <div role="status" class="verdict" ref={status}>
         {race.failure.value && <p class="bad">{race.failure.value}</p>}
@@ -69,9 +69,9 @@ export function Race() {
         {race.verdict.value && <VerdictView verdict={race.verdict.value} />}
       </div>
       <p class="muted small-print">
-        Both answers are greedy and made one after the other, without anything kept from earlier prompts,
-        after a short one that is not timed. The clock starts behind the first step, so the prompt counts
-        for neither. Other programs may use the model meanwhile; if they did, the result says so.
+        Both answers use greedy decoding and run one after the other, without cached prompts, after a short
+        warm-up. Timing starts after the first step, so the prompt is not included. If other programs use
+        the model during the race, the result says so.
       </p>
     </Dialog>
   );
@@ -87,12 +87,12 @@ function LaneView({ lane, title }: { lane: Lane; title: string }) {
       <h3>{title}</h3>
       <p class="muted">
         {groups.length
-          ? `${counted(summary.tokens, "token")} in ${counted(summary.steps, "step")}, ${summary.tokensPerSecond.toFixed(1)} a second`
-          : "waits"}
+          ? `${counted(summary.tokens, "token")} in ${counted(summary.steps, "step")}, ${summary.tokensPerSecond.toFixed(1)} per second`
+          : "Waiting"}
       </p>
-      <div class="lane-text" tabIndex={0} role="region" aria-label={`Answer, ${title}`} ref={box}>
-        {groups.map((group, at) => (
-          <span key={at} class={group.tokens.length < 2 ? "step one" : at % 2 ? "step odd" : "step even"}>
+      <div class="lane-text" tabIndex={0} role="region" aria-label={`${title}: answer`} ref={box}>
+        {groups.map((group, index) => (
+          <span key={index} class={group.tokens.length < 2 ? "step one" : index % 2 ? "step odd" : "step even"}>
             {group.tokens.join("")}
           </span>
         ))}
@@ -111,20 +111,20 @@ function VerdictView({ verdict }: { verdict: Verdict }) {
     <>
       <p class={verdict.identical ? "good" : "bad"}>
         {verdict.identical
-          ? "Identical output: both hashes are the same."
-          : `The outputs differ from token ${(verdict.differs_at ?? 0) + 1} on. Where two tokens are all but equally likely, rounding can decide; mlx-mtp verify tells whether it was such a tie.`}
+          ? "Identical output: both hashes match."
+          : `The outputs differ from token ${(verdict.differs_at ?? 0) + 1} on. Rounding can decide between two tokens of nearly equal probability; mlx-mtp verify checks whether it did here.`}
       </p>
       {verdict.speed_up !== null && (
         <p>
-          <strong>{verdict.speed_up.toFixed(2)}x</strong> the tokens a second:{" "}
-          {verdict.mtp_tps.toFixed(1)} against {verdict.plain_tps.toFixed(1)}
-          {verdict.speed_up < 1 && ". Several tokens a step are slower here; Steps tells why"}.
+          <strong>{verdict.speed_up.toFixed(2)}x</strong> the speed of plain decoding:{" "}
+          {verdict.mtp_tps.toFixed(1)} instead of {verdict.plain_tps.toFixed(1)} tokens per second
+          {verdict.speed_up < 1 && ". Multi-token decoding is slower here; the Steps panel explains why"}.
         </p>
       )}
       {verdict.others > 0 && (
         <p class="bad">
-          The times are not fair: {counted(verdict.others, "other answer")} took turns with these. Race
-          again when nothing else uses the model.
+          The timing is unreliable: {counted(verdict.others, "other answer")} used the model during the race.
+          Run it again when nothing else uses the model.
         </p>
       )}
     </>

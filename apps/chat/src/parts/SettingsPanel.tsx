@@ -1,4 +1,4 @@
-import { change, remember, say } from "../actions";
+import { change, notify, remember } from "../actions";
 import * as state from "../state";
 import type { Layout, Options } from "../types";
 
@@ -6,23 +6,23 @@ interface Field {
   name: "temp" | "top_p" | "top_k" | "min_p" | "repetition_penalty" | "max_tokens" | "seed";
   label: string;
   hint: string;
-  first: number | null;
+  initial: number | null;
   min: number;
   max: number;
   step: number | "any";
 }
 
 const FIELDS: Field[] = [
-  { name: "temp", label: "Temperature", hint: "0 always takes the likeliest", first: 0, min: 0, max: 2, step: 0.05 },
-  { name: "top_p", label: "Top p", hint: "1 keeps all", first: 1, min: 0.01, max: 1, step: 0.01 },
-  { name: "top_k", label: "Top k", hint: "0 keeps all", first: 0, min: 0, max: 1_000_000, step: 1 },
-  { name: "min_p", label: "Min p", hint: "least share of the likeliest", first: 0, min: 0, max: 1, step: 0.01 },
-  { name: "repetition_penalty", label: "Repetition penalty", hint: "empty for none", first: null, min: 0.1, max: 10, step: 0.05 },
-  { name: "max_tokens", label: "Most tokens", hint: "of an answer", first: 1024, min: 1, max: 1_000_000, step: 1 },
-  { name: "seed", label: "Seed", hint: "empty for chance", first: null, min: 0, max: 2 ** 52, step: 1 },
+  { name: "temp", label: "Temperature", hint: "0 for greedy", initial: 0, min: 0, max: 2, step: 0.05 },
+  { name: "top_p", label: "Top p", hint: "1 to disable", initial: 1, min: 0.01, max: 1, step: 0.01 },
+  { name: "top_k", label: "Top k", hint: "0 to disable", initial: 0, min: 0, max: 1_000_000, step: 1 },
+  { name: "min_p", label: "Min p", hint: "relative to the top token", initial: 0, min: 0, max: 1, step: 0.01 },
+  { name: "repetition_penalty", label: "Repetition penalty", hint: "empty to disable", initial: null, min: 0.1, max: 10, step: 0.05 },
+  { name: "max_tokens", label: "Max tokens", hint: "per answer", initial: 1024, min: 1, max: 1_000_000, step: 1 },
+  { name: "seed", label: "Seed", hint: "empty for random", initial: null, min: 0, max: 2 ** 52, step: 1 },
 ]; // prettier-ignore
 
-/** System prompt, sampling and drafting of the conversation that is shown. */
+/** System prompt, drafting and sampling options of the conversation that is shown. */
 export function SettingsPanel() {
   const set = (values: Options) => void change({ options: { ...state.options.value, ...values } });
   return (
@@ -46,7 +46,7 @@ export function SettingsPanel() {
             checked={state.settings.value.marks}
             onChange={(event) => void remember({ marks: event.currentTarget.checked })}
           />
-          Underline each step in answers
+          Underline steps in answers
         </label>
       </fieldset>
       <fieldset>
@@ -68,24 +68,24 @@ export function SettingsPanel() {
 }
 
 function DraftSlider({ set }: { set: (values: Options) => void }) {
-  const most = state.model.value?.num_draft_tokens ?? 0;
-  if (!most) return <p class="muted">The model has no adapter, so nothing is drafted.</p>;
-  const k = Math.min(state.options.value.num_draft_tokens ?? most, most);
+  const maximum = state.model.value?.num_draft_tokens ?? 0;
+  if (!maximum) return <p class="muted">This model has no adapter, so no tokens are drafted.</p>;
+  const k = Math.min(state.options.value.num_draft_tokens ?? maximum, maximum);
   return (
     <label>
       <span>
-        Drafts a step (k): <output>{k === 0 ? "none" : k}</output>
+        Draft tokens per step (k): <output>{k === 0 ? "none" : k}</output>
       </span>
       <input
         id="drafts"
         type="range"
         min={0}
-        max={most}
+        max={maximum}
         step={1}
         value={k}
         onInput={(event) => {
           const chosen = Number(event.currentTarget.value);
-          set({ num_draft_tokens: chosen === most ? null : chosen });
+          set({ num_draft_tokens: chosen === maximum ? null : chosen });
         }}
       />
     </label>
@@ -100,17 +100,17 @@ function LayoutChoice({ set }: { set: (values: Options) => void }) {
         value={state.options.value.layout ?? "auto"}
         onChange={(event) => set({ layout: event.currentTarget.value as Layout })}
       >
-        <option value="auto">auto: what pays here</option>
-        <option value="linear">linear: masks behind the last draft</option>
-        <option value="quadratic">quadratic: masks behind every draft</option>
-        <option value="plain">plain: one token a step</option>
+        <option value="auto">auto: fastest on this machine</option>
+        <option value="linear">linear: masks after the last draft</option>
+        <option value="quadratic">quadratic: masks after every draft</option>
+        <option value="plain">plain: one token per step</option>
       </select>
     </label>
   );
 }
 
 function NumberField({ field, set }: { field: Field; set: (values: Options) => void }) {
-  const value = state.options.value[field.name] ?? field.first;
+  const value = state.options.value[field.name] ?? field.initial;
   return (
     <label class="number">
       <span>
@@ -124,12 +124,12 @@ function NumberField({ field, set }: { field: Field; set: (values: Options) => v
         value={value ?? ""}
         onChange={(event) => {
           const input = event.currentTarget;
-          if (input.value === "" && field.first === null) set({ [field.name]: null });
+          if (input.value === "" && field.initial === null) set({ [field.name]: null });
           else if (input.value !== "" && !input.validity.rangeUnderflow && !input.validity.rangeOverflow) {
             set({ [field.name]: field.step === 1 ? Math.round(input.valueAsNumber) : input.valueAsNumber });
           } else {
             input.value = value === null ? "" : String(value);
-            say(`${field.label} must be between ${field.min} and ${field.max}`, true);
+            notify(`${field.label} must be between ${field.min} and ${field.max}`, true);
           }
         }}
       />
@@ -140,5 +140,5 @@ function NumberField({ field, set }: { field: Field; set: (values: Options) => v
 async function makeDefault(): Promise<void> {
   const defaults = { system_prompt: state.systemPrompt.value, options: state.options.value };
   await remember({ defaults });
-  say("New conversations begin like this one");
+  notify("Saved for new conversations");
 }

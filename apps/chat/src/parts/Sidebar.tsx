@@ -3,13 +3,13 @@ import { useRef, useState } from "preact/hooks";
 import {
   attempt,
   download,
+  importFile,
   listConversations,
   newConversation,
   openConversation,
   remember,
   remove,
   rename,
-  takeIn,
 } from "../actions";
 import * as state from "../state";
 import type { Summary } from "../types";
@@ -69,27 +69,27 @@ function Search() {
 function List() {
   const [renaming, setRenaming] = useState<number | null>(null);
   const [deleting, setDeleting] = useState<Summary | null>(null);
-  const found = state.summaries.value;
-  const named = (each: Summary) => {
+  const summaries = state.summaries.value;
+  const endRenaming = (summary: Summary) => {
     setRenaming(null);
-    focusOn(`[data-conversation="${each.id}"]`);
+    focusOn(`[data-conversation="${summary.id}"]`);
   };
   return (
     <nav class="conversations" aria-label="History">
-      {!found.length && <p class="muted">{state.search.value ? "Nothing found" : "Nothing yet"}</p>}
-      {byAge(found).map(([age, several]) => (
+      {!summaries.length && <p class="muted">{state.search.value ? "No conversations found" : "No conversations yet"}</p>}
+      {byAge(summaries).map(([age, group]) => (
         <section key={age} aria-label={age} onKeyDown={moveInList}>
           <h2>{age}</h2>
           <ul>
-            {several.map((each) => (
-              <li key={each.id} class={each.id === state.conversation.value?.id ? "current" : ""}>
-                {renaming === each.id ? (
-                  <Rename summary={each} done={() => named(each)} />
+            {group.map((summary) => (
+              <li key={summary.id} class={summary.id === state.conversation.value?.id ? "current" : ""}>
+                {renaming === summary.id ? (
+                  <Rename summary={summary} done={() => endRenaming(summary)} />
                 ) : (
                   <Item
-                    summary={each}
-                    rename={() => setRenaming(each.id)}
-                    remove={() => setDeleting(each)}
+                    summary={summary}
+                    rename={() => setRenaming(summary.id)}
+                    remove={() => setDeleting(summary)}
                   />
                 )}
               </li>
@@ -116,7 +116,7 @@ function Item(props: { summary: Summary; rename: () => void; remove: () => void 
         onClick={() => void attempt(() => openConversation(id))}
         onKeyDown={(event) => {
           if (event.key === "F2") props.rename();
-          // The key that is called delete on a Mac.
+          // A Mac's Delete key is Backspace.
           if (event.key === "Delete" || event.key === "Backspace") props.remove();
         }}
       >
@@ -124,23 +124,23 @@ function Item(props: { summary: Summary; rename: () => void; remove: () => void 
         {snippet && <span class="snippet">{snippet}</span>}
       </button>
       <span class="row-tools">
-        <Tool sign="✎" name={`Rename ${name}`} go={props.rename} />
-        <Tool sign="✕" name={`Delete ${name}`} go={props.remove} />
+        <Tool sign="✎" name={`Rename ${name}`} run={props.rename} />
+        <Tool sign="✕" name={`Delete ${name}`} run={props.remove} />
       </span>
     </>
   );
 }
 
-function Tool({ sign, name, go }: { sign: string; name: string; go: () => void }) {
+function Tool({ sign, name, run }: { sign: string; name: string; run: () => void }) {
   return (
-    <button type="button" class="quiet small" aria-label={name} title={name} onClick={go}>
+    <button type="button" class="quiet small" aria-label={name} title={name} onClick={run}>
       {sign}
     </button>
   );
 }
 
 function Rename({ summary, done }: { summary: Summary; done: () => void }) {
-  const leave = (event: { currentTarget: HTMLInputElement }) => {
+  const save = (event: { currentTarget: HTMLInputElement }) => {
     const title = event.currentTarget.value.trim();
     if (title && title !== summary.title) void rename(summary.id, title);
     done();
@@ -152,7 +152,7 @@ function Rename({ summary, done }: { summary: Summary; done: () => void }) {
       aria-label="Title"
       maxLength={200}
       defaultValue={summary.title}
-      onBlur={leave}
+      onBlur={save}
       onKeyDown={(event) => {
         if (isComposing(event)) return;
         if (event.key === "Enter") event.currentTarget.blur();
@@ -169,7 +169,7 @@ function Rename({ summary, done }: { summary: Summary; done: () => void }) {
 function Delete({ summary, close }: { summary: Summary; close: () => void }) {
   return (
     <Dialog title="Delete this conversation?" close={close}>
-      <p>“{summary.title || "Untitled"}” and all its branches will be gone.</p>
+      <p>“{summary.title || "Untitled"}” and all its branches will be deleted. This cannot be undone.</p>
       <div class="row">
         <button
           type="button"
@@ -183,7 +183,7 @@ function Delete({ summary, close }: { summary: Summary; close: () => void }) {
           Delete
         </button>
         <button type="button" onClick={close}>
-          Keep
+          Cancel
         </button>
       </div>
     </Dialog>
@@ -201,17 +201,17 @@ function Footer() {
         Export all
       </button>
       <button type="button" class="quiet small" onClick={() => (state.helping.value = true)}>
-        Keys
+        Shortcuts
       </button>
       <select
         class="quiet small"
-        aria-label="Colours"
+        aria-label="Theme"
         value={state.settings.value.theme}
         onChange={(event) => void remember({ theme: event.currentTarget.value as state.Theme })}
       >
-        <option value="system">System colours</option>
-        <option value="light">Light colours</option>
-        <option value="dark">Dark colours</option>
+        <option value="system">System theme</option>
+        <option value="light">Light theme</option>
+        <option value="dark">Dark theme</option>
       </select>
       <input
         ref={file}
@@ -221,7 +221,7 @@ function Footer() {
         onChange={(event) => {
           const chosen = event.currentTarget.files?.[0];
           event.currentTarget.value = "";
-          if (chosen) void takeIn(chosen);
+          if (chosen) void importFile(chosen);
         }}
       />
     </footer>
@@ -232,10 +232,10 @@ function moveInList(event: KeyboardEvent): void {
   const step = { ArrowDown: 1, ArrowUp: -1 }[event.key];
   if (!step || !(event.target instanceof HTMLButtonElement)) return;
   const items = [...document.querySelectorAll<HTMLElement>(".conversations button.open")];
-  const at = items.indexOf(event.target);
-  if (at < 0) return;
+  const index = items.indexOf(event.target);
+  if (index < 0) return;
   event.preventDefault();
-  const next = items[at + step];
+  const next = items[index + step];
   if (next) next.focus();
   else if (step < 0) focusOn("#search");
 }

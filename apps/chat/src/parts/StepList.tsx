@@ -3,20 +3,20 @@ import { useState } from "preact/hooks";
 import { describeStep, describeToken } from "../steps";
 import type { Group } from "../types";
 
-/** An answer as it was made, step by step; arrow keys go through the steps. */
+/** An answer as a list of its steps; the arrow keys move between them. */
 export function StepList({ groups, name }: { groups: readonly Group[]; name: string }) {
-  const [at, setAt] = useState(0);
-  const current = Math.min(at, groups.length - 1);
+  const [selected, setSelected] = useState(0);
+  const current = Math.min(selected, groups.length - 1);
   const move = (event: KeyboardEvent) => {
-    const to = {
+    const target = {
       ArrowRight: current + 1,
       ArrowLeft: current - 1,
       Home: 0,
       End: groups.length - 1,
     }[event.key];
-    if (to === undefined) return;
+    if (target === undefined) return;
     event.preventDefault();
-    setAt(Math.max(0, Math.min(groups.length - 1, to)));
+    setSelected(Math.max(0, Math.min(groups.length - 1, target)));
   };
   return (
     <div class="steps">
@@ -24,7 +24,7 @@ export function StepList({ groups, name }: { groups: readonly Group[]; name: str
         class="text plain step-text"
         tabIndex={0}
         role="listbox"
-        aria-label="Steps of this answer; arrow keys go through them"
+        aria-label="Steps of this answer; use the arrow keys to move between them"
         aria-activedescendant={`step-${name}`}
         onKeyDown={move}
       >
@@ -36,10 +36,10 @@ export function StepList({ groups, name }: { groups: readonly Group[]; name: str
             aria-selected={index === current}
             aria-label={describeStep(groups, index)}
             class={kind(group, index)}
-            onMouseEnter={() => setAt(index)}
+            onMouseEnter={() => setSelected(index)}
           >
             {group.tokens.map((token, place) => (
-              <span key={place} class={place < group.accepted ? "held" : "own"}>
+              <span key={place} class={place < group.accepted ? "accepted" : "own"}>
                 {token}
               </span>
             ))}

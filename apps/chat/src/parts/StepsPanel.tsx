@@ -4,22 +4,22 @@ import type { Costs } from "../types";
 import { percent, reasons } from "../why";
 import { Meter } from "./Meter";
 
-/** How the steps of the latest answer fared, and why. */
+/** Statistics of the latest answer's steps, and what limits their speed. */
 export function StepsPanel() {
   const groups = state.observed.value?.groups ?? [];
   const summary = summarise(groups);
   return (
     <div class="facts-panel">
       <section aria-labelledby="meter-title">
-        <h3 id="meter-title">Tokens a step</h3>
+        <h3 id="meter-title">Tokens per step</h3>
         <Numbers summary={summary} />
         <Meter values={rolling(groups)} />
       </section>
       <section aria-labelledby="positions-title">
-        <h3 id="positions-title">Which drafts hold</h3>
+        <h3 id="positions-title">Acceptance by position</h3>
         <Positions positions={summary.positions} />
       </section>
-      <WhySlow summary={summary} />
+      <SpeedLimits summary={summary} />
     </div>
   );
 }
@@ -29,15 +29,15 @@ function Numbers({ summary }: { summary: StepSummary }) {
   return (
     <dl class="numbers">
       <div>
-        <dt>tokens a step</dt>
+        <dt>tokens per step</dt>
         <dd>{summary.tokensPerStep.toFixed(2)}</dd>
       </div>
       <div>
-        <dt>tokens a second</dt>
+        <dt>tokens per second</dt>
         <dd>{summary.tokensPerSecond.toFixed(1)}</dd>
       </div>
       <div>
-        <dt>drafts held</dt>
+        <dt>drafts accepted</dt>
         <dd>
           {summary.accepted}/{summary.drafted}
         </dd>
@@ -47,30 +47,30 @@ function Numbers({ summary }: { summary: StepSummary }) {
 }
 
 function Positions({ positions }: { positions: Position[] }) {
-  if (!positions.length) return <p class="muted">No mask token was drafted from yet.</p>;
+  if (!positions.length) return <p class="muted">No drafts from mask tokens yet.</p>;
   return (
     <table class="positions">
-      <caption class="unseen">Share of drafts that held, by position of the mask token</caption>
+      <caption class="unseen">Acceptance rate of drafts by mask position</caption>
       <thead>
         <tr>
           <th scope="col">Mask</th>
           <th scope="colgroup" colSpan={2}>
-            Held, of those looked at
+            Accepted of verified
           </th>
         </tr>
       </thead>
       <tbody>
-        {positions.map(({ seen, held }, at) => (
-          <tr key={at}>
-            <th scope="row">{at + 1}</th>
+        {positions.map(({ verified, accepted }, index) => (
+          <tr key={index}>
+            <th scope="row">{index + 1}</th>
             <td>
               <svg class="bar-of" viewBox="0 0 100 8" preserveAspectRatio="none" aria-hidden="true">
                 <rect class="bar-all" width="100" height="8" />
-                <rect class="bar-held" width={seen ? (100 * held) / seen : 0} height="8" />
+                <rect class="bar-accepted" width={verified ? (100 * accepted) / verified : 0} height="8" />
               </svg>
             </td>
             <td>
-              {seen ? percent(held / seen) : "none"} ({held}/{seen})
+              {verified ? percent(accepted / verified) : "n/a"} ({accepted}/{verified})
             </td>
           </tr>
         ))}
@@ -79,20 +79,20 @@ function Positions({ positions }: { positions: Position[] }) {
   );
 }
 
-function WhySlow({ summary }: { summary: StepSummary }) {
+function SpeedLimits({ summary }: { summary: StepSummary }) {
   const { value: model } = state.model;
   const { value: facts } = state.facts;
   if (!model || !facts) return null;
   return (
     <section aria-labelledby="why-title">
-      <h3 id="why-title">Why slow here</h3>
+      <h3 id="why-title">What limits speed here</h3>
       <ul class="reasons">
-        {reasons(model, facts, state.options.value, summary).map((each) => (
-          <li key={each}>{each}</li>
+        {reasons(model, facts, state.options.value, summary).map((sentence) => (
+          <li key={sentence}>{sentence}</li>
         ))}
       </ul>
       <details>
-        <summary>What rows cost</summary>
+        <summary>Row costs</summary>
         <CostTable costs={facts.costs} />
         <p class="muted">
           {facts.costs.source}; {facts.device}, {facts.runs_on}
@@ -109,20 +109,20 @@ function CostTable({ costs }: { costs: Costs }) {
       <thead>
         <tr>
           <th scope="col">Rows</th>
-          {costs.contexts.map((each) => (
-            <th scope="col" key={each}>
-              {each} ids before
+          {costs.contexts.map((length) => (
+            <th scope="col" key={length}>
+              Context {length}
             </th>
           ))}
         </tr>
       </thead>
       <tbody>
-        {costs.rows.map((rows, at) => (
+        {costs.rows.map((rows, index) => (
           <tr key={rows}>
             <th scope="row">{rows}</th>
             {costs.forward_ms.map((line, context) => (
               <td key={context}>
-                {line[at]!.toFixed(1)} ms, {(line[at]! / line[0]!).toFixed(2)}x
+                {line[index]!.toFixed(1)} ms, {(line[index]! / line[0]!).toFixed(2)}x
               </td>
             ))}
           </tr>

@@ -9,7 +9,7 @@ import { MessageView } from "./MessageView";
 
 const NEAR_PX = 80;
 
-/** The branch that is shown. */
+/** The messages of the branch that is shown. */
 export function Thread() {
   const box = useRef<HTMLDivElement>(null);
   const [atEnd, toEnd, onScroll] = useFollowing(box);
@@ -32,32 +32,32 @@ export function Thread() {
       </div>
       {!atEnd && (
         <button type="button" class="small to-end" onClick={toEnd}>
-          Go to the end
+          Scroll to bottom
         </button>
       )}
     </div>
   );
 }
 
-/** Views of messages; a message that has not changed keeps its view, so that long threads stay quick. */
+/** Views of messages; unchanged messages reuse their view, so that long threads stay fast. */
 function useViews(): (message: Message) => VNode {
   return useMemo(() => {
-    const kept = new WeakMap<Message, { key: string; view: VNode }>();
+    const cache = new WeakMap<Message, { key: string; view: VNode }>();
     return (message) => {
       const versions = state.versions.value.get(message.parent) ?? [];
       const key = versions.join();
-      let found = kept.get(message);
-      if (found?.key !== key) {
+      let entry = cache.get(message);
+      if (entry?.key !== key) {
         const view = <MessageView key={message.id} message={message} versions={versions} />;
-        found = { key, view };
-        kept.set(message, found);
+        entry = { key, view };
+        cache.set(message, entry);
       }
-      return found.view;
+      return entry.view;
     };
   }, []);
 }
 
-/** Keep the end in sight while it grows, unless the user has gone elsewhere. */
+/** Scroll with a growing answer, unless the user has scrolled away. */
 function useFollowing(box: { current: HTMLDivElement | null }) {
   const follows = useRef(true);
   const [atEnd, setAtEnd] = useState(true);
@@ -65,14 +65,14 @@ function useFollowing(box: { current: HTMLDivElement | null }) {
     follows.current = true;
     box.current?.scrollTo({ top: box.current.scrollHeight });
   };
-  // Another conversation is shown from its end, and so is an answer that begins.
-  const began = `${state.conversation.value?.id} ${state.busy.value}`;
-  useEffect(toEnd, [began]);
+  // Another conversation is shown from its end, and so is a new answer.
+  const view = `${state.conversation.value?.id} ${state.busy.value}`;
+  useEffect(toEnd, [view]);
   useEffect(() => {
-    const grown = new ResizeObserver(() => follows.current && toEnd());
-    grown.observe(box.current!);
-    grown.observe(box.current!.firstElementChild!);
-    return () => grown.disconnect();
+    const observer = new ResizeObserver(() => follows.current && toEnd());
+    observer.observe(box.current!);
+    observer.observe(box.current!.firstElementChild!);
+    return () => observer.disconnect();
   }, []);
   const onScroll = () => {
     const { scrollHeight, scrollTop, clientHeight } = box.current!;

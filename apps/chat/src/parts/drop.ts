@@ -1,23 +1,23 @@
 import { useEffect, useState } from "preact/hooks";
 
-/** Take files that are dropped anywhere on the page; returns whether one is held over it. */
-export function useDrop(take: (file: File) => Promise<void>): boolean {
-  const [held, setHeld] = useState(false);
+/** Handle a file dropped anywhere on the page; returns whether one is being dragged over it. */
+export function useDrop(onFile: (file: File) => Promise<void>): boolean {
+  const [dragging, setDragging] = useState(false);
   useEffect(() => {
     const over = (event: DragEvent) => {
       if (!event.dataTransfer?.types.includes("Files")) return;
       event.preventDefault();
-      setHeld(true);
+      setDragging(true);
     };
     const leave = (event: DragEvent) => {
-      if (!event.relatedTarget) setHeld(false);
+      if (!event.relatedTarget) setDragging(false);
     };
     const drop = (event: DragEvent) => {
-      setHeld(false);
+      setDragging(false);
       const file = event.dataTransfer?.files[0];
       if (!file) return;
       event.preventDefault();
-      void take(file);
+      void onFile(file);
     };
     addEventListener("dragover", over);
     addEventListener("dragleave", leave);
@@ -28,5 +28,5 @@ export function useDrop(take: (file: File) => Promise<void>): boolean {
       removeEventListener("drop", drop);
     };
   }, []);
-  return held;
+  return dragging;
 }

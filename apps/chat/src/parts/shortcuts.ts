@@ -1,25 +1,25 @@
 import { useEffect } from "preact/hooks";
 
-import { newConversation, remember, say } from "../actions";
+import { newConversation, notify, remember } from "../actions";
 import * as state from "../state";
 import { isPhone, panelCovers } from "../widths";
 
-/** Keys that work everywhere on the page. */
+/** Keyboard shortcuts of the whole page. */
 export const SHORTCUTS: [string, string][] = [
-  ["Enter", "send the message"],
-  ["Shift + Enter", "a new line"],
-  ["Esc", "stop the answer, or close what is open"],
-  ["Alt + N", "new conversation"],
-  ["Alt + F", "search the conversations"],
-  ["Alt + M", "go to the message box"],
-  ["Alt + S", "underline the steps, or not"],
-  ["Alt + R", "race"],
-  ["↑ in an empty box", "edit your last message"],
-  ["↑ ↓ in the list", "another conversation; F2 renames, Delete or ⌫ deletes"],
-  ["?", "this list"],
+  ["Enter", "Send the message"],
+  ["Shift + Enter", "Insert a new line"],
+  ["Esc", "Stop the answer, or close the open panel"],
+  ["Alt + N", "Start a new conversation"],
+  ["Alt + F", "Search conversations"],
+  ["Alt + M", "Go to the message box"],
+  ["Alt + S", "Turn step underlines on or off"],
+  ["Alt + R", "Open the race"],
+  ["↑ in an empty box", "Edit your last message"],
+  ["↑ ↓ in the list", "Move between conversations; F2 renames, Delete or ⌫ deletes"],
+  ["?", "Show this list"],
 ];
 
-/** Listen to them as long as the page is there. */
+/** Handle them while the page is shown. */
 export function useShortcuts(stop: () => Promise<void>): void {
   useEffect(() => {
     const listen = (event: KeyboardEvent) => {
@@ -37,39 +37,39 @@ function onEscape(stop: () => Promise<void>): void {
   if (state.editing.value !== null) leaveEditing();
   else if (state.drawer.value) closeDrawer();
   else if (state.busy.value) void stop();
-  else if (isPanelInTheWay()) closePanel();
+  else if (shouldClosePanel()) closePanel();
 }
 
-/** Close what is open beside, and go back to the message box. */
+/** Close the panel, and return the focus to the message box. */
 export function closePanel(): void {
   void remember({ panel: "" });
   focusOn("#composer");
 }
 
-/** Close the list of conversations where it covers the page. */
+/** Close the drawer of conversations on a narrow page. */
 export function closeDrawer(): void {
   state.drawer.value = false;
   focusOn("#menu");
 }
 
-/** Give up editing a message, and go back to its button. */
+/** Cancel editing a message, and return the focus to its button. */
 export function leaveEditing(): void {
   const id = state.editing.value;
   state.editing.value = null;
   requestAnimationFrame(() => focusOn(`#message-${id} .edit`));
 }
 
-function isPanelInTheWay(): boolean {
+function shouldClosePanel(): boolean {
   const panel = document.querySelector(".panel");
   return !!panel && (panelCovers.matches || panel.contains(document.activeElement));
 }
 
-/** Whether a key belongs to the making of a letter; Safari tells that of its last Enter by 229 alone. */
+/** Whether a key is part of an input method composition; for its final Enter, Safari reports only code 229. */
 export function isComposing(event: KeyboardEvent): boolean {
   return event.isComposing || event.keyCode === 229;
 }
 
-// The code of the key, for Alt makes other letters on a Mac.
+// The code of the key, because Alt produces other characters on a Mac.
 function onAlt(event: KeyboardEvent): void {
   const action = {
     KeyN: () => {
@@ -84,7 +84,7 @@ function onAlt(event: KeyboardEvent): void {
     KeyS: () => {
       const marks = !state.settings.value.marks;
       void remember({ marks });
-      say(marks ? "Steps are underlined" : "Steps are not underlined");
+      notify(marks ? "Step underlines on" : "Step underlines off");
     },
     KeyR: () => (state.racing.value = true),
   }[event.code];
@@ -93,11 +93,11 @@ function onAlt(event: KeyboardEvent): void {
   action();
 }
 
-/** Move the focus: at once where that is possible, else when what is to be shown is there. */
+/** Move the focus now if possible, or else after the next frame is rendered. */
 export function focusOn(selector: string): void {
-  const found = document.querySelector<HTMLElement>(selector);
-  found?.focus();
-  if (!found || document.activeElement !== found) {
+  const element = document.querySelector<HTMLElement>(selector);
+  element?.focus();
+  if (!element || document.activeElement !== element) {
     requestAnimationFrame(() => document.querySelector<HTMLElement>(selector)?.focus());
   }
 }

@@ -1,26 +1,26 @@
-"""The PyTorch side of a verification: the original files, run by transformers and PEFT.
+"""The PyTorch model of a verification: the original files, run by transformers and PEFT.
 
-The base model is transformers' own, in float32.  The adapter is attached from the checkpoint's own
-tensors under their own names (``reference_adapters``), never from anything that a conversion made.
-A gate then takes the low-rank weights back on ordinary rows.  Slow and plain on purpose: what it
-computes is what a converted model is held against.
+The base model is transformers' own, in float32, with the adapter of the original checkpoint
+(``adapters``).  A gate removes the low-rank weights on ordinary rows.  It is slow and simple: its
+results are what a converted model is compared with.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mlx_mtp.converters.base.files import SAFETENSORS_INDEX, TORCH_INDEX, weight_files
+from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
+from mlx_mtp.converters.reference.adapters import INSTALL, Adapter, Gate, attach
+
 if TYPE_CHECKING:
     import torch
-
-EXTRA = 'pip install "mlx-mtp[convert]"'
-BIN_INDEX = "pytorch_model.bin.index.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,35 +38,6 @@ class StepRows:
     hidden: np.ndarray
 
 
-class Gate:
-    """Index of the first mask row of the forward in progress."""
-
-    def __init__(self) -> None:
-        self.split = 0
-
-    def choose(self, plain: torch.Tensor, adapted: torch.Tensor) -> torch.Tensor:
-        """Take ordinary rows from one and mask rows from the other, ``[1, L, out]`` each."""
-        import torch
-
-        rows = torch.arange(plain.shape[-2]) >= self.split
-        return torch.where(rows[:, None], adapted, plain)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Adapter:
-    """What a checkpoint adds to the base model, beside the gated layers inside it.
-
-    Attributes:
-        mask_rows: embeddings of the mask rows ``[k, D]``.
-        sampler: maps embeddings of previous tokens and hidden states, ``[k, D]`` each.
-        mask_ids: ids that stand for mask tokens; no text has them.
-    """
-
-    mask_rows: torch.Tensor
-    sampler: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None
-    mask_ids: tuple[int, ...] = ()
-
-
 @dataclass(kw_only=True)
 class Reference:
     """A transformers model with a gated adapter, or without one.
@@ -74,7 +45,7 @@ class Reference:
     Attributes:
         model: the causal language model.
         vocab_size: rows of the base model's own embedding table.
-        gate: what its low-rank layers obey.
+        gate: switches its low-rank layers.
         adapter: None for a base model alone.
     """
 
@@ -84,7 +55,7 @@ class Reference:
     adapter: Adapter | None = None
 
     def step(self, prompt: Sequence[int]) -> StepRows:
-        """Run a prompt of n ids with the mask rows behind it."""
+        """Run a prompt of n ids, followed by the mask rows."""
         import torch
 
         with torch.no_grad():
@@ -96,7 +67,7 @@ class Reference:
         return StepRows(ordinary=logits[:split], masks=logits[split:], hidden=hidden[split:])
 
     def sampler_logits(self, hidden: np.ndarray, previous: Sequence[int]) -> np.ndarray:
-        """Logits ``[k, V]`` that the sampler head gives after ``previous``, one id per row."""
+        """Return the sampler head's logits ``[k, V]`` after ``previous``, one id per row."""
         import torch
 
         assert self.adapter is not None and self.adapter.sampler is not None
@@ -106,7 +77,7 @@ class Reference:
             return self._run(embedded, final=states)[1]
 
     def embedding_rows(self, count: int) -> np.ndarray:
-        """The first rows of the embedding table, ``[count, D]`` at most."""
+        """Return the first rows of the embedding table, at most ``[count, D]``."""
         return self.model.get_input_embeddings().weight[:count].detach().numpy().copy()
 
     def _embed(self, ids: Sequence[int]) -> torch.Tensor:
@@ -117,10 +88,10 @@ class Reference:
     def _run(
         self, embedded: torch.Tensor, *, final: torch.Tensor | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Hidden states and logits of rows ``[L, D]``; ``final`` replaces the hidden states.
+        """Return hidden states and logits of rows ``[L, D]``; ``final`` replaces the former.
 
-        The model's own forward makes the logits, so that whatever it does behind its head
-        (scaling, capping) is in them.
+        The model's own forward computes the logits, so that they include what it does after its
+        head (scaling, capping).
         """
         caught: list[torch.Tensor] = []
 
@@ -152,29 +123,29 @@ def load_reference(
     """Load the original files.
 
     Args:
-        hf_path: the Hugging Face folder of the base model.
-        checkpoint: the adapter checkpoint; None for the base model alone.
-        scratch: an empty folder for safetensors copies of PyTorch files.
-        layout: the checkpoint's layout; found out if None.
-        options: the layout options of the conversion.
-        allow_pickle: read PyTorch files, in a sandbox.
-        written_rows: mask embeddings ``[k, D]`` of the converted adapter.  They are only used to
-            look up which random tokens a conversion chose where the checkpoint has no mask tokens.
+        hf_path: Hugging Face folder of the base model.
+        checkpoint: adapter checkpoint; None for the base model alone.
+        scratch: empty folder for temporary files.
+        layout: layout of the checkpoint; detected if None.
+        options: layout options of the conversion.
+        allow_pickle: whether PyTorch files may be read, in a sandbox.
+        written_rows: mask embeddings ``[k, D]`` of the converted adapter.  They only identify the
+            random tokens that a conversion chose for a checkpoint without mask tokens.
 
     Raises:
-        ValueError: a file cannot be read or an extra is missing; one line.
+        ValueError: a file cannot be read or a package is missing; one line.
     """
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
     except ImportError:
-        raise ValueError(f"verifying a conversion needs torch and transformers: {EXTRA}") from None
-    model = load_base(hf_path, scratch=scratch, allow_pickle=allow_pickle)
+        raise ValueError(
+            f"verifying a conversion needs torch and transformers: {INSTALL}"
+        ) from None
+    model = _load_base(hf_path, scratch=scratch, allow_pickle=allow_pickle)
     reference = Reference(model=model, vocab_size=model.get_input_embeddings().weight.shape[0])
     if checkpoint is None:
         return reference
-    from mlx_mtp.converters.reference.adapters import attach
-
     reference.adapter = attach(
         model,
         checkpoint,
@@ -189,12 +160,8 @@ def load_reference(
     return reference
 
 
-def load_base(hf_path: Path, *, scratch: Path, allow_pickle: bool) -> Any:
-    """Load a causal language model in float32; its PyTorch files become safetensors first.
-
-    Raises:
-        ValueError: transformers cannot load it, in one line.
-    """
+def _load_base(hf_path: Path, *, scratch: Path, allow_pickle: bool) -> Any:
+    """Load a causal language model in float32, PyTorch files by way of safetensors."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
@@ -221,14 +188,10 @@ def load_base(hf_path: Path, *, scratch: Path, allow_pickle: bool) -> Any:
 
 
 def _safe_folder(hf_path: Path, target: Path, *, allow_pickle: bool) -> Path:
-    """The folder itself if it has safetensors, else a copy with its PyTorch files converted."""
+    """Return the folder itself if it has safetensors, else a copy with converted PyTorch files."""
     if any(hf_path.glob("*.safetensors")):
         return hf_path
-    from mlx_mtp.converters.base.files import weight_files
-    from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
-
     shards = weight_files(hf_path)
-
     target.mkdir()
     for file in hf_path.glob("*.json"):
         (target / file.name).write_bytes(file.read_bytes())
@@ -236,11 +199,11 @@ def _safe_folder(hf_path: Path, target: Path, *, allow_pickle: bool) -> Path:
     for shard in shards:
         path, _ = torch_to_safetensors(shard, target, allow_pickle=allow_pickle)
         written[shard.name] = path.name
-    index = hf_path / BIN_INDEX
+    index = hf_path / TORCH_INDEX
     if not index.is_file():
         (target / written[shards[0].name]).rename(target / "model.safetensors")
         return target
     content = json.loads(index.read_text(encoding="utf-8"))
     content["weight_map"] = {k: written[name] for k, name in content["weight_map"].items()}
-    (target / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
+    (target / SAFETENSORS_INDEX).write_text(json.dumps(content), encoding="utf-8")
     return target

@@ -17,7 +17,7 @@ from typing import Any
 from mlx_lm import utils as lm_utils
 from transformers.utils import logging
 
-from mlx_mtp.converters.tokenizer.sentencepiece_model import (
+from mlx_mtp.converters.tokenizer.sentencepiece import (
     SPACE,
     AddedPiece,
     build_tokenizer,

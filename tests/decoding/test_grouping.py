@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_mtp.decoding.loop import decode
-from mlx_mtp.decoding.sharing import MOST_ROWS, run_together
+from mlx_mtp.decoding.grouping import MAX_ROWS, StepGrouper
+from mlx_mtp.decoding.request import Request, StepResult
+from mlx_mtp.decoding.step import run
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import AutoPlanner, Speculation
 from mlx_mtp.planning.costs import CostCurve, LiveCosts, shared_ms, widened
+from tests.helpers.requests import finish_alone, request
 from tests.helpers.tiny import tiny_mtp
 
 FLAT = CostCurve(rows=(1, 8), contexts=(0,), forward_ms=((10.0, 11.0),), draft_ms=(0.0, 0.1))
@@ -24,14 +26,19 @@ def known(curve: CostCurve) -> Speculation:
     return Speculation(LiveCosts(curve), Acceptance(HOLDS))
 
 
-def planned(model: Any, count: int, *, size: int = 3, **options: Any) -> list[Any]:
-    prompts = [[at + 1] * size for at in range(count)]
-    return [decode(model, ids, max_tokens=9, **options) for ids in prompts]
+def requests_of(model: Any, count: int, *, size: int = 3, **options: Any) -> list[Request]:
+    prompts = [[i + 1] * size for i in range(count)]
+    return [request(model, ids, max_tokens=9, **options) for ids in prompts]
 
 
-def turn(decodings: list[Any], speculation: Speculation) -> list[Any]:
-    run_together([each.planned() for each in decodings], speculation)
-    return [next(each) for each in decodings]
+def turn(grouper: StepGrouper, requests: list[Request]) -> list[StepResult]:
+    """Run a step of each request, grouped."""
+    steps = [one.plan() for one in requests]
+    results: dict[int, StepResult] = {}
+    for group in grouper.groups(steps):
+        outcomes = run(grouper._model, [steps[i] for i in group])
+        results |= {i: requests[i].commit(o) for i, o in zip(group, outcomes, strict=True)}
+    return [results[i] for i in range(len(requests))]
 
 
 def forwards(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -50,58 +57,81 @@ def forwards(model: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize(("curve", "groups"), [(FLAT, [4]), (STEEP, [1, 1, 1, 1])])
 def test_steps_share_a_forward_where_that_costs_less(curve, groups, monkeypatch):
     model, speculation = tiny_mtp("llama"), known(curve)
-    decodings = planned(model, 4, size=1, layout="plain")
-    turn(decodings, speculation)
+    grouper = StepGrouper(model, speculation)
+    requests = requests_of(model, 4, size=1, layout="plain")
+    turn(grouper, requests)
     seen = forwards(model, monkeypatch)
-    turn(decodings, speculation)
+    turn(grouper, requests)
     assert seen == groups
     assert speculation.sharers == max(groups)
-    turn(decodings[:1], speculation)
+    turn(grouper, requests[:1])
     assert seen[-1] == speculation.sharers == 1
 
 
 def test_wide_steps_run_alone_and_no_forward_has_too_many_rows(monkeypatch):
-    model, speculation = tiny_mtp("llama", k=4), known(FLAT)
-    decodings = planned(model, 7, size=3, layout="quadratic")
-    decodings += planned(model, 2, size=MOST_ROWS + 1, layout="plain")
-    turn(planned(model, 2, size=1), speculation)  # whether it can be packed is tried here
+    model = tiny_mtp("llama", k=4)
+    grouper = StepGrouper(model, known(FLAT))
+    requests = requests_of(model, 7, size=3, layout="quadratic")
+    requests += requests_of(model, 2, size=MAX_ROWS + 1, layout="plain")
+    turn(grouper, requests_of(model, 2, size=1))  # checks whether it can be batched
     seen = forwards(model, monkeypatch)
     for _ in range(3):
         del seen[:]
-        steps = turn(decodings, speculation)
+        steps = turn(grouper, requests)
         assert sum(seen) == sum(step.num_rows for step in steps)
-        assert all(rows <= MOST_ROWS or rows in {step.num_rows for step in steps} for rows in seen)
+        assert all(rows <= MAX_ROWS or rows in {step.num_rows for step in steps} for rows in seen)
     assert 1 < len(seen) < 9
 
 
 @pytest.mark.parametrize("layout", ["auto", "quadratic", "plain"])
 def test_answers_in_shared_forwards_are_those_alone(layout):
     model = tiny_mtp("llama", k=3)
-    expected = [[token for step in each for token in step.tokens] for each in planned(model, 5)]
-    decodings, found = planned(model, 5, layout=layout), [[] for _ in range(5)]
-    speculation = known(FLAT)
-    while going := [at for at, each in enumerate(decodings) if each.planned()]:
-        for at, step in zip(going, turn([decodings[at] for at in going], speculation), strict=True):
-            found[at] += step.tokens
-    assert found == expected
+    expected = finish_alone(model, requests_of(model, 5))
+    requests, emitted = requests_of(model, 5, layout=layout), [[] for _ in range(5)]
+    grouper = StepGrouper(model, known(FLAT))
+    while going := [i for i, one in enumerate(requests) if not one.finished]:
+        steps = turn(grouper, [requests[i] for i in going])
+        for i, step in zip(going, steps, strict=True):
+            emitted[i] += step.tokens
+    assert emitted == expected
 
 
-def test_a_model_that_cannot_be_packed_takes_turns(monkeypatch):
+def test_prompt_chunks_run_alone_and_do_not_count_as_sharers(monkeypatch):
+    model, speculation = tiny_mtp("llama", k=3), known(FLAT)
+    grouper = StepGrouper(model, speculation)
+    prompts = [[7] * 9, [1], [2], [3] * 6]
+    ways = {"max_tokens": 6, "prefill_step_size": 4, "layout": "plain"}
+    requests = [request(model, ids, **ways) for ids in prompts]
+    groups = [grouper.groups([one.plan() for one in requests])]
+    assert groups == [[[0], [3], [1, 2]]] and speculation.sharers == 2
+    assert grouper.groups([requests[0].plan()]) == [[0]] and speculation.sharers == 2
+    expected = finish_alone(model, [request(model, ids, **ways) for ids in prompts])
+    emitted = [[] for _ in prompts]
+    requests = [request(model, ids, **ways) for ids in prompts]
+    while going := [i for i, one in enumerate(requests) if not one.finished]:
+        for i, step in zip(going, turn(grouper, [requests[i] for i in going]), strict=True):
+            emitted[i] += step.tokens
+    assert emitted == expected
+
+
+def test_a_model_that_cannot_be_batched_takes_turns(monkeypatch):
     model, speculation = tiny_mtp("ministral3"), known(FLAT)
-    decodings = planned(model, 3, size=1, layout="plain")
-    turn(decodings, speculation)
+    grouper = StepGrouper(model, speculation)
+    requests = requests_of(model, 3, size=1, layout="plain")
+    turn(grouper, requests)
     seen = forwards(model, monkeypatch)
-    turn(decodings, speculation)
+    turn(grouper, requests)
     assert seen == [1, 1, 1] and speculation.sharers == 1
 
 
 def test_what_shared_steps_took_says_nothing_of_costs():
     model = tiny_mtp("llama", k=3)
     speculation = known(FLAT)
-    decodings = planned(model, 2, size=1, speculation=speculation)
+    requests = requests_of(model, 2, size=1, speculation=speculation)
+    grouper = StepGrouper(model, speculation)
     before = speculation.costs.forward_ms(0).tolist()
     for _ in range(4):
-        turn(decodings, speculation)
+        turn(grouper, requests)
     assert speculation.costs.forward_ms(0).tolist() == before
     assert speculation.num_steps == 8
 

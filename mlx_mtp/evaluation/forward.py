@@ -15,9 +15,9 @@ from typing import Any, cast
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
+from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.model.cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.train.gradient.mask_blocks import MaskRows
 
 
 @dataclass(frozen=True)

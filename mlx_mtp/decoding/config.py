@@ -1,0 +1,84 @@
+"""Settings of an answer and of its cache, each with the help text that the commands print.
+
+A field's ``metadata`` has ``help`` and, where they apply, ``choices`` and ``min``, so that options
+can be generated from these classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mlx_mtp.planning.plan import LAYOUTS
+
+
+def setting(default: Any, help: str, **limits: Any) -> Any:
+    """Declare a field: its default, its help text, and its ``choices`` or ``min``."""
+    return field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationConfig:
+    """How an answer is generated, but for how its tokens are drawn (``Sampling``).
+
+    Attributes:
+        max_tokens: maximum number of ids to emit; -1 sets no limit but the model's context.
+        stop: strings that end the answer and are not part of it; used by the text functions only.
+        seed: random seed; None draws one from mlx's global state.
+        layout: ``"auto"``, ``"linear"``, ``"quadratic"`` or ``"plain"``.
+        num_draft_tokens: drafts per step, at most the adapter's k, which is the default.
+        lookup: whether ``"auto"`` may take drafts from the text so far.
+        prefill_step_size: prompt rows per forward.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    max_tokens: int = setting(256, "Maximum number of tokens to generate; -1 for no limit.")
+    stop: tuple[str, ...] = setting((), "Text that ends the answer; repeatable.")
+    seed: int | None = setting(None, "Random seed; makes sampling repeatable.", min=0)
+    layout: str = setting("auto", "Placement of mask tokens in a step.", choices=LAYOUTS)
+    num_draft_tokens: int | None = setting(
+        None, "Draft tokens per step; the adapter's maximum by default.", min=0
+    )
+    lookup: bool = setting(
+        True, "With layout auto, also propose drafts by looking up the last tokens in the text."
+    )
+    prefill_step_size: int = setting(2048, "Prompt tokens per forward pass.", min=1)
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        object.__setattr__(self, "stop", stop)
+        if "" in stop:
+            raise ValueError("a stop string must not be empty")
+        if self.max_tokens < -1 or self.max_tokens == 0:
+            raise ValueError(
+                f"max_tokens must be at least 1, or -1 for no limit, got {self.max_tokens}"
+            )
+        for name in ("num_draft_tokens", "prefill_step_size"):
+            limit = _LIMITS[name]["min"]
+            value = getattr(self, name)
+            if value is not None and value < limit:
+                raise ValueError(f"{name} must be at least {limit}, got {value}")
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """How keys and values are cached; the arguments of ``MTPModel.make_cache``, which checks them.
+
+    Attributes:
+        max_kv_size: maximum number of rows in the cache; older ones are dropped.
+        kv_bits: bits per element of a quantised cache; None does not quantise.
+        kv_group_size: elements per scale of a quantised cache.
+        quantized_kv_start: context length from which the cache is quantised.
+    """
+
+    max_kv_size: int | None = setting(None, "Maximum number of rows in the key-value cache.")
+    kv_bits: int | None = setting(None, "Bits per element of a quantised key-value cache.")
+    kv_group_size: int = setting(64, "Group size for --kv-bits.")
+    quantized_kv_start: int = setting(5000, "Context length from which --kv-bits applies.")
+
+
+_LIMITS = {setting.name: setting.metadata for setting in fields(GenerationConfig)}

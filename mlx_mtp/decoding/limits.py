@@ -1,0 +1,62 @@
+"""What a model allows: its vocabulary, its context and its adapter's number of draft tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from mlx_mtp.decoding.sampling import Sampling
+
+if TYPE_CHECKING:
+    from mlx_mtp.model.mtp_model import MTPModel
+
+
+class ContextOverflow(ValueError):
+    """The prompt does not fit the model's context."""
+
+
+def check_ids(model: MTPModel, prompt: Sequence[int], sampling: Sampling) -> None:
+    """Refuse an empty prompt and ids outside the vocabulary.
+
+    Raises:
+        ValueError: the prompt is empty or an id does not exist.
+    """
+    if len(prompt) == 0:
+        raise ValueError("the prompt is empty")
+    for what, ids in (("prompt", prompt), ("logit_bias", sampling.logit_bias or ())):
+        if len(ids) and (min(ids) < 0 or max(ids) >= model.vocab_size):
+            bad = next(i for i in ids if not 0 <= i < model.vocab_size)
+            raise ValueError(
+                f"{what} holds the id {bad}, the vocabulary has {model.vocab_size} ids"
+            )
+
+
+def max_draft_tokens(model: MTPModel, num_draft_tokens: int | None) -> int:
+    """Maximum number of drafts per step: the adapter's k, or fewer if so configured.
+
+    Raises:
+        ValueError: the adapter was trained for fewer.
+    """
+    k = model.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
+    if k > model.num_draft_tokens > 0:
+        raise ValueError(
+            f"num_draft_tokens is {k}, but the adapter was trained for {model.num_draft_tokens}"
+        )
+    return min(k, model.num_draft_tokens)
+
+
+def max_new_tokens(model: MTPModel, num_prompt: int, max_tokens: int) -> int:
+    """Maximum number of tokens to emit after ``num_prompt`` rows; ``max_tokens`` may be -1.
+
+    Raises:
+        ContextOverflow: the prompt leaves no room for a token.
+    """
+    limit = max_tokens if max_tokens > 0 else 2**62
+    if model.max_context is None:
+        return limit
+    if num_prompt >= model.max_context:
+        raise ContextOverflow(
+            f"the prompt has {num_prompt} tokens, but {model.name} takes fewer than "
+            f"{model.max_context}"
+        )
+    return min(limit, model.max_context - num_prompt)

@@ -1,0 +1,169 @@
+"""From logits to the distribution that a token is drawn from: processors, filters, temperature."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import mlx.core as mx
+
+from mlx_mtp.decoding.config import setting
+
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+"""mlx-lm's: ``(tokens [n], logits [1, V]) -> [1, V]``."""
+Sampler = Callable[[mx.array], mx.array]
+"""mlx-lm's: log-probabilities ``[1, V]`` to a token ``[1]``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are drawn; names, defaults and the order of the filters are mlx-lm's.
+
+    Attributes:
+        temp: temperature, applied after the filters; 0 is greedy.
+        top_p: keep the most likely tokens up to this probability (1 keeps all).
+        min_p: drop tokens below this fraction of the most likely one's probability.
+        top_k: keep that many tokens (0 keeps all).
+        min_tokens_to_keep: tokens that ``min_p`` keeps in any case.
+        repetition_penalty: divide the logits of recent tokens by this (multiply negative ones).
+        repetition_context_size: how many tokens are recent.
+        logit_bias: added to the logits, by token id.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    temp: float = setting(0.0, "Sampling temperature; 0 is greedy.")
+    top_p: float = setting(1.0, "Keep the most likely tokens up to this total probability.")
+    min_p: float = setting(0.0, "Minimum probability relative to the most likely token.")
+    top_k: int = setting(0, "Keep only the k most likely tokens; 0 keeps all.")
+    min_tokens_to_keep: int = setting(1, "Minimum number of tokens that min-p keeps.")
+    repetition_penalty: float | None = setting(
+        None, "Penalty for repeating recent tokens; 1 is none."
+    )
+    repetition_context_size: int = setting(20, "Number of recent tokens that are penalised.")
+    logit_bias: dict[int, float] | None = setting(None, "Bias added to the logit of a token id.")
+
+    def __post_init__(self) -> None:
+        for name in ("temp", "top_p", "min_p"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
+        if self.temp < 0:
+            raise ValueError(f"temp must be at least 0, got {self.temp}")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p must be between 0 and 1, got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be between 0 and 1, got {self.min_p}")
+        if self.top_k < 0:
+            raise ValueError(f"top_k must be at least 0, got {self.top_k}")
+        if self.min_tokens_to_keep < 1:
+            raise ValueError(
+                f"min_tokens_to_keep must be at least 1, got {self.min_tokens_to_keep}"
+            )
+        penalty = self.repetition_penalty
+        if penalty is not None and not (math.isfinite(penalty) and penalty > 0):
+            raise ValueError(f"repetition_penalty must be above 0, got {penalty}")
+        if self.repetition_context_size < 1:
+            raise ValueError(
+                f"repetition_context_size must be at least 1, got {self.repetition_context_size}"
+            )
+        for token, bias in (self.logit_bias or {}).items():
+            if token < 0 or math.isnan(bias):
+                raise ValueError(f"logit_bias needs a token id and a number, got {token}: {bias}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken."""
+        return self.temp == 0
+
+    @property
+    def distribution(self) -> Callable[[mx.array], mx.array] | None:
+        """Turns logits ``[..., V]`` into the probabilities drawn from; None when greedy."""
+        return None if self.greedy else partial(target_probs, sampling=self)
+
+    def logits_processors(self) -> list[LogitsProcessor]:
+        """mlx-lm's processors for the penalty and the bias, in its order."""
+        from mlx_lm.sample_utils import make_logits_processors
+
+        return make_logits_processors(
+            logit_bias=self.logit_bias,
+            repetition_penalty=self.repetition_penalty,
+            repetition_context_size=self.repetition_context_size,
+        )
+
+
+def process_logits(
+    logits: mx.array,
+    *,
+    context: Sequence[int],
+    drafts: Sequence[int],
+    processors: Sequence[LogitsProcessor],
+) -> mx.array:
+    """Apply logits processors to each verify row along the drafted prefix.
+
+    Args:
+        logits: ``[d+1, V]``, row j follows ``context`` and the first j drafts.
+        context: every id up to and including the last pending one.
+        drafts: the d draft ids.
+        processors: mlx-lm's, each ``(tokens [n], logits [1, V]) -> [1, V]``.
+
+    Returns:
+        ``[d+1, V]``.
+    """
+    if not processors:
+        return logits
+    tokens = mx.array([*context, *drafts])
+    rows = []
+    for j in range(logits.shape[0]):
+        row = logits[j : j + 1]
+        for processor in processors:
+            row = processor(tokens[: len(context) + j], row)
+        rows.append(row)
+    return mx.concatenate(rows)
+
+
+def target_probs(logits: mx.array, sampling: Sampling) -> mx.array:
+    """Distribution that plain sampling draws from, float32, ``[..., V]`` to ``[..., V]``.
+
+    The filters see the log-probabilities at temperature 1 in mlx-lm's order (top-p, min-p, top-k);
+    then the temperature is applied and the rest renormalised.
+    """
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    if 0 < sampling.top_p < 1:
+        logprobs = _keep_top_p(logprobs, sampling.top_p)
+    if sampling.min_p > 0:
+        logprobs = _keep_min_p(logprobs, sampling.min_p, sampling.min_tokens_to_keep)
+    if 0 < sampling.top_k < logits.shape[-1]:
+        logprobs = _keep_top_k(logprobs, sampling.top_k)
+    return mx.softmax(logprobs * (1 / sampling.temp), axis=-1, precise=True)
+
+
+# mlx-lm's filters give the same, but are compiled anew for every new value, which takes seconds on
+# a CPU.
+
+
+def _keep_top_p(logprobs: mx.array, top_p: float) -> mx.array:
+    """Keep the most likely ids whose predecessors have less than ``top_p`` of the mass."""
+    ordered = mx.sort(logprobs, axis=-1)[..., ::-1]
+    mass = mx.cumsum(mx.exp(ordered), axis=-1)
+    before = mass - mx.exp(ordered)
+    kept = mx.where(before < top_p * mass[..., -1:], ordered, mx.inf)
+    return mx.where(logprobs < kept.min(axis=-1, keepdims=True), -mx.inf, logprobs)
+
+
+def _keep_min_p(logprobs: mx.array, min_p: float, min_kept: int) -> mx.array:
+    """Keep ids with at least ``min_p`` of the best id's probability, and the best few anyway."""
+    bound = logprobs.max(axis=-1, keepdims=True) + math.log(min_p)
+    if min_kept > 1:
+        best = mx.topk(logprobs, min(min_kept, logprobs.shape[-1]), axis=-1)
+        bound = mx.minimum(bound, best.min(axis=-1, keepdims=True))
+    return mx.where(logprobs < bound, -mx.inf, logprobs)
+
+
+def _keep_top_k(logprobs: mx.array, top_k: int) -> mx.array:
+    """Keep exactly ``top_k`` ids."""
+    others = mx.argpartition(-logprobs, kth=top_k - 1, axis=-1)[..., top_k:]
+    return mx.put_along_axis(logprobs, others, mx.array(-mx.inf), axis=-1)

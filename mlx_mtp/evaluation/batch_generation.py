@@ -1,0 +1,59 @@
+"""Plain generation for many prompts at once, by mlx-lm."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+
+import mlx.core as mx
+
+from mlx_mtp.model.mtp_model import MTPModel
+
+
+def generate_batch(
+    model: MTPModel,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    stops: Iterable[Sequence[int]],
+    samplers: Sequence[Callable[[mx.array], mx.array]],
+    batch_size: int,
+    on_step: Callable[[int], None] = lambda count: None,
+) -> Iterator[tuple[int, list[int], bool]]:
+    """Continue prompts together by mlx-lm's own batch generation.
+
+    Args:
+        model: the base model runs; an adapter does nothing on ordinary rows.
+        prompts: ids of each.
+        max_tokens: most ids for each.
+        stops: runs of ids that end one.
+        samplers: for each, log-probabilities ``[1, V]`` to ids ``[1]``; a sampler that all share
+            is called once a step with all rows.
+        batch_size: how many run at a time; the next one starts when one has ended.
+        on_step: called after every step with the number of ids that it gave.
+
+    Yields:
+        As each ends: its index, its ids without a stop of one id, whether a stop ended it.
+    """
+    from mlx_lm.generate import BatchGenerator
+
+    generator = BatchGenerator(
+        model.base,
+        max_tokens=max_tokens,
+        stop_tokens=[list(stop) for stop in stops],
+        completion_batch_size=batch_size,
+        prefill_batch_size=min(8, batch_size),
+        stream=mx.default_stream(mx.default_device()),
+    )
+    with contextlib.closing(generator):
+        numbers = generator.insert([list(each) for each in prompts], samplers=list(samplers))
+        index_of = {number: index for index, number in enumerate(numbers)}
+        found: list[list[int]] = [[] for _ in prompts]
+        while responses := generator.next_generated():
+            on_step(len(responses))
+            for response in responses:
+                index, ended = index_of[response.uid], response.finish_reason
+                found[index].append(response.token)
+                if ended:
+                    ids = found[index]
+                    yield index, ids[:-1] if ended == "stop" else ids, ended == "stop"

@@ -1,0 +1,25 @@
+"""A text as token ids, of which some are answers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """A text as ids.
+
+    Attributes:
+        ids: ``[L]``.
+        answer: for each id, whether it belongs to an answer, ``[L]``.
+        cut: whether the text was longer than there was room.
+    """
+
+    ids: list[int]
+    answer: list[bool]
+    cut: bool = False
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """How many ids belong to answers."""
+        return sum(self.answer)
