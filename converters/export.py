@@ -1,7 +1,7 @@
-"""The way back: an adapter of ours as a PEFT checkpoint that PyTorch can train on.
+"""Export an adapter as a PEFT checkpoint, for PyTorch.
 
 The folder has the layout of PEFT pull request 3541: LoRA weights, trained mask tokens, the sampler
-head, and the base model's tokenizer with ``<mask_1>`` to ``<mask_k>`` added behind its tokens.
+head, and the base model's tokenizer with the additional tokens ``<mask_1>`` to ``<mask_k>``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def export_adapter(
     Args:
         adapter_path: adapter folder or hub id.
         output: the new folder.
-        base_model: folder or hub id of the base model, for its tokenizer; None takes the one that
+        base_model: folder or hub id of the base model, for its tokenizer; by default the one that
             the adapter names.
         force: replace ``output`` if it is an adapter folder or empty.
 
@@ -40,7 +40,7 @@ def export_adapter(
         PEFT's ``adapter_config.json`` as it was written.
 
     Raises:
-        ValueError: the adapter holds what that layout cannot express, or a folder cannot be read
+        ValueError: the layout cannot express the adapter, or a folder cannot be read
             or written; the message names it.
     """
     check_output(output, force=force, inputs=[adapter_path, base_model])
@@ -64,7 +64,7 @@ def export_adapter(
 
 
 def _card(config: MTPConfig) -> str:
-    """The checkpoint's model card."""
+    """Return the model card of the checkpoint."""
     base = [f"base_model: {config.base_model}"] if is_hub_id(config.base_model) else []
     return "\n".join(
         [
@@ -78,8 +78,8 @@ def _card(config: MTPConfig) -> str:
             "",
             f"Written by mlx-mtp from an adapter of {config.num_draft_tokens} mask tokens, in the "
             "layout of PEFT pull request 3541. The LoRA weights are for mask tokens only: applied "
-            "to every token they change what the model says. The tokenizer here has the mask "
-            "tokens; the model needs rows for them before PEFT loads the rest:",
+            "to every token they would change the output. The tokenizer in this folder has the "
+            "mask tokens; the model needs rows for them before PEFT loads the adapter:",
             "",
             "```python",
             "tokenizer = AutoTokenizer.from_pretrained(folder)",
@@ -92,10 +92,10 @@ def _card(config: MTPConfig) -> str:
 
 
 def _with_mask_tokens(base: Path, config: MTPConfig) -> tuple[Any, list[int]]:
-    """The base model's tokenizer with the mask tokens behind its own, and their ids.
+    """Return the base model's tokenizer with the mask tokens added, and their ids.
 
     Raises:
-        ValueError: the tokenizer cannot be loaded, or a mask token would collide with a token.
+        ValueError: the tokenizer cannot be loaded, or it already has a token of this name.
     """
     from transformers import AutoTokenizer
 
@@ -105,7 +105,7 @@ def _with_mask_tokens(base: Path, config: MTPConfig) -> tuple[Any, list[int]]:
         reason = " ".join(str(error).split())
         raise ValueError(f"cannot load the tokenizer in {base}: {reason}") from None
     names = [f"<mask_{index + 1}>" for index in range(config.num_draft_tokens)]
-    if taken := [name for name in names if name in tokenizer.get_vocab()]:
-        raise ValueError(f"the tokenizer in {base} has a token {taken[0]} already")
+    if existing := [name for name in names if name in tokenizer.get_vocab()]:
+        raise ValueError(f"the tokenizer in {base} already has a token {existing[0]}")
     tokenizer.add_tokens(names, special_tokens=True)
     return tokenizer, tokenizer.convert_tokens_to_ids(names)

@@ -1,8 +1,8 @@
-"""What a folder or file is, told without changing anything and without running anything in it.
+"""Description of a folder or file, without running anything in it.
 
-Looking never loads a whole model: headers, configurations, file hashes, and for an adapter
-checkpoint its tensors' names and shapes.  PyTorch files are only read when the caller allows it;
-else their pickles are listed, not run.
+A whole model is never loaded: headers, configurations and file hashes are read, and for an adapter
+checkpoint the names and shapes of its tensors.  PyTorch files are only read if the caller allows
+it; otherwise the globals that their pickles name are listed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _CHUNK_BYTES = 1 << 22
 
 @dataclass(frozen=True, kw_only=True)
 class FileFacts:
-    """One file: its path in the folder, size and SHA-256, and the tensors by type if it has any."""
+    """One file: its name, size and SHA-256, and the number of tensors by type if it has any."""
 
     name: str
     num_bytes: int
@@ -40,16 +40,16 @@ class FileFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """What was found.
+    """The description of a folder or file.
 
     Attributes:
-        path: what was looked at.
-        kind: ``"model"``, ``"adapter"`` (ours), ``"bundle"`` of these two, ``"checkpoint"``
+        path: the folder or file.
+        kind: ``"model"``, ``"adapter"`` (of mlx-mtp), ``"bundle"`` of these two, ``"checkpoint"``
             (another project's adapter) or ``"unknown"``.
-        facts: label and value, in the order to print them; values are JSON-ready.
-        files: the files that matter.
-        problems: what would be refused and why, a line each.
-        adapter: the adapter in a bundle's folder.
+        facts: labels and JSON-ready values, in the order of printing.
+        files: the files in it.
+        problems: what would be refused and why, one line per item.
+        adapter: the adapter of a bundle.
     """
 
     path: str
@@ -83,15 +83,15 @@ class Inspection:
 def inspect_path(
     path: Path, *, allow_pickle: bool = False, say: Callable[[str], None] | None = None
 ) -> Inspection:
-    """Look at a model, an adapter or a checkpoint.
+    """Describe a model, an adapter or a checkpoint.
 
     Args:
         path: a folder or a file.
         allow_pickle: whether PyTorch files may be read, in a sandbox.
-        say: called with a line of text before work that takes a while.
+        say: called with a line of text before slow work.
 
     Raises:
-        ValueError: there is nothing at ``path``, or it is not a folder or file.
+        ValueError: ``path`` does not exist or is not a folder or file.
     """
     if not path.exists():
         raise ValueError(f"{path} does not exist")
@@ -110,7 +110,7 @@ def inspect_path(
 
 
 def human_bytes(count: float) -> str:
-    """Write a number of bytes as people read it, in powers of 1000."""
+    """Return a number of bytes with a unit, in powers of 1000."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
@@ -119,7 +119,7 @@ def human_bytes(count: float) -> str:
 
 
 def _adapter(path: Path, files: tuple[FileFacts, ...]) -> Inspection:
-    """An adapter folder of ours."""
+    """Describe an adapter folder of mlx-mtp."""
     try:
         config = read_config(path)
     except ValueError as error:
@@ -154,7 +154,7 @@ def _adapter_facts(config: MTPConfig) -> dict[str, Any]:
 def _model(
     path: Path, files: tuple[FileFacts, ...], adapter: Inspection | None, allow_pickle: bool
 ) -> Inspection:
-    """A model folder, of Hugging Face or of mlx-lm."""
+    """Describe a model folder of Hugging Face or mlx-lm."""
     config = _json(path / MODEL_CONFIG_FILE)
     quantisation = config.get("quantization") or config.get("quantization_config") or {}
     facts = {
@@ -184,7 +184,7 @@ def _model(
 
 
 def _checkpoint(path: Path, files: tuple[FileFacts, ...], allow_pickle: bool) -> Inspection:
-    """What is neither a model nor an adapter of ours: another project's checkpoint, or nothing."""
+    """Describe a checkpoint of another project, or something unknown."""
     try:
         summary = describe(read_checkpoint(path, allow_pickle=allow_pickle))
     except ValueError as error:
@@ -210,7 +210,7 @@ def _checkpoint(path: Path, files: tuple[FileFacts, ...], allow_pickle: bool) ->
 
 
 def _files(path: Path) -> list[Path]:
-    """The files of a folder, not those in folders below it and not hidden ones."""
+    """Return the files of a folder, without subfolders and hidden files."""
     if path.is_file():
         return [path]
     return sorted(
@@ -223,7 +223,7 @@ def _file_facts(path: Path, file: Path, say: Callable[[str], None] | None) -> Fi
         say(f"Hashing {file.name} ...")
     tensors: Counter[str] = Counter()
     if file.suffix == ".safetensors":
-        with contextlib.suppress(ValueError):  # told among the problems
+        with contextlib.suppress(ValueError):  # listed among the problems
             tensors.update(info.dtype for info in check_safetensors(file).values())
     digest = hashlib.sha256()
     for chunk in _chunks(file):
@@ -243,7 +243,7 @@ def _chunks(file: Path) -> Iterator[bytes]:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where there is none that can be read."""
+    """Return a JSON object, an empty one if the file cannot be read."""
     try:
         return read_json_object(path)
     except ValueError:
@@ -265,11 +265,11 @@ def _weights_problems(path: Path) -> Iterator[str]:
         if pickles:
             yield f"{pickles[0]} is a PyTorch pickle file: --allow-pickle reads it, in a sandbox"
         else:
-            yield f"{path} holds no weights"
+            yield f"{path} contains no weights"
 
 
 def _shard_problems(path: Path, allow_pickle: bool) -> Iterator[str]:
-    """What is wrong with a model's weights files."""
+    """Yield the problems of a model's weights files."""
     try:
         weights = weight_files(path)
     except ValueError as error:
@@ -290,11 +290,11 @@ def _code_problems(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
     for name, values in ((MODEL_CONFIG_FILE, config), ("tokenizer_config.json", tokenizer)):
         for key in ("auto_map", "model_file"):
             if values.get(key):
-                yield f"{name} asks for code of its own ({key}): --trust-remote-code lets it run"
+                yield f"{name} requires custom code ({key}): --trust-remote-code allows it to run"
 
 
 def _mask_problems(path: Path) -> Iterator[str]:
-    """Why mask tokens do not fit into a model, if they do not."""
+    """Yield why mask tokens cannot be added to a model, if so."""
     try:
         load_base(path, name=path.name)
     except ValueError as error:
@@ -305,12 +305,12 @@ def _tokenizer_kind(path: Path) -> str | None:
     if (path / "tokenizer.json").is_file():
         return "fast"
     if (path / "tokenizer.model").is_file():
-        return "sentencepiece (convert makes it fast)"
+        return "sentencepiece (convert writes a fast one)"
     return None
 
 
 def _globals(path: Path) -> list[str]:
-    """What the pickles of PyTorch files refer to; nothing is run."""
+    """Return the globals that the pickles of PyTorch files name; nothing is run."""
     names: set[str] = set()
     for file in _files(path):
         if file.suffix in TORCH_SUFFIXES:
@@ -322,7 +322,7 @@ def _globals(path: Path) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    """A value in one line; what came from a file must not reach the terminal as escape codes."""
+    """Return a value as one line, without escape codes from a file."""
     if isinstance(value, list):
         value = ", ".join(map(str, value))
     elif isinstance(value, dict):

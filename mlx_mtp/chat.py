@@ -16,6 +16,7 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mlx_mtp.generate import (
@@ -25,7 +26,7 @@ from mlx_mtp.generate import (
     encode_prompt,
     stream_generate,
 )
-from mlx_mtp.terminal import Interrupt, Progress, dim, one_line
+from mlx_mtp.terminal import AnswerWriter, Interrupt, Status, dim, one_line
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -106,14 +107,12 @@ class Conversation:
         self.last = None
         self._forget_cache()
 
-    def settle(self, say: Callable[[str], None]) -> None:
-        """Measure what rows cost again if answers have disproved it; ``say`` is told."""
-        from mlx_mtp.calibration.stored_costs import speculation_for
-
-        speculation_for(self._model, measure=False, say=say)
-
     def ask(
-        self, text: str, *, progress: Callable[[int, int], None] | None = None
+        self,
+        text: str,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        explain: Callable[[str], None] | None = None,
     ) -> Generator[GenerationResponse, None, None]:
         """Answer a message.
 
@@ -122,6 +121,7 @@ class Conversation:
         Args:
             text: the message.
             progress: called with (ids prefilled, ids to prefill).
+            explain: called with a line about each step.
 
         Raises:
             ContextOverflow: the conversation does not fit the model's context any more.
@@ -129,10 +129,13 @@ class Conversation:
         """
         if not text.strip():
             raise ValueError("the message is empty")
-        return self._answer([*self.messages, {"role": "user", "content": text}], progress)
+        return self._answer([*self.messages, {"role": "user", "content": text}], progress, explain)
 
     def regenerate(
-        self, *, progress: Callable[[int, int], None] | None = None
+        self,
+        *,
+        progress: Callable[[int, int], None] | None = None,
+        explain: Callable[[str], None] | None = None,
     ) -> Generator[GenerationResponse, None, None]:
         """Drop the last answer and answer again.
 
@@ -141,10 +144,13 @@ class Conversation:
         """
         if not self.messages:
             raise ValueError("there is nothing to answer again")
-        return self._answer(self.messages[:-1], progress)
+        return self._answer(self.messages[:-1], progress, explain)
 
     def _answer(
-        self, messages: list[dict[str, str]], progress: Callable[[int, int], None] | None
+        self,
+        messages: list[dict[str, str]],
+        progress: Callable[[int, int], None] | None,
+        explain: Callable[[str], None] | None,
     ) -> Generator[GenerationResponse, None, None]:
         """Stream the answer to the last message; once there is one, the conversation has both."""
         pieces, emitted = [], []
@@ -160,6 +166,7 @@ class Conversation:
                 prompt,
                 prompt_cache=self._cache,
                 prompt_progress_callback=progress,
+                explain=explain,
                 **options,
             )
             with contextlib.closing(stream):
@@ -203,8 +210,9 @@ class Conversation:
 class Repl:
     """Reads messages and commands, prints answers."""
 
-    def __init__(self, conversation: Conversation) -> None:
+    def __init__(self, conversation: Conversation, *, explain: bool = False) -> None:
         self._conversation = conversation
+        self._explain = explain
 
     def run(self, lines: Iterator[str]) -> None:
         """Go on until the lines end or ``/quit``."""
@@ -214,9 +222,7 @@ class Repl:
             if not text.strip():
                 continue
             if not text.startswith("/"):
-                self._say(
-                    lambda progress, text=text: self._conversation.ask(text, progress=progress)
-                )
+                self._say(partial(self._conversation.ask, text))
             elif not self._obey(*text.partition(" ")[::2]):
                 return
 
@@ -246,9 +252,8 @@ class Repl:
     def _say(self, answer: Callable[..., Generator[GenerationResponse, None, None]]) -> None:
         """Print an answer while it is made; Ctrl-C ends it."""
         try:
-            with Interrupt() as interrupt, Progress("Reading ...") as progress:
-                self._conversation.settle(progress.say)
-                last = _print_answer(answer, interrupt, progress)
+            with Interrupt() as interrupt, Status("Reading ...") as status:
+                last = _print_answer(answer, interrupt, status, explain=self._explain)
         except ContextOverflow as error:
             self._note(f"{one_line(error)}: /reset starts afresh")
         except ValueError as error:
@@ -273,8 +278,12 @@ def run(
     system_prompt: str | None = None,
     template_config: Mapping[str, Any] | None = None,
     options: Mapping[str, Any] | None = None,
+    explain: bool = False,
 ) -> None:
-    """Chat on stdin and stdout; see ``Conversation`` for the arguments."""
+    """Chat on stdin and stdout; see ``Conversation`` for the arguments.
+
+    With ``explain`` a line about each step is printed on stderr.
+    """
     conversation = Conversation(
         model,
         tokenizer,
@@ -283,7 +292,8 @@ def run(
         options=options,
     )
     at_terminal = sys.stdin.isatty() and sys.stdout.isatty()
-    Repl(conversation).run(_edited_lines() if at_terminal else iter(sys.stdin.readline, ""))
+    repl = Repl(conversation, explain=explain)
+    repl.run(_edited_lines() if at_terminal else iter(sys.stdin.readline, ""))
 
 
 def _edited_lines() -> Iterator[str]:
@@ -306,20 +316,22 @@ def _edited_lines() -> Iterator[str]:
 def _print_answer(
     answer: Callable[..., Generator[GenerationResponse, None, None]],
     interrupt: Interrupt,
-    progress: Progress,
+    status: Status,
+    *,
+    explain: bool,
 ) -> GenerationResponse | None:
     """Print the pieces; return the last response, None if Ctrl-C came before the first."""
+    output = AnswerWriter(status)
 
     def on_prefill(done: int, total: int) -> None:
-        progress.say(f"Reading {done}/{total} tokens ...")
+        status.update(f"Reading {done}/{total} tokens ...")
         interrupt.check()
 
     last = None
-    stream = answer(progress=on_prefill)
+    stream = answer(progress=on_prefill, explain=output.log if explain else None)
     try:
         for last in stream:
-            progress.stop()
-            print(last.text, end="", flush=True)
+            output.write(last.text)
             interrupt.check()
     except KeyboardInterrupt:
         pass

@@ -29,7 +29,7 @@ from mlx_mtp.stats import RULE, GenerationStats, StatsMeter
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from mlx_mtp.decoding.request import StepResult
+    from mlx_mtp.decoding.step import StepResult
     from mlx_mtp.model.cache import MTPCache
     from mlx_mtp.model.mtp_model import MTPModel
 
@@ -189,7 +189,7 @@ def stream_generate(
         ContextOverflow: the prompt does not fit the model's context.
         ValueError: an argument is out of range or the prompt is empty; raised at the call.
     """
-    from mlx_mtp.calibration.stored_costs import doubt_disproved, speculation_for
+    from mlx_mtp.calibration.stored_costs import speculation_for, store_learned
     from mlx_mtp.decoding.loop import decode
 
     if draft_model is not None:
@@ -209,14 +209,14 @@ def stream_generate(
         settings,
         stop_ids=tokenizer.eos_token_ids,
         cache=cache,
-        speculation=speculation_for(model, measure=False),
+        speculation=speculation_for(model),
         **options,
     )
     text = TextStream(tokenizer.detokenizer, stop=settings.stop, stop_ids=tokenizer.eos_token_ids)
     meter = StatsMeter(
         prompt_tokens=len(ids), cached_tokens=cache.offset, mtp=drafts_tokens(model, settings)
     )
-    return _respond(steps, text, meter, cache, at_end=lambda: doubt_disproved(model))
+    return _respond(steps, text, meter, cache, at_end=lambda: store_learned(model))
 
 
 def drafts_tokens(model: MTPModel, config: GenerationConfig) -> bool:

@@ -1,7 +1,7 @@
 """Counts of one answer and the lines printed from them.
 
 The first three lines have mlx-lm's wording and precision to the byte, so that scripts which read
-them keep working; the fourth tells what multi-token prediction did.  Rates follow mlx-lm too: the
+them keep working; the fourth reports multi-token prediction.  Rates follow mlx-lm too: the
 prompt's clock runs until the first step is there, the clock of the generation from then on, and the
 stop id that ended an answer counts as a generated token.
 """
@@ -26,7 +26,7 @@ class GenerationStats:
     """What has been counted so far in one answer.
 
     Attributes:
-        prompt_tokens: ids that were prefilled (ids found in a cache are not among them).
+        prompt_tokens: ids that were prefilled (ids that were in a cache do not count).
         prompt_tps: prompt tokens per second up to the first step.
         cached_tokens: ids that were in the cache before the prompt.
         generation_tokens: ids emitted, with the stop id if one ended the answer, without ids that
@@ -37,8 +37,8 @@ class GenerationStats:
         num_draft_tokens: drafts verified, all steps together.
         num_accepted: drafts accepted, counted like ``generation_tokens``.
         mtp: whether the model drafts at all; False for plain decoding.
-        num_lookup_tokens: of the verified drafts, those found by suffix lookup.
-        num_lookup_accepted: of the accepted drafts, those found by suffix lookup.
+        num_lookup_tokens: of the verified drafts, those from suffix lookup.
+        num_lookup_accepted: of the accepted drafts, those from suffix lookup.
     """
 
     prompt_tokens: int
@@ -134,7 +134,7 @@ class StatsMeter:
         self._lookup_accepted += from_draft and self._is_lookup
 
     def counts(self) -> dict[str, Any]:
-        """Return the fields of ``GenerationStats`` as they stand."""
+        """Return the fields of ``GenerationStats`` so far."""
         return {
             "prompt_tokens": self._prompt_tokens,
             "prompt_tps": _rate(self._prompt_tokens, self._first_step - self._started),

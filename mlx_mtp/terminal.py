@@ -1,13 +1,7 @@
-"""Terminal behaviour of the commands: one-line errors, Ctrl-C, closed pipes, progress on stderr.
-
-Bad input ends with one line ``Error: ...`` on stderr and exit code 2, Ctrl-C with exit code 130,
-and a closed pipe silently with exit code 141, as for a program that the signal kills.  Any other
-exception is a bug and shows its traceback.
-"""
+"""What commands do at a terminal: exit codes, one-line errors, Ctrl-C, progress, answers."""
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 import signal
@@ -32,32 +26,6 @@ class BadInput(click.ClickException):
     """An error that the user can correct; printed as one line ``Error: ...``."""
 
     exit_code = 2
-
-
-class PoliteGroup(click.Group):
-    """A command group whose commands all end as described in the module docstring."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        """Run the command that the arguments name."""
-        if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # for terminals without UTF-8
-        try:
-            result = super().invoke(ctx)
-            sys.stdout.flush()
-            return result
-        except click.UsageError as error:
-            where = error.ctx.command_path if error.ctx else ctx.command_path
-            hint = f"{error.format_message().rstrip('.')} (see {where} --help)"
-            raise BadInput(" ".join(hint.split())) from None
-        except KeyboardInterrupt:
-            if sys.stderr.isatty():
-                print(file=sys.stderr)
-            sys.exit(INTERRUPTED)
-        except BrokenPipeError:
-            _discard_stdout()
-            sys.exit(CLOSED_PIPE)
-        except (ValueError, OSError) as error:
-            raise BadInput(one_line(error)) from error
 
 
 def one_line(error: BaseException) -> str:
@@ -187,21 +155,46 @@ class Status:
         self._stream.write(_ERASE_LINE + text[:width])
         self._stream.flush()
 
-    say = update  # the former name
+
+class AnswerWriter:
+    """Writes an answer to stdout and lines about it to stderr.
+
+    Where both are one terminal or file, a line never runs into the answer: it begins on a line of
+    its own, and the answer continues on the next.
+
+    Args:
+        status: progress that is removed before anything is written.
+    """
+
+    def __init__(self, status: Status) -> None:
+        self._status = status
+        self._is_shared = _is_same_file(sys.stdout, sys.stderr)
+        self._is_mid_line = False
+
+    def write(self, text: str) -> None:
+        """Write text of the answer."""
+        self._status.stop()
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        if text:
+            self._is_mid_line = self._is_shared and not text.endswith("\n")
+
+    def log(self, line: str) -> None:
+        """Write a line to stderr."""
+        self._status.stop()
+        print(f"\n{line}" if self._is_mid_line else line, file=sys.stderr, flush=True)
+        self._is_mid_line = False
 
 
-Progress = Status  # the former name
+def _is_same_file(one: TextIO, other: TextIO) -> bool:
+    """Whether two streams write to the same terminal or file."""
+    try:
+        return os.path.sameopenfile(one.fileno(), other.fileno())
+    except (OSError, ValueError):  # a stream without a file
+        return False
 
 
 def dim(text: str) -> str:
     """Wrap text for stdout in the escape codes for faint text, where a terminal shows them."""
     plain = not sys.stdout.isatty() or os.environ.get("TERM") == "dumb" or "NO_COLOR" in os.environ
     return text if plain else f"\x1b[2m{text}\x1b[0m"
-
-
-def _discard_stdout() -> None:
-    """Redirect stdout to nowhere, so that Python's final flush of it raises no error."""
-    try:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (OSError, io.UnsupportedOperation):
-        sys.stdout = io.StringIO()

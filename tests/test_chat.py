@@ -255,6 +255,15 @@ def test_chat_reads_lines_from_a_pipe(scripted, monkeypatch):
     assert scripted.cache_options["kv_bits"] == 8
 
 
+def test_chat_explains_each_step(scripted, monkeypatch):
+    monkeypatch.setattr("mlx_mtp.loading.load", lambda *_, **__: (scripted, byte_tokenizer()))
+    scripted.answers = [[*ids_of("Hello."), EOS], [*ids_of("Hello."), EOS]]
+    result = CliRunner().invoke(cli, ["chat", "--explain"], input="hi\n/regenerate\n")
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == 2 * [f"step: {number} tokens" for number in (1, 3, 3)]
+    assert result.stdout.splitlines()[1:4:2] == ["Hello.", "Hello."]
+
+
 class Screen:
     """The program under test at a terminal of its own."""
 

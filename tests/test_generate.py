@@ -7,7 +7,9 @@ import re
 
 import mlx.core as mx
 import pytest
+from mlx_lm.sample_utils import make_sampler
 
+from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
 from mlx_mtp.generate import (
     NO_TEXT,
     ContextOverflow,
@@ -28,6 +30,7 @@ from tests.helpers.fixtures_generate import (
     ids_of,
     scripted,
 )
+from tests.helpers.tiny import BYTE_VOCAB, tiny_mtp
 
 __all__ = ["scripted"]
 
@@ -370,3 +373,55 @@ def test_the_same_seed_gives_the_same_text(real):
         for seed in (1, 1, 2)
     ]
     assert texts[0] == texts[1] != texts[2]
+
+
+class TestTheCallStyleOfMlxLm:
+    """On a tiny model with a byte vocabulary."""
+
+    @pytest.fixture
+    def model(self):
+        return tiny_mtp("llama", k=3, vocab_size=BYTE_VOCAB)
+
+    def test_a_sampler_and_processors_work(self, model):
+        def only_letters(tokens, logits):
+            del tokens
+            return mx.where(mx.arange(logits.shape[-1]) < 128, logits, -mx.inf)
+
+        greedy = generate(model, byte_tokenizer(), "hi", max_tokens=12)
+        drawn = generate(model, byte_tokenizer(), "hi", max_tokens=12, sampler=make_sampler(0.0))
+        assert drawn == greedy
+        text = generate(
+            model,
+            byte_tokenizer(),
+            prompt="hi",
+            max_tokens=12,
+            sampler=make_sampler(temp=0.7),
+            logits_processors=[only_letters],
+        )
+        assert len(text) == 12 and text.isascii()
+
+    def test_configurations_and_keywords_mean_the_same(self, model):
+        ways = {"max_tokens": 9, "layout": "linear", "stop": ["zz"]}
+        config = GenerationConfig(**ways)
+        expected = generate(model, byte_tokenizer(), "hi", **ways)
+        assert generate(model, byte_tokenizer(), "hi", config=config) == expected
+        longer = generate(model, byte_tokenizer(), "hi", config=config, max_tokens=12)
+        assert longer.startswith(expected) and longer != expected
+        bound = CacheConfig(max_kv_size=8)
+        for cache in ({"cache_config": bound}, {"max_kv_size": 8}):
+            assert generate(model, byte_tokenizer(), "hi", config=config, **cache)
+        with pytest.raises(ValueError, match="kv_bits must be 2, 3, 4, 5, 6 or 8, got 7"):
+            generate(model, byte_tokenizer(), "hi", cache_config=CacheConfig(kv_bits=7))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"draft_model": object()}, "draft_model is not supported: load"),
+            ({"prompt_cache": []}, "must come from model.make_cache"),
+            ({"temp": 0.7}, "pass sampling=Sampling"),
+        ],
+    )
+    def test_what_is_different_is_said_in_one_line(self, model, options, message):
+        with pytest.raises(ValueError, match=message) as error:
+            generate(model, byte_tokenizer(), "hi", **options)
+        assert "\n" not in str(error.value)

@@ -13,11 +13,12 @@ from mlx_lm.utils import _get_classes
 
 from mlx_mtp.decoding.batching import can_batch
 from mlx_mtp.decoding.loop import decode
+from mlx_mtp.decoding.setup import make_request
 from mlx_mtp.evaluation.prompts import builtin_prompts
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.loading import load
 from mlx_mtp.storage.default_model import default_model_path
-from tests.helpers.requests import finish_alone, request, step_together
+from tests.helpers.requests import finish_alone, step_together
 
 pytestmark = pytest.mark.slow
 MAX_TOKENS = 20
@@ -59,7 +60,7 @@ def test_answers_that_share_forwards_are_those_alone(ours):
              for each in builtin_prompts()[::20]]  # fmt: skip
     prompts = [encode_prompt(tokenizer, text, add_special_tokens=False) for text in texts]
     alone, shared = (
-        [request(model, ids, max_tokens=MAX_TOKENS, layout=layout) for ids in prompts]
+        [make_request(model, ids, max_tokens=MAX_TOKENS, layout=layout) for ids in prompts]
         for layout in ("plain", "quadratic")
     )
     expected = finish_alone(model, alone)

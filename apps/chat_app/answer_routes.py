@@ -12,14 +12,14 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_mtp.apps.chat_app.answering import Answer
 from mlx_mtp.apps.chat_app.bodies import NewAnswer, checked_options
-from mlx_mtp.apps.chat_app.desk import (
-    ChatDesk,
-    chat_desk,
+from mlx_mtp.apps.chat_app.context import (
+    ChatContext,
+    chat_context,
     chat_messages,
     event_stream,
     job_for,
     number_of,
-    server_desk,
+    server_context,
     with_http_errors,
 )
 from mlx_mtp.apps.history.store import History, Row
@@ -47,11 +47,11 @@ def routes(prefix: str) -> list[BaseRoute]:
 
 async def start(request: Request) -> Response:
     """Start an answer; the response lists the added messages, the empty answer last."""
-    server, desk, number = server_desk(request), chat_desk(request), number_of(request)
+    server, context, number = server_context(request), chat_context(request), number_of(request)
     body = await read_body(request, NewAnswer, server.settings)
-    conversation = await desk.archive(History.conversation, number)
+    conversation = await context.archive(History.conversation, number)
     options = checked_options(conversation["options"])
-    parent, path = await _path(desk, body, number)
+    parent, path = await _path(context, body, number)
     if body.text is not None:
         path = [*path, {"role": "user", "text": body.text}]
     # Submitted before anything is written, so that a rejected request changes nothing.
@@ -59,21 +59,21 @@ async def start(request: Request) -> Response:
     job = job_for(messages, options, max_draft_tokens=server.info.num_draft_tokens)
     batch = server.engine.submit([job])
     try:
-        added = await desk.archive(_add, conversation, parent, body.text, server.model_id)
+        added = await context.archive(_add, conversation, parent, body.text, server.model_id)
     except BaseException:
         batch.cancel()
         raise
-    desk.answers.start(added[-1]["id"], batch)
+    context.answers.start(added[-1]["id"], batch)
     return json_response({"messages": added}, status=201)
 
 
 async def watch(request: Request) -> Any:
     """Stream the events of an answer from its beginning, whether it is running or finished."""
-    desk, number = chat_desk(request), number_of(request)
-    answer = desk.answers.get(number)
+    context, number = chat_context(request), number_of(request)
+    answer = context.answers.get(number)
     if answer is not None:
         return event_stream(request, _live_events(answer))
-    message = await desk.archive(History.message, number)
+    message = await context.archive(History.message, number)
     if message["state"] == "streaming":
         raise ApiError(409, "another process is generating this answer", code="elsewhere")
     return event_stream(request, _stored_events(message))
@@ -81,21 +81,21 @@ async def watch(request: Request) -> Any:
 
 async def stop(request: Request) -> Response:
     """Stop an answer."""
-    answer = chat_desk(request).answers.get(number_of(request))
+    answer = chat_context(request).answers.get(number_of(request))
     if answer is not None:
         answer.stop()
     return Response(status_code=204)
 
 
-async def _path(desk: ChatDesk, body: NewAnswer, number: int) -> tuple[int | None, list[Row]]:
+async def _path(context: ChatContext, body: NewAnswer, number: int) -> tuple[int | None, list[Row]]:
     """Return the parent of the first added message, and the branch that ends with it."""
     if body.parent is None:
         if body.text is None:
             raise refused("text is missing", param="text")
         return None, []
-    if (await desk.archive(History.message, body.parent))["conversation"] != number:
+    if (await context.archive(History.message, body.parent))["conversation"] != number:
         raise refused(f"parent {body.parent} belongs to another conversation", param="parent")
-    path = await desk.archive(History.path, body.parent)
+    path = await context.archive(History.path, body.parent)
     expected = "assistant" if body.text is not None else "user"
     if path[-1]["role"] != expected:
         raise refused(f"parent {body.parent} must be a message of the {expected}", param="parent")

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator
 
 from mlx_mtp.apps.chat_app.archive import Archive
 from mlx_mtp.apps.engine.batch import Batch
-from mlx_mtp.apps.engine.protocol import Message
+from mlx_mtp.apps.engine.protocol import Finished, Group, JobMessage, Prefill, Started
 from mlx_mtp.apps.history.store import History, Row
 from mlx_mtp.apps.server.errors import ApiError
 
@@ -95,21 +95,20 @@ class Answer:
             self._watchers -= 1
             self._schedule_stop()
 
-    def _process(self, message: Message, state: str, stats: Row) -> tuple[str, Row]:
-        match message["type"]:
-            case "started":
-                names = ("prompt_tokens", "cached_tokens")
-                self._publish({"type": "started"} | {name: message[name] for name in names})
-            case "prefill":
-                self._publish({"type": "prefill", "done": message["done"]})
-            case "group":
+    def _process(self, message: JobMessage, state: str, stats: Row) -> tuple[str, Row]:
+        match message:
+            case Started(prompt_tokens=prompt, cached_tokens=cached):
+                self._publish({"type": "started", "prompt_tokens": prompt, "cached_tokens": cached})
+            case Prefill(done=done):
+                self._publish({"type": "prefill", "done": done})
+            case Group():
                 now = time.monotonic()
                 group = group_of(message, ms=(now - self._group_at) * 1e3)
                 self._group_at = now
                 self._unsaved.append(group)
                 self._publish({"type": "group"} | group)
-            case "finished":
-                return _STATES[message["reason"]], message.get("stats", {})
+            case Finished():
+                return _STATES[message.reason], message.stats
         return state, stats
 
     def _publish(self, event: Row) -> None:
@@ -181,12 +180,12 @@ class Answers:
             await asyncio.wait(tasks, timeout=1.5)
 
 
-def group_of(message: Message, *, ms: float) -> Row:
+def group_of(message: Group, *, ms: float) -> Row:
     """Return a step as the page and the history store it: token texts and draft counts."""
     return {
-        "tokens": message["pieces"],
-        "accepted": message["accepted"],
-        "drafted": message["drafted"],
-        "source": message["source"],
+        "tokens": message.pieces or [],
+        "accepted": message.accepted,
+        "drafted": message.drafted,
+        "source": message.source,
         "ms": round(ms, 2),
     }

@@ -18,7 +18,7 @@ from mlx_mtp.apps.chat_app.answering import UNWATCHED_S, Answers
 from mlx_mtp.apps.chat_app.archive import Archive
 from mlx_mtp.apps.chat_app.assets import Assets, dist_folder
 from mlx_mtp.apps.chat_app.bodies import Session
-from mlx_mtp.apps.chat_app.desk import ChatDesk, server_desk, with_http_errors
+from mlx_mtp.apps.chat_app.context import ChatContext, server_context, with_http_errors
 from mlx_mtp.apps.chat_app.gate import SESSION_PATH, Gate
 from mlx_mtp.apps.engine.supervisor import Engine
 from mlx_mtp.apps.history.transfer import MAX_BYTES
@@ -68,10 +68,10 @@ def create_chat_app(
     """
     assets = Assets(folder or dist_folder())
     archive = Archive(history)
-    desk = ChatDesk(archive, Answers(archive, unwatched_s=unwatched_s), model, adapter_path)
+    context = ChatContext(archive, Answers(archive, unwatched_s=unwatched_s), model, adapter_path)
     app = create_app(engine, settings, routes=[*assets.routes(), *_routes()])
-    app.state.chat = desk
-    app.router.lifespan_context = _closing_answers(app.router.lifespan_context, desk)
+    app.state.chat = context
+    app.router.lifespan_context = _closing_answers(app.router.lifespan_context, context)
     app.state.gate = Gate(app)
     return ChatApp(app.state.gate, archive)
 
@@ -93,13 +93,13 @@ def _routes() -> list[BaseRoute]:
 
 async def _session(request: Request) -> Response:
     """Exchange the token for a cookie."""
-    body = await read_body(request, Session, server_desk(request).settings)
+    body = await read_body(request, Session, server_context(request).settings)
     gate: Gate = request.app.state.gate
     cookie = gate.cookie(body.token, request.headers.get("host", ""))
     return Response(status_code=204, headers={"Set-Cookie": cookie})
 
 
-def _closing_answers(inner: Any, desk: ChatDesk) -> Any:
+def _closing_answers(inner: Any, context: ChatContext) -> Any:
     """Wrap the application's lifespan: save running answers before the engine stops."""
 
     @contextlib.asynccontextmanager
@@ -108,6 +108,6 @@ def _closing_answers(inner: Any, desk: ChatDesk) -> Any:
             try:
                 yield state
             finally:
-                await desk.answers.close()
+                await context.answers.close()
 
     return lifespan

@@ -10,7 +10,7 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_mtp.apps.chat_app.bodies import ChangedConversation, NewConversation, checked_options
 from mlx_mtp.apps.chat_app.bodies import Settings as PageSettings
-from mlx_mtp.apps.chat_app.desk import chat_desk, number_of, server_desk, with_http_errors
+from mlx_mtp.apps.chat_app.context import chat_context, number_of, server_context, with_http_errors
 from mlx_mtp.apps.history import transfer
 from mlx_mtp.apps.history.store import History
 from mlx_mtp.apps.server.body import read_body
@@ -43,14 +43,14 @@ def routes(prefix: str) -> list[BaseRoute]:
 async def list_all(request: Request) -> Response:
     """List summaries, the latest first; ``?search=`` searches titles and messages."""
     search = request.query_params.get("search", "")[:_MAX_SEARCH]
-    return json_response(await chat_desk(request).archive(History.conversations, search))
+    return json_response(await chat_context(request).archive(History.conversations, search))
 
 
 async def create(request: Request) -> Response:
     """Create a conversation."""
-    body = await read_body(request, NewConversation, server_desk(request).settings)
+    body = await read_body(request, NewConversation, server_context(request).settings)
     checked_options(body.options)
-    archive = chat_desk(request).archive
+    archive = chat_context(request).archive
     created = await archive(
         History.create, body.title, system_prompt=body.system_prompt, options=body.options
     )
@@ -59,33 +59,35 @@ async def create(request: Request) -> Response:
 
 async def show(request: Request) -> Response:
     """Return a conversation with all messages."""
-    return json_response(await chat_desk(request).archive(History.conversation, number_of(request)))
+    return json_response(
+        await chat_context(request).archive(History.conversation, number_of(request))
+    )
 
 
 async def change(request: Request) -> Response:
     """Change the title, system prompt, options or shown branch of a conversation."""
-    body = await read_body(request, ChangedConversation, server_desk(request).settings)
+    body = await read_body(request, ChangedConversation, server_context(request).settings)
     values = body.model_dump(exclude_unset=True)
     if "options" in values:
         checked_options(values["options"] or {})
     changes = {name: value for name, value in values.items() if value is not None or name == "leaf"}
-    await chat_desk(request).archive(History.update, number_of(request), changes)
+    await chat_context(request).archive(History.update, number_of(request), changes)
     return Response(status_code=204)
 
 
 async def delete(request: Request) -> Response:
     """Delete a conversation and stop its running answers."""
-    desk, number = chat_desk(request), number_of(request)
-    for message in (await desk.archive(History.conversation, number))["messages"]:
-        if answer := desk.answers.get(message["id"]):
+    context, number = chat_context(request), number_of(request)
+    for message in (await context.archive(History.conversation, number))["messages"]:
+        if answer := context.answers.get(message["id"]):
             answer.stop()
-    await desk.archive(History.delete, number)
+    await context.archive(History.delete, number)
     return Response(status_code=204)
 
 
 async def export(request: Request) -> Response:
     """Download a conversation as ``?format=json`` or ``markdown``."""
-    archive, number = chat_desk(request).archive, number_of(request)
+    archive, number = chat_context(request).archive, number_of(request)
     title = (await archive(History.conversation, number))["title"]
     match request.query_params.get("format", "json"):
         case "json":
@@ -99,7 +101,7 @@ async def export(request: Request) -> Response:
 
 async def export_all(request: Request) -> Response:
     """Download all conversations as JSON."""
-    archive = chat_desk(request).archive
+    archive = chat_context(request).archive
     numbers = [summary["id"] for summary in await archive(History.conversations)]
     text = await archive(transfer.to_json, numbers)
     return _download(text, "conversations.json", "application/json")
@@ -112,19 +114,19 @@ async def import_file(request: Request) -> Response:
         data += chunk
         if len(data) > transfer.MAX_BYTES:
             raise ApiError(413, f"the file exceeds {transfer.MAX_BYTES} bytes")
-    numbers = await chat_desk(request).archive(transfer.from_json, bytes(data))
+    numbers = await chat_context(request).archive(transfer.from_json, bytes(data))
     return json_response({"conversations": numbers}, status=201)
 
 
 async def settings(request: Request) -> Response:
     """Return the settings of the page."""
-    return json_response(await chat_desk(request).archive(History.settings))
+    return json_response(await chat_context(request).archive(History.settings))
 
 
 async def remember(request: Request) -> Response:
     """Change some settings of the page."""
-    body = await read_body(request, PageSettings, server_desk(request).settings)
-    await chat_desk(request).archive(History.remember, body.values)
+    body = await read_body(request, PageSettings, server_context(request).settings)
+    await chat_context(request).archive(History.remember, body.values)
     return Response(status_code=204)
 
 

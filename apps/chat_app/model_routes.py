@@ -12,8 +12,13 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from mlx_mtp.apps.chat_app import bodies
-from mlx_mtp.apps.chat_app.desk import ChatDesk, chat_desk, server_desk, with_http_errors
-from mlx_mtp.apps.server.api.jobs import Desk
+from mlx_mtp.apps.chat_app.context import (
+    ChatContext,
+    chat_context,
+    server_context,
+    with_http_errors,
+)
+from mlx_mtp.apps.server.api.jobs import ServerContext
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import ApiError
 from mlx_mtp.apps.server.replies import json_response
@@ -35,8 +40,8 @@ def routes(prefix: str) -> list[BaseRoute]:
 
 async def state(request: Request) -> Response:
     """Return the loaded model and the state of the engine."""
-    server, desk = server_desk(request), chat_desk(request)
-    return json_response(_state(server, desk))
+    server, context = server_context(request), chat_context(request)
+    return json_response(_state(server, context))
 
 
 async def models(request: Request) -> Response:
@@ -47,22 +52,22 @@ async def models(request: Request) -> Response:
 
 async def choose(request: Request) -> Response:
     """Load another model; running answers are stopped."""
-    server, desk = server_desk(request), chat_desk(request)
+    server, context = server_context(request), chat_context(request)
     body = await read_body(request, bodies.ChosenModel, server.settings)
     if server.engine.state not in ("ok", "broken"):
         raise ApiError(409, "a model is already loading", code="busy")
     await asyncio.to_thread(_check_local, body)
-    await desk.answers.close()
-    previous = (desk.model, desk.adapter_path)
-    desk.model, desk.adapter_path, desk.switch_error = body.model, body.adapter_path, ""
-    await server.engine.change(_choice(desk))
-    desk.switching = asyncio.create_task(_restore_if_broken(server, desk, previous))
-    return json_response(_state(server, desk), status=202)
+    await context.answers.close()
+    previous = (context.model, context.adapter_path)
+    context.model, context.adapter_path, context.switch_error = body.model, body.adapter_path, ""
+    await server.engine.change(**_choice(context))
+    context.switching = asyncio.create_task(_restore_if_broken(server, context, previous))
+    return json_response(_state(server, context), status=202)
 
 
 async def facts(request: Request) -> Response:
     """Return the cost of steps on this machine, and the device."""
-    info = server_desk(request).info
+    info = server_context(request).info
     return json_response(info.facts | {"num_draft_tokens": info.num_draft_tokens})
 
 
@@ -112,27 +117,27 @@ def _check_local(body: bodies.ChosenModel) -> None:
 
 
 async def _restore_if_broken(
-    server: Desk, desk: ChatDesk, previous: tuple[str | None, str | None]
+    server: ServerContext, context: ChatContext, previous: tuple[str | None, str | None]
 ) -> None:
     """Restore the previous model if the selected one fails to load."""
     await server.engine.settled.wait()
     if server.engine.state == "broken":
-        desk.switch_error = server.engine.error
-        desk.model, desk.adapter_path = previous
-        await server.engine.change(_choice(desk))
+        context.switch_error = server.engine.error
+        context.model, context.adapter_path = previous
+        await server.engine.change(**_choice(context))
 
 
-def _choice(desk: ChatDesk) -> dict[str, Any]:
-    return {"model": desk.model, "adapter_path": desk.adapter_path}
+def _choice(context: ChatContext) -> dict[str, Any]:
+    return {"model": context.model, "adapter_path": context.adapter_path}
 
 
-def _state(server: Desk, desk: ChatDesk) -> dict[str, Any]:
+def _state(server: ServerContext, context: ChatContext) -> dict[str, Any]:
     info = server.engine.info
     return {
         "version": package_version(),
         "state": server.engine.state,
-        "error": desk.switch_error or server.engine.error,
-        "chosen": _choice(desk),
+        "error": context.switch_error or server.engine.error,
+        "chosen": _choice(context),
         "model": None
         if info is None
         else {

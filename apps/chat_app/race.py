@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -18,15 +19,16 @@ from starlette.routing import BaseRoute, Route
 
 from mlx_mtp.apps.chat_app import bodies
 from mlx_mtp.apps.chat_app.answering import group_of
-from mlx_mtp.apps.chat_app.desk import (
-    chat_desk,
+from mlx_mtp.apps.chat_app.context import (
+    chat_context,
     chat_messages,
     event_stream,
     job_for,
-    server_desk,
+    server_context,
     with_http_errors,
 )
 from mlx_mtp.apps.engine.batch import Batch
+from mlx_mtp.apps.engine.protocol import Finished, Group, Job
 from mlx_mtp.apps.engine.supervisor import Engine
 from mlx_mtp.apps.history.store import History, Row
 from mlx_mtp.apps.server.body import read_body
@@ -43,7 +45,7 @@ def routes(prefix: str) -> list[BaseRoute]:
 
 async def race(request: Request) -> Any:
     """Run a race and stream the events of ``Lanes``."""
-    server = server_desk(request)
+    server = server_context(request)
     body = await read_body(request, bodies.Race, server.settings)
     if server.info.num_draft_tokens == 0:
         raise refused("the model has no adapter, so there is nothing to compare")
@@ -56,20 +58,20 @@ async def race(request: Request) -> Any:
             "num_draft_tokens is 0: both sides would use plain decoding",
             param="options.num_draft_tokens",
         )
-    if chat_desk(request).answers.busy:
+    if chat_context(request).answers.busy:
         raise ApiError(409, "a race cannot start while an answer is being generated")
     options = body.options.model_copy(update={"temp": 0.0, "layout": "plain", "seed": 0})
     messages, maximum = await _messages(request, body), server.info.num_draft_tokens
-    job = job_for(messages, options, max_draft_tokens=maximum) | {"fresh": True}
+    job = replace(job_for(messages, options, max_draft_tokens=maximum), fresh=True)
     # The first job is submitted here, so that a full queue is an HTTP error and not an event.
-    warm_up = server.engine.submit([job | {"max_tokens": WARM_UP_TOKENS}])
+    warm_up = server.engine.submit([replace(job, max_tokens=WARM_UP_TOKENS)])
     lanes = Lanes(server.engine, job, body.options.layout)
     return event_stream(request, lanes.run(warm_up), ended=warm_up.cancel)
 
 
 async def _messages(request: Request, body: bodies.Race) -> list[dict[str, str]]:
     """Return the messages to answer: a branch that ends with the user, or a new text."""
-    archive, prompt, path = chat_desk(request).archive, "", []
+    archive, prompt, path = chat_context(request).archive, "", []
     if body.conversation is not None:
         prompt = (await archive(History.conversation, body.conversation))["system_prompt"]
     if body.message is not None:
@@ -94,9 +96,9 @@ class Lanes:
         layout: layout of the other job.
     """
 
-    def __init__(self, engine: Engine, job: dict[str, Any], layout: str) -> None:
+    def __init__(self, engine: Engine, job: Job, layout: str) -> None:
         self._engine = engine
-        self._jobs = {"plain": job, "mtp": job | {"layout": layout}}
+        self._jobs = {"plain": job, "mtp": replace(job, layout=layout)}
 
     async def run(self, warm_up: Batch) -> AsyncGenerator[bytes, None]:
         """Yield ``lane``, ``group`` per step and ``lane_end`` for every answer, then ``result``.
@@ -127,16 +129,16 @@ class Lanes:
         reason, others, begun = "", 0, 0
         async for message in batch:
             now = time.monotonic()
-            if message["type"] == "group":
+            if isinstance(message, Group):
                 ms = (now - times[-1]) * 1e3 if times else 0.0
                 if not times:
                     others, begun = self._engine.others(batch), self._engine.begun
                 times.append(now)
-                counts.append(message["tokens"])
-                ids += message["ids"]
+                counts.append(message.tokens)
+                ids += message.ids or []
                 yield {"type": "group", "lane": lane} | group_of(message, ms=ms)
-            elif message["type"] == "finished":
-                reason = message["reason"]
+            elif isinstance(message, Finished):
+                reason = message.reason
                 others += self._engine.begun - begun
         yield {
             "type": "lane_end",

@@ -1,4 +1,4 @@
-"""The jobs of one request, and what comes back for them."""
+"""The jobs of one request and their messages."""
 
 from __future__ import annotations
 
@@ -6,68 +6,68 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from mlx_mtp.apps.engine.protocol import Message
+from mlx_mtp.apps.engine.protocol import Failed, Finished, Group, JobMessage, Refused, Started
 from mlx_mtp.apps.server.errors import ApiError, refused
-
-_LAST = ("finished", "failed", "refused")
 
 
 class Batch:
-    """Jobs that belong together: one for every choice of a request.
+    """The jobs of one request, one per choice.
 
     Args:
-        size: how many jobs.
-        cancel: called once to break off what still runs.
+        size: number of jobs.
+        cancel: called to cancel the jobs that have not ended.
 
     Attributes:
-        remaining: jobs that have not ended.
+        remaining: number of jobs that have not ended.
     """
 
     def __init__(self, size: int, *, cancel: Callable[[], None]) -> None:
         self.remaining = size
         self._cancel = cancel
-        self._messages: asyncio.Queue[Message | ApiError] = asyncio.Queue()
+        self._messages: asyncio.Queue[JobMessage | ApiError] = asyncio.Queue()
 
-    def put(self, message: Message | ApiError) -> None:
-        """Take what has come; an error ends the whole batch."""
+    def put(self, message: JobMessage | ApiError) -> None:
+        """Add a message; an error ends the whole batch."""
         self._messages.put_nowait(message)
 
-    async def next(self) -> Message:
-        """The next message of any job, with its ``index``.
+    async def next(self) -> JobMessage:
+        """Wait for the next message of any job; its ``index`` is the job's.
 
         Raises:
-            ApiError: the request was refused or the engine is gone.
+            ApiError: the request was refused, or the engine died.
         """
         message = await self._messages.get()
-        if isinstance(message, ApiError):
-            raise message
-        if message["type"] == "refused":
-            raise refused(message["message"], param=message["param"], code=message["code"])
-        if message["type"] == "failed":
-            raise ApiError(500, f"the engine failed: {message['message']}", code="engine_error")
-        self.remaining -= message["type"] in _LAST
+        match message:
+            case ApiError():
+                raise message
+            case Refused():
+                raise refused(message.message, param=message.param, code=message.code)
+            case Failed():
+                raise ApiError(500, f"the engine failed: {message.message}", code="engine_error")
+            case Finished():
+                self.remaining -= 1
         return message
 
-    async def __aiter__(self) -> AsyncIterator[Message]:
+    async def __aiter__(self) -> AsyncIterator[JobMessage]:
         while self.remaining:
             yield await self.next()
 
     def cancel(self) -> None:
-        """Break off what still runs; may be called at any time."""
+        """Cancel the jobs that have not ended; may be called at any time."""
         if self.remaining:
             self._cancel()
 
 
 class Choice:
-    """What one job has answered so far.
+    """The answer of one job so far.
 
     Attributes:
         text: all text.
-        logprobs: entries of all ids.
-        groups: what each step emitted, for ``mtp`` details.
-        prompt_tokens: ids of the prompt.
-        cached_tokens: of these, the ones that were not computed again.
-        finished: the last message, once it is there.
+        logprobs: logprobs of all tokens.
+        groups: counts of each step, for ``mtp`` details.
+        prompt_tokens: number of tokens of the prompt.
+        cached_tokens: number of them that were in the prefix cache.
+        finished: the last message, once it has arrived.
     """
 
     def __init__(self) -> None:
@@ -76,32 +76,33 @@ class Choice:
         self.groups: list[dict[str, Any]] = []
         self.prompt_tokens = 0
         self.cached_tokens = 0
-        self.finished: Message = {}
+        self.finished: Finished | None = None
 
-    def add(self, message: Message) -> None:
-        """Take a message of the job."""
-        match message["type"]:
-            case "started":
-                self.prompt_tokens = message["prompt_tokens"]
-                self.cached_tokens = message["cached_tokens"]
-            case "group":
-                self.text += message["text"]
-                self.logprobs += message.get("logprobs", ())
+    def add(self, message: JobMessage) -> None:
+        """Add a message of the job."""
+        match message:
+            case Started():
+                self.prompt_tokens = message.prompt_tokens
+                self.cached_tokens = message.cached_tokens
+            case Group():
+                self.text += message.text
+                self.logprobs += message.logprobs or ()
                 self.groups.append(group_details(message))
-            case "finished":
+            case Finished():
                 self.finished = message
 
     @property
-    def reason(self) -> str:
-        """Why it ended: "stop", "length" or "tool_calls"."""
-        return self.finished["reason"]
-
-    @property
-    def stats(self) -> dict[str, Any]:
-        """Counts and rates; see ``mlx_mtp.stats``."""
-        return self.finished["stats"]
+    def result(self) -> Finished:
+        """The last message of an answer that has ended."""
+        assert self.finished is not None
+        return self.finished
 
 
-def group_details(message: Message) -> dict[str, Any]:
-    """What a step did, for those who ask."""
-    return {name: message[name] for name in ("tokens", "accepted", "drafted", "source")}
+def group_details(message: Group) -> dict[str, Any]:
+    """Return the counts of a step."""
+    return {
+        "tokens": message.tokens,
+        "accepted": message.accepted,
+        "drafted": message.drafted,
+        "source": message.source,
+    }

@@ -1,6 +1,6 @@
-"""The child process that holds the model: loads it, then answers what the server sends.
+"""The child process that runs the model: it loads the model, then runs the jobs of the server.
 
-It ends when the server does, and lets Ctrl-C pass: the server decides.
+It ends with the server.  It ignores Ctrl-C, which the server handles.
 """
 
 from __future__ import annotations
@@ -11,99 +11,122 @@ import os
 import signal
 import sys
 import threading
-import time
+import traceback
+from collections.abc import Callable
 from typing import Any, BinaryIO, cast
 
-from mlx_mtp.apps.engine.protocol import Message, pack, read
+from mlx_mtp.apps.engine.protocol import (
+    Broken,
+    Cancel,
+    Event,
+    JobMessage,
+    Load,
+    Ready,
+    Submit,
+    pack,
+    read_command,
+)
+from mlx_mtp.terminal import one_line
 
 _PR_SET_PDEATHSIG = 1
 
 
 def main() -> None:
-    """Serve the pipes that stdin and stdout are."""
+    """Read commands from stdin and write events to stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _die_with_parent()
-    _push_nobody_aside()
-    commands, messages = _take_pipes()
+    _yield_to_server()
+    commands, events = _take_pipes()
 
-    def send(message: Message) -> None:
-        messages.write(pack(message))
-        messages.flush()
+    def send(event: Event | JobMessage) -> None:
+        events.write(pack(event))
+        events.flush()
 
-    options = read(commands)
-    if options is None:
+    load = read_command(commands)
+    if not isinstance(load, Load):
         return
-    waiting: list[Message] = []
+    waiting: list[Submit | Cancel] = []
     reader = _Reader(commands, waiting.append)
     reader.start()
     try:
-        scheduler = _load(options, send)
+        scheduler = _load(load, send)
     except (ValueError, OSError) as error:
-        send({"type": "broken", "message": " ".join(str(error).split())})
+        send(Broken(message=one_line(error)))
         return
-    reader.hand_over(scheduler.receive, waiting)
+    reader.redirect(scheduler.receive, waiting)
     scheduler.run()
 
 
 class _Reader(threading.Thread):
-    """Reads commands; ends the process with the pipe, whatever the other threads do."""
+    """Reads commands; ends the process at the end of the pipe or after an invalid command."""
 
-    def __init__(self, pipe: BinaryIO, receive: Any) -> None:
+    def __init__(self, pipe: BinaryIO, receive: Callable[[Any], None]) -> None:
         super().__init__(daemon=True, name="commands")
         self._pipe = pipe
         self._receive = receive
         self._lock = threading.Lock()
 
     def run(self) -> None:
-        while (message := read(self._pipe)) is not None:
-            with self._lock:
-                self._receive(message)
+        try:
+            while (command := read_command(self._pipe)) is not None:
+                with self._lock:
+                    self._receive(command)
+        except ValueError:
+            traceback.print_exc()
         os._exit(0)
 
-    def hand_over(self, receive: Any, waiting: list[Message]) -> None:
-        """Send commands there from now on, those that waited first."""
+    def redirect(self, receive: Callable[[Any], None], waiting: list[Submit | Cancel]) -> None:
+        """Pass the waiting commands and all later ones to ``receive``."""
         with self._lock:
-            for message in waiting:
-                receive(message)
+            for command in waiting:
+                receive(command)
             self._receive = receive
 
 
-def _load(options: Message, send: Any) -> Any:
-    """Load the model and say what it is; return the scheduler."""
-    if not options["trust_remote_code"]:
+def _load(load: Load, send: Callable[[Event | JobMessage], None]) -> Any:
+    """Load the model, send ``Ready`` and return the scheduler."""
+    if not load.trust_remote_code:
         sys.modules.setdefault("torch", cast(Any, None))  # transformers would import it
-    began = time.monotonic()
     import mlx.core as mx
 
     from mlx_mtp.apps.engine.grammar import Grammars
     from mlx_mtp.apps.engine.prefix_cache import PrefixCache
     from mlx_mtp.apps.engine.preparing import prepare
+    from mlx_mtp.apps.engine.protocol import Job
     from mlx_mtp.apps.engine.scheduler import Scheduler
-    from mlx_mtp.apps.engine.session import Bench, Session
+    from mlx_mtp.apps.engine.session import Engine, Session
     from mlx_mtp.apps.engine.token_text import TokenTexts
     from mlx_mtp.calibration.stored_costs import speculation_for
-    from mlx_mtp.cli.options import load_model
     from mlx_mtp.decoding.grouping import StepGrouper
+    from mlx_mtp.decoding.limits import max_draft_tokens
     from mlx_mtp.decoding.step import run
+    from mlx_mtp.loading import load_with_status
 
     _wire_memory(mx)
     mx.random.seed(int.from_bytes(os.urandom(7), "little"))
-    model, tokenizer = load_model(options)
+    model, tokenizer = load_with_status(
+        load.model,
+        adapter_path=load.adapter_path,
+        trust_remote_code=load.trust_remote_code,
+        mtp=load.mtp,
+        extra_eos_token=load.extra_eos_token,
+    )
+    max_draft_tokens(model, load.num_draft_tokens)
     grammars = Grammars(tokenizer)
-    speculation = speculation_for(model, measure=False)
-    bench = Bench(
+    speculation = speculation_for(model)
+    engine = Engine(
         model=model,
         tokenizer=tokenizer,
         speculation=speculation,
-        prefixes=PrefixCache(most_bytes=options["prefix_cache_bytes"]),
+        prefixes=PrefixCache(max_bytes=load.prefix_cache_bytes),
         texts=TokenTexts(tokenizer),
-        prefill_step_size=options["prefill_step_size"],
-        lookup=options["lookup"],
+        prefill_step_size=load.prefill_step_size,
+        lookup=load.lookup,
     )
-    send(_ready(model, tokenizer) | {"load_s": round(time.monotonic() - began, 2)})
+    send(_ready(model, tokenizer))
     return Scheduler(
-        prepare=lambda job: prepare(job, model, tokenizer, grammars),
-        begin=lambda job: Session(job, bench),
+        prepare=lambda job: prepare(Job.from_dict(job), model, tokenizer, grammars),
+        begin=lambda job: Session(job, engine),
         group=StepGrouper(model, speculation).groups,
         run=lambda steps: run(model, steps),
         send=send,
@@ -111,51 +134,48 @@ def _load(options: Message, send: Any) -> Any:
     )
 
 
-def _ready(model: Any, tokenizer: Any) -> Message:
-    """What the model is."""
+def _ready(model: Any, tokenizer: Any) -> Ready:
+    """The description of the model."""
     from mlx_mtp.apps.engine.tool_calls import calls_are_json
 
-    return {
-        "type": "ready",
-        "model": model.name,
-        "adapter": model.config is not None,
-        "num_draft_tokens": model.num_draft_tokens,
-        "vocab_size": model.vocab_size,
-        "max_context": model.max_context,
-        "has_chat_template": tokenizer.has_chat_template,
-        "has_tools": tokenizer.has_chat_template and tokenizer.has_tool_calling,
-        "holds_tools": tokenizer.has_tool_calling and calls_are_json(tokenizer),
-        "facts": _facts(model),
-    }
+    return Ready(
+        model=model.name,
+        adapter=model.config is not None,
+        num_draft_tokens=model.num_draft_tokens,
+        max_context=model.max_context,
+        has_chat_template=tokenizer.has_chat_template,
+        has_tools=tokenizer.has_chat_template and tokenizer.has_tool_calling,
+        can_require_tools=tokenizer.has_tool_calling and calls_are_json(tokenizer),
+        facts=_facts(model),
+    )
 
 
-def _facts(model: Any) -> Message:
-    """On what steps run here and what they cost."""
+def _facts(model: Any) -> dict[str, Any]:
+    """The device and the costs of steps on it."""
     import mlx.core as mx
 
     from mlx_mtp.backends.cpu.blas import BLAS
     from mlx_mtp.backends.device import gpu_info, machine_name
     from mlx_mtp.calibration.stored_costs import speculation_for
-    from mlx_mtp.planning.costs import UNMEASURED
 
-    curve = speculation_for(model, measure=False).costs.curve
+    curve = speculation_for(model).costs.curve
     return {
         "device": machine_name(gpu_info()),
         "runs_on": "gpu" if mx.default_device().type == mx.gpu else "cpu",
         "blas": BLAS,
         "costs": curve.to_dict(),
-        "measured": curve is not UNMEASURED,
+        "measured": not curve.is_guess,
     }
 
 
 def _wire_memory(mx: Any) -> None:
-    """Keep the model in the memory that a Mac's GPU may wire, as long as the process lives."""
+    """Keep the model in wired memory on a Mac for the life of the process."""
     if mx.metal.is_available():
         mx.set_wired_limit(mx.device_info()["max_recommended_working_set_size"])
 
 
 def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
-    """Take stdin and stdout for messages; what libraries print goes to stderr."""
+    """Use stdin and stdout for messages; the output of libraries goes to stderr."""
     commands = os.fdopen(os.dup(0), "rb")
     messages = os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
@@ -165,10 +185,10 @@ def _take_pipes() -> tuple[BinaryIO, BinaryIO]:
     return commands, messages
 
 
-def _push_nobody_aside() -> None:
-    """Linux: let a thread that wakes up wait for its turn rather than interrupt the server.
+def _yield_to_server() -> None:
+    """On Linux, do not preempt the server when a thread wakes up.
 
-    A share of the cores is not given up by that, as it would be with a lower priority.
+    Unlike a lower priority, this does not reduce the engine's share of the cores.
     """
     if sys.platform.startswith("linux"):
         with contextlib.suppress(OSError):  # forbidden in some containers
@@ -176,7 +196,7 @@ def _push_nobody_aside() -> None:
 
 
 def _die_with_parent() -> None:
-    """Linux: be killed when the server is gone, even in the middle of a long computation."""
+    """On Linux, be killed when the server ends, even during a long computation."""
     if sys.platform.startswith("linux"):
         parent = os.getppid()
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,13 +1,14 @@
-"""Holds an answer to a grammar: a logits processor that leaves only ids with which it can go on.
+"""Constrains an answer to a grammar with a logits processor that masks all other ids.
 
-Grammars and masks are llguidance's.  The processor is called for every verify row along the drafted
-prefix and follows it, back and forth; a draft that breaks the grammar meets a logit of minus
-infinity and does not hold, so greedy output and distributions are those of plain decoding under the
-same grammar.
+Grammars and masks are llguidance's.  The processor is called for every verified row along the
+drafted prefix and follows it forwards and backwards.  A draft that violates the grammar has a logit
+of minus infinity and is rejected, so greedy output and distributions are those of plain decoding
+under the same grammar.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -24,25 +25,25 @@ from mlx_mtp.decoding.sampling import LogitsProcessor
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
-MOST_BYTES = 2**18  # of a grammar; 5000 properties fit
-TRIAL_S = 20.0  # for a process that may use 3 s of a CPU, on a busy machine
-# A space or a line break with its indent, never two: models that may go on with white space do.
+MAX_BYTES = 2**18  # of a grammar; enough for 5000 properties
+TRIAL_S = 20.0  # for a process limited to 3 s of CPU time, on a busy machine
+# One space, or one line break with its indent: models tend to repeat white space if allowed.
 _WHITESPACE = r" ?|\n {0,20}"
-_REMEMBERED = 256
+_MAX_TRIED = 256
 
 
 class GrammarError(ValueError):
-    """An answer came to a point where its grammar cannot be followed any further."""
+    """An answer has no token that can continue its grammar."""
 
 
 def json_grammar(schema: dict[str, Any]) -> str:
-    """A grammar of the JSON texts that a schema describes, as llguidance reads it.
+    """Return llguidance's grammar of the JSON texts that match a schema.
 
     Args:
-        schema: JSON schema (2020-12).  Properties come in its order.
+        schema: JSON schema (2020-12); its order of properties is required.
 
     Raises:
-        ValueError: it asks for llguidance's own settings, or there is no llguidance.
+        ValueError: the schema has llguidance's own settings, or llguidance is not installed.
     """
     if "x-guidance" in schema:
         raise ValueError("x-guidance cannot be set")
@@ -53,44 +54,42 @@ def json_grammar(schema: dict[str, Any]) -> str:
 
 
 def calls_grammar(
-    functions: dict[str, dict[str, Any]], *, marks: tuple[str, str], many: bool
+    functions: dict[str, dict[str, Any]], *, tags: tuple[str, str], parallel: bool
 ) -> str:
-    """A grammar of calls, each a JSON object with ``name`` and ``arguments`` between two marks.
+    """Return a grammar of calls: JSON objects with ``name`` and ``arguments`` between two tags.
 
     Args:
         functions: JSON schema of the arguments by name of the function.
-        marks: texts before and after a call.
-        many: whether more calls than one may be made.
+        tags: texts before and after a call.
+        parallel: whether to allow more than one call.
 
     Raises:
-        ValueError: a schema asks for llguidance's own settings, or there is no llguidance.
+        ValueError: a schema has llguidance's own settings, or llguidance is not installed.
     """
     rules = []
-    for at, (name, schema) in enumerate(functions.items()):
+    for index, (name, schema) in enumerate(functions.items()):
         if "x-guidance" in schema:
             raise ValueError("x-guidance cannot be set")
-        held = {"type": "object", **schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}}
+        arguments = {"type": "object", **schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}}
         head = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
-        rules.append(f'f{at}: {_quoted(head)} %json {json.dumps(held)} "}}"')
-    names = " | ".join(f"f{at}" for at in range(len(functions)))
-    start = r"start: call (/\n?/ call)*" if many else "start: call"
-    call = rf"call: {_quoted(marks[0])} /\n?/ ({names}) /\n?/ {_quoted(marks[1])}"
+        rules.append(f'f{index}: {_quoted(head)} %json {json.dumps(arguments)} "}}"')
+    names = " | ".join(f"f{index}" for index in range(len(functions)))
+    start = r"start: call (/\n?/ call)*" if parallel else "start: call"
+    call = rf"call: {_quoted(tags[0])} /\n?/ ({names}) /\n?/ {_quoted(tags[1])}"
     lark = "\n".join([start, call, *rules])
     return _llguidance().LLMatcher.grammar_from_lark(lark)
 
 
 def _quoted(text: str) -> str:
-    """A text as Lark writes it, which is as JSON does."""
+    """A string literal in Lark, which is the same as in JSON."""
     return json.dumps(text, ensure_ascii=False)
 
 
 class Grammars:
-    """Makes processors for the vocabulary of one tokenizer.
-
-    The vocabulary is worked out with the first of them; ``bench.grammar`` times it.
+    """Creates processors for the vocabulary of one tokenizer, built with the first processor.
 
     Args:
-        tokenizer: with a Hugging Face fast tokenizer within.
+        tokenizer: wraps a fast tokenizer of Hugging Face.
     """
 
     def __init__(self, tokenizer: TokenizerWrapper) -> None:
@@ -100,20 +99,20 @@ class Grammars:
         self._lock = threading.Lock()
 
     def processor(self, grammar: str, *, num_prompt: int) -> LogitsProcessor:
-        """A processor that holds an answer to a grammar; for one answer only.
+        """Return a processor for one answer.
 
-        When the grammar is fulfilled only ids that end a text may follow.
+        Once the grammar is complete, only stop ids may follow.
 
         Args:
-            grammar: of ``json_grammar``, or another that llguidance reads.
-            num_prompt: ids of the prompt, which come first in every context.
+            grammar: a grammar of llguidance, such as from ``json_grammar``.
+            num_prompt: number of ids of the prompt, which every context starts with.
 
         Raises:
-            ValueError: the grammar makes no sense, is too large or takes too long to compile.
+            ValueError: the grammar is invalid, too large or takes too long to compile.
         """
         guidance = _llguidance()
         with self._lock:
-            self._try_out(grammar)
+            self._check(grammar)
             if self._vocabulary is None:
                 self._vocabulary = _vocabulary(self._tokenizer)
         limits = guidance.LLParserLimits(verbose_errors=False, max_lexer_states=50_000)
@@ -121,32 +120,32 @@ class Grammars:
         if matcher.is_error():
             raise ValueError(_line(matcher.get_error()))
         stop_ids = sorted(self._tokenizer.eos_token_ids)
-        return _Held(
+        return _GrammarProcessor(
             matcher,
             num_ids=self._vocabulary.vocab_size,
             stop_ids=stop_ids,
             num_prompt=num_prompt,
         )
 
-    def _try_out(self, grammar: str) -> None:
-        """Compile a grammar that is new in another process."""
+    def _check(self, grammar: str) -> None:
+        """Check a grammar that has not been checked before."""
         if grammar in self._tried:
             return
-        try_out(grammar)
+        check_in_subprocess(grammar)
         self._tried[grammar] = None
-        if len(self._tried) > _REMEMBERED:
+        if len(self._tried) > _MAX_TRIED:
             del self._tried[next(iter(self._tried))]
 
 
-def try_out(grammar: str) -> None:
-    """Find out in another process whether a grammar can be compiled, which may take seconds.
+def check_in_subprocess(grammar: str) -> None:
+    """Compile a grammar in another process, which may take seconds.
 
     Raises:
-        ValueError: it cannot be.
+        ValueError: the grammar cannot be compiled.
     """
     data = grammar.encode()
-    if len(data) > MOST_BYTES:
-        raise ValueError(f"it has {len(data)} bytes, more than {MOST_BYTES}")
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"it has {len(data)} bytes, more than {MAX_BYTES}")
     script = Path(__file__).with_name("grammar_trial.py")
     command = [sys.executable, "-P", str(script)]
     try:
@@ -159,14 +158,14 @@ def try_out(grammar: str) -> None:
         raise ValueError(_line(run.stdout.decode(errors="replace")))
 
 
-class _Held:
-    """Follows the text and masks what cannot come next."""
+class _GrammarProcessor:
+    """Follows the text and masks the ids that cannot come next."""
 
     def __init__(
         self, matcher: LLMatcher, *, num_ids: int, stop_ids: list[int], num_prompt: int
     ) -> None:
         self._matcher = matcher
-        self._num_ids = num_ids  # of the tokenizer; models often have more
+        self._num_ids = num_ids  # of the tokenizer; the model may have more
         self._stop_ids = stop_ids
         self._num_prompt = num_prompt
         self._read: list[int] = []  # ids that the matcher has consumed
@@ -174,35 +173,36 @@ class _Held:
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """Mask one row ``[1, V]`` that follows ``tokens`` ``[n]``."""
         answer: Any = tokens[self._num_prompt :].tolist()
-        stop = next((at for at, token in enumerate(answer) if token in self._stop_ids), None)
+        stop = next((i for i, token in enumerate(answer) if token in self._stop_ids), None)
         if not self._follow(answer[:stop]):
-            return logits  # behind a draft that does not hold, so it is never looked at
+            return logits  # after a rejected draft, so the row is not used
         allowed = np.zeros(logits.shape[-1], dtype=bool)
         if stop is None:
             self._allow(allowed)
         if stop is not None or self._matcher.is_accepting():
             allowed[self._stop_ids] = True
         if not allowed.any():
-            raise GrammarError("no token of the model can go on with what the schema asks for here")
+            raise GrammarError(
+                "no token of the model can continue the answer according to the schema"
+            )
         return mx.where(mx.array(allowed), logits, mx.array(-mx.inf, logits.dtype))
 
     def _allow(self, allowed: np.ndarray) -> None:
-        """Set what may come next in ``[V]``; ids that the tokenizer lacks may not."""
+        """Set the ids that may come next in ``[V]``; ids that the tokenizer lacks may not."""
         bits = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)
         if self._matcher.is_error():
             raise GrammarError(_line(self._matcher.get_error()))
-        found = np.unpackbits(bits, count=min(len(allowed), 8 * len(bits)), bitorder="little")
-        allowed[: len(found)] = found
+        unpacked = np.unpackbits(bits, count=min(len(allowed), 8 * len(bits)), bitorder="little")
+        allowed[: len(unpacked)] = unpacked
 
     def _follow(self, answer: list[int]) -> bool:
-        """Bring the matcher behind these ids; False if they break the grammar."""
+        """Move the matcher to the end of these ids; return False if they violate the grammar."""
         same = min(len(answer), len(self._read))
         while answer[:same] != self._read[:same]:
             same -= 1
         self._matcher.rollback(len(self._read) - same)
         rest = answer[same:]
-        foreign = [at for at, token in enumerate(rest) if token >= self._num_ids]
-        known = rest[: foreign[0]] if foreign else rest
+        known = list(itertools.takewhile(lambda token: token < self._num_ids, rest))
         count = self._matcher.try_consume_tokens(known)
         self._read = answer[: same + count]
         if self._matcher.is_error():
@@ -211,12 +211,12 @@ class _Held:
 
 
 def _vocabulary(tokenizer: TokenizerWrapper) -> LLTokenizer:
-    """The tokenizer as llguidance needs it."""
+    """The tokenizer in llguidance's form."""
     try:
         backend: Any = tokenizer.backend_tokenizer
         text = backend.to_str()
     except AttributeError:
-        raise ValueError("the model's tokenizer is not a fast one") from None
+        raise ValueError("the model's tokenizer is not a fast tokenizer") from None
     values = json.loads(text) | {"padding": None, "truncation": None}
     return _llguidance().LLTokenizer(json.dumps(values), eos_token=tokenizer.eos_token_id)
 
@@ -226,13 +226,13 @@ def _llguidance() -> Any:
         import llguidance
     except ImportError:
         raise ValueError(
-            "this needs the package llguidance: pip install 'mlx-mtp[server]'"
+            "the package llguidance is missing: pip install 'mlx-mtp[server]'"
         ) from None
     return llguidance
 
 
 def _line(error: str) -> str:
-    """What llguidance says of a fault, in a line of moderate length."""
+    """An error of llguidance as one line of limited length."""
     lines = [line.strip() for line in error.splitlines() if line.strip()]
     more = [line.removeprefix("error: ") for line in lines[1:] if line.startswith("error: ")]
     return " ".join([*lines[:1], *more])[:300] or "it cannot be compiled"

@@ -1,8 +1,8 @@
-"""Compiles a grammar where nothing is lost if that crashes, hangs or eats the memory.
+"""Compiles a grammar in a process that may crash, hang or run out of memory.
 
-Run as a script, in a process of its own: the compiler's limits do not cover all of its work.  A
-chain of 3000 references overflows its stack, and 24 regular expressions that must all hold keep it
-busy for minutes.  Reads the grammar from stdin and prints what is wrong with it, if anything is.
+Run as a script, because the compiler's limits do not cover all of its work: a chain of 3000
+references overflows its stack, and an intersection of 24 regular expressions takes minutes.  Reads
+the grammar from stdin and prints its error, if there is one.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import threading
 CPU_S = 3
 MEMORY_BYTES = 2**31
 STACK_BYTES = 2**21  # less than any thread of the engine has: what passes here passes there
-FIRST_STEPS = 8  # after so many, most of what a hostile grammar unfolds is unfolded
+FIRST_STEPS = 8  # enough to expand most of a hostile grammar
 
 
 def main() -> None:
-    """Compile what stdin holds."""
+    """Compile the grammar from stdin."""
     _limit()
     threading.stack_size(STACK_BYTES)
     worker = threading.Thread(target=_try, args=(sys.stdin.buffer.read().decode(),))
@@ -31,7 +31,7 @@ def _limit() -> None:
 
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_S, CPU_S))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    with contextlib.suppress(ValueError, OSError):  # macOS knows no such limit
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
 
 

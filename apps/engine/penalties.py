@@ -11,15 +11,15 @@ from mlx_mtp.decoding.sampling import LogitsProcessor
 
 
 def answer_penalty(*, num_prompt: int, frequency: float, presence: float) -> LogitsProcessor:
-    """A processor that lowers the logits of ids that the answer holds already.
+    """Return a processor that lowers the logits of ids that are already in the answer.
 
-    An id that occurs n times loses ``n * frequency + presence``, as OpenAI documents it; the prompt
-    does not count.
+    The logit of an id that occurs n times is lowered by ``n * frequency + presence``, as OpenAI
+    documents it; the prompt does not count.
 
     Args:
-        num_prompt: ids of the prompt, which come first in every context.
-        frequency: taken off for every time.
-        presence: taken off once.
+        num_prompt: number of ids of the prompt, which every context starts with.
+        frequency: penalty per occurrence.
+        presence: penalty for occurring at all.
     """
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:

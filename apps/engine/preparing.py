@@ -1,6 +1,6 @@
-"""From a job, as the server sends it, to the ids of its prompt and the arguments of the loop.
+"""Prepare a job: check it, encode its prompt, and make the arguments of the loop.
 
-Everything that can be wrong with a job is found here, before any work is done for it.
+An invalid job is refused here, before any work is done for it.
 """
 
 from __future__ import annotations
@@ -12,21 +12,27 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.apps.engine.grammar import Grammars, calls_grammar, json_grammar
 from mlx_mtp.apps.engine.penalties import answer_penalty
+from mlx_mtp.apps.engine.protocol import Job
 from mlx_mtp.decoding.config import GenerationConfig
+from mlx_mtp.decoding.limits import (
+    ContextOverflow,
+    LimitError,
+    check_ids,
+    max_draft_tokens,
+    max_new_tokens,
+)
 from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.terminal import one_line
 
-SAMPLING = ("temp", "top_p", "min_p", "top_k", "repetition_penalty")
-
 
 class Refusal(ValueError):
-    """A job that cannot be done, and why.
+    """A job is invalid.
 
     Attributes:
-        param: the field of the request that is to blame, if one is.
-        code: a word for programs, if there is one.
+        param: the invalid field of the request, if known.
+        code: machine-readable error code, if there is one.
     """
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
@@ -44,8 +50,8 @@ class Prepared:
         config: lengths, seed and layout of the answer, and its stop strings.
         sampling: how tokens are drawn.
         logits_processors: of penalties and grammars.
-        top_logprobs: number of likeliest ids to report per id; None for no log-probabilities.
-        tools: tools whose calls are looked for.
+        top_logprobs: number of most likely ids to report per id; None for no logprobs.
+        tools: tools whose calls are parsed.
         pieces: whether the ids of each step and the text of each id are reported.
         fresh: whether caches of earlier prompts are neither used nor added to.
     """
@@ -61,136 +67,113 @@ class Prepared:
 
 
 def prepare(
-    job: dict[str, Any],
-    model: MTPModel,
-    tokenizer: TokenizerWrapper,
-    grammars: Grammars | None = None,
+    job: Job, model: MTPModel, tokenizer: TokenizerWrapper, grammars: Grammars | None = None
 ) -> Prepared:
     """Check a job and encode its prompt.
 
     Args:
-        job: as the server sends it.
+        job: the job.
         model: the model.
         tokenizer: its tokenizer.
-        grammars: what makes grammars for it; without it each job that needs one makes its own.
+        grammars: creates grammars for the tokenizer; None creates one for this job.
 
     Raises:
-        Refusal: it cannot be done.
+        Refusal: the job is invalid.
     """
-    ids = _encoded(job, tokenizer)
-    _check_ids(ids, model, "messages" if "messages" in job else "prompt")
-    sampling = _sampling(job, model)
-    k = job.get("num_draft_tokens")
-    if k is not None and k > model.num_draft_tokens > 0:
-        raise Refusal(
-            f"num_draft_tokens is {k}, but the adapter was trained for {model.num_draft_tokens}",
-            param="num_draft_tokens",
+    ids = _encode(job, tokenizer)
+    try:
+        sampling = Sampling(
+            temp=job.temp,
+            top_p=job.top_p,
+            min_p=job.min_p,
+            top_k=job.top_k,
+            repetition_penalty=job.repetition_penalty,
+            logit_bias=job.logit_bias,
         )
-    config = GenerationConfig(
-        max_tokens=job["max_tokens"],
-        stop=tuple(job.get("stop") or ()),
-        seed=job.get("seed"),
-        layout=job.get("layout", "auto"),
-        num_draft_tokens=k,
-    )
-    processors = _processors(job, len(ids), tokenizer, grammars or Grammars(tokenizer))
+        config = GenerationConfig(
+            max_tokens=job.max_tokens,
+            stop=tuple(job.stop or ()),
+            seed=job.seed,
+            layout=job.layout,
+            num_draft_tokens=job.num_draft_tokens,
+        )
+        check_ids(model, ids, sampling)
+        max_draft_tokens(model, config.num_draft_tokens)
+        max_new_tokens(model, len(ids), config.max_tokens)
+    except LimitError as error:
+        param = "messages" if error.param == "prompt" and job.messages is not None else error.param
+        code = "context_length_exceeded" if isinstance(error, ContextOverflow) else None
+        raise Refusal(str(error), param=param, code=code) from None
+    except ValueError as error:
+        raise Refusal(str(error)) from None
     return Prepared(
         ids=ids,
         config=config,
         sampling=sampling,
-        logits_processors=processors,
-        top_logprobs=job.get("top_logprobs"),
-        tools=job.get("tools") or [],
-        pieces=bool(job.get("pieces")),
-        fresh=bool(job.get("fresh")),
+        logits_processors=_processors(job, len(ids), tokenizer, grammars or Grammars(tokenizer)),
+        top_logprobs=job.top_logprobs,
+        tools=job.tools or [],
+        pieces=job.pieces,
+        fresh=job.fresh,
     )
 
 
 def _processors(
-    job: dict[str, Any], num_prompt: int, tokenizer: TokenizerWrapper, grammars: Grammars
+    job: Job, num_prompt: int, tokenizer: TokenizerWrapper, grammars: Grammars
 ) -> list[LogitsProcessor]:
-    found: list[LogitsProcessor] = []
-    frequency, presence = job.get("frequency_penalty") or 0.0, job.get("presence_penalty") or 0.0
+    processors: list[LogitsProcessor] = []
+    frequency, presence = job.frequency_penalty or 0.0, job.presence_penalty or 0.0
     if frequency or presence:
-        penalty = answer_penalty(num_prompt=num_prompt, frequency=frequency, presence=presence)
-        found.append(penalty)
-    if "schema" in job or "must_call" in job:
-        param = job.get("schema_param", "tools")
+        processors.append(
+            answer_penalty(num_prompt=num_prompt, frequency=frequency, presence=presence)
+        )
+    if job.schema is not None or job.required_tools is not None:
+        param = job.schema_param or "tools"
         try:
             grammar = _grammar(job, tokenizer)
-            found.append(grammars.processor(grammar, num_prompt=num_prompt))
+            processors.append(grammars.processor(grammar, num_prompt=num_prompt))
         except ValueError as error:
             raise Refusal(f"{param}: {one_line(error)}", param=param) from None
-    return found
+    return processors
 
 
-def _grammar(job: dict[str, Any], tokenizer: TokenizerWrapper) -> str:
-    """What the answer is held to."""
-    if "schema" in job:
-        return json_grammar(job["schema"])
-    functions = [tool["function"] for tool in job["tools"]]
+def _grammar(job: Job, tokenizer: TokenizerWrapper) -> str:
+    """The grammar that the answer must match."""
+    if job.schema is not None:
+        return json_grammar(job.schema)
+    functions = [tool["function"] for tool in job.tools or ()]
+    required = job.required_tools or ()
     return calls_grammar(
         {
-            each["name"]: each.get("parameters") or {}
-            for each in functions
-            if each["name"] in job["must_call"]
+            function["name"]: function.get("parameters") or {}
+            for function in functions
+            if function["name"] in required
         },
-        marks=(tokenizer.tool_call_start or "", tokenizer.tool_call_end or ""),
-        many=job["many_calls"],
+        tags=(tokenizer.tool_call_start or "", tokenizer.tool_call_end or ""),
+        parallel=job.parallel_tool_calls,
     )
 
 
-def _sampling(job: dict[str, Any], model: MTPModel) -> Sampling:
-    given = {name: job[name] for name in SAMPLING if job.get(name) is not None}
-    bias = {int(token): float(value) for token, value in (job.get("logit_bias") or {}).items()}
-    for token in bias:
-        if not 0 <= token < model.vocab_size:
-            raise Refusal(
-                f"logit_bias holds the id {token}, the vocabulary has {model.vocab_size} ids",
-                param="logit_bias",
-            )
+def _encode(job: Job, tokenizer: TokenizerWrapper) -> list[int]:
+    if job.messages is not None:
+        return _encode_chat(job, job.messages, tokenizer)
     try:
-        return Sampling(logit_bias=bias or None, **given)
-    except ValueError as error:
-        raise Refusal(str(error)) from None
-
-
-def _encoded(job: dict[str, Any], tokenizer: TokenizerWrapper) -> list[int]:
-    if "messages" in job:
-        return _encoded_chat(job, tokenizer)
-    prompt = job["prompt"]
-    try:
-        return encode_prompt(tokenizer, prompt)
+        return encode_prompt(tokenizer, job.prompt or "")
     except ValueError as error:
         raise Refusal(str(error), param="prompt") from None
 
 
-def _encoded_chat(job: dict[str, Any], tokenizer: TokenizerWrapper) -> list[int]:
-    """Put a conversation through the chat template."""
+def _encode_chat(
+    job: Job, messages: list[dict[str, Any]], tokenizer: TokenizerWrapper
+) -> list[int]:
+    """Apply the chat template to a conversation."""
     if not tokenizer.has_chat_template:
         raise Refusal("the model has no chat template; use /v1/completions", param="messages")
-    messages, tools = job["messages"], job.get("tools")
-    config = dict(job.get("template_config") or {})
-    if tools:
-        config["tools"] = tools
+    config = dict(job.template_config or {})
+    if job.tools:
+        config["tools"] = job.tools
     try:
         text = chat_text(tokenizer, messages, template_config=config)
         return encode_prompt(tokenizer, text, add_special_tokens=False)
-    except Exception as error:  # a template is a program, and may fail in any way
+    except Exception as error:  # a template is a program and may raise anything
         raise Refusal(one_line(error), param="messages") from None
-
-
-def _check_ids(ids: list[int], model: MTPModel, param: str) -> None:
-    bad = next((each for each in ids if not 0 <= each < model.vocab_size), None)
-    if bad is not None:
-        raise Refusal(
-            f"the prompt holds the id {bad}, the vocabulary has {model.vocab_size} ids",
-            param=param,
-        )
-    if model.max_context is not None and len(ids) >= model.max_context:
-        raise Refusal(
-            f"the prompt has {len(ids)} tokens, but {model.name} takes fewer than "
-            f"{model.max_context}",
-            param=param,
-            code="context_length_exceeded",
-        )

@@ -14,7 +14,15 @@ from typing import Any, Protocol
 
 from mlx_mtp.apps.engine.grammar import GrammarError
 from mlx_mtp.apps.engine.preparing import Prepared, Refusal
-from mlx_mtp.apps.engine.protocol import Message
+from mlx_mtp.apps.engine.protocol import (
+    Cancel,
+    Failed,
+    Finished,
+    JobMessage,
+    Refused,
+    Started,
+    Submit,
+)
 from mlx_mtp.decoding.step import Outcome, Step
 from mlx_mtp.terminal import one_line
 
@@ -24,7 +32,7 @@ class Answer(Protocol):
 
     finished: bool
 
-    def started(self) -> Message:
+    def started(self) -> Started:
         """The first message."""
         ...
 
@@ -32,7 +40,7 @@ class Answer(Protocol):
         """The next step."""
         ...
 
-    def commit(self, outcome: Outcome) -> list[Message]:
+    def commit(self, outcome: Outcome) -> Sequence[JobMessage]:
         """Messages of the step that was planned."""
         ...
 
@@ -45,7 +53,7 @@ class Scheduler:
     """Runs jobs.
 
     Args:
-        prepare: checks a job and encodes its prompt; raises ``Refusal``.
+        prepare: validates the fields of a job and encodes its prompt; raises ``Refusal``.
         begin: starts the answer to what ``prepare`` returned.
         group: groups the next steps of all answers; returns indices of those to run together.
         run: runs a group of steps.
@@ -60,7 +68,7 @@ class Scheduler:
         begin: Callable[[Prepared], Answer],
         group: Callable[[Sequence[Step]], list[list[int]]],
         run: Callable[[list[Step]], list[Outcome]],
-        send: Callable[[Message], None],
+        send: Callable[[JobMessage], None],
         rest: Callable[[], None] = lambda: None,
     ) -> None:
         self._prepare = prepare
@@ -74,13 +82,11 @@ class Scheduler:
         self._preparing: set[int] = set()
         self._answers: dict[int, Answer] = {}  # in the order of their admission
 
-    def receive(self, message: Message) -> None:
+    def receive(self, command: Submit | Cancel) -> None:
         """Receive a command; may be called by any thread."""
-        if message["type"] == "submit":
-            self._inbox.put(("submit", message["id"], None))
-            self._preparer.submit(self._prepare_job, message["id"], message["job"])
-        else:
-            self._inbox.put((message["type"], message["id"], None))
+        self._inbox.put((command.type, command.id, None))
+        if isinstance(command, Submit):
+            self._preparer.submit(self._prepare_job, command.id, command.job)
 
     def run(self) -> None:
         """Run until the process ends."""
@@ -118,12 +124,12 @@ class Scheduler:
         answer = self._answers[job]
         try:
             for message in answer.commit(outcome):
-                self._send(message | {"id": job})
+                self._send_for(job, message)
             if answer.finished:
                 answer.close()
                 self._end(job)
         except GrammarError as error:
-            self._send_refusal(job, Refusal(str(error), code="grammar"))
+            self._send_for(job, Refused(message=str(error), code="grammar"))
             self._end(job)
         except Exception as error:
             self._fail(job, error)
@@ -131,7 +137,7 @@ class Scheduler:
     def _fail(self, job: int, error: Exception) -> None:
         """Report that an answer has failed, and drop it: its cache may be inconsistent."""
         traceback.print_exception(error)
-        self._send({"type": "failed", "id": job, "message": one_line(error)})
+        self._send_for(job, Failed(message=one_line(error)))
         self._end(job)
 
     def _end(self, job: int) -> None:
@@ -161,18 +167,19 @@ class Scheduler:
                 answer = self._begin(value)
             except Exception as error:
                 traceback.print_exception(error)
-                self._send({"type": "failed", "id": job, "message": one_line(error)})
+                self._send_for(job, Failed(message=one_line(error)))
                 return
             self._answers[job] = answer
-            self._send(answer.started() | {"id": job})
+            self._send_for(job, answer.started())
         elif isinstance(value, Refusal):
-            self._send_refusal(job, value)
+            message = Refused(message=str(value), param=value.param, code=value.code)
+            self._send_for(job, message)
         else:
-            self._send({"type": "failed", "id": job, "message": value})
+            self._send_for(job, Failed(message=value))
 
-    def _send_refusal(self, job: int, refusal: Refusal) -> None:
-        why = {"message": str(refusal), "param": refusal.param, "code": refusal.code}
-        self._send({"type": "refused", "id": job, **why})
+    def _send_for(self, job: int, message: JobMessage) -> None:
+        message.id = job
+        self._send(message)
 
     def _cancel(self, job: int) -> None:
         """Cancel a job; one that has ended meanwhile has sent its last message."""
@@ -182,7 +189,7 @@ class Scheduler:
         elif job not in self._preparing:
             return
         self._preparing.discard(job)
-        self._send({"type": "finished", "id": job, "reason": "cancelled"})
+        self._send_for(job, Finished(reason="cancelled"))
 
     def _prepare_job(self, job: int, values: dict[str, Any]) -> None:
         """In the other thread: prepare a job and pass the result on."""

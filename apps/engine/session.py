@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.apps.engine.prefix_cache import PrefixCache
 from mlx_mtp.apps.engine.preparing import Prepared
-from mlx_mtp.apps.engine.protocol import Message
+from mlx_mtp.apps.engine.protocol import Finished, Group, JobMessage, Prefill, Started
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.apps.engine.tool_calls import ToolCallReader
-from mlx_mtp.calibration.stored_costs import doubt_disproved
-from mlx_mtp.decoding.request import Request, StepResult
-from mlx_mtp.decoding.step import Outcome, Step
+from mlx_mtp.calibration.stored_costs import store_learned
+from mlx_mtp.decoding.setup import make_request
+from mlx_mtp.decoding.step import Outcome, Step, StepResult
 from mlx_mtp.generate import TextStream, drafts_tokens
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
@@ -22,7 +21,7 @@ from mlx_mtp.stats import GenerationStats, StatsMeter
 
 
 @dataclass(frozen=True, kw_only=True)
-class Bench:
+class Engine:
     """What all sessions share.
 
     Attributes:
@@ -49,22 +48,24 @@ class Session:
 
     Args:
         job: what to answer.
-        bench: what all sessions share.
+        engine: what all sessions share.
 
     Attributes:
         finished: whether the last message has been made.
     """
 
-    def __init__(self, job: Prepared, bench: Bench) -> None:
+    def __init__(self, job: Prepared, engine: Engine) -> None:
         self.finished = False
         self._job = job
-        self._bench = bench
-        model, tokenizer = bench.model, bench.tokenizer
+        self._engine = engine
+        model, tokenizer = engine.model, engine.tokenizer
         ids = job.ids
-        stored = None if job.fresh else bench.prefixes.take(ids)
+        stored = None if job.fresh else engine.prefixes.take(ids)
         cache, self._num_cached = stored if stored else (model.make_cache(), 0)
-        config = replace(job.config, lookup=bench.lookup, prefill_step_size=bench.prefill_step_size)
-        self._request = Request(
+        config = replace(
+            job.config, lookup=engine.lookup, prefill_step_size=engine.prefill_step_size
+        )
+        self._request = make_request(
             model,
             ids[self._num_cached :],
             config,
@@ -73,7 +74,7 @@ class Session:
             stop_ids=tokenizer.eos_token_ids,
             cache=cache,
             cached_ids=ids[: self._num_cached],
-            speculation=bench.speculation,
+            speculation=engine.speculation,
         )
         self._text = TextStream(
             tokenizer.detokenizer, stop=config.stop, stop_ids=tokenizer.eos_token_ids
@@ -85,19 +86,15 @@ class Session:
             mtp=drafts_tokens(model, config),
         )
 
-    def started(self) -> Message:
+    def started(self) -> Started:
         """The first message."""
-        return {
-            "type": "started",
-            "prompt_tokens": len(self._job.ids),
-            "cached_tokens": self._num_cached,
-        }
+        return Started(prompt_tokens=len(self._job.ids), cached_tokens=self._num_cached)
 
     def plan(self) -> Step:
         """Plan the next step; a step that is not run leaves the cache as it was."""
         return self._request.plan()
 
-    def commit(self, outcome: Outcome) -> list[Message]:
+    def commit(self, outcome: Outcome) -> list[JobMessage]:
         """Take in the outcome of the planned step.
 
         Returns:
@@ -108,7 +105,7 @@ class Session:
         """
         step = self._request.commit(outcome)
         if not step.tokens:
-            return [{"type": "prefill", "done": self._request.cache.offset}]
+            return [Prefill(done=self._request.cache.offset)]
         group, reason = self._group(step)
         self.finished = reason is not None
         return [group, self._finished(reason)] if reason else [group]
@@ -116,40 +113,38 @@ class Session:
     def close(self) -> None:
         """End it between two steps, where the cache is whole, and keep the cache."""
         if not self._job.fresh:
-            self._bench.prefixes.put(self._request.ids, self._request.cache)
+            self._engine.prefixes.put(self._request.ids, self._request.cache)
         if self.finished:
-            doubt_disproved(self._bench.model)
+            store_learned(self._engine.model)
 
-    def _group(self, step: StepResult) -> tuple[Message, str | None]:
+    def _group(self, step: StepResult) -> tuple[Group, str | None]:
         """The message of a step up to a stop string, and why the answer ends with it."""
         pieces = list(self._text.pieces(step, self._meter))
         count, reason = len(pieces), pieces[-1].finish_reason
         text = "".join(piece.text for piece in pieces)
         if self._tools:
             text = self._tools.push(text) + (self._tools.finish() if reason else "")
-        message: Message = {
-            "type": "group",
-            "text": text,
-            "tokens": count,
-            "accepted": min(step.num_accepted, count),
-            "drafted": step.num_draft_tokens,
-            "source": step.source,
-        }
+        message = Group(
+            text=text,
+            tokens=count,
+            accepted=min(step.num_accepted, count),
+            drafted=step.num_draft_tokens,
+            source=step.source,
+        )
         if self._job.pieces:
-            texts = [piece.text for piece in pieces]
-            message |= {"pieces": texts, "ids": step.tokens[:count]}
+            message.pieces = [piece.text for piece in pieces]
+            message.ids = step.tokens[:count]
         if self._job.top_logprobs is not None:
-            message["logprobs"] = self._bench.texts.entries(
+            message.logprobs = self._engine.texts.entries(
                 step.tokens[:count], step.logprobs[:count], self._job.top_logprobs
             )
         return message, reason
 
-    def _finished(self, reason: str) -> Message:
-        calls: list[Any] = self._tools.calls if self._tools else []
-        return {
-            "type": "finished",
-            "reason": "tool_calls" if calls and reason == "stop" else reason,
-            "stop_string": self._text.stop_string,
-            "tool_calls": calls,
-            "stats": GenerationStats(**self._meter.counts()).stats_dict(),
-        }
+    def _finished(self, reason: str) -> Finished:
+        calls = self._tools.calls if self._tools else []
+        return Finished(
+            reason="tool_calls" if calls and reason == "stop" else reason,
+            stop_string=self._text.stop_string,
+            tool_calls=calls,
+            stats=GenerationStats(**self._meter.counts()).stats_dict(),
+        )

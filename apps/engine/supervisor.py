@@ -1,7 +1,7 @@
-"""Keeps an engine running in a child process and shares it among requests.
+"""Keeps the engine's child process running and queues jobs for it.
 
-MLX can abort a process, so the model lives in a child.  When that dies, whatever ran or waited gets
-a clean error at once, and another child is started, sooner or later as the last ones fared.
+MLX can abort a process, so the model lives in a child.  When the child dies, running and waiting
+jobs get an error at once, and another child is started, after a pause if several died in a row.
 """
 
 from __future__ import annotations
@@ -13,73 +13,74 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_mtp.apps.engine.batch import Batch
-from mlx_mtp.apps.engine.protocol import Message, pack, read_async
+from mlx_mtp.apps.engine.protocol import (
+    Broken,
+    Cancel,
+    Command,
+    Event,
+    Failed,
+    Finished,
+    Group,
+    Job,
+    JobMessage,
+    Load,
+    Ready,
+    Refused,
+    Submit,
+    pack,
+    read_event,
+)
 from mlx_mtp.apps.server.errors import ApiError, engine_down
 from mlx_mtp.apps.server.metrics import Metrics
 
 COMMAND = (sys.executable, "-P", "-m", "mlx_mtp.apps.engine.engine_process")
-PAUSES_S = (0.0, 0.25, 1.0, 2.0, 4.0)  # before the next start, by failures in a row
+PAUSES_S = (0.0, 0.25, 1.0, 2.0, 4.0)  # before a restart, by number of failures in a row
 STOP_S = 0.5
 _BUFFER_BYTES = 2**20
 
 
-@dataclass(frozen=True)
-class EngineInfo:
-    """What the engine said of itself when it was ready; see ``engine_process``."""
-
-    model: str
-    adapter: bool
-    num_draft_tokens: int
-    vocab_size: int
-    max_context: int | None
-    has_chat_template: bool
-    has_tools: bool
-    load_s: float
-    holds_tools: bool = False
-    facts: dict[str, Any] = field(default_factory=dict)
-
-
 @dataclass(eq=False)
-class _Job:
-    """A job that waits or runs."""
+class _QueuedJob:
+    """A job that is waiting or running; times are of ``time.monotonic``."""
 
     id: int
     index: int
-    values: dict[str, Any]
+    job: Job
     batch: Batch
     submitted: float = field(default_factory=time.monotonic)
     started: float = 0.0
-    spoke: float = 0.0
+    last_group: float = 0.0
     cancelled: bool = False
 
 
 class Engine:
-    """The engine as the server sees it.
+    """The engine as seen by the server.
 
     Args:
-        options: what the child is to load and how; see ``engine_process``.
-        max_concurrent: answers that are made at once.
-        queue_size: jobs that may wait beside them.
-        timeout_s: a child that works and says nothing for so long is killed.
-        metrics: counts what happens.
-        command: how to start the child.
+        options: fields of ``Load``.
+        max_concurrent: maximum number of running jobs.
+        queue_size: maximum number of waiting jobs.
+        timeout_s: a child with running jobs that sends nothing for this long is killed.
+        metrics: counters to update.
+        command: command line of the child.
 
     Attributes:
+        load: the model to load at the next start.
         state: "loading", "ok", "restarting", "broken" or "stopped".
-        info: what the model is, once one was loaded.
-        error: why it is broken.
-        restarts: children started after the first.
-        begun: jobs that were handed to a child.
+        info: description of the model, once one was loaded.
+        error: reason of the state "broken".
+        restarts: number of children started after the first.
+        begun: number of jobs sent to a child.
         pid: process id of the child.
     """
 
     def __init__(
         self,
-        options: Mapping[str, Any],
+        options: Mapping[str, Any] | None = None,
         *,
         max_concurrent: int = 4,
         queue_size: int = 64,
@@ -88,34 +89,34 @@ class Engine:
         command: Sequence[str] = COMMAND,
     ) -> None:
         self.state = "loading"
-        self.info: EngineInfo | None = None
+        self.info: Ready | None = None
         self.error = ""
         self.restarts = 0
         self.begun = 0
         self.pid: int | None = None
         self.settled = asyncio.Event()
         self.metrics = metrics or Metrics()
-        self._options = dict(options)
+        self.load = Load(**options or {})
         self._max_concurrent = max_concurrent
         self._queue_size = queue_size
         self._timeout_s = timeout_s
         self._command = command
         self._ids = itertools.count(1)
-        self._waiting: deque[_Job] = deque()
-        self._running: dict[int, _Job] = {}
+        self._waiting: deque[_QueuedJob] = deque()
+        self._running: dict[int, _QueuedJob] = {}
         self._pipe: asyncio.StreamWriter | None = None
-        self._heard = 0.0
-        self._answer_s = 2.0  # how long answers took of late
+        self._last_event = 0.0
+        self._answer_s = 2.0  # moving average of the time per answer
         self._failures = 0
         self._task: asyncio.Task[None] | None = None
         self.metrics.watch_queue(lambda: len(self._waiting), lambda: self.running)
 
     async def start(self) -> None:
-        """Start the child; ``settled`` is set once it is ready or has failed to load."""
+        """Start the child; ``settled`` is set when it is ready or has failed to load."""
         self._task = asyncio.create_task(self._supervise())
 
     async def stop(self) -> None:
-        """End the child and everything that waits for it."""
+        """Stop the child and refuse all jobs."""
         self.refuse_all("the server is shutting down")
         self.state = "stopped"
         if self._task:
@@ -123,15 +124,11 @@ class Engine:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
 
-    async def change(self, options: Mapping[str, Any]) -> None:
-        """Load another model in the place of this one; ``settled`` is set anew once it is there.
-
-        Args:
-            options: what changes in what the child is told.
-        """
+    async def change(self, *, model: str | None, adapter_path: str | None) -> None:
+        """Replace the model; ``settled`` is cleared and set again when the new one is ready."""
         self.refuse_all("another model is being loaded")
         await self.stop()
-        self._options |= options
+        self.load = replace(self.load, model=model, adapter_path=adapter_path)
         self.state, self.error, self.info = "loading", "", None
         self._failures = 0
         self.settled.clear()
@@ -139,18 +136,18 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """How many jobs a child works on."""
+        """Number of running jobs."""
         return len(self._running)
 
     def others(self, batch: Batch) -> int:
-        """How many of them are of other batches."""
+        """Number of running jobs of other batches."""
         return sum(job.batch is not batch for job in self._running.values())
 
-    def submit(self, jobs: Sequence[dict[str, Any]]) -> Batch:
-        """Put jobs into the queue, all or none.
+    def submit(self, jobs: Sequence[Job]) -> Batch:
+        """Queue jobs, all or none.
 
         Raises:
-            ApiError: 503 while there is no engine, 429 when the queue is full.
+            ApiError: 503 if the engine is not running, 429 if the queue is full.
         """
         if self.state != "ok":
             raise engine_down(f"the engine is {self.state}")
@@ -158,18 +155,18 @@ class Engine:
         if len(self._waiting) + len(jobs) - free > self._queue_size:
             raise ApiError(
                 429,
-                f"too many requests: {len(self._waiting)} wait already",
+                f"too many requests: {len(self._waiting)} are waiting",
                 code="queue_full",
                 retry_after=self._retry_after_s(),
             )
         batch = Batch(len(jobs), cancel=lambda: self._cancel(batch))
-        for index, values in enumerate(jobs):
-            self._waiting.append(_Job(next(self._ids), index, values, batch))
+        for index, job in enumerate(jobs):
+            self._waiting.append(_QueuedJob(next(self._ids), index, job, batch))
         self._admit()
         return batch
 
     def refuse_all(self, reason: str) -> None:
-        """Fail whatever waits or runs, and take no more."""
+        """Fail all waiting and running jobs, and accept no more."""
         if self.state == "ok":
             self.state = "restarting"
         self._pipe = None
@@ -184,34 +181,34 @@ class Engine:
         return max(1, min(60, round(turns * self._answer_s)))
 
     def _admit(self) -> None:
-        """Send the child what it has room for."""
+        """Send waiting jobs to the child while fewer than the maximum are running."""
         while self._pipe and self._waiting and len(self._running) < self._max_concurrent:
             job = self._waiting.popleft()
             if not self._running:
-                self._heard = time.monotonic()
+                self._last_event = time.monotonic()
             job.started = time.monotonic()
             self._running[job.id] = job
             self.begun += 1
-            self._send({"type": "submit", "id": job.id, "job": job.values})
+            self._send(Submit(id=job.id, job=job.job.to_dict()))
 
     def _cancel(self, batch: Batch) -> None:
         self._waiting = deque(job for job in self._waiting if job.batch is not batch)
         for job in self._running.values():
             if job.batch is batch and not job.cancelled:
                 job.cancelled = True
-                self._send({"type": "cancel", "id": job.id})
+                self._send(Cancel(id=job.id))
 
-    def _send(self, message: Message) -> None:
+    def _send(self, message: Command) -> None:
         if self._pipe is not None and not self._pipe.is_closing():
             self._pipe.write(pack(message))
 
     async def _supervise(self) -> None:
-        """Start one child after the other."""
+        """Start a child again whenever one ends."""
         while True:
             try:
                 await self._run_child()
-            except (OSError, ValueError, TypeError, KeyError) as error:  # no process, or no sense
-                print(f"the engine cannot be talked to: {error!r}", file=sys.stderr, flush=True)
+            except (OSError, ValueError) as error:  # no process, or an invalid message
+                print(f"lost connection to the engine: {error!r}", file=sys.stderr, flush=True)
             if self.state == "broken":
                 self.settled.set()
                 return
@@ -219,11 +216,11 @@ class Engine:
             self._failures += 1
             self.restarts += 1
             self.metrics.restarts.inc()
-            print(f"the engine died; starting another in {pause:g} s", file=sys.stderr, flush=True)
+            print(f"the engine died; restarting it in {pause:g} s", file=sys.stderr, flush=True)
             await asyncio.sleep(pause)
 
     async def _run_child(self) -> None:
-        """Run one child to its end."""
+        """Run one child until it ends."""
         pipe = asyncio.subprocess.PIPE
         child = await asyncio.create_subprocess_exec(
             *self._command, stdin=pipe, stdout=pipe, limit=_BUFFER_BYTES
@@ -232,61 +229,66 @@ class Engine:
         self.pid = child.pid
         watch = asyncio.create_task(self._watch(child))
         try:
-            child.stdin.write(pack(self._options))
-            while (message := await read_async(child.stdout)) is not None:
-                self._heard = time.monotonic()
-                self._take(message, child.stdin)
+            child.stdin.write(pack(self.load))
+            while (event := await read_event(child.stdout)) is not None:
+                self._last_event = time.monotonic()
+                self._handle(event, child.stdin)
         finally:
             watch.cancel()
             self.pid = None
             self.refuse_all("the engine died; it is being restarted")
-            await _end(child, politely=self.state == "stopped")
+            await _stop_child(child, politely=self.state == "stopped")
 
     async def _watch(self, child: asyncio.subprocess.Process) -> None:
-        """Kill a child that has work and shows no sign of life."""
+        """Kill a child that has running jobs and sends nothing."""
         while True:
             await asyncio.sleep(min(1.0, self._timeout_s / 4))
-            silent_s = time.monotonic() - self._heard
+            silent_s = time.monotonic() - self._last_event
             if self._running and self._pipe and silent_s > self._timeout_s:
-                print(f"the engine has hung for {silent_s:.0f} s", file=sys.stderr, flush=True)
+                print(
+                    f"the engine has not responded for {silent_s:.0f} s",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 child.kill()
                 return
 
-    def _take(self, message: Message, pipe: asyncio.StreamWriter) -> None:
-        """Take a message of the child."""
-        kind = message.pop("type")
-        if kind == "ready":
-            self.info = EngineInfo(**message)
-            self.state, self._pipe = "ok", pipe
-            self.settled.set()
-        elif kind == "broken":
-            self.error = message["message"]
-            self.state = "broken" if self.info is None else "restarting"
-        else:
-            self._pass_on(kind, message)
+    def _handle(self, event: Event, pipe: asyncio.StreamWriter) -> None:
+        match event:
+            case Ready():
+                self.info = event
+                self.state, self._pipe = "ok", pipe
+                self.settled.set()
+            case Broken():
+                self.error = event.message
+                self.state = "broken" if self.info is None else "restarting"
+            case _:
+                self._deliver(event)
 
-    def _pass_on(self, kind: str, message: Message) -> None:
-        """Hand a job's message to its request; the last one makes room for another job."""
-        job = self._running.get(message.pop("id"))
+    def _deliver(self, message: JobMessage) -> None:
+        """Pass a job's message to its batch; the last one makes room for another job."""
+        job = self._running.get(message.id)
         if job is None:
             return
         now = time.monotonic()
-        if kind == "group":
+        if isinstance(message, Group):
             self._failures = 0
-            since = job.spoke or job.submitted
-            self.metrics.group(message, seconds=now - since, first=job.spoke == 0.0)
-            job.spoke = now
-        if kind in ("finished", "failed", "refused"):
+            since = job.last_group or job.submitted
+            self.metrics.group(message, seconds=now - since, first=job.last_group == 0.0)
+            job.last_group = now
+        elif isinstance(message, Finished | Failed | Refused):
             del self._running[job.id]
             self._answer_s += 0.2 * (now - job.started - self._answer_s)
-            self.metrics.ended("cancelled" if job.cancelled else message.get("reason", kind))
+            reason = message.reason if isinstance(message, Finished) else message.type
+            self.metrics.ended("cancelled" if job.cancelled else reason)
             self._admit()
         if not job.cancelled:
-            job.batch.put(message | {"type": kind, "index": job.index})
+            message.index = job.index
+            job.batch.put(message)
 
 
-async def _end(child: asyncio.subprocess.Process, *, politely: bool) -> None:
-    """End a child: its pipe first, a kill if that is not enough."""
+async def _stop_child(child: asyncio.subprocess.Process, *, politely: bool) -> None:
+    """Stop a child by closing its pipe, then by killing it."""
     assert child.stdin
     with contextlib.suppress(OSError):
         child.stdin.close()

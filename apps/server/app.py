@@ -22,14 +22,14 @@ from mlx_mtp.apps.server.api import (
     openai_completions,
     openai_responses,
 )
-from mlx_mtp.apps.server.api.jobs import Desk
+from mlx_mtp.apps.server.api.jobs import ServerContext
 from mlx_mtp.apps.server.errors import ApiError
 from mlx_mtp.apps.server.metrics import Metrics
 from mlx_mtp.apps.server.replies import error_response
 from mlx_mtp.apps.server.security import PUBLIC_PATHS, Guard
 from mlx_mtp.apps.server.settings import Settings
 
-_CLIENT_LEFT = 499
+_CLIENT_DISCONNECTED = 499
 
 
 def create_app(
@@ -39,36 +39,37 @@ def create_app(
     routes: Sequence[BaseRoute] = (),
     public_paths: Sequence[str] = (),
 ) -> Starlette:
-    """Make the application; it starts the engine and stops it.
+    """Create the application; it starts and stops the engine.
 
     Args:
         engine: not started yet.
-        settings: how requests are taken.
-        routes: more routes, such as the pages of a chat app; they find the engine and the settings
-            in ``request.app.state.desk`` and pass the same checks.
-        public_paths: paths that need no API key, besides ``/health``.
+        settings: the operator's settings.
+        routes: more routes, such as those of a chat app, behind the same checks; the
+            ``ServerContext`` is in ``request.app.state.context``.
+        public_paths: paths that need no API key, in addition to ``/health``.
     """
     app = Starlette(
         routes=[*_routes(), *routes],
         middleware=[
-            Middleware(_Counted, metrics=engine.metrics),
+            Middleware(_CountRequests, metrics=engine.metrics),
             Middleware(Guard, settings=settings, public_paths=(*PUBLIC_PATHS, *public_paths)),
         ],
         exception_handlers={
-            ApiError: _told,
-            HTTPException: _told_http,
-            ClientDisconnect: _gone,
-            Exception: _failed,
+            ApiError: _api_error,
+            HTTPException: _http_error,
+            ClientDisconnect: _client_disconnected,
+            Exception: _internal_error,
         },
         lifespan=_lifespan,
     )
-    app.state.desk = Desk(engine, settings)
+    engine.load.num_draft_tokens = settings.num_draft_tokens  # checked when the model is loaded
+    app.state.context = ServerContext(engine, settings)
     return app
 
 
 @contextlib.asynccontextmanager
 async def _lifespan(app: Starlette) -> AsyncIterator[None]:
-    engine: Engine = app.state.desk.engine
+    engine: Engine = app.state.context.engine
     await engine.start()
     try:
         yield
@@ -90,8 +91,8 @@ def _routes() -> list[Route]:
     ]
 
 
-class _Counted:
-    """Counts requests by path and status."""
+class _CountRequests:
+    """Middleware that counts requests by path and status."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app = app
@@ -112,24 +113,24 @@ class _Counted:
         await self._app(scope, receive, counting)
 
 
-async def _told(request: Request, error: Any) -> Response:
+async def _api_error(request: Request, error: Any) -> Response:
     return error_response(request.url.path, error)
 
 
-async def _told_http(request: Request, error: Any) -> Response:
-    """What the router itself refuses: an unknown path, a wrong method."""
+async def _http_error(request: Request, error: Any) -> Response:
+    """An error of the router: unknown path or wrong method."""
     response = error_response(request.url.path, ApiError(error.status_code, error.detail))
     response.headers.update(error.headers or {})
     return response
 
 
-async def _gone(request: Request, error: Any) -> Response:
-    """Nobody reads this; the status is for the log and the counters."""
+async def _client_disconnected(request: Request, error: Any) -> Response:
+    """Nobody reads this response; its status is counted."""
     del request, error
-    return Response(status_code=_CLIENT_LEFT)
+    return Response(status_code=_CLIENT_DISCONNECTED)
 
 
-async def _failed(request: Request, error: Any) -> Response:
-    """A bug: Starlette logs the traceback."""
+async def _internal_error(request: Request, error: Any) -> Response:
+    """A bug; Starlette logs the traceback."""
     kind = type(error).__name__
     return error_response(request.url.path, ApiError(500, f"internal error ({kind})"))

@@ -1,4 +1,4 @@
-"""Reads a request's body and checks it against its model; whatever is wrong becomes one line."""
+"""Reads a request's body and validates it; an error becomes one line that names the field."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from starlette.requests import Request
 from mlx_mtp.apps.server.errors import ApiError, refused
 from mlx_mtp.apps.server.settings import Settings
 
-MOST_LEVELS = 64
-MOST_VALUES = 2**18  # more of them would keep every other thread while they are read
-MOST_CONTAINERS = 2**14  # likewise
-MOST_KEYS = 2**12
-_IN_THREAD_BYTES = 2**16  # longer ones would keep the event loop
+MAX_LEVELS = 64
+MAX_VALUES = 2**18  # parsing more would block every other thread
+MAX_CONTAINERS = 2**14  # the same
+MAX_KEYS = 2**12
+_IN_THREAD_BYTES = 2**16  # parsing a longer body would block the event loop
 _FIELD = re.compile(r"[a-z][a-z0-9_]*")
 _TYPE_LABELS = {"str", "int", "float", "bool", "none"}
 
@@ -30,8 +30,8 @@ async def read_body(request: Request, model: type[Body], settings: Settings) -> 
     """Read a JSON body.
 
     Raises:
-        ApiError: 400 with the field to blame, 408 for a client too slow, 413 for too long a body.
-        ClientDisconnect: the client has gone.
+        ApiError: 400 with the invalid field, 408 for a slow client, 413 for a long body.
+        ClientDisconnect: the client disconnected.
     """
     try:
         async with asyncio.timeout(settings.body_timeout_s):
@@ -46,7 +46,7 @@ async def read_body(request: Request, model: type[Body], settings: Settings) -> 
 
 
 def parse(data: bytes, model: type[Body]) -> Body:
-    """Turn bytes into a checked body.
+    """Parse and validate a body.
 
     Raises:
         ApiError: 400; the message names the field.
@@ -57,17 +57,17 @@ def parse(data: bytes, model: type[Body]) -> Body:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise _told(error) from None
+        raise _api_error(error) from None
     except RecursionError:
         raise refused("the body is nested too deep") from None
 
 
-async def _read(request: Request, most: int) -> bytes:
+async def _read(request: Request, max_bytes: int) -> bytes:
     chunks, size = [], 0
     async for chunk in request.stream():
         size += len(chunk)
-        if size > most:
-            raise ApiError(413, f"the request is longer than {most} bytes", code="too_long")
+        if size > max_bytes:
+            raise ApiError(413, f"the request is longer than {max_bytes} bytes", code="too_long")
         chunks.append(chunk)
     return b"".join(chunks)
 
@@ -80,7 +80,7 @@ def _parse_json(data: bytes) -> Any:
     _check_count(data)
     try:
         values = json.loads(
-            text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_no_twins
+            text, parse_constant=_no_constant, parse_float=_finite, object_pairs_hook=_unique_keys
         )
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}"
@@ -106,79 +106,79 @@ def _finite(text: str) -> float:
     return value
 
 
-def _no_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(pairs) > MOST_KEYS:
-        raise ValueError(f"an object has more than {MOST_KEYS} keys")
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(pairs) > MAX_KEYS:
+        raise ValueError(f"an object has more than {MAX_KEYS} keys")
     values = dict(pairs)
     if len(values) != len(pairs):
         seen: set[str] = set()
-        twin = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the key {twin[:40]!r} occurs twice")
+        duplicate = next(name for name, _ in pairs if name in seen or seen.add(name))
+        raise ValueError(f"the key {duplicate[:40]!r} occurs twice")
     return values
 
 
 def _check_count(data: bytes) -> None:
-    """Refuse more values than any request needs, before anything is made of them."""
+    """Reject more values than any request needs, before they are parsed."""
     if not _too_many([data]):
         return
     bare = data.replace(b"\\\\", b"").replace(b'\\"', b"")
     strings = bare.count(b'"') // 2
-    fault = f"{MOST_VALUES} strings" if strings > MOST_VALUES else _too_many(bare.split(b'"')[::2])
-    if fault:
-        raise refused(f"the body has more than {fault}", code="too_many_values")
+    limit = f"{MAX_VALUES} strings" if strings > MAX_VALUES else _too_many(bare.split(b'"')[::2])
+    if limit:
+        raise refused(f"the body has more than {limit}", code="too_many_values")
 
 
 def _too_many(pieces: list[bytes]) -> str:
-    """What there is too much of in JSON without its strings; empty where nothing is."""
-    if sum(piece.count(b",") for piece in pieces) >= MOST_VALUES:
-        return f"{MOST_VALUES} values"
-    if sum(piece.count(b"[") + piece.count(b"{") for piece in pieces) > MOST_CONTAINERS:
-        return f"{MOST_CONTAINERS} lists and objects"
+    """The limit that JSON without its strings exceeds; empty if there is none."""
+    if sum(piece.count(b",") for piece in pieces) >= MAX_VALUES:
+        return f"{MAX_VALUES} values"
+    if sum(piece.count(b"[") + piece.count(b"{") for piece in pieces) > MAX_CONTAINERS:
+        return f"{MAX_CONTAINERS} lists and objects"
     return ""
 
 
 def _check_levels(values: Any) -> None:
-    """Refuse what is nested deeper than any request needs."""
+    """Reject deeper nesting than any request needs."""
     level = _inner([values])
-    for _ in range(MOST_LEVELS):
+    for _ in range(MAX_LEVELS):
         level = [inner for value in level for inner in _inner(value)]
         if not level:
             return
-    raise refused(f"the body is nested deeper than {MOST_LEVELS} levels")
+    raise refused(f"the body is nested deeper than {MAX_LEVELS} levels")
 
 
 def _inner(value: Any) -> list[Any]:
     """Lists and objects within a list or an object."""
-    each = value.values() if isinstance(value, dict) else value
-    return [inner for inner in each if isinstance(inner, dict | list)]
+    values = value.values() if isinstance(value, dict) else value
+    return [inner for inner in values if isinstance(inner, dict | list)]
 
 
 def _check_unicode(values: Any) -> None:
     try:
         json.dumps(values, ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise refused("the body holds half of a surrogate pair") from None
+        raise refused("the body contains an unpaired surrogate") from None
 
 
-def _told(error: ValidationError) -> ApiError:
-    """Say of the most specific fault where it is and what."""
-    faults = error.errors(include_url=False, include_input=False, include_context=False)
-    fault = max(faults, key=lambda each: len(_place(each["loc"])))
-    param = ".".join(_place(fault["loc"])) or None
-    match fault["type"]:
+def _api_error(error: ValidationError) -> ApiError:
+    """Convert the most specific of the errors."""
+    details = error.errors(include_url=False, include_input=False, include_context=False)
+    detail = max(details, key=lambda detail: len(_place(detail["loc"])))
+    param = ".".join(_place(detail["loc"])) or None
+    match detail["type"]:
         case "extra_forbidden":
             return refused(f"{param} is not supported", param=param, code="unsupported_parameter")
         case "missing":
             return refused(f"{param} is missing", param=param, code="missing_parameter")
-    message = fault["msg"].removeprefix("Value error, ").removeprefix("Input ")
+    message = detail["msg"].removeprefix("Value error, ").removeprefix("Input ")
     return refused(f"{param}: {message}" if param else message, param=param)
 
 
 def _place(loc: Iterable[int | str]) -> list[str]:
-    """Where a fault is, without pydantic's names for the branches of a union."""
-    named = [str(each) for each in loc]
+    """The path of a field, without pydantic's names for the branches of a union."""
+    names = [str(part) for part in loc]
     return [
-        each
-        for each in named
-        if each.isdecimal() or (_FIELD.fullmatch(each) and each not in _TYPE_LABELS)
+        name
+        for name in names
+        if name.isdecimal() or (_FIELD.fullmatch(name) and name not in _TYPE_LABELS)
     ]

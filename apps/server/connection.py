@@ -1,4 +1,4 @@
-"""A connection: how long a client may take to ask, and to take what it asked for."""
+"""Timeouts of a connection: for sending the headers and for reading the response."""
 
 from __future__ import annotations
 
@@ -12,80 +12,81 @@ from mlx_mtp.apps.server.metrics import Metrics
 from mlx_mtp.apps.server.settings import Settings
 
 SEND_BUFFER_BYTES = 2**15
-_LOOKS = 4  # at what a client has taken, by the time that it is given
+_CHECKS = 4  # of the write buffer per send timeout
 
 
 def protocol_class(settings: Settings, metrics: Metrics) -> Any:
-    """uvicorn's protocol, less patient with clients that keep it waiting.
+    """Return uvicorn's protocol with timeouts for slow clients.
 
-    One that does not finish its first headers is left, and so is one that takes no byte for
-    ``settings.send_timeout_s`` while some are ready for it; to its request it has gone.
+    A client that does not finish its first headers in time is disconnected, and so is one that
+    reads nothing for ``settings.send_timeout_s`` while data is pending; its request sees a
+    disconnect.
 
     Args:
-        settings: of the server.
-        metrics: counts the latter.
+        settings: the timeouts.
+        metrics: counts clients that stopped reading.
     """
 
-    class Bound(_Impatient):
-        _given = settings
-        _counted = metrics
+    class Bound(_TimeoutProtocol):
+        _settings = settings
+        _metrics = metrics
 
     return Bound
 
 
-class _Impatient(H11Protocol):
-    _given: Settings
-    _counted: Metrics
-    _look: asyncio.TimerHandle | None = None
+class _TimeoutProtocol(H11Protocol):
+    _settings: Settings
+    _metrics: Metrics
+    _check: asyncio.TimerHandle | None = None
     _idle: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
-        _hold_little(transport)
-        self._idle = self.loop.call_later(self._given.header_timeout_s, self._leave_if_idle)
+        _limit_buffers(transport)
+        self._idle = self.loop.call_later(self._settings.header_timeout_s, self._close_if_idle)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._look_no_more()
-        if self._idle is not None:  # it would hold what is left of the connection so long
+        self._stop_checking()
+        if self._idle is not None:  # the timer would keep the connection's objects alive
             self._idle.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """The client takes less than there is."""
+        """The client reads more slowly than data is written."""
         super().pause_writing()
-        self._look_later(self.transport.get_write_buffer_size(), _LOOKS)
+        self._check_later(self.transport.get_write_buffer_size(), _CHECKS)
 
     def resume_writing(self) -> None:
-        """It has taken everything."""
-        self._look_no_more()
+        """The client has read everything."""
+        self._stop_checking()
         super().resume_writing()
 
-    def _look_later(self, left: int, looks: int) -> None:
-        self._look_no_more()
-        wait_s = self._given.send_timeout_s / _LOOKS
-        self._look = self.loop.call_later(wait_s, self._look_at, left, looks)
+    def _check_later(self, left: int, checks: int) -> None:
+        self._stop_checking()
+        wait_s = self._settings.send_timeout_s / _CHECKS
+        self._check = self.loop.call_later(wait_s, self._check_buffer, left, checks)
 
-    def _look_at(self, left: int, looks: int) -> None:
+    def _check_buffer(self, left: int, checks: int) -> None:
         now_left = self.transport.get_write_buffer_size()
         if now_left < left:
-            self._look_later(now_left, _LOOKS)
-        elif looks > 1:
-            self._look_later(left, looks - 1)
+            self._check_later(now_left, _CHECKS)
+        elif checks > 1:
+            self._check_later(left, checks - 1)
         else:
-            self._counted.stalled.inc()
+            self._metrics.stalled.inc()
             self.transport.abort()
 
-    def _look_no_more(self) -> None:
-        if self._look is not None:
-            self._look.cancel()
+    def _stop_checking(self) -> None:
+        if self._check is not None:
+            self._check.cancel()
 
-    def _leave_if_idle(self) -> None:
+    def _close_if_idle(self) -> None:
         if self.cycle is None and not self.transport.is_closing():
             self.transport.close()
 
 
-def _hold_little(transport: Any) -> None:
-    """Keep buffers small: what they hold looks taken, however long the client reads nothing."""
+def _limit_buffers(transport: Any) -> None:
+    """Keep buffers small: their content counts as read, even if the client reads nothing."""
     transport.set_write_buffer_limits(high=0)
     connection = transport.get_extra_info("socket")
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)

@@ -1,4 +1,4 @@
-"""What can go wrong with a request, in the words of the two APIs."""
+"""Errors of requests in the formats of OpenAI and Anthropic."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ OPENAI_TYPES = {
 
 
 class ApiError(Exception):
-    """An answer other than 200.
+    """An HTTP error response.
 
     Args:
         status: HTTP status.
-        message: one line for people.
-        param: the field to blame.
-        code: a word for programs.
-        retry_after: seconds after which another try makes sense.
+        message: one line for users.
+        param: the invalid field.
+        code: machine-readable error code.
+        retry_after: seconds after which to retry.
     """
 
     def __init__(
@@ -54,11 +54,11 @@ class ApiError(Exception):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that go with it."""
+        """Headers of the response."""
         return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
 
     def openai(self) -> dict[str, Any]:
-        """The body in OpenAI's shape."""
+        """Return the body in OpenAI's format."""
         return {
             "error": {
                 "message": self.message,
@@ -69,17 +69,17 @@ class ApiError(Exception):
         }
 
     def anthropic(self) -> dict[str, Any]:
-        """The body in Anthropic's shape."""
+        """Return the body in Anthropic's format."""
         kind = ANTHROPIC_TYPES.get(self.status, "api_error")
         where = f"{self.param}: " if self.param and not self.message.startswith(self.param) else ""
         return {"type": "error", "error": {"type": kind, "message": where + self.message}}
 
 
 def refused(message: str, *, param: str | None = None, code: str | None = None) -> ApiError:
-    """A request that is wrong, or asks for something that is not supported."""
+    """Return a 400: the request is invalid or asks for something that is not supported."""
     return ApiError(400, message, param=param, code=code)
 
 
 def engine_down(message: str) -> ApiError:
-    """The engine is not there; it will be soon."""
+    """Return a 503: the engine is not running yet, or is being restarted."""
     return ApiError(503, message, code="engine_unavailable", retry_after=1)

@@ -1,4 +1,4 @@
-"""Counters for Prometheus; every server has its own."""
+"""Prometheus metrics of one server."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from mlx_mtp.apps.engine.protocol import Message
+from mlx_mtp.apps.engine.protocol import Group
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-LOOK_S = 0.1  # how often the event loop is asked how late it is
+CHECK_S = 0.1  # interval of the checks of the event loop's delay
 _FIRST_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _TOKEN_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _LATE_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.5, 1)
 
 
 class Metrics:
-    """What is counted.
+    """Counters, gauges and histograms.
 
     Attributes:
-        restarts: engines started after the first.
-        stalled: connections closed because nothing was taken from them.
+        restarts: engine restarts.
+        stalled: connections closed because the client stopped reading.
     """
 
     def __init__(self) -> None:
@@ -32,67 +32,71 @@ class Metrics:
             return Counter(f"mlx_mtp_{name}", text, labels, registry=registry)
 
         self._requests = counter("requests", "Requests by path and status.", ("path", "status"))
-        self._answers = counter("answers", "Answers by how they ended.", ("reason",))
+        self._answers = counter("answers", "Answers by finish reason.", ("reason",))
         self._tokens = counter("tokens", "Tokens emitted.")
-        self._steps = counter("steps", "Forwards that emitted tokens.")
-        self._drafted = counter("drafts", "Drafts verified.", ("source",))
-        self._accepted = counter("drafts_accepted", "Drafts accepted.", ("source",))
-        self.restarts = counter("engine_restarts", "Engines started after the first.")
-        self.stalled = counter("stalled_clients", "Clients left because they took nothing more.")
-        self._queue = Gauge("mlx_mtp_queue_length", "Answers that wait.", registry=registry)
-        self._running = Gauge("mlx_mtp_running", "Answers being made.", registry=registry)
+        self._steps = counter("steps", "Decoding steps.")
+        self._drafted = counter("drafts", "Draft tokens verified.", ("source",))
+        self._accepted = counter("drafts_accepted", "Draft tokens accepted.", ("source",))
+        self.restarts = counter("engine_restarts", "Engine restarts.")
+        self.stalled = counter(
+            "stalled_clients", "Clients disconnected because they stopped reading."
+        )
+        self._queue = Gauge(
+            "mlx_mtp_queue_length", "Answers waiting in the queue.", registry=registry
+        )
+        self._running = Gauge("mlx_mtp_running", "Answers being generated.", registry=registry)
         self._first = Histogram(
             "mlx_mtp_time_to_first_token_seconds",
-            "From the request to its first token, the queue included.",
+            "Time from the request to its first token, including the queue.",
             registry=registry,
             buckets=_FIRST_S,
         )
-        self._each = Histogram(
+        self._per_token = Histogram(
             "mlx_mtp_time_per_token_seconds",
-            "Between steps, by tokens emitted.",
+            "Time between steps per emitted token.",
             registry=registry,
             buckets=_TOKEN_S,
         )
 
         self._late = Histogram(
             "mlx_mtp_event_loop_late_seconds",
-            "How late the event loop came back to something, ten times a second.",
+            "Delay of the event loop, measured ten times per second.",
             registry=registry,
             buckets=_LATE_S,
         )
 
     def watch_queue(self, waiting: Callable[[], int], running: Callable[[], int]) -> None:
-        """Say where the lengths are read."""
+        """Set the functions that return the queue length and the number of running answers."""
         self._queue.set_function(waiting)
         self._running.set_function(running)
 
     async def watch_loop(self) -> None:
-        """Note again and again how late the event loop is, until it is cancelled."""
+        """Record the event loop's delay regularly, until cancelled."""
         while True:
-            due = time.monotonic() + LOOK_S
-            await asyncio.sleep(LOOK_S)
+            due = time.monotonic() + CHECK_S
+            await asyncio.sleep(CHECK_S)
             self._late.observe(max(0.0, time.monotonic() - due))
 
-    def group(self, message: Message, *, seconds: float, first: bool) -> None:
-        """Count what a step emitted; ``seconds`` after the step before, or after the request."""
-        self._tokens.inc(message["tokens"])
+    def group(self, message: Group, *, seconds: float, first: bool) -> None:
+        """Count a step; ``seconds`` since the previous step, or since the request for the first."""
+        self._tokens.inc(message.tokens)
         self._steps.inc()
-        if message["drafted"]:
-            self._drafted.labels(message["source"]).inc(message["drafted"])
-            self._accepted.labels(message["source"]).inc(message["accepted"])
+        if message.drafted:
+            self._drafted.labels(message.source).inc(message.drafted)
+            self._accepted.labels(message.source).inc(message.accepted)
         if first:
             self._first.observe(seconds)
         else:
-            self._each.observe(seconds / message["tokens"])
+            self._per_token.observe(seconds / message.tokens)
 
     def ended(self, reason: str) -> None:
-        """Count an answer that has ended."""
+        """Count an answer by the reason of its end."""
         self._answers.labels(reason).inc()
 
     def request(self, path: str, status: int) -> None:
-        """Count a request; ``path`` is a known one, or "other"."""
+        """Count a request; ``path`` is a known path or "other"."""
         self._requests.labels(path, str(status)).inc()
 
     def text(self) -> bytes:
-        """All counters in Prometheus's text format."""
+        """Return all metrics in Prometheus's text format."""
         return generate_latest(self._registry)

@@ -1,4 +1,4 @@
-"""The OpenAPI document, made from the request models."""
+"""The OpenAPI document, generated from the request models."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _POSTS: dict[str, tuple[type[BaseModel], str]] = {
     "/v1/messages": (MessagesRequest, "Answer a conversation (Anthropic)."),
 }
 _GETS = {
-    "/health": "Whether answers can be had.",
-    "/metrics": "Counters for Prometheus.",
+    "/health": "State of the engine.",
+    "/metrics": "Prometheus metrics.",
     "/v1/models": "The models.",
     "/v1/models/{model}": "One model.",
     "/openapi.json": "This document.",
@@ -29,7 +29,7 @@ _GETS = {
 
 
 def document() -> dict[str, Any]:
-    """The document, OpenAPI 3.1."""
+    """Return the document, OpenAPI 3.1."""
     models = [(model, "validation") for model, _ in _POSTS.values()]
     references, schemas = models_json_schema(
         models,  # type: ignore[arg-type]
@@ -66,6 +66,6 @@ def _post(schema: Any, text: str) -> dict[str, Any]:
 def _responses() -> dict[str, Any]:
     return {
         "200": {"description": "The answer."},
-        "4XX": {"description": "The request is wrong, or asks for what cannot be had."},
-        "503": {"description": "The engine is being started."},
+        "4XX": {"description": "The request is invalid or not supported."},
+        "503": {"description": "The engine is not ready."},
     }

@@ -1,4 +1,4 @@
-"""Answers that are no streams."""
+"""Responses other than streams."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from starlette.responses import Response
 from mlx_mtp.apps.server.errors import ApiError
 
 ANTHROPIC_PATHS = ("/v1/messages",)
-_CLOSE = (408, 413)  # the rest of the request is still on its way
+_CLOSE = (408, 413)  # the rest of the request has not been read
 
 
 def json_response(
     content: Any, *, status: int = 200, headers: dict[str, str] | None = None
 ) -> Response:
-    """An answer in JSON, with the length that it has."""
+    """Return a JSON response."""
     body = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return Response(body.encode(), status, headers, media_type="application/json")
 
 
 def error_response(path: str, error: ApiError) -> Response:
-    """An error in the shape of the API that the path belongs to."""
+    """Return an error in the format of the API that the path belongs to."""
     anthropic = path.startswith(ANTHROPIC_PATHS)
     headers = error.headers | ({"Connection": "close"} if error.status in _CLOSE else {})
     content = error.anthropic() if anthropic else error.openai()

@@ -1,4 +1,4 @@
-"""Runs the application: the socket, the signals, the lines that say how it stands."""
+"""Runs the application: socket, signals and status lines."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def serve(
     *,
     greet: Callable[[str], None] | None = None,
 ) -> None:
-    """Serve until a signal comes.
+    """Serve until SIGINT or SIGTERM.
 
     Args:
         app: from ``create_app``.
-        engine: the same one.
+        engine: the engine of the application.
         settings: where to listen.
-        greet: called with the address once it is known, instead of printing a line.
+        greet: called with the address instead of printing it.
 
     Raises:
-        ValueError: the port is taken, or the model cannot be loaded.
+        ValueError: the port is in use, or the model cannot be loaded.
     """
     listener = _listen(settings)
     url = _url(listener)
@@ -53,14 +53,12 @@ def serve(
     )
     server = _Server(config, engine)
     gc.collect()
-    gc.freeze()  # what is there now stays; no collection need look through it again
+    gc.freeze()  # objects that exist now stay; collections need not scan them again
     (greet or _greet)(url)
     with listener:
         asyncio.run(_run(server, listener, engine, url, settings))
     if engine.info is None and engine.error:
         raise ValueError(engine.error)
-    if fault := _fault(engine, settings):
-        raise ValueError(fault)
 
 
 def _greet(url: str) -> None:
@@ -70,42 +68,31 @@ def _greet(url: str) -> None:
 async def _run(
     server: _Server, listener: socket.socket, engine: Engine, url: str, settings: Settings
 ) -> None:
-    beside = [
+    tasks = [
         asyncio.create_task(_announce(server, engine, url, settings)),
         asyncio.create_task(engine.metrics.watch_loop()),
     ]
     try:
         await server.serve(sockets=[listener])
     finally:
-        for task in beside:
+        for task in tasks:
             task.cancel()
 
 
 async def _announce(server: _Server, engine: Engine, url: str, settings: Settings) -> None:
-    """Say what is served once it is; end the server where it cannot be."""
+    """Print the model when it is loaded; stop the server if it cannot be."""
     await engine.settled.wait()
     info = engine.info
-    if info is None or _fault(engine, settings):
+    if info is None:
         server.should_exit = True
         return
-    how = f"k = {info.num_draft_tokens}" if info.adapter else "no MTP adapter: one token per step"
-    how = "one token per step, as asked" if settings.layout == "plain" else how
-    print(f"Serving {info.model} ({how}) on {url}/v1", flush=True)
-
-
-def _fault(engine: Engine, settings: Settings) -> str:
-    """What the settings ask for and the model cannot do; empty where there is nothing."""
-    most = engine.info.num_draft_tokens if engine.info else 0
-    if most and (settings.num_draft_tokens or 0) > most:
-        return (
-            f"--num-draft-tokens is {settings.num_draft_tokens}, but the adapter was trained "
-            f"for {most}"
-        )
-    return ""
+    mode = f"k = {info.num_draft_tokens}" if info.adapter else "no MTP adapter: one token per step"
+    mode = "plain layout: one token per step" if settings.layout == "plain" else mode
+    print(f"Serving {info.model} ({mode}) on {url}/v1", flush=True)
 
 
 class _Server(uvicorn.Server):
-    """Ends cleanly at the first signal, with exit code 0."""
+    """Stops cleanly at the first signal, with exit code 0."""
 
     def __init__(self, config: uvicorn.Config, engine: Engine) -> None:
         super().__init__(config)
@@ -115,14 +102,14 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Generator[None, None, None]:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._leave)
+            loop.add_signal_handler(number, self._stop)
         try:
             yield
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.remove_signal_handler(number)
 
-    def _leave(self) -> None:
+    def _stop(self) -> None:
         self.force_exit = self.should_exit
         self.should_exit = True
         self._engine.refuse_all("the server is shutting down")
@@ -143,8 +130,8 @@ def _listen(settings: Settings) -> socket.socket:
         listener.listen(1024)
     except OSError as error:
         listener.close()
-        taken = error.errno == errno.EADDRINUSE
-        reason = "is taken by another program" if taken else f"cannot be used: {error.strerror}"
+        in_use = error.errno == errno.EADDRINUSE
+        reason = "is in use by another program" if in_use else f"cannot be used: {error.strerror}"
         raise ValueError(f"port {settings.port} of {settings.host} {reason}") from None
     return listener
 

@@ -1,7 +1,7 @@
-"""Who may ask: the checks before any route, as ASGI middleware.
+"""Access checks before any route, as ASGI middleware.
 
-A page of another origin must not use the server through the user's browser: neither directly
-(Origin) nor by a name that was made to point here (Host).
+A page of another origin must not use the server through the user's browser, neither directly
+(``Origin``) nor through a host name that an attacker resolves to this address (``Host``).
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _CORS_METHODS = "GET, POST, OPTIONS"
 
 
 class Guard:
-    """Lets through what may be asked; answers the rest itself.
+    """Rejects requests that are not allowed and passes the others on.
 
     Args:
-        app: what lies behind.
-        settings: who may ask.
+        app: the application.
+        settings: the operator's settings.
         public_paths: paths that need no API key.
     """
 
@@ -44,7 +44,7 @@ class Guard:
         headers, path = Headers(scope=scope), scope["path"]
         origin = headers.get("origin")
         try:
-            self._check_place(headers, origin)
+            self._check_host_and_origin(headers, origin)
             if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                 response = _preflight(headers)
             else:
@@ -56,13 +56,19 @@ class Guard:
         send = _with_origin(send, origin) if origin in self._settings.allowed_origins else send
         await (response or self._app)(scope, receive, send)
 
-    def _check_place(self, headers: Headers, origin: str | None) -> None:
+    def _check_host_and_origin(self, headers: Headers, origin: str | None) -> None:
         host = headers.get("host", "")
         if len(headers.getlist("host")) != 1 or not self._settings.knows_host(host):
-            raise ApiError(403, f"this server is not called {host[:100]!r}", code="foreign_host")
+            raise ApiError(
+                403,
+                f"host {host[:100]!r} is not allowed (see --allowed-hosts)",
+                code="foreign_host",
+            )
         if origin is not None and not self._settings.knows_origin(origin, host):
             raise ApiError(
-                403, f"pages of {origin[:100]!r} may not use this server", code="foreign_origin"
+                403,
+                f"origin {origin[:100]!r} is not allowed (see --allowed-origins)",
+                code="foreign_origin",
             )
 
     def _check_key(self, headers: Headers, path: str) -> None:
@@ -70,18 +76,18 @@ class Guard:
         if key is None or path in self._public_paths:
             return
         kind, _, token = headers.get("authorization", "").partition(" ")
-        given = token.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
-        if not hmac.compare_digest(given.encode(), key.encode()):
-            raise ApiError(401, "the API key is missing or wrong", code="invalid_api_key")
+        key_sent = token.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
+        if not hmac.compare_digest(key_sent.encode(), key.encode()):
+            raise ApiError(401, "the API key is missing or invalid", code="invalid_api_key")
 
     def _check_length(self, headers: Headers) -> None:
-        length, most = headers.get("content-length", "0"), self._settings.max_body_bytes
-        if len(length) > 15 or not length.isdecimal() or int(length) > most:
-            raise ApiError(413, f"the request is longer than {most} bytes", code="too_long")
+        length, limit = headers.get("content-length", "0"), self._settings.max_body_bytes
+        if len(length) > 15 or not length.isdecimal() or int(length) > limit:
+            raise ApiError(413, f"the request is longer than {limit} bytes", code="too_long")
 
 
 def _preflight(headers: Headers) -> Response:
-    """Answer a browser that asks whether it may ask."""
+    """Answer a CORS preflight request."""
     return Response(
         status_code=204,
         headers={
@@ -93,7 +99,7 @@ def _preflight(headers: Headers) -> Response:
 
 
 def _with_origin(send: Send, origin: str | None) -> Send:
-    """Tell the browser that this origin, and no other, may read the answer."""
+    """Add the headers that allow this origin, and no other, to read the response."""
 
     async def send_with_origin(message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -1,4 +1,4 @@
-"""What an operator decides about the server."""
+"""Settings of the server."""
 
 from __future__ import annotations
 
@@ -7,49 +7,47 @@ import socket
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
+from mlx_mtp.decoding.config import setting
+
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How requests are taken and what they get where they say nothing.
+    """Settings of the server, and defaults of requests.
 
     Attributes:
-        host: address to listen on.
-        port: port to listen on; 0 takes a free one.
-        api_key: what clients must show; None asks for nothing.
-        allowed_origins: web pages of other origins that may use the server, as
-            ``scheme://host[:port]``.
-        allowed_hosts: more names under which the server may be called.
-        model_name: what the model is called; None takes the model's own name.
-        max_tokens: most tokens of an answer that asks for no number.
-        temp: temperature of an answer that asks for none; likewise the next three.
-        top_p: nucleus.
-        top_k: likeliest k.
-        min_p: least share of the likeliest.
-        layout: where mask tokens go; "plain" decodes plainly.
-        num_draft_tokens: drafts per step; None takes the adapter's number.
-        max_body_bytes: longest request.
-        body_timeout_s: how long a client may take to send one.
-        header_timeout_s: how long it may take to send its headers.
-        send_timeout_s: how long it may take nothing of what is ready for it.
-        ping_s: how long a stream may be silent before a comment is sent.
+        layout: as in ``GenerationConfig``; "plain" generates one token per step.
+        num_draft_tokens: draft tokens per step; None is the adapter's maximum.
+        max_body_bytes: maximum size of a request.
+        body_timeout_s: maximum time for a client to send a request.
+        header_timeout_s: maximum time for a client to send the headers.
+        send_timeout_s: maximum time for a client to read nothing while data is pending.
+        ping_s: maximum silence of a stream before a comment is sent.
 
     Raises:
         ValueError: the combination is not safe or makes no sense.
     """
 
-    host: str = "127.0.0.1"
-    port: int = 8080
-    api_key: str | None = None
-    allowed_origins: tuple[str, ...] = ()
-    allowed_hosts: tuple[str, ...] = ()
-    model_name: str | None = None
-    max_tokens: int = 512
-    temp: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    host: str = setting("127.0.0.1", "Address to listen on.")
+    port: int = setting(8080, "Port to listen on; 0 chooses a free one.", min=0, max=65535)
+    api_key: str | None = setting(None, "API key that clients must send.")
+    allowed_origins: tuple[str, ...] = setting(
+        (),
+        "Origin of web pages that may use the server, as scheme://host[:port]; repeatable, or "
+        "separated by commas.",
+    )
+    allowed_hosts: tuple[str, ...] = setting(
+        (), "Additional host name of the server; repeatable, or separated by commas."
+    )
+    model_name: str | None = setting(None, "Name of the model in replies.")
+    max_tokens: int = setting(
+        512, "Maximum number of tokens to generate when a request does not set it.", min=1
+    )
+    temp: float = setting(0.0, "Sampling temperature when a request does not set it.")
+    top_p: float = setting(1.0, "Value of top-p when a request does not set it.")
+    top_k: int = setting(0, "Value of top-k when a request does not set it; 0 keeps all tokens.")
+    min_p: float = setting(0.0, "Value of min-p when a request does not set it.")
     layout: str = "auto"
     num_draft_tokens: int | None = None
     max_body_bytes: int = 8 * 2**20
@@ -69,7 +67,7 @@ class Settings:
             raise ValueError("the API key is empty")
         if not is_loopback(self.host) and self.api_key is None:
             raise ValueError(
-                f"--host {self.host} can be reached from other machines: give --api-key too"
+                f"--host {self.host} can be reached from other machines and needs --api-key"
             )
         for origin in self.allowed_origins:
             parts = urlsplit(origin)
@@ -77,22 +75,22 @@ class Settings:
                 raise ValueError(f"--allowed-origins {origin!r} is not scheme://host[:port]")
 
     def knows_host(self, header: str) -> bool:
-        """Whether a ``Host`` header names this server; a web page cannot forge one that does."""
+        """Whether a ``Host`` header, which a web page cannot forge, is a name of this server."""
         name = host_name(header)
         known = {*LOOPBACK_NAMES, self.host, *self.allowed_hosts}
-        if name in {each.lower() for each in known}:
+        if name in map(str.lower, known):
             return True
         if is_loopback(self.host):
             return False
         return _is_address(name) or name in (socket.gethostname().lower(), socket.getfqdn().lower())
 
     def knows_origin(self, origin: str, host: str) -> bool:
-        """Whether a page of that origin may use the server: its own, or an allowed one."""
+        """Whether an origin is the server's own or an allowed one."""
         return origin in self.allowed_origins or origin.lower() == f"http://{host.lower()}"
 
 
 def is_loopback(host: str) -> bool:
-    """Whether an address can be reached from this machine alone."""
+    """Whether an address can only be reached from this machine."""
     if host == "localhost":
         return True
     try:
@@ -102,7 +100,7 @@ def is_loopback(host: str) -> bool:
 
 
 def host_name(header: str) -> str:
-    """The name in a ``Host`` header, without port and brackets; empty where it is malformed."""
+    """Return the name in a ``Host`` header without port and brackets; empty if malformed."""
     try:
         return urlsplit(f"//{header}").hostname or ""
     except ValueError:

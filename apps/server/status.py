@@ -1,4 +1,4 @@
-"""``/health``, ``/metrics``, ``/v1/models`` and ``/openapi.json``: answered without the engine."""
+"""``/health``, ``/metrics``, ``/v1/models`` and ``/openapi.json``: without the engine."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from mlx_mtp.apps.server.api.jobs import Desk
+from mlx_mtp.apps.server.api.jobs import ServerContext
 from mlx_mtp.apps.server.metrics import CONTENT_TYPE
 from mlx_mtp.apps.server.openapi import document
 from mlx_mtp.apps.server.replies import json_response
 
 
 async def health(request: Request) -> Response:
-    """Whether answers can be had: 200, or 503 while an engine is being loaded."""
-    desk: Desk = request.app.state.desk
-    engine = desk.engine
+    """State of the engine: 200, or 503 if it is not ready."""
+    context: ServerContext = request.app.state.context
+    engine = context.engine
     content: dict[str, Any] = {"status": engine.state, "engine_restarts": engine.restarts}
     if engine.info is not None:
         content |= {
-            "model": desk.model_id,
+            "model": context.model_id,
             "adapter": engine.info.adapter,
             "num_draft_tokens": engine.info.num_draft_tokens,
         }
@@ -28,22 +28,22 @@ async def health(request: Request) -> Response:
 
 
 async def metrics(request: Request) -> Response:
-    """Counters for Prometheus."""
-    desk: Desk = request.app.state.desk
-    return Response(desk.engine.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+    """Prometheus metrics."""
+    context: ServerContext = request.app.state.context
+    return Response(context.engine.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
 
 
 async def models(request: Request) -> Response:
-    """The models: one."""
-    desk: Desk = request.app.state.desk
-    return json_response({"object": "list", "data": [_model(desk)]})
+    """List the models: one."""
+    context: ServerContext = request.app.state.context
+    return json_response({"object": "list", "data": [_model(context)]})
 
 
 async def model(request: Request) -> Response:
     """One model by its id."""
-    desk: Desk = request.app.state.desk
-    desk.check_model(request.path_params["model"])
-    return json_response(_model(desk))
+    context: ServerContext = request.app.state.context
+    context.check_model(request.path_params["model"])
+    return json_response(_model(context))
 
 
 async def openapi(request: Request) -> Response:
@@ -52,14 +52,14 @@ async def openapi(request: Request) -> Response:
     return json_response(document())
 
 
-def _model(desk: Desk) -> dict[str, Any]:
-    """A model in OpenAI's shape; Anthropic's fields are there too."""
-    info = desk.info
+def _model(context: ServerContext) -> dict[str, Any]:
+    """A model with the fields of OpenAI and of Anthropic."""
+    info = context.info
     return {
-        "id": desk.model_id,
+        "id": context.model_id,
         "object": "model",
         "type": "model",
-        "display_name": desk.model_id,
+        "display_name": context.model_id,
         "created": 0,
         "created_at": "1970-01-01T00:00:00Z",
         "owned_by": "mlx-mtp",

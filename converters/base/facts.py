@@ -1,4 +1,4 @@
-"""What a conversion has to know of the base model: found, loaded lazily, told as ``BaseFacts``."""
+"""The base model of an adapter: resolved, loaded lazily, described as ``BaseFacts``."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ def find_base(base_model: str | None, *, named: str | None, checkpoint: Path) ->
     """Find the mlx-lm model that an adapter is for.
 
     Args:
-        base_model: folder or hub id that the user gave.
-        named: what the checkpoint names.
+        base_model: folder or hub id that the user specified.
+        named: base model that the checkpoint names.
         checkpoint: for the message.
 
     Returns:
         The base model's name and its folder; the embedded copy for the default model.
 
     Raises:
-        ValueError: neither names one, or it is not there.
+        ValueError: there is neither, or the model does not exist.
     """
     if base_model is None and named is None:
-        raise ValueError(f"{checkpoint} does not name its base model; give it with --base-model")
+        raise ValueError(f"{checkpoint} does not name its base model: specify it with --base-model")
     if base_model is None and named == DEFAULT_MODEL_NAME:
         return DEFAULT_MODEL_NAME, default_model_path()
     chosen = base_model or named
@@ -47,10 +47,10 @@ def find_base(base_model: str | None, *, named: str | None, checkpoint: Path) ->
 
 
 def base_name(path_or_hf_repo: str, *, named: str | None = None) -> str:
-    """Name of a base model for configurations and cards: a hub id, or a folder's own name.
+    """Return the name of a base model for configurations and cards: a hub id or a folder's name.
 
-    A folder is called what the checkpoint ``named``, unless that is a path: it would tell the world
-    how somebody's disk is laid out.
+    For a folder, this is the name in the checkpoint, ``named``, unless that is a path: paths of
+    private disks are not published.
     """
     path = Path(path_or_hf_repo).expanduser()
     if not path.exists():
@@ -60,10 +60,10 @@ def base_name(path_or_hf_repo: str, *, named: str | None = None) -> str:
 
 
 def load_base(folder: Path, *, name: str) -> MTPModel:
-    """Load a base model lazily: its norms, some rows and shapes are all that is read.
+    """Load a base model lazily: only norms, some rows and shapes are read.
 
     Raises:
-        ValueError: it cannot be loaded, or mask tokens do not fit into it.
+        ValueError: it cannot be loaded, or mask tokens cannot be added to it.
     """
     try:
         for file in sorted(folder.glob("model*.safetensors")):
@@ -76,7 +76,7 @@ def load_base(folder: Path, *, name: str) -> MTPModel:
 
 
 def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
-    """Tell a layout what it may ask of the base model."""
+    """Describe the base model to a layout."""
     num_tokens, mask_token = tokenizer_facts(folder)
     linears = {
         path: linear_dims(module)
@@ -113,6 +113,6 @@ def tokenizer_facts(folder: Path) -> tuple[int | None, int | None]:
     """Return the length of a model's tokenizer and the id of its ``<mask>``; None if missing."""
     try:
         tokenizer: Any = lm_utils.load_tokenizer(folder)._tokenizer
-    except Exception:  # transformers raises many kinds for a folder without a tokenizer
+    except Exception:  # transformers raises many types for a folder without a tokenizer
         return None, None
     return len(tokenizer), tokenizer.get_vocab().get("<mask>")

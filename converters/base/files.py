@@ -1,8 +1,8 @@
-"""The files of a base model: found or downloaded, checked, and laid out for mlx-lm to load.
+"""The files of a base model: resolved or downloaded, checked, and arranged for mlx-lm.
 
-mlx-lm gets a folder that holds nothing but links to what was checked: safetensors files whose
-headers are sound (PyTorch files turned into such files first) and small JSON files.  Nothing that
-lies about in the original folder can reach it.
+mlx-lm loads a folder that contains only links to checked files: safetensors files with valid
+headers (PyTorch files are converted first) and small JSON files.  Other files of the original
+folder are not visible to it.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ _FP8 = {"F8_E4M3", "F8_E5M2", "F8_E8M0"}  # some architectures of mlx-lm unpack 
 
 
 def resolve_base(hf_path: str, *, trust_remote_code: bool = False) -> Path:
-    """Find a model's folder, or download what a conversion needs of a hub repository.
+    """Return a model's folder, or download what a conversion needs of a hub repository.
 
-    PyTorch files are downloaded only where there are no safetensors files, Python files only with
+    PyTorch files are downloaded only if there are no safetensors files, Python files only with
     ``trust_remote_code``.
 
     Raises:
-        ValueError: neither is there.
+        ValueError: there is no such folder or repository.
     """
     small = [*_SMALL_FILES, *(["*.py"] if trust_remote_code else [])]
     return resolve(hf_path, kind="model", patterns=lambda: [*small, _weights_pattern(hf_path)])
@@ -63,14 +63,14 @@ def read_config(source: Path, *, trust_remote_code: bool = False) -> dict[str, A
     """Read a model's ``config.json``.
 
     Raises:
-        ValueError: it is missing or broken, or the model or its tokenizer needs code to run that is
-            not to be trusted.
+        ValueError: it is missing or broken, or the model or its tokenizer needs custom code and
+            ``trust_remote_code`` is false.
     """
     if not (source / CONFIG_FILE).is_file():
         raise ValueError(f"{source} is not a model folder (it has no {CONFIG_FILE})")
     config = read_json_object(source / CONFIG_FILE)
     if not isinstance(config.get("model_type"), str):
-        raise ValueError(f"{source / CONFIG_FILE} does not say what model_type it is")
+        raise ValueError(f"{source / CONFIG_FILE} has no model_type")
     for name in (CONFIG_FILE, "tokenizer_config.json"):
         values = config
         if name != CONFIG_FILE:
@@ -78,7 +78,7 @@ def read_config(source: Path, *, trust_remote_code: bool = False) -> dict[str, A
         needs = next((key for key in ("model_file", "auto_map") if values.get(key)), None)
         if needs and not trust_remote_code:
             raise ValueError(
-                f"{source / name} has {needs}: the model brings its own code, which runs only with "
+                f"{source / name} has {needs}: the model has custom code, which runs only with "
                 "--trust-remote-code"
             )
     return config
@@ -88,13 +88,13 @@ def stage(source: Path, config: dict[str, Any], scratch: Path, *, allow_pickle: 
     """Check a model's files and link them into a new folder in ``scratch``; return that.
 
     Args:
-        source: the model's folder.
+        source: folder of the model.
         config: its ``config.json``, checked by ``read_config``.
-        scratch: takes the folder, and safetensors copies of PyTorch files.
+        scratch: folder for the new folder and for safetensors copies of PyTorch files.
         allow_pickle: whether PyTorch files may be read, in a sandbox.
 
     Raises:
-        ValueError: a file is missing, broken, or holds what cannot be read.
+        ValueError: a file is missing, broken, or cannot be read.
     """
     weights = weight_files(source)
     if weights[0].suffix != ".safetensors":
@@ -102,7 +102,7 @@ def stage(source: Path, config: dict[str, Any], scratch: Path, *, allow_pickle: 
     num_tensors = _check_weights(source, weights)
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > num_tensors:
-        # Building such a model would take forever before anything else could go wrong.
+        # Building such a model would take too long before another check could fail.
         raise ValueError(
             f"{source / CONFIG_FILE} claims {layers} layers, but there are {num_tensors} tensors"
         )
@@ -121,7 +121,7 @@ def stage(source: Path, config: dict[str, Any], scratch: Path, *, allow_pickle: 
 
 
 def weight_files(source: Path) -> list[Path]:
-    """Return a model's weights files: safetensors if there are any, else PyTorch files.
+    """Return a model's weights files: safetensors if there are any, otherwise PyTorch files.
 
     Raises:
         ValueError: there are none, an index is broken, or a shard is missing.
@@ -130,8 +130,8 @@ def weight_files(source: Path) -> list[Path]:
         if (source / index).is_file():
             names = sorted(set(read_index(source / index).values()))
             return _complete(source, [safe_member(source, name) for name in names])
-        if found := sorted(path for path in source.glob(pattern) if path.is_file()):
-            return _complete(source, found)
+        if files := sorted(path for path in source.glob(pattern) if path.is_file()):
+            return _complete(source, files)
     others = [
         path
         for path in sorted(source.iterdir())
@@ -142,7 +142,7 @@ def weight_files(source: Path) -> list[Path]:
         return others
     if others:
         names = ", ".join(path.name for path in others[:4])
-        raise ValueError(f"{source} does not say which files are the model's: {names}")
+        raise ValueError(f"{source} has several files that may be the model's: {names}")
     raise ValueError(
         f"{source} has no weights: looked for {_SAFETENSORS}, {_TORCH}, "
         "and a single .safetensors, .bin, .pt or .pth file"
@@ -150,7 +150,7 @@ def weight_files(source: Path) -> list[Path]:
 
 
 def copy_papers(source: Path, output: Path, *, code: bool) -> None:
-    """Copy the small files that go with a model: generation settings, template, licence, notice."""
+    """Copy a model's small files: generation settings, chat template, licence, notice."""
     patterns = [GENERATION_FILE, "chat_template.jinja", "LICENSE*", "LICENCE*", "NOTICE*"]
     for pattern in [*patterns, *(["*.py"] if code else [])]:
         for path in source.glob(pattern):
@@ -159,27 +159,27 @@ def copy_papers(source: Path, output: Path, *, code: bool) -> None:
 
 
 def _weights_pattern(repo: str) -> str:
-    """What to download of a repository's weights; what is in the cache decides without network."""
+    """Return which weights of a repository to download; without network, the cache decides."""
     try:
         names = HfApi().list_repo_files(repo)
     except HfHubHTTPError:
         raise
-    except Exception:  # no network, whatever the HTTP library calls that
+    except Exception:  # no network, for which the HTTP library has many types
         folder = Path(snapshot_download(repo, local_files_only=True))
         names = [path.name for path in folder.iterdir()]
     return _SAFETENSORS if any(fnmatch(name, _SAFETENSORS) for name in names) else _TORCH
 
 
 def _complete(source: Path, files: list[Path]) -> list[Path]:
-    """Refuse shards whose names say that there are more of them."""
+    """Refuse shards if, by their names, others are missing."""
     names = {path.name for path in files}
     for name in names:
         match = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\.\w+)", name)
         for number in range(1, int(match[3]) + 1 if match else 0):
             assert match is not None
-            wanted = f"{match[1]}{number:05d}-of-{match[3]}{match[4]}"
-            if wanted not in names:
-                raise ValueError(f"{source} is incomplete: {wanted} is missing")
+            shard = f"{match[1]}{number:05d}-of-{match[3]}{match[4]}"
+            if shard not in names:
+                raise ValueError(f"{source} is incomplete: {shard} is missing")
     return files
 
 
@@ -193,7 +193,7 @@ def _from_torch(files: Sequence[Path], scratch: Path, *, allow_pickle: bool) -> 
 
 
 def _check_weights(source: Path, files: list[Path]) -> int:
-    """Check all headers, against each other and against the index; return how many tensors."""
+    """Check all headers, also against the index; return the number of tensors."""
     where: dict[str, str] = {}
     for path in files:
         for name, info in check_safetensors(path).items():
@@ -205,7 +205,5 @@ def _check_weights(source: Path, files: list[Path]) -> int:
     if files[0].parent == source and (source / SAFETENSORS_INDEX).is_file():
         for name, file in read_index(source / SAFETENSORS_INDEX).items():
             if where.get(name) != file:
-                raise ValueError(
-                    f"{source / file} lacks {shown(name)}, which the index says it has"
-                )
+                raise ValueError(f"{source / file} has no {shown(name)}, which the index lists")
     return len(where)

@@ -1,8 +1,8 @@
-"""The base model: a Hugging Face folder in, an mlx-lm model folder out.
+"""Conversion of a base model from a Hugging Face folder to an mlx-lm model folder.
 
-mlx-lm builds the model and quantises it, lazily; what is added here are checks of every file before
-MLX sees it, PyTorch files and sentencepiece tokenizers as sources, and a writer that holds one
-tensor at a time, so that peak memory does not grow with the model.
+mlx-lm builds and quantises the model lazily.  This module adds checks of every file before MLX
+reads it, PyTorch files and sentencepiece tokenizers as sources, and a writer that keeps one tensor
+in memory at a time, so that peak memory does not grow with the model.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MAX_SHARD_BYTES = 5 << 30  # as mlx-lm
 
 @dataclass(frozen=True, kw_only=True)
 class Quantisation:
-    """How weights are rounded: ``bits`` per weight, one scale per ``group_size`` weights."""
+    """How weights are quantised: ``bits`` per weight, one scale per ``group_size`` weights."""
 
     bits: int = DEFAULT_BITS
     group_size: int = DEFAULT_GROUP_SIZE
@@ -52,17 +52,17 @@ class Quantisation:
 
 @dataclass(frozen=True, kw_only=True)
 class BaseResult:
-    """What was converted.
+    """The result of converting a base model.
 
     Attributes:
-        source: the folder it came from.
-        model_type: as ``config.json`` has it.
-        licence: as the source's own card gives it.
-        dtype: the type that the weights were cast to; None if they were left as they are.
+        source: the folder that was converted.
+        model_type: as in ``config.json``.
+        licence: licence in the source's model card.
+        dtype: the type that the weights were cast to; None if they were not cast.
         quantisation: None without ``quantise``.
-        num_bytes: of all tensors written.
-        num_parameters: of the model.
-        compared_texts: on how many texts the tokenizers agree.
+        num_bytes: size of all written tensors.
+        num_parameters: number of the model's parameters.
+        compared_texts: number of texts on which the tokenizers were compared.
     """
 
     source: Path
@@ -76,7 +76,7 @@ class BaseResult:
 
     @property
     def summary(self) -> str:
-        """What it is, in a few words."""
+        """A short description."""
         mega = self.num_bytes >= 10**6
         size = f"{self.num_bytes / 1e6:.1f} MB" if mega else f"{self.num_bytes / 1e3:.1f} KB"
         numbers = f"{self.num_parameters / 1e6:.1f}M parameters, {size}"
@@ -104,18 +104,18 @@ def convert_base(
     Args:
         hf_path: folder or hub id: safetensors or PyTorch weights, in one file or in shards.
         output: an empty folder; emptied again if the conversion fails.
-        quantise: round the weights as ``mlx_lm.convert -q`` does.
+        quantise: quantise the weights like ``mlx_lm.convert -q``.
         q_bits: bits per weight, 4 by default.
         q_group_size: weights per scale, 64 by default.
         dtype: ``float16``, ``bfloat16`` or ``float32``; the model's own by default.
         allow_pickle: whether PyTorch files may be read, in a sandbox.
         trust_remote_code: whether code in the model's folder may run.
-        on_model: called with the lazy mlx-lm model, cast but not quantised, before anything but
-            the tokenizer is written; what else belongs into ``output`` can be written there.
-        on_written: called when nothing but ``config.json`` is missing.
+        on_model: called with the lazy mlx-lm model, cast but not quantised, when only the
+            tokenizer has been written; may write more files to ``output``.
+        on_written: called when only ``config.json`` is missing.
 
     Raises:
-        ValueError: something is missing, broken or not supported; one line that names it.
+        ValueError: something is missing, broken or unsupported; one line that names it.
         OSError: the output cannot be written.
     """
     quantisation = _quantisation(quantise, q_bits, q_group_size)
@@ -180,7 +180,7 @@ def _quantisation(quantise: bool, bits: int | None, group_size: int | None) -> Q
 
 
 def _check_supported(source: Path, config: dict[str, Any]) -> None:
-    """Refuse an architecture that mlx-lm does not have."""
+    """Refuse an architecture that mlx-lm does not support."""
     if config.get("model_file"):
         return
     try:
@@ -193,7 +193,7 @@ def _check_supported(source: Path, config: dict[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _emptied_on_failure(output: Path) -> Iterator[None]:
-    """Remove from a folder what was written into it, if the block fails."""
+    """Remove the contents of a folder if the block fails."""
     try:
         yield
     except BaseException:
@@ -204,7 +204,7 @@ def _emptied_on_failure(output: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _scratch(output: Path) -> Iterator[Path]:
-    """A private folder on the output's own disk, removed in the end."""
+    """Create a private folder on the disk of the output, removed at the end."""
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.scratch.") as name:
         yield Path(name)
 
@@ -212,13 +212,13 @@ def _scratch(output: Path) -> Iterator[Path]:
 def _load(
     source: Path, staged: Path, added: dict[str, Any], *, trust_remote_code: bool
 ) -> tuple[Any, dict[str, Any]]:
-    """Build the model; its weights stay on the disk until they are written."""
+    """Build the model; its weights are not read until they are written."""
     try:
         with without_wildcards(staged) as folder:
             model, config = lm_utils.load_model(
                 folder, lazy=True, model_config=added, trust_remote_code=trust_remote_code
             )
-    except Exception as error:  # a broken file or setting can raise anything in there
+    except Exception as error:  # a broken file or setting can raise anything
         raise ValueError(f"cannot load the model in {source}: {shown(error)}") from None
     parameters: Any = dict(tree_flatten(model.parameters()))
     modules = {name.rpartition(".")[0] for name in parameters if "scale" in name}
@@ -226,14 +226,14 @@ def _load(
         packed = name.rpartition(".")[0] in modules
         if not (packed or mx.issubdtype(value.dtype, mx.floating)) and name.endswith("weight"):
             raise ValueError(
-                f"{source}: {name} holds {value.dtype} numbers, which mlx-lm does not unpack for "
+                f"{source}: {name} has type {value.dtype}, which mlx-lm does not unpack for "
                 f"{config['model_type']}"
             )
     return model, config
 
 
 def _cast(model: Any, config: dict[str, Any], dtype: str | None) -> str | None:
-    """Cast the weights, lazily, as mlx-lm does; return the type, None if they are left alone."""
+    """Cast the weights lazily, like mlx-lm; return the type, None if they are not cast."""
     inner = config.get("text_config")
     places = [config, *([inner] if isinstance(inner, dict) else [])]
     keys = ("torch_dtype", "dtype")  # transformers 5 writes the second one
@@ -241,12 +241,12 @@ def _cast(model: Any, config: dict[str, Any], dtype: str | None) -> str | None:
     chosen = dtype or next(iter(named), None)
     if chosen not in DTYPES:
         return None
-    wanted = getattr(mx, chosen)
+    target = getattr(mx, chosen)
     may_cast = getattr(model, "cast_predicate", lambda _: True)
 
     def cast(name: str, value: mx.array) -> mx.array:
         floating = mx.issubdtype(value.dtype, mx.floating)
-        return value.astype(wanted) if floating and may_cast(name) else value
+        return value.astype(target) if floating and may_cast(name) else value
 
     model.update(tree_map_with_path(cast, model.parameters()))
     for place in places if dtype else []:
@@ -259,7 +259,7 @@ def _quantise(
 ) -> dict[str, Any]:
     """Quantise the model in place, lazily; return its new configuration."""
     if config.get("quantization") or config.get("quantization_config"):
-        raise ValueError(f"{source} is quantised already: -q would round its weights a second time")
+        raise ValueError(f"{source} is already quantised: -q would round its weights a second time")
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             _, config = lm_utils.quantize_model(

@@ -1,8 +1,8 @@
 """Rotary embedding settings as mlx-lm reads them.
 
 transformers 5 writes ``rope_parameters`` where older versions wrote ``rope_theta``,
-``rope_scaling`` and their like.  Most of mlx-lm's models know the older keys alone, and take their
-own defaults where those are missing: such a model would load and be wrong.
+``rope_scaling`` and their like.  Most of mlx-lm's models only know the older keys, and use
+defaults if these are missing: such a model would load but compute wrong values.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any
 
 
 def older_rope_keys(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Say what ``rope_parameters`` says in the older keys too.
+    """Return the older keys for the settings in ``rope_parameters``.
 
     Args:
-        config: a model's ``config.json``, in which older keys win.
+        config: a model's ``config.json``, in which older keys take precedence.
 
     Returns:
         The keys to add; a ``text_config`` is returned whole.
@@ -31,7 +31,7 @@ def _translated(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
     rope = config.get("rope_parameters")
     if not isinstance(rope, Mapping):
         return []
-    if isinstance(full := rope.get("full_attention"), Mapping):  # settings by kind of layer
+    if isinstance(full := rope.get("full_attention"), Mapping):  # settings by layer type
         local = rope.get("sliding_attention")
         theta = local.get("rope_theta") if isinstance(local, Mapping) else None
         return _one_kind(full) + ([] if theta is None else [("rope_local_base_freq", theta)])

@@ -1,8 +1,8 @@
 """Write tensors as safetensors shards, one tensor in memory at a time.
 
 The header of a file needs only types and shapes, which lazy arrays have before they are computed.
-So each tensor is computed, written and let go in its turn: the peak is one tensor (with what the
-graph behind it needs), not one file.
+So tensors are computed, written and freed one by one: the peak is one tensor (and what its graph
+needs), not one file.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ def write_shards(
 
     Args:
         folder: where to write.
-        tensors: by name, lazy or not; emptied on the way.  Memory comes free only if nobody else
-            holds them.
-        max_bytes: no shard grows larger, but by a single tensor that is.
+        tensors: by name, lazy or not; emptied while writing.  Memory is freed only if there are
+            no other references.
+        max_bytes: maximum size of a shard, unless a single tensor is larger.
         num_parameters: for the index.
-        written: called with the bytes of each tensor after it is written.
+        written: called with the size of a tensor after it is written.
 
     Returns:
-        The bytes of all tensors.
+        The size of all tensors in bytes.
 
     Raises:
         OSError: the disk is full or cannot be written.
@@ -85,12 +85,14 @@ def _plan(tensors: dict[str, mx.array], max_bytes: int) -> list[list[str]]:
 
 
 def _header(tensors: dict[str, mx.array]) -> bytes:
-    """The header of a file that holds these tensors in this order."""
+    """Return the header of a file with these tensors in this order."""
     entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     offset = 0
     for name, value in tensors.items():
         if value.dtype not in _DTYPES:
-            raise ValueError(f"{name} has type {value.dtype}, which safetensors files cannot hold")
+            raise ValueError(
+                f"{name} has type {value.dtype}, which safetensors files cannot contain"
+            )
         end = offset + value.nbytes
         entries[name] = {
             "dtype": _DTYPES[value.dtype],
@@ -104,7 +106,7 @@ def _header(tensors: dict[str, mx.array]) -> bytes:
 
 
 def _write_tensor(file: BinaryIO, value: mx.array) -> int:
-    """Compute a tensor and write its bytes; return how many there are."""
+    """Compute a tensor and write it; return its size in bytes."""
     if value.size:
         data: Any = value.reshape(-1).view(mx.uint8)
         file.write(memoryview(data))

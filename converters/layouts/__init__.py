@@ -1,6 +1,6 @@
-"""Layouts of adapter checkpoints: which one a checkpoint has, and its adapter in our names.
+"""Layouts of adapter checkpoints: detection, and conversion to an adapter of mlx-mtp.
 
-``LAYOUTS`` has them by name, in the order in which they are looked for.
+``LAYOUTS`` maps names to layouts, in the order of detection.
 """
 
 from __future__ import annotations
@@ -78,14 +78,14 @@ _LONGEST_NAME = 512  # names are matched by patterns whose time grows with the s
 
 
 def recognise(checkpoint: Checkpoint, *, layout: str | None = None) -> str:
-    """Name the layout of a checkpoint.
+    """Return the name of a checkpoint's layout.
 
     Args:
-        checkpoint: what its files hold.
-        layout: the layout that it has, if the user says so.
+        checkpoint: contents of its files.
+        layout: name of the layout if the user specified it.
 
     Raises:
-        ValueError: there is no such layout, or the checkpoint has none of them; the message says
+        ValueError: there is no such layout, or the checkpoint has none of them; the message lists
             what was looked for and what was found.
     """
     longest = max(
@@ -104,7 +104,7 @@ def recognise(checkpoint: Checkpoint, *, layout: str | None = None) -> str:
             return name
     looked_for = "; ".join(f"{name}: {entry.looks_for}" for name, entry in LAYOUTS.items())
     raise ValueError(
-        f"{checkpoint.path} has no layout that is known. Looked for {looked_for}. "
+        f"{checkpoint.path} has no known layout. Looked for {looked_for}. "
         f"Found {_contents(checkpoint)}"
     )
 
@@ -116,17 +116,17 @@ def convert_layout(
     layout: str | None = None,
     options: Mapping[str, str] | None = None,
 ) -> ConvertedAdapter:
-    """Turn a checkpoint into an adapter in our names, checked against its base model.
+    """Convert a checkpoint to an adapter of mlx-mtp and check it against its base model.
 
     Args:
-        checkpoint: what its files hold.
-        base: the base model that it is for.
-        layout: its layout; None finds it out.
-        options: layout options as they were typed; ``OPTION_KEYS`` lists them.
+        checkpoint: contents of its files.
+        base: facts about its base model.
+        layout: name of its layout; detected if None.
+        options: layout options as text; ``OPTION_KEYS`` lists the keys.
 
     Raises:
-        ValueError: an option is wrong, the checkpoint holds what is not understood or supported,
-            or does not fit the base model.  The message names it, on one line.
+        ValueError: an option is wrong, or the checkpoint contains something unknown or
+            unsupported or does not fit the base model; one line that names it.
     """
     entry = LAYOUTS[recognise(checkpoint, layout=layout)]
     parsed = Options.parse(options or {}, layout=entry.name, allowed=entry.options)
@@ -141,11 +141,11 @@ def convert_layout(
 
 
 def describe(checkpoint: Checkpoint, *, layout: str | None = None) -> LayoutSummary:
-    """Say what a checkpoint is, without its base model and without raising ``ValueError``.
+    """Describe a checkpoint without its base model; problems are returned, not raised.
 
     Args:
-        checkpoint: what its files hold.
-        layout: the layout that it has, if the user says so.
+        checkpoint: contents of its files.
+        layout: name of the layout if the user specified it.
     """
     try:
         return LAYOUTS[recognise(checkpoint, layout=layout)].describe(checkpoint)
@@ -154,7 +154,7 @@ def describe(checkpoint: Checkpoint, *, layout: str | None = None) -> LayoutSumm
 
 
 def _contents(checkpoint: Checkpoint) -> str:
-    """A checkpoint's files and a few of its tensors' names, for a message."""
+    """Return a checkpoint's files and a few tensor names, for a message."""
     files = sorted({*checkpoint.files, *checkpoint.configs})
     names = sorted(name for tensors in checkpoint.files.values() for name in tensors)
     shown = ", ".join(names[:_NAMES_SHOWN])

@@ -1,9 +1,8 @@
-"""What every layout of a checkpoint shares: facts in, results out, and the last check.
+"""What all layouts of checkpoints share: their inputs, their results and the final check.
 
-A layout is a pure function from a checkpoint's tensors and settings to our tensors.  It takes
-nothing on trust: names, shapes, ranks and values are held against the base model before a result
-leaves this package, and whatever is not understood is refused by name, for a tensor left out would
-change the drafts silently.
+A layout is a pure function from the tensors and settings of a checkpoint to the tensors of an
+adapter.  Names, shapes, ranks and values are checked against the base model, and anything unknown
+is refused by name, because an omitted tensor would silently change the drafts.
 """
 
 from __future__ import annotations
@@ -27,22 +26,22 @@ HEAD = "lm_head"
 
 @dataclass(frozen=True, kw_only=True)
 class BaseFacts:
-    """What a layout may know of the base model.
+    """What a layout needs to know about the base model.
 
     Attributes:
-        name: what to call it in messages.
+        name: its name in messages.
         model_type: mlx-lm's name of its architecture.
         hidden_size: width D.
         num_layers: number of its layers.
         vocab_size: rows of its embedding table, padding included.
         norm_eps: epsilon of its normalisations.
-        num_tokens: length of its tokenizer, None when it has none.
-        mask_token: id of ``<mask>`` in its tokenizer, None when it has no such token.
+        num_tokens: length of its tokenizer, None if it has none.
+        mask_token: id of ``<mask>`` in its tokenizer, None if it has no such token.
         linears: (in, out) of its linear layers by mlx-lm's module path.
         embed: rows ``[n, D]`` of its token embedding.
-        unembed: rows ``[n, D]`` of its unembedding, where that is a table of its own; None when
-            they cannot be had.
-        quantised: whether these rows went through quantisation and are only near the original.
+        unembed: rows ``[n, D]`` of its unembedding, if that is a separate table and available;
+            otherwise None.
+        quantised: whether these rows are quantised, so that they only approximate the original.
     """
 
     name: str
@@ -83,18 +82,18 @@ class LowRankLayer:
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertedAdapter:
-    """An adapter in our names and shapes.
+    """An adapter with the names and shapes of mlx-mtp.
 
     Attributes:
         layout: name of the layout that it came in.
         tensors: ``mask_embeddings`` ``[k, D]``, ``*.lora_a`` ``[in, r]``, ``*.lora_b``
-            ``[r, out]`` and ``sampler_head.*``, each in the type that it was stored in.
+            ``[r, out]`` and ``sampler_head.*``, in the types of the checkpoint.
         num_draft_tokens: k.
-        rank, scale: of the layers that the two patterns do not name.
-        rank_pattern, scale_pattern: by full module path, where a layer's own value is another.
-        sampler: how the sampler head computes, None when there is none.
-        base_model: the base model that the checkpoint names, if it does.
-        notes: what was assumed or looked up elsewhere, a line each.
+        rank, scale: values of the layers that the two patterns do not name.
+        rank_pattern, scale_pattern: values of the other layers, by full module path.
+        sampler: kind of the sampler head, None if there is none.
+        base_model: base model that the checkpoint names, if any.
+        notes: what was assumed or looked up elsewhere, one line per item.
     """
 
     layout: str
@@ -111,17 +110,17 @@ class ConvertedAdapter:
 
 @dataclass(frozen=True, kw_only=True)
 class LayoutSummary:
-    """What a checkpoint is, as far as it tells without its base model.
+    """What can be known about a checkpoint without its base model.
 
     Attributes:
-        layout: name of its layout, None when it has none of those that are known.
+        layout: name of its layout, None if it has no known layout.
         base_model: the base model that it names.
-        num_draft_tokens: k, None when it does not say.
-        rank: of most layers, None when there are none.
-        scale: of most layers, None when it does not say.
+        num_draft_tokens: k, None if unknown.
+        rank: rank of most layers, None if there are none.
+        scale: scale of most layers, None if unknown.
         targets: leaf names of the adapted layers.
-        sampler: kind of the sampler head, in words; None when there is none.
-        problems: what would be refused and why, a line each.
+        sampler: kind of the sampler head, in words; None if there is none.
+        problems: what would be refused and why, one line per item.
     """
 
     layout: str | None
@@ -136,15 +135,15 @@ class LayoutSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """One way in which projects write their checkpoints.
+    """One format of checkpoints.
 
     Attributes:
-        name: what ``--layout`` calls it.
-        looks_for: what tells it from others, for messages.
-        options: the layout options that it takes.
-        recognise: whether a checkpoint has this layout.
-        convert: the conversion; raises ``ValueError`` and does not check its result.
-        describe: what a checkpoint of this layout is; never raises ``ValueError``.
+        name: its name for ``--layout``.
+        looks_for: what distinguishes it from others, for messages.
+        options: keys of the layout options that it accepts.
+        recognise: returns whether a checkpoint has this layout.
+        convert: converts a checkpoint; raises ``ValueError`` and does not check its result.
+        describe: describes a checkpoint of this layout; never raises ``ValueError``.
     """
 
     name: str
@@ -173,17 +172,17 @@ def assemble(
     notes: Sequence[str] = (),
     default: tuple[int, float] | None = None,
 ) -> ConvertedAdapter:
-    """Put a result together.
+    """Combine the parts of an adapter.
 
     Args:
-        layers: the adapted layers, at least one.
+        layers: adapted layers, at least one.
         layout: name of the layout.
         masks: mask embeddings ``[k, D]``.
-        sampler: how the sampler head computes, if there is one.
-        sampler_tensors: its tensors, by name within it (``linear_1.weight``).
+        sampler: kind of the sampler head, if there is one.
+        sampler_tensors: tensors of the sampler head by their names in it (``linear_1.weight``).
         base_model: the base model that the checkpoint names.
         notes: see ``ConvertedAdapter``.
-        default: (rank, scale) of layers that no pattern names; None takes what is most common.
+        default: (rank, scale) of layers that no pattern names; by default the most common.
     """
     if masks.ndim != 2:
         raise ValueError(f"{MASK_EMBEDDINGS} must be [k, D], its shape is {tuple(masks.shape)}")
@@ -212,38 +211,38 @@ def _low_rank_tensors(layers: Sequence[LowRankLayer]) -> dict[str, mx.array]:
 
 
 def _most_common(layers: Sequence[LowRankLayer]) -> tuple[int, float]:
-    """The rank and scale that most layers have, the first of equals; some layer has both."""
+    """Return the most common pair of rank and scale, the first one of equals."""
     pairs = [(layer.rank, layer.scale) for layer in layers]
     return max(pairs, key=pairs.count)
 
 
 def check_adapter(adapter: ConvertedAdapter, base: BaseFacts) -> None:
-    """Hold a result against its base model.
+    """Check an adapter against its base model.
 
     Raises:
-        ValueError: a tensor does not fit, is of no floating-point type, or holds NaN or infinity.
+        ValueError: a tensor does not fit, is not of a floating-point type, or is not finite.
     """
-    wanted = _sampler_shapes(adapter.sampler, base.hidden_size)
-    wanted[MASK_EMBEDDINGS] = (adapter.num_draft_tokens, base.hidden_size)
+    shapes = _sampler_shapes(adapter.sampler, base.hidden_size)
+    shapes[MASK_EMBEDDINGS] = (adapter.num_draft_tokens, base.hidden_size)
     for name in adapter.tensors:
         path, _, half = name.rpartition(".")
         if half in ("lora_a", "lora_b"):
             in_dims, out_dims = _dims(path, base)
             rank = adapter.rank_pattern.get(path, adapter.rank)
-            wanted[name] = (in_dims, rank) if half == "lora_a" else (rank, out_dims)
-    if missing := sorted(set(wanted) - set(adapter.tensors)):
+            shapes[name] = (in_dims, rank) if half == "lora_a" else (rank, out_dims)
+    if missing := sorted(set(shapes) - set(adapter.tensors)):
         raise ValueError(f"{missing[0]} is missing")
     for name, tensor in sorted(adapter.tensors.items()):
-        if name not in wanted:
-            raise ValueError(f"{name} has no place in an adapter")
-        if tuple(tensor.shape) != wanted[name]:
+        if name not in shapes:
+            raise ValueError(f"{name} does not belong in an adapter")
+        if tuple(tensor.shape) != shapes[name]:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, but {base.name} needs {wanted[name]}"
+                f"{name} has shape {tuple(tensor.shape)}, but {base.name} needs {shapes[name]}"
             )
         if tensor.dtype not in FLOATS:
             raise ValueError(f"{name} must be floating point of 16 or 32 bits, got {tensor.dtype}")
         if not mx.isfinite(tensor).all().item():
-            raise ValueError(f"{name} holds NaN or infinity")
+            raise ValueError(f"{name} contains NaN or infinite values")
 
 
 def _dims(path: str, base: BaseFacts) -> tuple[int, int]:
@@ -255,7 +254,7 @@ def _dims(path: str, base: BaseFacts) -> tuple[int, int]:
 
 
 def _sampler_shapes(kind: SamplerKind | None, dims: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of a sampler head's tensors by our names."""
+    """Return the shapes of a sampler head's tensors by name."""
     if kind is None:
         return {}
     shapes: dict[str, tuple[int, ...]] = {}

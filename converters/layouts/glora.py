@@ -1,9 +1,9 @@
-"""MTP-GLoRA: trained tensors alone, with fused projections, one shared mask and RMSNorm.
+"""MTP-GLoRA: only trained tensors, with fused projections, one shared mask token and RMSNorm.
 
-A checkpoint is a folder ``step-N`` whose ``config.json`` is the training's arguments.  A project
-that fuses projections gives the fused layer the ranks and alphas of its parts together, so that
-each part has, in effect, a low-rank layer with the same A and its own rows of B.  The embedding row
-of the one ``<mask>`` token is never trained and not saved: it is whatever the base model has there.
+A checkpoint is a folder ``step-N`` whose ``config.json`` contains the arguments of the training.  A
+fused projection has the sum of the ranks and alphas of its parts, so that in effect every part has
+a low-rank layer with the same A and its own rows of B.  The embedding row of the one ``<mask>``
+token is not trained or saved: it is the base model's.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ FUSED = {
 _LORA = re.compile(r"(.+)\.lora_(A|B)\.weight")
 _SAMPLER = re.compile(r"(?:.+\.)?sampler_head\.layers\.([01])\.(linear|norm)\.weight")
 _TABLE = re.compile(r"(?:.+\.)?embed_tokens\.weight")
-_WANTED = [f"{part}_{number}.weight" for number in "12" for part in ("linear", "norm")]
+_SAMPLER_TENSORS = [f"{part}_{number}.weight" for number in "12" for part in ("linear", "norm")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Arguments:
-    """The training's arguments that matter; None where ``config.json`` does not say."""
+    """The relevant arguments of the training; None if missing in ``config.json``."""
 
     draft_length: int | None
     rank: int | None
@@ -57,7 +57,7 @@ class Arguments:
 
 @dataclass(kw_only=True)
 class GloraTensors:
-    """The tensors of a checkpoint by what they are."""
+    """The tensors of a checkpoint by kind."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     sampler: dict[str, mx.array] = field(default_factory=dict)
@@ -65,7 +65,7 @@ class GloraTensors:
 
 
 def is_glora(checkpoint: Checkpoint) -> bool:
-    """Whether it is a checkpoint of such a training."""
+    """Return whether this is a checkpoint of MTP-GLoRA."""
     config = checkpoint.configs.get(CONFIG, {})
     names = checkpoint.tensors
     if not any(_LORA.fullmatch(name) for name in names):
@@ -80,7 +80,9 @@ def convert_glora(checkpoint: Checkpoint, base: BaseFacts, options: Options) -> 
     arguments, problems = _arguments(checkpoint.configs.get(CONFIG, {}))
     tensors, unknown = _sort(checkpoint.tensors)
     refuse(problems + unknown)
-    k = _given("draft_length", arguments.draft_length, options.num_draft_tokens, "num_draft_tokens")
+    k = _resolve(
+        "draft_length", arguments.draft_length, options.num_draft_tokens, "num_draft_tokens"
+    )
     row, notes = _mask_row(tensors, base, options)
     norm_eps = base.norm_eps if options.norm_eps is None else options.norm_eps
     kind = SamplerKind(norm="rms", norm_eps=norm_eps, bias=False, residual="inner")
@@ -99,13 +101,14 @@ def describe_glora(checkpoint: Checkpoint) -> LayoutSummary:
     """Describe a checkpoint of MTP-GLoRA."""
     arguments, problems = _arguments(checkpoint.configs.get(CONFIG, {}))
     tensors, unknown = _sort(checkpoint.tensors)
-    found, broken = ranks(tensors.pairs)
+    layer_ranks, rank_problems = ranks(tensors.pairs)
     rank, alpha = arguments.rank, arguments.alpha
     scale = None
     if rank is not None and alpha is not None:
         scale = _scale(alpha, rank, use_rslora=arguments.use_rslora)
-    if rank is None and found:
-        rank = max(found.values(), key=list(found.values()).count)
+    if rank is None and layer_ranks:
+        values = list(layer_ranks.values())
+        rank = max(values, key=values.count)
     return LayoutSummary(
         layout="mtp-glora",
         base_model=arguments.base_model,
@@ -114,19 +117,21 @@ def describe_glora(checkpoint: Checkpoint) -> LayoutSummary:
         scale=scale,
         targets=leaves(tensors.pairs),
         sampler="mlp, RMSNorm, residual inner" if tensors.sampler else None,
-        problems=tuple(problems + unknown + [text for text in broken if text not in unknown]),
+        problems=tuple(
+            problems + unknown + [text for text in rank_problems if text not in unknown]
+        ),
     )
 
 
 def _arguments(config: Mapping[str, Any]) -> tuple[Arguments, list[str]]:
-    """Read the training's arguments; returns what is wrong or not supported too."""
+    """Read the arguments of the training; also return problems."""
     problems = []
 
-    def number(key: str, kinds: tuple[type, ...], least: float) -> Any:
+    def number(key: str, kinds: tuple[type, ...], minimum: float) -> Any:
         value = config.get(key)
-        if value is None or (type(value) in kinds and least <= value < 2**31):
+        if value is None or (type(value) in kinds and minimum <= value < 2**31):
             return value
-        problems.append(f"{CONFIG}: {key} must be a number of at least {least}, got {value!r}")
+        problems.append(f"{CONFIG}: {key} must be a number of at least {minimum}, got {value!r}")
         return None
 
     if config.get("lora_bias"):
@@ -143,41 +148,41 @@ def _arguments(config: Mapping[str, Any]) -> tuple[Arguments, list[str]]:
 
 
 def _sort(tensors: Mapping[str, mx.array]) -> tuple[GloraTensors, list[str]]:
-    found, halves, problems = GloraTensors(), [], []
+    groups, halves, problems = GloraTensors(), [], []
     for name, tensor in sorted(tensors.items()):
         if match := _LORA.fullmatch(name):
             halves.append((match[1], match[2], name, tensor))
         elif match := _SAMPLER.fullmatch(name):
             key = f"{match[2]}_{int(match[1]) + 1}.weight"
-            if key in found.sampler:
-                problems.append(f"tensor {name} is there under two names")
-            found.sampler[key] = tensor
-        elif _TABLE.fullmatch(name) and found.table is None:
-            found.table = (name, tensor)
+            if key in groups.sampler:
+                problems.append(f"tensor {name} exists under two names")
+            groups.sampler[key] = tensor
+        elif _TABLE.fullmatch(name) and groups.table is None:
+            groups.table = (name, tensor)
         elif ".lora_" in name and name.endswith("bias"):
             problems.append(f"tensor {name} is a trained bias, which is not supported")
         else:
-            problems.append(f"tensor {name} is not known")
-    found.pairs, broken = pair_up(halves)
-    missing = [name for name in _WANTED if name not in found.sampler]
-    if found.sampler and missing:
+            problems.append(f"tensor {name} is unknown")
+    groups.pairs, pair_problems = pair_up(halves)
+    missing = [name for name in _SAMPLER_TENSORS if name not in groups.sampler]
+    if groups.sampler and missing:
         problems.append(f"the sampler lacks {', '.join(missing)}")
-    return found, problems + broken
+    return groups, problems + pair_problems
 
 
-def _given(key: str, own: Any, option: Any, name: str) -> Any:
-    """A value from ``config.json`` or a layout option, which must not contradict each other."""
+def _resolve(key: str, own: Any, option: Any, name: str) -> Any:
+    """Return a value from ``config.json`` or a layout option, which must not contradict."""
     if own is None and option is None:
-        raise ValueError(f"{CONFIG} does not say {key}; give it as layout option {name}")
+        raise ValueError(f"{CONFIG} has no {key}: specify layout option {name}")
     if own is not None and option not in (None, own):
-        raise ValueError(f"layout option {name} is {option}, but {CONFIG} says {key} {own}")
+        raise ValueError(f"layout option {name} is {option}, but {CONFIG} has {key} {own}")
     return option if own is None else own
 
 
 def _mask_row(
     tensors: GloraTensors, base: BaseFacts, options: Options
 ) -> tuple[mx.array, list[str]]:
-    """The one row ``[1, D]`` that all mask tokens share, and notes on where it is from."""
+    """Return the row ``[1, D]`` that all mask tokens share, and notes on its origin."""
     ids = options.mask_token_ids
     if ids is not None and len(set(ids)) != 1:
         raise ValueError(f"mask_token_ids: this layout has one mask token, got {list(ids)}")
@@ -185,8 +190,8 @@ def _mask_row(
     own = base.num_tokens if base.mask_token is None else base.mask_token
     if ids is None and own is None:
         raise ValueError(
-            "the mask token is the one behind the base model's tokenizer, which is not at hand; "
-            "give its id as layout option mask_token_ids"
+            "the mask token is the first id after the base model's tokenizer, which is missing: "
+            "specify layout option mask_token_ids"
         )
     token = ids[0] if ids is not None else own
     assert token is not None
@@ -198,9 +203,8 @@ def _mask_row(
         return table[token : token + 1], [f"mask row: row {token} of {name}", *notes]
     if token >= base.vocab_size:
         raise ValueError(
-            f"the mask token {token} is behind the {base.vocab_size} rows of {base.name}'s "
-            "embedding and its row is not in the checkpoint; give a row's id as layout option "
-            "mask_token_ids"
+            f"neither the checkpoint nor the embedding of {base.name} ({base.vocab_size} rows) "
+            f"has a row for mask token {token}: specify layout option mask_token_ids"
         )
     return token_rows(base, [token]), [f"mask row: row {token} of the base embedding"]
 
@@ -208,20 +212,20 @@ def _mask_row(
 def _layers(
     tensors: GloraTensors, arguments: Arguments, base: BaseFacts, options: Options
 ) -> list[LowRankLayer]:
-    found, problems = ranks(tensors.pairs)
+    layer_ranks, problems = ranks(tensors.pairs)
     refuse(problems)
-    rank = _given("lora_rank", arguments.rank, options.rank, "rank")
-    alpha = _given("lora_alpha", arguments.alpha, options.alpha, "alpha")
+    rank = _resolve("lora_rank", arguments.rank, options.rank, "rank")
+    alpha = _resolve("lora_alpha", arguments.alpha, options.alpha, "alpha")
     layers: dict[str, LowRankLayer] = {}
     for name, pair in tensors.pairs.items():
         leaf = name.rpartition(".")[2]
-        times, rest = divmod(found[name], rank)
+        times, rest = divmod(layer_ranks[name], rank)
         if rest or times not in (1, len(FUSED.get(leaf, (leaf,)))):
-            raise ValueError(f"{name} has rank {found[name]}, but lora_rank is {rank}")
-        scale = _scale(times * alpha, found[name], use_rslora=arguments.use_rslora)
+            raise ValueError(f"{name} has rank {layer_ranks[name]}, but lora_rank is {rank}")
+        scale = _scale(times * alpha, layer_ranks[name], use_rslora=arguments.use_rslora)
         for layer in _parts(name, pair, scale, base):
             if layer.path in layers:
-                raise ValueError(f"{name}: {layer.path} of {base.name} is there twice")
+                raise ValueError(f"{name}: {layer.path} of {base.name} occurs twice")
             layers[layer.path] = layer
     return list(layers.values())
 
@@ -231,7 +235,7 @@ def _scale(alpha: float, rank: int, *, use_rslora: bool) -> float:
 
 
 def _parts(name: str, pair: Pair, scale: float, base: BaseFacts) -> list[LowRankLayer]:
-    """The layers of the base model that one low-rank layer is for; one unless it is fused."""
+    """Return the layers of the base model that one, possibly fused, low-rank layer adapts."""
     lora_a, lora_b = pair.a.T, pair.b.T
     path = resolve_path(name, base.linears)
     if path is not None:
@@ -244,8 +248,8 @@ def _parts(name: str, pair: Pair, scale: float, base: BaseFacts) -> list[LowRank
     widths = [base.linears[path][1] for path in known]
     if lora_b.shape[1] != sum(widths):
         raise ValueError(
-            f"{name}.lora_B has {lora_b.shape[1]} rows, but {' + '.join(map(str, widths))} are "
-            f"those of {', '.join(known)}"
+            f"{name}.lora_B has {lora_b.shape[1]} rows, but {', '.join(known)} have "
+            f"{' + '.join(map(str, widths))}"
         )
     ends = [sum(widths[: index + 1]) for index in range(len(widths))]
     return [

@@ -1,4 +1,4 @@
-"""Pairs of low-rank weights: names to layers of the base model, PyTorch's order to ours."""
+"""Pairs of low-rank weights, and the layers of the base model that their names refer to."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import mlx.core as mx
 
 from mlx_mtp.converters.layouts.common import BaseFacts
 
-# What training wraps a model in; torch.compile, FSDP and DDP do so at any depth.
+# Wrappers that training adds to a model; torch.compile, FSDP and DDP do so at any depth.
 _TRANSPARENT = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 _OUTER = ("base_model", "model", "language_model", "text_model")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """Both halves of a layer's low-rank weights as they were stored, under the layer's name."""
+    """Both halves of a layer's low-rank weights as they were stored."""
 
     a: mx.array
     b: mx.array
@@ -25,56 +25,55 @@ class Pair:
 def pair_up(
     halves: Iterable[tuple[str, str, str, mx.array]],
 ) -> tuple[dict[str, Pair], list[str]]:
-    """Bring the two halves of each layer together.
+    """Combine the two halves of every layer.
 
     Args:
-        halves: (layer, ``A`` or ``B``, tensor name, tensor) each.
+        halves: tuples of layer, ``A`` or ``B``, tensor name and tensor.
 
     Returns:
-        The pairs by layer, sorted, and what is wrong with others.
+        The pairs by layer, sorted, and problems with others.
     """
-    found: dict[str, dict[str, tuple[str, mx.array]]] = {}
+    by_layer: dict[str, dict[str, tuple[str, mx.array]]] = {}
     problems = []
     for layer, half, name, tensor in halves:
-        known = found.setdefault(layer, {})
+        known = by_layer.setdefault(layer, {})
         if half in known:
             problems.append(f"{known[half][0]} and {name} are weights of one layer")
         known[half] = (name, tensor)
     pairs = {}
-    for layer, known in sorted(found.items()):
+    for layer, known in sorted(by_layer.items()):
         if len(known) == 2:
             pairs[layer] = Pair(a=known["A"][1], b=known["B"][1])
         else:
             problems.append(f"{layer} has only one of lora_A and lora_B")
-    if not found:
-        problems.append("the checkpoint holds no LoRA weights")
+    if not by_layer:
+        problems.append("the checkpoint contains no LoRA weights")
     return pairs, problems
 
 
 def ranks(pairs: Mapping[str, Pair]) -> tuple[dict[str, int], list[str]]:
-    """Ranks by layer of pairs in PyTorch's order, A ``[r, in]`` and B ``[out, r]``."""
-    found, problems = {}, []
+    """Return the ranks by layer of pairs A ``[r, in]`` and B ``[out, r]``, and problems."""
+    by_layer, problems = {}, []
     for layer, pair in pairs.items():
         a, b = tuple(pair.a.shape), tuple(pair.b.shape)
         if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in a + b:
             problems.append(f"{layer}: lora_A {a} and lora_B {b} are not of one rank")
         else:
-            found[layer] = a[0]
-    return found, problems
+            by_layer[layer] = a[0]
+    return by_layer, problems
 
 
 def resolve_path(
     layer: str, linears: Mapping[str, object], *, any_prefix: bool = False
 ) -> str | None:
-    """Find the layer of the base model that a checkpoint's name means.
+    """Return the layer of the base model that a name in a checkpoint refers to.
 
-    Wrappers are looked through, and a leading ``model.`` or ``language_model.`` may be there or
-    not.
+    Wrappers are ignored, and a leading ``model.`` or ``language_model.`` is optional.
 
     Args:
         layer: name in the checkpoint.
         linears: layers of the base model by path.
-        any_prefix: whether any name may stand in front.
+        any_prefix: whether any prefix is accepted.
     """
     if layer in linears:
         return layer
@@ -92,13 +91,13 @@ def resolve_path(
 def resolve_layers(
     layers: Iterable[str], base: BaseFacts, *, any_prefix: bool = False
 ) -> dict[str, str]:
-    """Find every layer in the base model.
+    """Return the layers of the base model that names in a checkpoint refer to.
 
     Returns:
         mlx-lm's paths by name in the checkpoint.
 
     Raises:
-        ValueError: a layer is not there, or two names mean one layer.
+        ValueError: a layer does not exist, or two names refer to one layer.
     """
     resolved: dict[str, str] = {}
     owners: dict[str, str] = {}
@@ -113,5 +112,5 @@ def resolve_layers(
 
 
 def leaves(layers: Iterable[str]) -> tuple[str, ...]:
-    """Leaf names of layers, sorted."""
+    """Return the sorted leaf names of layers."""
     return tuple(sorted({layer.rpartition(".")[2] for layer in layers}))

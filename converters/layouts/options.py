@@ -1,4 +1,4 @@
-"""Layout options: what a checkpoint does not say itself, given as ``KEY=VALUE``."""
+"""Layout options: what a checkpoint does not contain, specified as ``KEY=VALUE``."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ CONCATS = ("embedding-hidden", "hidden-embedding")
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
-    """Parsed layout options; None where the user gave none.
+    """Parsed layout options; None if not specified.
 
     Attributes:
         num_draft_tokens: k.
         mask_token_ids: vocabulary ids whose embedding rows are the mask rows, in drafting order.
-        seed: of the random ids that serve as mask rows.
-        alpha, rank, scale: of the low-rank weights; the scale is alpha / rank unless given.
-        concat: order of the two halves that the sampler head takes.
+        seed: seed of the random ids that serve as mask rows.
+        alpha, rank, scale: of the low-rank weights; by default the scale is alpha / rank.
+        concat: order of the two halves of the sampler head's input.
         norm: normalisation of the sampler head, ``layer`` or ``rms``.
-        norm_eps: its epsilon.
+        norm_eps: epsilon of this normalisation.
         residual: what is added to the sampler head's output; see ``SamplerKind``.
         masks: name of the tensor of mask embeddings.
     """
@@ -42,10 +42,10 @@ class Options:
 
     @classmethod
     def parse(cls, values: Mapping[str, str], *, layout: str, allowed: frozenset[str]) -> Options:
-        """Parse options as they were typed.
+        """Parse options from text.
 
         Raises:
-            ValueError: the layout takes no option of that key, or the value is wrong.
+            ValueError: the layout does not accept the key, or the value is wrong.
         """
         parsed: dict[str, Any] = {}
         for key, text in values.items():
@@ -53,8 +53,7 @@ class Options:
                 raise ValueError(f"unknown layout option {key!r}; there are {', '.join(_PARSERS)}")
             if key not in allowed:
                 raise ValueError(
-                    f"layout {layout} takes no option {key!r}; it takes "
-                    f"{', '.join(sorted(allowed))}"
+                    f"layout {layout} has no option {key!r}; it has {', '.join(sorted(allowed))}"
                 )
             try:
                 parsed[key] = _PARSERS[key](text)
@@ -63,10 +62,10 @@ class Options:
         return cls(**parsed)
 
 
-def _whole(least: int) -> Callable[[str], int]:
+def _whole(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) >= least):
-            raise ValueError(f"must be a whole number of at least {least}")
+        if not (text.isascii() and text.isdigit() and len(text) < 20 and int(text) >= minimum):
+            raise ValueError(f"must be a whole number of at least {minimum}")
         return int(text)
 
     return parse

@@ -1,9 +1,9 @@
-"""The two PEFT layouts: mask tokens with a sampler head (pull request 3541), and LoRA alone (Uno).
+"""The two PEFT layouts: mask tokens with a sampler head (pull request 3541), and only LoRA (Uno).
 
-Both are folders that ``save_pretrained`` of a PEFT model wrote.  The first has trained rows for its
-mask tokens, in whatever way PEFT came to save them: rows alone, rows beside whole tables when the
-vocabulary was enlarged, or inside such a table.  The second (arXiv 2609.04010) has neither mask
-tokens nor a sampler head: its mask rows are random tokens of the base model's own vocabulary.
+Both are folders written by ``save_pretrained`` of a PEFT model.  The first has trained rows for its
+mask tokens, which PEFT saves as separate rows, as rows next to whole tables if the vocabulary was
+enlarged, or inside such a table.  The second (arXiv 2609.04010) has neither mask tokens nor a
+sampler head: its mask rows are random tokens of the base model's vocabulary.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ _TABLE = re.compile(
     r"(?:modules_to_save\.|(original_module)\.)?weight"
 )
 _SAMPLER = re.compile(r"(?:.+\.)?sampler\.mlp\.([0235])\.(weight|bias)")
-# Why a tensor is not understood, by what its name holds.
+# Why a tensor is refused, by a part of its name.
 _REASONS = {
-    "lora_magnitude_vector": "is of DoRA, which is not supported",
-    "lora_embedding_": "is low-rank weights of an embedding, which are not supported",
+    "lora_magnitude_vector": "belongs to DoRA, which is not supported",
+    "lora_embedding_": "contains low-rank weights of an embedding, which are not supported",
     ".bias": "is a trained bias, which is not supported",
 }
 _RECURRENT = re.compile(r"sampler\.(?:rnn|mlp_pre|mlp_post)\.")
@@ -55,7 +55,7 @@ _RECURRENT = re.compile(r"sampler\.(?:rnn|mlp_pre|mlp_post)\.")
 
 @dataclass(kw_only=True)
 class PeftTensors:
-    """The tensors of a checkpoint by what they are; each keeps its name for messages."""
+    """The tensors of a checkpoint by kind, with their names for messages."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     rows: dict[str, tuple[str, mx.array]] = field(default_factory=dict)
@@ -73,7 +73,7 @@ class PeftTensors:
 
 
 def is_peft_mtp(checkpoint: Checkpoint) -> bool:
-    """Whether it is a PEFT checkpoint with mask tokens or a sampler head."""
+    """Return whether this is a PEFT checkpoint with mask tokens or a sampler head."""
     config = checkpoint.configs.get(PEFT_CONFIG, {})
     if "peft_type" not in config:
         return False
@@ -87,7 +87,7 @@ def is_peft_mtp(checkpoint: Checkpoint) -> bool:
 
 
 def is_peft_lora(checkpoint: Checkpoint) -> bool:
-    """Whether it is a PEFT checkpoint without either."""
+    """Return whether this is a PEFT checkpoint without mask tokens and sampler head."""
     config = checkpoint.configs.get(PEFT_CONFIG, {})
     return "peft_type" in config and not is_peft_mtp(checkpoint)
 
@@ -115,9 +115,7 @@ def convert_peft_lora(
     settings, tensors = _read(checkpoint)
     if tensors.sampler or tensors.rows or settings.trained:
         raise ValueError("layout peft-lora has neither mask tokens nor a sampler head")
-    why = (
-        "an ordinary fine-tune looks the same, so only you know how many drafts it was trained for"
-    )
+    why = "an ordinary fine-tune looks the same, so the number of drafts cannot be detected"
     masks, note = random_rows(base, options, why=why)
     notes = [note]
     for name, table in tensors.tables.items():
@@ -175,27 +173,27 @@ def _read(checkpoint: Checkpoint) -> tuple[PeftSettings, PeftTensors]:
 
 
 def sort_tensors(tensors: Mapping[str, mx.array]) -> tuple[PeftTensors, list[str]]:
-    """Sort tensors by what they are; returns what is wrong too, every unknown tensor by name."""
-    found, halves, problems = PeftTensors(), [], []
-    for name, tensor in sorted(tensors.items()):  # so that messages name the same tensor each time
+    """Sort tensors by kind; also return problems, with every unknown tensor by name."""
+    groups, halves, problems = PeftTensors(), [], []
+    for name, tensor in sorted(tensors.items()):  # so that messages always name the same tensor
         if match := _LORA.fullmatch(name):
             halves.append((match[1].removeprefix(PREFIX), match[2], name, tensor))
         elif match := _ROWS.fullmatch(name):
-            _put(found.rows, match[1], name, tensor, problems)
+            _put(groups.rows, match[1], name, tensor, problems)
         elif _TABLE.fullmatch(name):
-            found.tables[name] = tensor
+            groups.tables[name] = tensor
         elif match := _SAMPLER.fullmatch(name):
-            found.sampler[f"{SAMPLER_LAYERS[match[1]]}.{match[2]}"] = tensor
+            groups.sampler[f"{SAMPLER_LAYERS[match[1]]}.{match[2]}"] = tensor
         elif _RECURRENT.search(name):
             problems.append(
-                f"the recurrent sampler ({name}) is not supported; the sampler without recurrence, "
-                "sampler.mlp, is"
+                f"the recurrent sampler ({name}) is not supported, only the one without "
+                "recurrence, sampler.mlp"
             )
         else:
-            reason = next((why for part, why in _REASONS.items() if part in name), "is not known")
+            reason = next((why for part, why in _REASONS.items() if part in name), "is unknown")
             problems.append(f"tensor {name} {reason}")
-    found.pairs, broken = pair_up(halves)
-    return found, problems + broken + _sampler_problems(found.sampler)
+    groups.pairs, pair_problems = pair_up(halves)
+    return groups, problems + pair_problems + _sampler_problems(groups.sampler)
 
 
 def _put(
@@ -211,14 +209,14 @@ def _put(
 
 
 def _sampler_problems(sampler: Mapping[str, mx.array]) -> list[str]:
-    wanted = [f"{name}.{leaf}" for name in SAMPLER_LAYERS.values() for leaf in ("weight", "bias")]
-    missing = [name for name in wanted if name not in sampler]
+    names = [f"{name}.{leaf}" for name in SAMPLER_LAYERS.values() for leaf in ("weight", "bias")]
+    missing = [name for name in names if name not in sampler]
     return [f"the sampler lacks {', '.join(missing)}"] if sampler and missing else []
 
 
 def _rank_problems(settings: PeftSettings, tensors: PeftTensors) -> list[str]:
-    found, problems = ranks(tensors.pairs)
-    for layer, rank in found.items():
+    layer_ranks, problems = ranks(tensors.pairs)
+    for layer, rank in layer_ranks.items():
         if rank != settings.rank_of(layer):
             problems.append(f"{layer} has rank {rank}, but {PEFT_CONFIG} says "
                             f"{settings.rank_of(layer)}")  # fmt: skip
@@ -241,7 +239,7 @@ def _layers(settings: PeftSettings, tensors: PeftTensors, base: BaseFacts) -> li
 def _masks(
     settings: PeftSettings, tensors: PeftTensors, base: BaseFacts, options: Options
 ) -> tuple[mx.array, list[str]]:
-    """Mask embeddings ``[k, D]`` in drafting order, and notes."""
+    """Return mask embeddings ``[k, D]`` in drafting order, and notes."""
     order, notes = options.mask_token_ids or settings.order or settings.trained, []
     tables = tensors.embeddings
     if order is None:
@@ -263,10 +261,12 @@ def _masks(
 
 
 def _trained_rows(settings: PeftSettings, tensors: PeftTensors, order: tuple[int, ...]) -> mx.array:
-    """The trained rows in drafting order.  PEFT calls them a delta, yet stores the rows."""
+    """Return the trained rows in drafting order.  PEFT calls them a delta but stores the rows."""
     name, rows = tensors.rows[EMBEDDING]
     if settings.trained is None:
-        raise ValueError(f"{name}: trainable_token_indices does not say whose rows these are")
+        raise ValueError(
+            f"{name}: trainable_token_indices is missing, so the tokens of these rows are unknown"
+        )
     if sorted(order) != sorted(settings.trained):
         raise ValueError(
             f"mask tokens {list(order)} and trainable_token_indices {list(settings.trained)} "
@@ -283,13 +283,13 @@ def _trained_rows(settings: PeftSettings, tensors: PeftTensors, order: tuple[int
 
 
 def _rows_of(tables: Sequence[tuple[str, mx.array]], order: tuple[int, ...]) -> mx.array:
-    """Rows of a table; where there are several, they must agree."""
-    found = []
+    """Return rows of a table; if there are several tables, their rows must be equal."""
+    rows = []
     for name, table in tables:
         if table.ndim != 2 or max(order) >= table.shape[0]:
             shape = tuple(table.shape)
             raise ValueError(f"{name} has shape {shape}: no row for token {max(order)}")
-        found.append(table[mx.array(order)])
-        if not mx.array_equal(found[0], found[-1]).item():
+        rows.append(table[mx.array(order)])
+        if not mx.array_equal(rows[0], rows[-1]).item():
             raise ValueError(f"the mask tokens' rows of {tables[0][0]} and {name} differ")
-    return found[0]
+    return rows[0]

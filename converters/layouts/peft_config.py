@@ -1,8 +1,8 @@
-"""``adapter_config.json`` of PEFT's LoRA: what it says about the tensors beside it.
+"""``adapter_config.json`` of PEFT's LoRA.
 
-PEFT has many options that change what a layer computes.  Those that this reader follows are read;
-those known to change nothing for a finished checkpoint are passed over; any other that is set is
-refused by name, those of future versions included.
+PEFT has many options that change what a layer computes.  Supported ones are read; those without
+effect on a finished checkpoint are ignored; any other that is set, also one of a future version, is
+refused by name.
 """
 
 from __future__ import annotations
@@ -22,31 +22,31 @@ _READ = {
     "alpha_pattern", "trainable_token_indices", "alora_invocation_tokens", "modules_to_save",
     "bias", "init_lora_weights",
 }  # fmt: skip
-# How an adapter was started, trained or placed: its tensors already say what came of it.
+# How an adapter was initialised, trained or placed: the tensors already reflect it.
 _WITHOUT_EFFECT = {
     "auto_mapping", "corda_config", "ensure_weight_tying", "eva_config", "exclude_modules",
     "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_dropout",
     "lora_ga_config", "megatron_core", "peft_version", "qalora_group_size", "revision",
     "runtime_config", "target_modules", "task_type",
 }  # fmt: skip
-# Starts that leave the base model as it is; others (PiSSA, OLoRA, LoftQ, ...) take from it.
-_HARMLESS_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+# Initialisations that do not change the base model; others (PiSSA, OLoRA, LoftQ, ...) do.
+_HARMLESS_INITS = (True, False, None, "gaussian", "eva", "orthogonal")
 # PEFT matches patterns as regular expressions, so a hostile one could run for hours.
-_MOST_PATTERNS = 4096
-_MOST_REPEATS = 2
-_MOST_OPTIONAL = 6
-_MOST_BRANCHES = 100_000
+_MAX_PATTERNS = 4096
+_MAX_REPEATS = 2
+_MAX_OPTIONAL = 6
+_MAX_BRANCHES = 100_000
 
 
 @dataclass(frozen=True, kw_only=True)
 class PeftSettings:
-    """What the configuration says.
+    """The relevant settings of a configuration.
 
     Attributes:
         rank, alpha, use_rslora: of the low-rank weights.
         rank_pattern, alpha_pattern: regular expression to value, in order.
-        trained: ids of the trained token rows, in row order; None when none were trained.
-        order: ids of the mask tokens in drafting order; None when it does not say.
+        trained: ids of the trained token rows, in row order; None if none were trained.
+        order: ids of the mask tokens in drafting order; None if unknown.
         base_model: name of the base model.
         head_saved: whether the unembedding was trained and saved whole.
     """
@@ -62,20 +62,20 @@ class PeftSettings:
     head_saved: bool = False
 
     def rank_of(self, layer: str) -> int:
-        """Rank of the layer with that Hugging Face module path."""
+        """Return the rank of the layer with this Hugging Face module path."""
         return _by_pattern(self.rank_pattern, layer, self.rank)
 
     def scale_of(self, layer: str) -> float:
-        """Scale of the layer with that Hugging Face module path."""
+        """Return the scale of the layer with this Hugging Face module path."""
         return self.scale(self.rank_of(layer), _by_pattern(self.alpha_pattern, layer, self.alpha))
 
     def scale(self, rank: int, alpha: float) -> float:
-        """PEFT's formula for the factor of the low-rank product."""
+        """Return the factor of the low-rank product by PEFT's formula."""
         return alpha / math.sqrt(rank) if self.use_rslora else alpha / rank
 
 
 def _by_pattern(patterns: Mapping[str, Any], layer: str, default: Any) -> Any:
-    """The value of the first pattern that matches as PEFT matches them."""
+    """Return the value of the first pattern that matches, by PEFT's rules."""
     for pattern, value in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", layer):
             return value
@@ -86,7 +86,7 @@ def read_settings(config: Mapping[str, Any]) -> tuple[PeftSettings, list[str]]:
     """Read a configuration.
 
     Returns:
-        The settings, with a default for whatever is wrong, and what is wrong or not supported.
+        The settings, with defaults instead of wrong values, and the problems.
     """
     problems = _unsupported(config)
     trained = _trained(config, problems)
@@ -121,7 +121,7 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
     if config.get("bias") not in (None, "none"):
         problems.append(f"bias must be 'none', got {config['bias']!r}")
     start = config.get("init_lora_weights")
-    if start not in _HARMLESS_STARTS:
+    if start not in _HARMLESS_INITS:
         problems.append(f"init_lora_weights {_short(start)} changes the base model's weights")
     saved = config.get("modules_to_save") or []
     saved = [saved] if isinstance(saved, str) else saved
@@ -132,7 +132,7 @@ def _unsupported(config: Mapping[str, Any]) -> list[str]:
 
 
 def _trained(config: Mapping[str, Any], problems: list[str]) -> tuple[int, ...] | None:
-    """Ids of the trained tokens.  With a tied unembedding, both tables may be named."""
+    """Return the ids of the trained tokens; a tied unembedding may be named as well."""
     trained = config.get("trainable_token_indices")
     if not trained:
         return None
@@ -141,7 +141,7 @@ def _trained(config: Mapping[str, Any], problems: list[str]) -> tuple[int, ...] 
     tables = {name.rpartition(".")[2]: ids for name, ids in trained.items()}
     if EMBEDDING not in tables or set(tables) - {EMBEDDING, HEAD}:
         problems.append(
-            f"trainable_token_indices must name {EMBEDDING} alone, got {', '.join(trained)}"
+            f"trainable_token_indices must name only {EMBEDDING}, got {', '.join(trained)}"
         )
         return None
     if tables.get(HEAD, tables[EMBEDDING]) != tables[EMBEDDING]:
@@ -152,7 +152,9 @@ def _trained(config: Mapping[str, Any], problems: list[str]) -> tuple[int, ...] 
 def _token_ids(key: str, ids: Any, problems: list[str]) -> tuple[int, ...] | None:
     whole = isinstance(ids, list) and ids and all(type(i) is int and i >= 0 for i in ids)
     if not whole or len(set(ids)) != len(ids):
-        problems.append(f"{key} must list the mask tokens' ids, each once, got {_short(ids)}")
+        problems.append(
+            f"{key} must list the ids of the mask tokens without repetition, got {_short(ids)}"
+        )
         return None
     return tuple(ids)
 
@@ -165,7 +167,7 @@ def _rank(key: str, value: Any, problems: list[str]) -> int:
 
 
 def _alpha(key: str, value: Any, problems: list[str]) -> float:
-    # Kept as it is: dividing a whole number rounds once, its conversion first might round twice.
+    # Not converted: dividing an integer rounds once, converting it first might round twice.
     if type(value) in (int, float) and abs(value) < 2**1000:
         return value
     problems.append(f"{key} must be a number, got {_short(value)}")
@@ -174,24 +176,24 @@ def _alpha(key: str, value: Any, problems: list[str]) -> float:
 
 def _pattern(key: str, config: Mapping[str, Any], read: Any, problems: list[str]) -> dict[str, Any]:
     patterns = config.get(key) or {}
-    if not isinstance(patterns, Mapping) or len(patterns) > _MOST_PATTERNS:
-        problems.append(f"{key} must be an object of at most {_MOST_PATTERNS} patterns")
+    if not isinstance(patterns, Mapping) or len(patterns) > _MAX_PATTERNS:
+        problems.append(f"{key} must be an object of at most {_MAX_PATTERNS} patterns")
         return {}
-    found = {}
+    values = {}
     for pattern, value in patterns.items():
         if reason := _unsafe(pattern):
             problems.append(f"{key}: pattern {_short(pattern)} {reason}")
         else:
-            found[pattern] = read(f"{key}: {pattern}", value, problems)
-    return found
+            values[pattern] = read(f"{key}: {pattern}", value, problems)
+    return values
 
 
 def _unsafe(pattern: str) -> str | None:
-    """Why a pattern must not be run; rough, yet it lets every way of naming layers through."""
+    """Return why a pattern must not be matched, or None; all usual layer names pass."""
     plain = re.sub(r"\\.", "", pattern)
     branches = (plain.count("|") + 1) ** plain.count("(")
     repeats = len(re.findall(r"[*+{]", plain))
-    if repeats > _MOST_REPEATS or plain.count("?") > _MOST_OPTIONAL or branches > _MOST_BRANCHES:
+    if repeats > _MAX_REPEATS or plain.count("?") > _MAX_OPTIONAL or branches > _MAX_BRANCHES:
         return "is too costly to match"
     if re.search(r"\)[*+{]", plain):
         return "repeats a group, which can be too costly to match"

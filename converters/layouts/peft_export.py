@@ -1,6 +1,6 @@
-"""The way back: an adapter of ours in the layout of PEFT pull request 3541.
+"""Export of an adapter in the layout of PEFT pull request 3541.
 
-Reading the result again gives the same adapter, bit for bit.  What that layout has no place for is
+Converting the result again gives the same adapter, bit for bit.  What the layout cannot express is
 refused by name.
 """
 
@@ -32,14 +32,14 @@ def to_peft(
         config: the adapter's configuration.
         tensors: its tensors: ``mask_embeddings`` ``[k, D]``, ``*.lora_a`` ``[in, r]``,
             ``*.lora_b`` ``[r, out]``, ``sampler_head.*``.
-        mask_token_ids: k ids that the mask tokens are to have, in drafting order.
+        mask_token_ids: k ids for the mask tokens, in drafting order.
 
     Returns:
         ``adapter_config.json``, the tensors of ``adapter_model.safetensors``, and those of
         ``sampler_model.safetensors`` or None.
 
     Raises:
-        ValueError: PEFT's layout cannot express the adapter; the message says what.
+        ValueError: PEFT's layout cannot express the adapter; the message names the reason.
     """
     ids = [int(token) for token in mask_token_ids]
     if len(set(ids)) != len(ids) or len(ids) != config.num_draft_tokens or min(ids) < 0:
@@ -56,16 +56,16 @@ def to_peft(
         elif name.startswith(SAMPLER_PREFIX):
             sampler[_sampler_name(name)] = tensor
         else:
-            raise ValueError(f"tensor {name} is not known")
+            raise ValueError(f"tensor {name} is unknown")
     tokens = {"trainable_token_indices": ids, "alora_invocation_tokens": ids}
     return _settings(config, _adapted(config, tensors)) | tokens, adapter, sampler or None
 
 
 def _adapted(config: MTPConfig, tensors: Mapping[str, mx.array]) -> list[str]:
-    """Paths of the adapted layers, of which PEFT's layout needs some."""
+    """Return the paths of the adapted layers, of which PEFT's layout needs at least one."""
     paths = [name.removesuffix(".lora_a") for name in tensors if name.endswith(".lora_a")]
     if not paths:
-        raise ValueError("the adapter has no low-rank weights, and PEFT's layout needs some")
+        raise ValueError("the adapter has no low-rank weights, which PEFT's layout requires")
     for path in paths:
         _check_rank(config, path, tensors[f"{path}.lora_a"])
     return paths
@@ -96,12 +96,12 @@ def _check_rank(config: MTPConfig, path: str, lora_a: mx.array) -> None:
 def _sampler_name(name: str) -> str:
     layer, _, leaf = name.removeprefix(SAMPLER_PREFIX).rpartition(".")
     if layer not in _SAMPLER_NUMBERS or leaf not in ("weight", "bias"):
-        raise ValueError(f"tensor {name} is not known")
+        raise ValueError(f"tensor {name} is unknown")
     return f"sampler.mlp.{_SAMPLER_NUMBERS[layer]}.{leaf}"
 
 
 def _settings(config: MTPConfig, paths: Sequence[str]) -> dict[str, Any]:
-    """The part of the configuration that is about low-rank weights."""
+    """Return the part of the configuration that concerns low-rank weights."""
     use_rslora, alphas = _alphas(config, paths)
     default = alphas.pop("")
     return {
@@ -127,7 +127,7 @@ def _settings(config: MTPConfig, paths: Sequence[str]) -> dict[str, Any]:
 
 
 def _targets(config: MTPConfig, paths: Sequence[str]) -> list[str]:
-    """Leaf names where they stand for every layer of that name, else full paths."""
+    """Return leaf names that cover every layer of this name, and full paths for the rest."""
     by_leaf: dict[str, list[str]] = {}
     for path in paths:
         by_leaf.setdefault(path.rpartition(".")[2], []).append(path)
@@ -139,37 +139,37 @@ def _targets(config: MTPConfig, paths: Sequence[str]) -> list[str]:
 
 
 def _alphas(config: MTPConfig, paths: Sequence[str]) -> tuple[bool, dict[str, float]]:
-    """lora_alpha of every path, and of the default under the empty path, by one formula for all."""
-    wanted = {"": (config.scale, config.rank)}
-    wanted |= {path: (config.scale_of(path), config.rank_of(path)) for path in paths}
+    """Return the formula and lora_alpha by path; the empty path has the default."""
+    pairs = {"": (config.scale, config.rank)}
+    pairs |= {path: (config.scale_of(path), config.rank_of(path)) for path in paths}
     missed = ""
     for use_rslora in (False, True):
-        found = {}
-        for path, (scale, rank) in wanted.items():
+        alphas = {}
+        for path, (scale, rank) in pairs.items():
             alpha = exact_alpha(scale, rank, use_rslora=use_rslora)
             if alpha is None:
                 missed = missed or path or "the adapter"
                 break
-            found[path] = alpha
+            alphas[path] = alpha
         else:
-            return use_rslora, found
-    scale, rank = wanted.get(missed, wanted[""])
+            return use_rslora, alphas
+    scale, rank = pairs.get(missed, pairs[""])
     raise ValueError(
-        f"scale {scale!r} of {missed} cannot be written in PEFT's layout: no lora_alpha divided by "
-        f"its rank {rank} or by the root of that gives it exactly"
+        f"scale {scale!r} of {missed} cannot be expressed in PEFT's layout: no lora_alpha divided "
+        f"by its rank {rank} or the root of it is exactly that"
     )
 
 
 def exact_alpha(scale: float, rank: int, *, use_rslora: bool) -> float | None:
-    """The ``lora_alpha`` from which PEFT's formula gives exactly that scale; None if none does.
+    """Return the ``lora_alpha`` for which PEFT's formula gives exactly this scale, or None.
 
-    Dividing by a rank that is no power of two rounds, and reaches most numbers but not all.  Where
-    an alpha exists, the rounded product is one: over 300,000 random pairs showed no exception.
+    Division by a rank that is not a power of two rounds, so some scales cannot be reached.  If an
+    alpha exists, the rounded product is one: 300,000 random pairs showed no exception.
     """
     divisor = math.sqrt(rank) if use_rslora else rank
     product = scale * divisor
     if not math.isfinite(product):
         return None
-    # Most adapters were given a whole number, and PEFT expects one.
+    # Most adapters have an integer, which PEFT expects.
     whole = [round(product)] if abs(product) < _LARGEST_EXACT else []
     return next((alpha for alpha in [*whole, product] if alpha / divisor == scale), None)

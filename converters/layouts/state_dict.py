@@ -1,9 +1,9 @@
-"""Raw state dicts of the amateur kind: bare or wrapped, in either order, under any prefix.
+"""Raw state dicts: bare or wrapped, with axes in either order, under any prefix.
 
-Names give the parts away (``lora_A`` and ``lora_B``, "mask", "sampler"), the base model's shapes
-tell the order of their axes, and settings are looked for in what was saved beside them.  The frozen
-base model may be there too.  What cannot be known is assumed or asked for, and every assumption is
-noted.
+The parts are recognised by names (``lora_A`` and ``lora_B``, "mask", "sampler"), the order of axes
+by the base model's shapes, and settings are searched in the values and files that come with them.
+The frozen base model may be included.  What cannot be known is assumed, with a note, or must be
+specified.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 _LORA = re.compile(r"(.+)\.lora_([ABab])(?:\.default)?(?:\.weight)?")
 _SCALAR = re.compile(r"(.+)\.(?:lora_)?(alpha|scale|scaling)(?:\.default)?")
-# What a frozen layer is called inside the module that adds low-rank weights to it.
+# Names of a frozen layer inside the module that adds low-rank weights to it.
 _FROZEN = r"(?:(?:base|base_layer|linear|orig|original|original_layer|wrapped|inner|embedding)\.)?"
 _LAYER = re.compile(rf"(?P<prefix>(?:.+\.)?)(?P<path>layers\.\d+\..+?)\.{_FROZEN}(?:weight|bias)")
 _AROUND = re.compile(
@@ -61,7 +61,7 @@ _CONTAINERS = {
 
 @dataclass(kw_only=True)
 class StateTensors:
-    """The tensors of a checkpoint by what they are, each group by name."""
+    """The tensors of a checkpoint by kind, in every kind by name."""
 
     pairs: dict[str, Pair] = field(default_factory=dict)
     scalars: dict[str, tuple[str, float]] = field(default_factory=dict)
@@ -71,7 +71,7 @@ class StateTensors:
 
 
 def is_state_dict(checkpoint: Checkpoint) -> bool:
-    """Whether there are low-rank weights at all."""
+    """Return whether there are any low-rank weights."""
     return any(_LORA.fullmatch(name) for name in checkpoint.tensors)
 
 
@@ -100,7 +100,7 @@ def convert_state_dict(
 
 
 def describe_state_dict(checkpoint: Checkpoint) -> LayoutSummary:
-    """Describe a raw state dict; ranks are read off as if its axes were in PyTorch's order."""
+    """Describe a raw state dict; its axes are assumed to be in PyTorch's order."""
     settings = find_settings(checkpoint)
     tensors, problems = _sort(checkpoint.tensors, chosen=None)
     sizes = [min(pair.a.shape, default=0) for pair in tensors.pairs.values()]
@@ -124,11 +124,11 @@ def describe_state_dict(checkpoint: Checkpoint) -> LayoutSummary:
 
 
 def _sort(tensors: Mapping[str, mx.array], *, chosen: str | None) -> tuple[StateTensors, list[str]]:
-    """Sort tensors by what they are; returns what is wrong too, every unknown tensor by name."""
-    found, halves, sampler, rest = StateTensors(), [], {}, {}
+    """Sort tensors by kind; also return problems, with every unknown tensor by name."""
+    groups, halves, sampler, rest = StateTensors(), [], {}, {}
     for name, tensor in sorted(tensors.items()):
         if name == chosen:
-            found.masks[name] = tensor
+            groups.masks[name] = tensor
         elif match := _LORA.fullmatch(name):
             halves.append((match[1], match[2].upper(), name, tensor))
         elif is_training_state(name):
@@ -137,33 +137,33 @@ def _sort(tensors: Mapping[str, mx.array], *, chosen: str | None) -> tuple[State
             sampler[name] = tensor
         elif (match := _SCALAR.fullmatch(name)) and tensor.size == 1:
             value: Any = tensor.item()
-            found.scalars[match[1]] = (match[2], value)
+            groups.scalars[match[1]] = (match[2], value)
         elif chosen is None and "mask" in name.lower() and tensor.dtype in FLOATS:
-            found.masks[name] = tensor
+            groups.masks[name] = tensor
         else:
             rest[name] = tensor
-    found.pairs, problems = pair_up(halves)
-    found.sampler, wrong = sort_sampler(sampler)
-    for owner, (word, _) in found.scalars.items():
-        if owner not in found.pairs:
-            problems.append(f"tensor {owner}.{word} is not known")
-    words = _CONTAINERS | {word for layer in found.pairs for word in _prefix(layer)}
+    groups.pairs, problems = pair_up(halves)
+    groups.sampler, sampler_problems = sort_sampler(sampler)
+    for owner, (word, _) in groups.scalars.items():
+        if owner not in groups.pairs:
+            problems.append(f"tensor {owner}.{word} is unknown")
+    words = _CONTAINERS | {word for layer in groups.pairs for word in _prefix(layer)}
     for name, tensor in rest.items():
         if _is_frozen(name, words):
-            found.frozen[name] = tensor
+            groups.frozen[name] = tensor
         else:
-            problems.append(f"tensor {name} is not known")
-    return found, problems + wrong
+            problems.append(f"tensor {name} is unknown")
+    return groups, problems + sampler_problems
 
 
 def _prefix(layer: str) -> list[str]:
-    """What stands in front of ``layers.N`` in a layer's name."""
-    before, found, _ = layer.partition("layers.")
-    return before.split(".") if found else []
+    """Return the parts of a layer's name before ``layers.N``."""
+    before, separator, _ = layer.partition("layers.")
+    return before.split(".") if separator else []
 
 
 def _is_frozen(name: str, words: set[str]) -> bool:
-    """Whether a tensor is of the base model, by its name, under prefixes that it may have."""
+    """Return whether a name, with one of these prefixes, is that of a base model's tensor."""
     if _ROTARY.fullmatch(name):
         return True
     match = _LAYER.fullmatch(name) or _AROUND.fullmatch(name)
@@ -171,7 +171,7 @@ def _is_frozen(name: str, words: set[str]) -> bool:
 
 
 def _check_frozen(frozen: Mapping[str, mx.array], base: BaseFacts, options: Options) -> list[str]:
-    """Make sure that what is left out is the base model's; returns notes."""
+    """Check that the omitted tensors are the base model's; return notes."""
     notes = []
     for name, tensor in frozen.items():
         match = _LAYER.fullmatch(name)
@@ -180,17 +180,17 @@ def _check_frozen(frozen: Mapping[str, mx.array], base: BaseFacts, options: Opti
                 ids = options.mask_token_ids or range(base.vocab_size, max(tensor.shape))
                 notes += check_table(name, tensor, base, mask_ids=ids)
         elif match is not None and not _fits_layer(match["path"], tensor, base):
-            raise ValueError(f"tensor {name} is not known and not of {base.name}")
+            raise ValueError(f"tensor {name} is unknown and not part of {base.name}")
     if frozen:
         notes.append(
-            f"{len(frozen)} tensors of the frozen base model were left out; only its embedding "
+            f"{len(frozen)} tensors of the frozen base model were omitted; only its embedding "
             "was compared"
         )
     return notes
 
 
 def _fits_layer(path: str, tensor: mx.array, base: BaseFacts) -> bool:
-    """Whether a tensor can be that layer's weight or bias, or a normalisation's."""
+    """Return whether a tensor can be the weight or bias of this layer or normalisation."""
     linear = resolve_path(path, base.linears)
     if linear is None:
         return "norm" in path and tensor.ndim == 1
@@ -201,7 +201,7 @@ def _fits_layer(path: str, tensor: mx.array, base: BaseFacts) -> bool:
 def _layers(
     tensors: StateTensors, settings: StateSettings, base: BaseFacts, options: Options
 ) -> tuple[list[LowRankLayer], list[str]]:
-    """The adapted layers in our order, and notes."""
+    """Return the adapted layers with axes in mlx-mtp's order, and notes."""
     paths = resolve_layers(tensors.pairs, base, any_prefix=True)
     (flip_a, flip_b), notes = _axes(tensors.pairs, paths, base)
     layers = []
@@ -216,14 +216,14 @@ def _layers(
     if guessed and settings.rslora is None:
         notes.append(f"scale: alpha / rank, {layers[0].scale:g} at rank {layers[0].rank}")
     if settings.rank not in (None, *(layer.rank for layer in layers)):
-        notes.append(f"the checkpoint says rank {settings.rank}, which no layer has")
+        notes.append(f"the checkpoint specifies rank {settings.rank}, which no layer has")
     return layers, notes
 
 
 def _scale(
     name: str, rank: int, tensors: StateTensors, settings: StateSettings, options: Options
 ) -> float:
-    """Scale of one layer: as given, else its own, else the checkpoint's."""
+    """Return the scale of a layer: from the options, its own, or the checkpoint's."""
     own = tensors.scalars.get(name)
     if own is None or options.scale is not None or options.alpha is not None:
         return settings.of_layer(rank, options)
@@ -234,7 +234,7 @@ def _scale(
 def _axes(
     pairs: Mapping[str, Pair], paths: Mapping[str, str], base: BaseFacts
 ) -> tuple[tuple[bool, bool], list[str]]:
-    """Whether A and B must be transposed: what fits all layers, PyTorch's order if several do."""
+    """Return whether A and B must be transposed to fit all layers, and notes."""
     possible = [(True, True), (False, False), (True, False), (False, True)]
     for name, pair in pairs.items():
         in_dims, out_dims = base.linears[paths[name]]
@@ -252,13 +252,13 @@ def _axes(
         possible = fitting
     if len(possible) == 1:
         return possible[0], []
-    note = "the order of axes cannot be told from shapes: taken as {}"
+    note = "the order of axes is not visible from shapes: assumed {}"
     order = "PyTorch's, A [r, in] and B [out, r]" if possible[0] == (True, True) else "mixed"
     return possible[0], [note.format(order)]
 
 
 def _masks(tensors: StateTensors, base: BaseFacts, options: Options) -> tuple[mx.array, list[str]]:
-    """Mask embeddings ``[k, D]`` and notes."""
+    """Return mask embeddings ``[k, D]`` and notes."""
     if options.masks is not None and options.masks not in tensors.masks:
         raise ValueError(f"layout option masks: there is no tensor {options.masks}")
     if len(tensors.masks) > 1:
@@ -273,26 +273,28 @@ def _masks(tensors: StateTensors, base: BaseFacts, options: Options) -> tuple[mx
         for name, tensor in tensors.frozen.items()
         if "embed_tokens" in name and tensor.ndim == 2
     ]
-    given = options.mask_token_ids is not None
-    if tables and (given or tables[0][1].shape[0] > base.vocab_size):
+    has_ids = options.mask_token_ids is not None
+    if tables and (has_ids or tables[0][1].shape[0] > base.vocab_size):
         ids, note = surplus_rows(*tables[0], base, options)
         return tables[0][1][mx.array(ids)], [note]
-    if given or options.seed is not None:
-        rows, note = random_rows(base, options, why="no tensor tells how many masks there are")
+    if has_ids or options.seed is not None:
+        rows, note = random_rows(
+            base, options, why="no tensor shows how many mask tokens there are"
+        )
         return rows, [note]
     raise ValueError(
         "no mask embeddings were found: no tensor with 'mask' in its name, no embed_tokens table "
-        f"with more rows than the {base.vocab_size} of {base.name}; layout options masks, "
-        "mask_token_ids or seed tell what to use"
+        f"with more rows than the {base.vocab_size} of {base.name}; specify layout option masks, "
+        "mask_token_ids or seed"
     )
 
 
 def _mask_tensor(
     name: str, tensor: mx.array, base: BaseFacts, options: Options
 ) -> tuple[mx.array, list[str]]:
-    """A tensor of mask embeddings, in whatever shape it came."""
+    """Return mask embeddings ``[k, D]`` from a tensor of this or a similar shape, and notes."""
     if options.seed is not None or options.mask_token_ids is not None:
-        raise ValueError(f"{name} holds mask embeddings: seed and mask_token_ids are not needed")
+        raise ValueError(f"{name} contains mask embeddings: seed and mask_token_ids are not needed")
     shape = tuple(tensor.shape)
     if shape[-1:] != (base.hidden_size,) or len(shape) > 3 or shape[:-2] not in ((), (1,)):
         raise ValueError(f"{name} has shape {shape}, not [k, {base.hidden_size}]")

@@ -1,7 +1,7 @@
-"""The sampler head of a raw state dict, told by the shapes of what lies under its name.
+"""The sampler head of a raw state dict, recognised by the shapes of its tensors.
 
-Two linear layers, ``[D, 2D]`` and ``[D, D]``, and two normalisations ``[D]`` are what it must have.
-Shapes show neither the order of the two halves nor a residual: those are assumed, and noted.
+It must have two linear layers, ``[D, 2D]`` and ``[D, D]``, and two normalisations ``[D]``.  Shapes
+do not reveal the order of the two halves or a residual: these are assumed, with a note.
 """
 
 from __future__ import annotations
@@ -37,27 +37,27 @@ class SamplerParts:
 
     @property
     def norm(self) -> str:
-        """Kind of the normalisation by its biases: LayerNorm has them."""
+        """Kind of the normalisation: a LayerNorm has biases."""
         return "rms" if all(module.bias is None for module in self.norms) else "layer"
 
     @property
     def words(self) -> str | None:
-        """The sampler head in words; None when there is none."""
+        """The sampler head in words; None if there is none."""
         return f"mlp, {_NAMES[self.norm]}" if self.linears else None
 
 
 def sort_sampler(tensors: Mapping[str, mx.array]) -> tuple[SamplerParts, list[str]]:
-    """Find the modules; returns what is wrong too.
+    """Sort tensors into modules; also return problems.
 
     Args:
-        tensors: whatever lies under the sampler head's name; empty when there is none.
+        tensors: all tensors of the sampler head; empty if there is none.
     """
     modules: dict[str, dict[str, mx.array]] = {}
     problems, parts = [], SamplerParts()
     for name, tensor in tensors.items():
         module, _, leaf = name.rpartition(".")
         if leaf not in ("weight", "bias"):
-            problems.append(f"tensor {name} is not known: the sampler's have .weight and .bias")
+            problems.append(f"tensor {name} is unknown: the sampler's end in .weight and .bias")
         modules.setdefault(module, {})[leaf] = tensor
     for name in sorted(modules, key=_natural):
         weight, bias = modules[name].get("weight"), modules[name].get("bias")
@@ -71,7 +71,7 @@ def sort_sampler(tensors: Mapping[str, mx.array]) -> tuple[SamplerParts, list[st
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
-    """Sort key by which ``layer10`` comes after ``layer9``."""
+    """Return a sort key that puts ``layer10`` after ``layer9``."""
     return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", name)]
 
 
@@ -83,7 +83,7 @@ def _wrong_shapes(tensors: Mapping[str, mx.array], parts: SamplerParts) -> list[
         return []
     listed = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in tensors.items())
     return [
-        "the sampler is not known: it must have linear layers [D, 2D] and [D, D] and two "
+        "the sampler is unknown: it must have linear layers [D, 2D] and [D, D] and two "
         f"normalisations [D], found {listed[:400]}"
     ]
 
@@ -98,12 +98,12 @@ def _wrong_biases(parts: SamplerParts) -> list[str]:
 def convert_sampler(
     parts: SamplerParts, options: Options, *, base_eps: float
 ) -> tuple[SamplerKind | None, dict[str, mx.array], list[str]]:
-    """Turn the modules into ours.
+    """Convert the modules to the tensors of mlx-mtp's sampler head.
 
     Args:
         parts: from ``sort_sampler``.
         options: ``concat``, ``norm``, ``norm_eps``, ``residual``.
-        base_eps: the base model's epsilon, which an RMSNorm is taken to share.
+        base_eps: the base model's epsilon, assumed for an RMSNorm.
 
     Returns:
         The kind, tensors by name within the sampler head, and notes.
@@ -127,7 +127,7 @@ def convert_sampler(
     note = (
         f"sampler: Linear, SiLU, {_NAMES[norm]} (eps {kind.norm_eps:g}) twice, its norms "
         f"{parts.norms[0].name} and {parts.norms[1].name} in that order; concat {concat}, "
-        f"residual {kind.residual}; where nobody said so, this was assumed"
+        f"residual {kind.residual}; assumed unless specified by options"
     )
     return kind, _tensors(parts, norm=norm, concat=concat), [note]
 
@@ -139,10 +139,10 @@ def _tensors(parts: SamplerParts, *, norm: str, concat: str) -> dict[str, mx.arr
         tensors[f"norm_{number}.weight"] = after.weight
         if linear.bias is not None:
             tensors[f"linear_{number}.bias"] = linear.bias
-        if norm == "layer":  # one without bias adds nothing
+        if norm == "layer":  # a missing bias is zero
             bias = mx.zeros_like(after.weight) if after.bias is None else after.bias
             tensors[f"norm_{number}.bias"] = bias
-    if concat == "hidden-embedding":  # ours takes the embedding first
+    if concat == "hidden-embedding":  # mlx-mtp's takes the embedding first
         hidden, embedding = mx.split(tensors["linear_1.weight"], 2, axis=1)
         tensors["linear_1.weight"] = mx.concatenate([embedding, hidden], axis=1)
     return tensors

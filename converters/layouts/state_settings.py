@@ -1,4 +1,4 @@
-"""Alpha, rank and scale of a raw state dict: looked for in whatever was saved beside it."""
+"""Alpha, rank and scale of a raw state dict, from the values and files that come with it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mlx_mtp.converters.layouts.options import Options
 if TYPE_CHECKING:
     from mlx_mtp.converters.checkpoint import Checkpoint
 
-# What the last part of a key may be called.
+# Possible names of the last part of a key.
 _KEYS = {
     "alpha": {"alpha", "lora_alpha"},
     "rank": {"r", "rank", "lora_r", "lora_rank"},
@@ -24,12 +24,12 @@ _KEYS = {
     },
 }  # fmt: skip
 _TRAINING = ("optim", "sched", "lr_sched", "scaler", "grad_scaler", "rng")
-_OF_MODELS = ("architectures", "model_type")  # keys that tell a base model's config.json
+_OF_MODELS = ("architectures", "model_type")  # keys of a base model's config.json
 
 
 @dataclass(frozen=True, kw_only=True)
 class StateSettings:
-    """What was found, None where nothing was; ``problems`` tells what contradicts itself."""
+    """The settings of a checkpoint, None if missing; ``problems`` lists contradictions."""
 
     alpha: float | None
     rank: int | None
@@ -39,17 +39,17 @@ class StateSettings:
     problems: tuple[str, ...]
 
     def of_layer(self, rank: int, options: Options) -> float:
-        """Scale of a layer of that rank.
+        """Return the scale of a layer of this rank.
 
         Raises:
-            ValueError: it is not known.
+            ValueError: it is unknown.
         """
         if options.scale is not None:
             return options.scale
         alpha = self.alpha if options.alpha is None else options.alpha
         if alpha is None and self.scale is None:
             raise ValueError(
-                "neither alpha nor scale is in the checkpoint; give one as a layout option"
+                "the checkpoint contains neither alpha nor scale: specify one as a layout option"
             )
         if alpha is None:
             assert self.scale is not None
@@ -59,20 +59,20 @@ class StateSettings:
             return rooted if self.rslora else plain
         if self.scale not in (plain, rooted):
             raise ValueError(
-                f"the checkpoint says alpha {alpha} and scale {self.scale}, which do not go "
-                f"together at rank {rank}; give scale as a layout option"
+                f"alpha {alpha} and scale {self.scale} of the checkpoint contradict each other at "
+                f"rank {rank}: specify layout option scale"
             )
         return self.scale
 
 
 def is_training_state(name: str) -> bool:
-    """Whether a dotted name is of an optimiser, a scheduler or a random generator."""
+    """Return whether a dotted name belongs to an optimiser, scheduler or random generator."""
     return any(part.lower().startswith(_TRAINING) for part in name.split(".")[:-1])
 
 
 def find_settings(checkpoint: Checkpoint) -> StateSettings:
-    """Look through the plain values of PyTorch files and the JSON files beside them."""
-    found: dict[str, dict[Any, str]] = {word: {} for word in _KEYS}
+    """Search the plain values of PyTorch files and the JSON files next to them."""
+    values_by_word: dict[str, dict[Any, str]] = {word: {} for word in _KEYS}
     problems = []
     for name, value in _entries(checkpoint):
         *owners, leaf = name.lower().split(".")
@@ -80,9 +80,9 @@ def find_settings(checkpoint: Checkpoint) -> StateSettings:
             problems.append(f"{name} is not supported in a raw state dict")
         for word, keys in _KEYS.items():
             if leaf in keys and _fits(word, value):
-                found[word].setdefault(value, name)
+                values_by_word[word].setdefault(value, name)
     chosen: dict[str, Any] = {}
-    for word, values in found.items():
+    for word, values in values_by_word.items():
         chosen[word] = next(iter(values), None)
         if len(values) > 1 and word != "base_model":
             listed = ", ".join(f"{name} {value}" for value, name in values.items())

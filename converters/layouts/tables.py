@@ -1,7 +1,7 @@
-"""Mask rows out of embedding tables, and whole tables held against the base model's own.
+"""Mask rows from embedding tables, and comparison of whole tables with the base model's.
 
 Projects that enlarge the vocabulary save the whole embedding table, and sometimes the unembedding.
-An adapter cannot replace the base model's rows, so every such row must be what the base has.
+An adapter cannot replace rows of the base model, so all of these must be equal to its own.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _QUANTISED_ERROR = 0.6
 
 
 def token_rows(base: BaseFacts, ids: Sequence[int]) -> mx.array:
-    """Rows ``[n, D]`` of the base model's embedding.
+    """Return rows ``[n, D]`` of the base model's embedding.
 
     Raises:
         ValueError: an id is not in its table.
@@ -35,22 +35,22 @@ def token_rows(base: BaseFacts, ids: Sequence[int]) -> mx.array:
 
 
 def random_rows(base: BaseFacts, options: Options, *, why: str) -> tuple[mx.array, str]:
-    """Mask rows ``[k, D]`` that are tokens' own embeddings, drawn at random or given by id.
+    """Return mask rows ``[k, D]`` that are embeddings of tokens, random ones or chosen by id.
 
     Args:
         base: the base model.
         options: ``num_draft_tokens``, ``seed`` and ``mask_token_ids``.
-        why: why the number must be given, for the message.
+        why: why the number must be specified, for the message.
 
     Returns:
         The rows and a note that names the ids.
 
     Raises:
-        ValueError: k is not known, or the options contradict each other.
+        ValueError: k is unknown, or the options contradict each other.
     """
     k, ids = options.num_draft_tokens, options.mask_token_ids
     if ids is None and k is None:
-        raise ValueError(f"num_draft_tokens must be given as a layout option: {why}")
+        raise ValueError(f"layout option num_draft_tokens is required: {why}")
     if ids is None:
         assert k is not None
         seed = options.seed or 0
@@ -62,7 +62,7 @@ def random_rows(base: BaseFacts, options: Options, *, why: str) -> tuple[mx.arra
             raise ValueError("layout options seed and mask_token_ids exclude each other")
         if k not in (None, len(ids)):
             raise ValueError(f"mask_token_ids are {len(ids)}, but num_draft_tokens is {k}")
-        how = "as given"
+        how = "as specified"
     listed = ", ".join(map(str, ids))
     return token_rows(base, ids), f"mask rows: the base embedding's rows of {listed}, {how}"
 
@@ -70,13 +70,13 @@ def random_rows(base: BaseFacts, options: Options, *, why: str) -> tuple[mx.arra
 def check_table(
     name: str, table: mx.array, base: BaseFacts, *, mask_ids: Collection[int]
 ) -> list[str]:
-    """Hold a whole embedding or unembedding table ``[rows, D]`` against the base model's.
+    """Compare a whole embedding or unembedding table ``[rows, D]`` with the base model's.
 
     Args:
-        name: the tensor's name; with ``lm_head`` in it, it is an unembedding.
+        name: name of the tensor; an unembedding if it contains ``lm_head``.
         table: the table.
         base: the base model.
-        mask_ids: rows that are mask tokens and may be anything.
+        mask_ids: rows of mask tokens, which are not compared.
 
     Returns:
         Notes.
@@ -90,16 +90,16 @@ def check_table(
             f"{base.hidden_size} numbers"
         )
     own, shared = base.embed, min(table.shape[0], base.vocab_size)
-    if HEAD in name and HEAD in base.linears:  # a table apart from the embedding
+    if HEAD in name and HEAD in base.linears:  # a separate table
         if base.unembed is None:
-            return [f"{name} was taken for the base model's own, which was not at hand"]
+            return [f"{name} was assumed to be the base model's own, which was not available"]
         own = base.unembed
     ids = np.setdiff1d(np.arange(shared), list(mask_ids))
     for start in range(0, len(ids), _ROWS_AT_ONCE):
         _check_rows(name, table, own, ids[start : start + _ROWS_AT_ONCE], base)
     notes = []
     if base.quantised:
-        notes.append(f"{name} is near the base model's, which is quantised")
+        notes.append(f"{name} is close to the base model's, which is quantised")
     surplus = set(range(base.vocab_size, table.shape[0])) - set(mask_ids)
     if surplus and HEAD not in name:
         notes.append(
@@ -116,55 +116,55 @@ def _check_rows(
     ids: np.ndarray,
     base: BaseFacts,
 ) -> None:
-    found, wanted = table[mx.array(ids)], own(ids.tolist())
-    # The one that was rounded says no more than its own type can.
-    narrow = next((t for t in (found.dtype, wanted.dtype) if t != mx.float32), mx.float32)
-    exact = {found.dtype, wanted.dtype} != {mx.float16, mx.bfloat16}
+    actual, expected = table[mx.array(ids)], own(ids.tolist())
+    # Compare in the narrower of the two types, to which one of them may have been rounded.
+    narrow = next((t for t in (actual.dtype, expected.dtype) if t != mx.float32), mx.float32)
+    exact = {actual.dtype, expected.dtype} != {mx.float16, mx.bfloat16}
     if exact:
-        found, wanted = found.astype(narrow), wanted.astype(narrow)
-    found, wanted = found.astype(mx.float32), wanted.astype(mx.float32)
-    error = mx.abs(found - wanted)
+        actual, expected = actual.astype(narrow), expected.astype(narrow)
+    actual, expected = actual.astype(mx.float32), expected.astype(mx.float32)
+    error = mx.abs(actual - expected)
     if base.quantised:
-        rms = mx.sqrt((error**2).mean() / mx.maximum((wanted**2).mean(), 1e-30))
+        rms = mx.sqrt((error**2).mean() / mx.maximum((expected**2).mean(), 1e-30))
         wrong = mx.broadcast_to(~(rms < _QUANTISED_ERROR), (len(ids),))
     elif exact:
         wrong = ~(error == 0).all(axis=-1)
     else:  # either type may have rounded: bfloat16 to 8 bits, float16 small numbers to 0
-        wrong = ~(error <= 2**-8 * mx.abs(wanted) + 2**-24).all(axis=-1)
+        wrong = ~(error <= 2**-8 * mx.abs(expected) + 2**-24).all(axis=-1)
     if wrong.any().item():
         first = int(ids[np.array(wrong).argmax()])
         raise ValueError(
-            f"{name}: row {first} is not the row of {base.name}; an adapter cannot replace what "
-            "the base model has (is that the right base model?)"
+            f"{name}: row {first} differs from that of {base.name}; an adapter cannot replace rows "
+            "of the base model (is it the right base model?)"
         )
 
 
 def surplus_rows(
     name: str, table: mx.array, base: BaseFacts, options: Options
 ) -> tuple[tuple[int, ...], str]:
-    """The ids of mask tokens that only a table tells: those given, else those behind the base's.
+    """Return the mask tokens of an enlarged table: the chosen ids, or the rows after the base's.
 
     Returns:
         The ids in drafting order and a note.
 
     Raises:
-        ValueError: the table has no row behind the base model's, or not as many as asked for.
+        ValueError: the table has no additional rows, or not as many as specified.
     """
     rows = table.shape[0] if table.ndim else 0
     if options.mask_token_ids is not None:
         ids = options.mask_token_ids
         if max(ids) >= rows:
             raise ValueError(f"mask_token_ids: {name} has {rows} rows, no row {max(ids)}")
-        return ids, f"mask rows: rows {', '.join(map(str, ids))} of {name}, as given"
+        return ids, f"mask rows: rows {', '.join(map(str, ids))} of {name}, as specified"
     ids = tuple(range(base.vocab_size, rows))
     if not ids:
         raise ValueError(
-            f"{name} has {rows} rows and {base.name} {base.vocab_size}: which are mask tokens "
-            "must be given as layout option mask_token_ids"
+            f"{name} has {rows} rows and {base.name} {base.vocab_size}: specify the mask tokens by "
+            "layout option mask_token_ids"
         )
     if options.num_draft_tokens not in (None, len(ids)):
         raise ValueError(
             f"{name} has {len(ids)} rows more than {base.name}, but num_draft_tokens is "
             f"{options.num_draft_tokens}"
         )
-    return ids, f"mask rows: the {len(ids)} rows of {name} behind the base model's"
+    return ids, f"mask rows: the {len(ids)} rows of {name} after the base model's"

@@ -1,4 +1,4 @@
-"""PyTorch files in, safetensors files out: the only place that reads PyTorch files.
+"""Conversion of PyTorch files to safetensors files; nothing else reads PyTorch files.
 
 A child process with a scrubbed environment imports torch, enters the sandbox and reads the file
 with ``weights_only=True`` (``reader``).  This process enforces the time limit, and checks the
@@ -34,8 +34,8 @@ from mlx_mtp.converters.pytorch.reader import (
 from mlx_mtp.storage.package import package_folder
 from mlx_mtp.storage.safetensors import check_safetensors, read_json_object, shown
 
-_START_S = 180.0  # importing torch from a cold disk; the file has not been looked at yet
-_BYTES_PER_S = 20e6  # no machine that can run a model reads and writes more slowly
+_START_S = 180.0  # importing torch from a slow disk; the file has not been opened yet
+_BYTES_PER_S = 20e6  # any machine that can run a model is faster
 _MIN_FREE_BYTES = 64 << 20
 # The package's own __init__ would import MLX and start threads.
 _BOOT = """
@@ -55,9 +55,9 @@ class Request:
 
     Attributes:
         path: the PyTorch file.
-        scratch: a private folder for what comes of it.
+        scratch: private folder for the result.
         is_zip: whether it is a zip archive.
-        limits: what the work may use.
+        limits: limits of memory, time and file size.
     """
 
     path: Path
@@ -72,23 +72,23 @@ def torch_to_safetensors(
     """Read one PyTorch file in a sandbox and write its tensors as safetensors.
 
     Nested dicts become dotted names; states of optimisers, schedulers and random generators are
-    left out; float64 becomes float32, which is the widest that MLX has everywhere.
+    omitted; float64 becomes float32, the widest type that MLX has on all devices.
 
     Args:
-        path: the file, a zip archive or of the form from before version 1.6.
-        scratch: a folder for the result, which may be up to four times as long as the file.
-        allow_pickle: the caller's leave to read a pickle at all.
+        path: the file, a zip archive or of the form before PyTorch 1.6.
+        scratch: folder for the result, which may be up to four times as large as the file.
+        allow_pickle: whether the caller permits reading a pickle.
 
     Returns:
         The new file in ``scratch``, and the plain values by dotted name: text, numbers, true,
         false, None, and short lists of them.
 
     Raises:
-        ValueError: the file is refused or broken, or torch or the sandbox is missing; one line.
+        ValueError: the file is refused or broken, or torch or a sandbox is missing; one line.
     """
     if not allow_pickle:
         raise ValueError(
-            f"{path} is a PyTorch pickle file: give --allow-pickle to read it "
+            f"{path} is a PyTorch pickle file: use --allow-pickle to read it "
             "(weights only, in a sandbox)"
         )
     scratch = scratch.resolve()  # the child has a working directory of its own
@@ -111,7 +111,7 @@ def torch_to_safetensors(
 
 
 def limits_for(file_bytes: int) -> sandbox.Limits:
-    """What reading a file of this size may use: twice its size in memory, and a GiB."""
+    """Return the limits for a file of this size: twice its size in memory plus 1 GiB, and so on."""
     seconds = file_bytes / _BYTES_PER_S
     return sandbox.Limits(
         memory_bytes=2 * file_bytes + (1 << 30),
@@ -125,10 +125,10 @@ def run_child(request: Request) -> int:
     """Run ``read_confined`` in a fresh interpreter.
 
     Returns:
-        Its exit code, negative for the signal that ended it.
+        Its exit code, or the negative number of the signal that ended it.
 
     Raises:
-        TimeoutError: it was too slow and was ended.
+        TimeoutError: it exceeded the time limit.
     """
     reader, writer = os.pipe()
     try:
@@ -170,24 +170,24 @@ def _command(request: Request, *, ready: int) -> list[str]:
 
 
 def _specs() -> list[Any]:
-    """Where torch and numpy are: an isolated interpreter leaves some folders out."""
+    """Return the locations of torch and numpy, which an isolated interpreter may not find."""
     return [spec for name in ("torch", "numpy") if (spec := importlib.util.find_spec(name))]
 
 
 def _environment(scratch: Path) -> dict[str, str]:
-    """The child's variables: no tokens, no proxies, one thread."""
-    kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+    """Return the child's environment: no tokens, no proxies, one thread."""
+    inherited = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
     threads = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     places = dict.fromkeys(("HOME", "TMPDIR"), str(scratch))
     fixed = {"PATH": "/usr/bin:/bin", "LC_ALL": "C.UTF-8", "CUDA_VISIBLE_DEVICES": ""}
-    return kept | dict.fromkeys(threads, "1") | places | fixed
+    return inherited | dict.fromkeys(threads, "1") | places | fixed
 
 
 def _wait_readable(descriptor: int, seconds: float) -> None:
-    """Wait until something can be read here, or the other end is closed.
+    """Wait until there is something to read, or the other end is closed.
 
     Raises:
-        TimeoutError: nothing happened.
+        TimeoutError: neither happened in time.
     """
     deadline = time.monotonic() + seconds
     if not select.select([descriptor], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -195,7 +195,7 @@ def _wait_readable(descriptor: int, seconds: float) -> None:
 
 
 def _serve(request: Request, *, shown_path: Path) -> dict[str, Any]:
-    """Run the child and return the plain values that it found."""
+    """Run the child and return the plain values of the file."""
     try:
         code = run_child(request)
     except TimeoutError:
@@ -207,17 +207,17 @@ def _serve(request: Request, *, shown_path: Path) -> dict[str, Any]:
         _require_own_file(result_path)
         result = read_json_object(result_path)
     except ValueError:
-        raise ValueError(f"{shown_path} cannot be read: its reader gave no result") from None
+        raise ValueError(f"{shown_path} cannot be read: its reader returned no result") from None
     if result.get("error") is not None:
         raise ValueError(f"{shown_path} cannot be read: {shown(result['error'], limit=300)}")
     values = result.get("values")
     if not isinstance(values, dict):
-        raise ValueError(f"{shown_path} cannot be read: its reader gave no result")
+        raise ValueError(f"{shown_path} cannot be read: its reader returned no result")
     return {name: value for name, value in values.items() if _is_plain(name, value)}
 
 
 def _publish(tensors: Path, scratch: Path, path: Path) -> Path:
-    """Check the child's tensor file and move it to its place."""
+    """Check the child's tensor file and move it into ``scratch``."""
     try:
         _require_own_file(tensors)
         check_safetensors(tensors)
@@ -232,9 +232,9 @@ def _publish(tensors: Path, scratch: Path, path: Path) -> Path:
 
 
 def _require_own_file(path: Path) -> None:
-    """Refuse a link, which might lead out of the scratch folder."""
+    """Refuse a link, which might refer to a file outside the scratch folder."""
     if path.is_symlink() or not path.is_file() or path.stat().st_nlink != 1:
-        raise ValueError(f"{path} is not a file of its own")
+        raise ValueError(f"{path} is not a separate file")
 
 
 def _is_plain(name: str, value: Any) -> bool:

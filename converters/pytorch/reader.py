@@ -42,12 +42,12 @@ _DTYPES = {
     **{"uint32": "U32", "int32": "I32", "uint64": "U64", "int64": "I64", "float16": "F16"},
     **{"bfloat16": "BF16", "float32": "F32", "float64": "F32", "complex64": "C64"},
 }
-# States of training that a checkpoint of weights may carry along.
+# States of training that a checkpoint of weights may contain.
 _NOT_WEIGHTS = ("optim", "sched", "lr_sched", "rng", "scaler", "grad_scaler")
 
 
 def max_output_bytes(file_bytes: int) -> int:
-    """The longest tensor file that may come of a PyTorch file of this size."""
+    """Return the maximum size of the tensor file for a PyTorch file of this size."""
     return MAX_GROWTH * file_bytes + _SLACK_BYTES
 
 
@@ -59,13 +59,13 @@ def read_confined(
     limits: sandbox.Limits,
     ready: Callable[[], None] = lambda: None,
 ) -> None:
-    """Enter the sandbox and read one file; the process can do little else afterwards.
+    """Enter the sandbox and read one file; the process remains confined afterwards.
 
     Args:
         path: the PyTorch file.
-        scratch: the folder for the two result files, and the only one that stays writable.
+        scratch: folder for the two result files, the only one that remains writable.
         is_zip: whether the file is a zip archive, whose storages can be mapped.
-        limits: what the work may use.
+        limits: limits of memory, time and file size.
         ready: called in the sandbox, before the file is looked at.
     """
     values: dict[str, Any] = {}
@@ -77,7 +77,7 @@ def read_confined(
         _check_tensors(tensors, torch=torch, file_bytes=path.stat().st_size)
         _write_tensors(scratch / TENSORS_FILE, tensors, torch=torch)
         error = None
-    except BaseException as problem:  # whatever it is, the parent shall hear of it
+    except BaseException as problem:  # any failure is reported to the parent
         error = _reason(problem)
     result = {"error": error, "values": {} if error else values}
     (scratch / RESULT_FILE).write_text(json.dumps(result), encoding="utf-8")
@@ -101,7 +101,7 @@ def main(request: str) -> None:
 
 
 def _import_torch(scratch: Path) -> Any:
-    """Import torch and have it load once, so that nothing is left to import in the sandbox."""
+    """Import torch and load a sample, so that nothing is imported later in the sandbox."""
     import torch
 
     warnings.simplefilter("ignore")
@@ -124,7 +124,7 @@ def _load(torch: Any, path: Path, *, is_zip: bool) -> Any:
 def _flatten(loaded: Any, *, torch: Any) -> tuple[dict[str, Any], dict[str, Any]]:
     """Split what was loaded into tensors and plain values, both by dotted name."""
     if not isinstance(loaded, dict):
-        raise ValueError(f"it holds a {type(loaded).__name__}, not a dict of tensors")
+        raise ValueError(f"it contains a {type(loaded).__name__}, not a dict of tensors")
     tensors: dict[str, Any] = {}
     values: dict[str, Any] = {}
     waiting: list[tuple[str, Any, int]] = [("", loaded, 0)]
@@ -135,7 +135,7 @@ def _flatten(loaded: Any, *, torch: Any) -> tuple[dict[str, Any], dict[str, Any]
         items = dict.items(node) if isinstance(node, dict) else enumerate(node)
         nodes += len(node)
         if depth > _MAX_DEPTH or nodes > _MAX_NODES:
-            raise ValueError("its dicts are nested too deeply or hold too much")
+            raise ValueError("its dicts are nested too deeply or too large")
         for key, value in items:
             name = _join(prefix, key)
             if _is_training_state(key):
@@ -154,7 +154,7 @@ def _flatten(loaded: Any, *, torch: Any) -> tuple[dict[str, Any], dict[str, Any]
 
 def _join(prefix: str, key: Any) -> str:
     if not isinstance(key, str | int) or isinstance(key, str) and not key.isprintable():
-        raise ValueError(f"it has a key of type {type(key).__name__} that is no name")
+        raise ValueError(f"it has a key of type {type(key).__name__}, which is not a valid name")
     if len(prefix) + len(str(key)) >= MAX_TEXT:
         raise ValueError(f"a name in it is longer than {MAX_TEXT} characters")
     return f"{prefix}.{key}" if prefix else str(key)
@@ -165,7 +165,7 @@ def _is_training_state(key: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
-    """Tell whether this is one small plain value or a short list of such."""
+    """Return whether this is one small plain value or a short list of such values."""
     if isinstance(value, list | tuple):
         return len(value) <= MAX_LIST and all(_is_scalar(item) for item in value)
     return _is_scalar(value)
@@ -180,7 +180,7 @@ def _is_scalar(value: Any) -> bool:
 
 
 def _check_tensors(tensors: Mapping[str, Any], *, torch: Any, file_bytes: int) -> None:
-    """Refuse tensors that are more, or something else, than bytes of the file."""
+    """Refuse tensors that are not simply bytes of the file."""
     total = 0
     for name, tensor in tensors.items():
         kind = str(tensor.dtype).removeprefix("torch.")
@@ -205,12 +205,12 @@ def _check_tensors(tensors: Mapping[str, Any], *, torch: Any, file_bytes: int) -
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, Any], *, torch: Any) -> None:
-    """Write a safetensors file with no more than one tensor in memory; float64 as float32."""
+    """Write a safetensors file with one tensor in memory at a time; float64 as float32."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         if name in header:
-            raise ValueError(f"{name} is no name for a tensor")
+            raise ValueError(f"{name} is not a valid tensor name")
         wide = tensor.dtype == torch.float64
         start, end = end, end + tensor.numel() * (4 if wide else tensor.element_size())
         dtype = _DTYPES[str(tensor.dtype).removeprefix("torch.")]

@@ -1,17 +1,16 @@
-"""A process that looks at an untrusted file gives up, first, all that it will not need.
+"""A sandbox for a process that reads an untrusted file.
 
-``enter`` leaves the calling process able to read the files that it is for, to compute, and to
-write in one scratch folder.  It cannot reach the network, start a process, signal another one, or
-change anything elsewhere, and it is held to limits of memory, time and file size.  There is no
-way back, also not for native code that a hostile file might get to run.
+After ``enter`` the calling process can read the specified files, compute, and write to one scratch
+folder.  It cannot use the network, start a process, signal another one, or change anything
+elsewhere, and its memory, time and file sizes are limited.  This cannot be undone, not even by
+native code that a hostile file might run.
 
 Linux: Landlock and seccomp (``sandbox_linux``).  macOS: the profile of ``macos_profile``, entered
-by ``sandbox_init``, the call behind the program sandbox-exec; there reading stays allowed.  The
-macOS half cannot be run on the Linux machines where this is tested; so ``enter`` ends by trying
-the forbidden acts and raises if one of them works, and a file is refused rather than read without
-a sandbox.
+by ``sandbox_init``, which the program sandbox-exec uses; reading remains allowed there.  The macOS
+part cannot be run on the Linux machines where this is tested.  Therefore ``enter`` ends by trying
+what is forbidden and raises if anything works, so that a file is never read without a sandbox.
 
-This module is imported by the child process and therefore needs nothing but Python.
+The child process imports this module, so it only needs the standard library.
 """
 
 from __future__ import annotations
@@ -36,13 +35,13 @@ _MAX_OPEN_FILES = 64
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a sandboxed process may use, counted from the moment that it enters.
+    """Limits of a sandboxed process, counted from the moment that it enters.
 
     Attributes:
-        memory_bytes: address space on Linux, resident memory on macOS, beyond what it has.
+        memory_bytes: additional address space on Linux, additional resident memory on macOS.
         cpu_s: processor time.
-        wall_s: time on the clock; the parent process keeps it.
-        file_bytes: the longest file that it may write.
+        wall_s: elapsed time; enforced by the parent process.
+        file_bytes: maximum size of a file that it writes.
     """
 
     memory_bytes: int
@@ -52,25 +51,25 @@ class Limits:
 
 
 def why_unavailable() -> str | None:
-    """Say in a few words why this machine cannot sandbox, or return None if it can."""
+    """Return in a few words why this machine has no sandbox, or None if it has one."""
     if sys.platform == "linux":
         return sandbox_linux.why_unavailable()
     if sys.platform == "darwin":
-        found = hasattr(ctypes.CDLL(None), "sandbox_init")
-        return None if found else "this macOS has no sandbox_init"
+        has_sandbox = hasattr(ctypes.CDLL(None), "sandbox_init")
+        return None if has_sandbox else "this macOS has no sandbox_init"
     return f"{sys.platform} has neither Landlock nor sandbox-exec"
 
 
 def enter(scratch: Path, *, readable: Sequence[Path], limits: Limits) -> None:
-    """Confine the calling process, for good; it must have one thread.
+    """Confine the calling process permanently; it must have one thread.
 
     Args:
-        scratch: the folder that stays writable.
-        readable: what stays readable besides, and besides Python's own modules.
-        limits: what the process may use.
+        scratch: folder that remains writable.
+        readable: other files that remain readable, in addition to Python's modules.
+        limits: limits of the process.
 
     Raises:
-        OSError: the process is not, or not wholly, confined; it must stop.
+        OSError: the process is not completely confined; it must stop.
     """
     scratch = scratch.resolve(strict=True)
     _set_limits(limits)
@@ -86,7 +85,7 @@ def enter(scratch: Path, *, readable: Sequence[Path], limits: Limits) -> None:
 
 
 def macos_profile(scratch: Path) -> str:
-    """Return the macOS sandbox profile: read anything, write below ``scratch``, nothing else.
+    """Return the macOS sandbox profile: read anything, write in ``scratch``, nothing else.
 
     Raises:
         ValueError: the path cannot be written in a profile.
@@ -107,7 +106,7 @@ def macos_profile(scratch: Path) -> str:
 
 
 def watch_memory(limit_bytes: int) -> None:
-    """End the process when its resident memory has passed a limit; for macOS, which has none."""
+    """End the process when its resident memory exceeds a limit; macOS cannot enforce one."""
 
     def watch() -> None:
         while _peak_bytes() <= limit_bytes:
@@ -130,7 +129,7 @@ def _set_limits(limits: Limits) -> None:
 
 
 def _limit(kind: int, value: int) -> None:
-    """Set a limit that cannot be raised again; one that is lower already stays."""
+    """Set a limit that cannot be raised again; a lower existing limit remains."""
     hard = resource.getrlimit(kind)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
     resource.setrlimit(kind, (value, value))
@@ -148,19 +147,19 @@ def _restrict_macos(scratch: Path) -> None:
 
 
 def _peak_bytes() -> int:
-    """The most memory that this process has had resident."""
+    """Return the peak resident memory of this process."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _prove(scratch: Path) -> None:
-    """Try what must fail.
+    """Try forbidden operations.
 
     Raises:
-        OSError: something worked.
+        OSError: one of them succeeded.
     """
     attempts: list[tuple[str, Callable[[], object]]] = [
-        ("write outside the scratch folder", lambda: _write_beside(scratch)),
+        ("write outside the scratch folder", lambda: _write_outside(scratch)),
         ("reach the network", _reach_network),
         ("start a process", _start_process),
     ]
@@ -174,14 +173,14 @@ def _prove(scratch: Path) -> None:
         raise OSError(f"the sandbox let the process {what}")
 
 
-def _write_beside(scratch: Path) -> None:
+def _write_outside(scratch: Path) -> None:
     path = scratch.parent / f"{scratch.name}.outside"
     os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     path.unlink()
 
 
 def _reach_network() -> None:
-    """Connect a datagram socket to this machine's discard port, which sends nothing."""
+    """Connect a datagram socket to this machine's discard port, which sends no data."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("127.0.0.1", 9))
 

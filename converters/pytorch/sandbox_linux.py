@@ -1,10 +1,10 @@
-"""The Linux half of the sandbox: Landlock for files, seccomp for system calls, through ctypes.
+"""The Linux part of the sandbox: Landlock for files, seccomp for system calls, through ctypes.
 
-Landlock takes every right to write, make, rename or remove outside one folder, to read but what
-was named, and to run a program anywhere.  The seccomp filter lists the few system calls that
-reading a file and doing sums needs, with their harmless arguments; every other call fails with
-EPERM, so there is no network, no new process, no signal to others, no change of modes, owners,
-times or attributes.  Both hold for the rest of the process's life, whoever runs it.
+Landlock removes the rights to write, create, rename or delete outside one folder, to read other
+files than the specified ones, and to run programs.  The seccomp filter allows the few system calls
+that reading a file and computing need, with harmless arguments; every other call fails with EPERM,
+so there is no network, no new process, no signal to others, no change of modes, owners, times or
+attributes.  Both remain in force until the process ends.
 
 Needs Linux 5.13 or newer on x86-64 or arm64.  Numbers are those of the kernel's user interface.
 """
@@ -106,7 +106,7 @@ _ALWAYS: dict[str, tuple[int | None, int | None]] = {
     "rseq": (334, 293),
     "faccessat2": (439, 439),
 }
-# Allowed with some arguments only; ``_checked_calls`` says which.
+# Allowed only with some arguments; see ``_checked_calls``.
 _CHECKED: dict[str, tuple[int | None, int | None]] = {
     "open": (2, None),
     "openat": (257, 56),
@@ -117,9 +117,9 @@ _CHECKED: dict[str, tuple[int | None, int | None]] = {
     "tgkill": (234, 131),
     "prlimit64": (302, 261),
 }
-# The C library falls back on an older call when these say that they do not exist.
+# The C library falls back on an older call if these do not exist.
 _ABSENT: dict[str, tuple[int | None, int | None]] = {"clone3": (435, 435), "openat2": (437, 437)}
-_NEWEST_CALL = 450  # every later number is answered as an older kernel would
+_NEWEST_CALL = 450  # later numbers fail as on an older kernel
 
 _MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column, audit code
 _X32_BIT = 0x40000000
@@ -162,7 +162,7 @@ Instruction = tuple[int, int, int, int]  # code, jump if true, jump if false, op
 
 
 def why_unavailable() -> str | None:
-    """Say in a few words why this machine cannot sandbox, or return None if it can."""
+    """Return in a few words why this machine has no sandbox, or None if it has one."""
     if platform.machine() not in _MACHINES:
         return f"there is no system call filter for {platform.machine()}"
     if _landlock_version() < 1:
@@ -173,14 +173,14 @@ def why_unavailable() -> str | None:
 
 
 def restrict(scratch: Path, readable: Iterable[Path]) -> None:
-    """Take this process's rights, for good.  It must have one thread.
+    """Restrict this process permanently.  It must have one thread.
 
     Args:
-        scratch: the folder where it may write.
-        readable: files and folders that it may read; missing ones are passed over.
+        scratch: folder where it may write.
+        readable: files and folders that it may read; missing ones are ignored.
 
     Raises:
-        OSError: a step failed; nothing untrusted may be looked at.
+        OSError: a step failed; no untrusted file may be opened.
     """
     threads = os.listdir("/proc/self/task")
     if len(threads) != 1:
@@ -218,7 +218,7 @@ def filter_program(machine: str, *, pid: int) -> list[Instruction]:
 
 
 def _checked_calls(pid: int) -> dict[str, list[Instruction]]:
-    """What follows the number of each call that depends on its arguments; all end in a return."""
+    """Return the instructions for calls that depend on their arguments; all end in a return."""
     return {
         "open": _open_body(flags=1),
         "openat": _open_body(flags=2),
@@ -232,7 +232,7 @@ def _checked_calls(pid: int) -> dict[str, list[Instruction]]:
         "fcntl": _one_of(_FCNTLS, argument=1),
         "prctl": _one_of(_PRCTLS, argument=0),
         "tgkill": _one_of((pid,), argument=0),
-        "prlimit64": [  # reading one's own limits: no process id, no new limit
+        "prlimit64": [  # reading the process's own limits: no process id, no new limit
             *[_load(0), (_EQUAL, 0, 5, 0)],
             *[_load(2), (_EQUAL, 0, 3, 0)],
             *[_load(2, high=True), (_EQUAL, 0, 1, 0)],
@@ -243,7 +243,7 @@ def _checked_calls(pid: int) -> dict[str, list[Instruction]]:
 
 
 def _open_body(*, flags: int) -> list[Instruction]:
-    """Refuse to cut a file without asking to write it: old Landlocks let that through."""
+    """Refuse truncation without write access, which old versions of Landlock allow."""
     return [
         _load(flags),
         (_AND, 0, 0, _O_ACCMODE | _O_TRUNC),
@@ -275,7 +275,7 @@ def _restrict_calls() -> None:
 
 
 def _restrict_files(scratch: Path, readable: Iterable[Path]) -> None:
-    """Leave the right to write in ``scratch`` alone, to read there and in ``readable``."""
+    """Allow writing only in ``scratch``, and reading only there and in ``readable``."""
     libc, version = _libc(), _landlock_version()
     handled = _HANDLED
     for since, right in _NEWER_RIGHTS.items():
@@ -296,7 +296,7 @@ def _restrict_files(scratch: Path, readable: Iterable[Path]) -> None:
 
 
 def _grant(ruleset: int, path: Path, rights: int) -> None:
-    """Add a rule: ``rights`` for what lies below ``path``, or for this file."""
+    """Add a rule: ``rights`` for everything in ``path``, or for this file."""
     handle = os.open(path, os.O_PATH | os.O_CLOEXEC)
     try:
         rule = struct.pack("=Qi", rights if path.is_dir() else rights & _FILE_RIGHTS, handle)
@@ -307,7 +307,7 @@ def _grant(ruleset: int, path: Path, rights: int) -> None:
 
 
 def _landlock_version() -> int:
-    """The version of Landlock, 0 where there is none."""
+    """Return the version of Landlock, 0 if there is none."""
     return max(0, _libc().syscall(_CREATE_RULESET, None, 0, _ABI_QUERY))
 
 

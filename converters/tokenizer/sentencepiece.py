@@ -1,8 +1,8 @@
-"""A sentencepiece model as a fast tokenizer of the ``tokenizers`` library, built from its own file.
+"""Conversion of a sentencepiece model to a fast tokenizer of the ``tokenizers`` library.
 
-transformers can convert some of these files, but it goes by the tokenizer class and not by the
-file: it forgets the space in front of a text, or adds tokens that are not there.  Here every field
-of the file that changes ids or text is obeyed, or refused by name.
+transformers can convert some of these files, but follows the tokenizer class instead of the file:
+it omits the space before a text, or adds tokens that do not exist.  Here every field of the file
+that changes ids or text is respected, or refused by name.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ SPACE = "\u2581"  # sentencepiece writes a space as this letter
 
 _UNIGRAM, _BPE = 1, 2
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED = 1, 2, 3, 4, 5
-_NEVER = 1e4  # so far below the lowest score that no path through a text takes the piece
+_NEVER = 1e4  # so far below the lowest score that the piece is never chosen
 
 
 @dataclass(frozen=True, kw_only=True)
 class AddedPiece:
-    """A token that tokenizer files put beside a sentencepiece vocabulary, or rename in it.
+    """A token that tokenizer files add to a sentencepiece vocabulary, or rename in it.
 
     Attributes:
         content: its text.
         id: its id.
-        special: whether it is left out when special tokens are skipped.
+        special: whether it is omitted when special tokens are skipped.
         options: ``lstrip``, ``rstrip`` and ``single_word`` of the ``tokenizers`` library.
-        source: the file that names it.
+        source: file that names it.
     """
 
     content: str
@@ -75,12 +75,12 @@ def build_tokenizer(
     Args:
         proto: the ``ModelProto``.
         added: tokens beyond the vocabulary, or new names of tokens in it.
-        around: tokens to put before and behind every text.
-        legacy: put the dummy space in front of text behind a special token too, as sentencepiece
-            does when it is given such texts one by one.
+        around: tokens before and after every text.
+        legacy: whether text after a special token also begins with the dummy space, as
+            sentencepiece does for separate texts.
 
     Raises:
-        ValueError: the model uses something that fast tokenizers cannot do.
+        ValueError: the model uses a feature that fast tokenizers lack.
     """
     _refuse(proto)
     added = sorted(added, key=lambda token: token.id)
@@ -101,17 +101,17 @@ def build_tokenizer(
 
 
 def user_defined(proto: Any) -> list[str]:
-    """Symbols that are found in a text before anything else; with a space they never are."""
+    """Return the symbols that are matched first; those with a space are never matched."""
     return [p.piece for p in proto.pieces if p.type == _USER and " " not in p.piece]
 
 
 def normal_pieces(proto: Any) -> list[str]:
-    """The pieces that texts are cut into."""
+    """Return the pieces that texts are split into."""
     return [piece.piece for piece in proto.pieces if piece.type == _NORMAL]
 
 
 def _refuse(proto: Any) -> None:
-    """Refuse by name what a fast tokenizer cannot do."""
+    """Refuse unsupported features by name."""
     trainer, rules = proto.trainer_spec, proto.normalizer_spec
     if trainer.model_type not in (_UNIGRAM, _BPE):
         kind = {3: "word", 4: "char"}.get(trainer.model_type, trainer.model_type)
@@ -129,7 +129,7 @@ def _refuse(proto: Any) -> None:
 
 
 def _model(proto: Any, names: Sequence[str]) -> Any:
-    """The segmentation model."""
+    """Return the segmentation model."""
     pieces, fallback = proto.pieces, proto.trainer_spec.byte_fallback
     unknown = next((i for i, piece in enumerate(pieces) if piece.type == _UNKNOWN), None)
     if unknown is None:
@@ -145,15 +145,15 @@ def _model(proto: Any, names: Sequence[str]) -> Any:
         unk_token=names[unknown],
         fuse_unk=True,
         byte_fallback=fallback,
-        # What the pre-tokenizer cut out as a user-defined symbol is one token as it is.
+        # A user-defined symbol, which the pre-tokenizer splits off, is one token.
         ignore_merges=bool(user_defined(proto)),
     )
 
 
 def _score(piece: Any, *, lowest: float, highest: float) -> float:
-    """A unigram piece's score as sentencepiece counts it.
+    """Return a unigram piece's score, by sentencepiece's rules.
 
-    A fast tokenizer would find control and byte pieces in a text too, if they did not cost so much.
+    Control and byte pieces get a very low score, as a fast tokenizer would match them in a text.
     """
     if piece.type == _NORMAL:
         return piece.score
@@ -163,7 +163,7 @@ def _score(piece: Any, *, lowest: float, highest: float) -> float:
 
 
 def _merges(proto: Any) -> list[tuple[str, str]]:
-    """Every way to join two pieces into a third, best score first, as sentencepiece joins them."""
+    """Return all merges of two pieces into a third, best score first, as in sentencepiece."""
     joinable = set(normal_pieces(proto))
     results = [piece for piece in proto.pieces if piece.type == _NORMAL and len(piece.piece) > 1]
     results.sort(key=lambda piece: -piece.score)  # stable: equal scores stay in order of id
@@ -176,12 +176,12 @@ def _merges(proto: Any) -> list[tuple[str, str]]:
 
 
 def _normalizer(proto: Any, *, legacy: bool) -> Any:
-    """What happens to a text before it is cut: rules, spaces, the space in front."""
+    """Return the normalisation of a text: rules, spaces, the leading space."""
     rules = proto.normalizer_spec
     steps: list[Any] = []
     if rules.precompiled_charsmap:
-        # The library looks up a letter with its marks, takes the first rule and drops the other
-        # marks; composed beforehand, they are one letter.  All NFKC rules compose anyway.
+        # The library looks up a letter with its marks, applies the first rule and drops the other
+        # marks; composed first, they are one letter.  All NFKC rules compose anyway.
         steps += [normalizers.NFC()] if "nfkc" in rules.name else []
         steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
     if rules.remove_extra_whitespaces:
@@ -198,7 +198,7 @@ def _normalizer(proto: Any, *, legacy: bool) -> Any:
 
 
 def _pre_tokenizers(proto: Any, *, legacy: bool) -> list[Any]:
-    """What cuts a text before the model does: the space in front, user-defined symbols."""
+    """Return the splits before the model: the leading space, user-defined symbols."""
     steps: list[Any] = []
     if proto.normalizer_spec.add_dummy_prefix and not legacy:
         first = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="first", split=False)
@@ -212,7 +212,7 @@ def _pre_tokenizers(proto: Any, *, legacy: bool) -> list[Any]:
 
 
 def _decoder(proto: Any) -> Any:
-    """Pieces to text, in the form for which mlx-lm has a streaming detokeniser."""
+    """Return the decoder, in the form for which mlx-lm has a streaming detokeniser."""
     rules = proto.normalizer_spec
     steps: list[Any] = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix or rules.remove_extra_whitespaces:
@@ -223,7 +223,7 @@ def _decoder(proto: Any) -> Any:
 def _add_tokens(
     tokenizer: Tokenizer, proto: Any, names: Sequence[str], added: Sequence[AddedPiece]
 ) -> None:
-    """Register the tokens that are found in a text as it was typed, before spaces are added."""
+    """Register the tokens that are matched in the original text, before spaces are added."""
     renamed = {token.id for token in added}
     for index, piece in enumerate(proto.pieces):
         if piece.type in (_CONTROL, _UNKNOWN) and index not in renamed:
@@ -232,19 +232,19 @@ def _add_tokens(
         entry = AddedToken(token.content, special=token.special, normalized=False, **token.options)
         add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
         add([entry])
-        found = tokenizer.token_to_id(token.content)
-        if found != token.id:
-            raise ValueError(f"{token.source} gives {token.content} the id {token.id}, not {found}")
+        index = tokenizer.token_to_id(token.content)
+        if index != token.id:
+            raise ValueError(f"{token.source} gives {token.content} the id {token.id}, not {index}")
 
 
-def _post_processor(tokenizer: Tokenizer, before: str | None, behind: str | None) -> Any:
-    """Put the tokens around every text that the model expects there."""
-    around = [token for token in (before, behind) if token is not None]
+def _post_processor(tokenizer: Tokenizer, before: str | None, after: str | None) -> Any:
+    """Return the processor that adds the tokens before and after every text."""
+    around = [token for token in (before, after) if token is not None]
     ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(around)]
     for token, index in ids:
         if index is None:
             raise ValueError(f"the vocabulary has no {token} to put around a text")
     first = [*([before] if before is not None else []), "$A:0"]
-    first += [behind] if behind is not None else []
+    first += [after] if after is not None else []
     second = [token.replace("$A:0", "$B:1") for token in first]
     return processors.TemplateProcessing(single=first, pair=first + second, special_tokens=ids)

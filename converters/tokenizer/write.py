@@ -1,8 +1,8 @@
-"""Tokenizers: saved as fast tokenizers, from a sentencepiece model if that is all there is.
+"""Tokenizers, saved as fast tokenizers, also from a sentencepiece model without other files.
 
-A conversion counts only if ids and decoded text are sentencepiece's own on every text of a corpus.
-Control tokens (``<s>``) are the one intended difference: in a prompt they are recognised, as every
-chat template needs, and sentencepiece itself never does that.
+A conversion is refused unless ids and decoded text are equal to sentencepiece's on every text of a
+corpus.  Control tokens (``<s>``) are the only intended difference: they are recognised in a prompt,
+as chat templates require, which sentencepiece never does.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _ROLES = ("bos", "eos", "unk", "pad", "sep", "cls", "mask")
 _ENDS = ("bos", "eos")
 _KEPT_SETTINGS = ("chat_template", "model_max_length", "padding_side", "truncation_side")
 
-_NASTY = (
+_DIFFICULT = (
     "", " ", "   ", "a", " a", "  a", "a ", "a  b", "   a   b    c ", "\n", "\n\n\n", "\t", "\r\n",
     "a\n\nb", "a\tb\t\tc", " \t \n ", "if x:\n        return\n\n\n\tpass", "12345 6789", "3.14159",
     "0x1F + 1e-9 == -.5", "\x00a", "\x07bell\x1b[0m", "\x7f\x80\x85", "\xa0x\xa0y\u3000z",
@@ -55,21 +55,23 @@ def write_tokenizer(
     """Write a model's tokenizer as fast tokenizer files that give the same ids.
 
     Args:
-        source: the model's folder.
-        output: an existing folder.
-        scratch: a folder on the same disk.
-        model_type: of the model.
-        trust_remote_code: whether a tokenizer's own code may run.
+        source: folder of the model.
+        output: existing folder.
+        scratch: folder on the same disk.
+        model_type: type of the model.
+        trust_remote_code: whether a tokenizer's custom code may run.
 
     Returns:
-        On how many texts the written tokenizer was compared with its source.
+        The number of texts on which the written tokenizer was compared with its source.
 
     Raises:
-        ValueError: there is no tokenizer, it is broken, or it cannot be converted exactly.
+        ValueError: there is no tokenizer, or it is broken or cannot be converted exactly.
     """
     draft = scratch / "tokenizer"
     draft.mkdir()
-    (draft / "config.json").symlink_to((source / "config.json").resolve())  # it names the class
+    (draft / "config.json").symlink_to(
+        (source / "config.json").resolve()
+    )  # it determines the class
     if path := find_sentencepiece(source):
         convert_sentencepiece(path, draft, model_type=model_type)
         compared = check_sentencepiece(path, _load(draft, shown_as=path))
@@ -88,10 +90,10 @@ def write_tokenizer(
 
 
 def find_sentencepiece(folder: Path) -> Path | None:
-    """Return the sentencepiece model of a folder that has no other form of its tokenizer.
+    """Return the sentencepiece model of a folder without another form of its tokenizer.
 
     Raises:
-        ValueError: what should be one is broken.
+        ValueError: a file with such a name is broken.
     """
     if any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         return None
@@ -99,7 +101,7 @@ def find_sentencepiece(folder: Path) -> Path | None:
         path = folder / name
         if path.is_file() and parse(path) is not None:
             return path
-        # Some projects call lists of tokens with their ranks tokenizer.model as well.
+        # Some projects also use the name tokenizer.model for lists of tokens with their ranks.
         if path.is_file() and not re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", path.read_bytes()[:1000]):
             raise ValueError(f"{path} is not a sentencepiece model")
     return None
@@ -109,15 +111,15 @@ def convert_sentencepiece(path: Path, output: Path, *, model_type: str | None = 
     """Write ``tokenizer.json`` and ``tokenizer_config.json`` for a sentencepiece model.
 
     Settings come from ``tokenizer_config.json``, ``special_tokens_map.json`` and
-    ``added_tokens.json`` beside it, else from the model itself.
+    ``added_tokens.json`` next to it, or from the model itself.
 
     Args:
         path: the sentencepiece model.
-        output: an existing folder.
-        model_type: of the model that uses it; tells whether texts begin with ``<s>``.
+        output: existing folder.
+        model_type: type of the model that uses it; determines whether texts begin with ``<s>``.
 
     Raises:
-        ValueError: the file is broken or uses what fast tokenizers cannot do.
+        ValueError: the file is broken or uses a feature that fast tokenizers lack.
     """
     proto = parse(path)
     if proto is None:
@@ -142,10 +144,10 @@ def convert_sentencepiece(path: Path, output: Path, *, model_type: str | None = 
 def corpus(proto: Any = None) -> list[str]:
     """Return the texts on which tokenizers are compared.
 
-    They are prompts of many kinds, nasty lines and, of a sentencepiece model, its user-defined
+    They are prompts of many kinds, difficult lines and, of a sentencepiece model, its user-defined
     symbols and up to 2,000 of its pieces.
     """
-    texts = [*_NASTY, *(prompt.text for prompt in builtin_prompts(None))]
+    texts = [*_DIFFICULT, *(prompt.text for prompt in builtin_prompts(None))]
     if proto is not None:
         symbols = user_defined(proto)[:50]
         texts += symbols + [f"a {symbol} b{symbol}{symbol}c" for symbol in symbols]
@@ -159,13 +161,13 @@ def check_sentencepiece(path: Path, tokenizer: Any) -> int:
 
     Args:
         path: the sentencepiece model.
-        tokenizer: a transformers tokenizer, or one wrapped by mlx-lm.
+        tokenizer: tokenizer of transformers, or one wrapped by mlx-lm.
 
     Returns:
         The number of texts that were compared.
 
     Raises:
-        ValueError: ids or decoded text differ; the message has the first such text.
+        ValueError: ids or decoded text differ; the message contains the first such text.
     """
     from sentencepiece import SentencePieceProcessor
 
@@ -180,13 +182,13 @@ def check_sentencepiece(path: Path, tokenizer: Any) -> int:
     texts = corpus(proto)
     texts = [text for text in texts if not any(token in text for token in own)]
     for text in texts:
-        wanted = reference.encode(text)
-        found = tokenizer.encode(text, add_special_tokens=False)
-        if found != wanted:
-            raise ValueError(_difference(path, text, found, wanted))
-        known = [token for token in wanted if token != unknown]
+        expected = reference.encode(text)
+        actual = tokenizer.encode(text, add_special_tokens=False)
+        if actual != expected:
+            raise ValueError(_difference(path, text, actual, expected))
+        known = [token for token in expected if token != unknown]
         decoded, expected = tokenizer.decode(known), reference.decode(known)
-        if proto.normalizer_spec.remove_extra_whitespaces:  # then spaces in front mean nothing
+        if proto.normalizer_spec.remove_extra_whitespaces:  # then leading spaces have no meaning
             decoded, expected = decoded.lstrip(" "), expected.lstrip(" ")
         if decoded != expected:
             raise ValueError(_difference(path, text, decoded, expected))
@@ -194,12 +196,12 @@ def check_sentencepiece(path: Path, tokenizer: Any) -> int:
 
 
 def _load(folder: Path, *, shown_as: Path, trust_remote_code: bool = False) -> Any:
-    """Load a tokenizer the way mlx-lm will, without transformers' remarks on the model."""
+    """Load a tokenizer like mlx-lm, without transformers' warnings about the model."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
         return lm_utils.load_tokenizer(folder, {"trust_remote_code": trust_remote_code})
-    except Exception as error:  # transformers raises many kinds for a broken folder
+    except Exception as error:  # transformers raises many types for a broken folder
         raise ValueError(f"cannot load the tokenizer of {shown_as}: {shown(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
@@ -209,26 +211,26 @@ def _check_same(source: Path, original: Any, written: Any) -> int:
     """Compare a tokenizer with its written form."""
     texts = corpus()
     for text in texts:
-        wanted, found = original.encode(text), written.encode(text)
-        if found != wanted:
-            raise ValueError(_difference(source, text, found, wanted))
+        expected, actual = original.encode(text), written.encode(text)
+        if actual != expected:
+            raise ValueError(_difference(source, text, actual, expected))
     return len(texts)
 
 
-def _difference(path: Path, text: str, found: Any, wanted: Any) -> str:
-    """Say in one line where two tokenizers differ."""
-    if isinstance(found, list):
-        pairs = zip([*found, None], [*wanted, None], strict=False)
-        at = next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
-        found, wanted = found[at : at + 4], wanted[at : at + 4]
+def _difference(path: Path, text: str, actual: Any, expected: Any) -> str:
+    """Describe in one line where two tokenizers differ."""
+    if isinstance(actual, list):
+        pairs = zip([*actual, None], [*expected, None], strict=False)
+        start = next((i for i, (a, b) in enumerate(pairs) if a != b), 0)
+        actual, expected = actual[start : start + 4], expected[start : start + 4]
     return (
         f"{path}: its fast tokenizer would differ on the text {text[:60]!r}: "
-        f"{str(found)[:60]!r} instead of {str(wanted)[:60]!r}"
+        f"{str(actual)[:60]!r} instead of {str(expected)[:60]!r}"
     )
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
-    """``tokenizer_config.json`` over ``special_tokens_map.json``, without what is null."""
+    """Merge ``special_tokens_map.json`` and ``tokenizer_config.json``, without null values."""
     settings: dict[str, Any] = {}
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         values = _read_json(folder / name)
@@ -237,12 +239,12 @@ def _read_settings(folder: Path) -> dict[str, Any]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; an empty one if the file is not there."""
+    """Read a JSON object; an empty one if the file does not exist."""
     return read_json_object(path) if path.is_file() else {}
 
 
 def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> list[AddedPiece]:
-    """Tokens with fixed ids that the tokenizer files name."""
+    """Return the tokens with fixed ids in the tokenizer files."""
     special = {_content(settings.get(f"{role}_token")) for role in _ROLES}
     for key in ("additional_special_tokens", "extra_special_tokens"):
         listed = settings.get(key) or []
@@ -272,25 +274,25 @@ def _added_tokens(folder: Path, settings: Mapping[str, Any]) -> list[AddedPiece]
 
 
 def _token_id(value: Any) -> int:
-    """A token id as JSON files write it."""
+    """Return a token id from its form in a JSON file."""
     try:
         index = int(value)
     except (TypeError, ValueError):
         index = -1
     if index < 0:
-        raise ValueError(f"{value!r} is no token id")
+        raise ValueError(f"{value!r} is not a token id")
     return index
 
 
 def _content(token: Any) -> str:
-    """The text of a token that may be written as an object."""
+    """Return the text of a token that may be written as an object."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else ""
 
 
 def _config(proto: Any, settings: Mapping[str, Any], *, model_type: str | None) -> dict[str, Any]:
-    """The new ``tokenizer_config.json``: the general class, which takes tokenizer.json as it is."""
+    """Return ``tokenizer_config.json`` for the general class, which uses tokenizer.json as is."""
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     config |= {key: settings[key] for key in _KEPT_SETTINGS if key in settings}
     for role in _ROLES:
@@ -303,7 +305,7 @@ def _config(proto: Any, settings: Mapping[str, Any], *, model_type: str | None) 
         config["additional_special_tokens"] = [_content(token) for token in extra]
     like_t5 = "T5" in str(settings.get("tokenizer_class", "")) or model_type in ("t5", "umt5")
     for role, default in zip(_ENDS, (not like_t5, like_t5), strict=True):
-        wanted = bool(settings.get(f"add_{role}_token", default))
-        config[f"add_{role}_token"] = wanted and f"{role}_token" in config
+        is_added = bool(settings.get(f"add_{role}_token", default))
+        config[f"add_{role}_token"] = is_added and f"{role}_token" in config
     config["clean_up_tokenization_spaces"] = False
     return config

@@ -1,4 +1,4 @@
-"""Which machine this is, for people and for files that hold only here, and whether it is busy."""
+"""Which machine this is, for people and for cached files, and how busy it is."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ _THREADS = Path("/proc/self/task")
 
 
 def gpu_info() -> dict[str, Any]:
-    """What MLX says of the GPU that models run on; empty on a CPU."""
+    """MLX's description of the GPU that models run on; empty on a CPU."""
     return dict(mx.device_info()) if mx.default_device().type == mx.gpu else {}
 
 
 def machine_name(info: Mapping[str, Any]) -> str:
-    """What a person would call it; ``info`` is from ``gpu_info``."""
+    """The machine's name for people; ``info`` is from ``gpu_info``."""
     return str(info.get("device_name") or platform.processor() or platform.machine())
 
 
 def gpu_marks(info: Mapping[str, Any]) -> list[str]:
-    """What tells one GPU from another."""
+    """Values that identify a GPU."""
     return [str(info.get(name)) for name in ("architecture", "device_name", "memory_size")]
 
 
 def waited_ms(threads: Path = _THREADS) -> float:
-    """How long the threads of this process could have run but waited for a core, so far.
+    """Milliseconds that the threads of this process were ready to run but waited for a core.
 
-    Linux counts it; elsewhere it is 0.0.
+    Always 0.0 except on Linux.
     """
     total = 0
     for file in threads.glob("*/schedstat"):

@@ -221,11 +221,11 @@ def _setup(prepared: Prepared) -> Setup:
 def _model_facts(wanted: Wanted, model: MTPModel) -> dict[str, Any]:
     from mlx_mtp.loading import locate
     from mlx_mtp.model.mtp_model import fingerprint
-    from mlx_mtp.verify.receipt import hash_files
+    from mlx_mtp.storage.files import hash_weights
 
     adapter = None
     if model.config is not None:
-        adapter = {"sha256": hash_files(locate(wanted.model, wanted.adapter_path)[1])}
+        adapter = {"sha256": hash_weights(locate(wanted.model, wanted.adapter_path)[1])}
         adapter |= {"num_draft_tokens": model.num_draft_tokens, "rank": model.config.rank}
     return {
         "name": model.name,

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import psutil
 
 from mlx_mtp.backends.cpu.blas import BLAS
 from mlx_mtp.backends.device import gpu_info, machine_name
 
 POWERCAP = Path("/sys/class/powercap")
-_MEMINFO = Path("/proc/meminfo")
 _SYSCTL_S = 5.0
 
 
@@ -31,7 +31,7 @@ def machine() -> dict[str, Any]:
         "system": f"{os.uname().sysname} {os.uname().machine}",
         "backend": backend(),
         "threads": threads(),
-        "memory_bytes": info.get("memory_size") or _total_memory(),
+        "memory_bytes": info.get("memory_size") or psutil.virtual_memory().total,
         "recommended_working_set_bytes": info.get("max_recommended_working_set_size"),
         "wired_limit_mb": _sysctl_number("iogpu.wired_limit_mb"),
     }
@@ -55,29 +55,11 @@ def threads() -> int:
 
 
 def swap_bytes() -> int | None:
-    """Swap in use."""
-    if sys.platform == "darwin":
-        return parse_swapusage(_sysctl("vm.swapusage") or "")
+    """Swap in use; None where the system does not say."""
     try:
-        return parse_meminfo(_MEMINFO.read_text(encoding="ascii"))
-    except OSError:
+        return psutil.swap_memory().used
+    except (OSError, RuntimeError):  # /proc/vmstat may be hidden in a container
         return None
-
-
-def parse_meminfo(text: str) -> int | None:
-    """Swap in use from the text of ``/proc/meminfo``, in bytes."""
-    found = {name: int(number) for name, number in re.findall(r"^(\w+): +(\d+) kB", text, re.M)}
-    if "SwapTotal" not in found or "SwapFree" not in found:
-        return None
-    return (found["SwapTotal"] - found["SwapFree"]) * 1024
-
-
-def parse_swapusage(text: str) -> int | None:
-    """Swap in use from what macOS says of ``vm.swapusage``, in bytes."""
-    found = re.search(r"used = ([\d.]+)([KMGT])", text)
-    if found is None:
-        return None
-    return round(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
 
 
 class PowerMeter:
@@ -148,13 +130,6 @@ def _cpu_name() -> str:
         return machine_name({})
     found = re.search(r"^model name\s*: (.+)$", text, re.M)
     return found[1].strip() if found else machine_name({})
-
-
-def _total_memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (ValueError, OSError):
-        return None
 
 
 def _sysctl(name: str) -> str | None:

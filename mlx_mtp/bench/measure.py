@@ -13,23 +13,9 @@ from mlx_mtp.bench.contexts import Question
 from mlx_mtp.bench.machine_state import PowerMeter
 from mlx_mtp.bench.modes import Mode
 from mlx_mtp.bench.runs import Answer, Check, Timing, num_repeated, timed
+from mlx_mtp.bench.settings import Settings
 
 _NAP_S = 0.1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How often and how long.
-
-    Attributes:
-        repeats: passes over all prompts, at least 1.
-        warmup: answers of each mode at each context before the clock counts.
-        cooldown_s: seconds of rest before each answer.
-    """
-
-    repeats: int = 1
-    warmup: int = 1
-    cooldown_s: float = 0.0
 
 
 @dataclass

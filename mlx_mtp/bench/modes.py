@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_mtp.bench.runs import Check, Step
-from mlx_mtp.calibration.stored_costs import speculation_for
+from mlx_mtp.calibration.stored_costs import calibrate, speculation_for
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.planning.plan import FIXED_LAYOUTS, LAYOUTS
 
@@ -114,10 +114,12 @@ def our_modes(
     for name in drafting:
         if (parsed(name)[1] or 0) > model.num_draft_tokens:
             raise ValueError(f"mode {name}: the adapter drafts {model.num_draft_tokens} at most")
+    if "auto" in names:
+        calibrate(model, on_status=say)
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "stop_ids": stop_ids,
-        "speculation": speculation_for(model, say=say) if "auto" in names else None,
+        "speculation": speculation_for(model) if "auto" in names else None,
         "lookup": lookup,
     }
     found = []

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import datetime
-import platform
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from typing import Any
 
 from mlx_mtp.bench import machine_state, summary
 from mlx_mtp.bench.measure import Measurement, Settings
 from mlx_mtp.bench.modes import Mode
-from mlx_mtp.evaluation.prompts import Prompt
-from mlx_mtp.storage.package import package_version
-from mlx_mtp.verify.receipt import hash_prompts
+from mlx_mtp.evaluation.prompts import Prompt, hash_prompts
+from mlx_mtp.storage.package import versions
 
 SCHEMA = 1
 COMPLETE, INTERRUPTED = "complete", "interrupted"
@@ -112,13 +109,8 @@ def _head(setup: Setup, measured: Measurement) -> dict[str, Any]:
         "warmups": measured.warmups,
         "seconds": measured.seconds,
         "machine": machine_state.machine(),
-        "versions": _versions(),
+        "versions": versions(),
     }
-
-
-def _versions() -> dict[str, str]:
-    found = {name: version(name) for name in ("mlx", "mlx-lm")}
-    return {"mlx-mtp": package_version(), **found, "python": platform.python_version()}
 
 
 def without_answers(report: dict[str, Any]) -> dict[str, Any]:

@@ -141,12 +141,11 @@ class StepBench:
         step = Step(
             cache=self._cache,
             layout=layout,
-            pending=self._ids[-1:],
-            drafts=drafts,
             context=self._ids,
+            drafts=drafts,
             target=Target(),
             drafter=self._drafter,
-            key=mx.random.key(0),
+            keys=mx.random.split(mx.random.key(0)),
         )
         waited, began = waited_ms(), time.perf_counter()
         run_steps(self._model, [step])

@@ -12,7 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import click
+import cloup
 
+from mlx_mtp.apps.server.settings import Settings
+from mlx_mtp.cli.options import field_option, model_options, option
 from mlx_mtp.cli.serve import ENGINE_OPTIONS, GIB
 
 PREFILL_ROWS = 256
@@ -20,25 +23,38 @@ PREFIX_CACHE_GB = 1.0
 _CLOSE_S = 5.0
 
 
-@click.command()
-@click.option("--model", help="Model folder or hub id; the embedded model by default.")
-@click.option("--adapter-path", help="Adapter folder or hub id.")
-@click.option("--trust-remote-code", is_flag=True, help="Let the tokenizer run its code.")
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=0,
-    help="Port to listen on; a free one by default.",
-)  # fmt: skip
-@click.option("--no-browser", is_flag=True, help="Only print the address.")
-@click.option("--window", is_flag=True, help="Open a window of its own instead of the browser.")
-@click.option(
-    "--data-dir", type=click.Path(path_type=Path), envvar="MLX_MTP_DATA",
-    help="Folder of the history [MLX_MTP_DATA].",
-)  # fmt: skip
+@cloup.command()
+@model_options()
+@cloup.option_group(
+    "Server",
+    field_option(Settings, "port", default=0, show_default="a free port"),
+    option(
+        "--data-dir",
+        type=click.Path(path_type=Path),
+        envvar="MLX_MTP_DATA",
+        show_envvar=True,
+        metavar="FOLDER",
+        help="Folder of the conversation history.",
+    ),
+)
+@cloup.option_group(
+    "Browser",
+    option(
+        "--no-browser",
+        is_flag=True,
+        help="Print the address without opening a browser.",
+    ),
+    option(
+        "--window",
+        is_flag=True,
+        help="Open the page in its own window instead of the browser.",
+    ),
+)
 def app(window: bool, no_browser: bool, **options: Any) -> None:
-    """Chat with a model on a page of this machine.
+    """Open a chat page in the browser.
 
-    The page is served on 127.0.0.1 alone, under an address that holds a key of this launch.
-    Conversations are kept in a file of yours.
+    The page is served on 127.0.0.1 only, and its address contains a secret key that is new at every
+    start. Conversations are saved in a file on this machine.
     """
     if window:
         _run_in_window(options)
@@ -58,7 +74,7 @@ def _run(options: dict[str, Any], *, browse: bool) -> None:
 
     settings = app_settings(options["port"])
     engine = Engine(_engine_options(options))
-    made = create_chat_app(
+    page = create_chat_app(
         engine,
         settings,
         (options["data_dir"] or data_dir()) / HISTORY_FILE,
@@ -67,32 +83,32 @@ def _run(options: dict[str, Any], *, browse: bool) -> None:
     )
 
     def greet(url: str) -> None:
-        address = f"{url}/#token={made.gate.token}"
+        address = f"{url}/#token={page.gate.token}"
         print(f"Chat at {address}", flush=True)
-        if browse:  # beside, for some systems wait for the browser
+        if browse:  # in a thread, because some systems block
             threading.Thread(target=webbrowser.open, args=(address,), daemon=True).start()
 
     try:
-        serve(made.gate, engine, settings, greet=greet)
+        serve(page.gate, engine, settings, greet=greet)
     finally:
-        made.archive.close()
+        page.archive.close()
 
 
 def _engine_options(options: dict[str, Any]) -> dict[str, Any]:
-    """What the engine is told; the rest is decided by each conversation."""
-    chosen = {
+    """Options of the engine; each conversation decides the others."""
+    engine = {
         "mtp": True,
         "extra_eos_token": (),
         "layout": "auto",
         "lookup": True,
         "prefill_step_size": PREFILL_ROWS,
     } | {name: options[name] for name in ("model", "adapter_path", "trust_remote_code")}
-    assert set(chosen) == set(ENGINE_OPTIONS)
-    return chosen | {"prefix_cache_bytes": int(PREFIX_CACHE_GB * GIB)}
+    assert set(engine) == set(ENGINE_OPTIONS)
+    return engine | {"prefix_cache_bytes": int(PREFIX_CACHE_GB * GIB)}
 
 
 def _run_in_window(options: dict[str, Any]) -> None:
-    """Show the page in a window; the server is a child, for windows want the main thread.
+    """Show the page in a window; the server is a child process, as windows need the main thread.
 
     Raises:
         ValueError: pywebview is missing, or the server did not start.

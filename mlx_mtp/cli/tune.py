@@ -1,40 +1,39 @@
-"""The command ``mlx-mtp tune``: measure what rows cost here, again, and show it."""
+"""The command ``mlx-mtp tune``: measure what a step costs on this machine, and show it."""
 
 from __future__ import annotations
 
 import json
 
 import click
+import cloup
 
-from mlx_mtp.terminal import Progress
+from mlx_mtp.cli.options import AS_JSON, model_options
+from mlx_mtp.terminal import Status
 
 
-@click.command()
-@click.option("--model", help="Model folder or hub id; the embedded model by default.")
-@click.option("--adapter-path", help="Adapter folder or hub id.")
-@click.option("--trust-remote-code", is_flag=True, help="Let the tokenizer run its code.")
-@click.option("--json", "as_json", is_flag=True, help="Print the curve as JSON.")
+@cloup.command()
+@model_options()
+@cloup.option_group("Output", AS_JSON)
 def tune(
     model: str | None, adapter_path: str | None, trust_remote_code: bool, as_json: bool
 ) -> None:
-    """Measure again what a step costs here by its rows.
+    """Measure the cost of a step on this machine by its number of rows.
 
-    Layout auto plans by this curve. It is measured at first use and kept in the cache folder by
-    machine, model and versions.
+    Layout auto plans with these costs. They are stored in the cache folder by machine, model and
+    versions. Without them auto starts from a safe estimate and learns from the steps that run.
     """
-    from mlx_mtp.calibration.stored_costs import kept_costs
+    from mlx_mtp.calibration.stored_costs import calibrate, curve_lines
     from mlx_mtp.loading import load
 
-    with Progress("Loading the model ...") as progress:
+    with Status("Loading the model ...") as status:
         loaded, _ = load(
-            model, adapter_path=adapter_path, trust_remote_code=trust_remote_code,
-            progress=progress.say,
-        )  # fmt: skip
-        curve = kept_costs(loaded, again=True, say=progress.say)
-    assert curve is not None
+            model,
+            adapter_path=adapter_path,
+            trust_remote_code=trust_remote_code,
+            progress=status.update,
+        )
+        costs = calibrate(loaded, again=True, on_status=status.update)
     if as_json:
-        click.echo(json.dumps({"model": loaded.name} | curve.to_dict()))
-        return
-    from mlx_mtp.calibration.stored_costs import curve_lines
-
-    click.echo("\n".join([f"{loaded.name}, {curve.source}", "", *curve_lines(curve)]))
+        click.echo(json.dumps({"model": loaded.name} | costs.to_dict()))
+    else:
+        click.echo("\n".join([f"{loaded.name}, {costs.source}", "", *curve_lines(costs)]))

@@ -1,7 +1,7 @@
 """The command ``mlx-mtp verify``.
 
-A table on stdout (or JSON), progress on stderr where that is a terminal.  Exit codes: 0 all well,
-1 a mismatch that no near-tie explains or biased sampling, 2 bad input.
+A table on stdout (or JSON), progress on stderr if that is a terminal.  Exit codes: 0 passed,
+1 a mismatch that is not a near-tie, or biased sampling, 2 bad input.
 """
 
 from __future__ import annotations
@@ -13,81 +13,77 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+import cloup
 
-from mlx_mtp.terminal import Progress
+from mlx_mtp.cli.options import (
+    AS_JSON,
+    KINDS_OPTION,
+    PROMPTS,
+    ListOf,
+    all_prompts,
+    field_option,
+    model_options,
+    num_prompts,
+    option,
+)
+from mlx_mtp.evaluation.prompt_sets import BUILTIN
+from mlx_mtp.terminal import Status
+from mlx_mtp.verify.settings import DEFAULT_SAMPLING, VerifySettings
 
 if TYPE_CHECKING:
     from mlx_mtp.evaluation.prompts import Prompt
-    from mlx_mtp.verify import RunResult, Tally, VerifyReport, VerifySettings
+    from mlx_mtp.verify.report import RunResult, Tally, VerifyReport
 
 DEFAULT_PROMPTS = 12
 MISMATCH = 1
 _SHOWN = 10
 
 
-def _words(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> tuple[str, ...]:
-    del context, parameter
-    return tuple(word.strip() for word in (value or "").split(",") if word.strip())
-
-
-def _numbers(
-    context: click.Context, parameter: click.Parameter, value: str | None
-) -> tuple[int, ...]:
-    words = _words(context, parameter, value)
-    try:
-        return tuple(int(word) for word in words)
-    except ValueError:
-        raise click.BadParameter(f"{value!r} is not a list of numbers such as 1,2,4") from None
-
-
-@click.command()
-@click.option("--model", help="Model folder or hub id; the embedded model by default.")
-@click.option("--adapter-path", help="Adapter folder or hub id.")
-@click.option("--trust-remote-code", is_flag=True, help="Let the tokenizer run its code.")
-@click.option(
-    "--prompts", "prompts_file", metavar="FILE.jsonl", help="Your own prompts, one object a line."
+@cloup.command()
+@model_options()
+@cloup.option_group(
+    "Prompts",
+    PROMPTS,
+    KINDS_OPTION,
+    num_prompts(f"{DEFAULT_PROMPTS} built-in prompts, or all of another set"),
+    field_option(VerifySettings, "max_tokens", "-m"),
+    field_option(VerifySettings, "num_tokens"),
 )
-@click.option("--kinds", callback=_words, help="Kinds of prompts, such as chat,code; all of them.")
-@click.option(
-    "--num-prompts",
-    type=click.IntRange(1),
-    help=f"Prompts, taken evenly from the kinds; {DEFAULT_PROMPTS} built-in ones, or the file.",
+@cloup.option_group(
+    "Comparisons",
+    field_option(VerifySettings, "layouts", type=ListOf(str), metavar="LAYOUT,..."),
+    field_option(
+        VerifySettings,
+        "depths",
+        type=ListOf(int),
+        metavar="INTEGER,...",
+        former_names=("--depths",),
+        show_default="1, 2 and the adapter's maximum",
+    ),
+    field_option(VerifySettings, "against_stock"),
+    option("--sampling/--no-sampling", default=True, help="Also test sampled tokens."),
+    field_option(VerifySettings, "num_draws", former_names=("--draws",)),
+    field_option(VerifySettings, "seed"),
 )
-@click.option("--max-tokens", "-m", type=int, help="Most tokens per prompt; 48.")
-@click.option("--num-tokens", type=int, help="Tokens to compare in all, shared among the prompts.")
-@click.option(
-    "--layouts",
-    callback=_words,
-    default="linear,quadratic,auto",
-    show_default=True,
-    help="Layouts to run.",
+@cloup.option_group(
+    "Output",
+    option(
+        "--output-file",
+        former_names=("--receipt",),
+        metavar="FILE",
+        help="Write a receipt with all details to this file, as JSON.",
+    ),
+    AS_JSON,
 )
-@click.option("--depths", callback=_numbers, help="Drafts per step; 1, 2 and the adapter's own.")
-@click.option("--against-stock/--no-against-stock", default=True, help="Compare with mlx-lm too.")
-@click.option("--sampling/--no-sampling", default=True, help="Test sampled tokens too.")
-@click.option(
-    "--draws",
-    type=int,
-    default=100,
-    show_default=True,
-    help="Draws per setting, layout and depth.",
-)
-@click.option(
-    "--seed", type=click.IntRange(0, 2**31), default=0, show_default=True, help="Of the draws."
-)
-@click.option("--receipt", metavar="FILE", help="Write all details there, as JSON.")
-@click.option("--json", "as_json", is_flag=True, help="Print the receipt instead of the table.")
 def verify(**options: Any) -> None:
-    """Show that speculative output equals plain output."""
+    """Verify that the output equals that of plain decoding."""
     from mlx_mtp.verify.receipt import check_writable, receipt_json, write_receipt
 
     settings = _settings(options)
-    target = None if options["receipt"] is None else Path(options["receipt"]).expanduser()
+    target = None if options["output_file"] is None else Path(options["output_file"]).expanduser()
     if target is not None:
         check_writable(target)
-    prompts = choose_prompts(options["prompts_file"], options["kinds"], options["num_prompts"])
+    prompts = choose_prompts(options["prompts"], options["kinds"], options["num_prompts"])
     report, receipt = _run(options, prompts, settings)
     click.echo(receipt_json(receipt) if options["as_json"] else "\n".join(table(report)))
     if target is not None:
@@ -97,18 +93,11 @@ def verify(**options: Any) -> None:
 
 
 def _settings(options: dict[str, Any]) -> VerifySettings:
-    from mlx_mtp.verify import VerifySettings
-    from mlx_mtp.verify.sampling import DEFAULT_SETTINGS
-
+    names = ("layouts", "max_tokens", "num_tokens", "against_stock", "num_draws", "seed")
     return VerifySettings(
-        layouts=options["layouts"],
-        depths=options["depths"],
-        max_tokens=options["max_tokens"],
-        num_tokens=options["num_tokens"],
-        against_stock=options["against_stock"],
-        sampling=DEFAULT_SETTINGS if options["sampling"] else (),
-        num_draws=options["draws"],
-        seed=options["seed"],
+        **{name: options[name] for name in names},
+        depths=options["num_draft_tokens"],
+        sampling=DEFAULT_SAMPLING if options["sampling"] else (),
     )
 
 
@@ -116,65 +105,58 @@ def _run(
     options: dict[str, Any], prompts: Sequence[Prompt], settings: VerifySettings
 ) -> tuple[VerifyReport, dict[str, Any]]:
     """Load the model, verify it, and make the receipt."""
-    from mlx_mtp import verify
     from mlx_mtp.loading import load
+    from mlx_mtp.verify.receipt import build_receipt
+    from mlx_mtp.verify.run import verify as run_verify
 
-    with Progress("Loading the model ...") as progress:
+    with Status("Loading the model ...") as status:
         model, tokenizer = load(
             options["model"],
             adapter_path=options["adapter_path"],
             trust_remote_code=options["trust_remote_code"],
-            progress=progress.say,
+            progress=status.update,
         )
         clock = _Clock()
-        report = verify.verify(
+        report = run_verify(
             model,
             tokenizer,
             prompts,
             settings=settings,
-            progress=lambda phase, done, total: progress.say(clock.line(phase, done, total)),
+            progress=lambda phase, done, total: status.update(clock.line(phase, done, total)),
         )
-        progress.say("Hashing files ...")
+        status.update("Hashing files ...")
         folder, adapter = _folders(options["model"], options["adapter_path"])
-        receipt = verify.build_receipt(
+        receipt = build_receipt(
             report,
             model,
             model_folder=folder,
             adapter_folder=adapter,
-            prompts_from=options["prompts_file"] or "built-in",
+            prompts_from="built-in" if options["prompts"] == BUILTIN else options["prompts"],
         )
     return report, receipt
 
 
-def choose_prompts(path: str | None, kinds: Collection[str], number: int | None) -> list[Prompt]:
-    """Read the prompts, keep the wanted kinds, and take a number of them evenly.
+def choose_prompts(source: str, kinds: Collection[str], number: int | None) -> list[Prompt]:
+    """Read prompts and choose a number of them, spread over the kinds.
+
+    Args:
+        source: value of ``--prompts``.
+        kinds: kinds to choose from; empty means all.
+        number: of prompts; None means ``DEFAULT_PROMPTS`` built-in ones, or all of another set.
 
     Raises:
-        ValueError: no such file or kind, or fewer prompts than wanted.
+        ValueError: the file or a kind does not exist, or there are fewer prompts.
     """
-    from mlx_mtp.evaluation.prompts import builtin_prompts, read_prompts
-
-    if path is None:
-        prompts = builtin_prompts(kinds or None)
-        number = number or min(DEFAULT_PROMPTS, len(prompts))
-    else:
-        prompts = read_prompts(path)
-        known = {prompt.kind for prompt in prompts}
-        if unknown := sorted(set(kinds) - known):
-            raise ValueError(
-                f"{path} has no prompts of kind {', '.join(unknown)}, "
-                f"only of {', '.join(sorted(known))}"
-            )
-        prompts = [prompt for prompt in prompts if not kinds or prompt.kind in kinds]
+    prompts = all_prompts(source, tuple(kinds))
     if number is None:
-        return prompts
+        number = min(DEFAULT_PROMPTS, len(prompts)) if source == BUILTIN else len(prompts)
     if number > len(prompts):
         raise ValueError(f"--num-prompts is {number}, but there are {len(prompts)} prompts")
     return _spread(prompts, number)
 
 
 def _spread(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
-    """Take prompts from every kind in turn; they keep their order."""
+    """Choose prompts from each kind in turn; their order is kept."""
     places: dict[str, int] = {}
     rounds = []
     for index, prompt in enumerate(prompts):
@@ -184,16 +166,16 @@ def _spread(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
 
 
 def _folders(model: str | None, adapter_path: str | None) -> tuple[Path, Path]:
-    """The folders that ``load`` has read."""
+    """The folders that ``load`` reads."""
     from mlx_mtp.loading import locate
 
     folder, adapter = locate(model, adapter_path)
-    assert adapter is not None  # verify has refused a model without one
+    assert adapter is not None  # verify refuses a model without one
     return folder, adapter
 
 
 class _Clock:
-    """Tells how far a phase is and how long it will still take."""
+    """Formats the progress of a phase and its remaining time."""
 
     def __init__(self) -> None:
         self._phase = ""
@@ -204,9 +186,9 @@ class _Clock:
         now = time.monotonic()
         if phase != self._phase:
             self._phase, self._started = phase, now
-        what = "runs" if phase == "greedy" else "draws"
+        unit = "runs" if phase == "greedy" else "draws"
         left = (now - self._started) / done * (total - done) if done else 0.0
-        text = f"Verifying ({phase}): {done}/{total} {what}"
+        text = f"Verifying ({phase}): {done}/{total} {unit}"
         return text + (f", {_duration(left)} left" if done > 1 else "")
 
 
@@ -222,11 +204,11 @@ def table(report: VerifyReport) -> list[str]:
     head = ["layout", "drafts", "tokens/step", "accepted", *(f"vs {name}" for name in references)]
     rows = [head, *(_row(run, references) for run in report.runs)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    wanted = report.settings.num_tokens
-    short = wanted is not None and report.num_tokens < wanted
+    requested = report.settings.num_tokens
+    short = requested is not None and report.num_tokens < requested
     lines = [
         f"Greedy: {report.num_tokens} tokens over {len(report.prompts)} prompts, {report.dtype}"
-        + (f" (fewer than the {wanted} wanted: the answers ended)" if short else ""),
+        + (f" (fewer than the requested {requested}: the answers ended)" if short else ""),
         *(
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
@@ -256,31 +238,31 @@ def _outcome(tally: Tally | None) -> str:
 
 
 def _divergence_lines(report: VerifyReport) -> list[str]:
-    """The divergences, mismatches first; what is left out is counted."""
-    found = [
+    """The divergences, mismatches first; omitted ones are counted."""
+    divergences = [
         (divergence.near_tie, f"{run.layout} {run.num_draft_tokens} vs {name}: {divergence}")
         for run in report.runs
         for name, tally in run.against.items()
         for divergence in tally.divergences
     ]
-    lines = [line for _, line in sorted(found, key=lambda item: item[0])]
+    lines = [line for _, line in sorted(divergences, key=lambda item: item[0])]
     more = len(lines) - _SHOWN
-    return lines[:_SHOWN] + ([f"... and {more} more, see the receipt"] if more > 0 else [])
+    return lines[:_SHOWN] + ([f"... and {more} more in the receipt"] if more > 0 else [])
 
 
 def _sampling_lines(report: VerifyReport) -> list[str]:
-    """The tests of sampled tokens: a summary, then what failed."""
+    """The tests of sampled tokens: a summary, then the failed ones."""
     tests = [test for test in report.sampling if test.adjusted_p_value is not None]
     if not tests:
         return ["Sampling: not checked" + (": too few draws" if report.sampling else "")]
     lowest = min((test.adjusted_p_value or 0.0 for test in tests), default=1.0)
     failed = [test for test in tests if not test.passed]
-    left_out = len(report.sampling) - len(tests)
+    num_skipped = len(report.sampling) - len(tests)
     return [
         f"Sampling: {len(tests)} chi-square tests of tokens 1 to 3 against the exact distribution, "
         f"{report.settings.num_draws} draws each, prompt {report.sampling_prompt}: "
         f"{len(failed)} failed, lowest Holm-adjusted p {lowest:.3g}"
-        + (f" ({left_out} left out: too few or too certain draws)" if left_out else ""),
+        + (f" ({num_skipped} skipped: too few or too certain draws)" if num_skipped else ""),
         *(
             f"FAILED: {test.sampling}; {test.layout} {test.num_draft_tokens}, token {test.token} "
             f"by {test.bins_by}: p {test.adjusted_p_value:.3g}"

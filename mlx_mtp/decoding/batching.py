@@ -8,10 +8,11 @@ own keys and values, with its own mask (``batch_cache``).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.backends.metal.attention_layer import hook
 from mlx_mtp.model.batch_cache import BatchCache
 from mlx_mtp.model.cache import MTPCache
 from mlx_mtp.model.layout import BatchLayout, StepLayout, plain_layout, quadratic_layout
@@ -20,16 +21,16 @@ from mlx_mtp.model.mtp_model import MTPModel
 _MAX_ERROR = 0.05  # of the largest value; see ``MTPModel._probe``
 
 
-def batch_forward(
+def forward(
     model: MTPModel,
     ids: Sequence[list[int]],
     caches: Sequence[MTPCache],
     layouts: Sequence[StepLayout],
 ) -> list[mx.array]:
-    """Run the steps of several answers in one forward.
+    """Run the steps of one or several answers in one forward.
 
     Args:
-        model: one for which ``can_batch`` is true.
+        model: one for which ``can_batch`` is true if there are several.
         ids: ids of each step's rows, ordinary rows first.
         caches: of each answer; its rows are appended.
         layouts: of each step.
@@ -37,6 +38,8 @@ def batch_forward(
     Returns:
         Final hidden states of each step, ``[rows, D]``.
     """
+    if len(ids) == 1:
+        return [model(mx.array([ids[0]]), cache=caches[0], layout=layouts[0])[0]]
     layout = BatchLayout(tuple(layouts), tuple(cache.offset for cache in caches))
     pairs = list(zip(ids, layouts, strict=True))
     rows = [token for step_ids, step in pairs for token in step_ids[: step.num_ordinary]]
@@ -45,12 +48,21 @@ def batch_forward(
     return layout.unpack(model(mx.array([rows]), cache=cache, layout=layout)[0], axis=0)
 
 
+def head(model: MTPModel, parts: Sequence[mx.array]) -> list[mx.array]:
+    """Logits ``[n, V]`` of several arrays of hidden states ``[n, D]``, in one pass of the head."""
+    if len(parts) < 2:
+        return [model.logits(part[None])[0] for part in parts]
+    ends = list(accumulate(map(len, parts)))
+    logits: Any = model.logits(mx.concatenate(list(parts))[None])[0]
+    return list(mx.split(logits, ends[:-1]))
+
+
 def can_batch(model: MTPModel) -> bool:
     """Check whether a batch gives what separate forwards give, by running a few rows.
 
     A model that does more with positions, masks or keys than pass them on cannot be batched.
     """
-    if not (hook(model.base) and model.wrap_ropes()):
+    if not (model.wrap_attention() and model.wrap_ropes()):
         return False
     layouts = [plain_layout(), StepLayout(1, 2, (0, 0, 0))]
     if model.num_draft_tokens:
@@ -65,7 +77,7 @@ def can_batch(model: MTPModel) -> bool:
     for cache, layout in zip(caches, layouts, strict=True):
         cache.rewind(layout.num_rows)
     try:
-        batch = mx.concatenate(batch_forward(model, ids, caches, layouts)).astype(mx.float32)
+        batch = mx.concatenate(forward(model, ids, caches, layouts)).astype(mx.float32)
         expected = mx.concatenate(alone).astype(mx.float32)
         error = mx.abs(batch - expected).max() / (mx.abs(expected).max() + 1e-6)
         return bool((error < _MAX_ERROR).item())

@@ -1,7 +1,7 @@
 """Settings of an answer and of its cache, each with the help text that the commands print.
 
-A field's ``metadata`` has ``help`` and, where they apply, ``choices`` and ``min``, so that options
-can be generated from these classes.
+A field's ``metadata`` has ``help`` and, where they apply, ``choices``, ``min`` and ``max``, so that
+options can be generated from these classes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from mlx_mtp.planning.plan import LAYOUTS
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
-    """Declare a field: its default, its help text, and its ``choices`` or ``min``."""
+    """Declare a field: its default, its help text, and its ``choices``, ``min`` or ``max``."""
     return field(default=default, metadata={"help": help, **limits})
 
 
@@ -36,7 +36,9 @@ class GenerationConfig:
 
     max_tokens: int = setting(256, "Maximum number of tokens to generate; -1 for no limit.")
     stop: tuple[str, ...] = setting((), "Text that ends the answer; repeatable.")
-    seed: int | None = setting(None, "Random seed; makes sampling repeatable.", min=0)
+    seed: int | None = setting(
+        None, "Random seed; makes sampling repeatable.", min=0, max=2**63 - 1
+    )
     layout: str = setting("auto", "Placement of mask tokens in a step.", choices=LAYOUTS)
     num_draft_tokens: int | None = setting(
         None, "Draft tokens per step; the adapter's maximum by default.", min=0
@@ -76,7 +78,7 @@ class CacheConfig:
     """
 
     max_kv_size: int | None = setting(None, "Maximum number of rows in the key-value cache.")
-    kv_bits: int | None = setting(None, "Bits per element of a quantised key-value cache.")
+    kv_bits: int | None = setting(None, "Quantize the key-value cache to this number of bits.")
     kv_group_size: int = setting(64, "Group size for --kv-bits.")
     quantized_kv_start: int = setting(5000, "Context length from which --kv-bits applies.")
 

@@ -1,4 +1,4 @@
-"""What a model allows: its vocabulary, its context and its adapter's number of draft tokens."""
+"""Limits of a model: its vocabulary, its context and its adapter's number of draft tokens."""
 
 from __future__ import annotations
 
@@ -11,23 +11,39 @@ if TYPE_CHECKING:
     from mlx_mtp.model.mtp_model import MTPModel
 
 
-class ContextOverflow(ValueError):
+class LimitError(ValueError):
+    """An argument exceeds a limit of the model.
+
+    Attributes:
+        param: name of the argument: "prompt", "logit_bias" or "num_draft_tokens".
+    """
+
+    def __init__(self, message: str, *, param: str) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextOverflow(LimitError):
     """The prompt does not fit the model's context."""
+
+    def __init__(self, message: str, *, param: str = "prompt") -> None:
+        super().__init__(message, param=param)
 
 
 def check_ids(model: MTPModel, prompt: Sequence[int], sampling: Sampling) -> None:
-    """Refuse an empty prompt and ids outside the vocabulary.
+    """Check that the prompt is not empty and that all ids are in the vocabulary.
 
     Raises:
-        ValueError: the prompt is empty or an id does not exist.
+        LimitError: the prompt is empty or an id does not exist.
     """
     if len(prompt) == 0:
-        raise ValueError("the prompt is empty")
-    for what, ids in (("prompt", prompt), ("logit_bias", sampling.logit_bias or ())):
+        raise LimitError("the prompt is empty", param="prompt")
+    for param, ids in (("prompt", prompt), ("logit_bias", sampling.logit_bias or ())):
         if len(ids) and (min(ids) < 0 or max(ids) >= model.vocab_size):
-            bad = next(i for i in ids if not 0 <= i < model.vocab_size)
-            raise ValueError(
-                f"{what} holds the id {bad}, the vocabulary has {model.vocab_size} ids"
+            bad = next(token for token in ids if not 0 <= token < model.vocab_size)
+            raise LimitError(
+                f"{param} contains the id {bad}, but the vocabulary has {model.vocab_size} ids",
+                param=param,
             )
 
 
@@ -35,12 +51,13 @@ def max_draft_tokens(model: MTPModel, num_draft_tokens: int | None) -> int:
     """Maximum number of drafts per step: the adapter's k, or fewer if so configured.
 
     Raises:
-        ValueError: the adapter was trained for fewer.
+        LimitError: the adapter was trained for fewer.
     """
     k = model.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
     if k > model.num_draft_tokens > 0:
-        raise ValueError(
-            f"num_draft_tokens is {k}, but the adapter was trained for {model.num_draft_tokens}"
+        raise LimitError(
+            f"num_draft_tokens is {k}, but the adapter was trained for {model.num_draft_tokens}",
+            param="num_draft_tokens",
         )
     return min(k, model.num_draft_tokens)
 

@@ -7,16 +7,17 @@ plain decoding is the layout without drafts and masks, so speculation can only c
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import replace
 from typing import Any
 
 from mlx_mtp.decoding.config import GenerationConfig
-from mlx_mtp.decoding.request import Request, StepResult
-from mlx_mtp.decoding.step import run
+from mlx_mtp.decoding.request import Request
+from mlx_mtp.decoding.setup import make_request
+from mlx_mtp.decoding.step import StepResult, run
 from mlx_mtp.model.mtp_model import MTPModel
 
 __all__ = ["StepResult", "decode"]
 Progress = Callable[[int, int], None]
+Steps = Generator[StepResult, None, None]
 
 
 def decode(
@@ -26,7 +27,7 @@ def decode(
     *,
     prompt_progress_callback: Progress | None = None,
     **options: Any,
-) -> Generator[StepResult, None, None]:
+) -> Steps:
     """Decode step by step.
 
     Args:
@@ -34,42 +35,28 @@ def decode(
         prompt: ids that are not in the cache yet, at least one.
         config: lengths, layout, seed; its fields may also be given as keywords (``max_tokens=``).
         prompt_progress_callback: called with (rows done, rows in all) during prefill.
-        sampling: how tokens are drawn; greedy by default.
-        sampler: instead of ``sampling``, a function as in mlx-lm: log-probabilities ``[1, V]`` to
-            a token ``[1]``.  A draft is accepted if it is the token drawn.
-        logits_processors: more processors in mlx-lm's form, applied along the drafted prefix.
-        stop_ids: ids that end the text; the stop id itself is emitted last.
-        cache: caches to continue with, updated in place.  Whenever a step is yielded they have the
-            prompt and all emitted ids but the last.
-        cached_ids: the ids in ``cache``, where lookup and processors should see them too.
-        speculation: what the planner of ``"auto"`` knows of steps and drafts, updated in place;
-            without it the planner starts from a guess.  Sampling with a seed uses a copy of its
-            beginnings, so that the same ids come again.
-        explain: called with a line about every step.
+        options: the other arguments of ``make_request``: ``sampling`` or ``sampler``,
+            ``logits_processors``, ``stop_ids``, ``cache``, ``cached_ids``, ``speculation``,
+            ``explain``.
 
     Yields:
-        Each step that emits ids.
+        Each step that emits ids.  The cache then has the prompt and all emitted ids but the last.
 
     Raises:
         ValueError: an argument is out of range; raised at the call, before any work.
     """
-    names = GenerationConfig.__dataclass_fields__
-    settings = {name: options.pop(name) for name in names if name in options}
-    config = replace(config or GenerationConfig(), **settings)
-    request = Request(model, prompt, config, **options)
+    request = make_request(model, prompt, config, **options)
     return _decode(model, request, prompt_progress_callback or (lambda *_: None))
 
 
-def _decode(
-    model: MTPModel, request: Request, progress: Progress
-) -> Generator[StepResult, None, None]:
+def _decode(model: MTPModel, request: Request, progress: Progress) -> Steps:
     num_prompt = request.num_prompt_left
     progress(0, num_prompt)
     while not request.finished:
-        was_prefill = request.num_prompt_left > 0
+        num_left = request.num_prompt_left
         [outcome] = run(model, [request.plan()])
         result = request.commit(outcome)
-        if was_prefill:
+        if num_left:
             progress(num_prompt - request.num_prompt_left, num_prompt)
         if result.tokens:
             yield result

@@ -43,8 +43,12 @@ class Sampling:
     repetition_penalty: float | None = setting(
         None, "Penalty for repeating recent tokens; 1 is none."
     )
-    repetition_context_size: int = setting(20, "Number of recent tokens that are penalised.")
-    logit_bias: dict[int, float] | None = setting(None, "Bias added to the logit of a token id.")
+    repetition_context_size: int = setting(
+        20, "Number of recent tokens to which the penalty applies."
+    )
+    logit_bias: dict[int, float] | None = setting(
+        None, "Bias to add to the logit of a token id; repeatable."
+    )
 
     def __post_init__(self) -> None:
         for name in ("temp", "top_p", "min_p"):

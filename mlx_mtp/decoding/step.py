@@ -6,12 +6,13 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, cast
+from functools import cached_property
+from typing import NamedTuple, cast
 
 import mlx.core as mx
 
 from mlx_mtp.decoding.accept import Target
-from mlx_mtp.decoding.batching import batch_forward
+from mlx_mtp.decoding.batching import forward, head
 from mlx_mtp.drafting.drafter import Drafter, Drafts
 from mlx_mtp.model.cache import MTPCache
 from mlx_mtp.model.layout import StepLayout
@@ -20,42 +21,38 @@ from mlx_mtp.model.mtp_model import MTPModel
 HEAD_ROWS = 12  # up to here one pass of the head over all rows costs less than two over some
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class Step:
     """The input of a step.
 
     Attributes:
         cache: caches of the answer, to which ``run`` appends all rows.
         layout: the rows.
-        pending: ids that are not in the cache yet.
+        context: all ids up to the last pending one; the pending ones are not in the cache yet.
         drafts: drafts to verify, as many as the layout has.
-        context: all ids so far, pending ones included.
-        target: what the emitted ids follow; None emits nothing: a chunk of the prompt.
+        target: what the emitted ids follow.
         drafter: proposes the next drafts within the step.
-        key: random key.
+        keys: random keys of acceptance and of drafting, ``[2, ...]``.
+        is_prompt_chunk: whether its rows only go into the cache, and nothing is emitted.
     """
 
     cache: MTPCache
     layout: StepLayout
-    pending: list[int]
-    drafts: Drafts = field(default_factory=Drafts.none)
-    context: list[int] = field(default_factory=list)
-    target: Target | None = None
-    drafter: Drafter | None = None
-    key: mx.array | None = None
-
-    @property
-    def is_prompt_chunk(self) -> bool:
-        """Whether its rows only go into the cache."""
-        return self.target is None
+    context: list[int]
+    drafts: Drafts
+    target: Target
+    drafter: Drafter
+    keys: mx.array
+    is_prompt_chunk: bool = False
 
     @property
     def ids(self) -> list[int]:
         """Ids of the rows; those of mask rows count mask tokens from 0."""
-        return [*self.pending, *self.drafts.ids(), *self.layout.mask_offsets.tolist()]
+        pending = self.context[-self.layout.num_pending :]
+        return [*pending, *self.drafts.ids(), *self.layout.mask_offsets.tolist()]
 
 
-@dataclass(frozen=True, eq=False, kw_only=True)
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """The output of a step, all of it computed; the cache has all rows then.
 
@@ -76,12 +73,42 @@ class Outcome:
     error: Exception | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class StepResult:
+    """What one step emitted.
+
+    Attributes:
+        tokens: emitted ids, accepted drafts then the bonus token, cut after a stop id or at the
+            token limit; none of a prompt chunk.
+        num_draft_tokens: drafts verified in this step.
+        num_accepted: drafts accepted and emitted; never a match after a mismatch or past a stop.
+        num_rows: rows of the forward, pending prompt rows of the first step included.
+        source: where the verified drafts are from: "mask", "lookup", or "" without any.
+        finish_reason: ``"stop"``, ``"length"`` or None while the answer continues.
+        logits: processed logits of the emitted ids, ``[len(tokens), V]``.
+    """
+
+    tokens: list[int]
+    num_draft_tokens: int
+    num_accepted: int
+    num_rows: int
+    source: str
+    finish_reason: str | None
+    logits: mx.array = field(repr=False)
+
+    @cached_property
+    def logprobs(self) -> mx.array:
+        """Log-probabilities of the emitted rows, ``[len(tokens), V]``, computed on first use."""
+        return self.logits - mx.logsumexp(self.logits, axis=-1, keepdims=True)
+
+
 class _Verdict(NamedTuple):
     """What was accepted, on the device: tokens ``[d+1]``, num_accepted, logits ``[d+1, V]``."""
 
     tokens: mx.array
     num_accepted: mx.array
     logits: mx.array
+    error: Exception | None = None
 
 
 def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
@@ -95,93 +122,62 @@ def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
         steps: one, or one each of several answers if ``can_batch(model)``, no prompt chunk then.
     """
     began = time.perf_counter()
-    hidden = _forward(model, steps)  # per step, from its first verify row on: [d + 1 + masks, D]
+    ids, layouts = [step.ids for step in steps], [step.layout for step in steps]
+    rows = forward(model, ids, [step.cache for step in steps], layouts)
     if steps[0].is_prompt_chunk:
         mx.eval(steps[0].cache.state)
         return [Outcome()]
-    verify = [slice(step.layout.num_draft_tokens + 1) for step in steps]
-    one_pass = sum(rows.shape[0] for rows in hidden) <= HEAD_ROWS
-    parts = hidden if one_pass else [rows[v] for rows, v in zip(hidden, verify, strict=True)]
-    logits = _logits(model, parts)
-    outcomes, verdicts = {}, {}
-    for i, step in enumerate(steps):
-        try:
-            verdicts[i] = _verify(step, logits[i][verify[i]])
-        except Exception as error:
-            outcomes[i] = Outcome(error=error)
+    # From here on a step's rows begin with its first verify row: [d + 1 + masks, D].
+    hidden = [rows[i][layout.num_pending - 1 :] for i, layout in enumerate(layouts)]
+    verify = [hidden[i][: layout.num_draft_tokens + 1] for i, layout in enumerate(layouts)]
+    one_pass = sum(map(len, hidden)) <= HEAD_ROWS
+    logits = head(model, hidden if one_pass else verify)
+    verdicts = [_verify(step, logits[i][: len(verify[i])]) for i, step in enumerate(steps)]
     drafts = _draft(model, steps, verdicts, hidden, logits if one_pass else None)
-    fetched = _fetch([(verdicts[i], drafts[i]) for i in verdicts])
+    fetched = _fetch(list(zip(verdicts, drafts, strict=True)))
     ms = (time.perf_counter() - began) * 1e3 if len(steps) == 1 else math.nan
-    for (i, verdict), (num_accepted, *ids) in zip(verdicts.items(), fetched, strict=True):
-        outcomes[i] = Outcome(
-            tokens=ids[: num_accepted + 1],
-            num_accepted=num_accepted,
-            logits=verdict.logits[: num_accepted + 1],
-            drafts=replace(drafts[i], host_ids=ids[verdict.tokens.size :]),
-            ms=ms,
-        )
-    return [outcomes[i] for i in range(len(steps))]
-
-
-def _forward(model: MTPModel, steps: Sequence[Step]) -> list[mx.array]:
-    if len(steps) == 1:
-        [step] = steps
-        hidden = [model(mx.array([step.ids]), cache=step.cache, layout=step.layout)[0]]
-    else:
-        ids, caches = [step.ids for step in steps], [step.cache for step in steps]
-        hidden = batch_forward(model, ids, caches, [step.layout for step in steps])
-    return [rows[step.layout.num_pending - 1 :] for rows, step in zip(hidden, steps, strict=True)]
-
-
-def _logits(model: MTPModel, parts: Sequence[mx.array]) -> list[mx.array]:
-    """Logits of several arrays of rows ``[n, D]``, in one pass of the head."""
-    if len(parts) < 2:
-        return [model.logits(part[None])[0] for part in parts]
-    ends = [0]
-    for part in parts:
-        ends.append(ends[-1] + part.shape[0])
-    logits: Any = model.logits(mx.concatenate(list(parts))[None])[0]
-    return list(mx.split(logits, ends[1:-1]))
+    return [_outcome(*parts, ms) for parts in zip(verdicts, drafts, fetched, strict=True)]
 
 
 def _verify(step: Step, logits: mx.array) -> _Verdict:
     """Accept drafts by the logits of the verify rows ``[d+1, V]``."""
-    assert step.target is not None and step.key is not None
-    logits = step.target.process(logits, context=step.context, drafts=step.drafts)
-    accept_key, _ = mx.random.split(step.key)
-    return _Verdict(*step.target.accept(logits, step.drafts, key=accept_key), logits)
+    try:
+        logits = step.target.process(logits, context=step.context, drafts=step.drafts)
+        return _Verdict(*step.target.accept(logits, step.drafts, key=step.keys[0]), logits)
+    except Exception as error:  # the outcome has no tokens then; these ones keep the shapes
+        return _Verdict(mx.zeros(len(logits), mx.int32), mx.array(0), logits, error)
 
 
 def _draft(
     model: MTPModel,
     steps: Sequence[Step],
-    verdicts: dict[int, _Verdict],
+    verdicts: Sequence[_Verdict],
     hidden: Sequence[mx.array],
     logits: Sequence[mx.array] | None,
-) -> dict[int, Drafts]:
+) -> list[Drafts]:
     """Propose the next drafts; ``logits`` of all rows where there was one pass of the head."""
-    drafts, rows = {}, {}
-    for i, verdict in verdicts.items():
-        drafter, layout = steps[i].drafter, steps[i].layout
-        chosen = drafter.rows(layout, verdict.num_accepted) if drafter is not None else None
-        if chosen is None:
-            drafts[i] = Drafts.none()
-        else:
-            rows[i] = chosen - (layout.num_pending - 1)
-    states = [hidden[i][chosen] for i, chosen in rows.items()]
-    heads = [logits[i][rows[i]] for i in rows] if logits else _logits(model, states)
-    for i, state, head in zip(rows, states, heads, strict=True):
-        _, key = mx.random.split(steps[i].key)
-        bonus_token = verdicts[i].tokens[verdicts[i].num_accepted]
-        drafts[i] = cast(Drafter, steps[i].drafter).draft(state, head, bonus_token, key=key)
+    drafts = [Drafts.none()] * len(steps)
+    needed = [s.drafter.rows(s.layout, verdicts[i].num_accepted) for i, s in enumerate(steps)]
+    rows = {i: indices for i, indices in enumerate(needed) if indices is not None}
+    states = [hidden[i][indices] for i, indices in rows.items()]
+    heads = [logits[i][rows[i]] for i in rows] if logits else head(model, states)
+    for i, state, mask_logits in zip(rows, states, heads, strict=True):
+        step, bonus = steps[i], verdicts[i].tokens[verdicts[i].num_accepted]
+        drafts[i] = step.drafter.draft(state, mask_logits, bonus, key=step.keys[1])
     return drafts
 
 
-def _fetch(results: Sequence[tuple[_Verdict, Drafts]]) -> list[list[int]]:
+def _fetch(pairs: Sequence[tuple[_Verdict, Drafts]]) -> list[list[int]]:
     """The one host sync: num_accepted, tokens and draft ids of each step."""
-    ids = [
-        mx.concatenate([verdict.num_accepted[None], verdict.tokens, drafts.tokens])
-        for verdict, drafts in results
-    ]
-    mx.eval(ids, [(drafts.candidates, drafts.probs) for _, drafts in results])
+    ids = [mx.concatenate([v.num_accepted[None], v.tokens, d.tokens]) for v, d in pairs]
+    mx.eval(ids, [(drafts.candidates, drafts.probs) for _, drafts in pairs])
     return [cast(list[int], row.tolist()) for row in ids]
+
+
+def _outcome(verdict: _Verdict, drafts: Drafts, fetched: list[int], ms: float) -> Outcome:
+    """Put a step's evaluated arrays into its outcome."""
+    if verdict.error is not None:
+        return Outcome(error=verdict.error)
+    num_accepted, *ids = fetched
+    end, drafts = num_accepted + 1, replace(drafts, host_ids=ids[len(verdict.tokens) :])
+    return Outcome(ids[:end], num_accepted, verdict.logits[:end], drafts, ms)

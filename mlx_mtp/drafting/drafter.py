@@ -98,7 +98,7 @@ class Drafter(Protocol):
             num_accepted: accepted drafts, scalar.
 
         Returns:
-            Indices into the rows of the step, or None if nothing is to be drafted in it.
+            Indices counted from the last pending row, or None if nothing is to be drafted.
         """
         return None
 

@@ -50,7 +50,9 @@ class MaskTokenDrafter(Drafter):
 
     def rows(self, layout: StepLayout, num_accepted: mx.array) -> mx.array | None:
         """The mask group after the accepted prefix."""
-        return layout.group_rows[num_accepted] if layout.num_masks else None
+        if layout.num_masks == 0:
+            return None
+        return layout.group_rows[num_accepted] - (layout.num_pending - 1)
 
     def draft(
         self, hidden: mx.array, logits: mx.array, previous: mx.array, *, key: mx.array

@@ -1,1 +1,1 @@
-"""Acceptance on given texts, and the prompt sets that commands share."""
+"""Acceptance on existing texts, and what training, benchmarks and simulation share."""

@@ -1,17 +1,17 @@
-"""Tokens per step on given texts, without generating them again.
+"""Tokens per step on existing texts, without generating them again.
 
-A greedy decode is fixed by its text: which drafts hold behind a position depends on the text up to
-there alone, not on how the decode came there.  So one packed forward over the anchors of a text
-counts the drafts that hold behind each of them, and walking along these counts gives the steps of
-a decode.  Masks are causal in their block, so fewer masks only cut the counts off, and one
+A greedy decode is determined by its text: which drafts are accepted after a position depends on the
+text up to there only, not on the steps before.  So one forward over the anchors of a text counts
+the drafts that are accepted after each of them, and walking along these counts gives the steps of a
+decode.  Masks are causal in their block, so fewer masks only truncate the counts, and one
 evaluation serves every number of masks and both layouts.
 
     position   n-1  n   n+1 n+2        a prompt of n ids, then its answer
-    step 1          x_n                the prompt's forward; drafts of anchor n-1 go on
-    step 2              x_n+1 x_n+2    one draft held: counts[n-1] == 1; drafts of anchor n+1 go on
+    step 1          x_n                the prompt's forward; then the drafts of anchor n-1
+    step 2              x_n+1 x_n+2    one accepted: counts[n-1] == 1; then the drafts of n+1
 
-For text that the model itself writes greedily this is what ``decode`` reports; elsewhere it tells
-how well the drafts foresee the text.
+For text that the model itself generated greedily this is what ``decode`` reports; for other text it
+measures how well the drafts predict it.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ LAYOUTS = ("quadratic", "linear")
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What drafting is worth on some texts.
+    """Result of drafting on some texts.
 
     Attributes:
-        tokens_per_step: tokens of the answers over the steps of a decode that emits them.
-        acceptance: for each mask, the share of anchors behind which its draft and all drafts
-            before it hold, ``[k]``; anchors whose answer ends before do not count.
+        tokens_per_step: tokens of the answers per step of a decode.
+        acceptance: for each mask, the fraction of anchors after which its draft and all drafts
+            before it are accepted, ``[k]``; anchors whose answer ends before are not counted.
         num_tokens: tokens of the answers.
-        num_steps: steps of the decode, the ones that end the prompts among them.
-        num_sequences: sequences that the answers are from.
+        num_steps: steps of the decode, including the last prompt chunks.
+        num_sequences: sequences with answers.
     """
 
     tokens_per_step: float
@@ -54,10 +54,9 @@ class Evaluation:
     num_steps: int
     num_sequences: int
 
-    def falling_shares(self) -> tuple[float, ...]:
-        """The acceptance for an adapter's configuration: rounded, and no share above one before."""
-        falling = np.minimum.accumulate(np.round(self.acceptance, 4))
-        return tuple(falling.tolist())
+    def monotonic_acceptance(self) -> tuple[float, ...]:
+        """The acceptance for an adapter's configuration: rounded and never increasing."""
+        return tuple(np.minimum.accumulate(np.round(self.acceptance, 4)).tolist())
 
     def to_dict(self) -> dict[str, Any]:
         """Return JSON-ready values."""
@@ -65,7 +64,7 @@ class Evaluation:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
-        """Build from what ``to_dict`` gave; other keys are ignored.
+        """Build from the result of ``to_dict``; other keys are ignored.
 
         Raises:
             ValueError: a key is missing.
@@ -73,21 +72,21 @@ class Evaluation:
         names = [field.name for field in dataclasses.fields(cls)]
         if missing := [name for name in names if name not in values]:
             raise ValueError(f"an evaluation lacks {', '.join(missing)}")
-        given: dict[str, Any] = {name: values[name] for name in names}
-        given["acceptance"] = tuple(given["acceptance"])
-        return cls(**given)
+        fields: dict[str, Any] = {name: values[name] for name in names}
+        fields["acceptance"] = tuple(fields["acceptance"])
+        return cls(**fields)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer, and how many drafts hold behind each of its anchors.
+    """An answer with the number of accepted drafts after each of its anchors.
 
     Attributes:
         first: position of its first token.
-        last: position of the last token that is walked to.
-        end: position behind its last token, at least ``last + 1``.
-        counts: drafts that hold behind anchors ``first - 1 .. last - 2``, ``[last - first]``.
-        sequence: index of the sequence that it is from.
+        last: position of the last token that is evaluated.
+        end: position after its last token, at least ``last + 1``.
+        counts: accepted drafts after anchors ``first - 1 .. last - 2``, ``[last - first]``.
+        sequence: index of its sequence.
     """
 
     first: int
@@ -98,7 +97,7 @@ class Answer:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens walked over."""
+        """Number of evaluated tokens."""
         return self.last - self.first + 1
 
 
@@ -111,19 +110,20 @@ def accepted_counts(
     rows_per_forward: int = 512,
     use_sampler: bool = True,
 ) -> np.ndarray:
-    """Count the drafts that hold behind each anchor of a text, int ``[A]``.
+    """Count the accepted drafts after each anchor of a text, int ``[A]``.
 
-    A draft holds if it equals the token that stands in ``ids`` and all drafts before it hold; none
-    holds behind the end of ``ids``.  Drafts are those of greedy decoding (see ``draft``).  Where
-    the drafts before hold, they are the text's own tokens, so the sampler head is told those.
+    A draft is accepted if it equals the token in ``ids`` and all drafts before it are accepted;
+    none is after the end of ``ids``.  Drafts are those of greedy decoding.  If the drafts before
+    are accepted, they are tokens of the text, so the sampler head gets those as previous tokens.
 
     Args:
         model: with its adapter.
         ids: the text ``[L]``.
-        anchors: positions of the last tokens that the blocks see, each from 0 to L - 1.
+        anchors: positions of the last tokens that the blocks see, from 0 to L - 1.
         num_draft_tokens: masks of a block; the adapter's k by default.
-        rows_per_forward: most mask rows at once, which bounds the memory; a block is never cut.
-        use_sampler: False drafts by the base model's head alone.
+        rows_per_forward: maximum mask rows per forward, which limits the memory; a block stays
+            whole.
+        use_sampler: False drafts with the base model's head only.
 
     Raises:
         ValueError: an argument is out of range.
@@ -142,8 +142,8 @@ def accepted_counts(
     size = max(rows_per_forward // k, 1)
     for start in range(0, len(order), size):
         chunk = order[start : start + size]
-        some = [int(anchors[at]) for at in chunk]
-        counts[chunk] = _count(model, ordinary, np.array(ids), some, k, use_sampler)
+        part = [int(anchors[index]) for index in chunk]
+        counts[chunk] = _count(model, ordinary, np.array(ids), part, k, use_sampler)
     return counts
 
 
@@ -158,26 +158,26 @@ def walk(
     """Steps of a decode that emits the tokens at positions ``first .. last``.
 
     Args:
-        counts: drafts that hold behind anchors ``first - 1 .. last - 2`` (``accepted_counts``),
+        counts: accepted drafts after anchors ``first - 1 .. last - 2`` (``accepted_counts``),
             ``[last - first]``.
-        first: position of the first token, which the prompt's own forward emits.
+        first: position of the first token, which the prompt's forward emits.
         last: position of the last token.
-        num_draft_tokens: masks of a group and most drafts of a step; 0 decodes plainly.
-        layout: ``quadratic`` drafts at every step; ``linear`` only behind steps whose drafts all
-            held, or that had none.
+        num_draft_tokens: masks of a group and maximum drafts of a step; 0 is plain decoding.
+        layout: ``quadratic`` drafts at every step; ``linear`` only after steps whose drafts were
+            all accepted, or that had none.
 
     Raises:
-        ValueError: the layout is neither, or the counts do not match the positions.
+        ValueError: the layout is unknown, or the counts do not match the positions.
     """
     _check_layout(layout)
     if len(counts) != last - first:
         raise ValueError(f"positions {first} to {last} need {last - first} counts")
-    position, steps, drafted = first, 1, True
+    position, steps, has_drafts = first, 1, True
     while position < last:
-        held = min(int(counts[position - first]), num_draft_tokens) if drafted else 0
+        accepted = min(int(counts[position - first]), num_draft_tokens) if has_drafts else 0
         if layout == "linear":
-            drafted = not drafted or held == num_draft_tokens
-        position += 1 + held
+            has_drafts = not has_drafts or accepted == num_draft_tokens
+        position += 1 + accepted
         steps += 1
     return steps
 
@@ -192,7 +192,7 @@ def count_answers(
     use_sampler: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Answer]:
-    """Count the drafts that hold along the answers of sequences; see ``evaluate``."""
+    """Count the accepted drafts along the answers of sequences; see ``evaluate``."""
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     for index, sequence in enumerate(sequences):
@@ -211,10 +211,10 @@ def count_answers(
             rows_per_forward=rows_per_forward,
             use_sampler=use_sampler,
         )
-        at = 0
+        start = 0
         for first, last, end in spans:
-            yield Answer(first, last, end, counts[at : at + last - first], index)
-            at += last - first
+            yield Answer(first, last, end, counts[start : start + last - first], index)
+            start += last - first
     if progress:
         progress(len(sequences), len(sequences))
 
@@ -222,7 +222,7 @@ def count_answers(
 def summarise(
     answers: Sequence[Answer], *, num_draft_tokens: int, layout: str = "quadratic"
 ) -> Evaluation:
-    """Walk along counted answers with as many masks or fewer than they were counted with.
+    """Evaluate counted answers with at most as many masks as they were counted with.
 
     Raises:
         ValueError: there are no answers, or the layout is unknown.
@@ -232,18 +232,18 @@ def summarise(
         raise ValueError("there are no answers to evaluate on")
     steps = sum(
         walk(
-            each.counts,
-            first=each.first,
-            last=each.last,
+            answer.counts,
+            first=answer.first,
+            last=answer.last,
             num_draft_tokens=num_draft_tokens,
             layout=layout,
         )
-        for each in answers
+        for answer in answers
     )
-    tokens = sum(each.num_tokens for each in answers)
-    counts = np.concatenate([each.counts for each in answers])
-    rooms = np.concatenate(  # tokens of the answer behind the one that follows the anchor
-        [each.end - 1 - np.arange(each.first, each.last) for each in answers]
+    tokens = sum(answer.num_tokens for answer in answers)
+    counts = np.concatenate([answer.counts for answer in answers])
+    rooms = np.concatenate(  # tokens of the answer after the one that follows the anchor
+        [answer.end - 1 - np.arange(answer.first, answer.last) for answer in answers]
     )
     return Evaluation(
         tokens_per_step=tokens / steps,
@@ -253,7 +253,7 @@ def summarise(
         ),
         num_tokens=tokens,
         num_steps=steps,
-        num_sequences=len({each.sequence for each in answers}),
+        num_sequences=len({answer.sequence for answer in answers}),
     )
 
 
@@ -272,16 +272,16 @@ def evaluate(
 
     Args:
         model: with its adapter; nothing is changed and no gradients are kept.
-        sequences: the texts; of each answer in them the first tokens are walked over.
-        max_tokens: most tokens of an answer.
+        sequences: the texts; the first tokens of each answer in them are evaluated.
+        max_tokens: maximum number of tokens of an answer.
         num_draft_tokens: masks of a group; the adapter's k by default.
         layout: ``quadratic`` or ``linear``.
-        rows_per_forward: most mask rows at once, which bounds the memory.
-        use_sampler: False drafts by the base model's head alone.
-        progress: called with (sequences done, sequences in all).
+        rows_per_forward: maximum mask rows per forward, which limits the memory.
+        use_sampler: False drafts with the base model's head only.
+        progress: called with (sequences done, number of sequences).
 
     Raises:
-        ValueError: an argument is out of range, or the sequences hold no answer.
+        ValueError: an argument is out of range, or the sequences have no answer.
     """
     _check_layout(layout)
     k = checked_num_masks(model, num_draft_tokens)
@@ -300,22 +300,22 @@ def evaluate(
 
 
 def checked_num_masks(model: MTPModel, num_draft_tokens: int | None) -> int:
-    """Masks of a block: as many as wanted, or the adapter's k.
+    """Number of masks of a block; by default the adapter's k.
 
     Raises:
-        ValueError: the adapter has fewer, or there is none.
+        ValueError: the adapter has fewer, or there is no adapter.
     """
-    most = model.num_draft_tokens
-    if most == 0:
+    maximum = model.num_draft_tokens
+    if maximum == 0:
         raise ValueError(f"{model.name} has no adapter, so there are no drafts to evaluate")
-    k = most if num_draft_tokens is None else num_draft_tokens
-    if not 1 <= k <= most:
-        raise ValueError(f"num_draft_tokens must be between 1 and the adapter's {most}, got {k}")
+    k = maximum if num_draft_tokens is None else num_draft_tokens
+    if not 1 <= k <= maximum:
+        raise ValueError(f"num_draft_tokens must be between 1 and the adapter's {maximum}, got {k}")
     return k
 
 
 def _answers(sequence: TokenSequence) -> list[tuple[int, int]]:
-    """First position of each answer and the position behind it; id 0 has nothing before it."""
+    """First position of each answer and the position after it; an answer never starts at 0."""
     flags = np.array([False, *sequence.answer, False]).astype(np.int8)
     borders = np.flatnonzero(np.diff(flags)).reshape(-1, 2)
     spans = [(max(int(first), 1), int(end)) for first, end in borders]
@@ -330,33 +330,33 @@ def _count(
     k: int,
     use_sampler: bool,
 ) -> np.ndarray:
-    """Count the drafts that hold behind each of a few anchors, ``[A]``."""
+    """Count the accepted drafts after each of some anchors, ``[A]``."""
     rows = mask_rows(model, ordinary, MaskRows(tuple(anchors), k))
     rows = rows.reshape(len(anchors), k, -1)  # [A, k, D]
     mx.eval(rows)
     counts = np.zeros(len(anchors), dtype=np.int64)
-    held = np.arange(len(anchors))  # anchors behind which all drafts so far hold
+    alive = np.arange(len(anchors))  # anchors after which all drafts so far are accepted
     for j in range(k):
-        positions = np.array(anchors)[held] + 2 + j
-        held = held[positions < len(ids)]
-        if not len(held):
+        positions = np.array(anchors)[alive] + 2 + j
+        alive = alive[positions < len(ids)]
+        if not len(alive):
             break
-        positions = np.array(anchors)[held] + 2 + j
-        hidden = rows[mx.array(held), j]
+        positions = np.array(anchors)[alive] + 2 + j
+        hidden = rows[mx.array(alive), j]
         drafts = _drafts(model, hidden, mx.array(ids[positions - 1]), use_sampler)
-        held = held[np.array(drafts) == ids[positions]]
-        counts[held] += 1
+        alive = alive[np.array(drafts) == ids[positions]]
+        counts[alive] += 1
     return counts
 
 
 def _drafts(model: MTPModel, hidden: mx.array, previous: mx.array, use_sampler: bool) -> mx.array:
-    """The greedy draft of each mask row, as ``draft.draft_tokens`` makes it.
+    """The greedy draft of each mask row, as decoding drafts it.
 
     Args:
         model: with its adapter.
         hidden: final hidden states ``[A, D]``.
         previous: the token before each draft ``[A]``.
-        use_sampler: False leaves the sampler head out.
+        use_sampler: False does not use the sampler head.
     """
     logits = model.logits(hidden[None])[0]  # [A, V]
     head = model.sampler_head if use_sampler else None

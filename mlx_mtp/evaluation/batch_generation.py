@@ -20,20 +20,20 @@ def generate_batch(
     batch_size: int,
     on_step: Callable[[int], None] = lambda count: None,
 ) -> Iterator[tuple[int, list[int], bool]]:
-    """Continue prompts together by mlx-lm's own batch generation.
+    """Continue prompts together with mlx-lm's batch generation.
 
     Args:
-        model: the base model runs; an adapter does nothing on ordinary rows.
-        prompts: ids of each.
-        max_tokens: most ids for each.
-        stops: runs of ids that end one.
-        samplers: for each, log-probabilities ``[1, V]`` to ids ``[1]``; a sampler that all share
-            is called once a step with all rows.
-        batch_size: how many run at a time; the next one starts when one has ended.
-        on_step: called after every step with the number of ids that it gave.
+        model: only its base model is used.
+        prompts: ids of the prompts.
+        max_tokens: maximum number of ids per prompt.
+        stops: sequences of ids that end a text.
+        samplers: for each prompt, log-probabilities ``[1, V]`` to ids ``[1]``; a sampler that all
+            share is called once per step with all rows.
+        batch_size: number of prompts at a time; the next one starts when one has ended.
+        on_step: called after every step with the number of new ids.
 
     Yields:
-        As each ends: its index, its ids without a stop of one id, whether a stop ended it.
+        For each prompt that ends: its index, its ids without a stop of one id, whether it stopped.
     """
     from mlx_lm.generate import BatchGenerator
 
@@ -46,14 +46,14 @@ def generate_batch(
         stream=mx.default_stream(mx.default_device()),
     )
     with contextlib.closing(generator):
-        numbers = generator.insert([list(each) for each in prompts], samplers=list(samplers))
+        numbers = generator.insert([list(prompt) for prompt in prompts], samplers=list(samplers))
         index_of = {number: index for index, number in enumerate(numbers)}
-        found: list[list[int]] = [[] for _ in prompts]
+        texts: list[list[int]] = [[] for _ in prompts]
         while responses := generator.next_generated():
             on_step(len(responses))
             for response in responses:
                 index, ended = index_of[response.uid], response.finish_reason
-                found[index].append(response.token)
+                texts[index].append(response.token)
                 if ended:
-                    ids = found[index]
+                    ids = texts[index]
                     yield index, ids[:-1] if ended == "stop" else ids, ended == "stop"

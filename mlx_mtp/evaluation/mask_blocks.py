@@ -1,6 +1,6 @@
-"""Packed anchors: many mask blocks of one sequence in one forward.
+"""Many mask blocks of one sequence in one forward.
 
-An anchor is the last token that a block of k masks may see.  Behind the anchor at position i stand
+An anchor is the last token that a block of k masks sees.  After the anchor at position i follow
 masks at i+1 .. i+k; mask j sees the sequence up to its anchor and the masks of its own block up to
 itself, and predicts the token at i+j+1 (arXiv 2507.11851, section 3.1).  The ordinary rows are in
 the cache already, so a forward has mask rows only.
@@ -22,15 +22,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class MaskRows:
-    """The mask rows of one forward; for the model's wrapped modules, a step without ordinary rows.
+    """The mask rows of one forward, a ``RowLayout`` without ordinary rows.
 
     Attributes:
         anchors: position of the last token that each block sees.
-        num_masks_each: masks of every block, or of each.
+        masks_per_block: number of masks of every block, or one number per block.
     """
 
     anchors: tuple[int, ...]
-    num_masks_each: int | tuple[int, ...]
+    masks_per_block: int | tuple[int, ...]
 
     is_contiguous = False
 
@@ -41,21 +41,21 @@ class MaskRows:
 
     @property
     def num_masks(self) -> int:
-        """Mask rows of all blocks together, R."""
+        """Number of mask rows of all blocks, R."""
         return int(self._counts.sum())
 
     @property
     def num_rows(self) -> int:
-        """All rows of the forward."""
+        """Number of rows of the forward."""
         return self.num_masks
 
     @cached_property
     def _counts(self) -> np.ndarray:
-        return np.broadcast_to(np.array(self.num_masks_each, dtype=np.int32), len(self.anchors))
+        return np.broadcast_to(np.array(self.masks_per_block, dtype=np.int32), len(self.anchors))
 
     @cached_property
     def mask_offsets(self) -> np.ndarray:
-        """Which mask token each row is, counted from 0, int32 ``[R]``."""
+        """Index of each row's mask token, int32 ``[R]``."""
         starts = np.cumsum(self._counts) - self._counts
         return np.arange(self.num_masks, dtype=np.int32) - np.repeat(starts, self._counts)
 
@@ -75,22 +75,19 @@ class MaskRows:
         return mx.array(self.row_positions)
 
     def positions_from(self, offset: Any) -> mx.array:
-        """Position of each row behind ``offset`` rows, int32 ``[R]``."""
+        """Position of each row after ``offset`` rows, int32 ``[R]``."""
         return self.positions + offset
 
-    def attention(self, num_held: int, window: int | None = None) -> mx.array:
-        """Which row may see which held row and which mask row, bool ``[R, num_held + R]``."""
-        return mx.array(self._sees(num_held, window))
-
-    def _sees(self, num_held: int, window: int | None) -> Any:
-        held = np.arange(num_held)
-        sees_held = held[None] <= self.row_anchors[:, None]
+    def attention(self, num_cached: int, window: int | None = None) -> mx.array:
+        """Which cached rows and mask rows each row sees, bool ``[R, num_cached + R]``."""
+        cached = np.arange(num_cached)
+        sees_cached = cached[None] <= self.row_anchors[:, None]
         blocks = np.repeat(np.arange(len(self.anchors)), self._counts)
         sees_masks = (blocks[:, None] == blocks[None]) & (
             self.mask_offsets[None] <= self.mask_offsets[:, None]
         )
-        sees = np.concatenate([sees_held, sees_masks], axis=1)
+        sees: Any = np.concatenate([sees_cached, sees_masks], axis=1)
         if window is not None:
-            positions = np.concatenate([held, self.row_positions])
+            positions = np.concatenate([cached, self.row_positions])
             sees &= self.row_positions[:, None] - positions[None] < window
-        return sees
+        return mx.array(sees)

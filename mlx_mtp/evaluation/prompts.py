@@ -7,7 +7,10 @@ order.  A prompt is plain text, without a chat template.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
+import hashlib
+import json
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -38,7 +41,7 @@ class Prompt:
 
 
 def builtin_prompts(kinds: Collection[str] | None = None) -> list[Prompt]:
-    """Return the built-in prompts of the given kinds in file order; None means the 72 of ``KINDS``.
+    """Return the built-in prompts of some kinds in file order; None means the 72 of ``KINDS``.
 
     The further kinds were added for ``mlx-mtp benchmark``; they are returned only if named, so that
     figures measured on the 72 stay comparable.
@@ -55,6 +58,12 @@ def builtin_prompts(kinds: Collection[str] | None = None) -> list[Prompt]:
     return [prompt for prompt in prompts if prompt.kind in kinds]
 
 
+def hash_prompts(prompts: Sequence[Prompt]) -> str:
+    """sha256 of the prompts with their ids and kinds, in order."""
+    values = [dataclasses.asdict(prompt) for prompt in prompts]
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
 def read_prompts(path: str | Path) -> list[Prompt]:
     """Read a UTF-8 JSONL file of prompts, one JSON object per line; blank lines are skipped.
 
@@ -62,7 +71,7 @@ def read_prompts(path: str | Path) -> list[Prompt]:
     ``user``) and ``"id"`` (default ``line-N``).  Other keys are ignored.
 
     Raises:
-        ValueError: a line is bad, an id occurs twice, or the file holds no prompt.
+        ValueError: a line is bad, an id occurs twice, or the file has no prompt.
         OSError: the file cannot be read.
     """
     return _parse(Path(path).read_bytes(), name=str(path))

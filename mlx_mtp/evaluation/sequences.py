@@ -12,7 +12,7 @@ class TokenSequence:
     Attributes:
         ids: ``[L]``.
         answer: for each id, whether it belongs to an answer, ``[L]``.
-        cut: whether the text was longer than there was room.
+        cut: whether the text was truncated.
     """
 
     ids: list[int]
@@ -21,5 +21,5 @@ class TokenSequence:
 
     @property
     def num_answer_tokens(self) -> int:
-        """How many ids belong to answers."""
+        """Number of ids in answers."""
         return sum(self.answer)

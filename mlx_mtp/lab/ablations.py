@@ -116,7 +116,7 @@ def train_variant(
                 f"{time.perf_counter() - began:.0f} s"
             )
 
-    with folder.held():
+    with folder.locked():
         return train(
             new_adapter(model, settings),
             TrainData(train=data.train, held_out=data.held_out, data_hash=data.data_hash),

@@ -32,7 +32,7 @@ from mlx_mtp.lab.tokens_per_step import stamp
 from mlx_mtp.model.config import WEIGHTS_FILE
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.files import write_atomically
-from mlx_mtp.terminal import BadInput, Progress, one_line
+from mlx_mtp.terminal import BadInput, Status, one_line
 from mlx_mtp.train.run.folder import SETTINGS_FILE, RunFolder
 from mlx_mtp.train.run.history import read_history
 
@@ -157,14 +157,14 @@ def run_curves(
             continue  # an adapter without a gate cannot decode
         loaded, _ = load(model, adapter_path=str(run.folder))
         has_sampler = loaded.sampler_head is not None
-        with Progress(f"Evaluating {run.name} ...") as line:
+        with Status(f"Evaluating {run.name} ...") as line:
             found = mask_curves(
                 loaded,
                 texts,
                 max_tokens=max_tokens,
                 samplers=(has_sampler,),
                 layouts=("quadratic",),
-                say=lambda done, all_, line=line, run=run: line.say(
+                say=lambda done, all_, line=line, run=run: line.update(
                     f"Evaluated {run.name} {done}/{all_}"
                 ),
             )
@@ -209,7 +209,7 @@ def _compared_rank(runs: Sequence[TrainedRun]) -> Any:
 def _texts(
     model: MTPModel, tokenizer: TokenizerWrapper, options: Mapping[str, Any]
 ) -> list[GreedyText]:
-    with Progress("Answering the prompts ...") as line:
+    with Status("Answering the prompts ...") as line:
         return greedy_texts(
             model,
             tokenizer,
@@ -217,7 +217,7 @@ def _texts(
             encode=prompt_ids,
             max_tokens=options["max_tokens"],
             path=options["texts"],
-            progress=lambda done, all_: line.say(f"Answered {done}/{all_}"),
+            progress=lambda done, all_: line.update(f"Answered {done}/{all_}"),
         )
 
 
@@ -260,12 +260,12 @@ def reproduce(**options: Any) -> dict[str, Any]:
     model, tokenizer = load(options["model"], adapter_path=options["adapter_path"])
     checked_num_masks(model, None)  # before the slow part
     texts = _texts(model, tokenizer, options)
-    with Progress("Evaluating ...") as line:
+    with Status("Evaluating ...") as line:
         masks = mask_curves(
             model,
             texts,
             max_tokens=max_tokens,
-            say=lambda done, all_: line.say(f"Evaluated {done}/{all_}"),
+            say=lambda done, all_: line.update(f"Evaluated {done}/{all_}"),
         )
     by_run = run_curves(runs, options["model"], texts, max_tokens=max_tokens)
     files = draw_lines(masks, output / "masks", x=MASKS, y=SPEED)

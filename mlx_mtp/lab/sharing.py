@@ -20,10 +20,11 @@ from typing import Any
 import click
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_mtp.calibration.stored_costs import speculation_for
+from mlx_mtp.calibration.stored_costs import calibrate, speculation_for
 from mlx_mtp.decoding.config import GenerationConfig
 from mlx_mtp.decoding.grouping import StepGrouper
 from mlx_mtp.decoding.request import Request
+from mlx_mtp.decoding.setup import make_request
 from mlx_mtp.decoding.step import Outcome, Step
 from mlx_mtp.decoding.step import run as run_steps
 from mlx_mtp.evaluation.prompts import builtin_prompts
@@ -31,7 +32,7 @@ from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.lab.tokens_per_step import stamp
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.plan import LAYOUTS
-from mlx_mtp.terminal import BadInput, Progress, one_line
+from mlx_mtp.terminal import BadInput, Status, one_line
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,7 @@ def measure(
         rounds: how often.
         say: told what is going on.
     """
+    calibrate(model, on_status=say)
     known = speculation_for(model)
     grouper = StepGrouper(model, known)
     ways: dict[str, Turn] = {
@@ -127,7 +129,7 @@ def measure(
             say(f"{len(prompts)} answers, round {at + 1}/{rounds}: {layout} {way}")
             known.sharers = 1
             config = GenerationConfig(max_tokens=max_tokens, layout=layout)
-            requests = [Request(model, ids, config, speculation=known) for ids in prompts]
+            requests = [make_request(model, ids, config, speculation=known) for ids in prompts]
             runs[f"{layout} {way}"].append(answer_all(requests, ways[way]))
     return runs
 
@@ -193,10 +195,10 @@ def run(
     loaded, tokenizer = load(model, adapter_path=adapter_path)
     results = {}
     for count in counts:
-        with Progress("Measuring ...", delay_s=0) as line:
+        with Status("Measuring ...", delay_s=0) as line:
             runs = measure(
                 loaded, _encoded(tokenizer, count), layouts=names, max_tokens=max_tokens,
-                rounds=rounds, say=line.say,
+                rounds=rounds, say=line.update,
             )  # fmt: skip
         results[count] = summarise(runs)
         for way, found in results[count].items():

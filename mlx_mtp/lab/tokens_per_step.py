@@ -33,7 +33,7 @@ from mlx_mtp.evaluation.greedy_texts import GreedyText, greedy_texts, texts_hash
 from mlx_mtp.evaluation.prompt_sets import prompts_of
 from mlx_mtp.evaluation.prompts import ENGLISH_KINDS, KINDS
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.terminal import BadInput, Progress, one_line
+from mlx_mtp.terminal import BadInput, Status, one_line
 
 DEFAULT_ADAPTER = "default"
 
@@ -143,7 +143,7 @@ def run(
         loaded, tokenizer = load(model, adapter_path=None if name == DEFAULT_ADAPTER else name)
         checked_num_masks(loaded, num_draft_tokens)  # before the slow part
         if not written:
-            with Progress("Answering the prompts ...", delay_s=0) as line:
+            with Status("Answering the prompts ...", delay_s=0) as line:
                 written = greedy_texts(
                     loaded,
                     tokenizer,
@@ -152,17 +152,17 @@ def run(
                     max_tokens=max_tokens,
                     path=texts,
                     batch_size=batch_size,
-                    progress=lambda done, all_, line=line: line.say(f"Answered {done}/{all_}"),
+                    progress=lambda done, all_, line=line: line.update(f"Answered {done}/{all_}"),
                 )
             generation_s = time.perf_counter() - start
-        with Progress(f"Evaluating {name} ...", delay_s=0) as line:
+        with Status(f"Evaluating {name} ...", delay_s=0) as line:
             results[name] = measure(
                 loaded,
                 written,
                 num_draft_tokens=num_draft_tokens,
                 layout=layout,
                 max_tokens=max_tokens,
-                say=lambda done, all_, line=line: line.say(f"Evaluated {done}/{all_}"),
+                say=lambda done, all_, line=line: line.update(f"Evaluated {done}/{all_}"),
             )
     if not only_json:
         print("\n".join(table(results)), file=sys.stdout)

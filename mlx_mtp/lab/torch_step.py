@@ -114,7 +114,7 @@ class TorchStep:
                 continue
             ids = torch.tensor(sequence.ids)
             ordinary = self._ordinary_rows(ids)
-            for part in chunks(rows, most_rows=most_rows or rows.num_rows):
+            for part in chunks(rows, max_rows=most_rows or rows.num_rows):
                 terms = self._loss_terms(ordinary, ids, part, total=total)
                 weights = self._settings.loss_weights
                 loss = sum(value * getattr(weights, name) for name, value in terms.items())

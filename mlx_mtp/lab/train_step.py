@@ -33,7 +33,7 @@ from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.lab.step_agreement import Agreement, compare
 from mlx_mtp.lab.tokens_per_step import stamp
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.terminal import BadInput, Progress, one_line
+from mlx_mtp.terminal import BadInput, Status, one_line
 from mlx_mtp.train.gradient.adapter import new_adapter, trainable
 from mlx_mtp.train.gradient.step import Parameters, StepGradient, blocks_of
 from mlx_mtp.train.gradient.workers import Workers, WorkerSpec, one_blas_thread, worker_count
@@ -225,12 +225,12 @@ def run(*, model: str | None, repeats: int, length: int, only_json: bool, **opti
     num_threads = _cores()
     rival = torch_step(adapted, settings, num_threads=num_threads)
     count = worker_count(settings.workers, batch_size=settings.batch_size)
-    with Progress("Comparing the two sides ...", delay_s=0) as line:
+    with Status("Comparing the two sides ...", delay_s=0) as line:
         agreement = compare(adapted, rival, settings, data, most_rows=settings.rows_per_forward)
         agreement.check()
         with _helpers(model, settings, data, count=count, like=trainable(adapted)) as workers:
             ours = OurStep(adapted, settings, workers=workers)
-            timings = measure(ours, rival, data, settings, repeats=repeats, say=line.say)
+            timings = measure(ours, rival, data, settings, repeats=repeats, say=line.update)
     summary = timings.summary()
     if not only_json:
         print("\n".join(_lines(agreement, summary)))

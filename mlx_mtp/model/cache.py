@@ -1,9 +1,9 @@
-"""Key/value caches: step masks in, exact rewind out.
+"""Key/value caches that know a step's attention mask and can be rewound exactly.
 
-mlx-lm's caches keep the keys and values; a thin wrapper per layer adds what a step needs: the
-attention mask of its layout, and a rewind that is a plain trim because ordinary rows come first.
-Sliding-window layers keep their window plus some slack and forget older rows only between steps,
-so that no rewind ever needs a row that is gone.  What cannot be rewound is refused.
+mlx-lm's caches store the keys and values; a thin wrapper per layer adds the attention mask of a
+step's layout, and a rewind that is a plain trim because ordinary rows come first.  Sliding-window
+layers store their window plus some slack and drop older rows only between steps, so that no rewind
+needs a row that was dropped.  Caches that cannot be rewound are refused.
 """
 
 from __future__ import annotations
@@ -11,33 +11,60 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
 from mlx_lm.models import cache as lm_cache
 
-from mlx_mtp.backends.metal.attention_layer import StepAttention, attention_of
 from mlx_mtp.model.layout import StepLayout, StepScope
 
 WINDOW_SLACK = 256
 
 
-class LayerCache:
-    """Keys and values of one layer, rewindable, aware of the step in progress.
+class ForwardLayerCache(Protocol):
+    """What a model's layer asks of its cache during a forward.
 
-    Attributes:
-        inner: mlx-lm's ``KVCache`` or ``QuantizedKVCache`` that holds the arrays.
-        attention: what may attend in place of mlx-lm; see ``attention_hook``.
+    A cache may also have ``attend`` (see ``batch_cache``); then the layer's keys, values and masks
+    are passed to it, one part per answer.
     """
 
-    def __init__(
-        self, inner: Any, *, scope: StepScope, attention: StepAttention | None = None
-    ) -> None:
+    @property
+    def offset(self) -> Any:
+        """Position of the next row; it is passed on to the rotary embedding."""
+        ...
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        """Append ``[B, H, L, Dh]`` keys and values; return all keys and values."""
+        ...
+
+    def make_mask(
+        self, num_rows: int, *, return_array: bool = False, window_size: int | None = None
+    ) -> Any:
+        """Make the attention mask of the forward in progress; called before the first layer."""
+        ...
+
+
+class Caches(Protocol):
+    """The caches of a forward: one answer's, those of a batch, or those of training."""
+
+    @property
+    def layers(self) -> Sequence[ForwardLayerCache]:
+        """One cache per layer."""
+        ...
+
+
+class LayerCache:
+    """Rewindable keys and values of one layer, which know the step in progress.
+
+    Attributes:
+        inner: mlx-lm's ``KVCache`` or ``QuantizedKVCache``, which stores the arrays.
+    """
+
+    def __init__(self, inner: Any, *, scope: StepScope) -> None:
         self.inner = inner
         self.scope = scope
-        self.attention = attention
 
     @property
     def offset(self) -> int:
@@ -45,17 +72,17 @@ class LayerCache:
         return self.inner.offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
-        """Append ``[B, H, L, D]`` keys and values; return all that are held."""
+        """Append ``[B, H, L, Dh]`` keys and values; return all keys and values."""
         return self.inner.update_and_fetch(keys, values)
 
     def keys_and_values(self) -> Any:
-        """All keys and values that are held."""
+        """All keys and values, ``[B, H, S, Dh]`` each."""
         return self.inner.keys_and_values()
 
     def make_mask(
         self, num_rows: int, *, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
-        """Attention mask ``[L, held + L]`` of the step in progress, in the form mlx-lm expects."""
+        """Attention mask ``[L, S + L]`` of the step in progress, in the form mlx-lm expects."""
         if not self.scope.has_masks:
             return self.inner.make_mask(
                 num_rows, return_array=return_array, window_size=window_size
@@ -67,24 +94,24 @@ class LayerCache:
         return mx.pad(layout.attention, [(0, 0), (self.offset, 0)], constant_values=True)
 
     def rewind(self, num_rows: int) -> None:
-        """Forget the last rows."""
+        """Drop the last rows."""
         trimmed = self.inner.trim(num_rows)
         assert trimmed == num_rows, f"rewound {trimmed} rows of {num_rows}"
 
     def can_rewind(self, num_rows: int) -> bool:
-        """Whether that many rows can be forgotten exactly."""
+        """Whether that many rows can be dropped exactly."""
         return num_rows <= self.offset
 
     def begin_step(self) -> None:
-        """Forget what no later row can see."""
+        """Drop rows that no later row can see."""
 
     def copied(self) -> LayerCache:
-        """The same rows in a cache that goes its own way; it takes memory once one grows."""
+        """Make an independent copy, which takes memory only once one of the two grows."""
         other = copy.copy(self)
         other.inner = copy.copy(self.inner)
         if not self.inner.empty():
-            held = (self.inner.keys, self.inner.values)
-            rows = tree_map(lambda x: x[..., : self.inner.offset, :], held)
+            arrays = (self.inner.keys, self.inner.values)
+            rows = tree_map(lambda x: x[..., : self.inner.offset, :], arrays)
             other.inner.keys, other.inner.values = rows
         return other
 
@@ -93,14 +120,14 @@ class LayerCache:
         """The arrays, for evaluation."""
         return () if self.inner.empty() else self.inner.keys_and_values()
 
-    def _window_mask(self, held: mx.array, window: int, *, keep: int) -> mx.array:
-        """Mask over held rows at the given positions, then the step's own rows."""
+    def _window_mask(self, stored: mx.array, window: int, *, keep: int) -> mx.array:
+        """Mask ``[L, S + L]`` over stored rows at positions ``[S]``, then the step's own rows."""
         layout = self.scope.layout
         assert isinstance(layout, StepLayout)
         rows = self.offset + layout.positions
-        positions = mx.concatenate([held, rows])
+        positions = mx.concatenate([stored, rows])
         near = (rows[:, None] - positions[None] < window) | (positions < keep)
-        return near & mx.pad(layout.attention, [(0, 0), (held.size, 0)], constant_values=True)
+        return near & mx.pad(layout.attention, [(0, 0), (stored.size, 0)], constant_values=True)
 
 
 class QuantizedLayerCache(LayerCache):
@@ -118,21 +145,14 @@ class QuantizedLayerCache(LayerCache):
 
 
 class WindowLayerCache(LayerCache):
-    """Keeps the first ``keep`` rows and the last ``window`` rows, and some slack to rewind into.
+    """Stores the first ``keep`` rows and the last ``window`` rows, and some slack to rewind into.
 
-    Every row sees the kept rows and the ``window`` rows up to itself, however rows are grouped
-    into steps.  Rows out of sight are dropped between steps, in blocks.
+    Every row sees the first ``keep`` rows and the ``window`` rows up to itself, however rows are
+    grouped into steps.  Rows out of sight are dropped between steps, in blocks.
     """
 
-    def __init__(
-        self,
-        *,
-        window: int,
-        keep: int = 0,
-        scope: StepScope,
-        attention: StepAttention | None = None,
-    ) -> None:
-        super().__init__(lm_cache.KVCache(), scope=scope, attention=attention)
+    def __init__(self, *, window: int, keep: int = 0, scope: StepScope) -> None:
+        super().__init__(lm_cache.KVCache(), scope=scope)
         self.window = window
         self.keep = keep
         self.dropped = 0
@@ -145,19 +165,19 @@ class WindowLayerCache(LayerCache):
     def make_mask(
         self, num_rows: int, *, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
-        """Attention mask ``[L, held + L]``; the cache's own window stands in for the model's."""
+        """Attention mask ``[L, S + L]`` with the cache's own window instead of the model's."""
         del return_array, window_size
-        held = mx.arange(self.inner.offset)
-        held = mx.where(held < self.keep, held, held + self.dropped)
+        stored = mx.arange(self.inner.offset)
+        stored = mx.where(stored < self.keep, stored, stored + self.dropped)
         if self.scope.has_masks:
-            return self._window_mask(held, self.window, keep=self.keep)
+            return self._window_mask(stored, self.window, keep=self.keep)
         rows = mx.arange(self.offset, self.offset + num_rows)
-        positions = mx.concatenate([held, rows])[None]
+        positions = mx.concatenate([stored, rows])[None]
         near = (rows[:, None] - positions < self.window) | (positions < self.keep)
         return near & (positions <= rows[:, None])
 
     def can_rewind(self, num_rows: int) -> bool:
-        """Whether the rows that the new end would see are all still held."""
+        """Whether all rows that the next row would see are still stored."""
         if self.dropped == 0:
             return num_rows <= self.offset
         return self.inner.offset - num_rows - self.keep >= self.window - 1
@@ -176,7 +196,7 @@ class WindowLayerCache(LayerCache):
 
 
 class MTPCache:
-    """The caches of all layers, moved together."""
+    """The caches of all layers of one answer."""
 
     def __init__(
         self,
@@ -193,7 +213,7 @@ class MTPCache:
 
     @property
     def offset(self) -> int:
-        """Rows held, which is the position of the next row."""
+        """Number of rows so far, which is the position of the next row."""
         return self.layers[0].offset
 
     @property
@@ -202,7 +222,7 @@ class MTPCache:
         return [layer.state for layer in self.layers]
 
     def begin_step(self) -> None:
-        """Forget what is out of sight; quantise once the context is long enough."""
+        """Drop rows that are out of sight; quantise once the context is long enough."""
         for layer in self.layers:
             layer.begin_step()
         if self._awaits_quantisation and self.offset >= self.quantized_kv_start:
@@ -210,7 +230,7 @@ class MTPCache:
 
     @property
     def rows_until_change(self) -> int | None:
-        """Rows that may still be added before the cache changes its form (None: no limit).
+        """Rows that may be added before the cache is quantised; None without a limit.
 
         A step must not cross that border, or a row's result would depend on its step.
         """
@@ -219,10 +239,10 @@ class MTPCache:
         return max(self.quantized_kv_start - self.offset, 0) or None
 
     def rewind(self, num_rows: int) -> None:
-        """Forget the last rows of every layer.
+        """Drop the last rows of every layer.
 
         Raises:
-            ValueError: rows that would be needed again are no longer held.
+            ValueError: rows that would be needed again were dropped.
         """
         if num_rows == 0:
             return
@@ -232,11 +252,11 @@ class MTPCache:
             layer.rewind(num_rows)
 
     def can_rewind(self, num_rows: int) -> bool:
-        """Whether every layer can forget that many rows exactly."""
+        """Whether every layer can drop that many rows exactly."""
         return all(layer.can_rewind(num_rows) for layer in self.layers)
 
     def copied(self) -> MTPCache:
-        """The same rows in caches that go their own way."""
+        """Make an independent copy."""
         other = copy.copy(self)
         other.layers = [layer.copied() for layer in self.layers]
         return other
@@ -253,7 +273,7 @@ class MTPCache:
 
 
 def unsupported_reason(base: nn.Module) -> str | None:
-    """Say why a model's caches cannot be rewound, or None if they can."""
+    """Return why a model's caches cannot be rewound, or None if they can."""
     for layer in lm_cache.make_prompt_cache(base):
         if type(layer) is lm_cache.KVCache:
             continue
@@ -280,10 +300,10 @@ def make_cache(
     Args:
         base: the mlx-lm model; its own ``make_cache`` says which layers have a window.
         scope: the model's step scope.
-        max_kv_size: keep the first 4 rows and the last ``max_kv_size - 4`` only.
-        kv_bits: quantise keys and values to that many bits ...
-        kv_group_size: ... in groups of that size ...
-        quantized_kv_start: ... from that context length on.
+        max_kv_size: store only the first 4 rows and the last ``max_kv_size - 4``.
+        kv_bits: bits of quantised keys and values; None leaves them as they are.
+        kv_group_size: elements per scale of quantised keys and values.
+        quantized_kv_start: context length from which they are quantised.
 
     Raises:
         ValueError: the combination is not possible.
@@ -295,14 +315,13 @@ def make_cache(
     if kv_group_size not in (32, 64, 128):
         raise ValueError(f"kv_group_size must be 32, 64 or 128, got {kv_group_size}")
     layers: list[LayerCache] = []
-    seams: Any = {"scope": scope, "attention": attention_of(base)}
     for inner in lm_cache.make_prompt_cache(base):
         if isinstance(inner, lm_cache.RotatingKVCache):
-            layers.append(WindowLayerCache(window=inner.max_size, **seams))
+            layers.append(WindowLayerCache(window=inner.max_size, scope=scope))
         elif max_kv_size is not None:
-            layers.append(WindowLayerCache(window=max_kv_size - 4, keep=4, **seams))
+            layers.append(WindowLayerCache(window=max_kv_size - 4, keep=4, scope=scope))
         else:
-            layers.append(LayerCache(inner, **seams))
+            layers.append(LayerCache(inner, scope=scope))
     if kv_bits is not None and any(isinstance(layer, WindowLayerCache) for layer in layers):
         raise ValueError("kv_bits cannot be combined with a sliding window or max_kv_size")
     return MTPCache(
@@ -320,7 +339,7 @@ def load_prompt_cache(
 
     Args:
         path: the file.
-        sample: caches of this model that hold at least one row, for their shapes and types.
+        sample: caches of this model with at least one row, for their shapes and types.
         scope: the model's step scope.
 
     Returns:
@@ -330,43 +349,43 @@ def load_prompt_cache(
         ValueError: the file cannot be read, or was not made with a model of this shape.
     """
     try:
-        held, metadata = lm_cache.load_prompt_cache(str(path), return_metadata=True)
+        saved, metadata = lm_cache.load_prompt_cache(str(path), return_metadata=True)
     except Exception as error:  # mlx raises many kinds for a foreign file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a prompt cache: {reason}") from None
-    if len(held) != len(sample.layers):
+    if len(saved) != len(sample.layers):
         raise ValueError(
-            f"{path} was made with another model: it has {len(held)} layers, "
+            f"{path} was made with another model: it has {len(saved)} layers, "
             f"this model has {len(sample.layers)}"
         )
-    pairs = zip(held, sample.layers, strict=True)
-    return MTPCache([_adopt(inner, like, path, scope) for inner, like in pairs]), metadata
+    pairs = zip(saved, sample.layers, strict=True)
+    return MTPCache([_from_saved(inner, like, path, scope) for inner, like in pairs]), metadata
 
 
-def _adopt(inner: Any, like: LayerCache, path: Path, scope: StepScope) -> LayerCache:
-    """Take over one layer of a prompt cache file if it has the shape of ``like``."""
-    if isinstance(like, WindowLayerCache) or type(inner) not in _HELD:
-        raise ValueError(f"{path} holds a {type(inner).__name__}, which cannot be rewound")
+def _from_saved(inner: Any, like: LayerCache, path: Path, scope: StepScope) -> LayerCache:
+    """Wrap one layer of a prompt cache file if it has the shape of ``like``."""
+    if isinstance(like, WindowLayerCache) or type(inner) not in _REWINDABLE:
+        raise ValueError(f"{path} contains a {type(inner).__name__}, which cannot be rewound")
     if inner.empty():
-        raise ValueError(f"{path} holds an empty prompt cache")
+        raise ValueError(f"{path} is an empty prompt cache")
     keys, values = like.inner.keys_and_values()
     if isinstance(inner, lm_cache.QuantizedKVCache):
         inner.keys, inner.values = list(inner.keys or ()), list(inner.values or ())
-        given = tuple(x[1].shape[-1] * inner.group_size for x in (inner.keys, inner.values))
+        dims = tuple(x[1].shape[-1] * inner.group_size for x in (inner.keys, inner.values))
         heads = inner.keys[0].shape[1]
     else:
-        given, heads = (inner.keys.shape[-1], inner.values.shape[-1]), inner.keys.shape[1]
+        dims, heads = (inner.keys.shape[-1], inner.values.shape[-1]), inner.keys.shape[1]
         rows = inner.offset
         inner.state = (inner.keys.astype(keys.dtype), inner.values.astype(values.dtype), rows)
-    wanted = (keys.shape[1], keys.shape[-1], values.shape[-1])
-    if (heads, *given) != wanted:
+    expected = (keys.shape[1], keys.shape[-1], values.shape[-1])
+    if (heads, *dims) != expected:
         raise ValueError(
-            f"{path} was made with another model: its keys have {heads} heads of {given[0]}, "
-            f"this model's have {wanted[0]} of {wanted[1]}"
+            f"{path} was made with another model: its keys have {heads} heads of {dims[0]}, "
+            f"this model's have {expected[0]} of {expected[1]}"
         )
     if isinstance(inner, lm_cache.QuantizedKVCache):
         return QuantizedLayerCache(inner, scope=scope)
-    return LayerCache(inner, scope=scope, attention=like.attention)
+    return LayerCache(inner, scope=scope)
 
 
-_HELD = (lm_cache.KVCache, lm_cache.QuantizedKVCache)
+_REWINDABLE = (lm_cache.KVCache, lm_cache.QuantizedKVCache)

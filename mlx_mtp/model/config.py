@@ -73,14 +73,14 @@ class MTPConfig:
         base_hidden_size: width D of the base model.
         base_num_layers: number of its layers.
         base_vocab_size: rows of its embedding table.
-        base_fingerprint: hash that tells whether a model is that base (``model.fingerprint``).
-        fine_tune_type: always ``"mtp"``; tells a reader what kind of adapter this is.
+        base_fingerprint: hash that identifies that base (``mtp_model.fingerprint``).
+        fine_tune_type: always ``"mtp"``, the kind of adapter.
         format_version: version of this folder format.
         sampler_norm, sampler_norm_eps, sampler_bias, sampler_residual: see ``SamplerKind``.
         rank_pattern: rank by full module path, of layers whose rank is another.
         scale_pattern: scale by full module path, of layers whose scale is another.
-        acceptance: for each mask, the share of places behind which its draft and all drafts before
-            it held when the adapter was last evaluated, ``[k]``; empty if it never was.
+        acceptance: rate at which the draft of each mask was accepted, with all drafts before it,
+            when the adapter was last evaluated, ``[k]``; empty if it never was.
     """
 
     num_draft_tokens: int
@@ -176,6 +176,16 @@ class MTPConfig:
         hints = typing.get_type_hints(cls)
         return cls(**{name: _coerce(name, value, hints[name]) for name, value in values.items()})
 
+    def describe(self) -> str:
+        """Describe the adapter in a paragraph, for model cards."""
+        sampler = "a sampler head" if self.sampler else "no sampler head"
+        return (
+            f"An mlx-mtp adapter: {self.num_draft_tokens} mask tokens, gated LoRA of rank "
+            f"{self.rank} on {', '.join(self.target_modules)}, and {sampler}. The base model "
+            "drafts several tokens a step with it and checks them itself, so the output stays "
+            "the base model's own."
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON-ready values, keys in declaration order.
 
@@ -257,8 +267,8 @@ def _coerce(name: str, value: Any, hint: Any) -> Any:
     if float in kinds and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
-        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
-        raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        expected = " or ".join("null" if kind is type(None) else kind.__name__ for kind in kinds)
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
     return value
 
 

@@ -1,9 +1,9 @@
-"""StepLayout: which rows one forward has, where they stand, and what each may see.
+"""StepLayout: the rows of one forward, their positions, and which rows they may see.
 
 Ordinary rows come first: the pending tokens (one in the loop, a prompt chunk in prefill), then the
-drafts to verify.  Mask groups come after, one group for each place where the accepted run may end.
-Position ids and the attention mask carry the meaning, so this order is free to choose; it makes
-rewinding a plain trim, the LoRA gate a single split index and each mask group contiguous.
+drafts to verify.  Mask groups follow, one per position where the accepted prefix may end.  Position
+ids and the attention mask define what a row is, so any order would do; this one makes rewinding a
+plain trim, the LoRA gate a single split index and every mask group contiguous.
 
                      position   sees
     x_0  d_1  d_2    0 1 2      ordinary rows up to itself
@@ -31,7 +31,7 @@ class StepLayout:
     Attributes:
         num_pending: ordinary rows before the first draft, at least 1.
         num_draft_tokens: drafts to verify in this step.
-        mask_counts: masks behind the last pending row and behind each draft, ``[1 + drafts]``.
+        mask_counts: masks after the last pending row and after each draft, ``[1 + drafts]``.
     """
 
     num_pending: int
@@ -66,7 +66,7 @@ class StepLayout:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the rows stand one behind the other."""
+        """Whether every row's position follows that of the row before."""
         return self.num_masks == 0
 
     @cached_property
@@ -82,7 +82,7 @@ class StepLayout:
         return mx.array(np.concatenate([np.arange(self.num_ordinary), masks]).astype(np.int32))
 
     def positions_from(self, offset: Any) -> mx.array:
-        """Position of each row behind ``offset`` held ones, int32 ``[num_rows]``."""
+        """Position of each row after ``offset`` cached ones, int32 ``[num_rows]``."""
         return self.positions + offset
 
     @cached_property
@@ -112,12 +112,12 @@ class StepLayout:
 
 
 def linear_layout(*, num_pending: int, num_draft_tokens: int, num_masks: int) -> StepLayout:
-    """Masks behind the last draft only (the paper's linear decoding)."""
+    """Masks after the last draft only (the paper's linear decoding)."""
     return StepLayout(num_pending, num_draft_tokens, (0,) * num_draft_tokens + (num_masks,))
 
 
 def quadratic_layout(*, num_pending: int, num_draft_tokens: int, num_masks: int) -> StepLayout:
-    """Masks behind the last pending row and every draft (the paper's quadratic decoding)."""
+    """Masks after the last pending row and every draft (the paper's quadratic decoding)."""
     return StepLayout(num_pending, num_draft_tokens, (num_masks,) * (num_draft_tokens + 1))
 
 
@@ -130,12 +130,12 @@ def plain_layout(*, num_pending: int = 1) -> StepLayout:
 class BatchLayout:
     """Rows of several answers' steps in one forward: all ordinary rows, then all mask rows.
 
-    The gate is one split index again.  No row may see another answer's, which the packed caches
-    see to (``packing``).
+    The gate is one split index again.  The caches of a batch (``batch_cache``) make sure that no
+    row sees another answer's rows.
 
     Attributes:
         layouts: the steps.
-        offsets: how many rows the cache of each holds.
+        offsets: number of rows in the cache of each answer.
     """
 
     layouts: tuple[StepLayout, ...]
@@ -180,24 +180,24 @@ class BatchLayout:
             mx.split(part, [layout.num_ordinary], axis=axis) if layout.num_masks else [part]
             for part, layout in zip(parts, self.layouts, strict=True)
         ]
-        masks = [each[1] for each in split if len(each) > 1]
-        return mx.concatenate([*(each[0] for each in split), *masks], axis=axis)
+        masks = [rows[1] for rows in split if len(rows) > 1]
+        return mx.concatenate([*(rows[0] for rows in split), *masks], axis=axis)
 
     def unpack(self, rows: mx.array, *, axis: int) -> list[mx.array]:
-        """Take the rows of each step out of one array."""
+        """Split one array into the rows of each step."""
         masks = [layout.num_masks for layout in self.layouts if layout.num_masks]
         ordinary = [layout.num_ordinary for layout in self.layouts]
         ends = list(accumulate(chain(ordinary, masks)))
         parts = iter(mx.split(rows, ends[:-1], axis=axis))
-        found = [next(parts) for _ in self.layouts]
+        ordinary_parts = [next(parts) for _ in self.layouts]
         return [
             mx.concatenate([part, next(parts)], axis=axis) if layout.num_masks else part
-            for part, layout in zip(found, self.layouts, strict=True)
+            for part, layout in zip(ordinary_parts, self.layouts, strict=True)
         ]
 
 
 class RowLayout(Protocol):
-    """What the rows of a forward tell the wrapped modules: a step's, several steps', training's."""
+    """What wrapped modules ask about the rows of a forward: a step, a batch or mask blocks."""
 
     @property
     def gate_split(self) -> int:
@@ -211,21 +211,21 @@ class RowLayout(Protocol):
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether the rows stand one behind the other."""
+        """Whether every row's position follows that of the row before."""
         ...
 
     def positions_from(self, offset: Any) -> mx.array:
-        """Position of each row behind ``offset`` held ones, int32 ``[rows]``."""
+        """Position of each row after ``offset`` cached ones, int32 ``[rows]``."""
         ...
 
 
 class StepScope:
     """The layout of the forward in progress, shared by the wrapped modules of one model.
 
-    mlx-lm's modules are called without a word about mask rows; embedding, rotary embedding, gated
-    linear layers and caches look here instead.  ``layout`` is None outside a forward and for
-    forwards whose rows are all ordinary and contiguous.  ``gated`` is True but in one ablation of
-    training, where the low-rank weights act on ordinary rows too.
+    mlx-lm passes no layout to its modules; embedding, rotary embedding, gated linear layers and
+    caches read it here.  ``layout`` is None outside a forward and for forwards whose rows are all
+    ordinary and contiguous.  ``gated`` is True except in one ablation of training, where the
+    low-rank weights act on ordinary rows too.
     """
 
     def __init__(self) -> None:

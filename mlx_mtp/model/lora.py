@@ -9,30 +9,48 @@ weights is only formed for mask rows.  Such an adapter cannot be fused into ``W`
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.backends.metal.matmul import GatedTerm
 from mlx_mtp.model.layout import StepScope
 
 _ALIGNED_RANKS = 8
 
 
+@dataclass(frozen=True, kw_only=True)
+class GatedTerm:
+    """What gated LoRA adds to a product: ``scale * low_rank[:, first:first + r] @ lora_b``.
+
+    Attributes:
+        low_rank: ``x lora_a`` of the rows from the gate split on, float32 ``[G, R]``.
+        first_rank: index of this layer's first rank among the R.
+        lora_b: ``[r, N]``, of the type of the rows.
+        scale: factor.
+        gate_split: index of the first adapted row.
+    """
+
+    low_rank: mx.array
+    first_rank: int
+    lora_b: mx.array
+    scale: float
+    gate_split: int
+
+
 class SharedLowRank:
-    """The products ``x lora_a`` of layers that take the same rows, formed once for all of them.
+    """The products ``x lora_a`` of layers with the same input, computed once for all of them.
 
     Args:
         lora_as: ``[in, r]`` of each layer.
-        down: forms ``[G, R]`` of rows ``[M, in]``, stacked ranks ``[R, in]`` and a gate split.
+        down: computes ``[G, R]`` from rows ``[M, in]``, stacked ranks ``[R, in]`` and a gate split.
     """
 
     def __init__(self, lora_as: Sequence[mx.array], *, down: Callable[..., mx.array]) -> None:
-        ranks = [each.shape[1] for each in lora_as]
-        self._first = [0, *accumulate(ranks)]
-        stacked = mx.concatenate([each.T for each in lora_as])
+        self._first = [0, *accumulate(lora_a.shape[1] for lora_a in lora_as)]
+        stacked = mx.concatenate([lora_a.T for lora_a in lora_as])
         self._stacked = mx.pad(stacked, [(0, -stacked.shape[0] % _ALIGNED_RANKS), (0, 0)])
         mx.eval(self._stacked)
         self._down = down
@@ -41,7 +59,7 @@ class SharedLowRank:
         self._low_rank = mx.zeros((0, 0))
 
     def of(self, x: mx.array, index: int, *, gate_split: int) -> tuple[mx.array, int]:
-        """The product of ``x`` ``[1, L, in]``: ``[G, R]``, and where a layer's ranks begin."""
+        """Return ``[G, R]`` for ``x`` ``[1, L, in]``, and the index of a layer's first rank."""
         if self._rows is not x or self._split != gate_split:
             rows = x.reshape(-1, x.shape[-1])
             self._low_rank = self._down(rows, self._stacked, gate_split=gate_split)
@@ -53,7 +71,7 @@ class GatedLoRALinear(nn.Module):
     """A base linear layer plus gated low-rank weights.
 
     Attributes:
-        linear: the base layer, ``nn.Linear`` or ``nn.QuantizedLinear``, untouched.
+        linear: the base layer, ``nn.Linear`` or ``nn.QuantizedLinear``, unchanged.
         lora_a: ``[in, r]``.
         lora_b: ``[r, out]``.
         scale: factor of the low-rank product.
@@ -78,7 +96,7 @@ class GatedLoRALinear(nn.Module):
         self._index = 0
 
     def share(self, shared: SharedLowRank, index: int) -> None:
-        """Let the base layer's kernel add the low-rank product; the layer is number ``index``."""
+        """Let the base layer's kernel add the low-rank product of layer number ``index``."""
         self.shared, self._index = shared, index
 
     @classmethod
@@ -98,12 +116,11 @@ class GatedLoRALinear(nn.Module):
         """
         if not isinstance(linear, nn.Linear | nn.QuantizedLinear):
             raise ValueError(f"{type(linear).__name__} cannot carry gated LoRA weights")
-        wanted = linear_dims(linear)
-        given = (lora_a.shape[0], lora_b.shape[-1])
-        if given != wanted or lora_a.shape[-1] != lora_b.shape[0]:
+        dims = linear_dims(linear)
+        if (lora_a.shape[0], lora_b.shape[-1]) != dims or lora_a.shape[-1] != lora_b.shape[0]:
             raise ValueError(
                 f"lora_a {tuple(lora_a.shape)} and lora_b {tuple(lora_b.shape)} do not fit "
-                f"a layer of {wanted[0]} to {wanted[1]}"
+                f"a layer of {dims[0]} to {dims[1]}"
             )
         return cls(linear, lora_a=lora_a, lora_b=lora_b, scale=scale, scope=scope)
 
@@ -126,7 +143,7 @@ class GatedLoRALinear(nn.Module):
         return mx.concatenate([ordinary, masks], axis=-2)
 
     def _term(self, x: mx.array) -> GatedTerm:
-        """What is to be added to the rows of ``x`` from the gate split on."""
+        """What to add to the rows of ``x`` from the gate split on."""
         assert self.shared is not None and self.scope.layout is not None
         split = self.scope.layout.gate_split
         low_rank, first = self.shared.of(x, self._index, gate_split=split)
@@ -140,8 +157,8 @@ class GatedLoRALinear(nn.Module):
 
 
 def linear_dims(linear: Any) -> tuple[int, int]:
-    """Return (in, out) of a linear layer, quantised or not."""
+    """Return (in, out) of a linear layer or an unembedding, quantised or not."""
     out_dims, in_dims = linear.weight.shape
-    if isinstance(linear, nn.QuantizedLinear):
+    if isinstance(linear, nn.QuantizedLinear | nn.QuantizedEmbedding):
         in_dims = in_dims * 32 // linear.bits
     return in_dims, out_dims

@@ -1,14 +1,15 @@
 """MTPModel: any dense mlx-lm model, with mask tokens, gated LoRA weights and a sampler head.
 
-No model is rewritten.  mlx-lm's models offer four seams, and each takes a wrapper that looks at
-the step in progress (``StepScope``):
+No model is rewritten.  mlx-lm's models have four seams, and at each of them a wrapper consults the
+step in progress (``StepScope``):
 
 - the token embedding turns mask rows into mask embeddings (``MaskEmbedding``);
 - linear layers add low-rank weights on mask rows (``GatedLoRALinear``);
-- the rotary embedding puts every row at its own position (``StepRope``);
-- the caches hand out the step's attention mask (``cache.LayerCache``).
+- the rotary embedding rotates every row by its own position (``StepRope``);
+- the caches return the step's attention mask (``cache.LayerCache``).
 
-Without an adapter nothing is wrapped and the model decodes plainly.
+A fifth one, in attention, is for back-ends and batches (``attention``).  Without an adapter nothing
+is wrapped and the model decodes plainly.
 """
 
 from __future__ import annotations
@@ -17,23 +18,21 @@ import copy
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from mlx_mtp.model import cache as kv_cache
-from mlx_mtp.model.cache import MTPCache
+from mlx_mtp.model.attention import AttentionSeam, attention_blocks
+from mlx_mtp.model.cache import Caches, MTPCache
 from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.layout import RowLayout, StepScope, quadratic_layout
 from mlx_mtp.model.lora import GatedLoRALinear
 from mlx_mtp.model.sampler_head import SamplerHead
-from mlx_mtp.model.wrappers import HiddenStates, MaskEmbedding, StepRope
-
-if TYPE_CHECKING:
-    from mlx_mtp.model.batch_cache import BatchCache
+from mlx_mtp.model.wrappers import HiddenStates, MaskEmbedding, StepRope, replace
 
 MASK_EMBEDDINGS = "mask_embeddings"
 SAMPLER_PREFIX = "sampler_head."
@@ -44,12 +43,12 @@ class MTPModel(nn.Module):
 
     Args:
         base: the mlx-lm model.  With an adapter its modules are wrapped in place.
-        name: what to call the model in messages.
+        name: name of the model in messages.
         config: the adapter's configuration; None decodes plainly.
         weights: the adapter's tensors by name (see ``loading``).
 
     Raises:
-        ValueError: the model cannot work (the message says why), or the adapter does not fit it.
+        ValueError: the model is not supported, or the adapter does not fit it.
     """
 
     def __init__(
@@ -80,12 +79,12 @@ class MTPModel(nn.Module):
 
     @property
     def num_draft_tokens(self) -> int:
-        """k, how many drafts a step can make; 0 without an adapter."""
+        """k, the maximum number of drafts per step; 0 without an adapter."""
         return self.config.num_draft_tokens if self.config else 0
 
     @property
     def scope(self) -> StepScope:
-        """What the wrapped modules look at during a forward."""
+        """What the wrapped modules consult during a forward."""
         return self._scope
 
     @property
@@ -100,7 +99,7 @@ class MTPModel(nn.Module):
 
     @property
     def max_context(self) -> int | None:
-        """Positions that the model was made for, where its configuration says so."""
+        """Maximum number of positions, or None if the model's configuration has no such limit."""
         return getattr(self.base.args, "max_position_embeddings", None)
 
     @property
@@ -124,7 +123,7 @@ class MTPModel(nn.Module):
         return kv_cache.load_prompt_cache(path, sample=self._sample_cache(), scope=self._scope)
 
     def _sample_cache(self) -> MTPCache:
-        """Caches of one row, never evaluated, to look at their shapes and types."""
+        """Make caches of one row, never evaluated, for their shapes and types."""
         sample = kv_cache.make_cache(self.base, scope=self._scope)
         self(mx.array([[0]]), cache=sample)
         return sample
@@ -133,15 +132,15 @@ class MTPModel(nn.Module):
         self,
         ids: mx.array,
         *,
-        cache: MTPCache | BatchCache,
+        cache: Caches,
         layout: RowLayout | None = None,
     ) -> mx.array:
-        """Run the backbone over one step, or over several that are packed.
+        """Run the backbone over the rows of one step, or over a batch of steps.
 
         Args:
             ids: ``[1, L]``; ids of mask rows count mask tokens from 0.
             cache: the caches; all rows are appended.
-            layout: the rows of the step; None means L contiguous ordinary rows.
+            layout: the rows of the forward; None means L contiguous ordinary rows.
 
         Returns:
             Final hidden states ``[1, L, D]``.
@@ -184,16 +183,17 @@ class MTPModel(nn.Module):
         """Check the adapter against the model, then wrap the model's modules."""
         dims = embedding_dims(self._embedding)
         shape = "{}, {} layers of {}, {} tokens".format
-        given = shape(self.base.model_type, len(self.base.layers), dims, self.vocab_size)
-        wanted = shape(
+        actual = shape(self.base.model_type, len(self.base.layers), dims, self.vocab_size)
+        expected = shape(
             config.base_model_type,
             config.base_num_layers,
             config.base_hidden_size,
             config.base_vocab_size,
         )
-        if given != wanted:
+        if actual != expected:
             raise ValueError(
-                f"the adapter is for {config.base_model} ({wanted}), not for {self.name} ({given})"
+                f"the adapter is for {config.base_model} ({expected}), "
+                f"not for {self.name} ({actual})"
             )
         dtype = self.dtype
         cast = {key: value.astype(dtype) for key, value in weights.items()}
@@ -208,10 +208,21 @@ class MTPModel(nn.Module):
         if not self.wrap_ropes():
             raise ValueError(f"{self.name} ({self.base.model_type}) has no rotary embedding")
         embedding = MaskEmbedding(self._embedding, masks, scope=self._scope)
-        _replace(self.base, {embedding_path: embedding})
+        replace(self.base, {embedding_path: embedding})
+
+    def wrap_attention(self) -> bool:
+        """Let batches attend answer by answer; seams that exist keep their function.
+
+        Returns:
+            Whether there is an attention block with a seam.
+        """
+        blocks = attention_blocks(self.base)
+        plain = {k: block for k, block in blocks.items() if not isinstance(block, AttentionSeam)}
+        replace(self.base, {path: AttentionSeam(block) for path, block in plain.items()})
+        return bool(blocks)
 
     def wrap_ropes(self) -> bool:
-        """Let rows stand at positions of their own; what is wrapped already stays so.
+        """Let each row have its own position; ropes that are wrapped already stay as they are.
 
         Returns:
             Whether there is a rotary embedding.
@@ -219,11 +230,11 @@ class MTPModel(nn.Module):
         ropes = _find_ropes(self.base)
         if not any(isinstance(rope, StepRope) for rope in ropes.values()):
             wrapped = {path: StepRope(rope, scope=self._scope) for path, rope in ropes.items()}
-            _replace(self.base, wrapped)
+            replace(self.base, wrapped)
         return bool(ropes)
 
     def _attach_sampler(self, config: MTPConfig, weights: dict[str, mx.array], dims: int) -> None:
-        """Take the sampler head's tensors out of ``weights``."""
+        """Move the sampler head's tensors out of ``weights``."""
         names = [name for name in weights if name.startswith(SAMPLER_PREFIX)]
         tensors = [(name.removeprefix(SAMPLER_PREFIX), weights.pop(name)) for name in names]
         if config.sampler is not None:
@@ -233,7 +244,7 @@ class MTPModel(nn.Module):
             except ValueError as error:  # its message may have several lines
                 raise ValueError(f"sampler_head: {' '.join(str(error).split())}") from None
         elif tensors:
-            raise ValueError(f"the adapter has no sampler, yet a tensor {names[0]}")
+            raise ValueError(f"the adapter has a tensor {names[0]}, but no sampler")
 
     def _wrap_linears(self, config: MTPConfig, weights: dict[str, mx.array]) -> None:
         """Wrap every linear layer that ``weights`` has low-rank weights for."""
@@ -265,13 +276,13 @@ class MTPModel(nn.Module):
                 f"the adapter has tensors for {', '.join(names)}, while its target_modules are "
                 f"{', '.join(config.target_modules)}"
             )
-        _replace(self.base, wrapped)
+        replace(self.base, wrapped)
 
     def _probe(self) -> None:
-        """Run one tiny step, so that a model with other seams is refused before any work.
+        """Run one tiny step, so that a model with other seams is refused early.
 
-        Its ordinary rows must agree with the model's own forward; what that forward and the step
-        share is exact, so a coarse bound finds a seam that does not hold.
+        Its ordinary rows must agree with the model's own forward.  Where the seams work, the two
+        differ by rounding only, so a coarse bound is enough.
         """
         layout = quadratic_layout(num_pending=1, num_draft_tokens=1, num_masks=1)
         ids = mx.array([[1, 2, *layout.mask_offsets.tolist()]])
@@ -294,7 +305,7 @@ class MTPModel(nn.Module):
 
 
 def fingerprint(base: Any) -> str:
-    """Hash that tells a base model from others, whatever its quantisation.
+    """Hash that identifies a base model, whatever its quantisation.
 
     Normalisation weights are never quantised, differ between trained models and are published in
     bfloat16 or wider, so they are hashed, rounded to bfloat16, with the model type and the names.
@@ -318,17 +329,17 @@ def embedding_dims(embedding: Any) -> int:
 
 def _find_embedding(base: Any) -> tuple[Any, str]:
     """Find the one token embedding of a model and its path."""
-    found = [
+    embeddings = [
         (module, path)
         for path, module in base.named_modules()
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
     ]
-    if len(found) != 1 or "model" not in base:
+    if len(embeddings) != 1 or "model" not in base:
         raise ValueError(
             f"{base.model_type} models cannot be used: a backbone named 'model' with one token "
-            f"embedding is needed, found {[path for _, path in found]}"
+            f"embedding is needed, found {[path for _, path in embeddings]}"
         )
-    return found[0]
+    return embeddings[0]
 
 
 def _find_ropes(base: Any) -> dict[str, nn.Module]:
@@ -338,8 +349,3 @@ def _find_ropes(base: Any) -> dict[str, nn.Module]:
         for path, module in base.named_modules()
         if path.rpartition(".")[-1] in ("rope", "rotary_emb")
     }
-
-
-def _replace(base: Any, modules: Mapping[str, nn.Module]) -> None:
-    """Put modules in the place of those at the given paths."""
-    base.update_modules(tree_unflatten(list(modules.items())))

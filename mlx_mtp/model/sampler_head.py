@@ -1,4 +1,4 @@
-"""SamplerHead: makes a draft follow the draft before it.
+"""SamplerHead: conditions a draft on the draft before it.
 
 Two blocks of Linear, SiLU and a normalisation map ``[E(previous token); z]`` to a state that the
 base model's own unembedding turns into logits, with z the mask row's final hidden state

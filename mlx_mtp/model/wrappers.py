@@ -1,13 +1,75 @@
-"""What stands at the seams of an mlx-lm model: wrappers that look at the step in progress."""
+"""The one way in which a model is changed: a module is wrapped, and ``replace`` puts it in place.
+
+``Wrapper`` is the base of modules that compute differently with the parameters and sub-modules of
+the module that they wrap.  The other wrappers here consult the layout of the forward in progress
+(``StepScope``).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_unflatten
 
 from mlx_mtp.model.layout import StepScope
+
+
+def replace(base: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Replace sub-modules in place.
+
+    Args:
+        base: the model.
+        modules: the new modules by path, such as ``model.layers.0.mlp``.
+
+    Raises:
+        ValueError: there is no module at a path.
+    """
+    base.update_modules(tree_unflatten(list(modules.items())))
+
+
+class Wrapper(nn.Module):
+    """A module that computes with the parameters and sub-modules of another one.
+
+    These are shared under their own names, so parameters keep their paths; whatever is set later
+    is set in both modules.  Other attributes are looked up in the wrapped module.
+
+    Attributes:
+        wrapped: the other module; not listed among the sub-modules.
+    """
+
+    wrapped: Any
+
+    def __init__(self, wrapped: nn.Module) -> None:
+        nn.Module.__init__(self)  # not that of a further base class, which would make parameters
+        dict.update(self, wrapped)
+        object.__setattr__(self, "wrapped", wrapped)
+        self._no_grad = wrapped._no_grad
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Set a parameter or sub-module here and in the wrapped module."""
+        super().__setitem__(key, value)
+        self.wrapped[key] = value
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up a parameter, a sub-module or an attribute of the wrapped module."""
+        value = self.get(name)
+        if value is not None:
+            return value
+        if "wrapped" not in self.__dict__:  # while being copied
+            raise AttributeError(name)
+        return getattr(self.wrapped, name)
+
+
+class HiddenStates(Wrapper):
+    """A backbone that returns the hidden states ``[B, L, D]`` it is called with."""
+
+    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """Return ``hidden``."""
+        del args, kwargs
+        return hidden
 
 
 class MaskEmbedding(nn.Module):
@@ -37,7 +99,7 @@ class MaskEmbedding(nn.Module):
 
 
 class StepRope(nn.Module):
-    """A rotary embedding that puts each row of a step at its own position."""
+    """A rotary embedding that rotates each row of a step by its own position."""
 
     def __init__(self, rope: Any, *, scope: StepScope):
         super().__init__()
@@ -51,16 +113,3 @@ class StepRope(nn.Module):
             return self.rope(x, offset=offset)
         rows = x.transpose(2, 1, 0, 3)  # [L, H, 1, Dh]
         return self.rope(rows, offset=layout.positions_from(offset)).transpose(2, 1, 0, 3)
-
-
-class HiddenStates(nn.Module):
-    """Stands in for a backbone and hands on the hidden states it is given."""
-
-    def __init__(self, backbone: nn.Module):
-        super().__init__()
-        dict.update(self, backbone)
-        self.__dict__.update(backbone.__dict__)
-
-    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        del args, kwargs
-        return hidden

@@ -1,4 +1,4 @@
-"""Planners of one rule: the paper's layouts, and plain decoding."""
+"""Planners with one layout for all steps: the paper's layouts, and plain decoding."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from mlx_mtp.planning.plan import FIXED_LAYOUTS, MASK, Plan
 
 
 class FixedPlanner:
-    """Plans every step by one rule.
+    """Plans every step with the same layout.
 
     Args:
         layout: one of ``FIXED_LAYOUTS``.
-        num_draft_tokens: k, masks in a group and drafts per step at most; 0 decodes plainly.
+        num_draft_tokens: k, maximum masks in a group and drafts per step; 0 decodes plainly.
 
     Raises:
         ValueError: the layout is unknown.

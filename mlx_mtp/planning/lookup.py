@@ -55,7 +55,7 @@ class TextAcceptance:
         self._general = general
         self._shift, self._weight = 0.0, _TEXT_WEIGHT
 
-    def accept_probs(self, match: int, num_draft_tokens: int) -> np.ndarray:
+    def prefix_probs(self, match: int, num_draft_tokens: int) -> np.ndarray:
         """Probability that at least j drafts are accepted, ``[drafts + 1]``."""
         chances = 1 / (1 + np.exp(-self._shift - np.array(self._general.logits)))
         lengths = np.minimum(match + np.arange(num_draft_tokens), MAX_MATCH)

@@ -14,15 +14,15 @@ LAYOUTS = ("auto", *FIXED_LAYOUTS)
 
 @dataclass(frozen=True)
 class Plan:
-    """A planned step and why.
+    """A planned step and the reasons for it.
 
     Attributes:
-        layout: the step.
-        source: where its drafts are from: ``MASK``, ``LOOKUP`` or "" without any.
-        is_probe: whether it was taken to learn, not because it was thought best.
-        expected_tokens: what it should emit.
-        expected_ms: what it should take, at the pace of the measurement.
-        plain_ms: what a step of one row takes.
+        layout: the rows.
+        source: source of its drafts: ``MASK``, ``LOOKUP`` or "" without any.
+        is_probe: whether it was chosen to learn, not because it was expected to be the best.
+        expected_tokens: tokens that it should emit.
+        expected_ms: its expected duration.
+        plain_ms: expected duration of a step of one row.
     """
 
     layout: StepLayout
@@ -32,14 +32,17 @@ class Plan:
     expected_ms: float = math.nan
     plain_ms: float = math.nan
 
-    def line(self) -> str:
-        """For ``--explain``."""
+    def report(self, num_accepted: int, ms: float) -> str:
+        """One line for ``--explain`` about the step that ran; ``ms`` is NaN in a batch."""
         masks = ",".join(map(str, self.layout.mask_counts))
-        drafts = f"{self.layout.num_draft_tokens} {self.source} drafts" if self.source else "plain"
-        text = f"{drafts}, masks {masks}: {self.layout.num_rows} rows"
+        count = self.layout.num_draft_tokens
+        drafts = f"{count} {self.source} drafts" if self.source else "no drafts"
+        text = f"step: {drafts}, masks {masks}, {self.layout.num_rows} rows"
         if not math.isnan(self.expected_ms):
             text += (
-                f", {self.expected_tokens:.2f} tokens expected in {self.expected_ms:.1f} ms, "
-                f"{self.plain_ms:.1f} for one plain token"
+                f"; expected {self.expected_tokens:.2f} tokens in {self.expected_ms:.1f} ms "
+                f"(plain: {self.plain_ms:.1f} ms per token)"
             )
-        return text + (" (trying)" if self.is_probe else "")
+        text += ", probe" if self.is_probe else ""
+        duration = "in a batch" if math.isnan(ms) else f"{ms:.1f} ms"
+        return f"{text} -> {num_accepted} accepted, {duration}"

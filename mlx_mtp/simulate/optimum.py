@@ -60,7 +60,7 @@ def offline_optimum(trace: Trace, costs: StepCosts, *, most_rows: int, context: 
     rules: dict[Rule, str] = {}
     shares = trace.holds()
     for turn in range(_REFITS):
-        rule = best_policy(shares, forward, draft).plans
+        rule = best_policy(shares, forward, draft).actions
         rules.setdefault(rule, f"fitted {turn + 1}")
         shares = visited_holds(trace, rule)
     for name, rule in fixed_rules(k, most_rows):

@@ -25,6 +25,7 @@ class TimedPlanner:
 
     planner: AutoPlanner
     times: list[int] = field(default_factory=list)
+    uses_lookup: bool = False
 
     def plan(self, **given: Any) -> Plan:
         """Plan a step."""
@@ -33,10 +34,10 @@ class TimedPlanner:
         self.times.append(time.thread_time_ns() - began)
         return decision
 
-    def observe(self, decision: Plan, **given: Any) -> None:
+    def observe(self, plan: Plan, **given: Any) -> None:
         """Learn from it."""
         began = time.thread_time_ns()
-        self.planner.observe(decision, **given)
+        self.planner.observe(plan, **given)
         self.times[-1] += time.thread_time_ns() - began
 
 

@@ -11,29 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 import numpy as np
 
-from mlx_mtp.planning.acceptance import UNKNOWN, Acceptance
+from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.planning.costs import CostCurve, LiveCosts
-from mlx_mtp.planning.plan import Plan
+from mlx_mtp.planning.planner import Planner
 from mlx_mtp.simulate.trace import Trace, TracedAnswer
 
 CONTEXT_STEP = 128  # contexts nearer than this cost the same, as for the planner
-
-
-class Planner(Protocol):
-    """What ``AutoPlanner`` and ``FixedPlanner`` have in common."""
-
-    def plan(self, *, num_pending: int, num_waiting: int, room: int, context: int) -> Plan:
-        """Plan one step."""
-        ...
-
-    def observe(self, decision: Plan, *, num_accepted: int, context: int, ms: float) -> Any:
-        """Learn from it."""
-        ...
 
 
 MakePlanner = Callable[[], Planner]
@@ -190,5 +177,5 @@ def replay_answer(
 
 def speculation(curve: CostCurve, shares: tuple[float, ...], num_draft_tokens: int) -> Speculation:
     """What a planner knows before the first answer: the curve, and the adapter's configuration."""
-    prior = Acceptance.from_shares(shares) if shares else Acceptance([UNKNOWN] * num_draft_tokens)
+    prior = Acceptance.from_shares(shares) if shares else Acceptance.unknown(num_draft_tokens)
     return Speculation(LiveCosts(curve), prior)

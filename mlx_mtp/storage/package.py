@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from importlib.resources import files
@@ -15,6 +16,12 @@ def package_version() -> str:
         return version("mlx-mtp")
     except PackageNotFoundError:
         return "0+unknown"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result: mlx-mtp, mlx, mlx-lm and Python."""
+    libraries = {name: version(name) for name in ("mlx", "mlx-lm")}
+    return {"mlx-mtp": package_version(), **libraries, "python": platform.python_version()}
 
 
 def package_folder() -> Path:

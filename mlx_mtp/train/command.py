@@ -1,7 +1,7 @@
-"""The flow of ``mlx-mtp train``: folder, model, data, memory, training, summary.
+"""The steps of ``mlx-mtp train``: folder, model, text, memory check, training, summary.
 
-What is cheap and can fail is done first.  The options of a run are kept in its folder; resuming
-takes them from there, and refuses others that would make it another run.
+Cheap checks that can fail come first.  The options of a run are saved in its folder; resuming reads
+them from there, and refuses options that would make it a different run.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from typing import TYPE_CHECKING, Any
 from mlx_mtp.loading import load
 from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, read_config
 from mlx_mtp.terminal import Interrupt, one_line
+from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.data.pipeline import (
     Prepared,
     expected_length,
-    kept_records,
     make_records,
     prepare,
     read_source,
     room_for,
+    saved_records,
 )
 from mlx_mtp.train.data.records import Record
 from mlx_mtp.train.data.topics import read_topics
@@ -40,7 +41,12 @@ from mlx_mtp.train.run.folder import RunFolder
 from mlx_mtp.train.run.memory import estimate
 from mlx_mtp.train.run.summary import finish, tracked_values
 from mlx_mtp.train.run.trackers import Tracker, make_tracker
-from mlx_mtp.train.settings import DataSettings, TrainSettings
+from mlx_mtp.train.settings import (
+    DataSettings,
+    TrainSettings,
+    option_name,
+    values_from_options,
+)
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -48,26 +54,22 @@ if TYPE_CHECKING:
     from mlx_mtp.model.mtp_model import MTPModel
 
 PROJECT = "mlx-mtp"
-DATA_OPTIONS = (
-    "data", "data_as_is", "num_records", "topics", "max_prompt_tokens", "max_answer_tokens",
-    "distil_batch_size", "held_out",
-)  # fmt: skip
+_DATA_OPTIONS = {option_name(field) for field in dataclasses.fields(DataSettings)} - {"seed"}
 _PATHS = ("model", "data", "topics", "resume_adapter_file")
-_NOT_KEPT = ("adapter_path", "resume", "estimate")
-_NEGATIONS = {"no_sampler": "sampler", "no_gate": "gate"}
+_NOT_SAVED = ("adapter_path", "resume", "estimate")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What the options of a run mean.
+    """A run as its options describe it.
 
     Attributes:
-        settings: for the loop.
-        data: for the text.
-        options: by name, with full paths, so that a run is resumed from anywhere.
-        typed: the same as the user typed them, for the adapter's card.
+        settings: of the training loop.
+        data: settings of the text.
+        options: by name, with absolute paths, so that a run can be resumed from any folder.
+        typed: options as the user typed them, for the adapter's card.
         start: folder of the adapter to start from.
-        resume: whether the run was begun before.
+        resume: whether the run is resumed.
     """
 
     settings: TrainSettings
@@ -78,28 +80,28 @@ class Plan:
     resume: bool
 
 
-def run(given: Mapping[str, Any]) -> bool:
-    """Train an adapter, or only say what it would take.
+def run(options: Mapping[str, Any]) -> bool:
+    """Train an adapter, or only estimate the memory.
 
     Args:
-        given: options by name, those alone that the user gave.
+        options: by name, only those that the user set.
 
     Returns:
-        Whether it came to its end; False after Ctrl-C.
+        Whether the run finished; False after Ctrl-C.
 
     Raises:
-        ValueError: something is wrong with the options, the folder, the model or the data, or the
-            training cannot go on; one line.
+        ValueError: an option, the folder, the model or the data are invalid, or training cannot
+            continue; one line.
         OSError: a file cannot be read or written.
     """
-    folder = RunFolder(Path(given["adapter_path"]).expanduser())
-    plan = make_plan(given, folder)
-    only_estimate = bool(given.get("estimate"))
+    folder = RunFolder(Path(options["adapter_path"]).expanduser())
+    plan = make_plan(options, folder)
+    only_estimate = bool(options.get("estimate"))
     with Display() as display:
         source: list[Record] = []
         has_text = plan.resume and "data_hash" in folder.read_command()
         if not has_text or plan.data.as_is:
-            source = read_source(plan.data, output=folder.path, tell=display.tell)
+            source = read_source(plan.data, output=folder.path, log=display.log)
         model, tokenizer = _load(plan, display)
         settings = dataclasses.replace(
             plan.settings,
@@ -112,69 +114,67 @@ def run(given: Mapping[str, Any]) -> bool:
         lines = _check_memory(model, plan, refuse=not only_estimate)
         if not only_estimate:
             for line in lines:
-                display.tell(line)
-            with folder.held():
+                display.log(line)
+            with folder.locked():
                 return _run_in(folder, plan, model, tokenizer, source, display)
     print("\n".join(lines))
     return True
 
 
-def make_plan(given: Mapping[str, Any], folder: RunFolder) -> Plan:
+def make_plan(options: Mapping[str, Any], folder: RunFolder) -> Plan:
     """Check the options and the folder.
 
     Raises:
-        ValueError: they are refused.
+        ValueError: they are invalid.
     """
-    resume = bool(given.get("resume"))
+    resume = bool(options.get("resume"))
     if resume:
         folder.check_begun()
     else:
         folder.check_new()
-    typed = {name: value for name, value in given.items() if name not in _NOT_KEPT}
+    typed = {name: value for name, value in options.items() if name not in _NOT_SAVED}
     options = typed | {name: _full_path(typed[name]) for name in _PATHS if name in typed}
     if resume:
         typed = folder.read_command().get("typed", {}) | typed
         options = _resumed(options, folder)
     if (tracker := options.get("report_to")) and importlib.util.find_spec(tracker) is None:
-        raise ValueError(f"--report-to {tracker} needs it: pip install {tracker}")
-    named = options.get("resume_adapter_file")
-    start = None if named is None else _adapter_folder(named, own=folder.path if resume else None)
+        raise ValueError(f"--report-to {tracker} needs a package: pip install {tracker}")
+    adapter = options.get("resume_adapter_file")
+    start = None if adapter is None else _adapter_folder(adapter, folder if resume else None)
     return Plan(
         settings=_train_settings(options, start),
         data=_data_settings(options),
-        options=options,
+        options=dict(options),
         typed=typed,
         start=start,
         resume=resume,
     )
 
 
-def _resumed(options: dict[str, Any], folder: RunFolder) -> dict[str, Any]:
-    """The options of a run that is gone on with."""
+def _resumed(options: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
+    """The saved options of a run, updated with those that may change."""
     command = folder.read_command()
-    kept = command.get("options", {})
-    fixed = {"model", "resume_adapter_file", *DATA_OPTIONS}
+    saved = command.get("options", {})
+    fixed = {"model", "resume_adapter_file", *_DATA_OPTIONS}
     if "data_hash" not in command:
-        fixed -= {"num_records"}  # whoever finds it too many may be content with fewer
+        fixed -= {"num_records"}  # a user who finds the number too high may accept fewer
     for name in sorted(fixed.intersection(options)):
-        if command and options[name] != kept.get(name):
+        if command and options[name] != saved.get(name):
             flag = "--" + name.replace("_", "-")
             raise ValueError(
-                f"{flag} was {kept.get(name, 'not given')} when the run began, not "
-                f"{options[name]}: a run that is resumed keeps it"
+                f"{flag} was {saved.get(name, 'not set')} when the run began, not "
+                f"{options[name]}: it cannot be changed when a run is resumed"
             )
-    return {**kept, **options}
+    return {**saved, **options}
 
 
 def _train_settings(options: Mapping[str, Any], start: Path | None) -> TrainSettings:
-    """Settings from the options and the adapter that is gone on with, of which only k may differ.
+    """Settings from the options, and from the adapter to start from, of which only k may differ.
 
     Raises:
-        ValueError: a value is out of range, or the adapter has another.
+        ValueError: a value is out of range, or differs from the adapter's.
     """
-    names = {field.name for field in dataclasses.fields(TrainSettings)}
-    values = {name: value for name, value in options.items() if name in names}
-    values |= {_NEGATIONS[name]: False for name in _NEGATIONS if options.get(name)}
+    values = values_from_options(TrainSettings, options)
     if isinstance(values.get("target_modules"), str):
         modules = (name.strip() for name in values["target_modules"].split(","))
         values["target_modules"] = tuple(name for name in modules if name)
@@ -190,51 +190,48 @@ def _train_settings(options: Mapping[str, Any], start: Path | None) -> TrainSett
 
 
 def _data_settings(options: Mapping[str, Any]) -> DataSettings:
-    names = {"num_records", "max_prompt_tokens", "max_answer_tokens", "held_out", "data", "seed"}
-    values = {name: value for name, value in options.items() if name in names}
-    if "topics" in options:
-        values["topics"] = read_topics(Path(options["topics"]))
-    if "distil_batch_size" in options:
-        values["batch_size"] = options["distil_batch_size"]
-    return DataSettings(as_is=bool(options.get("data_as_is")), **values)
+    values = values_from_options(DataSettings, options)
+    if "topics" in values:
+        values["topics"] = read_topics(Path(values["topics"]))
+    return DataSettings(**values)
 
 
 def _full_path(name: str) -> str:
-    """A name that means the same from everywhere, if it is a path; hub ids stay as they are."""
+    """An absolute path if the name is a path; hub ids are unchanged."""
     path = os.path.expanduser(name)
     return os.path.abspath(path) if os.path.exists(path) else name
 
 
-def _adapter_folder(name: str, *, own: Path | None) -> Path | None:
+def _adapter_folder(name: str, resumed: RunFolder | None) -> Path | None:
     """The folder of an adapter, which may be named by its weights.
 
-    A resumed run has the weights in its own state, so the adapter may be gone by then: ``own``, the
-    run's folder, holds one of the same shape.
+    A resumed run has the weights in its own state, so the adapter may have been removed: the
+    folder of the run contains one of the same shape.
     """
     path = Path(name).expanduser()
     if path.name == WEIGHTS_FILE and path.is_file():
         path = path.parent
     if path.is_dir():
         return path
-    if own is not None:
-        return own if (own / CONFIG_FILE).is_file() else None
+    if resumed is not None:
+        return resumed.path if (resumed.path / CONFIG_FILE).is_file() else None
     if path.is_file():
         raise ValueError(f"{name} is neither an adapter folder nor its {WEIGHTS_FILE}")
     raise ValueError(f"adapter {name} does not exist")
 
 
 def _load(plan: Plan, display: Display) -> tuple[MTPModel, TokenizerWrapper]:
-    display.say("Loading ...")
+    display.status("Loading ...")
     name = plan.options.get("model")
     model, tokenizer = load(
         name,
         trust_remote_code=bool(plan.options.get("trust_remote_code")),
         mtp=False,
         kernels=False,
-        progress=display.say,
+        progress=display.status,
     )
     if name is not None and os.path.isdir(name):
-        model.name = Path(name).name  # the adapter names its base: no path of somebody's disk
+        model.name = Path(name).name  # the adapter's config names the base: no local paths
     return model, tokenizer
 
 
@@ -243,10 +240,10 @@ def _check_memory(
 ) -> list[str]:
     if longest is None:
         longest = expected_length(model, plan.data, max_seq_length=plan.settings.max_seq_length)
-    found = estimate(model, plan.settings, longest=longest)
+    memory = estimate(model, plan.settings, longest=longest)
     if refuse:
-        found.check()
-    return found.lines()
+        memory.check()
+    return memory.lines()
 
 
 def _run_in(
@@ -257,40 +254,41 @@ def _run_in(
     source: list[Record],
     display: Display,
 ) -> bool:
-    """Write the text, train on it, and say how it went."""
+    """Generate the text, train on it, and print the summary."""
     tracker = make_tracker(
         plan.options.get("report_to"),
         project=plan.options.get("project_name") or PROJECT,
         run=folder.path.name,
         config=plan.settings.to_dict(),
-        tell=display.tell,
+        log=display.log,
     )
     command = {"command": command_line(folder, plan.typed)}
     command |= {"options": plan.options, "typed": plan.typed}
-    kept_hash = folder.read_command().get("data_hash") if plan.resume else None
-    command |= {"data_hash": kept_hash} if kept_hash else {}
+    saved_hash = folder.read_command().get("data_hash") if plan.resume else None
+    command |= {"data_hash": saved_hash} if saved_hash else {}
     if not plan.resume or folder.newest_step() is None:  # else the loop may refuse the options
         folder.write_command(command)
     with Interrupt() as interrupt:
         try:
-            with _nothing_lost(folder):
+            with _errors_name_what_is_saved(folder):
                 prepared = _prepare(
-                    folder, plan, model, tokenizer, source, kept_hash, display, interrupt
+                    folder, plan, model, tokenizer, source, saved_hash, display, interrupt
                 )
                 command |= {"data_hash": prepared.data_hash}
                 if not plan.resume or folder.newest_step() is None:
                     folder.write_command(command)
                 _check_memory(model, plan, longest=prepared.longest, refuse=True)
-                tell = _teller(display, tracker, lambda: folder.write_command(command))
-                result = _train(folder, plan, model, prepared, tell, interrupt)
+                on_event = _event_handler(display, tracker, lambda: folder.write_command(command))
+                result = _train(folder, plan, model, prepared, on_event, interrupt)
         except KeyboardInterrupt:
-            kept = f"Go on with: {folder.way_on()}" if folder.is_begun() else "Nothing was kept."
-            display.tell(f"Stopped. {kept}")
+            is_saved = folder.is_begun()
+            rest = f"Resume with: {folder.resume_command()}" if is_saved else "Nothing was saved."
+            display.log(f"Stopped. {rest}")
             return False
         finally:
             tracker.finish()
-    display.say("")
-    finish(folder, model, result, seed=plan.settings.seed, tell=display.tell)
+    display.clear()
+    finish(folder, model, result, seed=plan.settings.seed, log=display.log)
     return result.finished
 
 
@@ -300,25 +298,30 @@ def _prepare(
     model: MTPModel,
     tokenizer: TokenizerWrapper,
     source: list[Record],
-    kept_hash: str | None,
+    saved_hash: str | None,
     display: Display,
     interrupt: Interrupt,
 ) -> Prepared:
     """Make the sequences, or read them again."""
 
-    def on_progress(progress: Any) -> None:
+    def on_progress(progress: DistilProgress) -> None:
         display.data(progress)
         interrupt.check()
 
-    if kept_hash is not None and not plan.data.as_is:
-        records = kept_records(folder.data, plan.data, wanted_hash=kept_hash)
+    if saved_hash is not None and not plan.data.as_is:
+        records = saved_records(folder.data, plan.data, data_sha256=saved_hash)
     else:
         if not plan.data.as_is:
-            display.say("Writing text ...")
+            display.status("Generating text ...")
         records = make_records(
-            model, tokenizer, source, folder.data, plan.data,
-            progress=on_progress, tell=display.tell,
-        )  # fmt: skip
+            model,
+            tokenizer,
+            source,
+            folder.data,
+            plan.data,
+            progress=on_progress,
+            log=display.log,
+        )
     interrupt.check()
     prepared = prepare(
         records,
@@ -326,10 +329,10 @@ def _prepare(
         max_seq_length=plan.settings.max_seq_length,
         held_out=plan.data.held_out,
     )
-    if kept_hash is not None and prepared.data_hash != kept_hash:
+    if saved_hash is not None and prepared.data_hash != saved_hash:
         raise ValueError(f"{plan.data.data} was changed since the run began")
     for line in prepared.lines:
-        display.tell(line)
+        display.log(line)
     return prepared
 
 
@@ -359,37 +362,39 @@ def _train(
     )
 
 
-def _teller(
-    display: Display, tracker: Tracker, at_first: Callable[[], None]
+def _event_handler(
+    display: Display, tracker: Tracker, on_first: Callable[[], None]
 ) -> Callable[[Event], None]:
-    waiting = [at_first]
+    pending = [on_first]
 
-    def tell(event: Event) -> None:
-        while waiting:
-            waiting.pop()()
+    def on_event(event: Event) -> None:
+        while pending:
+            pending.pop()()
         display.event(event)
         if values := tracked_values(event):
             tracker.log(values, step=event.step)
 
-    return tell
+    return on_event
 
 
 @contextlib.contextmanager
-def _nothing_lost(folder: RunFolder) -> Iterator[None]:
-    """Say of a full disk, or of a training that cannot go on, what still stands."""
+def _errors_name_what_is_saved(folder: RunFolder) -> Iterator[None]:
+    """Add to an error, such as a full disk, what is saved and how to resume."""
     try:
         yield
     except (OSError, ValueError) as error:
         step = folder.newest_step()
         if step is None and (isinstance(error, ValueError) or not folder.is_begun()):
             raise
-        kept = "the text so far" if step is None else f"the checkpoint of step {step}"
-        way_on = f", go on with: {folder.way_on()}" if isinstance(error, OSError) else ""
-        raise ValueError(f"{one_line(error)}; {kept} is kept{way_on}") from error
+        saved = "the text so far" if step is None else f"the checkpoint of step {step}"
+        text = f"{one_line(error)}; {saved} is saved"
+        if isinstance(error, OSError):
+            text += f". Resume with: {folder.resume_command()}"
+        raise ValueError(text) from error
 
 
 def command_line(folder: RunFolder, options: Mapping[str, Any]) -> str:
-    """The command that makes such a run."""
+    """The command that starts such a run."""
     words = ["mlx-mtp", "train", "--adapter-path", str(folder.path)]
     for name, value in options.items():
         words.append("--" + name.replace("_", "-"))

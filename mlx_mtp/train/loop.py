@@ -1,8 +1,8 @@
-"""The training loop: steps, reports, evaluations, checkpoints; it tells events and prints nothing.
+"""The training loop: steps, reports, evaluations and checkpoints, reported as events.
 
-The adapter folder holds the best adapter so far and ``training/`` what a run needs to go on: the
-newest states (weights, optimiser, step) and the history.  A run that was killed goes on from its
-newest state and gives, in float32 on a CPU, the very bits that it would have given.
+The adapter folder contains the best adapter so far, and ``training/`` what a run needs to resume:
+the newest states (weights, optimiser, step) and the history.  A run that was killed resumes from
+its newest state and gives, in float32 on a CPU, the same bits as without the interruption.
 """
 
 from __future__ import annotations
@@ -47,20 +47,19 @@ from mlx_mtp.train.run.checkpoint import (
     write_json,
 )
 from mlx_mtp.train.run.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
+from mlx_mtp.train.run.folder import HISTORY_FILE, SETTINGS_FILE, TRAINING
 from mlx_mtp.train.run.history import History
 from mlx_mtp.train.settings import TrainSettings
-
-TRAINING = "training"
 
 
 @dataclass(frozen=True)
 class TrainData:
-    """What is trained on.
+    """Sequences of a run.
 
     Attributes:
-        train: sequences of the steps.
+        train: sequences of the training steps.
         held_out: sequences of the evaluations.
-        data_hash: tells one set of records from another.
+        data_hash: hash of the records.
     """
 
     train: list[TokenSequence]
@@ -70,13 +69,13 @@ class TrainData:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a run ended.
+    """Result of a run.
 
     Attributes:
-        step: optimiser steps done.
-        finished: False if it was asked to stop before its end.
-        best: the best evaluation, whose adapter lies in the folder.
-        best_step: the step that it was made at.
+        step: number of training steps.
+        finished: False if it was stopped early.
+        best: the best evaluation, whose adapter is in the folder.
+        best_step: step of that evaluation.
     """
 
     step: int
@@ -100,43 +99,42 @@ def train(
 
     Args:
         model: from ``adapter.new_adapter``.
-        data: sequences to train on and to hold out.
-        settings: of the run; when it is resumed only how long it is, what is shown and how its
-            forwards are cut may differ (the last two not for the very same bits).
+        data: sequences to train on and to evaluate on.
+        settings: of the run; a resumed run may only change those in ``_FREE``.
         output: the adapter folder.
-        resume: go on from the newest state in it.
-        workers: how other processes load the same model; None trains in this one alone.
-        on_event: told what happens.
-        should_stop: asked after each step; when it says so the run saves and ends.
+        resume: resume from the newest state in it.
+        workers: how other processes load the same model; None trains in this process only.
+        on_event: called with each event.
+        should_stop: called after each step; if True, the run saves and ends.
 
     Raises:
-        ValueError: the loss or the gradient is not finite (the message says in which sequences),
-            there is no state to resume from, or it is of another run.
-        OSError: a file cannot be written; the states that were there before still are.
+        ValueError: the loss or the gradient is not finite (the message names the sequences), there
+            is no state to resume from, or it is of another run.
+        OSError: a file cannot be written; earlier states are unchanged.
     """
     model.scope.gated = settings.gate
     if settings.grad_checkpoint:
         checkpoint_layers(model)
     run = _Run(model, data, settings, output, on_event)
     damaged: list[str] = []
-    state = newest_state(output / TRAINING, tell=damaged.append) if resume else None
+    state = newest_state(output / TRAINING, log=damaged.append) if resume else None
     for line in damaged:
         on_event(Noticed(step=state.step if state else 0, text=line))
     if resume and state is None:
-        raise ValueError(f"{output} holds no checkpoint to resume from")
-    with History(run.folder / "history.jsonl", keep=run.restore(state)) as history:
-        run.history = history  # held, so nobody else writes here
+        raise ValueError(f"{output} contains no checkpoint to resume from")
+    with History(run.folder / HISTORY_FILE, keep=run.restore(state)) as history:
+        run.history = history  # locked, so no other process writes here
         remove_drafts(output)
         remove_drafts(run.folder)
         if state is not None:
             remove_old_states(run.folder, state.step)
-        with run.helped_by(workers), one_blas_thread(run.workers is not None):
-            return run.go_on(should_stop)
+        with run.with_workers(workers), one_blas_thread(run.workers is not None):
+            return run.finish(should_stop)
 
 
 @dataclass
 class _Sums:
-    """What a report is the mean of."""
+    """Sums from which a report takes means."""
 
     steps: int = 0
     loss: float = 0.0
@@ -180,8 +178,8 @@ class _Run:
         self.history: History | None = None
         self.workers: Workers | None = None
 
-    def helped_by(self, spec: WorkerSpec | None) -> contextlib.AbstractContextManager[Any]:
-        """Start the workers, where more than one process is wanted."""
+    def with_workers(self, spec: WorkerSpec | None) -> contextlib.AbstractContextManager[Any]:
+        """Start the workers, if there is more than one process."""
         count = worker_count(self.settings.workers, batch_size=self.settings.batch_size)
         if spec is None or count == 1:
             return contextlib.nullcontext()
@@ -189,21 +187,22 @@ class _Run:
         return self.workers
 
     def restore(self, state: TrainState | None) -> int:
-        """Take over a state, or begin; returns how many lines of the history stand."""
+        """Load a state, or begin; return the number of history lines to keep."""
         identity = self._identity()
         if state is None:
-            write_json(self.folder / "settings.json", identity | self.settings.to_dict())
+            write_json(self.folder / SETTINGS_FILE, identity | self.settings.to_dict())
             return 0
-        others = [key for key in identity if state.values["identity"].get(key) != identity[key]]
-        if others == ["processes"]:
-            count = state.values["identity"]["processes"]
+        saved = state.values["identity"]
+        changed = [key for key in identity if saved.get(key) != identity[key]]
+        if changed == ["processes"]:
             raise ValueError(
-                f"{self.output} was begun with --workers {count}, on which its bits depend: "
-                "resume it with that"
+                f"the run in {self.output} began with --workers {saved['processes']}, on which its "
+                "result depends. Resume it with that"
             )
-        if others:
+        if changed:
             raise ValueError(
-                f"{self.output} holds a run of other {', '.join(others)}: it cannot be resumed"
+                f"the run in {self.output} began with a different {', '.join(changed)}: "
+                "it cannot be resumed"
             )
         self.step = state.step
         self.parameters = under(PARAMETERS, state.tensors)
@@ -215,28 +214,28 @@ class _Run:
         self.gradient.load(self.parameters)
         return state.values["history_lines"]
 
-    def go_on(self, should_stop: Callable[[], bool]) -> TrainResult:
-        """Do the steps that are left."""
+    def finish(self, should_stop: Callable[[], bool]) -> TrainResult:
+        """Do the remaining steps."""
         settings = self.settings
-        if self.best is None:  # a run that was stopped at step 0 has this behind it
+        if self.best is None:  # not if the run was stopped at step 0
             self._evaluate()
             self._save()
         while self.step < settings.iters and not should_stop():
             self._do_step()
-            ends = self.step == settings.iters
-            if ends or self.step % settings.steps_per_report == 0:
+            is_last = self.step == settings.iters
+            if is_last or self.step % settings.steps_per_report == 0:
                 self._report()
-            if ends or self.step % settings.steps_per_eval == 0:
+            if is_last or self.step % settings.steps_per_eval == 0:
                 self._evaluate()
-            if ends or self.step % settings.save_every == 0:
+            if is_last or self.step % settings.save_every == 0:
                 self._save()
-        finished = self.step >= settings.iters
-        if not finished and self.step % settings.save_every:
+        is_finished = self.step >= settings.iters
+        if not is_finished and self.step % settings.save_every:
             self._save()
-        return TrainResult(self.step, finished, self.best, self.best_step)
+        return TrainResult(self.step, is_finished, self.best, self.best_step)
 
     def _do_step(self) -> None:
-        began = time.perf_counter()
+        start = time.perf_counter()
         settings = self.settings
         chosen = sequences_of_step(
             self.step,
@@ -244,24 +243,24 @@ class _Run:
             batch_size=settings.batch_size,
             seed=settings.seed,
         )
-        found = self.gradient(
+        result = self.gradient(
             self.parameters, self.data.train, chosen, step=self.step, workers=self.workers
         )
-        gradients, norm = optim.clip_grad_norm(found.gradients, settings.clip or math.inf)
+        gradients, norm = optim.clip_grad_norm(result.gradients, settings.clip or math.inf)
         self.grad_norm = float(np.array(norm))
-        if not (math.isfinite(found.loss) and math.isfinite(self.grad_norm)):
-            what = "gradient" if math.isfinite(found.loss) else "loss"
-            numbers = ", ".join(str(at) for at in chosen)
+        if not (math.isfinite(result.loss) and math.isfinite(self.grad_norm)):
+            name = "gradient" if math.isfinite(result.loss) else "loss"
+            numbers = ", ".join(map(str, chosen))
             raise ValueError(
-                f"the {what} of step {self.step + 1} is not finite, in training sequences "
+                f"the {name} of step {self.step + 1} is not finite, in training sequences "
                 f"{numbers} (from 0); a lower learning rate may help"
             )
         self.parameters = self.optimiser.apply_gradients(gradients, self.parameters)
         mx.eval(self.parameters, self.optimiser.state)
         self.gradient.load(self.parameters)
         self.step += 1
-        seconds = time.perf_counter() - began
-        self.sums.add(found, seconds)
+        seconds = time.perf_counter() - start
+        self.sums.add(result, seconds)
         self.on_event(Stepped(step=self.step, iters=settings.iters, seconds=seconds))
 
     def _report(self) -> None:
@@ -296,10 +295,12 @@ class _Run:
         )
 
     def _save_adapter(self) -> None:
-        """Write the adapter, but for the ablation's, which would decode with the gate on."""
+        """Write the adapter, unless it was trained without the gate, which decoding always has."""
         assert self.model.config is not None and self.best is not None
         if self.settings.gate:
-            config = dataclasses.replace(self.model.config, acceptance=self.best.falling_shares())
+            config = dataclasses.replace(
+                self.model.config, acceptance=self.best.monotonic_acceptance()
+            )
             save_adapter(self.output, config, adapter_tensors(self.parameters))
 
     def _save(self) -> None:
@@ -322,7 +323,7 @@ class _Run:
         self.history.append({"kind": kind} | values)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be the same for a run to go on bit for bit."""
+        """What must not change when a run is resumed."""
         assert self.model.config is not None
         settings = self.settings.to_dict()
         return {
@@ -345,42 +346,41 @@ _FREE = (
 
 
 def schedule(settings: TrainSettings) -> Callable[[mx.array], mx.array]:
-    """Learning rate by step: a linear warm-up, then half a cosine down to its lowest."""
+    """Learning rate by step: a linear warm-up, then a cosine decay."""
     peak, warmup = settings.learning_rate, min(settings.warmup, settings.iters - 1)
-    fall = optim.cosine_decay(peak, settings.iters - warmup, end=peak * settings.min_learning_rate)
+    decay = optim.cosine_decay(peak, settings.iters - warmup, end=peak * settings.min_learning_rate)
     if warmup == 0:
-        return fall
+        return decay
     rise = optim.linear_schedule(peak / (warmup + 1), peak, steps=warmup)
-    return optim.join_schedules([rise, fall], [warmup])
+    return optim.join_schedules([rise, decay], [warmup])
 
 
 def peak_memory_bytes() -> int:
-    """Most memory used so far: MLX's count on a GPU, the whole process's on a CPU."""
+    """Peak memory so far: MLX's count on a GPU, that of the process on a CPU."""
     if mx.default_device().type != mx.cpu:
         return mx.get_peak_memory()
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else most * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _flat(state: Any) -> dict[str, mx.array]:
-    """The optimiser's state as tensors by name: numbers of its own and moments of parameters."""
-    found = {}
+    """The optimiser's state as tensors by name: its own numbers and the moments of parameters."""
+    tensors = {}
     for name, value in state.items():
-        found |= (
-            {f"{name}.{part}": each for part, each in value.items()}
-            if isinstance(value, dict)
-            else {name: value}
-        )
-    return found
+        if isinstance(value, dict):
+            tensors |= {f"{name}.{key}": part for key, part in value.items()}
+        else:
+            tensors[name] = value
+    return tensors
 
 
 def _nested(tensors: dict[str, mx.array], parameters: dict[str, mx.array]) -> dict[str, Any]:
-    """The optimiser's state from what ``_flat`` gave."""
-    found: dict[str, Any] = {}
+    """The inverse of ``_flat``."""
+    state: dict[str, Any] = {}
     for name, value in tensors.items():
-        owner, _, part = name.rpartition(".")
+        owner, _, key = name.rpartition(".")
         if owner in parameters:
-            found.setdefault(owner, {})[part] = value
+            state.setdefault(owner, {})[key] = value
         else:
-            found[name] = value
-    return found
+            state[name] = value
+    return state

@@ -91,6 +91,21 @@ def _range_text(bounds: Mapping[str, Any]) -> str:
     return " and ".join(texts) or "finite"
 
 
+def option_name(field: dataclasses.Field[Any]) -> str:
+    """Name of the option that sets a field, with underscores."""
+    return field.metadata.get("flag", field.name).lstrip("-").replace("-", "_")
+
+
+def values_from_options(cls: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a dataclass's fields that are among the options, by field."""
+    values = {}
+    for field in dataclasses.fields(cls):
+        name = option_name(field)
+        if name in options:
+            values[field.name] = not options[name] if name.startswith("no_") else options[name]
+    return values
+
+
 @dataclass(frozen=True)
 class LossWeights:
     """Weight of each term of the loss."""
@@ -220,8 +235,8 @@ class DataSettings:
 
     data: str | None = _data(
         None,
-        "JSONL file, folder or hub id with prompts for the model to answer. Without it the model "
-        "writes the prompts too.",
+        "JSONL file, folder or Hugging Face id with prompts for the model to answer. Without it, "
+        "the model generates the prompts too.",
     )
     as_is: bool = _data(False, "Train on the answers in the data.", flag="--data-as-is")
     num_records: int | None = _data(

@@ -6,17 +6,3 @@ logits tell a near-tie from a mismatch (``near_tie``); after a near-tie the run 
 the reference's token, so that one tie does not hide what follows it.
 Sampled: the first tokens are tested against the exact distribution (``sampling_check``).
 """
-
-from mlx_mtp.verify.receipt import build_receipt, write_receipt
-from mlx_mtp.verify.report import RunResult, Tally, VerifyReport, VerifySettings
-from mlx_mtp.verify.run import verify
-
-__all__ = [
-    "RunResult",
-    "Tally",
-    "VerifyReport",
-    "VerifySettings",
-    "build_receipt",
-    "verify",
-    "write_receipt",
-]

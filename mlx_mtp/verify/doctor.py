@@ -1,8 +1,8 @@
 """What a machine does with few rows: whether our kernels are right there, and what rows cost.
 
-The result is one dictionary, made to be attached to a report: the machine and versions, for each
-shape of the model's linear layers and of its attention what the self-check found, and the time of a
-layer by number of rows with stock MLX and with ours.
+The result is one dictionary, made to be attached to a report: the machine and versions and, for
+each shape of the model's linear layers and of its attention, the result of the self-check and the
+time of a layer by number of rows with stock MLX and with ours.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -20,73 +19,20 @@ import mlx.nn as nn
 
 from mlx_mtp.backends.cpu.blas import BLAS
 from mlx_mtp.backends.device import gpu_info, machine_name
-from mlx_mtp.backends.metal.attention_choice import MetalAttention
-from mlx_mtp.backends.metal.checks import MetalRunner, self_check
+from mlx_mtp.backends.metal.attention_layer import attention_operations
 from mlx_mtp.backends.metal.choice import gpu_generation
-from mlx_mtp.backends.metal.layers import packed_weight, shape_key
-from mlx_mtp.backends.metal.matmul import PackedWeight
-from mlx_mtp.backends.metal.setup import all_choices, has_metal, shape_name
+from mlx_mtp.backends.metal.layers import matmul_operations
+from mlx_mtp.backends.metal.matmul import MAX_ROWS
+from mlx_mtp.backends.metal.operation import Check, Kernel, Operation, check
+from mlx_mtp.backends.metal.setup import choose_all, has_metal
 from mlx_mtp.storage.package import package_version
-from mlx_mtp.verify.doctor_attention import examine_attention
 
 ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24, 32)
-MOST_LAYERS = 8  # of a shape that are timed; more would only take longer
+CONTEXT = 1024  # keys for attention
+MAX_LAYERS = 8  # per shape; more would only take longer
 ROUNDS = 5
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class LayerGroup:
-    """Layers of one shape and kind.
-
-    Attributes:
-        name: for people.
-        count: how many the model has.
-        calls: map rows ``[1, M, K]``, of a few of the layers.
-        inputs: K.
-        dtype: of the rows.
-        weights: of the same layers, where they are packed.
-    """
-
-    name: str
-    count: int
-    calls: list[Callable[[mx.array], mx.array]]
-    inputs: int
-    dtype: mx.Dtype
-    weights: list[PackedWeight]
-
-
-def layer_groups(base: nn.Module) -> list[LayerGroup]:
-    """The linear layers and the unembedding of a model, by shape, the largest first."""
-    found: dict[str, list[tuple[Any, Callable[[mx.array], mx.array]]]] = {}
-    has_head = "lm_head" in base
-    for _, layer in base.named_modules():
-        if isinstance(layer, nn.Linear | nn.QuantizedLinear):
-            found.setdefault(_name(layer), []).append((layer, layer))
-        elif isinstance(layer, nn.Embedding | nn.QuantizedEmbedding) and not has_head:
-            found.setdefault(_name(layer), []).append((layer, layer.as_linear))
-    groups = [_group(name, layers) for name, layers in found.items()]
-    return sorted(groups, key=lambda each: -each.inputs * each.count)
-
-
-def _group(name: str, layers: Sequence[tuple[Any, Callable[[mx.array], mx.array]]]) -> LayerGroup:
-    some = layers[:MOST_LAYERS]
-    packed = [packed_weight(layer) for layer, _ in some]
-    first = some[0][0]
-    weights = [each for each in packed if each is not None]
-    inputs = weights[0].shape[1] if weights else first.weight.shape[1]
-    dtype = weights[0].scales.dtype if weights else first.weight.dtype
-    calls = [call for _, call in some]
-    return LayerGroup(name, len(layers), calls, inputs, dtype, weights)
-
-
-def _name(layer: Any) -> str:
-    packed = packed_weight(layer)
-    if packed is not None:
-        return shape_name(shape_key(packed))
-    outputs, inputs = layer.weight.shape
-    return f"{outputs}x{inputs} {str(layer.weight.dtype).removeprefix('mlx.core.')}"
 
 
 def examine(
@@ -95,25 +41,28 @@ def examine(
     """Check our kernels and time rows on a model's layers.
 
     Args:
-        base: a model without an adapter and without our kernels in it.
-        name: what the report calls it.
+        base: a model without an adapter and without our kernels.
+        name: name of the model in the report.
         rows: numbers of rows to time.
-        say: called with a line about what is going on.
+        say: called with a line of text before each part of the work.
     """
-    groups = layer_groups(base)
-    shapes = []
-    for number, group in enumerate(groups, start=1):
-        say(f"Examining {group.name} ({number}/{len(groups)}) ...")
-        shapes.append(_examine_group(group, rows))
-    attention = examine_attention(base, rows=rows, has_metal=has_metal(), say=say)
+    matmuls, attentions = matmul_operations(base), attention_operations(base)
+    shapes, attention = [], []
+    for number, matmul in enumerate(matmuls, start=1):
+        say(f"Examining {matmul.name} ({number}/{len(matmuls)}) ...")
+        entry = {"shape": matmul.name, "layers": len(matmul.layers)}
+        shapes.append(entry | _examine(matmul, rows, context=0))
+    for operation in attentions:
+        say(f"Examining {operation.name} ...")
+        entry = {"shape": f"{operation.name}, {CONTEXT} keys"}
+        attention.append(entry | _examine(operation, rows, context=CONTEXT))
     choices = {}
     if has_metal():
-        say("Racing ...")
-        found = all_choices(
-            base, mode="auto", runner=MetalRunner(), attention=MetalAttention(), keep=False
-        )
-        choices = {shape_name(key): choice.why for key, choice in found.layers.items()}
-        choices |= {key.name: choice.why for key, choice in found.attention.items()}
+        say("Benchmarking ...")
+        packed = [matmul for matmul in matmuls if matmul.weights]
+        chosen = choose_all([*packed, *attentions], mode="auto", cached=False)
+        choices = {name: choice.why for name, choice in chosen.items()}
+    checks = [entry["check"] for entry in (*shapes, *attention) if entry["check"]]
     return {
         "mlx_mtp": package_version(),
         "machine": machine(),
@@ -122,12 +71,12 @@ def examine(
         "attention": attention,
         "choices": choices,
         "step_ms": {kind: _step_ms(shapes, kind, rows) for kind in ("stock", "ours")},
-        "passed": all(each["check"]["passed"] for each in (*shapes, *attention) if each["check"]),
+        "passed": all(result["passed"] for result in checks),
     }
 
 
 def machine() -> dict[str, Any]:
-    """The machine, its GPU and the versions that matter."""
+    """Describe the machine, its GPU and the relevant versions."""
     device = mx.default_device()
     info = gpu_info()
     return {
@@ -140,60 +89,59 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "blas": BLAS,
-        "versions": {each: version(each) for each in ("mlx", "mlx-lm")},
+        "versions": {name: version(name) for name in ("mlx", "mlx-lm")},
     }
 
 
-def _examine_group(group: LayerGroup, rows: Sequence[int]) -> dict[str, Any]:
-    check = None
-    ours: list[Callable[[mx.array], mx.array]] = []
-    if has_metal() and group.weights and group.weights[0].is_supported:
-        found = self_check(group.weights[0], MetalRunner())
-        passed = found.scalar and found.gated
-        check = {
-            "passed": passed,
-            "matrix_simdgroups": found.matrix,
-            "problem": found.problem,
+def _examine(operation: Operation, rows: Sequence[int], *, context: int) -> dict[str, Any]:
+    """Check an operation and time one layer by number of rows."""
+    result, report = None, None
+    if has_metal() and operation.is_supported:
+        result = check(operation)
+        has_gated = operation.with_gated_lora() is not None
+        report = {
+            "passed": bool(result.kernels) and result.gated >= has_gated,
+            "matrix_simdgroups": result.matrix.simdgroups if result.matrix else 0,
+            "problem": result.problem,
         }
-        if found.scalar:
-            ours = [_our_call(each, found.matrix) for each in group.weights]
     return {
-        "shape": group.name,
-        "layers": group.count,
-        "check": check,
-        "stock_ms": _times(group, group.calls, rows),
-        "ours_ms": _times(group, ours, rows) if ours else {},
+        "check": report,
+        "stock_ms": _times(operation, lambda count: None, rows, context),
+        "ours_ms": _times(operation, lambda count: _kernel(result, count), rows, context)
+        if result and result.kernels
+        else {},
     }
 
 
-def _our_call(packed: PackedWeight, matrix: int) -> Callable[[mx.array], mx.array]:
-    runner = MetalRunner()
-
-    def call(x: mx.array) -> mx.array:
-        takes_matrix = matrix and x.shape[-2] >= 4
-        return runner.ours(
-            x, packed, variant="matrix" if takes_matrix else "scalar", simdgroups=matrix or 16
-        )
-
-    return call
+def _kernel(result: Check, rows: int) -> Kernel | None:
+    """Our kernel for so many rows; None for stock MLX, which takes any number."""
+    if rows > MAX_ROWS:
+        return None
+    matrix = result.matrix
+    return matrix if matrix and rows >= matrix.min_rows else result.kernels[0]
 
 
 def _times(
-    group: LayerGroup, calls: Sequence[Callable[[mx.array], mx.array]], rows: Sequence[int]
+    operation: Operation,
+    kernel_for: Callable[[int], Kernel | None],
+    rows: Sequence[int],
+    context: int,
 ) -> dict[str, float]:
-    """Milliseconds of one layer by number of rows; a median over rounds that go through all."""
-    inputs = {
-        each: mx.random.normal((1, each, group.inputs), key=mx.random.key(each)).astype(group.dtype)
-        for each in rows
-    }
-    mx.eval(inputs)
-    times: dict[int, list[float]] = {each: [] for each in rows}
+    """Milliseconds of one layer by number of rows; medians over rounds that go through all."""
+    inputs = {count: operation.benchmark_inputs(count, context)[:MAX_LAYERS] for count in rows}
+    times: dict[int, list[float]] = {count: [] for count in rows}
     for _ in range(1 + ROUNDS):
-        for each in rows:
-            began = time.perf_counter()
-            mx.eval([call(inputs[each]) for call in calls])
-            times[each].append((time.perf_counter() - began) * 1e3 / len(calls))
-    return {str(each): statistics.median(times[each][1:]) for each in rows}
+        for count in rows:
+            kernel = kernel_for(count)
+            start = time.perf_counter()
+            mx.eval(
+                [
+                    operation.stock(layer) if kernel is None else operation.ours(layer, kernel)
+                    for layer in inputs[count]
+                ]
+            )
+            times[count].append((time.perf_counter() - start) * 1e3 / len(inputs[count]))
+    return {str(count): statistics.median(times[count][1:]) for count in rows}
 
 
 def _step_ms(shapes: Sequence[dict[str, Any]], kind: str, rows: Sequence[int]) -> dict[str, float]:
@@ -201,13 +149,13 @@ def _step_ms(shapes: Sequence[dict[str, Any]], kind: str, rows: Sequence[int]) -
     if not all(shape[f"{kind}_ms"] for shape in shapes):
         return {}
     return {
-        str(each): sum(shape["layers"] * shape[f"{kind}_ms"][str(each)] for shape in shapes)
-        for each in rows
+        str(count): sum(shape["layers"] * shape[f"{kind}_ms"][str(count)] for shape in shapes)
+        for count in rows
     }
 
 
 def table(report: dict[str, Any]) -> list[str]:
-    """The report as lines of text."""
+    """Format a report as lines of text."""
     info = report["machine"]
     lines = [
         f"{info['name']}, {info['architecture']}, MLX {info['versions']['mlx']}, {info['system']}",
@@ -217,12 +165,12 @@ def table(report: dict[str, Any]) -> list[str]:
         "cost of M rows over the cost of one",
     ]
     rows = list(report["shapes"][0]["stock_ms"])
-    everything = [*report["shapes"], *report["attention"]]
-    width = max(len(each["shape"]) for each in everything) + 8
-    lines.append("".ljust(width) + "".join(f"M={each}".rjust(7) for each in rows) + "   M=1 ms")
-    for shape in everything:
+    entries = [*report["shapes"], *report["attention"]]
+    width = max(len(entry["shape"]) for entry in entries) + 8
+    lines.append("".ljust(width) + "".join(f"M={count}".rjust(7) for count in rows) + "   M=1 ms")
+    for entry in entries:
         for kind in ("stock", "ours"):
-            lines += _cost_line(f"{shape['shape']}  {kind}", shape[f"{kind}_ms"], width)
+            lines += _cost_line(f"{entry['shape']}  {kind}", entry[f"{kind}_ms"], width)
     for kind in ("stock", "ours"):
         lines += _cost_line(f"all layers  {kind}", report["step_ms"][kind], width)
     return lines
@@ -230,22 +178,21 @@ def table(report: dict[str, Any]) -> list[str]:
 
 def _kernels_line(report: dict[str, Any]) -> str:
     if not report["machine"]["has_metal"]:
-        return "our kernels: not checked, there is no Metal GPU here; stock MLX does the work"
-    everything = [*report["shapes"], *report["attention"]]
-    checked = [shape["check"] for shape in everything if shape["check"]]
-    bad = [
-        f"{shape['shape']}: {shape['check']['problem']}"
-        for shape in everything
-        if shape["check"] and not shape["check"]["passed"]
+        return "our kernels: not checked, there is no Metal GPU here; stock MLX is used"
+    entries = [entry for entry in (*report["shapes"], *report["attention"]) if entry["check"]]
+    wrong = [
+        f"{entry['shape']}: {entry['check']['problem']}"
+        for entry in entries
+        if not entry["check"]["passed"]
     ]
-    if bad:
-        return "our kernels: WRONG here, and not used for " + "; ".join(bad)
-    return f"our kernels: right on all {len(checked)} shapes"
+    if wrong:
+        return "our kernels: WRONG here, and not used for " + "; ".join(wrong)
+    return f"our kernels: right on all {len(entries)} shapes"
 
 
 def _cost_line(label: str, times: dict[str, float], width: int) -> list[str]:
     if not times:
         return []
     first = next(iter(times.values()))
-    ratios = "".join(f"{each / first:7.2f}" for each in times.values())
+    ratios = "".join(f"{time / first:7.2f}" for time in times.values())
     return [label.ljust(width) + ratios + f"   {first:.3f}"]

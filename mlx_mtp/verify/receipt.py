@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import datetime
-import hashlib
-import importlib.metadata
 import json
 import math
 import os
 import platform
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,9 +16,10 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_mtp.backends.cpu.blas import BLAS
-from mlx_mtp.evaluation.prompts import Prompt
+from mlx_mtp.evaluation.prompts import Prompt, hash_prompts
 from mlx_mtp.model.mtp_model import MTPModel, fingerprint
-from mlx_mtp.storage.package import package_version
+from mlx_mtp.storage.files import hash_weights, write_atomically
+from mlx_mtp.storage.package import versions
 from mlx_mtp.verify.near_tie import EPS, NEAR_TIE_EPS
 from mlx_mtp.verify.report import VerifyReport
 from mlx_mtp.verify.sampling import ALPHA
@@ -53,16 +50,16 @@ def build_receipt(
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "verdict": report.verdict,
         "passed": report.passed,
-        "versions": _versions(),
+        "versions": versions() | {"platform": platform.platform()},
         "device": _device(),
         "model": {
             "name": model.name,
             "type": model.base.model_type,
             "dtype": report.dtype,
             "fingerprint": fingerprint(model.base),
-            "sha256": hash_files(model_folder),
+            "sha256": hash_weights(model_folder),
         },
-        "adapter": {"sha256": hash_files(adapter_folder), "config": model.config.to_dict()},
+        "adapter": {"sha256": hash_weights(adapter_folder), "config": model.config.to_dict()},
         "prompts": _prompts(report.prompts, prompts_from),
         "settings": dataclasses.asdict(report.settings),
         **_findings(report),
@@ -118,55 +115,15 @@ def check_writable(path: Path) -> None:
 
 
 def write_receipt(receipt: dict[str, Any], path: Path) -> None:
-    """Write a receipt beside its place and rename it, so that it is there whole or not at all.
+    """Write a receipt, whole or not at all.
 
     Raises:
         ValueError: it cannot be written; what was there before is still there.
     """
-    name = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            name = file.name
-            file.write(receipt_json(receipt, indent=2) + "\n")
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)  # the temporary file was for its owner alone
-        os.replace(name, path)
-    except BaseException as error:
-        if name is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(name)
-        if isinstance(error, OSError):
-            raise ValueError(f"cannot write the receipt {path}: {error.strerror}") from None
-        raise
-
-
-def hash_files(folder: Path | None) -> dict[str, str]:
-    """sha256 of a folder's weights and configuration, by file name."""
-    found = {}
-    for path in sorted(folder.iterdir()) if folder else ():
-        if path.suffix == ".safetensors" or path.name in ("config.json", "adapter_config.json"):
-            with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return found
-
-
-def hash_prompts(prompts: Sequence[Prompt]) -> str:
-    """sha256 of the prompts with their ids and kinds, in order."""
-    values = [dataclasses.asdict(prompt) for prompt in prompts]
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "mlx-mtp": package_version(),
-        "mlx": importlib.metadata.version("mlx"),
-        "mlx-lm": importlib.metadata.version("mlx-lm"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
+        write_atomically(path, receipt_json(receipt, indent=2) + "\n")
+    except OSError as error:
+        raise ValueError(f"cannot write the receipt {path}: {error.strerror}") from None
 
 
 def _device() -> dict[str, Any]:

@@ -8,64 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_mtp.decoding.loop import StepResult
-from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.evaluation.prompts import Prompt
-from mlx_mtp.planning.plan import LAYOUTS
 from mlx_mtp.verify.near_tie import Divergence
-from mlx_mtp.verify.sampling import DEFAULT_SETTINGS, SamplingTest
-
-SPECULATIVE = tuple(layout for layout in LAYOUTS if layout != "plain")
-DEFAULT_MAX_TOKENS = 48
-
-
-@dataclass(frozen=True, kw_only=True)
-class VerifySettings:
-    """What to check.
-
-    Attributes:
-        layouts: layouts of the speculative runs.
-        depths: drafts per step of the speculative runs; empty means 1, 2 and the adapter's k.
-        max_tokens: most tokens per prompt; None is 48, or no limit when ``num_tokens`` is given.
-        num_tokens: tokens to compare in all; what is left of them is shared out evenly among the
-            prompts still to come.
-        against_stock: whether stock mlx-lm is a second reference.
-        sampling: settings of the sampling check; empty leaves it out.
-        num_draws: draws per setting, layout and depth.
-        seed: seed of the draws.
-    """
-
-    layouts: tuple[str, ...] = ("linear", "quadratic", "auto")
-    depths: tuple[int, ...] = ()
-    max_tokens: int | None = None
-    num_tokens: int | None = None
-    against_stock: bool = True
-    sampling: tuple[Sampling, ...] = DEFAULT_SETTINGS
-    num_draws: int = 100
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        unknown = [layout for layout in self.layouts if layout not in SPECULATIVE]
-        if unknown or not self.layouts:
-            raise ValueError(
-                f"layouts must be among {', '.join(SPECULATIVE)}, got {unknown or 'none'}"
-            )
-        for name in ("max_tokens", "num_tokens", "num_draws"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
-        if any(depth < 1 for depth in self.depths):
-            raise ValueError(f"depths must be at least 1, got {min(self.depths)}")
-        if any(sampling.greedy for sampling in self.sampling):
-            raise ValueError("sampling settings must have a temp above 0")
-
-    def depths_for(self, k: int) -> tuple[int, ...]:
-        """Depths to run with an adapter of k mask tokens, ascending."""
-        depths = tuple(sorted(set(self.depths or (1, 2, k))))
-        if not self.depths:
-            return tuple(depth for depth in depths if depth <= k)
-        if depths[-1] > k:
-            raise ValueError(f"depth {depths[-1]} is beyond the adapter, which has {k} mask tokens")
-        return depths
+from mlx_mtp.verify.sampling import SamplingTest
+from mlx_mtp.verify.settings import VerifySettings
 
 
 @dataclass(kw_only=True)

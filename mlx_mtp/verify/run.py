@@ -18,13 +18,12 @@ from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.verify.near_tie import Divergence, measure
 from mlx_mtp.verify.report import (
-    DEFAULT_MAX_TOKENS,
     RunResult,
     Tally,
     VerifyReport,
-    VerifySettings,
 )
 from mlx_mtp.verify.sampling import Way, check_sampling
+from mlx_mtp.verify.settings import DEFAULT_MAX_TOKENS, VerifySettings
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

@@ -28,12 +28,12 @@ from mlx_mtp.model.cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.verify.chi_square import MIN_EXPECTED, Group, chi_square, holm, simulated_p_value
 from mlx_mtp.verify.near_tie import near_tie_bound
+from mlx_mtp.verify.settings import DEFAULT_SAMPLING
 
 ALPHA = 0.001
 NUM_TOKENS = 3
 _TESTS_PER_WAY = 2 * NUM_TOKENS
 _HOPELESS = 1e-15  # the chi-square law is not that wrong
-DEFAULT_SETTINGS = (Sampling(temp=1.0), Sampling(temp=0.7, top_p=0.9, top_k=40))
 _KEPT_IDS = 128
 _MAX_BINS = 24
 
@@ -107,7 +107,7 @@ def check_sampling(
     prompt: Sequence[int],
     *,
     ways: Sequence[Way],
-    settings: Sequence[Sampling] = DEFAULT_SETTINGS,
+    settings: Sequence[Sampling] = DEFAULT_SAMPLING,
     num_draws: int = 100,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,

@@ -30,11 +30,9 @@ def ready(options: dict[str, Any]) -> dict[str, Any]:
         "model": options.get("model") or "fake/model",
         "adapter": True,
         "num_draft_tokens": K,
-        "vocab_size": 260,
         "max_context": 1000,
         "has_chat_template": True,
         "has_tools": False,
-        "load_s": 0.0,
         "facts": {
             "device": "test bench",
             "runs_on": "cpu",
@@ -95,7 +93,7 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if text == "fail":
         yield {"type": "failed", "message": "out of luck"}
         return
-    k = K if job["num_draft_tokens"] is None else job["num_draft_tokens"]
+    k = K if job.get("num_draft_tokens") is None else job["num_draft_tokens"]
     most = 1 if job["layout"] == "plain" else k + 1
     if text == "flood":
         yield next(steps("." * FLOOD_BYTES, 1)) | {"pieces": ["." * FLOOD_BYTES]}

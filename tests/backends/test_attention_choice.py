@@ -6,28 +6,35 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from mlx_lm.models import base as lm_base
 from mlx_lm.models import llama
 from mlx_lm.models.cache import KVCache
 
-from mlx_mtp.backends.metal import attention_layer as attention_hook
+from mlx_mtp.backends.metal import attention_layer
 from mlx_mtp.backends.metal import matmul as kernels
-from mlx_mtp.backends.metal.attention import step_attention_kernel, step_attention_ops
-from mlx_mtp.backends.metal.attention_choice import check_attention, choose_attention
+from mlx_mtp.backends.metal.attention import step_attention_ops
 from mlx_mtp.backends.metal.attention_layer import (
-    AttentionKey,
     StepAttention,
-    attention_keys,
-    attention_of,
-    hook,
+    attention_operations,
     use_attention,
 )
-from mlx_mtp.backends.metal.choice import KernelChoice
-from mlx_mtp.backends.metal.setup import all_choices, set_up_kernels
+from mlx_mtp.backends.metal.choice import KernelChoice, choose
+from mlx_mtp.backends.metal.operation import Kernel, check
+from mlx_mtp.backends.metal.operations import (
+    AttentionInputs,
+    AttentionKey,
+    StepAttentionOperation,
+)
+from mlx_mtp.backends.metal.setup import choose_all, set_up_kernels
+from mlx_mtp.model.attention import NAME, AttentionSeam, attention_blocks, inject_attention
 from mlx_mtp.model.cache import QuantizedLayerCache
 from mlx_mtp.model.layout import quadratic_layout
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.model.wrappers import replace
 from tests.helpers.attention_host import attention
 from tests.helpers.kernel_host import run_launch
 from tests.helpers.tiny import step_ids, tiny_base, tiny_mtp
@@ -43,33 +50,40 @@ ROOMY: dict[str, Any] = {
 STEP = quadratic_layout(num_pending=1, num_draft_tokens=1, num_masks=1)
 
 
-class Device:
-    """A device without a GPU: right results row by row, times and faults as a test wants them.
+class Device(StepAttentionOperation):
+    """Attention without a GPU: right results row by row, times and faults as a test wants them.
 
     Args:
         times: seconds by what runs (``ours``, ``stock``), rows and keys; one second else.
         fault: changes a result of ours; called with the rows, the keys and the result.
+        rows: numbers of rows to check.
+        counts: numbers of keys to check.
     """
+
+    contexts = (32, 64)
 
     def __init__(
         self,
         *,
         times: dict[tuple[str, int, int], float] | None = None,
         fault: Callable[[int, int, mx.array], mx.array] = lambda rows, count, y: y,
+        rows: tuple[int, ...] = (1, 3),
+        counts: tuple[int, ...] = (3, 40),
     ) -> None:
+        super().__init__(KEY)
         self.times, self.fault = times or {}, fault
+        self.check_rows, self.check_contexts = rows, counts
         self.calls: list[tuple[str, int, int]] = []
 
-    def ours(self, queries: mx.array, keys: mx.array, values: mx.array, **options: Any) -> mx.array:
-        self.calls.append(("ours", queries.shape[2], keys.shape[2]))
-        y = _row_by_row(queries, keys, values, **options)
-        return self.fault(queries.shape[2], keys.shape[2], y)
+    def ours(self, inputs: AttentionInputs, kernel: Kernel) -> mx.array:
+        rows, count = inputs.queries.shape[2], inputs.keys.shape[2]
+        self.calls.append(("ours", rows, count))
+        *arrays, mask = inputs
+        return self.fault(rows, count, _row_by_row(*arrays, scale=self.scale, mask=mask))
 
-    def stock(
-        self, queries: mx.array, keys: mx.array, values: mx.array, **options: Any
-    ) -> mx.array:
-        self.calls.append(("stock", queries.shape[2], keys.shape[2]))
-        return step_attention_ops(queries, keys, values, **options)
+    def stock(self, inputs: AttentionInputs) -> mx.array:
+        self.calls.append(("stock", inputs.queries.shape[2], inputs.keys.shape[2]))
+        return super().stock(inputs)
 
     def seconds(self, calls: Callable[[], list[mx.array]]) -> float:
         calls()
@@ -96,33 +110,29 @@ FAST = {("ours", rows, count): 0.5 for rows in (1, 8, 16) for count in (32, 64)}
 
 class TestCheck:
     def test_passes_where_all_is_well(self):
-        assert check_attention(KEY, Device(), rows=(1, 2, 5), counts=(1, 33, 130)) == ""
+        result = check(Device(rows=(1, 2, 5), counts=(1, 33, 130)))
+        assert result.kernels and result.problem == ""
 
     def test_finds_a_wrong_result(self):
-        device = Device(fault=lambda rows, count, y: y + (count == 33))
-        found = check_attention(KEY, device, rows=(1, 2), counts=(1, 33))
-        assert found == "attention is wrong at 1 rows and 33 keys"
+        device = Device(fault=lambda rows, count, y: y + (count == 33), rows=(1, 2), counts=(1, 33))
+        assert check(device).problem == "attention is wrong at 1 rows and 33 keys"
 
     def test_finds_bits_that_depend_on_the_number_of_rows(self):
-        device = Device(fault=lambda rows, count, y: y * (1 + 2**-22) if rows == 5 else y)
-        found = check_attention(KEY, device, rows=(1, 5), counts=(33,))
-        assert found == "attention gives other bits at 5 rows"
+        fault = lambda rows, count, y: y * (1 + 2**-22) if rows == 5 else y  # noqa: E731
+        device = Device(fault=fault, rows=(1, 5, 8), counts=(33,))
+        assert check(device).problem == "attention gives other bits at 5 rows"
 
     def test_finds_what_does_not_run(self):
         def fault(rows: int, count: int, y: mx.array) -> mx.array:
             raise RuntimeError("no such thing\nmore")
 
-        assert check_attention(KEY, Device(fault=fault)) == (
-            "attention does not run: no such thing"
-        )
+        assert check(Device(fault=fault)).problem == "attention does not run: no such thing"
 
     @pytest.mark.slow
     def test_passes_for_the_kernels_themselves(self, on_the_executor):
-        class Host(Device):
-            def ours(self, queries, keys, values, **options):
-                return step_attention_kernel(queries, keys, values, **options)
-
-        assert check_attention(KEY, Host(), rows=(1, 3), counts=(3, 130)) == ""
+        operation = StepAttentionOperation(KEY)
+        operation.check_rows, operation.check_contexts = (1, 3), (3, 130)
+        assert check(operation).problem == ""
         assert on_the_executor
 
 
@@ -134,7 +144,7 @@ class TestChoice:
     def test_never_slows_plain_decoding_at_any_length(self):
         for count in (32, 64):
             choice = decide(Device(times=FAST | {("ours", 1, count): 1.1}))
-            assert not choice.ours and choice.why == "stock won the race"
+            assert not choice.ours and choice.why == "stock is faster"
 
     def test_keeps_stock_where_several_rows_lose(self):
         slow = {("ours", rows, 64): 1.5 for rows in (8, 16)}
@@ -143,27 +153,18 @@ class TestChoice:
     def test_keeps_stock_where_the_check_fails_though_asked_for_ours(self):
         broken = Device(times=FAST, fault=lambda rows, count, y: y + 1)
         for mode in ("auto", "ours"):
-            choice = choose_attention(KEY, mode=mode, runner=broken)
+            choice = choose(broken, mode=mode, generation=15)
             assert not choice.ours and "wrong at 1 rows" in choice.why
 
     def test_keeps_stock_when_asked_to_or_out_of_time(self):
         device = Device(times=FAST)
-        assert not choose_attention(KEY, mode="stock", runner=device).ours
-        assert not choose_attention(KEY, mode="auto", runner=device, seconds_left=lambda: 0.0).ours
+        assert not choose(device, mode="stock", generation=15).ours
+        assert not choose(device, mode="auto", generation=15, seconds_left=lambda: 0.0).ours
         assert not device.calls
 
 
 def decide(device: Device) -> KernelChoice:
-    return choose_attention(KEY, mode="auto", runner=device)
-
-
-@pytest.fixture(autouse=True)
-def few_things_to_check(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        "mlx_mtp.backends.metal.attention_choice.check_attention",
-        lambda key, runner: check_attention(key, runner, rows=(1, 3), counts=(3, 40)),
-    )
-    monkeypatch.setattr("mlx_mtp.backends.metal.attention_choice.RACE_KEYS", (32, 64))
+    return choose(device, mode="auto", generation=15, timer=device.seconds)
 
 
 @pytest.fixture
@@ -188,12 +189,13 @@ def in_operations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(queries.shape[2])
         return step_attention_ops(queries, *held, **options)
 
-    monkeypatch.setattr(attention_hook, "step_attention_kernel", attend)
+    monkeypatch.setattr(attention_layer, "step_attention_kernel", attend)
     return seen
 
 
 def with_attention(model: MTPModel) -> MTPModel:
-    assert use_attention(model.base, dict.fromkeys(attention_keys(model.base), OURS))
+    keys = [operation.key for operation in attention_operations(model.base)]
+    assert use_attention(model.base, dict.fromkeys(keys, OURS))
     return model
 
 
@@ -213,19 +215,42 @@ def largest(logits: mx.array) -> int:
     return int(np.argmax(np.array(logits)))
 
 
-class TestHook:
+class TestSeam:
     def test_finds_how_a_model_attends(self):
         key = AttentionKey(2, 1, 64, mx.float32)
-        assert attention_keys(tiny_base(**ROOMY)) == [key]
+        (operation,) = attention_operations(tiny_base(**ROOMY))
+        assert operation.key == key and operation.name == key.name
         assert key.name == "attention 2/1 heads of 64 float32"
-        assert attention_keys(tiny_base()) == []  # heads of 8
+        assert attention_operations(tiny_base()) == []  # heads of 8
 
-    def test_is_put_in_once(self):
+    def test_is_restored_and_leaves_mlx_lm_as_it_is(self):
         base = tiny_base(**ROOMY)
-        assert hook(base)
-        first = getattr(llama, attention_hook.NAME)
-        assert hook(base) and getattr(llama, attention_hook.NAME) is first
-        assert first.asks_the_cache
+        block = base.layers[0].self_attn
+        before = inject_attention(base, None)
+        assert before == {"model.layers.0.self_attn": block}
+        assert isinstance(base.layers[0].self_attn, AttentionSeam)
+        assert attention_blocks(base) == {"model.layers.0.self_attn": base.layers[0].self_attn}
+        inject_attention(base, None)
+        assert base.layers[0].self_attn.wrapped is block
+        replace(base, before)
+        assert base.layers[0].self_attn is block
+        assert vars(llama)[NAME] is lm_base.scaled_dot_product_attention
+
+    def test_parameters_keep_their_names(self):
+        base = tiny_base(**ROOMY)
+        names = [name for name, _ in tree_flatten(base.parameters())]
+        inject_attention(base, None)
+        assert [name for name, _ in tree_flatten(base.parameters())] == names
+
+    def test_a_module_replaced_in_a_block_is_used_by_it(self):
+        base = tiny_base(**ROOMY)
+        inject_attention(base, None)
+        before = base(mx.array([[1, 2]]))
+        shape = base.layers[0].self_attn.v_proj.weight.shape
+        zero = nn.Linear(shape[1], shape[0], bias=False)
+        zero.weight = mx.zeros(shape)
+        replace(base, {"model.layers.0.self_attn.v_proj": zero})
+        assert not mx.allclose(base(mx.array([[1, 2]])), before)
 
     def test_ids_are_those_of_stock_attention(self, in_operations):
         wanted = ids(tiny_mtp(**ROOMY))
@@ -236,7 +261,6 @@ class TestHook:
     def test_other_models_attend_as_before(self, in_operations):
         with_attention(tiny_mtp(**ROOMY))
         other = tiny_mtp(seed=1, **ROOMY)
-        assert attention_of(other.base) is None
         ids(other)
         other.base(mx.array([[1, 2]]), cache=[KVCache()])
         other.base(mx.array([[1, 2]]))
@@ -281,12 +305,9 @@ class TestSetup:
         monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
 
     def choices(self, device: Device) -> list[KernelChoice]:
-        found = all_choices(
-            tiny_base(**ROOMY), mode="auto", runner=None, attention=device,  # type: ignore[arg-type]
-            device={"architecture": "applegpu_g15p"},
-        )  # fmt: skip
-        assert not found.layers
-        return list(found.attention.values())
+        info = {"architecture": "applegpu_g15p"}
+        choices = choose_all([device], mode="auto", timer=device.seconds, device=info)
+        return list(choices.values())
 
     def test_decides_once_and_remembers(self):
         device = Device(times=FAST)
@@ -298,4 +319,4 @@ class TestSetup:
     def test_does_nothing_without_metal(self):
         base = tiny_base(**ROOMY)
         set_up_kernels(base)
-        assert attention_of(base) is None
+        assert not isinstance(base.layers[0].self_attn, AttentionSeam)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mlx_mtp.backends.cpu import fast_math
-from mlx_mtp.backends.cpu.blocks import DenseAttention, DenseMLP, MaskBiases, replace_blocks
+from mlx_mtp.backends.cpu.blocks import FastMLP, MaskBiases, replace_blocks
+from mlx_mtp.model.attention import AttentionSeam
 from tests.helpers.tiny import KINDS, tiny_base
 
 
@@ -79,13 +80,13 @@ def test_swiglu_and_its_gradients():
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3", "mistral"])
-def test_common_blocks_get_twins(name):
+def test_common_blocks_are_replaced(name):
     base = tiny_base(name)
     ids = mx.array([[1, 5, 9, 2, 7]])
     before = base(ids)
     replace_blocks(base)
     kinds = {type(block) for layer in base.layers for block in layer.children().values()}
-    assert {DenseAttention, DenseMLP} <= kinds
+    assert {AttentionSeam, FastMLP} <= kinds
     assert np.allclose(base(ids), before, atol=1e-4)
 
 

@@ -11,10 +11,10 @@ import pytest
 from mlx_mtp.backends.metal import matmul as kernels
 from mlx_mtp.backends.metal.choice import KernelChoice
 from mlx_mtp.backends.metal.layers import (
-    SkinnyEmbedding,
-    SkinnyLinear,
+    KernelEmbedding,
+    KernelLinear,
+    matmul_operations,
     use_kernels,
-    weights_by_shape,
 )
 from mlx_mtp.backends.metal.matmul import Launch
 from mlx_mtp.decoding.loop import decode
@@ -43,8 +43,13 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[Launch]:
     return seen
 
 
+def chosen(base: Any, choice: KernelChoice) -> dict[str, KernelChoice]:
+    """One choice for every shape of a model."""
+    return {operation.name: choice for operation in matmul_operations(base)}
+
+
 def with_kernels(model: MTPModel, choice: KernelChoice = OURS) -> MTPModel:
-    choices = dict.fromkeys(weights_by_shape(model.base), choice)
+    choices = chosen(model.base, choice)
     assert use_kernels(model.base, choices) > 0
     return model
 
@@ -61,15 +66,15 @@ def test_layers_are_replaced_and_hold_the_same_weights():
     before, print_before = model.base.layers[0].mlp.down_proj, fingerprint(model.base)
     with_kernels(model)
     after = model.base.layers[0].mlp.down_proj
-    assert isinstance(after, GatedLoRALinear) and isinstance(after.linear, SkinnyLinear)
+    assert isinstance(after, GatedLoRALinear) and isinstance(after.linear, KernelLinear)
     assert after is before and after.linear.weight.shape == before.linear.weight.shape
-    assert isinstance(model.base.model.embed_tokens.embedding, SkinnyEmbedding)
+    assert isinstance(model.base.model.embed_tokens.embedding, KernelEmbedding)
     assert fingerprint(model.base) == print_before
 
 
 def test_stock_layers_stay_where_they_won():
     model = tiny_mtp(quantised=True)
-    choices = dict.fromkeys(weights_by_shape(model.base), KernelChoice(ours=False))
+    choices = chosen(model.base, KernelChoice(ours=False))
     assert use_kernels(model.base, choices) == 0
     assert type(model.base.layers[0].mlp.down_proj.linear) is nn.QuantizedLinear
 
@@ -138,5 +143,5 @@ def test_long_prompts_take_stock_kernels(launched):
 
 def test_an_untied_head_uses_kernels_too():
     base = tiny_base("olmo2", quantised=True)
-    use_kernels(base, dict.fromkeys(weights_by_shape(base), OURS))
-    assert isinstance(base.lm_head, SkinnyLinear)
+    use_kernels(base, chosen(base, OURS))
+    assert isinstance(base.lm_head, KernelLinear)

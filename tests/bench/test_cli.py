@@ -57,6 +57,7 @@ def tune_nothing(patch: pytest.MonkeyPatch) -> None:
         return known
 
     patch.setattr(modes, "speculation_for", guess)
+    patch.setattr(modes, "calibrate", guess)
 
 
 def invoke(*args: Any) -> Result:
@@ -161,7 +162,7 @@ def test_each_output_on_stdout_and_in_a_file(
     report = measured[1]
     monkeypatch.setattr(cli_benchmark, "_measure", lambda wanted: report)
     file = tmp_path / f"out.{shape}"
-    done = invoke("--prompts", prompts, "--output", shape, "--output-file", file)
+    done = invoke("--prompts", prompts, "--format", shape, "--output-file", file)
     assert done.exit_code == 0 and done.stdout == file.read_text()
     if shape == "json":
         assert json.loads(done.stdout) == report
@@ -175,7 +176,7 @@ def test_a_picture_of_what_was_measured(
 ) -> None:
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(cli_benchmark, "_measure", lambda wanted: measured[1])
-    done = invoke("--prompts", prompts, "--picture", tmp_path / "x.png")
+    done = invoke("--prompts", prompts, "--plot", tmp_path / "x.png")
     assert done.exit_code == 0, done.output
     assert sorted(each.name for each in tmp_path.iterdir()) == ["x.png", "x.svg"]
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
@@ -190,7 +191,7 @@ def test_a_wrong_answer_is_told(
     monkeypatch.setattr(cli_benchmark, "_measure", lambda wanted: wrong)
     done = invoke("--prompts", prompts)
     assert "Answers that differ from plain: 1 of 32: p1 (auto)" in done.stdout
-    assert done.stderr == "answers differ from plain decoding: see mlx-mtp verify\n"
+    assert done.stderr == "answers differ from plain decoding; see mlx-mtp verify\n"
 
 
 def test_a_planted_wrong_id_is_caught(
@@ -206,8 +207,8 @@ def test_a_planted_wrong_id_is_caught(
             yield step
 
     monkeypatch.setattr(modes, "decode", wrong)
-    args = on_tiny(pair, prompts, "--modes", "plain,linear,quadratic", "--limit", 2)
-    report = json.loads(invoke(*args, "--warmup", 0, "--output", "json").stdout)
+    args = on_tiny(pair, prompts, "--modes", "plain,linear,quadratic", "--num-prompts", 2)
+    report = json.loads(invoke(*args, "--num-warmups", 0, "--format", "json").stdout)
     outputs = report["outputs"]
     assert (outputs["compared"], outputs["different"]) == (4, 2)
     assert {each.split()[1] for each in outputs["where"]} == {"(linear)"}
@@ -222,7 +223,7 @@ def test_a_full_disk_does_not_cost_the_figures(
     monkeypatch.setattr(cli_benchmark, "_measure", lambda wanted: measured[1])
     monkeypatch.setattr("mlx_mtp.storage.files.write_atomically", full)
     file = tmp_path / "x.json"
-    done = invoke("--prompts", prompts, "--output", "json", "--output-file", file)
+    done = invoke("--prompts", prompts, "--format", "json", "--output-file", file)
     assert done.exit_code == 2 and json.loads(done.stdout) == measured[1]
     assert done.stderr == f"Error: {file}: No space left on device\n"
 
@@ -234,7 +235,7 @@ def test_files_that_cannot_be_written_are_refused_first(
     assert told == f"Error: {prompts} is not a folder"
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert 'pip install "mlx-mtp[bench]"' in failure("--picture", "x.png")
+    assert 'pip install "mlx-mtp[bench]"' in failure("--plot", "x.png")
 
 
 @pytest.mark.parametrize(("steps", "answers"), [(3, 0), (60, 1)])
@@ -259,10 +260,10 @@ def test_ctrl_c_prints_what_is_there(
 
     monkeypatch.setattr(flow, "run", interrupted)
     args = on_tiny(pair, prompts, "--modes", "plain,linear", "--repeats", 99)
-    done = invoke(*args, "--output", "json")
+    done = invoke(*args, "--format", "json")
     assert done.exit_code == INTERRUPTED
     if not answers:
-        assert done.stdout == "" and done.stderr.startswith("interrupted before anything")
+        assert done.stdout == "" and done.stderr.startswith("interrupted before the first")
         return
     report = json.loads(done.stdout)
     assert report["status"] == "interrupted" and report["answers"]
@@ -273,8 +274,8 @@ def test_ctrl_c_prints_what_is_there(
 
 
 def test_plain_decoding_needs_no_adapter(pair: tuple[Path, Path], prompts: Path) -> None:
-    base = ["--model", pair[0], "--prompts", prompts, "--limit", 1, "--max-tokens", 2]
-    done = invoke(*base, "--modes", "stock,plain", "--output", "json")
+    base = ["--model", pair[0], "--prompts", prompts, "--num-prompts", 1, "--max-tokens", 2]
+    done = invoke(*base, "--modes", "stock,plain", "--format", "json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert report["model"]["adapter"] is None and report["cost_curve"] is None
@@ -293,21 +294,24 @@ def test_a_bad_line_of_the_prompts_is_named(tmp_path: Path) -> None:
 BAD = {
     "repeats": (["--repeats", "0"], "--repeats"),
     "max tokens": (["--max-tokens", "1"], "--max-tokens"),
-    "limit": (["--limit", "0"], "--limit"),
+    "limit": (["--num-prompts", "0"], "--num-prompts"),
     "contexts": (["--contexts", "0,many"], "'0,many' is not a list of numbers"),
-    "no context": (["--contexts", ","], "is not a list of numbers"),
-    "context": (["--contexts", "-5"], "-5 tokens of text are too few"),
+    "no context": (["--contexts", ","], "--contexts is empty"),
+    "context": (["--contexts", "-5"], "-5 is less than the minimum, 0"),
     "mode": (["--modes", "plain,fast"], "no mode 'fast': there are plain, auto"),
     "twice": (["--modes", "plain,plain"], "mode plain is named twice"),
     "none": (["--modes", ""], "no mode is named"),
     "draft": (["--modes", "plain,draft"], "mode draft needs --draft-model"),
     "kind": (["--kinds", "poems"], "kinds must be among chat, code"),
     "prompts": (["--prompts", "no-such.jsonl"], "no-such.jsonl: No such file"),
-    "output": (["--output", "xml"], "'xml' is not one of"),
+    "output": (["--format", "xml"], "'xml' is not one of"),
     "file": (["--output-file", "x.txt"], "must end in .md, .csv, .json or .jsonl"),
-    "picture": (["--picture", "x.pdf"], "must end in .png or .svg"),
+    "picture": (["--plot", "x.pdf"], "must end in .png or .svg"),
     "compare": (["--compare", "a.json"], "requires 2 arguments"),
-    "both": (["--compare", "a.json", "b.json", "--picture", "x.png"], "of one report"),
+    "both": (
+        ["--compare", "a.json", "b.json", "--plot", "x.png"],
+        "cannot be combined with --compare",
+    ),
     "absent": (["--compare", "a.json", "b.json"], "a.json: No such file"),
 }
 

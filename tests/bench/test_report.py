@@ -14,12 +14,13 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_mtp.bench import compare, tables
-from mlx_mtp.bench.measure import Measurement, Settings
+from mlx_mtp.bench.measure import Measurement
 from mlx_mtp.bench.modes import Mode
 from mlx_mtp.bench.report import Setup, build_report
+from mlx_mtp.bench.settings import Settings
 from mlx_mtp.cli.main import cli
 from mlx_mtp.evaluation.prompts import Prompt
-from mlx_mtp.planning.costs import UNMEASURED
+from mlx_mtp.planning.costs import GPU_GUESS
 from tests.helpers.benchmark_answers import WEIGHTS, pairs
 
 SPEEDUPS = [1.1, 1.5, 2.0, 0.9, 1.3, 1.7, 1.2, 1.4, 1.6, 1.0]
@@ -42,7 +43,7 @@ def made(
         settings=Settings(repeats=repeats),
         decoding={"max_tokens": 96},
         seed=0,
-        cost_curve=UNMEASURED.to_dict(),
+        cost_curve=GPU_GUESS.to_dict(),
     )
     answers = pairs(speedups, noise=0.05, seed=seed, repeats=repeats)
     measured = Measurement(answers=answers, warmups=2, seconds=9.0, interrupted=interrupted)

@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_mtp.bench import contexts, machine_state, measure, modes, runs
 from mlx_mtp.bench.contexts import Question, check_room, questions
-from mlx_mtp.bench.measure import Settings, schedule
+from mlx_mtp.bench.measure import schedule
 from mlx_mtp.bench.modes import Mode, draft_steps
 from mlx_mtp.bench.runs import RUN, Step, num_repeated, timed
+from mlx_mtp.bench.settings import Settings
 from mlx_mtp.evaluation import prompt_sets
 from mlx_mtp.evaluation.prompts import BENCHMARK_KINDS, ENGLISH_KINDS, Prompt, builtin_prompts
 from tests.helpers.fixtures_generate import byte_tokenizer
@@ -234,16 +236,14 @@ def test_modes_that_cannot_be_measured(names, told):
         modes.check_modes(names, draft_model=None)
 
 
-MEMINFO = "MemTotal: 100 kB\nSwapCached: 1 kB\nSwapTotal:    2097148 kB\nSwapFree:     2097100 kB\n"
-SWAPUSAGE = "total = 2048.00M  used = 1024.25M  free = 1023.75M  (encrypted)"
+def test_swap_in_use_is_none_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch):
+    assert machine_state.swap_bytes() == psutil.swap_memory().used
 
+    def hidden():
+        raise RuntimeError("no /proc/vmstat")
 
-def test_swap_is_read_as_linux_and_macos_write_it():
-    assert machine_state.parse_meminfo(MEMINFO) == 48 * 1024
-    assert machine_state.parse_meminfo("MemTotal: 100 kB\n") is None
-    assert machine_state.parse_swapusage(SWAPUSAGE) == round(1024.25 * 2**20)
-    assert machine_state.parse_swapusage("used = 1.50G") == 3 * 2**29
-    assert machine_state.parse_swapusage("") is None
+    monkeypatch.setattr(psutil, "swap_memory", hidden)
+    assert machine_state.swap_bytes() is None
 
 
 def counters(root: Path, **packages: int) -> None:

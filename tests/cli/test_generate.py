@@ -13,8 +13,8 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from mlx_mtp.cli.main import cli
-from mlx_mtp.terminal import CLOSED_PIPE, INTERRUPTED, Interrupt, PoliteGroup
+from mlx_mtp.cli.main import CommandGroup, cli
+from mlx_mtp.terminal import CLOSED_PIPE, INTERRUPTED, Interrupt
 from tests.helpers.fixtures_generate import (
     ASSISTANT,
     EOS,
@@ -102,7 +102,9 @@ def test_drafts_from_the_text_are_counted_apart(loaded, scripted):
 
 def test_each_step_can_be_explained(loaded, scripted):
     scripted.answers = [[*ids_of("Hello."), EOS]]
-    assert invoke("generate", "--explain", "--no-lookup").exit_code == 0
+    result = invoke("generate", "--explain", "--no-lookup")
+    assert result.exit_code == 0 and result.stdout.splitlines()[1] == "Hello."
+    assert result.stderr.splitlines() == [f"step: {number} tokens" for number in (1, 3, 3)]
     call = scripted.calls[0]
     assert not call.lookup and callable(call.explain)
 
@@ -164,7 +166,7 @@ def test_a_model_without_adapter_says_so_in_one_line(loaded, scripted):
     scripted.answers = [[*ids_of("abc"), EOS]]
     result = invoke("generate")
     assert result.exit_code == 0 and "MTP" not in result.stdout
-    assert result.stderr == "fake has no MTP adapter: it decodes plainly, one token per step\n"
+    assert result.stderr == "fake has no MTP adapter: it generates one token per step\n"
 
 
 def test_json_is_one_object(loaded, scripted):
@@ -256,7 +258,7 @@ def raiser(error: Exception) -> Any:
     ("error", "code"), [(KeyboardInterrupt(), INTERRUPTED), (BrokenPipeError(), CLOSED_PIPE)]
 )
 def test_interruptions_outside_an_answer_end_quietly(error, code):
-    @click.group(cls=PoliteGroup)
+    @click.group(cls=CommandGroup)
     def group() -> None: ...
 
     @group.command()

@@ -28,7 +28,7 @@ def run(*arguments: str) -> str:
 
 def convert(project: Project, output: Path, *flags: str) -> str:
     """Convert a project's base model and checkpoint into a bundle."""
-    options = [f"--layout-option={key}={value}" for key, value in project.options.items()]
+    options = [f"--checkpoint-option={key}={value}" for key, value in project.options.items()]
     options += ["--allow-pickle"] if project.pickled else []
     paths = ["--hf-path", str(project.base), "--mtp-path", str(project.checkpoint)]
     return run("convert", *paths, "--mlx-path", str(output), *options, *flags)

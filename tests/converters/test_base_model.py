@@ -172,7 +172,7 @@ def test_a_quantised_model_is_copied_but_not_rounded_again(tmp_path):
     assert result.quantisation is None
     assert mx.array_equal(logits(output), logits(source)).item()
     (tmp_path / "again").mkdir()
-    assert "quantised already" in refusal(source, tmp_path / "again", quantise=True)
+    assert "already quantised" in refusal(source, tmp_path / "again", quantise=True)
 
 
 def test_papers_are_copied_and_code_is_not(tmp_path):
@@ -197,7 +197,7 @@ def test_which_files_are_the_weights(tmp_path):
         (tmp_path / name).touch()
     assert weight_files(tmp_path) == [tmp_path / "x.pt"]
     (tmp_path / "y.bin").touch()
-    with pytest.raises(ValueError, match=r"does not say which files are the model's: x.pt, y.bin"):
+    with pytest.raises(ValueError, match=r"has several files that may be the model's: x.pt, y.bin"):
         weight_files(tmp_path)
     (tmp_path / "pytorch_model.bin").touch()
     assert weight_files(tmp_path) == [tmp_path / "pytorch_model.bin"]

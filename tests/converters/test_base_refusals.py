@@ -17,7 +17,7 @@ from tests.helpers.tiny import save_tiny_model
 def test_pytorch_files_need_leave(tmp_path):
     source = save_tiny_model(tmp_path / "in")
     torch_files(source, parts=1)
-    assert "pytorch_model.bin is a PyTorch pickle file: give --allow-pickle" in refusal(
+    assert "pytorch_model.bin is a PyTorch pickle file: use --allow-pickle" in refusal(
         source, tmp_path
     )
 
@@ -75,8 +75,8 @@ def test_missing_models_are_one_line(tmp_path):
         ({"model_type": "no_such_type"}, "mlx-lm does not support model_type 'no_such_type'"),
         ({"model_type": "base"}, "does not support model_type 'base'"),
         ({"model_type": "../llama"}, "does not support model_type '../llama'"),
-        ({"model_type": None}, "does not say what model_type"),
-        ({"model_type": 3}, "does not say what model_type"),
+        ({"model_type": None}, "has no model_type"),
+        ({"model_type": 3}, "has no model_type"),
         ({"hidden_size": None}, "cannot load the model"),
         ({"hidden_size": "wide"}, "cannot load the"),
         ({"dtype": "auto"}, "cannot load the"),
@@ -121,7 +121,7 @@ def _fp8(source: Path) -> None:
         (lambda s: (s / "tokenizer.json").write_text("{}"), "cannot load the tokenizer"),
         (lambda s: (s / "tokenizer_config.json").write_text("{"), "tokenizer_config.json is not"),
         (lambda s: [path.unlink() for path in s.glob("token*")], "cannot load the tokenizer"),
-        (_fp8, "holds mlx.core.uint8 numbers"),
+        (_fp8, "has type mlx.core.uint8"),
     ],
 )
 def test_damaged_files_are_one_line(tmp_path, damage, message):
@@ -153,7 +153,7 @@ def test_damaged_files_are_one_line(tmp_path, damage, message):
                 s / "model.safetensors.index.json",
                 weight_map={f"a{i}": f"model-{i:05d}-of-00003.safetensors" for i in (1, 2, 3)},
             ),
-            "lacks a1, which the index says it has",
+            "has no a1, which the index lists",
         ),
         (
             lambda s: edit(

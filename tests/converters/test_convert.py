@@ -322,20 +322,23 @@ class TestOutput:
 
 
 BAD_FLAGS = [
-    ([], "give --hf-path, --mtp-path or both"),
+    ([], "--hf-path, --mtp-path or both are required"),
     (["--mtp-path", "c", "-q"], "--quantize needs --hf-path"),
     (["--mtp-path", "c", "--dtype", "float16"], "--dtype needs --hf-path"),
     (["--mtp-path", "c", "--verify"], "--verify needs --hf-path"),
     (["--hf-path", "m", "--q-bits", "4"], "--q-bits needs -q"),
-    (["--hf-path", "m", "--layout", "x"], "--layout needs --mtp-path"),
-    (["--hf-path", "m", "--licence", "mit"], "--licence needs --mtp-path"),
-    (["--hf-path", "m", "--base-model", "b"], "--base-model is for --mtp-path alone"),
-    (["--mtp-path", ".", "--layout-option", "alpha"], "--layout-option must be KEY=VALUE"),
+    (["--hf-path", "m", "--checkpoint-layout", "x"], "--checkpoint-layout needs --mtp-path"),
+    (["--hf-path", "m", "--licence", "mit"], "--license needs --mtp-path"),
+    (["--hf-path", "m", "--base-model", "b"], "--base-model cannot be combined with --hf-path"),
+    (["--mtp-path", ".", "--checkpoint-option", "alpha"], "--checkpoint-option must be KEY=VALUE"),
     (["--mtp-path", "/no/such/folder"], "checkpoint /no/such/folder does not exist"),
     (["--hf-path", "/no/such/folder"], "/no/such/folder"),
     (["--hf-path", "m", "--dtype", "int8"], "--dtype"),
     (["--hf-path", ""], "--hf-path is empty"),
-    (["--hf-path", "m", "--upload-repo", "bad name!!"], "--upload-repo 'bad name!!' is no name"),
+    (
+        ["--hf-path", "m", "--upload-repo", "bad name!!"],
+        "--upload-repo 'bad name!!' is not a repository name",
+    ),
 ]
 
 
@@ -352,7 +355,7 @@ class TestNames:
         copy = named(sources[2], tmp_path / "checkpoint", "/home/alice/secret/base")
         out = tmp_path / "out"
         text = run("convert", "--hf-path", sources[0], "--mtp-path", copy, "--mlx-path", out)
-        assert "the checkpoint names /home/alice/secret/base as its base, taken was model" in text
+        assert "the checkpoint names base /home/alice/secret/base, model was used" in text
         assert read_config(out / "adapter").base_model == "model"
 
     def test_a_hub_id_that_the_checkpoint_names_is_kept(
@@ -376,7 +379,7 @@ class TestBaseModel:
     ) -> None:
         copy = named(sources[2], tmp_path / "checkpoint", None)
         line = failure("convert", "--mtp-path", copy, "--mlx-path", tmp_path / "out")
-        assert "does not name its base model; give it with --base-model" in line
+        assert "does not name its base model: specify it with --base-model" in line
 
     def test_another_model_is_refused(
         self, sources: tuple[Path, Path, Path], tmp_path: Path

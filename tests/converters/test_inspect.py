@@ -88,8 +88,8 @@ def test_a_model_and_a_bundle(sources: tuple[Path, Path, Path], tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "problem"),
     [
-        ({"auto_map": {"AutoModel": "m.py"}}, "config.json asks for code of its own (auto_map)"),
-        ({"model_file": "m.py"}, "config.json asks for code of its own (model_file)"),
+        ({"auto_map": {"AutoModel": "m.py"}}, "config.json requires custom code (auto_map)"),
+        ({"model_file": "m.py"}, "config.json requires custom code (model_file)"),
         ({"model_type": "mamba"}, "cannot"),
         ({"model_type": "no_such_thing"}, "no_such_thing"),
     ],

@@ -123,7 +123,7 @@ def test_any_scale_is_exact_or_refused(first: int, second: int, one: float, two:
     try:
         assert_identity(found)
     except ValueError as error:
-        assert "cannot be written in PEFT's layout" in str(error)
+        assert "cannot be expressed in PEFT's layout" in str(error)
         assert {first, second} - {1, 2, 4, 8}  # any scale is exact at a power of two
 
 
@@ -173,7 +173,7 @@ SMALL = {"model.layers.0.self_attn.q_proj": 3}
         ({"sampler_bias": False}, "has no sampler head without bias"),
         ({"sampler_norm_eps": 1e-6}, "has no sampler head with norm_eps 1e-06"),
         ({"rank": 4}, r"q_proj.lora_a has shape \(8, 3\), not rank 4"),
-        ({"scale": 1.9}, "scale 1.9 of the adapter cannot be written in PEFT's layout"),
+        ({"scale": 1.9}, "scale 1.9 of the adapter cannot be expressed in PEFT's layout"),
     ],
 )
 def test_what_the_layout_cannot_express(changes: dict[str, Any], message: str) -> None:
@@ -193,8 +193,8 @@ def test_mask_tokens_must_be_k(ids: list[int]) -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("gate", "tensor gate is not known"),
-        ("sampler_head.linear_3.weight", "tensor sampler_head.linear_3.weight is not known"),
+        ("gate", "tensor gate is unknown"),
+        ("sampler_head.linear_3.weight", "tensor sampler_head.linear_3.weight is unknown"),
     ],
 )
 def test_unknown_tensors(name: str, message: str) -> None:
@@ -207,7 +207,7 @@ def test_unknown_tensors(name: str, message: str) -> None:
 def test_mask_tokens_alone() -> None:
     found = adapter(SMALL, dict.fromkeys(SMALL, 2.0), sampler=False)
     masks = {"mask_embeddings": found.tensors["mask_embeddings"]}
-    with pytest.raises(ValueError, match="no low-rank weights, and PEFT's layout needs some"):
+    with pytest.raises(ValueError, match="no low-rank weights, which PEFT's layout requires"):
         to_peft(config_of(found), masks, mask_token_ids=IDS[:3])
 
 

@@ -123,14 +123,16 @@ class TestMaskRow:
 
     def test_behind_the_table(self) -> None:
         read = checkpoint(samples.glora_tensors(fused=False))
-        with pytest.raises(ValueError, match="mask token 40 is behind the 40 rows of tiny's"):
+        with pytest.raises(
+            ValueError, match="embedding of tiny \\(40 rows\\) has a row for mask token 40"
+        ):
             convert_layout(read, facts(num_tokens=VOCAB))
         found = convert_layout(read, facts(num_tokens=VOCAB), options={"mask_token_ids": "5"})
         assert np.array_equal(np.array(found.tensors["mask_embeddings"]), TABLE[[5, 5, 5]])
 
     def test_no_tokenizer(self) -> None:
         read = checkpoint(samples.glora_tensors(fused=False))
-        with pytest.raises(ValueError, match="tokenizer, which is not at hand; give its id as"):
+        with pytest.raises(ValueError, match="tokenizer, which is missing: specify"):
             convert_layout(read, facts(num_tokens=None))
 
     def test_one_alone(self) -> None:
@@ -147,7 +149,7 @@ class TestMaskRow:
         assert found.notes == (f"mask row: row {VOCAB} of model.model.embed_tokens.weight",)
         table[3] += 1
         source["model.model.embed_tokens.weight"] = mx.array(table)
-        with pytest.raises(ValueError, match="row 3 is not the row of tiny"):
+        with pytest.raises(ValueError, match="row 3 differs from that of tiny"):
             convert_layout(checkpoint(source), facts(num_tokens=VOCAB))
 
 
@@ -160,7 +162,7 @@ def test_without_its_arguments() -> None:
     assert found.sampler is not None and found.sampler.norm_eps == 1e-7
     for key, name in (("num_draft_tokens", "draft_length"), ("rank", "lora_rank")):
         rest = {other: value for other, value in options.items() if other != key}
-        with pytest.raises(ValueError, match=f"does not say {name}; give it as layout option"):
+        with pytest.raises(ValueError, match=f"has no {name}: specify layout option"):
             convert_layout(read, facts(), options=rest)
 
 
@@ -189,9 +191,9 @@ REFUSALS: dict[str, tuple[Change, str]] = {
     ),
     "a third block": (
         lambda c, t: t.update({"sampler_head.layers.2.norm.weight": ZEROS}),
-        "tensor sampler_head.layers.2.norm.weight is not known",
+        "tensor sampler_head.layers.2.norm.weight is unknown",
     ),
-    "unknown": (lambda c, t: t.update(gate=ZEROS), "tensor gate is not known"),
+    "unknown": (lambda c, t: t.update(gate=ZEROS), "tensor gate is unknown"),
     "fused width": (
         lambda c, t: t.update(
             {
@@ -199,7 +201,7 @@ REFUSALS: dict[str, tuple[Change, str]] = {
                 f"{FUSED}.lora_B.weight": mx.zeros((9, 6)),
             }
         ),
-        "lora_B has 9 rows, but 8 + 4 + 4 are those of model.layers.0.self_attn.q_proj",
+        "self_attn.k_proj, model.layers.0.self_attn.v_proj have 8 + 4 + 4",
     ),
     "fused and separate": (
         lambda c, t: t.update(
@@ -208,7 +210,7 @@ REFUSALS: dict[str, tuple[Change, str]] = {
                 f"{FUSED}.lora_B.weight": mx.zeros((16, 6)),
             }
         ),
-        "model.layers.0.self_attn.q_proj of tiny is there twice",
+        "model.layers.0.self_attn.q_proj of tiny occurs twice",
     ),
     "other layer": (
         lambda c, t: t.update(
@@ -238,7 +240,7 @@ def test_refused_in_one_line(case: str) -> None:
 
 def test_an_option_must_not_contradict() -> None:
     read = checkpoint(samples.glora_tensors(fused=False))
-    with pytest.raises(ValueError, match="option alpha is 7.0, but config.json says lora_alpha 6"):
+    with pytest.raises(ValueError, match="option alpha is 7.0, but config.json has lora_alpha 6"):
         convert_layout(read, facts(), options={"alpha": "7"})
 
 

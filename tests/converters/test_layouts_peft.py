@@ -144,11 +144,11 @@ class TestTables:
     def test_an_unembedding_of_its_own(self) -> None:
         found = self.convert({self.HEAD: self.table(samples.HEAD)}, facts(tied=False))
         assert found.notes == ()
-        with pytest.raises(ValueError, match=r"lm_head.weight: row 0 is not the row of tiny"):
+        with pytest.raises(ValueError, match=r"lm_head.weight: row 0 differs from that of tiny"):
             self.convert({self.HEAD: self.table()}, facts(tied=False))
         found = self.convert({self.HEAD: self.table()}, facts(tied=False, unembed=None))
         assert found.notes == (
-            f"{self.HEAD} was taken for the base model's own, which was not at hand",
+            f"{self.HEAD} was assumed to be the base model's own, which was not available",
         )
 
     def test_a_trained_unembedding(self) -> None:
@@ -162,7 +162,7 @@ class TestTables:
     def test_a_changed_row_is_refused(self, row: int, bad: float) -> None:
         rows = TABLE.copy()
         rows[row, 3] += bad
-        with pytest.raises(ValueError, match=rf"row {row} is not the row of tiny; an adapter"):
+        with pytest.raises(ValueError, match=rf"row {row} differs from that of tiny; an adapter"):
             self.convert({self.EMBED: self.table(rows)}, facts())
 
     @pytest.mark.parametrize("stored", samples.DTYPES)
@@ -174,9 +174,9 @@ class TestTables:
     def test_a_quantised_base_is_near(self) -> None:
         noisy = TABLE + 0.1 * np.random.default_rng(3).standard_normal(TABLE.shape)
         found = self.convert({self.EMBED: self.table(noisy)}, facts(quantised=True))
-        assert found.notes == (f"{self.EMBED} is near the base model's, which is quantised",)
+        assert found.notes == (f"{self.EMBED} is close to the base model's, which is quantised",)
         foreign = np.random.default_rng(3).standard_normal(TABLE.shape)
-        with pytest.raises(ValueError, match="is not the row of tiny"):
+        with pytest.raises(ValueError, match="differs from that of tiny"):
             self.convert({self.EMBED: self.table(foreign)}, facts(quantised=True))
 
     def test_mask_rows_inside_a_table(self) -> None:
@@ -193,9 +193,11 @@ class TestTables:
         config = {"trainable_token_indices": None, "alora_invocation_tokens": None}
         found = self.convert({name: self.table()}, facts(), alone=True, config=config)
         assert found.num_draft_tokens == 3
-        assert found.notes == (f"mask rows: the 3 rows of {name} behind the base model's",)
+        assert found.notes == (f"mask rows: the 3 rows of {name} after the base model's",)
         shrunk = {name: mx.array(TABLE)[:TOKENS_AND_MASKS]}
-        with pytest.raises(ValueError, match="must be given as layout option mask_token_ids"):
+        with pytest.raises(
+            ValueError, match="specify the mask tokens by layout option mask_token_ids"
+        ):
             self.convert(shrunk, facts(), alone=True, config=config)
 
     def test_a_shrunken_table(self) -> None:
@@ -267,13 +269,13 @@ class TestLoraAlone:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({}, "num_draft_tokens must be given as a layout option: an ordinary fine-tune looks"),
+            ({}, "layout option num_draft_tokens is required: an ordinary fine-tune looks"),
             ({"num_draft_tokens": "0"}, "num_draft_tokens must be a whole number of at least 1"),
             ({"mask_token_ids": "5,x"}, "mask_token_ids must list token ids"),
             ({"mask_token_ids": "5,40"}, "token 40 is not in the embedding of tiny"),
             ({"mask_token_ids": "5", "num_draft_tokens": "2"}, "mask_token_ids are 1, but"),
             ({"mask_token_ids": "5", "seed": "2"}, "exclude each other"),
-            ({"concat": "hidden-embedding"}, "layout peft-lora takes no option 'concat'"),
+            ({"concat": "hidden-embedding"}, "layout peft-lora has no option 'concat'"),
             ({"size": "1"}, "unknown layout option 'size'"),
         ],
     )

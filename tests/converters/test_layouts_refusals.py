@@ -55,7 +55,7 @@ REFUSALS: dict[str, tuple[Change, str]] = {
     ),
     "whose rows": (
         lambda c, t: c.update(trainable_token_indices=None),
-        "trainable_token_indices does not say whose rows these are",
+        "trainable_token_indices is missing, so the tokens of these rows are unknown",
     ),
     "other tokens": (
         lambda c, t: c.update(alora_invocation_tokens=[40, 41, 43]),
@@ -65,11 +65,11 @@ REFUSALS: dict[str, tuple[Change, str]] = {
         lambda c, t: c.update(alora_invocation_tokens=[40, 41]),
         "must be the same tokens",
     ),
-    "repeated tokens": (lambda c, t: c.update(alora_invocation_tokens=[40, 41, 41]), "each once"),
-    "negative token": (lambda c, t: c.update(alora_invocation_tokens=[-1]), "each once, got [-1]"),
+    "repeated tokens": (lambda c, t: c.update(alora_invocation_tokens=[40, 41, 41]), "repetition"),
+    "negative token": (lambda c, t: c.update(alora_invocation_tokens=[-1]), "repetition, got [-1]"),
     "other embedding": (
         lambda c, t: c.update(trainable_token_indices={"wte": MASK_IDS}),
-        "trainable_token_indices must name embed_tokens alone, got wte",
+        "trainable_token_indices must name only embed_tokens, got wte",
     ),
     "other unembedding": (
         lambda c, t: c.update(trainable_token_indices={"embed_tokens": MASK_IDS, "lm_head": [1]}),
@@ -85,11 +85,11 @@ REFUSALS: dict[str, tuple[Change, str]] = {
     ),
     "dora tensor": (
         lambda c, t: t.update({f"{Q_PROJ}.lora_magnitude_vector": ROWS}),
-        f"tensor {Q_PROJ}.lora_magnitude_vector is of DoRA",
+        f"tensor {Q_PROJ}.lora_magnitude_vector belongs to DoRA",
     ),
     "embedding LoRA": (
         lambda c, t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": ROWS}),
-        "embed_tokens.lora_embedding_A is low-rank weights of an embedding",
+        "embed_tokens.lora_embedding_A contains low-rank weights of an embedding",
     ),
     "bias tensor": (
         lambda c, t: t.update({f"{Q_PROJ}.lora_B.bias": ROWS}),
@@ -99,7 +99,7 @@ REFUSALS: dict[str, tuple[Change, str]] = {
         lambda c, t: t.update({"sampler.rnn.weight_ih_l0": ROWS}),
         "the recurrent sampler (sampler.rnn.weight_ih_l0) is not supported",
     ),
-    "unknown": (lambda c, t: t.update(gate=ROWS), "tensor gate is not known"),
+    "unknown": (lambda c, t: t.update(gate=ROWS), "tensor gate is unknown"),
     "half a pair": (
         lambda c, t: t.pop(f"{Q_PROJ}.lora_B.weight"),
         "model.layers.0.self_attn.q_proj has only one of lora_A and lora_B",
@@ -117,22 +117,22 @@ REFUSALS: dict[str, tuple[Change, str]] = {
     "other rank": (lambda c, t: c.update(r=5), "has rank 4, but adapter_config.json says 5"),
     "no LoRA": (
         lambda c, t: [t.pop(name) for name in list(t) if "lora" in name],
-        "the checkpoint holds no LoRA weights",
+        "the checkpoint contains no LoRA weights",
     ),
     "no mask rows": (lambda c, t: t.pop(MASK_KEY), "no tensor ends in embed_tokens.token_adapter"),
     "too few mask rows": (lambda c, t: t.update({MASK_KEY: ROWS[:2]}), "must have 3 rows"),
     "half a sampler": (lambda c, t: t.pop("sampler.mlp.5.bias"), "the sampler lacks norm_2.bias"),
     "larger sampler": (
         lambda c, t: t.update({"sampler.mlp.6.weight": ROWS}),
-        "tensor sampler.mlp.6.weight is not known",
+        "tensor sampler.mlp.6.weight is unknown",
     ),
     "NaN": (
         lambda c, t: t.update({MASK_KEY: ROWS + math.nan}),
-        "mask_embeddings holds NaN or infinity",
+        "mask_embeddings contains NaN or infinite values",
     ),
     "infinity": (
         lambda c, t: t.update({"sampler.mlp.2.bias": mx.full((DIMS,), math.inf)}),
-        "sampler_head.norm_1.bias holds NaN or infinity",
+        "sampler_head.norm_1.bias contains NaN or infinite values",
     ),
     "whole numbers": (
         lambda c, t: t.update({MASK_KEY: ROWS.astype(mx.int32)}),

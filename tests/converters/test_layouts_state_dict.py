@@ -73,7 +73,7 @@ class TestAxes:
             del source[f"{path}.lora_A"], source[f"{path}.lora_B"]
         found = convert_layout(read(source), facts())
         assert found.notes[0] == (
-            "the order of axes cannot be told from shapes: taken as PyTorch's, "
+            "the order of axes is not visible from shapes: assumed PyTorch's, "
             "A [r, in] and B [out, r]"
         )
 
@@ -124,7 +124,9 @@ class TestScale:
     def test_a_base_models_config_is_not_asked(self) -> None:
         config = {"model_type": "llama", "alpha": 8}
         source = checkpoint(state_tensors(), config=config, config_name="config.json")
-        with pytest.raises(ValueError, match="neither alpha nor scale is in the checkpoint; give"):
+        with pytest.raises(
+            ValueError, match="the checkpoint contains neither alpha nor scale: specify"
+        ):
             convert_layout(source, facts())
 
     def test_a_layers_own(self) -> None:
@@ -137,7 +139,7 @@ class TestScale:
         ("values", "options", "message"),
         [
             ({"a.alpha": 8, "b.alpha": 16}, {}, "contradicts itself: a.alpha 8, b.alpha 16"),
-            ({"alpha": 8, "scale": 3.0}, {}, "alpha 8 and scale 3.0, which do not go together"),
+            ({"alpha": 8, "scale": 3.0}, {}, "alpha 8 and scale 3.0 of the checkpoint contradict"),
             ({"alpha": 8}, {"rank": "5"}, "has rank 4, but layout option rank is 5"),
             ({"alpha": math.nan}, {}, "neither alpha nor scale"),
             ({"alpha": 8}, {"scale": "nan"}, "layout option scale must be a finite number"),
@@ -150,7 +152,7 @@ class TestScale:
 
     def test_another_rank_is_noted(self) -> None:
         found = convert_layout(read(state_tensors(), alpha=8, rank=16), facts())
-        assert "the checkpoint says rank 16, which no layer has" in found.notes
+        assert "the checkpoint specifies rank 16, which no layer has" in found.notes
 
 
 class TestMasks:
@@ -170,7 +172,7 @@ class TestMasks:
 
     def test_chosen_by_name(self) -> None:
         source = state_tensors() | {"query": mx.ones((2, DIMS))}
-        with pytest.raises(ValueError, match="tensor mask_embeddings is not known"):
+        with pytest.raises(ValueError, match="tensor mask_embeddings is unknown"):
             convert_layout(read(source), facts(), options={"masks": "query"})
         del source["mask_embeddings"]
         found = convert_layout(read(source), facts(), options={"masks": "query"})
@@ -193,7 +195,7 @@ class TestMasks:
         ids = np.random.default_rng(3).integers(samples.TOKENS, size=2)
         assert np.array_equal(np.array(found.tensors["mask_embeddings"]), TABLE[ids])
         assert found.sampler is None
-        with pytest.raises(ValueError, match="num_draft_tokens must be given"):
+        with pytest.raises(ValueError, match="layout option num_draft_tokens is required"):
             convert_layout(source, facts(), options={"seed": "3"})
 
     @pytest.mark.parametrize(
@@ -258,19 +260,19 @@ class TestSampler:
             "scale: alpha / rank, 1.5 at rank 4",
             "mask rows: mask_embeddings",
             "sampler: Linear, SiLU, LayerNorm (eps 1e-05) twice, its norms sampler.norm1 and "
-            "sampler.norm2 in that order; concat embedding-hidden, residual none; where nobody "
-            "said so, this was assumed",
+            "sampler.norm2 in that order; concat embedding-hidden, residual none; assumed "
+            "unless specified by options",
         )
 
     @pytest.mark.parametrize(
         ("extra", "options", "message"),
         [
-            ({"sampler.fc3.weight": (DIMS, DIMS)}, {}, "the sampler is not known: it must have"),
-            ({"sampler.fc3.bias": (DIMS,)}, {}, "the sampler is not known"),
-            ({"sampler.fc1.weight": (DIMS, DIMS)}, {}, "the sampler is not known"),
-            ({"sampler.fc1.weight": (2 * DIMS, DIMS)}, {}, "the sampler is not known"),
-            ({"sampler.norm2.weight": (DIMS, 1)}, {}, "the sampler is not known"),
-            ({"sampler.gate": (DIMS,)}, {}, "tensor sampler.gate is not known"),
+            ({"sampler.fc3.weight": (DIMS, DIMS)}, {}, "the sampler is unknown: it must have"),
+            ({"sampler.fc3.bias": (DIMS,)}, {}, "the sampler is unknown"),
+            ({"sampler.fc1.weight": (DIMS, DIMS)}, {}, "the sampler is unknown"),
+            ({"sampler.fc1.weight": (2 * DIMS, DIMS)}, {}, "the sampler is unknown"),
+            ({"sampler.norm2.weight": (DIMS, 1)}, {}, "the sampler is unknown"),
+            ({"sampler.gate": (DIMS,)}, {}, "tensor sampler.gate is unknown"),
             ({"sampler.fc1.bias": None}, {}, "the sampler's linear layers must both have a bias"),
             ({"sampler.norm1.bias": None}, {}, "the sampler's normalisations must both have"),
             ({}, {"norm": "rms"}, "layout option norm is rms, but sampler.norm1 has a bias"),

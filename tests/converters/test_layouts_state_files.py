@@ -50,21 +50,29 @@ class TestFrozenBase:
         found = convert_layout(read(source), facts())
         assert samples.same(found.tensors, expected())
         assert (
-            "21 tensors of the frozen base model were left out; only its embedding was compared"
+            "21 tensors of the frozen base model were omitted; only its embedding was compared"
         ) in found.notes
 
     @pytest.mark.parametrize(
         ("name", "tensor", "message"),
         [
-            ("model.embed_tokens.weight", mx.zeros((VOCAB, DIMS)), "row 0 is not the row of tiny"),
-            ("lm_head.weight", mx.zeros((VOCAB, DIMS)), "row 0 is not the row of tiny"),
+            (
+                "model.embed_tokens.weight",
+                mx.zeros((VOCAB, DIMS)),
+                "row 0 differs from that of tiny",
+            ),
+            ("lm_head.weight", mx.zeros((VOCAB, DIMS)), "row 0 differs from that of tiny"),
             ("lm_head.weight", mx.zeros((VOCAB, 4)), "not rows of 8 numbers"),
-            ("model.layers.0.mlp.up_proj.weight", mx.zeros((DIMS, 12)), "is not known and not of"),
-            ("model.layers.0.gate.weight", mx.zeros((4, 4)), "is not known and not of tiny"),
-            ("draft.layers.0.self_attn.q_proj.weight", mx.zeros((8, 8)), "draft.* is not known"),
-            ("model.mtp.weight", mx.zeros((8, 8)), "tensor model.mtp.weight is not known"),
-            ("loss.scale", mx.array(1.0), "tensor loss.scale is not known"),
-            (f"{ADAPTED[0]}.lora_magnitude_vector", mx.ones(4), "lora_magnitude_vector is not"),
+            (
+                "model.layers.0.mlp.up_proj.weight",
+                mx.zeros((DIMS, 12)),
+                "is unknown and not part of",
+            ),
+            ("model.layers.0.gate.weight", mx.zeros((4, 4)), "is unknown and not part of tiny"),
+            ("draft.layers.0.self_attn.q_proj.weight", mx.zeros((8, 8)), "draft.* is unknown"),
+            ("model.mtp.weight", mx.zeros((8, 8)), "tensor model.mtp.weight is unknown"),
+            ("loss.scale", mx.array(1.0), "tensor loss.scale is unknown"),
+            (f"{ADAPTED[0]}.lora_magnitude_vector", mx.ones(4), "lora_magnitude_vector is unknown"),
         ],
     )
     def test_refused(self, name: str, tensor: mx.array, message: str) -> None:
@@ -134,7 +142,7 @@ def test_description_of_a_poor_one() -> None:
     summary = describe(checkpoint(source))
     assert summary.sampler is None
     assert summary.problems == (
-        "tensor gate is not known",
-        "tensor sampler.gate is not known: the sampler's have .weight and .bias",
-        "neither alpha nor scale is in the checkpoint; give one as a layout option",
+        "tensor gate is unknown",
+        "tensor sampler.gate is unknown: the sampler's end in .weight and .bias",
+        "the checkpoint contains neither alpha nor scale: specify one as a layout option",
     )

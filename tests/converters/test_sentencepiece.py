@@ -257,7 +257,7 @@ def test_tokens_in_the_vocabulary_can_have_new_names(models, tmp_path):
     ("files", "message"),
     [
         ({"added_tokens": {"<a>": 530}}, "added_tokens.json gives <a> the id 530, not 520"),
-        ({"added_tokens": {"<a>": "x"}}, "'x' is no token id"),
+        ({"added_tokens": {"<a>": "x"}}, "'x' is not a token id"),
         ({"added_tokens": {"<s>": 520}}, "gives <s> the id 520, not 1"),
         ({"tokenizer_config": {"added_tokens_decoder": {"5": {"content": "<s>"}}}}, "same name"),
         ({"tokenizer_config": {"eos_token": "<e>", "add_eos_token": True}}, "has no <e> to put"),
@@ -330,7 +330,7 @@ def test_other_forms_of_a_tokenizer_go_first(models, tmp_path):
     assert find_sentencepiece(source) is None
 
 
-def test_the_corpus_has_many_scripts_and_nasty_lines():
+def test_the_corpus_has_many_scripts_and_difficult_lines():
     texts = corpus()
     assert {"", " ", "\n", "\t", "\x00a"} <= set(texts) and len(texts) > 120
     blocks = {ord(letter) >> 8 for text in texts for letter in text}

@@ -8,16 +8,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_mtp.backends.cpu.blocks import DenseAttention
 from mlx_mtp.backends.cpu.float32 import to_float32
-from mlx_mtp.decoding.batching import batch_forward, can_batch
+from mlx_mtp.decoding.batching import can_batch, forward
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.decoding.request import Request
 from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.decoding.setup import make_request
 from mlx_mtp.decoding.step import run
+from mlx_mtp.model.attention import AttentionSeam
 from mlx_mtp.model.layout import BatchLayout, StepLayout, plain_layout, quadratic_layout
 from mlx_mtp.model.mtp_model import MTPModel
-from tests.helpers.requests import finish_alone, request, step_together
+from tests.helpers.requests import finish_alone, step_together
 from tests.helpers.scripted import ScriptedModel, UnevenPlanner, mixed
 from tests.helpers.tiny import KINDS, random_adapter, tiny_base, tiny_mtp
 
@@ -48,7 +49,7 @@ def close(found: Any, expected: Any) -> bool:
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in UNPACKABLE])
 @pytest.mark.parametrize("adapted", [True, False])
-def test_a_batch_forward_is_the_separate_ones(kind: str, adapted: bool) -> None:
+def test_a_forward_is_the_separate_ones(kind: str, adapted: bool) -> None:
     model = tiny_mtp(kind, k=3) if adapted else MTPModel(tiny_base(kind))
     assert can_batch(model)
     layouts = LAYOUTS if adapted else [LAYOUTS[0], LAYOUTS[2], plain_layout(num_pending=3)]
@@ -59,7 +60,7 @@ def test_a_batch_forward_is_the_separate_ones(kind: str, adapted: bool) -> None:
         for cache, layout in zip(alone, layouts, strict=True)
     ]
     caches = [held(model, prompt) for prompt in prompts]
-    found = batch_forward(model, [rows_of(layout) for layout in layouts], caches, layouts)
+    found = forward(model, [rows_of(layout) for layout in layouts], caches, layouts)
     for one, other in zip(found, expected, strict=True):
         assert close(one, other)
     for cache, wanted in zip(caches, alone, strict=True):
@@ -93,7 +94,7 @@ def test_packing_and_unpacking_are_inverse() -> None:
 
 def answers(model: Any, ways: list[dict[str, Any]]) -> list[Request]:
     assert can_batch(getattr(model, "model", model))
-    return [request(model, PROMPTS[i], max_tokens=20, **way) for i, way in enumerate(ways)]
+    return [make_request(model, PROMPTS[i], max_tokens=20, **way) for i, way in enumerate(ways)]
 
 
 def together(model: Any, requests: list[Request], *, seed: int) -> tuple[list[list[int]], set[int]]:
@@ -135,7 +136,7 @@ def test_greedy_ids_are_those_of_plain_decoding(kind: str, quantised: bool) -> N
 def test_blocks_for_linux_cpus_part_the_rows_too(kind: str) -> None:
     base = tiny_base(kind, quantised=True)
     assert to_float32(base)
-    assert any(isinstance(module, DenseAttention) for module in base.modules())
+    assert any(isinstance(module, AttentionSeam) for module in base.modules())
     config, weights = random_adapter(base, k=3)
     model = MTPModel(base, config=config, weights=weights)
     expected = finish_alone(model, answers(model, [{"layout": "plain"}] * 4))
@@ -153,7 +154,7 @@ def test_adversarial_drafts_in_any_company(monkeypatch: pytest.MonkeyPatch) -> N
         with monkeypatch.context() as patch:
             planners = iter([UnevenPlanner(3, seed=4 * seed + at) for at in range(4)])
             patch.setattr(
-                "mlx_mtp.decoding.request.make_planner", lambda *_, them=planners, **__: next(them)
+                "mlx_mtp.decoding.setup.make_planner", lambda *_, them=planners, **__: next(them)
             )
             requests = answers(drafted, [{}] * 4)
         assert together(drafted, requests, seed=seed)[0] == expected, seed
@@ -212,7 +213,7 @@ def test_a_processor_that_fails_ends_its_own_answer_only() -> None:
 def test_an_answer_abandoned_before_its_step_leaves_a_whole_cache() -> None:
     model = tiny_mtp("llama")
     cache = model.make_cache()
-    one = request(model, PROMPTS[1], cache=cache, max_tokens=20)
+    one = make_request(model, PROMPTS[1], cache=cache, max_tokens=20)
     [emitted] = step_together(model, [one])
     one.plan()
     assert cache.offset == len(PROMPTS[1]) + len(emitted) - 1

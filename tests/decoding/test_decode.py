@@ -67,7 +67,7 @@ def test_greedy_ids_are_those_of_mlx_lm(kind: str, k: int, monkeypatch: pytest.M
         if index == k - 1:
             assert ids_of(run(model, PROMPT, prefill_step_size=chunk, **options)) == expected
     planner = UnevenPlanner(k, seed=k)
-    monkeypatch.setattr("mlx_mtp.decoding.request.make_planner", lambda *_, **__: planner)
+    monkeypatch.setattr("mlx_mtp.decoding.setup.make_planner", lambda *_, **__: planner)
     assert ids_of(run(drafted, PROMPT, max_tokens=24)) == expected
     assert any(len(set(plan.mask_counts)) > 1 for plan in planner.plans)
 
@@ -327,9 +327,9 @@ def test_no_limit_ends_at_the_models_context() -> None:
     ("prompt", "options", "message"),
     [
         ([], {}, "the prompt is empty"),
-        ([1, 64], {}, "prompt holds the id 64, the vocabulary has 64 ids"),
-        ([-1], {}, "prompt holds the id -1"),
-        ([1], {"sampling": Sampling(logit_bias={99: 1.0})}, "logit_bias holds the id 99"),
+        ([1, 64], {}, "prompt contains the id 64, but the vocabulary has 64 ids"),
+        ([-1], {}, "prompt contains the id -1"),
+        ([1], {"sampling": Sampling(logit_bias={99: 1.0})}, "logit_bias contains the id 99"),
         ([1], {"num_draft_tokens": 5}, "num_draft_tokens is 5, .* trained for 4"),
         ([1], {"num_draft_tokens": -1}, "num_draft_tokens must be at least 0, got -1"),
         ([1], {"max_tokens": 0}, "max_tokens must be at least 1, .* got 0"),
@@ -386,5 +386,5 @@ def test_what_the_planner_knows_goes_on_from_answer_to_answer() -> None:
     known = Speculation.guess(2)
     lines: list[str] = []
     run(model, PROMPT, max_tokens=40, speculation=known, lookup=False, explain=lines.append)
-    assert known.acceptance.chances()[0] != 0.5
+    assert known.acceptance.draft_probs()[0] != 0.5
     assert lines and all(" rows" in line and " accepted, " in line for line in lines)

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from mlx_mtp.decoding.grouping import MAX_ROWS, StepGrouper
-from mlx_mtp.decoding.request import Request, StepResult
-from mlx_mtp.decoding.step import run
+from mlx_mtp.decoding.request import Request
+from mlx_mtp.decoding.setup import make_request
+from mlx_mtp.decoding.step import StepResult, run
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import AutoPlanner, Speculation
 from mlx_mtp.planning.costs import CostCurve, LiveCosts, shared_ms, widened
-from tests.helpers.requests import finish_alone, request
+from tests.helpers.requests import finish_alone
 from tests.helpers.tiny import tiny_mtp
 
 FLAT = CostCurve(rows=(1, 8), contexts=(0,), forward_ms=((10.0, 11.0),), draft_ms=(0.0, 0.1))
@@ -28,7 +29,7 @@ def known(curve: CostCurve) -> Speculation:
 
 def requests_of(model: Any, count: int, *, size: int = 3, **options: Any) -> list[Request]:
     prompts = [[i + 1] * size for i in range(count)]
-    return [request(model, ids, max_tokens=9, **options) for ids in prompts]
+    return [make_request(model, ids, max_tokens=9, **options) for ids in prompts]
 
 
 def turn(grouper: StepGrouper, requests: list[Request]) -> list[StepResult]:
@@ -101,13 +102,13 @@ def test_prompt_chunks_run_alone_and_do_not_count_as_sharers(monkeypatch):
     grouper = StepGrouper(model, speculation)
     prompts = [[7] * 9, [1], [2], [3] * 6]
     ways = {"max_tokens": 6, "prefill_step_size": 4, "layout": "plain"}
-    requests = [request(model, ids, **ways) for ids in prompts]
+    requests = [make_request(model, ids, **ways) for ids in prompts]
     groups = [grouper.groups([one.plan() for one in requests])]
     assert groups == [[[0], [3], [1, 2]]] and speculation.sharers == 2
     assert grouper.groups([requests[0].plan()]) == [[0]] and speculation.sharers == 2
-    expected = finish_alone(model, [request(model, ids, **ways) for ids in prompts])
+    expected = finish_alone(model, [make_request(model, ids, **ways) for ids in prompts])
     emitted = [[] for _ in prompts]
-    requests = [request(model, ids, **ways) for ids in prompts]
+    requests = [make_request(model, ids, **ways) for ids in prompts]
     while going := [i for i, one in enumerate(requests) if not one.finished]:
         for i, step in zip(going, turn(grouper, [requests[i] for i in going]), strict=True):
             emitted[i] += step.tokens

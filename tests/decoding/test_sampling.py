@@ -7,12 +7,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.sample_utils import make_sampler
 
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.decoding.sampling import Sampling
 from tests.decoding.test_accept import eager
 from tests.helpers.exact import exact_probs, holm, p_value
-from tests.helpers.scripted import TableModel
+from tests.helpers.scripted import ScriptedModel, TableModel, mixed
 from tests.helpers.tiny import tiny_base, tiny_mtp
 
 VOCAB = 8
@@ -135,3 +136,46 @@ def test_greedy_ids_do_not_depend_on_the_seed() -> None:
     model = tiny_mtp("llama", k=2)
     runs = [sampled_ids(model, PROMPT, seed=seed, max_tokens=12) for seed in (1, 2)]
     assert runs[0] == runs[1]
+
+
+def coarse(logprobs: mx.array) -> mx.array:
+    """A sampler of one row that is neither greedy nor drawn: the second most likely token."""
+    return mx.argsort(-logprobs.reshape(-1))[1]
+
+
+@pytest.mark.parametrize("layout", ["auto", "linear", "quadratic"])
+@pytest.mark.parametrize("sampler", [coarse, lambda logprobs: mx.argmax(logprobs, axis=-1)])
+def test_a_deterministic_sampler_gives_the_ids_of_plain_decoding(layout: str, sampler: Any) -> None:
+    model = tiny_mtp("llama", k=3)
+    options: dict[str, Any] = {"sampler": sampler, "max_tokens": 24}
+    expected = sampled_ids(model, PROMPT, layout="plain", **options)
+    drafted: Any = ScriptedModel(model, mixed([*PROMPT, *expected], seed=3))
+    steps = list(decode(drafted, PROMPT, layout=layout, **options))
+    assert [token for step in steps for token in step.tokens] == expected
+    assert len(steps) < 24 and sum(step.num_accepted for step in steps) > 0
+    greedy = sampled_ids(model, PROMPT, layout=layout, max_tokens=24)
+    assert (expected == greedy) == (sampler is not coarse)
+
+
+def test_a_random_sampler_draws_from_its_own_distribution() -> None:
+    model, sampler = table_model(), make_sampler(temp=1.0)
+    mx.random.seed(5)
+    counts = np.zeros((3, VOCAB, VOCAB))
+    ids = [*PROMPT, *sampled_ids(model, PROMPT, sampler=sampler, max_tokens=600)]
+    for place in range(len(PROMPT), len(ids)):
+        counts[(place % 3, *ids[place - 1 : place + 1])] += 1
+    probs = [
+        exact_probs(model.logits_table[phase, before], [before], Sampling(temp=1.0))
+        for phase in range(3)
+        for before in range(VOCAB)
+    ]
+    assert p_value(counts.reshape(-1, VOCAB), np.array(probs)) > 0.001
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"sampling": Sampling(temp=1.0)}, "exclude each other"), ({"seed": 1}, "mx.random.seed")],
+)
+def test_a_sampler_excludes_what_it_replaces(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        decode(tiny_mtp("llama", k=2), PROMPT, sampler=coarse, **options)

@@ -22,7 +22,7 @@ from mlx_mtp.decoding.config import GenerationConfig
 from mlx_mtp.decoding.limits import max_new_tokens
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import Speculation
-from mlx_mtp.planning.costs import UNMEASURED, LiveCosts
+from mlx_mtp.planning.costs import GPU_GUESS, LiveCosts
 
 EOS = 256
 USER = 257
@@ -89,7 +89,7 @@ class FakeCache:
 
 
 def _measured() -> Speculation:
-    curve = replace(UNMEASURED, source="a test")
+    curve = replace(GPU_GUESS, source="a test", is_guess=False)
     return Speculation(LiveCosts(curve), Acceptance([0.5]))
 
 
@@ -164,6 +164,8 @@ def _steps(
         cache.ids += tokens[:-1] if fed else [answer[done - len(tokens) - 1], *tokens[:-1]]
         reason = "stop" if stops else "length" if done == limit else None
         drafts = 0 if fed or model.k is None else size
+        if options["explain"]:
+            options["explain"](f"step: {len(tokens)} tokens")
         yield SimpleNamespace(
             tokens=tokens,
             num_draft_tokens=drafts,

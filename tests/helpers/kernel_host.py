@@ -9,9 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.backends.metal import matmul as kernels
-from mlx_mtp.backends.metal.checks import LowRank
-from mlx_mtp.backends.metal.matmul import Launch, PackedWeight, Variant
+from mlx_mtp.backends.metal.matmul import Launch, PackedWeight
 from tests.metal_host import Kernel, KernelText, Report, from_bfloat16
 from tests.metal_host.mutants import mutant, mutants, original, switchable_barriers
 from tests.metal_host.our_kernels import text_of
@@ -129,32 +127,3 @@ def relative_error(y: mx.array, wanted: np.ndarray) -> float:
     """Largest error over the largest value."""
     assert y.shape == wanted.shape
     return float(np.abs(float64(y) - wanted).max() / np.abs(wanted).max())
-
-
-class HostRunner:
-    """The executor as a device on which kernels are checked; it cannot time anything."""
-
-    def __init__(self, **options: Any) -> None:
-        self.options = options
-
-    def ours(
-        self, x: mx.array, packed: PackedWeight, *, variant: Variant, simdgroups: int
-    ) -> mx.array:
-        launch = kernels.skinny_qmm_launch(x, packed, variant=variant, simdgroups=simdgroups)
-        return run_launch(launch, **self.options)[0]
-
-    def stock(self, x: mx.array, packed: PackedWeight) -> mx.array:
-        return kernels.skinny_qmm_ops(x, packed)
-
-    def gated(
-        self, x: mx.array, packed: PackedWeight, low: LowRank, *, variant: Variant, simdgroups: int
-    ) -> mx.array:
-        down = kernels.gated_lora_down_launch(x, low.lora_a, gate_split=low.gate_split)
-        term = low.term(run_launch(down, **self.options)[0])
-        launch = kernels.skinny_qmm_launch(
-            x, packed, variant=variant, gated=term, simdgroups=simdgroups
-        )
-        return run_launch(launch, **self.options)[0]
-
-    def seconds(self, calls: Callable[[], list[mx.array]]) -> float:
-        raise AssertionError("the executor says nothing about speed")

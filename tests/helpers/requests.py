@@ -1,20 +1,12 @@
-"""Requests made like ``decode`` makes them, and loops that run several."""
+"""Loops that run several requests."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_mtp.decoding.config import GenerationConfig
 from mlx_mtp.decoding.request import Request
 from mlx_mtp.decoding.step import run
-
-
-def request(model: Any, prompt: Sequence[int], **options: Any) -> Request:
-    """A request; the fields of ``GenerationConfig`` are keywords."""
-    names = GenerationConfig.__dataclass_fields__
-    config = GenerationConfig(**{name: options.pop(name) for name in names if name in options})
-    return Request(model, prompt, config, **options)
 
 
 def finish_alone(model: Any, requests: Sequence[Request]) -> list[list[int]]:

@@ -290,7 +290,7 @@ def test_other_tensors_are_no_prompt_file(tmp_path: Path) -> None:
 
 def test_a_prompt_file_without_rows_is_refused(tmp_path: Path) -> None:
     path = prompt_file(tmp_path, tiny_base("llama"), [])
-    with pytest.raises(ValueError, match="holds an empty prompt cache"):
+    with pytest.raises(ValueError, match="is an empty prompt cache"):
         tiny_mtp("llama").load_prompt_cache(path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,9 @@ from hypothesis import strategies as st
 from mlx_mtp.model.layout import plain_layout
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import AutoPlanner, Speculation
-from mlx_mtp.planning.costs import UNMEASURED, CostCurve, LiveCosts
+from mlx_mtp.planning.costs import GPU_GUESS, CostCurve, LiveCosts
 from mlx_mtp.planning.plan import LOOKUP, MASK, Plan
-from mlx_mtp.planning.probing import FIRST_PAUSE
+from mlx_mtp.planning.settings import DEFAULTS
 
 FLAT = CostCurve(rows=(1, 64), contexts=(0,), forward_ms=((10.0, 11.0),), draft_ms=(0.0, 0.2))
 STEEP = CostCurve(rows=(1, 64), contexts=(0,), forward_ms=((10.0, 640.0),), draft_ms=(0.0, 0.2))
@@ -97,7 +98,7 @@ class TestPlainDecoding:
         made = play(planner(FLAT, prior=0.0), chance=0.0, steps=400, curve=STEEP)
         probes = [at for at, each in enumerate(made) if each.is_probe and each.layout.num_masks]
         gaps = np.diff(probes)
-        assert probes[0] >= FIRST_PAUSE and len(probes) >= 3
+        assert probes[0] >= DEFAULTS.first_pause and len(probes) >= 3
         assert all(later > earlier for earlier, later in zip(gaps, gaps[1:], strict=False))
         rows = sum(each.layout.num_rows for each in made)
         assert rows <= 1.06 * len(made)
@@ -167,18 +168,18 @@ class TestAcceptance:
             for _ in range(400):
                 holds = np.cumprod(rng.uniform(size=3) < chance).sum()
                 known.observe(3, int(holds))
-            assert known.chances()[0] == pytest.approx(chance, abs=0.15)
+            assert known.draft_probs()[0] == pytest.approx(chance, abs=0.15)
 
     def test_drafts_behind_a_wrong_one_are_not_counted(self):
         known = Acceptance([0.5, 0.5, 0.5])
         known.observe(3, 0)
-        below = 0.5 - known.chances()  # the later ones by what the first lets fear alone
+        below = 0.5 - known.draft_probs()  # the later ones by what the first lets fear alone
         assert below[0] > 1.2 * below[1] > 1.2**2 * below[2] > 0
 
     def test_from_shares(self):
         known = Acceptance.from_shares([0.6, 0.3, 0.0])
-        assert known.holds(3) == pytest.approx([1, 0.6, 0.3, 0.0])
-        assert len(known.holds(5)) == 6
+        assert known.prefix_probs(3) == pytest.approx([1, 0.6, 0.3, 0.0])
+        assert len(known.prefix_probs(5)) == 6
 
     @pytest.mark.parametrize("prior", [[], [1.2], [-0.1], [float("nan")]])
     def test_chances_are_checked(self, prior):
@@ -202,7 +203,7 @@ class TestCosts:
         assert CostCurve.from_dict(self.CURVE.to_dict()) == self.CURVE
 
     def test_a_slower_machine_changes_nothing_but_one_row_number_does(self):
-        live = LiveCosts(UNMEASURED)
+        live = LiveCosts(replace(GPU_GUESS, is_guess=False))
         before = live.forward_ms(0).copy()
         for _ in range(200):
             for rows in (1, 4, 8):

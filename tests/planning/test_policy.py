@@ -12,20 +12,21 @@ from hypothesis import strategies as st
 
 from mlx_mtp.planning.policy import (
     PLAIN,
+    RESET_PROB,
+    Action,
     Policy,
-    StepPlan,
     _evaluate,
+    accepted_probs,
     best_policy,
     expected_tokens,
-    step_value,
-    stop_chances,
+    step_ms,
 )
 
 
-def plans(k: int, most_rows: int, *, waiting: int) -> Iterator[StepPlan]:
+def plans(k: int, most_rows: int, *, waiting: int) -> Iterator[Action]:
     for drafts in range(waiting + 1):
         for counts in itertools.product(range(k + 1), repeat=drafts + 1):
-            if (plan := StepPlan(drafts, counts)).num_rows <= most_rows:
+            if (plan := Action(drafts, counts)).num_rows <= most_rows:
                 yield plan
 
 
@@ -36,6 +37,20 @@ def problem(k: int, rows: int, seed: int) -> tuple[np.ndarray, np.ndarray, np.nd
     added = rng.exponential(rng.uniform(0, 0.6), rows) * (rng.uniform(0, 1, rows) < 0.7)
     forward = np.concatenate([[0.0, 1.0], 1 + np.cumsum(added)])[: rows + 1]
     return holds, forward, np.concatenate([[0.0], np.cumsum(rng.exponential(0.05, k))])
+
+
+def step_value(
+    action: Action,
+    policy: Policy,
+    prefix_probs: np.ndarray,
+    forward_ms: np.ndarray,
+    draft_ms: np.ndarray,
+) -> float:
+    """Value of an action in tokens if the policy follows it."""
+    emitted = expected_tokens(prefix_probs, action.num_draft_tokens)
+    probs = accepted_probs(prefix_probs, action.num_draft_tokens)
+    later = float(probs @ policy.values[list(action.mask_counts)]) * (1 - RESET_PROB)
+    return emitted - policy.rate * step_ms(action, forward_ms, draft_ms) + later
 
 
 @given(st.integers(1, 2), st.integers(1, 5), st.integers(0, 10**6))
@@ -50,7 +65,7 @@ def test_no_rule_of_all_is_faster(k: int, rows: int, seed: int) -> None:
 def test_no_step_of_all_is_worth_more(k: int, rows: int, seed: int) -> None:
     holds, forward, draft = problem(k, rows, seed)
     found = best_policy(holds, forward, draft)
-    for waiting, plan in enumerate(found.plans):
+    for waiting, plan in enumerate(found.actions):
         value = step_value(plan, found, holds, forward, draft)
         assert value == pytest.approx(found.values[waiting], abs=1e-9)
         for other in plans(k, rows, waiting=waiting):
@@ -73,7 +88,7 @@ def simulated_rate(
     waiting, tokens, ms = 0, 0, 0.0
     luck = rng.uniform(size=200_000)
     for each in luck:
-        plan = rule.plans[waiting]
+        plan = rule.actions[waiting]
         held = int((each < holds[1 : plan.num_draft_tokens + 1]).sum())
         tokens += held + 1
         ms += forward[plan.num_rows] + draft[max(plan.mask_counts)]
@@ -84,7 +99,7 @@ def simulated_rate(
 def test_the_rate_is_what_decoding_reaches() -> None:
     holds, forward, draft = problem(4, 24, 3)
     rule = best_policy(holds, forward, draft)
-    assert any(plan.num_draft_tokens for plan in rule.plans)
+    assert any(plan.num_draft_tokens for plan in rule.actions)
     assert simulated_rate(rule, holds, forward, draft) == pytest.approx(rule.rate, rel=0.01)
 
 
@@ -92,25 +107,25 @@ def test_flat_costs_ask_for_everything_and_steep_ones_for_nothing() -> None:
     holds = np.array([1, 0.9, 0.8, 0.7])
     draft = np.zeros(4)
     flat = best_policy(holds, np.ones(21), draft)
-    assert flat.plans[3].num_draft_tokens == 3 and min(flat.plans[3].mask_counts) == 3
+    assert flat.actions[3].num_draft_tokens == 3 and min(flat.actions[3].mask_counts) == 3
     steep = best_policy(holds, np.arange(21.0), draft)
-    assert steep.plans[0] == PLAIN and steep.rate == pytest.approx(1.0)
+    assert steep.actions[0] == PLAIN and steep.rate == pytest.approx(1.0)
     hopeless = best_policy(np.array([1.0, 0, 0, 0]), np.ones(21) + np.arange(21) * 1e-3, draft)
-    assert hopeless.plans[0] == PLAIN
+    assert hopeless.actions[0] == PLAIN
 
 
 def test_a_jump_in_cost_is_not_stepped_over_for_little() -> None:
     """Rows beyond 8 cost twice as much: steps stay within 8."""
     forward = np.where(np.arange(33) <= 8, 1.0, 2.5)
     found = best_policy(np.array([1, 0.6, 0.35, 0.2, 0.1]), forward, np.zeros(5))
-    assert max(plan.num_rows for plan in found.plans) <= 8
+    assert max(plan.num_rows for plan in found.actions) <= 8
 
 
 def test_chances() -> None:
     holds = np.array([1, 0.6, 0.3])
     assert expected_tokens(holds, 2) == pytest.approx(1.9)
-    assert stop_chances(holds, 2) == pytest.approx([0.4, 0.3, 0.3])
-    assert stop_chances(holds, 0) == pytest.approx([1.0])
+    assert accepted_probs(holds, 2) == pytest.approx([0.4, 0.3, 0.3])
+    assert accepted_probs(holds, 0) == pytest.approx([1.0])
 
 
 def test_shapes_are_checked() -> None:

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_mtp.planning.auto import AutoPlanner, Speculation
-from mlx_mtp.planning.costs import CostCurve, LiveCosts
+from mlx_mtp.planning.costs import CPU_GUESS, GPU_GUESS, SLOW_CPU_GUESS, CostCurve, LiveCosts
 from mlx_mtp.planning.fixed import FixedPlanner
-from mlx_mtp.planning.probing import FIRST_PAUSE, LONGEST_WAIT, MOST_IN_A_ROW, SHARE, Probing
+from mlx_mtp.planning.probing import Probing
+from mlx_mtp.planning.settings import DEFAULTS, PlannerSettings
 from mlx_mtp.simulate.chips import Machine, chips
 from mlx_mtp.simulate.optimum import offline_optimum
 from mlx_mtp.simulate.replay import StepCosts, Tally, replay, replay_answer, speculation
@@ -90,12 +91,33 @@ class TestWrongCosts:
         found = of_optimum(trace, costs, known, most_rows=machine.most_rows, after=2 * LEARNT_BY)
         assert found >= 0.9
 
-    def test_one_that_took_no_tries_would_stay_plain(self, monkeypatch) -> None:
-        """The tries are what finds it out: with an endless wait nothing does."""
-        monkeypatch.setattr("mlx_mtp.planning.probing.LONGEST_WAIT", 10**9)
+    def test_without_probes_wrong_costs_are_never_corrected(self) -> None:
         trace, costs = synthetic(CHANCES, answers=120), StepCosts(CURVE, most_rows=81)
         known = speculation(wrong(CURVE, lambda rows: 40.0 if rows > 1 else 1.0), trace.shares, 8)
+        known.probing = Probing(PlannerSettings(max_probe_wait=10**9))
         assert of_optimum(trace, costs, known, most_rows=30, after=LEARNT_BY) < 0.75
+
+
+class TestAGuess:
+    """The first answers on a machine where nothing was measured."""
+
+    @pytest.mark.parametrize("name", list(chips()))
+    @pytest.mark.parametrize(
+        ("chances", "least"), [((0.002,) * 8, 0.96), (CHANCES, 0.96), ((0.9,) * 8, 0.95)],
+        ids=["random", "shipped", "good"],
+    )  # fmt: skip
+    def test_never_costs_much(self, name: str, chances: tuple[float, ...], least: float) -> None:
+        trace = synthetic(chances, answers=10, shares=np.cumprod(CHANCES).tolist())
+        costs = StepCosts(chips()[name].machine(8).curve, most_rows=96)
+        guess = {"linux-cpu": CPU_GUESS, "linux-cpu-stock": SLOW_CPU_GUESS}.get(name, GPU_GUESS)
+        plain = replay(trace, partial(FixedPlanner, "plain", num_draft_tokens=0), costs)
+        known, auto = speculation(guess, trace.shares, 8), Tally()
+        for answer in trace.answers:
+            planner = AutoPlanner(known, num_draft_tokens=8, use_lookup=False)
+            auto.add(replay_answer(answer, planner, costs, max_tokens=trace.max_tokens))
+        assert auto.tps >= least * plain.total.tps
+        if chances[0] == 0.9 and name not in ("m2", "m3-ultra-bf16", "linux-cpu-stock"):
+            assert auto.tps >= 1.3 * plain.total.tps
 
 
 class TestThePrice:
@@ -135,7 +157,7 @@ def play(
         if probing.is_due(cost):
             probing.observe(is_probe=True, masks=2, drafts=0, num_accepted=0, of_expected=1.0)
             held = 2 * int(rng.uniform() < holds)
-            assert probing.waits
+            assert probing.is_verifying
             probing.observe(is_probe=True, masks=0, drafts=2, num_accepted=held, of_expected=less)
             tries, wait = tries + 1, 0
         else:
@@ -155,19 +177,21 @@ class TestTries:
     def test_cost_a_small_share_and_never_end(self, cost, holds, seed, less) -> None:
         steps = 12_000
         tries, longest = play(Probing(), cost=cost, steps=steps, holds=holds, seed=seed, less=less)
-        believed = min(cost, LONGEST_WAIT * SHARE)
-        assert tries * believed <= SHARE * steps + MOST_IN_A_ROW * believed
-        assert tries >= 2 and longest <= MOST_IN_A_ROW * LONGEST_WAIT
+        believed = min(cost, DEFAULTS.max_probe_wait * DEFAULTS.probe_share)
+        assert tries * believed <= DEFAULTS.probe_share * steps + DEFAULTS.max_surprises * believed
+        assert tries >= 2 and longest <= DEFAULTS.max_surprises * DEFAULTS.max_probe_wait
 
     def test_follow_one_another_only_while_they_surprise(self) -> None:
-        assert play(Probing(), cost=100.0, steps=LONGEST_WAIT + 100, holds=0.0)[0] == 1
-        often = play(Probing(), cost=100.0, steps=LONGEST_WAIT + 100, holds=1.0)[0]
-        cheap = play(Probing(), cost=100.0, steps=LONGEST_WAIT + 100, holds=0.0, less=0.3)[0]
-        assert often == cheap == MOST_IN_A_ROW
+        assert play(Probing(), cost=100.0, steps=DEFAULTS.max_probe_wait + 100, holds=0.0)[0] == 1
+        often = play(Probing(), cost=100.0, steps=DEFAULTS.max_probe_wait + 100, holds=1.0)[0]
+        cheap = play(
+            Probing(), cost=100.0, steps=DEFAULTS.max_probe_wait + 100, holds=0.0, less=0.3
+        )[0]
+        assert often == cheap == DEFAULTS.max_surprises
 
     def test_begin_after_a_pause(self) -> None:
-        assert play(Probing(), cost=0.0, steps=FIRST_PAUSE, holds=0.0)[0] == 0
-        assert play(Probing(), cost=0.0, steps=FIRST_PAUSE + 1, holds=0.0)[0] == 1
+        assert play(Probing(), cost=0.0, steps=DEFAULTS.first_pause, holds=0.0)[0] == 0
+        assert play(Probing(), cost=0.0, steps=DEFAULTS.first_pause + 1, holds=0.0)[0] == 1
 
 
 class TestLiveCosts:

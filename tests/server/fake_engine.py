@@ -21,12 +21,11 @@ READY = {
     "model": "fake/model",
     "adapter": True,
     "num_draft_tokens": 4,
-    "vocab_size": 260,
     "max_context": 1000,
     "has_chat_template": True,
     "has_tools": True,
-    "load_s": 0.0,
 }
+VOCAB_SIZE = 260
 FLOOD_BYTES = 2**21
 _LOCK = threading.Lock()
 
@@ -69,11 +68,21 @@ def finished(reason: str, count: int, calls: list[dict[str, str]]) -> dict[str, 
     }  # fmt: skip
 
 
+def exceeds_limit(job: dict[str, Any], param: str) -> bool:
+    if param == "logit_bias":
+        return any(int(token) >= VOCAB_SIZE for token in job.get(param, ()))
+    return job.get(param, 0) > READY["num_draft_tokens"]
+
+
 def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     text = job["messages"][-1]["content"] if "messages" in job else str(job["prompt"])
     if text == "refuse":
         yield {"type": "refused", "message": "no such thing", "param": "messages", "code": "no"}
         return
+    for param in ("num_draft_tokens", "logit_bias"):
+        if exceeds_limit(job, param):
+            yield {"type": "refused", "message": f"{param} is too large", "param": param}
+            return
     yield {"type": "started", "prompt_tokens": 10, "cached_tokens": 4}
     logprobs = job.get("top_logprobs") is not None
     if text == "fail":
@@ -121,11 +130,11 @@ def listen(
 
 
 def main() -> None:
-    options = read()
-    while "gate" in options and not os.path.exists(options["gate"]):
+    kind, _, path = (read().get("model") or "").partition(" ")
+    while kind == "gate" and not os.path.exists(path):
         time.sleep(0.01)
-    if options.get("broken"):
-        send({"type": "broken", "message": options["broken"]})
+    if kind == "broken":
+        send({"type": "broken", "message": "no such model"})
         return
     cancelled: set[int] = set()
     jobs: dict[int, Iterator[dict[str, Any]]] = {}

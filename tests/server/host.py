@@ -107,17 +107,17 @@ def listening(app: Any, **options: Any) -> Iterator[int]:
 
 @contextlib.contextmanager
 def hosted(
-    *, options: dict[str, Any] | None = None, engine: dict[str, Any] | None = None, **settings: Any
+    *, model: str | None = None, engine: dict[str, Any] | None = None, **settings: Any
 ) -> Iterator[Host]:
     """Run a server.
 
     Args:
-        options: what the fake engine is told.
+        model: what the fake engine loads.
         engine: arguments of ``Engine``.
         settings: fields of ``Settings``.
     """
     chosen = Settings(**settings)
-    made = Engine(options or {}, command=FAKE, **(engine or {}))
+    made = Engine({"model": model}, command=FAKE, **(engine or {}))
     app, http = create_app(made, chosen), protocol_class(chosen, made.metrics)
     with listening(app, http=http) as port:
         host = Host(f"http://127.0.0.1:{port}", made)

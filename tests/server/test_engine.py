@@ -14,84 +14,80 @@ import pytest
 from mlx_mtp.apps.engine.penalties import answer_penalty
 from mlx_mtp.apps.engine.prefix_cache import PrefixCache, shared_prefix
 from mlx_mtp.apps.engine.preparing import Refusal, prepare
+from mlx_mtp.apps.engine.protocol import Cancel, Job, Submit
 from mlx_mtp.apps.engine.scheduler import Scheduler
-from mlx_mtp.apps.engine.session import Bench, Session
+from mlx_mtp.apps.engine.session import Engine, Session
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.apps.engine.tool_calls import ToolCallReader
-from mlx_mtp.calibration.stored_costs import SPECULATIONS, kept_costs, speculation_for
+from mlx_mtp.calibration.stored_costs import (
+    SPECULATIONS,
+    calibrate,
+    measured_costs,
+    speculation_for,
+)
 from mlx_mtp.decoding import step
 from mlx_mtp.decoding.grouping import StepGrouper
 from mlx_mtp.generate import chat_text, generate
-from mlx_mtp.planning.costs import UNMEASURED
+from mlx_mtp.planning.costs import GPU_GUESS
 from tests.helpers.fixtures_generate import EOS, TEMPLATE, byte_tokenizer, ids_of
 from tests.helpers.tiny import BYTE_VOCAB, tiny_mtp
+from tests.server.sessions import as_sent, messages_of
 
 PROMPTS = ["Say a word about rain.", "One, two, three, four, one, two, three,", "Why?", "abcabcabc"]
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
+def engine() -> Engine:
     tokenizer = byte_tokenizer()
     tokenizer.add_eos_token(str(EOS))
     model = tiny_mtp(vocab_size=BYTE_VOCAB, max_position_embeddings=512)
-    return Bench(
+    return Engine(
         model=model,
         tokenizer=tokenizer,
-        speculation=speculation_for(model, measure=False),
-        prefixes=PrefixCache(most_bytes=0),
+        speculation=speculation_for(model),
+        prefixes=PrefixCache(max_bytes=0),
         texts=TokenTexts(tokenizer),
         prefill_step_size=8,
     )
 
 
-def kept(bench: Bench, most_bytes: int = 2**24) -> Bench:
-    """The same bench with a cache of beginnings of its own."""
-    prefixes = PrefixCache(most_bytes=most_bytes)
-    return replace(bench, prefixes=prefixes)
+def kept(engine: Engine, max_bytes: int = 2**24) -> Engine:
+    """The same engine with a cache of beginnings of its own."""
+    prefixes = PrefixCache(max_bytes=max_bytes)
+    return replace(engine, prefixes=prefixes)
 
 
 def job(text: str, **more: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": text}], "max_tokens": 24} | more
 
 
-def run(bench: Bench, values: dict[str, Any]) -> list[dict[str, Any]]:
-    """All messages of one job."""
-    session = Session(prepare(values, bench.model, bench.tokenizer), bench)
-    messages = [session.started()]
-    while not session.finished:
-        [outcome] = step.run(bench.model, [session.plan()])
-        messages += session.commit(outcome)
-    session.close()
-    return messages
-
-
 def text_of(messages: list[dict[str, Any]]) -> str:
     return "".join(message["text"] for message in messages if message["type"] == "group")
 
 
-def expected(bench: Bench, text: str, **options: Any) -> str:
+def expected(engine: Engine, text: str, **options: Any) -> str:
     """What ``generate`` answers."""
-    prompt = chat_text(bench.tokenizer, [{"role": "user", "content": text}])
-    ids = bench.tokenizer.encode(prompt, add_special_tokens=False)
+    prompt = chat_text(engine.tokenizer, [{"role": "user", "content": text}])
+    ids = engine.tokenizer.encode(prompt, add_special_tokens=False)
     ways = {"max_tokens": 24, "layout": "plain"} | options
-    return generate(bench.model, bench.tokenizer, ids, **ways)
+    return generate(engine.model, engine.tokenizer, ids, **ways)
 
 
 class Turns:
     """A scheduler whose messages are kept, and which runs until all jobs have ended."""
 
-    def __init__(self, bench: Bench) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.messages: list[dict[str, Any]] = []
         self.scheduler = Scheduler(
-            prepare=lambda values: prepare(values, bench.model, bench.tokenizer),
-            begin=lambda prepared: Session(prepared, bench),
-            group=StepGrouper(bench.model, bench.speculation).groups,
-            run=lambda steps: step.run(bench.model, steps),
-            send=self.messages.append,
+            prepare=lambda values: prepare(Job.from_dict(values), engine.model, engine.tokenizer),
+            begin=lambda prepared: Session(prepared, engine),
+            group=StepGrouper(engine.model, engine.speculation).groups,
+            run=lambda steps: step.run(engine.model, steps),
+            send=lambda message: self.messages.append(as_sent(message)),
         )
 
     def submit(self, number: int, values: dict[str, Any]) -> None:
-        self.scheduler.receive({"type": "submit", "id": number, "job": values})
+        self.scheduler.receive(Submit(id=number, job=values))
 
     def wait_until_prepared(self, count: int) -> None:
         """So that all of the jobs submitted are there when the first begins."""
@@ -99,7 +95,7 @@ class Turns:
             time.sleep(0.001)
 
     def cancel(self, number: int) -> None:
-        self.scheduler.receive({"type": "cancel", "id": number})
+        self.scheduler.receive(Cancel(id=number))
 
     def run(self, count: int) -> None:
         """Go on until so many jobs have ended."""
@@ -113,20 +109,20 @@ class Turns:
 
 
 @pytest.mark.parametrize("layout", ["auto", "linear", "quadratic", "plain"])
-def test_answers_made_by_turns_are_those_of_generate(bench, layout):
-    turns = Turns(bench)
+def test_answers_made_by_turns_are_those_of_generate(engine, layout):
+    turns = Turns(engine)
     for at, text in enumerate(PROMPTS):
         turns.submit(at, job(text, layout=layout))
     turns.wait_until_prepared(len(PROMPTS))
     turns.run(len(PROMPTS))
     for at, text in enumerate(PROMPTS):
-        assert text_of(turns.of(at)) == expected(bench, text)
+        assert text_of(turns.of(at)) == expected(engine, text)
     order = [message["id"] for message in turns.messages if message["type"] == "group"]
     assert order[:8] != sorted(order[:8]), "one after the other"
 
 
-def test_turns_are_fair(bench):
-    turns = Turns(bench)
+def test_turns_are_fair(engine):
+    turns = Turns(engine)
     for at in range(3):
         turns.submit(at, job(PROMPTS[2], layout="plain", max_tokens=5))
     turns.wait_until_prepared(3)
@@ -135,8 +131,8 @@ def test_turns_are_fair(bench):
     assert order == [0, 1, 2] * 5
 
 
-def test_long_prompts_let_others_have_their_turn(bench):
-    turns = Turns(bench)
+def test_long_prompts_let_others_have_their_turn(engine):
+    turns = Turns(engine)
     turns.submit(0, job("x" * 200, max_tokens=2))
     turns.submit(1, job("Why?", max_tokens=6, layout="plain"))
     turns.run(2)
@@ -145,8 +141,8 @@ def test_long_prompts_let_others_have_their_turn(bench):
     assert (1, "finished") in kinds[:first]
 
 
-def test_every_group_is_one_step(bench):
-    messages = run(bench, job(PROMPTS[1], layout="quadratic"))
+def test_every_group_is_one_step(engine):
+    messages = messages_of(engine, job(PROMPTS[1], layout="quadratic"))
     groups = [message for message in messages if message["type"] == "group"]
     stats = messages[-1]["stats"]
     assert len(groups) == stats["num_steps"]
@@ -157,82 +153,87 @@ def test_every_group_is_one_step(bench):
     assert {group["source"] for group in groups if group["drafted"]} == {"mask"}
 
 
-def test_a_job_may_turn_speculation_off(bench):
-    messages = run(bench, job(PROMPTS[0], layout="plain"))
+def test_a_job_may_turn_speculation_off(engine):
+    messages = messages_of(engine, job(PROMPTS[0], layout="plain"))
     assert messages[-1]["stats"]["num_draft_tokens"] == 0 and not messages[-1]["stats"]["mtp"]
 
 
-def test_a_conversation_goes_on_from_what_is_cached(bench):
-    bench = kept(bench)
-    first = run(bench, job(PROMPTS[0]))
+def test_a_conversation_goes_on_from_what_is_cached(engine):
+    engine = kept(engine)
+    first = messages_of(engine, job(PROMPTS[0]))
     assert first[0]["cached_tokens"] == 0
     said = {"role": "assistant", "content": "Rain."}
     turns = [{"role": "user", "content": PROMPTS[0]}, said, {"role": "user", "content": "More!"}]
-    second = run(bench, job("") | {"messages": turns})
+    second = messages_of(engine, job("") | {"messages": turns})
     assert second[0]["cached_tokens"] >= len(PROMPTS[0])
-    fresh = run(kept(bench, 0), job("") | {"messages": turns})
+    fresh = messages_of(kept(engine, 0), job("") | {"messages": turns})
     assert fresh[0]["cached_tokens"] == 0 and text_of(second) == text_of(fresh)
     assert second[0]["prompt_tokens"] == fresh[0]["prompt_tokens"]
-    again = run(bench, job("") | {"messages": turns})
+    again = messages_of(engine, job("") | {"messages": turns})
     assert again[0]["cached_tokens"] == again[0]["prompt_tokens"] - 1
     assert text_of(again) == text_of(fresh)
 
 
-def test_penalties_see_what_is_cached(bench):
+def test_penalties_see_what_is_cached(engine):
     values = job("abcabc", repetition_penalty=3.0, max_tokens=10)
-    fresh = run(bench, values)
-    bench = kept(bench)
-    run(bench, values | {"repetition_penalty": None, "max_tokens": 1})
-    cached = run(bench, values)
+    fresh = messages_of(engine, values)
+    engine = kept(engine)
+    messages_of(engine, values | {"repetition_penalty": None, "max_tokens": 1})
+    cached = messages_of(engine, values)
     assert cached[0]["cached_tokens"] == cached[0]["prompt_tokens"] - 1
-    assert text_of(cached) == text_of(fresh) != text_of(run(bench, job("abcabc", max_tokens=10)))
+    assert (
+        text_of(cached)
+        == text_of(fresh)
+        != text_of(messages_of(engine, job("abcabc", max_tokens=10)))
+    )
 
 
-def test_a_cancelled_answer_leaves_a_whole_cache(bench):
-    bench = kept(bench)
-    turns = Turns(bench)
+def test_a_cancelled_answer_leaves_a_whole_cache(engine):
+    engine = kept(engine)
+    turns = Turns(engine)
     turns.submit(0, job("y" * 100))
     for _ in range(8):
         turns.scheduler.turn()
     turns.cancel(0)
     turns.submit(1, job("y" * 100))
     turns.run(2)
-    assert turns.of(0)[-1] == {"type": "finished", "id": 0, "reason": "cancelled"}
+    last = {"type": "finished", "id": 0, "reason": "cancelled"}
+    assert turns.of(0)[-1] == last | {"tool_calls": [], "stats": {}}
     assert turns.of(1)[0]["cached_tokens"] > 8
-    assert text_of(turns.of(1)) == expected(bench, "y" * 100)
+    assert text_of(turns.of(1)) == expected(engine, "y" * 100)
 
 
-def test_what_several_begin_with_is_computed_once(bench):
-    bench = kept(bench)
+def test_what_several_begin_with_is_computed_once(engine):
+    engine = kept(engine)
     shared = "s" * 60
     values = [job("") | {"messages": [{"role": "user", "content": shared + tail}]}
               for tail in ("one, and more of it, and more, and more", "two", "three")]  # fmt: skip
-    first = run(bench, values[0])
-    turns = Turns(bench)
+    first = messages_of(engine, values[0])
+    turns = Turns(engine)
     for at, each in enumerate(values[1:]):
         turns.submit(at, each)
     turns.wait_until_prepared(2)
     turns.run(2)
     for at, each in enumerate(values[1:]):
         assert turns.of(at)[0]["cached_tokens"] >= 60
-        assert text_of(turns.of(at)) == text_of(run(kept(bench, 0), each))
-    again = run(bench, values[0])
+        assert text_of(turns.of(at)) == text_of(messages_of(kept(engine, 0), each))
+    again = messages_of(engine, values[0])
     assert again[0]["cached_tokens"] == again[0]["prompt_tokens"] - 1
     assert text_of(again) == text_of(first)
 
 
-def test_the_cache_of_beginnings_has_a_bound(bench):
-    bench = kept(bench)
-    one = run(bench, job(PROMPTS[0]))
-    assert one and len(bench.prefixes) == 1
-    size = bench.prefixes.nbytes
-    small = kept(bench, int(2.5 * size))
+def test_the_cache_of_beginnings_has_a_bound(engine):
+    engine = kept(engine)
+    one = messages_of(engine, job(PROMPTS[0]))
+    assert one and len(engine.prefixes) == 1
+    size = engine.prefixes.nbytes
+    small = kept(engine, int(2.5 * size))
     for text in PROMPTS + ["z" * 30, "w" * 30]:
-        run(small, job(text))
+        messages_of(small, job(text))
         assert small.prefixes.nbytes <= 2.5 * size
     assert len(small.prefixes) == 2
-    none = kept(bench, 0)
-    run(none, job(PROMPTS[0]))
+    none = kept(engine, 0)
+    messages_of(none, job(PROMPTS[0]))
     assert len(none.prefixes) == 0
 
 
@@ -246,24 +247,24 @@ def test_shared_prefix(one, other, count):
 
 
 @pytest.mark.parametrize("layout", ["plain", "auto"])
-def test_a_seed_makes_an_answer_repeatable(bench, layout):
+def test_a_seed_makes_an_answer_repeatable(engine, layout):
     values = job(PROMPTS[0], temp=1.0, layout=layout, seed=3)
-    one, two = text_of(run(bench, values)), text_of(run(bench, values))
+    one, two = text_of(messages_of(engine, values)), text_of(messages_of(engine, values))
     assert one == two
-    others = {text_of(run(bench, values | {"seed": None})) for _ in range(3)}
+    others = {text_of(messages_of(engine, values | {"seed": None})) for _ in range(3)}
     assert len(others) > 1
 
 
-def test_stop_strings_end_the_text_and_are_told(bench):
-    whole = expected(bench, PROMPTS[0])
+def test_stop_strings_end_the_text_and_are_told(engine):
+    whole = expected(engine, PROMPTS[0])
     stop = whole[4:6]
-    messages = run(bench, job(PROMPTS[0], stop=["nowhere", stop], layout="quadratic"))
+    messages = messages_of(engine, job(PROMPTS[0], stop=["nowhere", stop], layout="quadratic"))
     assert text_of(messages) == whole[: whole.index(stop)]
     assert messages[-1]["reason"] == "stop" and messages[-1]["stop_string"] == stop
 
 
-def test_log_probabilities_are_those_of_the_chosen_ids(bench):
-    messages = run(bench, job(PROMPTS[1], top_logprobs=3, layout="quadratic"))
+def test_log_probabilities_are_those_of_the_chosen_ids(engine):
+    messages = messages_of(engine, job(PROMPTS[1], top_logprobs=3, layout="quadratic"))
     entries = [each for message in messages for each in message.get("logprobs", ())]
     assert len(entries) == messages[-1]["stats"]["generation_tokens"]
     for entry in entries:
@@ -275,13 +276,15 @@ def test_log_probabilities_are_those_of_the_chosen_ids(bench):
     assert data.decode("utf-8", "replace").startswith(text_of(messages)[:4])
 
 
-def test_a_bias_and_penalties_change_the_answer(bench):
-    messages = run(bench, job("Why?", logit_bias={"65": 100.0}, max_tokens=5))
+def test_a_bias_and_penalties_change_the_answer(engine):
+    messages = messages_of(engine, job("Why?", logit_bias={"65": 100.0}, max_tokens=5))
     assert text_of(messages) == "AAAAA"
-    free = text_of(run(bench, job("Why?", logit_bias={"65": 30.0, "66": 25.0}, max_tokens=6)))
+    free = text_of(
+        messages_of(engine, job("Why?", logit_bias={"65": 30.0, "66": 25.0}, max_tokens=6))
+    )
     assert free == "AAAAAA"
     bias = {"65": 100.0, "66": 99.0}
-    penalised = run(bench, job("A", logit_bias=bias, frequency_penalty=0.8, max_tokens=6))
+    penalised = messages_of(engine, job("A", logit_bias=bias, frequency_penalty=0.8, max_tokens=6))
     assert {"A", "B"} == set(text_of(penalised))
 
 
@@ -299,45 +302,45 @@ def test_penalties_count_the_answer_only():
         ({"prompt": ""}, "prompt", "empty"),
         ({"prompt": [1, 999]}, "prompt", "999"),
         ({"prompt": "x" * 600}, "prompt", "takes fewer than 512"),
-        ({"prompt": "x", "logit_bias": {"260": 1.0}}, "logit_bias", "260"),
+        ({"prompt": "x", "logit_bias": {260: 1.0}}, "logit_bias", "260"),
         ({"prompt": "x", "num_draft_tokens": 9}, "num_draft_tokens", "9"),
         ({"prompt": "x", "top_p": 2.0}, None, "top_p"),
     ],
 )
-def test_jobs_that_cannot_be_done_are_refused(bench, values, param, word):
+def test_jobs_that_cannot_be_done_are_refused(engine, values, param, word):
     with pytest.raises(Refusal, match=word) as refusal:
-        prepare({"max_tokens": 5} | values, bench.model, bench.tokenizer)
+        prepare(Job(max_tokens=5, **values), engine.model, engine.tokenizer)
     assert refusal.value.param == param
 
 
-def test_refusals_and_failures_leave_the_others_alone(bench, monkeypatch):
-    turns = Turns(bench)
+def test_refusals_and_failures_leave_the_others_alone(engine, monkeypatch):
+    turns = Turns(engine)
     turns.submit(0, job("x" * 600))
     turns.submit(1, job("Why?"))
     turns.submit(2, job("Why?") | {"max_tokens": "many"})
     turns.cancel(99)
     turns.run(3)
     assert turns.of(0)[-1]["code"] == "context_length_exceeded"
-    assert text_of(turns.of(1)) == expected(bench, "Why?")
+    assert text_of(turns.of(1)) == expected(engine, "Why?")
     assert turns.of(2)[-1]["type"] == "failed"
 
 
-def test_a_forward_that_fails_ends_those_in_it_and_keeps_nothing(bench, monkeypatch):
-    bench = kept(bench)
-    turns = Turns(bench)
+def test_a_forward_that_fails_ends_those_in_it_and_keeps_nothing(engine, monkeypatch):
+    engine = kept(engine)
+    turns = Turns(engine)
     for at in range(2):
         turns.submit(at, job(PROMPTS[at], layout="plain"))
     turns.wait_until_prepared(2)
     for _ in range(16):
         turns.scheduler.turn()
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_mtp.decoding.step._fetch", lambda *_: 1 / 0)
+        patch.setattr("mlx_mtp.decoding.step._outcome", lambda *_: 1 / 0)
         turns.run(2)
     assert [turns.of(at)[-1]["type"] for at in range(2)] == ["failed", "failed"]
-    assert len(bench.prefixes) == 0
+    assert len(engine.prefixes) == 0
     turns.submit(2, job("Why?"))
     turns.run(3)
-    assert text_of(turns.of(2)) == expected(bench, "Why?")
+    assert text_of(turns.of(2)) == expected(engine, "Why?")
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
@@ -368,11 +371,11 @@ def tool_tokenizer() -> Any:
     )
 
 
-def test_tools_reach_the_template(bench):
+def test_tools_reach_the_template(engine):
     template = TEMPLATE + "{% if tools %}{{ tools[0]['function']['name'] }}{% endif %}"
     tokenizer = byte_tokenizer(template=template)
     tools = [{"type": "function", "function": {"name": "add"}}]
-    prepared = prepare(job("hi", tools=tools), bench.model, tokenizer)
+    prepared = prepare(Job.from_dict(job("hi", tools=tools)), engine.model, tokenizer)
     assert prepared.ids[-3:] == ids_of("add") and prepared.tools == tools
 
 
@@ -387,16 +390,15 @@ def test_ids_look_like_their_bytes():
     assert [(each["token"], each["top_logprobs"]) for each in found] == [("A", []), ("B", [])]
 
 
-def test_costs_that_steps_disprove_are_doubted_behind_the_answer(bench, monkeypatch, tmp_path):
+def test_costs_that_steps_disprove_are_discarded_after_the_answer(engine, monkeypatch, tmp_path):
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
-    minutes = replace(UNMEASURED, forward_ms=((6e4,) * 5,))
+    minutes = replace(GPU_GUESS, forward_ms=((6e4,) * 6,), is_guess=False)
     monkeypatch.setattr("mlx_mtp.calibration.stored_costs.measure_costs", lambda *_, **__: minutes)
-    SPECULATIONS.forget(bench.model)
-    kept_costs(bench.model)
-    known = speculation_for(bench.model, measure=False)
+    SPECULATIONS.forget(engine.model)
+    calibrate(engine.model)
+    known = speculation_for(engine.model)
     for _ in range(16):
         known.costs.observe(rows=1, largest_group=0, context=0, ms=0.01)
-    (file,) = (tmp_path / "costs").iterdir()
-    assert not json.loads(file.read_text())["disturbed"]
-    run(bench, job("Why?"))
-    assert json.loads(file.read_text())["disturbed"]
+    assert measured_costs(engine.model) == minutes
+    messages_of(engine, job("Why?"))
+    assert measured_costs(engine.model) is None

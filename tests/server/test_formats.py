@@ -17,19 +17,29 @@ from pydantic import BaseModel, Field
 from mlx_mtp.apps.engine.grammar import GrammarError
 from mlx_mtp.apps.engine.prefix_cache import PrefixCache
 from mlx_mtp.apps.engine.preparing import Prepared, Refusal, prepare
+from mlx_mtp.apps.engine.protocol import (
+    Finished,
+    Job,
+    JobMessage,
+    Ready,
+    Refused,
+    Started,
+    Submit,
+)
 from mlx_mtp.apps.engine.scheduler import Scheduler
-from mlx_mtp.apps.engine.session import Bench, answer
-from mlx_mtp.apps.engine.supervisor import EngineInfo
+from mlx_mtp.apps.engine.session import Engine
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.apps.engine.tool_calls import calls_are_json
 from mlx_mtp.apps.server.api.anthropic_schema import openai_choice
 from mlx_mtp.apps.server.api.tools import Tool, chat_tools
 from mlx_mtp.apps.server.errors import ApiError
+from mlx_mtp.planning.auto import Speculation
 from tests.helpers.fixtures_generate import byte_tokenizer
 from tests.helpers.tiny import BYTE_VOCAB, tiny_mtp
 from tests.server.command import Served, served
 from tests.server.host import PATHS, Host, hosted
 from tests.server.hostile_schemas import EITHER, REFUSED
+from tests.server.sessions import messages_of
 
 TEXT = "Who are you?"
 SCHEMA: dict[str, Any] = {
@@ -207,30 +217,31 @@ TOOLS: list[dict[str, Any]] = [
 
 
 @pytest.fixture(scope="module")
-def bench() -> Bench:
+def engine() -> Engine:
     plain, detokenizer = byte_tokenizer(), cast(Any, BPEStreamingDetokenizer)
     tokenizer = TokenizerWrapper(
         plain._tokenizer, detokenizer, tool_parser=json_tools.parse_tool_call,
         tool_call_start="<tool_call>", tool_call_end="</tool_call>",
     )  # fmt: skip
-    return Bench(
-        model=tiny_mtp(vocab_size=BYTE_VOCAB, max_position_embeddings=1024),
+    model = tiny_mtp(vocab_size=BYTE_VOCAB, max_position_embeddings=1024)
+    return Engine(
+        model=model,
         tokenizer=tokenizer,
-        prefixes=PrefixCache(most_bytes=0),
+        speculation=Speculation.guess(model.num_draft_tokens),
+        prefixes=PrefixCache(max_bytes=0),
         texts=TokenTexts(tokenizer),
         prefill_step_size=64,
     )
 
 
 @pytest.mark.parametrize("names", [["add"], ["is_it", "add"]])
-def test_calls_that_must_be_made_are_made(bench, names):
-    assert calls_are_json(bench.tokenizer)
+def test_calls_that_must_be_made_are_made(engine, names):
+    assert calls_are_json(engine.tokenizer)
     job = {
         "messages": [{"role": "user", "content": TEXT}], "max_tokens": 200, "tools": TOOLS,
-        "must_call": names, "many_calls": False,
+        "required_tools": names, "parallel_tool_calls": False,
     }  # fmt: skip
-    items: list[Any] = list(answer(prepare(job, bench.model, bench.tokenizer), bench))
-    last = items[-1]
+    *_, last = messages_of(engine, job)
     assert last["reason"] == "tool_calls" and len(last["tool_calls"]) == 1
     call = last["tool_calls"][0]
     schemas = {each["function"]["name"]: each["function"]["parameters"] for each in TOOLS}
@@ -238,21 +249,21 @@ def test_calls_that_must_be_made_are_made(bench, names):
     jsonschema.validate(json.loads(call["arguments"]), schemas[call["name"]])
 
 
-def test_a_bad_schema_of_a_tool_is_refused(bench):
+def test_a_bad_schema_of_a_tool_is_refused(engine):
     tool = {"type": "function", "function": {"name": "add", "parameters": REFUSED["no such type"]}}
     job = {
         "messages": [{"role": "user", "content": TEXT}], "max_tokens": 9, "tools": [tool],
-        "must_call": ["add"], "many_calls": True,
+        "required_tools": ["add"], "parallel_tool_calls": True,
     }  # fmt: skip
     with pytest.raises(Refusal, match="tools: ") as told:
-        prepare(job, bench.model, bench.tokenizer)
+        prepare(Job.from_dict(job), engine.model, engine.tokenizer)
     assert told.value.param == "tools"
 
 
-def info(*, holds: bool) -> EngineInfo:
-    return EngineInfo(
-        model="m", adapter=True, num_draft_tokens=4, vocab_size=9, max_context=None,
-        has_chat_template=True, has_tools=True, load_s=0.0, holds_tools=holds,
+def info(*, required: bool) -> Ready:
+    return Ready(
+        model="m", adapter=True, num_draft_tokens=4, max_context=None,
+        has_chat_template=True, has_tools=True, can_require_tools=required,
     )  # fmt: skip
 
 
@@ -268,11 +279,12 @@ def info(*, holds: bool) -> EngineInfo:
 )
 def test_choices_of_all_dialects_become_calls(choice, names, many):
     tools = [Tool.model_validate(tool) for tool in TOOLS]
-    job = chat_tools(tools, choice, info(holds=True))
-    assert (job["must_call"], job["many_calls"]) == (names, many) and len(job["tools"]) == 2
-    assert not chat_tools(tools, choice, info(holds=True), parallel=False)["many_calls"]
-    with pytest.raises(ApiError, match="cannot be held") as told:
-        chat_tools(tools, choice, info(holds=False))
+    job = chat_tools(tools, choice, info(required=True))
+    assert (job["required_tools"], job["parallel_tool_calls"]) == (names, many)
+    assert len(job["tools"]) == 2
+    assert not chat_tools(tools, choice, info(required=True), parallel=False)["parallel_tool_calls"]
+    with pytest.raises(ApiError, match="cannot be enforced") as told:
+        chat_tools(tools, choice, info(required=False))
     assert told.value.param == "tool_choice"
 
 
@@ -283,14 +295,14 @@ def test_choices_of_all_dialects_become_calls(choice, names, many):
 def test_choices_that_name_no_tool_are_refused(choice):
     tools = [Tool.model_validate(tool) for tool in TOOLS]
     with pytest.raises(ApiError, match="tool_choice must be"):
-        chat_tools(tools, choice, info(holds=True))
+        chat_tools(tools, choice, info(required=True))
 
 
 def test_strict_tools_need_a_call_that_must_be_made():
     tools = [Tool.model_validate(tool) for tool in TOOLS]
-    assert "strict" in chat_tools(tools, "required", info(holds=True))["tools"][0]["function"]
+    assert "strict" in chat_tools(tools, "required", info(required=True))["tools"][0]["function"]
     with pytest.raises(ApiError, match="strict tools need") as told:
-        chat_tools(tools, "auto", info(holds=True))
+        chat_tools(tools, "auto", info(required=True))
     assert told.value.param == "tools.0.function.strict"
 
 
@@ -301,34 +313,31 @@ def test_a_grammar_that_leads_nowhere_is_told_and_harms_no_other():
         def __init__(self, prepared: Any) -> None:
             self.ids = prepared.ids
 
-        def started(self) -> dict[str, Any]:
-            return {"type": "started"}
+        def started(self) -> Started:
+            return Started(prompt_tokens=1, cached_tokens=0)
 
         def plan(self) -> Any:
             return object()
 
-        def commit(self, outcome: Any) -> list[dict[str, Any]]:
+        def commit(self, outcome: Any) -> list[JobMessage]:
             if self.ids == [1]:
                 raise GrammarError("no way on")
-            return [{"type": "finished"}]
+            return [Finished(reason="stop")]
 
         def close(self) -> None:
             pass
 
-    sent: list[dict[str, Any]] = []
+    sent: list[JobMessage] = []
     scheduler = Scheduler(
         prepare=lambda job: Prepared(ids=job["ids"]),
         begin=Answer,
         group=lambda steps: [list(range(len(steps)))],
-        run=list,
+        run=lambda steps: cast(Any, steps),
         send=sent.append,
     )
     for number in (1, 2):
-        scheduler.receive({"type": "submit", "id": number, "job": {"ids": [number]}})
+        scheduler.receive(Submit(id=number, job={"ids": [number]}))
     while len(sent) < 4:
         scheduler.turn()
-    told = next(message for message in sent if message["type"] == "refused")
-    assert told == {
-        "type": "refused", "id": 1, "message": "no way on", "param": None, "code": "grammar",
-    }  # fmt: skip
-    assert {"type": "finished", "id": 2} in sent
+    assert Refused(id=1, message="no way on", code="grammar") in sent
+    assert Finished(id=2, reason="stop") in sent

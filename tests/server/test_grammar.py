@@ -15,7 +15,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_mtp.apps.engine.grammar import GrammarError, Grammars, calls_grammar, json_grammar, try_out
+from mlx_mtp.apps.engine.grammar import (
+    GrammarError,
+    Grammars,
+    calls_grammar,
+    check_in_subprocess,
+    json_grammar,
+)
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.model.mtp_model import MTPModel
@@ -220,7 +226,7 @@ def test_bad_schemas_are_named_in_a_line(name):
 def test_hostile_schemas_are_refused_in_time(name):
     began = time.monotonic()
     with pytest.raises(ValueError):
-        try_out(json_grammar(REFUSED[name]))
+        check_in_subprocess(json_grammar(REFUSED[name]))
     assert time.monotonic() - began < 25
 
 
@@ -237,7 +243,7 @@ def test_large_answers_are_begun_and_cut(model, name):
 
 def test_a_schema_is_tried_once(monkeypatch):
     grammars, tried = Grammars(TOKENIZER), []
-    monkeypatch.setattr("mlx_mtp.apps.engine.grammar.try_out", tried.append)
+    monkeypatch.setattr("mlx_mtp.apps.engine.grammar.check_in_subprocess", tried.append)
     for schema in ({"const": 1}, {"const": 2}, {"const": 1}):
         grammars.processor(json_grammar(schema), num_prompt=0)
     assert len(tried) == 2
@@ -245,7 +251,7 @@ def test_a_schema_is_tried_once(monkeypatch):
 
 def test_without_llguidance_a_line_says_what_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(ValueError, match=r"needs the package llguidance: pip install"):
+    with pytest.raises(ValueError, match=r"the package llguidance is missing: pip install"):
         json_grammar({"type": "object"})
 
 
@@ -261,7 +267,7 @@ MARKS = ("<tool_call>", "</tool_call>")
 
 @pytest.mark.parametrize("many", [True, False])
 def test_calls_are_held_to_their_schemas(model, many):
-    grammar = calls_grammar({"add": ADD, 'say "\u00e9"': {}}, marks=MARKS, many=many)
+    grammar = calls_grammar({"add": ADD, 'say "\u00e9"': {}}, tags=MARKS, parallel=many)
     one = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b":2}}\n</tool_call>'
     other = '<tool_call>{"name": "say \\"\u00e9\\"", "arguments": {"x": [1]}}</tool_call>'
     wrong = [
@@ -282,4 +288,4 @@ def test_calls_are_held_to_their_schemas(model, many):
 
 def test_calls_know_no_settings():
     with pytest.raises(ValueError, match="x-guidance"):
-        calls_grammar({"add": {"x-guidance": {}}}, marks=MARKS, many=False)
+        calls_grammar({"add": {"x-guidance": {}}}, tags=MARKS, parallel=False)

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_mtp.apps.server.api.openai_completions import CompletionRequest
-from mlx_mtp.apps.server.body import MOST_CONTAINERS, MOST_VALUES, parse
+from mlx_mtp.apps.server.body import MAX_CONTAINERS, MAX_VALUES, parse
 from mlx_mtp.apps.server.errors import ApiError
 from mlx_mtp.apps.server.settings import Settings
 from mlx_mtp.cli.main import cli
@@ -73,9 +73,9 @@ def test_image_urls_are_refused_and_never_fetched(host):
         (b'{"prompt": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "16384 lists and objects"),
         (b'{"prompt": ' + b'{"a":' * 100 + b"1" + b"}" * 100 + b"}", "deep"),
         (b'{"prompt": ' + b"[" * 10_000, "deep"),
-        (b'{"prompt": [' + b"1," * MOST_VALUES + b"1]}", "262144 values"),
-        (b'{"prompt": [' + b'"",' * MOST_VALUES + b'""]}', "262144 strings"),
-        (b'{"prompt": [' + b'"\\\\",' * MOST_VALUES + b'""]}', "262144 strings"),
+        (b'{"prompt": [' + b"1," * MAX_VALUES + b"1]}", "262144 values"),
+        (b'{"prompt": [' + b'"",' * MAX_VALUES + b'""]}', "262144 strings"),
+        (b'{"prompt": [' + b'"\\\\",' * MAX_VALUES + b'""]}', "262144 strings"),
         (b"{" + b",".join(b'"%d": 1' % at for at in range(5000)) + b"}", "4096 keys"),
     ],
 )
@@ -85,13 +85,13 @@ def test_bodies_that_are_no_json_get_400(host, data, word):
     assert word in reply.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("text", [",[" * MOST_VALUES, '",[{\\' * MOST_CONTAINERS])
+@pytest.mark.parametrize("text", [",[" * MAX_VALUES, '",[{\\' * MAX_CONTAINERS])
 def test_a_long_text_is_not_taken_for_many_values(text):
     data = json.dumps({"prompt": text}).encode()
     assert parse(data, CompletionRequest).prompt == text
 
 
-@pytest.mark.parametrize("most", [MOST_CONTAINERS - 1, 2 * MOST_VALUES])
+@pytest.mark.parametrize("most", [MAX_CONTAINERS - 1, 2 * MAX_VALUES])
 def test_a_million_faults_take_no_time(most):
     data = b'{"prompt": [' + b",".join([b"[]"] * most) + b"]}"
     began = time.process_time()

@@ -280,7 +280,7 @@ def test_the_openapi_document_has_every_field(host):
 
 def test_other_programs_can_mount_their_routes():
     async def page(request: Request) -> Response:
-        return Response(request.app.state.desk.engine.state)
+        return Response(request.app.state.context.engine.state)
 
     routes = [Route("/page", page), Route("/other", page)]
     settings = Settings(api_key="secret")

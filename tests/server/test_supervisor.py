@@ -101,7 +101,7 @@ def test_a_hung_engine_is_killed():
 
 def test_health_tells_loading_and_requests_get_503_meanwhile(tmp_path):
     gate = tmp_path / "gate"
-    with hosted(options={"gate": str(gate)}) as host:
+    with hosted(model=f"gate {gate}") as host:
         reply = host.client.get("/health")
         assert reply.status_code == 503 and reply.json()["status"] == "loading"
         assert host.chat("hello").status_code == 503
@@ -112,7 +112,7 @@ def test_health_tells_loading_and_requests_get_503_meanwhile(tmp_path):
 
 
 def test_a_model_that_cannot_be_loaded_is_not_tried_again():
-    with hosted(options={"broken": "no such model"}) as host:
+    with hosted(model="broken") as host:
         host.wait_for("broken")
         assert host.engine.error == "no such model" and host.engine.restarts == 0
         assert host.client.get("/health").status_code == 503

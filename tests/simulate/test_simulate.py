@@ -16,7 +16,7 @@ from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import AutoPlanner, Speculation
 from mlx_mtp.planning.costs import CostCurve, LiveCosts
 from mlx_mtp.planning.fixed import FixedPlanner
-from mlx_mtp.planning.policy import StepPlan, best_policy
+from mlx_mtp.planning.policy import Action, best_policy
 from mlx_mtp.simulate.chips import Machine, chips
 from mlx_mtp.simulate.optimum import clairvoyant_ms, offline_optimum, visited_holds
 from mlx_mtp.simulate.planner_time import planner_us
@@ -90,7 +90,9 @@ class TestAgainstTheDecoder:
                 len(steps),
                 sum(step.num_rows for step in steps[1:]),
             )
-        assert decoding.acceptance.chances() == pytest.approx(replaying.acceptance.chances())
+        assert decoding.acceptance.draft_probs() == pytest.approx(
+            replaying.acceptance.draft_probs()
+        )
 
 
 class TestReplay:
@@ -126,7 +128,7 @@ class TestRules:
     def test_many_at_once_are_what_each_is_alone(self) -> None:
         trace = synthetic(CHANCES[:4], answers=4, tokens=30)
         rules = [rule for _, rule in fixed_rules(4, 30)]
-        rules.append(best_policy(trace.holds(), CURVE.forward(0), np.array(CURVE.draft_ms)).plans)
+        rules.append(best_policy(trace.holds(), CURVE.forward(0), np.array(CURVE.draft_ms)).actions)
         costs = StepCosts(CURVE)
         times = replay_rules(trace, rules, costs)
         for rule, ms in zip(rules, times, strict=True):
@@ -156,8 +158,8 @@ class TestOptimum:
                 CURVE, draft_ms=(0.0, 0.3), contexts=(0,), forward_ms=CURVE.forward_ms[:1]
             )
         )
-        plans = [StepPlan(0, (c,)) for c in (0, 1)]
-        more = [*plans, *(StepPlan(1, (a, b)) for a in (0, 1) for b in (0, 1))]
+        plans = [Action(0, (c,)) for c in (0, 1)]
+        more = [*plans, *(Action(1, (a, b)) for a in (0, 1) for b in (0, 1))]
         every = list(itertools.product(plans, more))
         fastest = replay_rules(trace, every, costs).min()
         found = offline_optimum(trace, costs, most_rows=30)

@@ -123,13 +123,15 @@ class TestCommand:
         assert "~" in done.stdout and "1.00 x" in done.stdout
 
     def test_takes_a_curve_and_tells_json(self, files) -> None:
-        done = invoke("--trace", files["trace"], "--curve", files["curve"], "--json", "--k", 3)
+        done = invoke(
+            "--trace", files["trace"], "--costs", files["curve"], "--json", "--num-draft-tokens", 3
+        )
         (machine,) = json.loads(done.stdout)["machines"]
         assert machine["machine"] == "mine" and machine["in_ms"]
         assert machine["all"]["plain"]["speedup"] == 1.0 < machine["all"]["auto"]["speedup"]
         assert machine["all"]["auto"]["speedup"] <= machine["clairvoyant_speedup"]
         scaled = invoke(
-            "--trace", files["trace"], "--curve", files["curve"], "--plain-tps", 30, "--json"
+            "--trace", files["trace"], "--costs", files["curve"], "--plain-tps", 30, "--json"
         )
         assert json.loads(scaled.stdout)["machines"][0]["all"]["plain"]["tps"] == pytest.approx(
             30, rel=0.1
@@ -137,12 +139,12 @@ class TestCommand:
 
     def test_draws(self, files, tmp_path: Path) -> None:
         picture = tmp_path / "p.png"
-        done = invoke("--trace", files["trace"], "--chip", "m2", "--picture", picture)
+        done = invoke("--trace", files["trace"], "--chip", "m2", "--plot", picture)
         assert done.exit_code == 0 and picture.read_bytes()[:4] == b"\x89PNG"
-        assert ".png" in failure("--trace", files["trace"], "--chip", "m2", "--picture", "p.svg")
+        assert ".png" in failure("--trace", files["trace"], "--chip", "m2", "--plot", "p.svg")
 
     def test_times_the_planner(self, files) -> None:
-        done = invoke("--trace", files["trace"], "--curve", files["curve"], "--time-planner")
+        done = invoke("--trace", files["trace"], "--costs", files["curve"], "--time-planner")
         assert done.exit_code == 0 and "mine" in done.stdout.splitlines()[1]
 
     def test_bad_input(self, files) -> None:
@@ -150,10 +152,10 @@ class TestCommand:
         assert "has the kinds one, two, not 'poems'" in failure(
             "--trace", files["trace"], "--kinds", "poems"
         )
-        assert "trace's 4, got 5" in failure("--trace", files["trace"], "--k", 5)
+        assert "trace's 4, got 5" in failure("--trace", files["trace"], "--num-draft-tokens", 5)
         for text in ("", "[]", '{"rows": [1]}'):
             files["curve"].write_text(text)
-            assert str(files["curve"]) in failure("--curve", files["curve"])
+            assert str(files["curve"]) in failure("--costs", files["curve"])
 
     def test_here_takes_no_curve_from_elsewhere(self, tmp_path: Path, monkeypatch) -> None:
         monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path / "cache"))
@@ -161,14 +163,14 @@ class TestCommand:
         where = ("--model", model, "--adapter-path", adapter)
         (tmp_path / "cache" / "costs").mkdir(parents=True)
         (tmp_path / "cache" / "costs" / "of-another.json").write_text(json.dumps(CURVE.to_dict()))
-        assert "no costs are kept for" in failure("--here", *where)
+        assert "no step costs are stored for" in failure("--here", *where)
 
     def test_records_what_it_replays(self, tmp_path: Path) -> None:
         model, adapter = save_tiny_pair(tmp_path)
         prompts = tmp_path / "p.jsonl"
         prompts.write_text('{"prompt": "ab", "kind": "x"}\n{"prompt": "cd"}\n{"prompt": "ef"}\n')
         done = invoke(
-            "--record", tmp_path / "t.json", "--prompts", prompts, "--every", 2, "--max-tokens", 6,
+            "--record", tmp_path / "t.json", "--prompts", prompts, "--num-prompts", 2, "-m", 6,
             "--model", model, "--adapter-path", adapter, "--texts", tmp_path / "texts.jsonl",
         )  # fmt: skip
         assert done.exit_code == 0, done.output

@@ -71,7 +71,7 @@ def test_an_adapters_card():
     assert {"mlx", "multi-token-prediction", "lora"} <= set(front["tags"])
     assert "4 mask tokens, gated LoRA of rank 4" in card and "a sampler head" in card
     assert "- alpha: 32, given\n- mask row: row 7" in card
-    assert "mlx-lm alone does not load it" in card
+    assert "mlx-lm does not load it" in card
     assert "Assumed" not in adapter_card(config, licence=None)
 
 
@@ -254,7 +254,7 @@ def test_a_refusal_of_the_hub_is_one_line(hub, tmp_path, address):
 
 def test_bad_uploads_are_one_line(hub, tmp_path, monkeypatch):
     folder = folder_to_upload(tmp_path)
-    with pytest.raises(ValueError, match="user/na me is no name for a repository"):
+    with pytest.raises(ValueError, match="user/na me is not a valid repository name"):
         upload(folder, "user/na me")
     with pytest.raises(ValueError, match="is not a folder with files to upload"):
         upload(tmp_path / "none", "user/name")

@@ -87,8 +87,8 @@ def test_refuses_what_is_not_alike(tmp_path):
 
 def test_refuses_one_adapter_and_a_folder_that_is_there(tmp_path):
     folders = three(tmp_path)
-    with pytest.raises(ValueError, match="two adapters or more, got 1"):
+    with pytest.raises(ValueError, match="at least two adapters, got 1"):
         save_mean(folders[:1], tmp_path / "out")
-    with pytest.raises(ValueError, match="2 is there already"):
+    with pytest.raises(ValueError, match="2 already exists"):
         save_mean(folders, folders[1])
     assert not (tmp_path / "out").exists()

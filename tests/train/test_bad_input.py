@@ -27,7 +27,7 @@ def texts(path: Path, *lines: object) -> str:
 @pytest.mark.parametrize(
     ("lines", "reason"),
     [
-        ([], "holds no text to train on"),
+        ([], "contains no text to train on"),
         ([{"text": "just one text to learn from"}], "too little data: 1 usable sequences"),
         ([{"text": "a"}, {"text": "b"}], "2 dropped: fewer than 8 tokens of answer"),
         ([{"text": "enough words in here"}, {"txt": "b"}], "data.jsonl, line 2: expected one of"),
@@ -63,13 +63,13 @@ def test_data_that_are_not_there(tmp_path, loop):
         (("--adapter-path", "OUT", "--iters", "0"), "Invalid value for '--iters'"),
         (("--adapter-path", "OUT", "--held-out", "1"), "Invalid value for '--held-out'"),
         (("--adapter-path", "OUT", "--learning-rate", "nan"), "learning_rate must be above 0"),
-        (("--adapter-path", "OUT", "--learning-rate", "0"), "learning_rate must be above 0"),
+        (("--adapter-path", "OUT", "--learning-rate", "0"), "0.0 is not in the range x>0"),
         (("--adapter-path", "OUT", "--target-modules", ","), "must name at least one layer"),
         (("--adapter-path", "OUT", "--val-batches", "0"), "val_batches must be at least 1"),
         (("--adapter-path", "OUT", "--teacher", "me"), "Invalid value for '--teacher'"),
         (("--adapter-path", "OUT", "--data-as-is"), "--data-as-is needs --data"),
         (("--adapter-path", "OUT", "--topics", "no.txt"), "no.txt: No such file"),
-        (("--adapter-path", "OUT", "--resume"), "holds no training run to resume"),
+        (("--adapter-path", "OUT", "--resume"), "contains no training run to resume"),
         (("--adapter-path", "OUT", "--resume-adapter-file", "no"), "adapter no does not exist"),
         (("-c", "no.yaml"), "no.yaml: No such file"),
         (
@@ -94,7 +94,7 @@ def test_a_missing_tracker_is_told_before_the_work(tmp_path, loop, monkeypatch):
 
 def test_a_folder_in_the_way_is_refused_before_the_work(tmp_path, loop):
     (tmp_path / "notes.txt").write_text("mine")
-    assert "is not empty (it holds notes.txt)" in failure("--adapter-path", str(tmp_path))
+    assert "is not empty (it contains notes.txt)" in failure("--adapter-path", str(tmp_path))
     assert not loop.loaded and os.listdir(tmp_path) == ["notes.txt"]
 
 
@@ -109,7 +109,7 @@ def test_lines_over_the_context_are_cut_and_counted(tmp_path, loop):
     data = str(write_chats(tmp_path / "chats.jsonl"))
     result = done("--adapter-path", str(tmp_path / "out"), "--iters", "1", "--data", data,
                   "--data-as-is", "--max-seq-length", "70")  # fmt: skip
-    assert "12 sequences were longer than the context and were cut" in result.stderr
+    assert "12 sequences were longer than the context and were truncated" in result.stderr
     sequences = loop.calls[0].data.train + loop.calls[0].data.held_out
     assert max(len(each.ids) for each in sequences) == 70
 
@@ -123,7 +123,7 @@ def test_a_loss_that_is_no_number_keeps_the_last_state(tmp_path, loop):
     data, out = str(write_chats(tmp_path / "chats.jsonl")), tmp_path / "out"
     told = failure("--adapter-path", str(out), "--iters", "5", "--data", data, "--data-as-is")
     assert told == (
-        "Error: the loss of step 3 is nan (sequences 4, 7); the checkpoint of step 2 is kept"
+        "Error: the loss of step 3 is nan (sequences 4, 7); the checkpoint of step 2 is saved"
     )
     assert (out / "training" / "state-0000002").is_dir()
 
@@ -136,15 +136,15 @@ def test_a_full_disk_keeps_what_was_written(tmp_path, loop):
     loop.before = before
     data, out = str(write_chats(tmp_path / "chats.jsonl")), tmp_path / "out"
     told = failure("--adapter-path", str(out), "--iters", "5", "--data", data, "--data-as-is")
-    assert "adapters.safetensors: No space left on device; the checkpoint of step 2 is kept" in told
-    assert told.endswith(f"go on with: mlx-mtp train --adapter-path {out} --resume")
+    assert (
+        "adapters.safetensors: No space left on device; the checkpoint of step 2 is saved" in told
+    )
+    assert told.endswith(f"Resume with: mlx-mtp train --adapter-path {out} --resume")
     loop.before = lambda step: None
     done("--adapter-path", str(out), "--resume")
 
 
 def test_a_full_disk_keeps_the_text(tmp_path, loop, monkeypatch):
-    from mlx_mtp.train.data import records
-
     out, fsync, calls = tmp_path / "out", os.fsync, []
 
     def full(file: int) -> None:
@@ -154,9 +154,9 @@ def test_a_full_disk_keeps_the_text(tmp_path, loop, monkeypatch):
         fsync(file)
 
     with monkeypatch.context() as patch:
-        patch.setattr(records.os, "fsync", full)
+        patch.setattr(os, "fsync", full)
         told = failure("--adapter-path", str(out), "--iters", "1", *SMALL)
-    assert "data.jsonl: No space left on device; the text so far is kept, go on with: " in told
+    assert "data.jsonl: No space left on device; the text so far is saved. Resume with: " in told
     kept = len(read_jsonl(out / "training" / "data.jsonl"))
     assert 1 <= kept < 8
     result = invoke("--adapter-path", str(out), "--resume")

@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from mlx_mtp.cli.train import TEACHERS, train
+from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
+from mlx_mtp.cli.main import cli
 from mlx_mtp.train.data.records import read_jsonl
-from mlx_mtp.train.settings import TEACHERS as ALL_TEACHERS
-from mlx_mtp.train.settings import TrainSettings
 from tests.helpers.tiny import save_tiny_model, save_tiny_pair
 from tests.train.kill_script import (
     SMALL,
@@ -30,19 +30,6 @@ from tests.train.kill_script import (
 )
 
 __all__ = ["loop"]
-
-
-def test_defaults_in_the_help_are_those_of_the_settings():
-    flags = {"grad_checkpoint", "target_modules", "sampler", "gate"}
-    shown = {each.name: re.findall(r"default: ([\d.]+)\]", each.help or "")  # type: ignore
-             for each in train.params}  # fmt: skip
-    for field in dataclasses.fields(TrainSettings):
-        if field.name in shown.keys() - flags - {"teacher"}:
-            assert [float(each) for each in shown[field.name]] == [field.default], field.name
-    assert TEACHERS == ALL_TEACHERS
-    helped = invoke("--help").output
-    assert helped.index("Model and run:") < helped.index("Data:") < helped.index("Training:")
-    assert "[default: argmax]" in " ".join(helped.split())
 
 
 def test_the_model_writes_text_and_is_trained_on_it(tmp_path, loop):
@@ -71,7 +58,7 @@ def test_the_way_on_is_told_and_needs_no_options(tmp_path, loop):
          "--rank", "5", "--seed", "9", "--target-modules", "q_proj, v_proj", "--no-sampler",
          "--learning-rate", "1e-4", "--warmup", "0")  # fmt: skip
     refused = failure("--adapter-path", str(out), "--iters", "2")
-    assert f"go on with it by: mlx-mtp train --adapter-path {out} --resume; or" in refused
+    assert f"Resume it with: mlx-mtp train --adapter-path {out} --resume; or" in refused
     done("--adapter-path", str(out), "--resume", "--iters", "4")
     first, second = loop.calls
     assert second.resume and second.data.data_hash == first.data.data_hash
@@ -90,10 +77,10 @@ def test_what_makes_another_run_is_refused_on_resuming(tmp_path, loop):
     out, data = str(tmp_path / "out"), str(write_chats(tmp_path / "chats.jsonl"))
     done("--adapter-path", out, "--iters", "1", "--data", data, "--data-as-is")
     resume = ("--adapter-path", out, "--resume")
-    assert "--num-records was not given when the run began, not 3" in failure(
+    assert "--num-records was not set when the run began, not 3" in failure(
         *resume, "--num-records", "3"
     )
-    assert f"--model was not given when the run began, not {tmp_path}" in failure(
+    assert f"--model was not set when the run began, not {tmp_path}" in failure(
         *resume, "--model", str(tmp_path)
     )
     write_chats(Path(data), count=13)
@@ -115,7 +102,7 @@ def test_an_interrupted_writing_of_text_goes_on(tmp_path, loop, monkeypatch):
         patch.setattr(RecordWriter, "append", press)
         result = invoke("--adapter-path", str(out), "--iters", "1", *SMALL)
     assert result.exit_code == 130
-    assert f"Stopped. Go on with: mlx-mtp train --adapter-path {out} --resume" in result.stderr
+    assert f"Stopped. Resume with: mlx-mtp train --adapter-path {out} --resume" in result.stderr
     assert len(read_jsonl(out / "training" / "data.jsonl")) == 3 and not loop.calls
     done("--adapter-path", str(out), "--resume", "--num-records", "6")
     assert len(read_jsonl(out / "training" / "data.jsonl")) == 6
@@ -135,13 +122,13 @@ def test_ctrl_c_while_training_saves_and_says_how_to_go_on(tmp_path, loop):
     result = invoke("--adapter-path", str(out), "--iters", "5", "--data", str(data), "--data-as-is")
     assert result.exit_code == 130
     way_on = f"mlx-mtp train --adapter-path {out} --resume"
-    assert f"Stopped and saved at step 2. Go on with: {way_on}" in result.stderr
+    assert f"Stopped and saved at step 2. Resume with: {way_on}" in result.stderr
     loop.before = lambda step: None
     done("--adapter-path", str(out), "--resume")
     assert [call.resume for call in loop.calls] == [False, True]
 
 
-@pytest.mark.parametrize(("at", "told"), [(1, "Nothing was kept."), (2, "Go on with: ")])
+@pytest.mark.parametrize(("at", "told"), [(1, "Nothing was saved."), (2, "Resume with: ")])
 def test_a_second_ctrl_c_stops_at_once(tmp_path, loop, at, told):
     def press(step: int) -> None:
         for _ in range(2 * (step == at)):
@@ -200,11 +187,11 @@ def test_options_may_stand_in_a_file(tmp_path, loop):
         ("iter: 3", "unknown option 'iter'"),
         ("iters: many", "iters: 'many' is not a valid integer"),
         ("iters: 0", "iters: 0 is not in the range"),
-        ("iters: 1.5", "iters: 1.5 is not what this option takes"),
-        ("iters: true", "iters: True is not what this option takes"),
-        ("no_gate: 1", "no_gate: 1 is not what this option takes"),
+        ("iters: 1.5", "iters: 1.5 is not a value of this option"),
+        ("iters: true", "iters: True is not a value of this option"),
+        ("no_gate: 1", "no_gate: 1 is not a value of this option"),
         ("config: other.yaml", "unknown option 'config'"),
-        ("- a\n- b", "must hold options"),
+        ("- a\n- b", "must contain options"),
         ("a: [", "is not YAML"),
     ],
 )
@@ -263,10 +250,9 @@ def test_a_tiny_model_is_trained_resumed_and_used(tmp_path):
     assert json.loads((out / "adapter_config.json").read_text())["base_model"] == "model"
     assert set(arrays(out / "adapters.safetensors")) > {"mask_embeddings"}
     done("--adapter-path", str(out), "--resume")  # all steps are done: nothing changes
-    words = [sys.executable, "-m", "mlx_mtp", "generate", "--model", str(model)]
-    words += ["--adapter-path", str(out), "--prompt", "hi", "--max-tokens", "12", "--json"]
-    answer = subprocess.run(words, capture_output=True, text=True, timeout=120)
-    assert answer.returncode == 0, answer.stderr
+    words = ["generate", "--model", str(model), "--adapter-path", str(out), "-m", "12", "--json"]
+    answer = CliRunner().invoke(cli, words)
+    assert answer.exit_code == 0, answer.output
     assert len(json.loads(answer.stdout)["tokens"]) >= 1
 
 
@@ -283,7 +269,8 @@ def test_a_run_that_ctrl_c_stopped_ends_like_any_other(tmp_path):
     options = ("--model", str(model), "--data", str(data), *CHATTY)
     options += ("--iters", "16", "--workers", "1")
     words = [sys.executable, "-m", "mlx_mtp", "train", "--adapter-path", str(tmp_path / "part")]
-    with subprocess.Popen([*words, *options], stderr=subprocess.PIPE, text=True) as process:
+    words, env = [*words, *options], {**os.environ, SWITCH: BLAS}  # bits depend on the BLAS
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=env) as process:
         assert process.stderr is not None
         seen = ""
         for line in process.stderr:
@@ -291,7 +278,7 @@ def test_a_run_that_ctrl_c_stopped_ends_like_any_other(tmp_path):
             if line.startswith("step 3/16"):
                 process.send_signal(signal.SIGINT)
         assert process.wait(60) == 130, seen
-    assert re.search(r"Stopped and saved at step \d+\. Go on with: mlx-mtp train", seen), seen
+    assert re.search(r"Stopped and saved at step \d+\. Resume with: mlx-mtp train", seen), seen
     done("--adapter-path", str(tmp_path / "part"), "--resume")
     done("--adapter-path", str(tmp_path / "whole"), *options)
     part, whole = (final_files(tmp_path / name) for name in ("part", "whole"))

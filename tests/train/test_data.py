@@ -188,12 +188,12 @@ def test_files_and_folders_are_read(tmp_path):
     (tmp_path / "text" / ".hidden").write_text("secret")
     (tmp_path / "text" / "image.png").write_bytes(b"\x89PNG\0\0")
     told = []
-    records = read_data(tmp_path / "text", progress=told.append)
+    records = read_data(tmp_path / "text", log=told.append)
     assert [(each.source, each.text) for each in records] == [
         ("a.py", "print('é')"),
         ("b.md", "# Heading\n\nWords."),
     ]
-    assert told == ["Left out 1 files that are not UTF-8 text: image.png"]
+    assert told == ["Skipped 1 files that are not UTF-8 text: image.png"]
     (tmp_path / "text" / "z.jsonl").write_text('{"text": "only this"}')
     assert [each.text for each in read_data(str(tmp_path / "text"))] == ["only this"]
     assert read_data(tmp_path / "text" / "b.md")[0].text == "# Heading\n\nWords."
@@ -202,8 +202,8 @@ def test_files_and_folders_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("name", "data", "reason"),
     [
-        ("empty.jsonl", b"", "holds no text to train on"),
-        ("blank.txt", b" \n\n", "holds no text to train on"),
+        ("empty.jsonl", b"", "contains no text to train on"),
+        ("blank.txt", b" \n\n", "contains no text to train on"),
         ("image.png", b"\x89PNG\0", "neither JSONL nor UTF-8 text"),
         ("train.parquet", b"PAR1", "is a table: write it as JSONL first.*read_parquet"),
     ],
@@ -212,14 +212,14 @@ def test_a_file_without_text_is_refused(tmp_path, name, data, reason):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ValueError, match=reason):
         read_data(tmp_path / name)
-    with pytest.raises(ValueError, match="holds no|is a table"):
+    with pytest.raises(ValueError, match="contains no|is a table"):
         read_data(tmp_path)
 
 
 def test_what_is_not_there_is_refused(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read_data(tmp_path / "nothing")
-    with pytest.raises(ValueError, match="holds no text"):
+    with pytest.raises(ValueError, match="contains no text"):
         read_data(tmp_path)
 
 
@@ -249,7 +249,7 @@ def test_a_hub_that_fails_is_told_in_a_line(monkeypatch):
         raise OSError("no network\nat all")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(ValueError, match=r"owner/name is neither .*no network$"):
+    with pytest.raises(ValueError, match=r"cannot find data owner/name .*no network$"):
         read_data("owner/name")
 
 
@@ -329,7 +329,7 @@ def test_long_and_short_records_are_counted():
     assert encoded.num_cut == 1
     assert encoded.lines() == [
         "2 sequences, 116 tokens, 93 of them in answers",
-        "1 sequences were longer than the context and were cut",
+        "1 sequences were longer than the context and were truncated",
         "1 records dropped: fewer than 8 tokens of answer",
         "1 records dropped: the chat template refuses the conversation",
     ]
@@ -370,7 +370,7 @@ def test_a_split_needs_two_and_a_share():
         split(numbered(1) * 3)
     with pytest.raises(ValueError, match="too little data: 0 different"):
         split([])
-    with pytest.raises(ValueError, match="between 0 and 1, got 1.5"):
+    with pytest.raises(ValueError, match="above 0 and below 1, got 1.5"):
         split(numbered(3), held_out=1.5)
 
 

@@ -175,9 +175,7 @@ def test_a_model_without_a_template_writes_plain_text(tmp_path):
     told: list[str] = []
     tokenizer = byte_tokenizer(template=None)
     path = tmp_path / "data.jsonl"
-    records = distil(
-        readable(end=-5.0), tokenizer, path, num_records=4, tell=told.append, **OPTIONS
-    )
+    records = distil(readable(end=-5.0), tokenizer, path, num_records=4, log=told.append, **OPTIONS)
     assert told == ["tiny has no chat template: it continues plain text instead"]
     assert len(records) == 4 and all(len(record.text or "") > 25 for record in records)
 
@@ -215,7 +213,9 @@ def test_given_conversations_are_answered_turn_by_turn(tmp_path):
 
 
 def test_a_model_that_writes_nothing_usable_is_told(tmp_path):
-    with pytest.raises(ValueError, match=r"tiny wrote no usable text \(dropped: .*prompt: empty"):
+    with pytest.raises(
+        ValueError, match=r"tiny generated no usable text \(dropped: .*prompt: empty"
+    ):
         distil(readable(end=1e4), byte_tokenizer(), tmp_path / "a.jsonl", num_records=1, **OPTIONS)
 
 

@@ -208,7 +208,7 @@ def test_the_means_of_a_few_blocks_make_up_the_mean_of_all() -> None:
         model, ordinary, rows, make_targets(model, ordinary, ids, rows, teacher="sample")
     )
     assert whole.keys() == {"base", "sampler", "lcm"}
-    parts = chunks(rows, most_rows=5)
+    parts = chunks(rows, max_rows=5)
     assert [part.anchors for part in parts] == [(2, 5), (9,), (12,), (16,)]
     for name, value in whole.items():
         total = 0.0
@@ -221,18 +221,18 @@ def test_the_means_of_a_few_blocks_make_up_the_mean_of_all() -> None:
 
 @given(
     counts=st.lists(st.integers(1, 8), max_size=40),
-    most_rows=st.integers(8, 64),
+    max_rows=st.integers(8, 64),
 )
-def test_chunks_are_few_and_of_about_one_size(counts: list[int], most_rows: int) -> None:
+def test_chunks_are_few_and_of_about_one_size(counts: list[int], max_rows: int) -> None:
     anchors = tuple(range(1, len(counts) + 1))
-    parts = chunks(MaskRows(anchors, tuple(counts)), most_rows=most_rows)
+    parts = chunks(MaskRows(anchors, tuple(counts)), max_rows=max_rows)
     assert tuple(at for part in parts for at in part.anchors) == anchors
     sizes = [part.num_rows for part in parts]
     assert sum(sizes) == sum(counts)
-    assert all(0 < size <= most_rows for size in sizes)
-    if sum(counts) <= most_rows:
+    assert all(0 < size <= max_rows for size in sizes)
+    if sum(counts) <= max_rows:
         assert len(parts) == bool(counts)
-    if len(parts) == -(-sum(counts) // most_rows):  # no block had to be put off
+    if len(parts) == -(-sum(counts) // max_rows):  # no block had to be put off
         assert all(size >= sum(counts) / len(parts) - 7 * len(parts) for size in sizes)
 
 
@@ -283,7 +283,7 @@ class TestCounts:
         answer = [False] * 3 + [True] * 6 + [False] * 2 + [True] * 4
         rng = np.random.default_rng(0)
         anchors = choose_anchors(answer, count=99, rng=rng)
-        counts = count_masks(answer, anchors, most=3, drop_late=0.0, rng=rng)
+        counts = count_masks(answer, anchors, max_masks=3, drop_late=0.0, rng=rng)
         for anchor, count in zip(anchors, counts, strict=True):
             assert count >= 1 and all(answer[anchor + 1 : anchor + 2 + count])
             further = anchor + 2 + count
@@ -292,7 +292,7 @@ class TestCounts:
     def test_late_masks_are_dropped_at_the_wanted_rate(self) -> None:
         answer, rng = [True] * 20_000, np.random.default_rng(0)
         anchors = choose_anchors(answer, count=15_000, rng=rng)
-        counts = np.array(count_masks(answer, anchors, most=8, drop_late=0.25, rng=rng))
+        counts = np.array(count_masks(answer, anchors, max_masks=8, drop_late=0.25, rng=rng))
         for length in range(1, 8):
             goes_on = (counts > length).sum() / (counts >= length).sum()
             assert goes_on == pytest.approx(0.75, abs=0.03)

@@ -187,7 +187,7 @@ def test_every_option_trains(tmp_path, values):
 def test_another_number_of_processes_is_named_with_the_way_on(tmp_path, monkeypatch):
     run(tmp_path, change(iters=2, workers=1))
     monkeypatch.setattr("mlx_mtp.train.loop.worker_count", lambda wanted, **_: 3)
-    with pytest.raises(ValueError, match=r"begun with --workers 1,.* resume it with that"):
+    with pytest.raises(ValueError, match=r"began with --workers 1,.* Resume it with that"):
         run(tmp_path, change(iters=3), resume=True)
 
 
@@ -274,10 +274,10 @@ class TestStops:
 
     def test_before_it_begins_with_another_runs_state(self, tmp_path):
         run(tmp_path)
-        with pytest.raises(ValueError, match="other rank"):
+        with pytest.raises(ValueError, match="different rank"):
             run(tmp_path, change(rank=8), resume=True)
         other = TrainData(texts(), texts(2, seed=2), "other")
-        with pytest.raises(ValueError, match="other data_hash"):
+        with pytest.raises(ValueError, match="different data_hash"):
             run(tmp_path, data=other, resume=True)
         with pytest.raises(ValueError, match="no checkpoint"):
             run(tmp_path / "new", resume=True)

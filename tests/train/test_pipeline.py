@@ -15,17 +15,16 @@ from mlx_mtp.evaluation.prompts import builtin_prompts
 from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.data.pipeline import (
     expected_length,
-    kept_records,
     make_records,
     prepare,
     read_source,
     room_for,
+    saved_records,
 )
 from mlx_mtp.train.data.records import Record, data_hash
 from mlx_mtp.train.data.topics import default_topics, read_topics
 from mlx_mtp.train.run.display import (
     Display,
-    bar_text,
     data_line,
     duration,
     evaluation_line,
@@ -44,8 +43,8 @@ def make(path: Path, *, template: bool = True, told: list[str] | None = None, **
     settings = DataSettings(**{**({} if "data" in options else SMALL), **options})
     tokenizer = byte_tokenizer() if template else byte_tokenizer(template=None)
     source = read_source(settings, output=path.parent / "out")
-    tell = None if told is None else told.append
-    return make_records(readable(), tokenizer, source, path, settings, tell=tell)
+    log = None if told is None else told.append
+    return make_records(readable(), tokenizer, source, path, settings, log=log)
 
 
 def test_without_data_the_model_writes_after_built_in_openings(tmp_path):
@@ -54,15 +53,15 @@ def test_without_data_the_model_writes_after_built_in_openings(tmp_path):
     openings = [topic.removesuffix("...") for topic in default_topics()]
     assert all(any(each.prompt.startswith(first) for first in openings) for each in records)
     assert any(each.meta["topic"] != "..." for each in records)
-    kept = kept_records(
-        tmp_path / "data.jsonl", DataSettings(num_records=5), wanted_hash=data_hash(records)
+    kept = saved_records(
+        tmp_path / "data.jsonl", DataSettings(num_records=5), data_sha256=data_hash(records)
     )
     assert kept == records
     with pytest.raises(ValueError, match=r"data\.jsonl was changed since the run began"):
-        kept_records(tmp_path / "data.jsonl", DataSettings(num_records=4),
-                     wanted_hash=data_hash(records))  # fmt: skip
+        saved_records(tmp_path / "data.jsonl", DataSettings(num_records=4),
+                     data_sha256=data_hash(records))  # fmt: skip
     with pytest.raises(ValueError, match="is missing"):
-        kept_records(tmp_path / "no.jsonl", DataSettings(), wanted_hash="")
+        saved_records(tmp_path / "no.jsonl", DataSettings(), data_sha256="")
 
 
 def test_a_model_without_a_template_writes_plain_text_and_says_so(tmp_path):
@@ -104,7 +103,7 @@ def test_what_cannot_be_trained_on_is_named(tmp_path):
     assert len(make(tmp_path / "x.jsonl", data=str(path), as_is=True, told=told)) == 1
     assert told == ["1 records dropped: 1 loop"]
     path.write_text(json.dumps(lines[1]) + "\n")
-    with pytest.raises(ValueError, match=r"nothing of the data .*\(dropped: 1 loop\)"):
+    with pytest.raises(ValueError, match=r"no record can .*\(dropped: 1 loop\)"):
         make(tmp_path / "x.jsonl", data=str(path), as_is=True)
     chats = write_chats(tmp_path / "chats.jsonl")
     make(tmp_path / "x.jsonl", data=str(chats), as_is=True, template=False, told=told)
@@ -116,7 +115,7 @@ def test_sequences_are_divided_and_told(tmp_path):
     prepared = prepare(records, byte_tokenizer(), max_seq_length=22, held_out=0.2)
     assert len(prepared.train) + len(prepared.held_out) == 30 and prepared.longest == 22
     assert prepared.data_hash == data_hash(records)
-    assert "30 sequences were longer than the context and were cut" in prepared.lines
+    assert "30 sequences were longer than the context and were truncated" in prepared.lines
     assert prepared.lines[-1].endswith("of the sequences are held out for evaluation")
     with pytest.raises(ValueError, match="too little data: 1 usable"):
         prepare(records[:1], byte_tokenizer(), max_seq_length=22, held_out=0.2)
@@ -153,7 +152,7 @@ def test_lengths_fit_the_context():
 def test_the_adapters_folder_may_not_lie_in_the_data(tmp_path):
     (tmp_path / "data.txt").write_text("words")
     settings = DataSettings(data=str(tmp_path))
-    with pytest.raises(ValueError, match="lies in the data's folder"):
+    with pytest.raises(ValueError, match="is inside the data's folder"):
         read_source(settings, output=tmp_path / "deep" / "out")
 
 
@@ -174,7 +173,7 @@ def test_topics_are_read_a_line_each(tmp_path):
     path.write_text("rivers\n\n Fix this:\\n... \n", encoding="utf-8")
     assert read_topics(path) == ("rivers", "Fix this:\n...")
     path.write_text("\n")
-    with pytest.raises(ValueError, match="holds no topics"):
+    with pytest.raises(ValueError, match="contains no topics"):
         read_topics(path)
     path.write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match="is not UTF-8"):
@@ -185,7 +184,7 @@ def test_a_folder_that_holds_something_is_refused(tmp_path):
     out = tmp_path / "my out"
     folder = RunFolder(out)
     folder.check_new()
-    with pytest.raises(ValueError, match="holds no training run to resume"):
+    with pytest.raises(ValueError, match="contains no training run to resume"):
         folder.check_begun()
     out.write_text("")
     with pytest.raises(ValueError, match="is a file, not a folder"):
@@ -194,14 +193,14 @@ def test_a_folder_that_holds_something_is_refused(tmp_path):
     out.mkdir()
     folder.check_new()
     (out / "thesis.tex").write_text("")
-    with pytest.raises(ValueError, match=r"is not empty \(it holds thesis\.tex\)"):
+    with pytest.raises(ValueError, match=r"is not empty \(it contains thesis\.tex\)"):
         folder.check_new()
     (out / "adapter_config.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"holds an adapter: .* --resume-adapter-file '.*my out'"):
+    with pytest.raises(ValueError, match=r"an adapter: .* --resume-adapter-file '.*my out'"):
         folder.check_new()
     (out / "training" / "state-0000120").mkdir(parents=True)
     (out / "training" / "state-0000090").mkdir()
-    with pytest.raises(ValueError, match="go on with it by: mlx-mtp train .* --resume; or"):
+    with pytest.raises(ValueError, match="Resume it with: mlx-mtp train .* --resume; or"):
         folder.check_new()
     folder.check_begun()
     assert folder.newest_step() == 120
@@ -209,15 +208,18 @@ def test_a_folder_that_holds_something_is_refused(tmp_path):
 
 def test_a_run_that_kept_nothing_leaves_nothing(tmp_path):
     folder = RunFolder(tmp_path / "a" / "out")
-    with pytest.raises(ValueError, match="no"), folder.held():
+    with pytest.raises(ValueError, match="no"), folder.locked():
         folder.write_command({"options": {"rank": 3}})
         folder.data.touch()
         assert folder.read_command()["options"] == {"rank": 3}
         raise ValueError("no")
     assert not folder.path.exists()
-    with folder.held():
+    with folder.locked():
         folder.data.write_text("{}\n")
-        with pytest.raises(ValueError, match="another process trains in"), folder.held():
+        with (
+            pytest.raises(ValueError, match="written by another process"),
+            folder.locked(),
+        ):
             pass
     assert folder.data.exists()
     (folder.training / "command.json").write_text("[]")
@@ -247,7 +249,7 @@ REPORT = Reported(
 
 def show(stream: io.StringIO) -> str:
     with Display(stream) as display:
-        display.tell("30 sequences")
+        display.log("30 sequences")
         for step in range(1, 12):
             display.event(Stepped(step=step, iters=100, seconds=10.0))
             if step == 10:
@@ -268,7 +270,6 @@ def test_lines_are_plain_where_there_is_no_terminal():
 
 def test_at_a_terminal_evaluations_stay(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr("mlx_mtp.train.run.display.START_DELAY_S", -1.0)
     shown = show(Terminal())
     assert shown.count("\n") == 2
     assert "30 sequences\n" in shown and "(best)\n" in shown
@@ -284,7 +285,6 @@ def test_texts_of_the_display():
     assert [duration(each) for each in (-1, 40.2, 59.7, 840, 7500)] == [
         "0 s", "40 s", "1 min", "14 min", "2 h 05 min",
     ]  # fmt: skip
-    assert bar_text(1, 2) == "[========        ]"
     assert step_line(7, 7, report=None, left_s=0) == "step 7/7"
     other = Evaluated(step=3, evaluation=EVALUATION, next_token_loss=1.0, is_best=False)
     assert not evaluation_line(other).endswith("(best)")

@@ -141,7 +141,7 @@ def test_a_damaged_state_is_told_and_passed_over(tmp_path: Path, file: str, dama
     else:
         path.write_bytes(data[:-9] if damage == "torn" else data[:-9] + b"7" + data[-8:])
     told: list[str] = []
-    found = newest_state(tmp_path, tell=told.append)
+    found = newest_state(tmp_path, log=told.append)
     assert found is not None and found.step == 1
     assert len(told) == 1 and "state-0000002 is damaged" in told[0] and "\n" not in told[0]
 
@@ -223,7 +223,7 @@ def test_kills_leave_whole_states_only(
         for _ in range(kills):
             assert saver.run(str(step), kill_after_s=rng.uniform(0.05, 0.15)) == -signal.SIGKILL
             told: list[str] = []
-            found = newest_state(tmp_path, tell=told.append)
+            found = newest_state(tmp_path, log=told.append)
             assert not told
             if found is not None:
                 assert found.step >= step
@@ -295,7 +295,7 @@ def test_values_that_the_type_cannot_hold_are_refused(
     save_adapter(tmp_path, config, weights)
     before = (tmp_path / WEIGHTS_FILE).read_bytes()
     for value in (1e6, math.nan):
-        with pytest.raises(ValueError, match="mask_embeddings holds values that F16 cannot"):
+        with pytest.raises(ValueError, match="mask_embeddings contains values that F16 cannot"):
             save_adapter(tmp_path, config, weights | {"mask_embeddings": mx.full((4, 32), value)})
     assert (tmp_path / WEIGHTS_FILE).read_bytes() == before
 

@@ -52,11 +52,11 @@ def test_a_tracker_gets_the_values(name: str, monkeypatch: pytest.MonkeyPatch) -
 def test_a_tracker_that_fails_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", FakeService(fails=True))  # type: ignore[arg-type]
     told: list[str] = []
-    tracker = make_tracker("wandb", project="p", run=None, config={}, tell=told.append)
+    tracker = make_tracker("wandb", project="p", run=None, config={}, log=told.append)
     for step in (1, 2):
         tracker.log({"loss": 1.0}, step=step)
     tracker.finish()
-    assert told == ["wandb failed and gets no more: no network at all"]
+    assert told == ["wandb failed and is ignored from now on: no network at all"]
 
 
 def test_a_tracker_that_is_missing_or_broken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -68,5 +68,5 @@ def test_a_tracker_that_is_missing_or_broken_is_named(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace())  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="trackio cannot be opened"):
         make_tracker("trackio", project="p", run=None, config={})
-    with pytest.raises(ValueError, match="no tracker 'mlflow'"):
+    with pytest.raises(ValueError, match="tracker must be one of .* got 'mlflow'"):
         make_tracker("mlflow", project="p", run=None, config={})

@@ -66,6 +66,10 @@ def test_shares_take_each_piece_once_and_end_about_together(costs, count):
     assert longest <= best * (4 / 3 - 1 / (3 * count)) + 1e-9
 
 
+def pid_of(workers: Workers) -> int:
+    return workers._workers[0][0].pid
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny_model(tmp_path_factory.mktemp("model"))
@@ -108,7 +112,7 @@ class TestProcesses:
         spec = WorkerSpec(model=str(folder), settings=SETTINGS)
         with Workers(spec, data, count=2, like=parameters) as workers:
             gradient(parameters, data, BATCH, step=0, workers=workers)
-            os.kill(workers.pids[0], signal.SIGKILL)
+            os.kill(pid_of(workers), signal.SIGKILL)
             with pytest.raises(ValueError, match=r"a training worker ended \(exit code -9\)"):
                 gradient(parameters, data, BATCH, step=1, workers=workers)
 
@@ -117,10 +121,10 @@ class TestProcesses:
         parameters, data = trainable(model), texts(5)
         spec = WorkerSpec(model=str(folder), settings=SETTINGS)
         with Workers(spec, data, count=2, like=parameters) as workers:
-            os.kill(workers.pids[0], signal.SIGINT)  # it has hardly begun
+            os.kill(pid_of(workers), signal.SIGINT)  # it has hardly begun
             gradient = StepGradient(model, SETTINGS)
             assert gradient(parameters, data, BATCH, step=0, workers=workers).num_rows
-            os.kill(workers.pids[0], signal.SIGINT)
+            os.kill(pid_of(workers), signal.SIGINT)
             assert gradient(parameters, data, BATCH, step=1, workers=workers).num_rows
 
     def test_that_fail_say_why(self, folder):

@@ -7,15 +7,16 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from mlx_mtp.backends.metal.layers import matmul_operations
 from mlx_mtp.cli.main import cli
-from mlx_mtp.verify.doctor import examine, layer_groups, table
+from mlx_mtp.verify.doctor import examine, table
 from tests.helpers.tiny import save_tiny_model, tiny_base
 
 
 def test_layers_are_grouped_by_shape_and_format():
     base = tiny_base(quantised=True)
-    groups = {group.name: group for group in layer_groups(base)}
-    count = sum(group.count for group in groups.values())
+    groups = {operation.name: operation for operation in matmul_operations(base)}
+    count = sum(len(operation.layers) for operation in groups.values())
     assert count == 7 * len(base.layers) + 1  # the embedding serves as the head
     assert all("4-bit g32 float32" in name for name in groups)
 
@@ -45,7 +46,7 @@ def test_attention_is_timed_too():
 def test_the_command_writes_the_report(tmp_path):
     model = save_tiny_model(tmp_path / "model")
     output = tmp_path / "report.json"
-    command = ["doctor", "--model", str(model), "--rows", "4,1", "--output", str(output)]
+    command = ["doctor", "--model", str(model), "--rows", "4,1", "--output-file", str(output)]
     done = CliRunner().invoke(cli, command)
     assert done.exit_code == 0, done.output
     assert "M=1" in done.output and "M=4" in done.output and f"wrote {output}" in done.output
@@ -55,7 +56,9 @@ def test_the_command_writes_the_report(tmp_path):
     assert json.loads(as_json.stdout)["machine"] == report["machine"]
 
 
-@pytest.mark.parametrize(("rows", "culprit"), [("1,x", "'1,x'"), ("0", "0 rows")])
+@pytest.mark.parametrize(
+    ("rows", "culprit"), [("1,x", "'1,x'"), ("0", "0 is less than the minimum, 1")]
+)
 def test_bad_rows_are_refused(rows, culprit):
     done = CliRunner().invoke(cli, ["doctor", "--rows", rows])
     assert done.exit_code == 2 and culprit in done.stderr

@@ -17,16 +17,18 @@ import mlx_mtp.decoding.loop
 from mlx_mtp.backends.cpu.blas import BLAS
 from mlx_mtp.cli.verify import table
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.evaluation.prompts import Prompt
+from mlx_mtp.evaluation.prompts import Prompt, hash_prompts
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.verify import VerifyReport, VerifySettings, build_receipt, verify, write_receipt
 from mlx_mtp.verify.chi_square import (
     Group,
     chi_square,
 )
 from mlx_mtp.verify.near_tie import EPS, NEAR_TIE_EPS, measure
-from mlx_mtp.verify.receipt import hash_prompts, receipt_json
+from mlx_mtp.verify.receipt import build_receipt, receipt_json, write_receipt
+from mlx_mtp.verify.report import VerifyReport
+from mlx_mtp.verify.run import verify
 from mlx_mtp.verify.sampling import _Source, check_sampling
+from mlx_mtp.verify.settings import VerifySettings
 from tests.helpers.tiny import tiny_base, tiny_mtp
 from tests.verify.verify_faults import accept_first_draft
 

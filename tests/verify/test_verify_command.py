@@ -15,9 +15,13 @@ from tests.verify.verify_faults import accept_first_draft
 
 
 def test_choosing_prompts(tmp_path: Path) -> None:
-    chosen = choose_prompts(None, (), None)
+    chosen = choose_prompts("builtin", (), None)
     assert len(chosen) == 12 and len({prompt.kind for prompt in chosen}) == 6
-    assert [p.kind for p in choose_prompts(None, ("code", "chat"), 3)] == ["chat", "chat", "code"]
+    assert [p.kind for p in choose_prompts("builtin", ("code", "chat"), 3)] == [
+        "chat",
+        "chat",
+        "code",
+    ]
     path = tmp_path / "mine.jsonl"
     lines = [{"prompt": f"{i}", "kind": "a" if i < 3 else "b"} for i in range(4)]
     path.write_text("\n".join(json.dumps(line) for line in lines), encoding="utf-8")
@@ -41,12 +45,21 @@ def invoke(pair: tuple[Path, Path], *arguments: str) -> Result:
     return CliRunner().invoke(cli, [*head, *arguments])
 
 
-SMALL = ("--num-prompts", "1", "--max-tokens", "4", "--layouts", "quadratic", "--depths", "1,2")
+SMALL = (
+    "--num-prompts",
+    "1",
+    "--max-tokens",
+    "4",
+    "--layouts",
+    "quadratic",
+    "--num-draft-tokens",
+    "1,2",
+)
 
 
 def test_the_command_ends_well(pair: tuple[Path, Path], tmp_path: Path) -> None:
     path = tmp_path / "receipt.json"
-    result = invoke(pair, *SMALL, "--no-sampling", "--receipt", str(path))
+    result = invoke(pair, *SMALL, "--no-sampling", "--output-file", str(path))
     assert result.exit_code == 0, result.output
     assert result.stderr == ""
     assert "Greedy: 4 tokens over 1 prompts, float32" in result.stdout
@@ -59,7 +72,7 @@ def test_the_command_ends_well(pair: tuple[Path, Path], tmp_path: Path) -> None:
 
 
 def test_the_command_prints_json(pair: tuple[Path, Path]) -> None:
-    result = invoke(pair, *SMALL, "--draws", "2", "--json")
+    result = invoke(pair, *SMALL, "--num-draws", "2", "--json")
     assert result.exit_code == 0, result.output
     receipt = json.loads(result.stdout)
     assert receipt["greedy"]["num_tokens"] == 4 and len(receipt["sampling"]["tests"]) > 0
@@ -70,7 +83,7 @@ def test_a_mistake_ends_the_command_with_1(
 ) -> None:
     accept_first_draft(monkeypatch)
     path = tmp_path / "receipt.json"
-    result = invoke(pair, *SMALL, "--no-sampling", "--receipt", str(path))
+    result = invoke(pair, *SMALL, "--no-sampling", "--output-file", str(path))
     assert result.exit_code == 1
     assert "MISMATCH" in result.stdout and "NOT identical" in result.stdout
     assert json.loads(path.read_text(encoding="utf-8"))["verdict"] == "mismatch"
@@ -83,13 +96,13 @@ def test_a_mistake_ends_the_command_with_1(
         (("--kinds", "poems"), "poems"),
         (("--layouts", "cubic"), "cubic"),
         (("--layouts", ""), "none"),
-        (("--depths", "one"), "'one' is not a list of numbers"),
-        (("--depths", "9"), "depth 9 is beyond the adapter, which has 4 mask tokens"),
+        (("--num-draft-tokens", "one"), "'one' is not a list of numbers"),
+        (("--num-draft-tokens", "9"), "depth 9 is beyond the adapter, which has 4 mask tokens"),
         (("--max-tokens", "0"), "max_tokens must be at least 1, got 0"),
-        (("--draws", "0"), "num_draws must be at least 1, got 0"),
+        (("--num-draws", "0"), "num_draws must be at least 1, got 0"),
         (("--num-prompts", "1000"), "there are 72 prompts"),
-        (("--receipt", "no-such-folder/receipt.json"), "does not exist"),
-        (("--receipt", "."), "is a folder"),
+        (("--output-file", "no-such-folder/receipt.json"), "does not exist"),
+        (("--output-file", "."), "is a folder"),
     ],
 )
 def test_bad_input_ends_the_command_with_2(

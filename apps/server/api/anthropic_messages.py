@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
 
 from mlx_mtp.apps.engine.batch import Batch, Choice, group_details
-from mlx_mtp.apps.engine.protocol import Message
+from mlx_mtp.apps.engine.protocol import Group, Job, JobMessage
 from mlx_mtp.apps.server.api.anthropic_schema import (
     MessagesRequest,
     conversation,
@@ -17,62 +18,59 @@ from mlx_mtp.apps.server.api.anthropic_schema import (
     openai_choice,
     tool_use,
 )
-from mlx_mtp.apps.server.api.jobs import Desk, new_id
+from mlx_mtp.apps.server.api.jobs import ServerContext, new_id
 from mlx_mtp.apps.server.api.reports import mtp_summary, timings, usage
 from mlx_mtp.apps.server.api.tools import Tool, chat_tools
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import refused
 from mlx_mtp.apps.server.replies import json_response
-from mlx_mtp.apps.server.streams import answer, event
+from mlx_mtp.apps.server.streams import event
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
 
 
 async def create(request: Request) -> Any:
-    """Answer a conversation, streamed or not."""
-    desk: Desk = request.app.state.desk
-    body = await read_body(request, MessagesRequest, desk.settings)
-    desk.check_model(body.model)
-    batch, first = await desk.begin(request, [_job(body, desk)])
-    reply = _Reply(body, desk)
-    return await answer(
+    """JobMessage a conversation, streamed or not."""
+    context: ServerContext = request.app.state.context
+    body = await read_body(request, MessagesRequest, context.settings)
+    context.check_model(body.model)
+    return await context.respond(
         request,
-        reply,
-        batch,
-        first,
-        stream=bool(body.stream),
+        [_job(body, context)],
+        _Reply(body, context),
+        stream=body.stream,
         failed=lambda error: event(error.anthropic(), name="error"),
     )
 
 
-def _job(body: MessagesRequest, desk: Desk) -> dict[str, Any]:
+def _job(body: MessagesRequest, context: ServerContext) -> Job:
     if body.temperature is not None and body.temperature > 1:
         raise refused("temperature: should be at most 1", param="temperature")
-    given = [Tool.model_validate(tool) for tool in function_tools(body.tools)]
+    functions = [Tool.model_validate(tool) for tool in function_tools(body.tools)]
     choice, parallel = openai_choice(body.tool_choice)
-    tools = chat_tools(given, choice, desk.info, parallel=parallel)
-    job = desk.job(body, max_tokens=body.max_tokens) | tools
-    return job | {
-        "stop": body.stop_sequences,
-        "messages": conversation(body, has_tools=desk.info.has_tools),
-    }
+    return replace(
+        context.job(body, max_tokens=body.max_tokens),
+        stop=body.stop_sequences,
+        messages=conversation(body, has_tools=context.info.has_tools),
+        **chat_tools(functions, choice, context.info, parallel=parallel),
+    )
 
 
 class _Reply:
-    """Writes an answer in the shape of Messages."""
+    """Formats an answer as a message."""
 
-    def __init__(self, body: MessagesRequest, desk: Desk) -> None:
+    def __init__(self, body: MessagesRequest, context: ServerContext) -> None:
         self._details = body.speculation.details
         self._head = {
             "id": new_id("msg_"),
             "type": "message",
             "role": "assistant",
-            "model": desk.model_id,
+            "model": context.model_id,
         }
         self._choice = Choice()
 
-    async def whole(self, batch: Batch, first: Message) -> Any:
-        """The answer in one piece."""
+    async def whole(self, batch: Batch, first: JobMessage) -> Any:
+        """Return the whole response."""
         self._choice.add(first)
         async for message in batch:
             self._choice.add(message)
@@ -82,19 +80,19 @@ class _Reply:
         content = self._head | {"content": [*blocks, *calls]} | self._ending()
         return json_response(content | {"usage": self._usage()} | self._costs())
 
-    async def events(self, batch: Batch, first: Message) -> AsyncGenerator[bytes, None]:
-        """The answer as events in the order of Anthropic's."""
+    async def events(self, batch: Batch, first: JobMessage) -> AsyncGenerator[bytes, None]:
+        """Yield the response as events in Anthropic's order."""
         self._choice.add(first)
-        message = self._head | {"content": [], "stop_reason": None, "stop_sequence": None}
-        yield _event("message_start", message=message | {"usage": self._usage()})
+        head = self._head | {"content": [], "stop_reason": None, "stop_sequence": None}
+        yield _event("message_start", message=head | {"usage": self._usage()})
         begun = False
         async for message in batch:
             self._choice.add(message)
-            if message["type"] == "group" and (message["text"] or self._details):
+            if isinstance(message, Group) and (message.text or self._details):
                 if not begun:
                     yield _block_start(0, {"type": "text", "text": "", "citations": None})
                 begun = True
-                delta = {"type": "text_delta", "text": message["text"]}
+                delta = {"type": "text_delta", "text": message.text}
                 more = {"mtp": group_details(message)} if self._details else {}
                 yield _event("content_block_delta", index=0, delta=delta, **more)
         for data in self._end(begun):
@@ -103,31 +101,30 @@ class _Reply:
         yield _event("message_stop")
 
     def _end(self, begun: bool) -> Iterator[bytes]:
-        """Close the text, then hand out the calls."""
+        """Close the text, then yield the calls."""
         calls = self._calls()
         if not begun and not calls:
             yield _block_start(0, {"type": "text", "text": "", "citations": None})
             begun = True
         if begun:
             yield _event("content_block_stop", index=0)
-        for at, call in enumerate(calls, start=int(begun)):
-            given = json.dumps(call["input"], ensure_ascii=False)
-            yield _block_start(at, call | {"input": {}})
-            delta = {"type": "input_json_delta", "partial_json": given}
-            yield _event("content_block_delta", index=at, delta=delta)
-            yield _event("content_block_stop", index=at)
+        for index, call in enumerate(calls, start=int(begun)):
+            arguments = json.dumps(call["input"], ensure_ascii=False)
+            yield _block_start(index, call | {"input": {}})
+            delta = {"type": "input_json_delta", "partial_json": arguments}
+            yield _event("content_block_delta", index=index, delta=delta)
+            yield _event("content_block_stop", index=index)
 
     def _calls(self) -> list[dict[str, Any]]:
-        calls = self._choice.finished["tool_calls"]
-        return [tool_use(call, new_id("toolu_")) for call in calls]
+        return [tool_use(call, new_id("toolu_")) for call in self._choice.result.tool_calls]
 
     def _ending(self) -> dict[str, Any]:
-        string = self._choice.finished["stop_string"]
-        reason = "stop_sequence" if string is not None else _REASONS[self._choice.reason]
-        return {"stop_reason": reason, "stop_sequence": string}
+        result = self._choice.result
+        reason = "stop_sequence" if result.stop_string is not None else _REASONS[result.reason]
+        return {"stop_reason": reason, "stop_sequence": result.stop_string}
 
     def _usage(self) -> dict[str, Any]:
-        """Anthropic's counts: ids from the prefix cache are not among the input's."""
+        """Anthropic's counts: ``input_tokens`` excludes tokens from the prefix cache."""
         choice = self._choice
         counts: dict[str, Any] = {
             "input_tokens": choice.prompt_tokens - choice.cached_tokens,
@@ -152,5 +149,5 @@ def _event(kind: str, **more: Any) -> bytes:
     return event({"type": kind} | more, name=kind)
 
 
-def _block_start(at: int, block: dict[str, Any]) -> bytes:
-    return _event("content_block_start", index=at, content_block=block)
+def _block_start(index: int, block: dict[str, Any]) -> bytes:
+    return _event("content_block_start", index=index, content_block=block)

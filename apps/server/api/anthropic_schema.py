@@ -1,4 +1,4 @@
-"""Request models of Anthropic's Messages, and what they mean as a conversation."""
+"""Request models of Anthropic's Messages and their conversion to a conversation."""
 
 from __future__ import annotations
 
@@ -8,25 +8,26 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mlx_mtp.apps.server.api.schemas import (
-    MOST_STOPS,
-    MOST_TOKENS,
+    MAX_STOPS,
+    MAX_TOKENS,
     Many,
     Sampled,
     StopString,
     Strict,
+    flat_text,
 )
 from mlx_mtp.apps.server.errors import refused
 
 
 class Turn(Strict):
-    """One message: text, or blocks of text, calls and what calls gave."""
+    """One message: text, or blocks of text, calls and results of calls."""
 
     role: Literal["user", "assistant", "system"]
     content: str | Many[dict[str, Any]]
 
 
 class AnthropicTool(Strict):
-    """A tool of the client's own."""
+    """A tool that the client runs."""
 
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
@@ -36,40 +37,40 @@ class AnthropicTool(Strict):
 
 
 class Thinking(Strict):
-    """Whether the model thinks aloud; it cannot be told to."""
+    """Extended thinking, which is not supported."""
 
     type: Literal["disabled"]
 
 
 class MessagesRequest(Sampled):
-    """The body; what is not here is refused."""
+    """The request body; other fields are rejected."""
 
     model: str | None = None
     messages: Many[Turn] = Field(min_length=1)
-    max_tokens: int = Field(ge=1, le=MOST_TOKENS)
+    max_tokens: int = Field(ge=1, le=MAX_TOKENS)
     system: str | Many[dict[str, Any]] | None = None
-    stop_sequences: Many[StopString] | None = Field(None, max_length=MOST_STOPS)
+    stop_sequences: Many[StopString] | None = Field(None, max_length=MAX_STOPS)
     stream: bool | None = None
     tools: Many[AnthropicTool] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: Thinking | None = None
-    # Accepted and without effect: the prefix cache works by itself.
+    # Accepted without effect: the prefix cache is automatic.
     metadata: dict[str, Any] | None = None
     service_tier: str | None = None
     cache_control: dict[str, Any] | None = None
 
 
 def conversation(body: MessagesRequest, *, has_tools: bool) -> list[dict[str, Any]]:
-    """The messages that a chat template takes.
+    """Return the messages for the chat template.
 
     Raises:
-        ApiError: 400 for a block that cannot be used.
+        ApiError: 400 for a block that is not supported.
     """
     messages: list[dict[str, Any]] = []
     if body.system:
         messages.append({"role": "system", "content": _text(body.system, "system")})
-    for at, turn in enumerate(body.messages):
-        where = f"messages.{at}.content"
+    for index, turn in enumerate(body.messages):
+        where = f"messages.{index}.content"
         if isinstance(turn.content, str):
             messages.append({"role": turn.role, "content": turn.content})
         else:
@@ -78,7 +79,7 @@ def conversation(body: MessagesRequest, *, has_tools: bool) -> list[dict[str, An
 
 
 def function_tools(tools: list[AnthropicTool] | None) -> list[dict[str, Any]]:
-    """The tools in the shape of chat completions."""
+    """Return the tools in the form of chat completions."""
     return [
         {
             "type": "function",
@@ -95,9 +96,9 @@ def function_tools(tools: list[AnthropicTool] | None) -> list[dict[str, Any]]:
 def openai_choice(
     choice: dict[str, Any] | None,
 ) -> tuple[str | dict[str, Any] | None, bool]:
-    """Anthropic's ``tool_choice`` in OpenAI's words, and whether there may be several calls.
+    """Convert ``tool_choice`` to OpenAI's form; the bool allows several calls.
 
-    What only looks alike is turned into what OpenAI's refuses.
+    An invalid choice becomes one that ``chat_tools`` rejects.
     """
     if choice is None:
         return None, True
@@ -115,44 +116,30 @@ def openai_choice(
 def _from_blocks(
     role: str, blocks: list[dict[str, Any]], where: str, has_tools: bool
 ) -> list[dict[str, Any]]:
-    """The messages of one turn: results of calls stand apart."""
+    """The messages of one turn; each result of a call is a message of its own."""
     messages, texts, calls = [], [], []
-    for at, block in enumerate(blocks):
-        place, kind = f"{where}.{at}", block.get("type")
+    for index, block in enumerate(blocks):
+        place, kind = f"{where}.{index}", block.get("type")
         if kind in ("tool_use", "tool_result") and not has_tools:
-            raise refused(f"{place}: the model's chat template knows no tools", param=place)
+            raise refused(f"{place}: the model's chat template does not support tools", param=place)
         if kind == "tool_use":
             calls.append(_call(block, place))
         elif kind == "tool_result":
-            content = _text(block.get("content") or "", f"{place}.content")
+            content = _text(block.get("content") or None, f"{place}.content")
             call_id = block.get("tool_use_id")
             messages.append({"role": "tool", "content": content, "tool_call_id": call_id})
         else:
-            texts.append(_text([block], where, start=at))
+            texts.append(_text([block], where, start=index))
     if texts or calls:
-        said: dict[str, Any] = {"role": role, "content": "".join(texts)}
-        messages.append(said | ({"tool_calls": calls} if calls else {}))
+        message: dict[str, Any] = {"role": role, "content": "".join(texts)}
+        messages.append(message | ({"tool_calls": calls} if calls else {}))
     if not messages:
         raise refused(f"{where} is empty", param=where)
     return messages
 
 
 def _text(content: Any, where: str, *, start: int = 0) -> str:
-    """The text of blocks.  What other kinds point to is never fetched."""
-    if isinstance(content, str):
-        return content
-    texts = []
-    for at, block in enumerate(content if isinstance(content, list) else [None], start=start):
-        is_block = isinstance(block, dict)
-        if not is_block or block.get("type") != "text" or not isinstance(block.get("text"), str):
-            kind = str(block.get("type"))[:40] if is_block else type(block).__name__
-            raise refused(
-                f"{where}.{at}: blocks of type {kind!r} are not supported, only text is",
-                param=f"{where}.{at}",
-                code="unsupported_content",
-            )
-        texts.append(block["text"])
-    return "".join(texts)
+    return flat_text(content, where=where, types=("text",), start=start)
 
 
 def _call(block: dict[str, Any], place: str) -> dict[str, Any]:
@@ -163,10 +150,10 @@ def _call(block: dict[str, Any], place: str) -> dict[str, Any]:
     return {"id": str(block.get("id")), "type": "function", "function": function}
 
 
-def tool_use(call: dict[str, str], name: str) -> dict[str, Any]:
-    """A call that the model has made, as a block; ``name`` is the block's id."""
+def tool_use(call: dict[str, str], block_id: str) -> dict[str, Any]:
+    """Return a call of the model as a block."""
     try:
-        given = json.loads(call["arguments"])
+        arguments = json.loads(call["arguments"])
     except (ValueError, RecursionError):
-        given = {}
-    return {"type": "tool_use", "id": name, "name": call["name"], "input": given}
+        arguments = {}
+    return {"type": "tool_use", "id": block_id, "name": call["name"], "input": arguments}

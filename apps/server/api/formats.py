@@ -1,4 +1,4 @@
-"""What a request wants its answer's text to be: any text, any JSON object, or JSON of a schema."""
+"""Response formats: any text, any JSON object, or JSON that matches a schema."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Kind = Literal["text", "json_object", "json_schema"]
 
 
 class JsonSchema(Strict):
-    """OpenAI's ``json_schema``; the answer is held to it whether or not it is ``strict``."""
+    """OpenAI's ``json_schema``; it is enforced whether or not it is ``strict``."""
 
     name: str = Field(min_length=1, max_length=256)
     description: str | None = None
@@ -30,7 +30,7 @@ class ResponseFormat(Strict):
 
 
 class TextFormat(Strict):
-    """The same as Responses write it, ``text.format``."""
+    """``text.format`` of Responses."""
 
     type: Kind
     name: str | None = Field(None, min_length=1, max_length=256)
@@ -39,41 +39,41 @@ class TextFormat(Strict):
     strict: bool | None = None
 
 
-def chat_format(given: ResponseFormat | None, *, tools: bool) -> dict[str, Any]:
-    """The part of a job that says what the text is held to; empty for any text.
+def chat_format(format: ResponseFormat | None, *, tools: bool) -> dict[str, Any]:
+    """Return the fields of ``Job`` for a response format; none for any text.
 
     Args:
-        given: what the request says.
+        format: the request's field.
         tools: whether the model may call tools.
 
     Raises:
-        ApiError: 400 for what does not fit together.
+        ApiError: 400 if fields contradict each other.
     """
-    if given is None:
+    if format is None:
         return {}
-    schema = given.json_schema.content if given.json_schema else None
-    return _job(given.type, schema, "response_format", "response_format.json_schema", tools)
+    schema = format.json_schema.content if format.json_schema else None
+    return _job_fields(format.type, schema, "response_format", "response_format.json_schema", tools)
 
 
-def responses_format(given: TextFormat | None, *, tools: bool) -> dict[str, Any]:
-    """The same for Responses."""
-    if given is None:
+def responses_format(format: TextFormat | None, *, tools: bool) -> dict[str, Any]:
+    """Return the same for Responses."""
+    if format is None:
         return {}
-    if given.type == "json_schema" and given.name is None:
+    if format.type == "json_schema" and format.name is None:
         raise refused("text.format.name is missing", param="text.format.name")
-    return _job(given.type, given.content, "text.format", "text.format", tools)
+    return _job_fields(format.type, format.content, "text.format", "text.format", tools)
 
 
-def _job(
+def _job_fields(
     kind: Kind, schema: dict[str, Any] | None, where: str, inner: str, tools: bool
 ) -> dict[str, Any]:
     if kind != "json_schema" and schema is not None:
-        raise refused(f"{inner} is for the type json_schema, not {kind}", param=inner)
+        raise refused(f"{inner} is only allowed with type json_schema, not {kind}", param=inner)
     if kind == "text":
         return {}
     if tools:
         raise refused(
-            f"{where}: a text that is held to JSON can call no tools; leave one of the two out",
+            f"{where}: a JSON format cannot be combined with tools",
             param=where,
         )
     param = f"{inner}.schema" if kind == "json_schema" else where

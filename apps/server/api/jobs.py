@@ -1,41 +1,41 @@
-"""From a request's fields to a job for the engine."""
+"""Convert the common fields of a request to a job for the engine."""
 
 from __future__ import annotations
 
 import time
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from starlette.requests import Request
 
-from mlx_mtp.apps.engine.batch import Batch
-from mlx_mtp.apps.engine.protocol import Message
-from mlx_mtp.apps.engine.supervisor import Engine, EngineInfo
+from mlx_mtp.apps.engine.protocol import Job, Ready
+from mlx_mtp.apps.engine.supervisor import Engine
 from mlx_mtp.apps.server.api.schemas import OpenAISampled, Sampled
 from mlx_mtp.apps.server.errors import ApiError, engine_down, refused
 from mlx_mtp.apps.server.settings import Settings
-from mlx_mtp.apps.server.streams import unless_gone
+from mlx_mtp.apps.server.streams import EventStream, Reply, event, unless_disconnected
 
-SEEDS = 2**63
-LEAST_TOP_P = 1e-9  # for 0, which mlx-lm takes for no limit and the APIs for the tightest
-GREEDY_BELOW = 1e-6  # colder than this, float32 cannot tell from greedy
+NUM_SEEDS = 2**63
+MIN_TOP_P = 1e-9  # replaces 0, which mlx-lm reads as no limit and the APIs as the tightest
+GREEDY_BELOW = 1e-6  # in float32, sampling at lower temperatures equals greedy decoding
 
 
 @dataclass(frozen=True)
-class Desk:
-    """What the routes need: the engine and the operator's settings."""
+class ServerContext:
+    """State that the routes share: the engine and the operator's settings."""
 
     engine: Engine
     settings: Settings
 
     @property
-    def info(self) -> EngineInfo:
-        """What the model is.
+    def info(self) -> Ready:
+        """Description of the loaded model.
 
         Raises:
-            ApiError: 503 as long as none was loaded.
+            ApiError: 503 until a model is loaded.
         """
         if self.engine.info is None:
             raise engine_down(f"the engine is {self.engine.state}")
@@ -43,12 +43,12 @@ class Desk:
 
     @property
     def model_id(self) -> str:
-        """What the model is called here."""
+        """Name of the model in responses."""
         name = self.settings.model_name or self.info.model
         return Path(name).name if Path(name).is_absolute() or name.startswith(".") else name
 
     def check_model(self, name: str | None) -> None:
-        """Refuse requests for a model that is not there.
+        """Reject a request for another model.
 
         Raises:
             ApiError: 404.
@@ -56,89 +56,93 @@ class Desk:
         if name not in (None, self.model_id, self.info.model):
             raise ApiError(
                 404,
-                f"the model {name[:200]!r} is not here, only {self.model_id!r} is",
+                f"the model {name[:200]!r} is not available, only {self.model_id!r} is",
                 param="model",
                 code="model_not_found",
             )
 
-    async def begin(self, request: Request, jobs: list[dict[str, Any]]) -> tuple[Batch, Message]:
-        """Submit jobs and wait until the first of them begins.
+    async def respond(
+        self,
+        request: Request,
+        jobs: list[Job],
+        reply: Reply,
+        *,
+        stream: bool | None,
+        failed: Callable[[ApiError], bytes] = lambda error: event(error.openai()),
+    ) -> Any:
+        """Submit jobs and return the response; its status is known with the first message.
+
+        Args:
+            request: the request, whose client may disconnect, which cancels the jobs.
+            jobs: the jobs of the request.
+            reply: formats the answers.
+            stream: whether to stream.
+            failed: returns the last event of a stream after an error.
 
         Raises:
-            ApiError: it was refused, or there is no engine.
-            ClientDisconnect: the client did not wait.
+            ApiError: the engine refused the first job, or is not running.
+            ClientDisconnect: the client disconnected.
         """
         batch = self.engine.submit(jobs)
         try:
-            return batch, await unless_gone(request, batch.next())
+            first = await unless_disconnected(request.receive, batch.next())
+            if not stream:
+                return await unless_disconnected(request.receive, reply.whole(batch, first))
+        except ApiError as error:
+            batch.cancel()
+            if error.param == "num_draft_tokens":  # in requests it is a field of ``mtp``
+                raise refused(f"mtp.{error}", param=f"mtp.{error.param}") from None
+            raise
         except BaseException:
             batch.cancel()
             raise
+        events, ping_s = reply.events(batch, first), self.settings.ping_s
+        return EventStream(events, failed=failed, ping_s=ping_s, ended=batch.cancel)
 
-    def job(self, body: Sampled, *, max_tokens: int | None) -> dict[str, Any]:
-        """The part of a job that says how tokens are chosen.
-
-        Raises:
-            ApiError: 400 for what this model cannot do.
-        """
+    def job(self, body: Sampled, *, max_tokens: int | None) -> Job:
+        """Convert the fields that all APIs share; absent ones have the operator's defaults."""
         settings, options = self.settings, body.speculation
-        temp = _given(body.temperature, settings.temp)
-        layout = options.layout or settings.layout
-        k = _given(options.num_draft_tokens, settings.num_draft_tokens)
-        if k is not None and k > self.info.num_draft_tokens > 0:
-            raise refused(
-                f"mtp.num_draft_tokens is {k}, but the adapter was trained for "
-                f"{self.info.num_draft_tokens}",
-                param="mtp.num_draft_tokens",
-            )
-        return {
-            "max_tokens": _given(max_tokens, settings.max_tokens),
-            "temp": temp if temp >= GREEDY_BELOW else 0.0,
-            "top_p": _given(body.top_p, settings.top_p) or LEAST_TOP_P,
-            "top_k": _given(body.top_k, settings.top_k),
-            "min_p": _given(body.min_p, settings.min_p),
-            "repetition_penalty": body.repetition_penalty,
-            "seed": None if body.seed is None else body.seed % SEEDS,
-            "layout": layout,
-            "num_draft_tokens": k,
-        }
+        temp = _or_default(body.temperature, settings.temp)
+        return Job(
+            max_tokens=_or_default(max_tokens, settings.max_tokens),
+            temp=temp if temp >= GREEDY_BELOW else 0.0,
+            top_p=_or_default(body.top_p, settings.top_p) or MIN_TOP_P,
+            top_k=_or_default(body.top_k, settings.top_k),
+            min_p=_or_default(body.min_p, settings.min_p),
+            repetition_penalty=body.repetition_penalty,
+            seed=None if body.seed is None else body.seed % NUM_SEEDS,
+            layout=options.layout or settings.layout,
+            num_draft_tokens=_or_default(options.num_draft_tokens, settings.num_draft_tokens),
+        )
 
-    def openai_job(self, body: OpenAISampled, *, max_tokens: int | None) -> dict[str, Any]:
-        """The same for OpenAI's chat and completions.
-
-        Raises:
-            ApiError: 400 for what this model cannot do.
-        """
-        for token in body.logit_bias or ():
-            if int(token) >= self.info.vocab_size:
-                raise refused(
-                    f"logit_bias holds the id {token}, the vocabulary has "
-                    f"{self.info.vocab_size} ids",
-                    param="logit_bias",
-                )
-        return self.job(body, max_tokens=max_tokens) | {
-            "frequency_penalty": body.frequency_penalty,
-            "presence_penalty": body.presence_penalty,
-            "logit_bias": body.logit_bias,
-            "stop": body.stops,
-        }
+    def openai_job(self, body: OpenAISampled, *, max_tokens: int | None) -> Job:
+        """Convert the fields that OpenAI's chat and completions share."""
+        bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
+        return replace(
+            self.job(body, max_tokens=max_tokens),
+            frequency_penalty=body.frequency_penalty,
+            presence_penalty=body.presence_penalty,
+            logit_bias=bias or None,
+            stop=body.stops,
+        )
 
 
-def choices_of(job: dict[str, Any], n: int) -> list[dict[str, Any]]:
-    """One job for each choice; each has a seed of its own."""
-    seed = job["seed"]
-    return [job | {"seed": None if seed is None else (seed + at) % SEEDS} for at in range(n)]
+def choices_of(job: Job, n: int) -> list[Job]:
+    """Return one job per choice, with different seeds."""
+    if job.seed is None:
+        return [job] * n
+    return [replace(job, seed=(job.seed + index) % NUM_SEEDS) for index in range(n)]
 
 
 def new_id(prefix: str) -> str:
-    """A name for an answer."""
+    """Return a new id."""
     return f"{prefix}{uuid.uuid4().hex[:24]}"
 
 
 def now() -> int:
-    """Seconds since 1970."""
+    """Return the Unix time in seconds."""
     return int(time.time())
 
 
-def _given(value: Any, default: Any) -> Any:
+def _or_default(value: Any, default: Any) -> Any:
     return default if value is None else value

@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any, Literal
 
 from pydantic import Field
 from starlette.requests import Request
 
 from mlx_mtp.apps.engine.batch import Batch, Choice, group_details
-from mlx_mtp.apps.engine.protocol import Message
+from mlx_mtp.apps.engine.protocol import Finished, Group, Job, JobMessage, Started
 from mlx_mtp.apps.server.api.formats import ResponseFormat, chat_format
-from mlx_mtp.apps.server.api.jobs import Desk, choices_of, new_id, now
+from mlx_mtp.apps.server.api.jobs import ServerContext, choices_of, new_id, now
 from mlx_mtp.apps.server.api.reports import mtp_summary, timings, usage
-from mlx_mtp.apps.server.api.schemas import MOST_TOKENS, Many, OpenAISampled, Strict, flat_text
+from mlx_mtp.apps.server.api.schemas import MAX_TOKENS, Many, OpenAISampled, Strict, flat_text
 from mlx_mtp.apps.server.api.tools import Tool, ToolCall, chat_tools, new_call, template_calls
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import refused
 from mlx_mtp.apps.server.replies import json_response
-from mlx_mtp.apps.server.streams import DONE, answer, event
+from mlx_mtp.apps.server.streams import DONE, event
 
-MOST_TOP_LOGPROBS = 20
+MAX_TOP_LOGPROBS = 20
+_RESERVED_KWARGS = {
+    "messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message",
+    "chat_template", "return_dict", "conversation", "documents", "return_tensors",
+}  # fmt: skip
 
 
 class ChatMessage(Strict):
-    """One message of a conversation; the last fields are what SDKs send back of an answer."""
+    """One message of a conversation; SDKs send the last fields back with an answer."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str | Many[dict[str, Any]] | None = None
@@ -38,20 +43,20 @@ class ChatMessage(Strict):
 
 
 class ChatRequest(OpenAISampled):
-    """The body; what is not here is refused."""
+    """The request body; other fields are rejected."""
 
     messages: Many[ChatMessage] = Field(min_length=1)
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
     tools: Many[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
-    # Accepted and without effect: they change what an operator keeps, or how fast it goes.
+    # Accepted without effect: they concern storage and speed at OpenAI.
     metadata: dict[str, str] | None = None
     parallel_tool_calls: bool | None = None
     prediction: dict[str, Any] | None = None
@@ -63,114 +68,116 @@ class ChatRequest(OpenAISampled):
 
 
 async def create(request: Request) -> Any:
-    """Answer a conversation, streamed or not."""
-    desk: Desk = request.app.state.desk
-    body = await read_body(request, ChatRequest, desk.settings)
-    desk.check_model(body.model)
-    jobs = choices_of(_job(body, desk), body.n or 1)
-    batch, first = await desk.begin(request, jobs)
-    reply = _Reply(body, desk, len(jobs))
-    return await answer(request, reply, batch, first, stream=bool(body.stream))
+    """JobMessage a conversation, streamed or not."""
+    context: ServerContext = request.app.state.context
+    body = await read_body(request, ChatRequest, context.settings)
+    context.check_model(body.model)
+    jobs = choices_of(_job(body, context), body.n or 1)
+    reply = _Reply(body, context, len(jobs))
+    return await context.respond(request, jobs, reply, stream=body.stream)
 
 
-def _job(body: ChatRequest, desk: Desk) -> dict[str, Any]:
+def _job(body: ChatRequest, context: ServerContext) -> Job:
     if body.top_logprobs and not body.logprobs:
         raise refused("top_logprobs needs logprobs to be true", param="top_logprobs")
     if body.stream_options is not None and not body.stream:
         raise refused("stream_options needs stream to be true", param="stream_options")
     if body.max_tokens and body.max_completion_tokens:
-        raise refused("give max_tokens or max_completion_tokens, not both", param="max_tokens")
-    tools = chat_tools(body.tools, body.tool_choice, desk.info, parallel=body.parallel_tool_calls)
-    job = desk.openai_job(body, max_tokens=body.max_completion_tokens or body.max_tokens)
-    if body.logprobs:
-        job["top_logprobs"] = body.top_logprobs or 0
-    job |= tools | chat_format(body.response_format, tools=bool(tools))
-    return job | {
-        "messages": [
-            _plain(message, at, desk.info.has_tools) for at, message in enumerate(body.messages)
+        raise refused("set max_tokens or max_completion_tokens, not both", param="max_tokens")
+    tools = chat_tools(
+        body.tools, body.tool_choice, context.info, parallel=body.parallel_tool_calls
+    )
+    format = chat_format(body.response_format, tools=bool(tools))
+    return replace(
+        context.openai_job(body, max_tokens=body.max_completion_tokens or body.max_tokens),
+        messages=[
+            _template_message(message, f"messages.{index}", context.info.has_tools)
+            for index, message in enumerate(body.messages)
         ],
-        "template_config": _template_config(body.chat_template_kwargs),
-    }
+        template_config=_template_config(body.chat_template_kwargs),
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        **tools,
+        **format,
+    )
 
 
-def _template_config(given: dict[str, Any] | None) -> dict[str, Any]:
-    """Settings for the chat template; not what the server itself sets."""
-    taken = {"messages", "tools", "tokenize", "add_generation_prompt", "continue_final_message"}
-    ours = {"chat_template", "return_dict", "conversation", "documents", "return_tensors"}
-    for name in given or {}:
-        if name in taken | ours or not name.isidentifier():
+def _template_config(kwargs: dict[str, Any] | None) -> dict[str, Any]:
+    """Arguments for the chat template, except those that the server sets."""
+    for name in kwargs or {}:
+        if name in _RESERVED_KWARGS or not name.isidentifier():
             where = f"chat_template_kwargs.{name[:40]}"
             raise refused(f"{where} cannot be set", param="chat_template_kwargs")
-    return given or {}
+    return kwargs or {}
 
 
-def _plain(message: ChatMessage, at: int, has_tools: bool) -> dict[str, Any]:
-    """A message as chat templates want it."""
-    where = f"messages.{at}"
+def _template_message(message: ChatMessage, where: str, has_tools: bool) -> dict[str, Any]:
+    """Convert a message to the form that chat templates take."""
     role = "system" if message.role == "developer" else message.role
-    plain: dict[str, Any] = {
+    converted: dict[str, Any] = {
         "role": role,
         "content": flat_text(message.content, where=f"{where}.content"),
     }
     if message.name is not None:
-        plain["name"] = message.name
+        converted["name"] = message.name
     if message.tool_calls:
-        plain["tool_calls"] = template_calls(message.tool_calls, where=f"{where}.tool_calls")
+        converted["tool_calls"] = template_calls(message.tool_calls, where=f"{where}.tool_calls")
     elif message.content is None:
         raise refused(f"{where}.content is missing", param=f"{where}.content")
     if message.tool_call_id is not None:
-        plain["tool_call_id"] = message.tool_call_id
+        converted["tool_call_id"] = message.tool_call_id
     if (role == "tool" or message.tool_calls) and not has_tools:
         raise refused(
-            f"{where}: the model's chat template knows no tools", param=where, code="no_tools"
+            f"{where}: the model's chat template does not support tools",
+            param=where,
+            code="no_tools",
         )
-    return plain
+    return converted
 
 
 class _Reply:
-    """Writes answers in the shape of chat completions."""
+    """Formats answers as chat completions."""
 
-    def __init__(self, body: ChatRequest, desk: Desk, count: int) -> None:
+    def __init__(self, body: ChatRequest, context: ServerContext, count: int) -> None:
         self._head = {
             "id": new_id("chatcmpl-"),
             "created": now(),
-            "model": desk.model_id,
+            "model": context.model_id,
         }
         self._details = body.speculation.details
         self._logprobs = bool(body.logprobs)
         self._usage = bool(body.stream_options and body.stream_options.include_usage)
         self._choices = [Choice() for _ in range(count)]
 
-    async def whole(self, batch: Batch, first: Message) -> Any:
-        """The answer in one piece."""
-        self._choices[first["index"]].add(first)
+    async def whole(self, batch: Batch, first: JobMessage) -> Any:
+        """Return the whole response."""
+        self._choices[first.index].add(first)
         async for message in batch:
-            self._choices[message["index"]].add(message)
+            self._choices[message.index].add(message)
         content = self._head | {
             "object": "chat.completion",
-            "choices": [self._choice(at, choice) for at, choice in enumerate(self._choices)],
+            "choices": [self._choice(index, choice) for index, choice in enumerate(self._choices)],
             "usage": usage(self._choices),
             "timings": timings(self._choices[0]),
         }
         return json_response(content)
 
-    def _choice(self, at: int, choice: Choice) -> dict[str, Any]:
-        calls = [new_call(call) for call in choice.finished["tool_calls"]]
+    def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
+        calls = [new_call(call) for call in choice.result.tool_calls]
         message = {"role": "assistant", "content": choice.text, "refusal": None}
         if calls:
             message |= {"content": choice.text or None, "tool_calls": calls}
         content = {
-            "index": at,
+            "index": index,
             "message": message,
             "logprobs": self._logprobs_of(choice.logprobs),
-            "finish_reason": choice.reason,
+            "finish_reason": choice.result.reason,
         }
         if self._details:
             content["mtp"] = mtp_summary(choice) | {"groups": choice.groups}
         return content
 
-    async def events(self, batch: Batch, first: Message) -> AsyncGenerator[bytes, None]:
-        """The answer as events, one for every step."""
+    async def events(self, batch: Batch, first: JobMessage) -> AsyncGenerator[bytes, None]:
+        """Yield the response as events, one per step."""
         for data in self._events_of(first):
             yield data
         async for message in batch:
@@ -180,50 +187,49 @@ class _Reply:
             yield self._event([], usage=usage(self._choices), timings=timings(self._choices[0]))
         yield DONE
 
-    def _events_of(self, message: Message) -> list[bytes]:
-        at = message["index"]
-        choice = self._choices[at]
-        choice.add(message)
-        match message["type"]:
-            case "started":
-                return [self._delta(at, {"role": "assistant", "content": "", "refusal": None})]
-            case "group":
-                return self._group(at, message)
-            case "finished":
-                return self._end(at, choice)
+    def _events_of(self, message: JobMessage) -> list[bytes]:
+        index = message.index
+        self._choices[index].add(message)
+        match message:
+            case Started():
+                return [self._delta(index, {"role": "assistant", "content": "", "refusal": None})]
+            case Group():
+                return self._group(index, message)
+            case Finished():
+                return self._end(index, self._choices[index])
         return []
 
-    def _group(self, at: int, message: Message) -> list[bytes]:
-        if not (message["text"] or self._details or self._logprobs):
+    def _group(self, index: int, message: Group) -> list[bytes]:
+        if not (message.text or self._details or self._logprobs):
             return []
         more: dict[str, Any] = {"mtp": group_details(message)} if self._details else {}
-        logprobs = self._logprobs_of(message.get("logprobs", []))
-        return [self._delta(at, {"content": message["text"]}, logprobs=logprobs, **more)]
+        logprobs = self._logprobs_of(message.logprobs or [])
+        return [self._delta(index, {"content": message.text}, logprobs=logprobs, **more)]
 
-    def _end(self, at: int, choice: Choice) -> list[bytes]:
+    def _end(self, index: int, choice: Choice) -> list[bytes]:
         calls = [
             {"index": number} | new_call(call)
-            for number, call in enumerate(choice.finished["tool_calls"])
+            for number, call in enumerate(choice.result.tool_calls)
         ]
-        found = [self._delta(at, {"tool_calls": calls})] if calls else []
+        events = [self._delta(index, {"tool_calls": calls})] if calls else []
         more: dict[str, Any] = {"timings": timings(choice)}
         if self._details:
             more["mtp"] = mtp_summary(choice)
-        return [*found, self._delta(at, {}, reason=choice.reason, **more)]
+        return [*events, self._delta(index, {}, reason=choice.result.reason, **more)]
 
     def _logprobs_of(self, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
         return {"content": entries, "refusal": None} if self._logprobs else None
 
     def _delta(
         self,
-        at: int,
+        index: int,
         delta: dict[str, Any],
         *,
         reason: str | None = None,
         logprobs: dict[str, Any] | None = None,
         **more: Any,
     ) -> bytes:
-        choice = {"index": at, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
         return self._event([choice], **more)
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> bytes:

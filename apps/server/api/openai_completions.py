@@ -3,33 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Annotated, Any
 
 from pydantic import Field
 from starlette.requests import Request
 
 from mlx_mtp.apps.engine.batch import Batch, Choice, group_details
-from mlx_mtp.apps.engine.protocol import Message
-from mlx_mtp.apps.server.api.jobs import Desk, choices_of, new_id, now
+from mlx_mtp.apps.engine.protocol import Finished, Group, Job, JobMessage
+from mlx_mtp.apps.server.api.jobs import ServerContext, choices_of, new_id, now
 from mlx_mtp.apps.server.api.reports import mtp_summary, timings, usage
-from mlx_mtp.apps.server.api.schemas import MOST_CHOICES, MOST_TOKENS, Many, OpenAISampled
+from mlx_mtp.apps.server.api.schemas import MAX_CHOICES, MAX_TOKENS, Many, OpenAISampled
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import refused
 from mlx_mtp.apps.server.replies import json_response
-from mlx_mtp.apps.server.streams import DONE, answer, event
+from mlx_mtp.apps.server.streams import DONE, event
 
-TokenId = Annotated[int, Field(ge=0, le=MOST_TOKENS)]
+TokenId = Annotated[int, Field(ge=0, le=MAX_TOKENS)]
 Ids = Annotated[Many[TokenId], Field(min_length=1)]
-Texts = Annotated[Many[str], Field(min_length=1, max_length=MOST_CHOICES)]
-IdLists = Annotated[Many[Ids], Field(min_length=1, max_length=MOST_CHOICES)]
+Texts = Annotated[Many[str], Field(min_length=1, max_length=MAX_CHOICES)]
+IdLists = Annotated[Many[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
 
 
 class CompletionRequest(OpenAISampled):
-    """The body; what is not here is refused."""
+    """The request body; other fields are rejected."""
 
     prompt: str | Texts | Ids | IdLists
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     logprobs: int | None = Field(None, ge=0, le=5)
     echo: bool | None = None
     best_of: int | None = None
@@ -38,47 +39,48 @@ class CompletionRequest(OpenAISampled):
 
 async def create(request: Request) -> Any:
     """Continue a text, streamed or not."""
-    desk: Desk = request.app.state.desk
-    body = await read_body(request, CompletionRequest, desk.settings)
-    desk.check_model(body.model)
+    context: ServerContext = request.app.state.context
+    body = await read_body(request, CompletionRequest, context.settings)
+    context.check_model(body.model)
     prompts = _prompts(body)
-    jobs = _jobs(body, desk, prompts)
-    batch, first = await desk.begin(request, jobs)
-    reply = _Reply(body, desk, len(jobs), len(prompts))
-    return await answer(request, reply, batch, first, stream=bool(body.stream))
+    jobs = _jobs(body, context, prompts)
+    reply = _Reply(body, context, len(jobs), len(prompts))
+    return await context.respond(request, jobs, reply, stream=body.stream)
 
 
 def _prompts(body: CompletionRequest) -> list[str | list[int]]:
-    """The prompts, however they were written down."""
-    given: Any = body.prompt
-    return [given] if isinstance(given, str) or isinstance(given[0], int) else list(given)
+    """The prompts as a list."""
+    prompt: Any = body.prompt
+    return [prompt] if isinstance(prompt, str) or isinstance(prompt[0], int) else list(prompt)
 
 
 def _jobs(
-    body: CompletionRequest, desk: Desk, prompts: list[str | list[int]]
-) -> list[dict[str, Any]]:
+    body: CompletionRequest, context: ServerContext, prompts: list[str | list[int]]
+) -> list[Job]:
     n = body.n or 1
-    for name, harmless in (("echo", (False,)), ("best_of", (n,)), ("suffix", ("",))):
-        if getattr(body, name) not in (None, *harmless):
+    for name, allowed in (("echo", (False,)), ("best_of", (n,)), ("suffix", ("",))):
+        if getattr(body, name) not in (None, *allowed):
             raise refused(f"{name} is not supported", param=name, code="unsupported_parameter")
     if body.stream_options is not None and not body.stream:
         raise refused("stream_options needs stream to be true", param="stream_options")
-    if n * len(prompts) > MOST_CHOICES:
-        raise refused(f"prompts times n can be {MOST_CHOICES} at most", param="n")
-    job = desk.openai_job(body, max_tokens=body.max_tokens)
-    job["top_logprobs"] = body.logprobs
-    return [each | {"prompt": prompt} for prompt in prompts for each in choices_of(job, n)]
+    if n * len(prompts) > MAX_CHOICES:
+        raise refused(f"the number of prompts times n must be at most {MAX_CHOICES}", param="n")
+    job = context.openai_job(body, max_tokens=body.max_tokens)
+    choices = choices_of(replace(job, top_logprobs=body.logprobs), n)
+    return [replace(choice, prompt=prompt) for prompt in prompts for choice in choices]
 
 
 class _Reply:
-    """Writes answers in the shape of completions."""
+    """Formats answers as completions."""
 
-    def __init__(self, body: CompletionRequest, desk: Desk, count: int, num_prompts: int) -> None:
+    def __init__(
+        self, body: CompletionRequest, context: ServerContext, count: int, num_prompts: int
+    ) -> None:
         self._head = {
             "id": new_id("cmpl-"),
             "object": "text_completion",
             "created": now(),
-            "model": desk.model_id,
+            "model": context.model_id,
         }
         self._details = body.speculation.details
         self._logprobs = body.logprobs is not None
@@ -86,23 +88,23 @@ class _Reply:
         self._num_prompts = num_prompts
         self._choices = [Choice() for _ in range(count)]
 
-    async def whole(self, batch: Batch, first: Message) -> Any:
-        """The answer in one piece."""
-        self._choices[first["index"]].add(first)
+    async def whole(self, batch: Batch, first: JobMessage) -> Any:
+        """Return the whole response."""
+        self._choices[first.index].add(first)
         async for message in batch:
-            self._choices[message["index"]].add(message)
-        found = []
-        for at, choice in enumerate(self._choices):
+            self._choices[message.index].add(message)
+        choices = []
+        for index, choice in enumerate(self._choices):
             more = {}
             if self._details:
                 more["mtp"] = mtp_summary(choice) | {"groups": choice.groups}
             logprobs = self._logprobs_of(choice.logprobs, 0)
-            found.append(_choice(at, choice.text, logprobs, choice.reason) | more)
-        return json_response(self._head | {"choices": found} | self._costs())
+            choices.append(_choice(index, choice.text, logprobs, choice.result.reason) | more)
+        return json_response(self._head | {"choices": choices} | self._costs())
 
-    async def events(self, batch: Batch, first: Message) -> AsyncGenerator[bytes, None]:
-        """The answer as events, one for every step."""
-        self._choices[first["index"]].add(first)
+    async def events(self, batch: Batch, first: JobMessage) -> AsyncGenerator[bytes, None]:
+        """Yield the response as events, one per step."""
+        self._choices[first.index].add(first)
         async for message in batch:
             for data in self._events_of(message):
                 yield data
@@ -110,27 +112,27 @@ class _Reply:
             yield event(self._head | {"choices": []} | self._costs())
         yield DONE
 
-    def _events_of(self, message: Message) -> list[bytes]:
-        at = message["index"]
-        choice = self._choices[at]
+    def _events_of(self, message: JobMessage) -> list[bytes]:
+        index = message.index
+        choice = self._choices[index]
         offset = len(choice.text)
         choice.add(message)
         more: dict[str, Any] = {"usage": None} if self._usage else {}
-        if message["type"] == "group":
-            if not (message["text"] or self._details or self._logprobs):
+        if isinstance(message, Group):
+            if not (message.text or self._details or self._logprobs):
                 return []
             if self._details:
                 more["mtp"] = group_details(message)
-            logprobs = self._logprobs_of(message.get("logprobs", []), offset)
-            found = _choice(at, message["text"], logprobs, None)
-        elif message["type"] == "finished":
+            logprobs = self._logprobs_of(message.logprobs or [], offset)
+            content = _choice(index, message.text, logprobs, None)
+        elif isinstance(message, Finished):
             more["timings"] = timings(choice)
             if self._details:
                 more["mtp"] = mtp_summary(choice)
-            found = _choice(at, "", None, choice.reason)
+            content = _choice(index, "", None, message.reason)
         else:
             return []
-        return [event(self._head | {"choices": [found]} | more)]
+        return [event(self._head | {"choices": [content]} | more)]
 
     def _costs(self) -> dict[str, Any]:
         return {
@@ -139,7 +141,7 @@ class _Reply:
         }
 
     def _logprobs_of(self, entries: list[dict[str, Any]], offset: int) -> dict[str, Any] | None:
-        """OpenAI's older shape: columns."""
+        """Convert to columns, the form of OpenAI's completions."""
         if not self._logprobs:
             return None
         offsets = []
@@ -150,14 +152,13 @@ class _Reply:
             "tokens": [entry["token"] for entry in entries],
             "token_logprobs": [entry["logprob"] for entry in entries],
             "top_logprobs": [
-                {each["token"]: each["logprob"] for each in entry["top_logprobs"]}
-                for entry in entries
+                {top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries
             ],
             "text_offset": offsets,
         }
 
 
 def _choice(
-    at: int, text: str, logprobs: dict[str, Any] | None, reason: str | None
+    index: int, text: str, logprobs: dict[str, Any] | None, reason: str | None
 ) -> dict[str, Any]:
-    return {"index": at, "text": text, "logprobs": logprobs, "finish_reason": reason}
+    return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": reason}

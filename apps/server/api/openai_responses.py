@@ -1,49 +1,45 @@
-"""``POST /v1/responses``: OpenAI's Responses, without anything that is kept between requests."""
+"""``POST /v1/responses``: OpenAI's Responses; nothing is stored between requests."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import AsyncGenerator, Iterator
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
 
 from mlx_mtp.apps.engine.batch import Batch, Choice, group_details
-from mlx_mtp.apps.engine.protocol import Message
+from mlx_mtp.apps.engine.protocol import Group, Job, JobMessage
 from mlx_mtp.apps.server.api.formats import TextFormat, responses_format
-from mlx_mtp.apps.server.api.jobs import Desk, new_id, now
+from mlx_mtp.apps.server.api.jobs import ServerContext, new_id, now
 from mlx_mtp.apps.server.api.reports import mtp_summary, timings, usage
 from mlx_mtp.apps.server.api.responses_schema import ResponsesRequest, conversation, function_tools
 from mlx_mtp.apps.server.api.tools import Tool, chat_tools
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import ApiError
 from mlx_mtp.apps.server.replies import json_response
-from mlx_mtp.apps.server.streams import answer, event
+from mlx_mtp.apps.server.streams import event
 
 
 async def create(request: Request) -> Any:
-    """Answer a conversation, streamed or not."""
-    desk: Desk = request.app.state.desk
-    body = await read_body(request, ResponsesRequest, desk.settings)
-    desk.check_model(body.model)
-    batch, first = await desk.begin(request, [_job(body, desk)])
-    reply = _Reply(body, desk)
-    return await answer(
-        request,
-        reply,
-        batch,
-        first,
-        stream=bool(body.stream),
-        failed=reply.failed,
+    """JobMessage a conversation, streamed or not."""
+    context: ServerContext = request.app.state.context
+    body = await read_body(request, ResponsesRequest, context.settings)
+    context.check_model(body.model)
+    job, reply = _job(body, context), _Reply(body, context)
+    return await context.respond(request, [job], reply, stream=body.stream, failed=reply.failed)
+
+
+def _job(body: ResponsesRequest, context: ServerContext) -> Job:
+    functions = [Tool.model_validate(tool) for tool in function_tools(body.tools)]
+    tools = chat_tools(functions, body.tool_choice, context.info, parallel=body.parallel_tool_calls)
+    return replace(
+        context.job(body, max_tokens=body.max_output_tokens),
+        messages=conversation(body, has_tools=context.info.has_tools),
+        **tools,
+        **responses_format(_format(body), tools=bool(tools)),
     )
-
-
-def _job(body: ResponsesRequest, desk: Desk) -> dict[str, Any]:
-    given = [Tool.model_validate(tool) for tool in function_tools(body.tools)]
-    tools = chat_tools(given, body.tool_choice, desk.info, parallel=body.parallel_tool_calls)
-    job = desk.job(body, max_tokens=body.max_output_tokens)
-    job |= tools | responses_format(_format(body), tools=bool(tools))
-    return job | {"messages": conversation(body, has_tools=desk.info.has_tools)}
 
 
 def _format(body: ResponsesRequest) -> TextFormat | None:
@@ -51,12 +47,12 @@ def _format(body: ResponsesRequest) -> TextFormat | None:
 
 
 class _Reply:
-    """Writes an answer in the shape of Responses."""
+    """Formats an answer as a response."""
 
-    def __init__(self, body: ResponsesRequest, desk: Desk) -> None:
+    def __init__(self, body: ResponsesRequest, context: ServerContext) -> None:
         self._body = body
         self._details = body.speculation.details
-        self._model = desk.model_id
+        self._model = context.model_id
         self._id = new_id("resp_")
         self._created = now()
         self._message_id = new_id("msg_")
@@ -64,31 +60,31 @@ class _Reply:
         self._numbers = itertools.count()
         self._output: list[dict[str, Any]] = []
 
-    async def whole(self, batch: Batch, first: Message) -> Any:
-        """The answer in one piece."""
+    async def whole(self, batch: Batch, first: JobMessage) -> Any:
+        """Return the whole response."""
         self._choice.add(first)
         async for message in batch:
             self._choice.add(message)
-        if self._choice.text or not self._choice.finished["tool_calls"]:
+        if self._choice.text or not self._choice.result.tool_calls:
             self._output.append(self._message(self._choice.text))
         self._output += self._calls()
         return json_response(self._response())
 
-    async def events(self, batch: Batch, first: Message) -> AsyncGenerator[bytes, None]:
-        """The answer as events in the order of OpenAI's."""
+    async def events(self, batch: Batch, first: JobMessage) -> AsyncGenerator[bytes, None]:
+        """Yield the response as events in OpenAI's order."""
         self._choice.add(first)
         yield self._event("response.created", response=self._response())
         yield self._event("response.in_progress", response=self._response())
         begun = False
         async for message in batch:
             self._choice.add(message)
-            if message["type"] == "group" and (message["text"] or self._details):
+            if isinstance(message, Group) and (message.text or self._details):
                 if not begun:
                     for data in self._begin():
                         yield data
                 begun = True
                 more = {"mtp": group_details(message)} if self._details else {}
-                yield self._text_event("delta", delta=message["text"], logprobs=[], **more)
+                yield self._text_event("delta", delta=message.text, logprobs=[], **more)
         for data in self._end(begun):
             yield data
         done = self._response()
@@ -104,7 +100,7 @@ class _Reply:
         yield self._part_event("added", "")
 
     def _end(self, begun: bool) -> Iterator[bytes]:
-        """Close the message, then hand out the calls."""
+        """Close the message, then yield the calls."""
         text = self._choice.text
         calls = self._calls()
         if not begun and not calls:
@@ -117,16 +113,16 @@ class _Reply:
             yield self._event("response.output_item.done", output_index=0, item=item)
             self._output.append(item)
         for call in calls:
-            at = len(self._output)
-            place = {"output_index": at, "item_id": call["id"]}
+            index = len(self._output)
+            place = {"output_index": index, "item_id": call["id"]}
             empty = call | {"arguments": "", "status": "in_progress"}
-            yield self._event("response.output_item.added", output_index=at, item=empty)
+            yield self._event("response.output_item.added", output_index=index, item=empty)
             kind = "response.function_call_arguments"
             yield self._event(f"{kind}.delta", delta=call["arguments"], **place)
             yield self._event(
                 f"{kind}.done", arguments=call["arguments"], name=call["name"], **place
             )
-            yield self._event("response.output_item.done", output_index=at, item=call)
+            yield self._event("response.output_item.done", output_index=index, item=call)
             self._output.append(call)
 
     def _event(self, kind: str, **more: Any) -> bytes:
@@ -159,16 +155,16 @@ class _Reply:
                 "call_id": new_id("call_"),
                 **call,
             }
-            for call in self._choice.finished["tool_calls"]
+            for call in self._choice.result.tool_calls
         ]
 
     def _status(self) -> str:
         if not self._choice.finished:
             return "in_progress"
-        return "incomplete" if self._choice.reason == "length" else "completed"
+        return "incomplete" if self._choice.result.reason == "length" else "completed"
 
     def _response(self) -> dict[str, Any]:
-        """The response object as it stands."""
+        """The response object in its current state."""
         body, status = self._body, self._status()
         why = {"reason": "max_output_tokens"} if status == "incomplete" else None
         response = {
@@ -189,7 +185,7 @@ class _Reply:
             "reasoning": {"effort": None, "summary": None},
             "store": False,
             "temperature": body.temperature,
-            "text": {"format": _format_told(body)},
+            "text": {"format": _format_echo(body)},
             "tool_choice": body.tool_choice or "auto",
             "tools": [tool.model_dump() for tool in body.tools or ()],
             "top_p": body.top_p,
@@ -215,9 +211,11 @@ class _Reply:
         return costs
 
 
-def _format_told(body: ResponsesRequest) -> dict[str, Any]:
-    given = _format(body)
-    return {"type": "text"} if given is None else given.model_dump(by_alias=True, exclude_none=True)
+def _format_echo(body: ResponsesRequest) -> dict[str, Any]:
+    format = _format(body)
+    return (
+        {"type": "text"} if format is None else format.model_dump(by_alias=True, exclude_none=True)
+    )
 
 
 def _part(text: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""What an answer cost and what speculation did, in the dialects that clients know.
+"""Token counts and timings in the formats that clients know.
 
 OpenAI's ``usage`` with accepted and rejected prediction tokens, llama.cpp's ``timings`` with
-``draft_n`` and ``draft_n_accepted``, and our own ``mtp``.
+``draft_n`` and ``draft_n_accepted``, and this project's ``mtp``.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from mlx_mtp.apps.engine.batch import Choice
 
 
 def usage(choices: Sequence[Choice], *, prompts: int = 1) -> dict[str, Any]:
-    """OpenAI's ``usage``; of several answers to one prompt, that prompt counts once.
+    """Return OpenAI's ``usage``; a prompt with several answers counts once.
 
     Args:
-        choices: the answers, those to the first prompt first.
-        prompts: how many different prompts they are for.
+        choices: the answers, sorted by prompt.
+        prompts: number of prompts.
     """
-    each = max(1, len(choices) // prompts)
-    prompt = sum(choice.prompt_tokens for choice in choices[::each])
-    cached = sum(choice.cached_tokens for choice in choices[::each])
+    per_prompt = max(1, len(choices) // prompts)
+    prompt = sum(choice.prompt_tokens for choice in choices[::per_prompt])
+    cached = sum(choice.cached_tokens for choice in choices[::per_prompt])
     done = _total(choices, "generation_tokens")
     drafted, accepted = _total(choices, "num_draft_tokens"), _total(choices, "num_accepted")
     return {
@@ -39,8 +39,8 @@ def usage(choices: Sequence[Choice], *, prompts: int = 1) -> dict[str, Any]:
 
 
 def timings(choice: Choice) -> dict[str, Any]:
-    """llama.cpp's ``timings`` of one answer."""
-    stats = choice.stats
+    """Return llama.cpp's ``timings`` of one answer."""
+    stats = choice.result.stats
     prompt, done = stats["prompt_tokens"], stats["generation_tokens"]
     return {
         "cache_n": stats["cached_tokens"],
@@ -56,8 +56,8 @@ def timings(choice: Choice) -> dict[str, Any]:
 
 
 def mtp_summary(choice: Choice) -> dict[str, Any]:
-    """What speculation did in one answer."""
-    stats = choice.stats
+    """Return step and draft counts of one answer."""
+    stats = choice.result.stats
     return {
         "steps": stats["num_steps"],
         "tokens": stats["generation_tokens"],
@@ -70,7 +70,7 @@ def mtp_summary(choice: Choice) -> dict[str, Any]:
 
 
 def _total(choices: Sequence[Choice], name: str) -> int:
-    return sum(choice.stats[name] for choice in choices)
+    return sum(choice.result.stats[name] for choice in choices)
 
 
 def _ms(count: int, tps: float) -> float:

@@ -1,4 +1,4 @@
-"""Request models of OpenAI's Responses, and what they mean as a conversation."""
+"""Request models of OpenAI's Responses and their conversion to a conversation."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mlx_mtp.apps.server.api.formats import TextFormat
-from mlx_mtp.apps.server.api.schemas import MOST_TOKENS, Many, Sampled, Strict, flat_text
+from mlx_mtp.apps.server.api.schemas import MAX_TOKENS, Many, Sampled, Strict, flat_text
 from mlx_mtp.apps.server.api.tools import CalledFunction, ToolCall, template_calls
 from mlx_mtp.apps.server.errors import refused
 
 
 class ResponseTool(Strict):
-    """A function; of the kinds of tools, the only one that can be had."""
+    """A function, the only supported type of tool."""
 
     type: str
     name: str | None = Field(None, max_length=256)
@@ -23,13 +23,13 @@ class ResponseTool(Strict):
 
 
 class TextOptions(Strict):
-    """How the text is to look."""
+    """Options of the answer's text."""
 
     format: TextFormat | None = None
 
 
 class InputItem(Strict):
-    """An item of the conversation: a message, a call or what a call gave."""
+    """An item of the conversation: a message, a call or the output of a call."""
 
     type: Literal["message", "function_call", "function_call_output"] = "message"
     id: str | None = None
@@ -44,12 +44,12 @@ class InputItem(Strict):
 
 
 class ResponsesRequest(Sampled):
-    """The body; what is not here is refused."""
+    """The request body; other fields are rejected."""
 
     input: str | Many[InputItem]
     model: str | None = None
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1, le=MOST_TOKENS)
+    max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
     stream: bool | None = None
     text: TextOptions | None = None
     tools: Many[ResponseTool] | None = None
@@ -58,7 +58,7 @@ class ResponsesRequest(Sampled):
     background: Literal[False] | None = None
     previous_response_id: None = None
     include: list[Any] | None = Field(None, max_length=0)
-    # Accepted and without effect.
+    # Accepted without effect.
     metadata: dict[str, str] | None = None
     parallel_tool_calls: bool | None = None
     prompt_cache_key: str | None = None
@@ -70,23 +70,25 @@ class ResponsesRequest(Sampled):
 
 
 def conversation(body: ResponsesRequest, *, has_tools: bool) -> list[dict[str, Any]]:
-    """The messages that a chat template takes.
+    """Return the messages for the chat template.
 
     Raises:
-        ApiError: 400 for an item that cannot be used.
+        ApiError: 400 for an item that is not supported.
     """
     head = [] if body.instructions is None else [_message("system", body.instructions)]
     if isinstance(body.input, str):
         return [*head, _message("user", body.input)]
     messages = head
-    for at, item in enumerate(body.input):
-        where = f"input.{at}"
+    for index, item in enumerate(body.input):
+        where = f"input.{index}"
         if item.type != "message" and not has_tools:
             raise refused(
-                f"{where}: the model's chat template knows no tools", param=where, code="no_tools"
+                f"{where}: the model's chat template does not support tools",
+                param=where,
+                code="no_tools",
             )
         if item.type == "message":
-            messages.append(_said(item, where))
+            messages.append(_template_message(item, where))
         elif item.type == "function_call":
             _add_call(messages, item, where)
         else:
@@ -98,28 +100,28 @@ def conversation(body: ResponsesRequest, *, has_tools: bool) -> list[dict[str, A
 
 
 def function_tools(tools: list[ResponseTool] | None) -> list[dict[str, Any]]:
-    """The tools in the shape of chat completions.
+    """Return the tools in the form of chat completions.
 
     Raises:
-        ApiError: 400 for a tool that is no function.
+        ApiError: 400 for a tool that is not a function.
     """
-    found = []
-    for at, tool in enumerate(tools or ()):
+    functions = []
+    for index, tool in enumerate(tools or ()):
         if tool.type != "function" or not tool.name:
             raise refused(
-                f"tools.{at}: tools of type {tool.type[:40]!r} are not supported, functions are",
-                param=f"tools.{at}",
+                f"tools.{index}: type {tool.type[:40]!r} is not supported, only functions",
+                param=f"tools.{index}",
                 code="unsupported_parameter",
             )
-        found.append({"type": "function", "function": tool.model_dump(exclude={"type"})})
-    return found
+        functions.append({"type": "function", "function": tool.model_dump(exclude={"type"})})
+    return functions
 
 
 def _message(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": text}
 
 
-def _said(item: InputItem, where: str) -> dict[str, Any]:
+def _template_message(item: InputItem, where: str) -> dict[str, Any]:
     if item.role is None or item.content is None:
         missing = "role" if item.role is None else "content"
         raise refused(f"{where}.{missing} is missing", param=f"{where}.{missing}")
@@ -128,7 +130,7 @@ def _said(item: InputItem, where: str) -> dict[str, Any]:
 
 
 def _add_call(messages: list[dict[str, Any]], item: InputItem, where: str) -> None:
-    """Add a call to the assistant's turn, which may hold several."""
+    """Add a call to the assistant's turn, which may contain several."""
     if item.call_id is None or item.name is None or item.arguments is None:
         raise refused(f"{where} needs call_id, name and arguments", param=where)
     function = CalledFunction(name=item.name, arguments=item.arguments)

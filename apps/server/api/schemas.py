@@ -1,36 +1,38 @@
-"""What the request models have in common."""
+"""Fields and types that the request models share."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from mlx_mtp.apps.server.errors import refused
 
-MOST_CHOICES = 8
-MOST_STOPS = 16
-MOST_TOKENS = 2**31 - 1
-MOST_BIAS = 100.0
+MAX_CHOICES = 8
+MAX_STOPS = 16
+MAX_TOKENS = 2**31 - 1
+MAX_BIAS = 100.0
+TEXT_TYPES = ("text", "input_text", "output_text")
 
 Item = TypeVar("Item")
-Many = Annotated[list[Item], Field(fail_fast=True)]  # a million faults take seconds
+Many = Annotated[list[Item], Field(fail_fast=True)]  # reporting a million errors takes seconds
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
 class Strict(BaseModel):
-    """A model that takes no other fields and turns no type into another."""
+    """A model that rejects other fields and does not convert types."""
 
     model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
 
 
 class MtpOptions(Strict):
-    """How to speculate.
+    """Options of multi-token prediction.
 
     Attributes:
-        details: tell with every event what the step did.
-        num_draft_tokens: drafts per step.
-        layout: where mask tokens go.
+        details: report the counts of each step with its event.
+        num_draft_tokens: draft tokens per step.
+        layout: placement of mask tokens.
     """
 
     details: bool = False
@@ -39,18 +41,18 @@ class MtpOptions(Strict):
 
 
 class StreamOptions(Strict):
-    """OpenAI's options of a stream; obfuscation pads events, which no local client needs."""
+    """OpenAI's stream options; ``include_obfuscation``, which pads events, has no effect."""
 
     include_usage: bool = False
     include_obfuscation: bool = False
 
 
 class Sampled(Strict):
-    """What says how tokens are chosen, in all dialects."""
+    """Sampling fields of all APIs."""
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=MOST_TOKENS)
+    top_k: int | None = Field(None, ge=0, le=MAX_TOKENS)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     repetition_penalty: float | None = Field(None, ge=0.01, le=10)
@@ -58,20 +60,20 @@ class Sampled(Strict):
 
     @property
     def speculation(self) -> MtpOptions:
-        """The options of speculation, whatever form they came in."""
+        """The ``mtp`` field as options."""
         if isinstance(self.mtp, MtpOptions):
             return self.mtp
         return MtpOptions.model_validate({"layout": "plain"} if self.mtp is False else {})
 
 
 class OpenAISampled(Sampled):
-    """The same for OpenAI's chat and completions."""
+    """Sampling fields of OpenAI's chat and completions."""
 
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
-    n: int | None = Field(None, ge=1, le=MOST_CHOICES)
-    stop: StopString | Annotated[Many[StopString], Field(max_length=MOST_STOPS)] | None = None
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    stop: StopString | Annotated[Many[StopString], Field(max_length=MAX_STOPS)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -82,7 +84,7 @@ class OpenAISampled(Sampled):
         for token, value in (bias or {}).items():
             if not token.isascii() or not token.isdecimal() or len(token) > 9:
                 raise ValueError(f"{token[:40]!r} is not a token id")
-            if not -MOST_BIAS <= value <= MOST_BIAS:
+            if not -MAX_BIAS <= value <= MAX_BIAS:
                 raise ValueError(f"must be between -100 and 100, got {value}")
         return bias
 
@@ -92,28 +94,31 @@ class OpenAISampled(Sampled):
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
 
-def flat_text(content: str | list[dict[str, Any]] | None, *, where: str) -> str:
-    """The text of a message's content.
+def flat_text(
+    content: Any, *, where: str, types: Sequence[str] = TEXT_TYPES, start: int = 0
+) -> str:
+    """Return the text of a message's content.
 
     Args:
-        content: text or a list of parts.
-        where: the field, for messages.
+        content: text or a list of parts; None is empty.
+        where: the field, for errors.
+        types: types of parts that are text.
+        start: index of the first part, for errors.
 
     Raises:
-        ApiError: a part is not text.  What it points to is never fetched.
+        ApiError: a part is not text; URLs in it are never fetched.
     """
     if content is None or isinstance(content, str):
         return content or ""
     texts = []
-    for at, part in enumerate(content):
-        kind = part.get("type")
-        if kind not in ("text", "input_text", "output_text") or not isinstance(
-            part.get("text"), str
-        ):
+    for index, part in enumerate(content if isinstance(content, list) else [content], start):
+        values = part if isinstance(part, dict) else {"type": type(part).__name__}
+        if values.get("type") not in types or not isinstance(values.get("text"), str):
             raise refused(
-                f"{where}.{at}: parts of type {str(kind)[:40]!r} are not supported, only text is",
-                param=f"{where}.{at}",
+                f"{where}.{index}: content of type {str(values.get('type'))[:40]!r} is not "
+                "supported, only text",
+                param=f"{where}.{index}",
                 code="unsupported_content",
             )
-        texts.append(part["text"])
+        texts.append(values["text"])
     return "".join(texts)

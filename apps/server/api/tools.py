@@ -1,4 +1,4 @@
-"""Tools in the dialects' shapes."""
+"""Tools and tool calls in OpenAI's form."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mlx_mtp.apps.engine.supervisor import EngineInfo
+from mlx_mtp.apps.engine.protocol import Ready
 from mlx_mtp.apps.server.api.jobs import new_id
 from mlx_mtp.apps.server.api.schemas import Strict
 from mlx_mtp.apps.server.errors import refused
@@ -30,7 +30,7 @@ class Tool(Strict):
 
 
 class CalledFunction(Strict):
-    """A call that the model made; the arguments are JSON text."""
+    """A called function; the arguments are JSON text."""
 
     name: str
     arguments: str
@@ -47,54 +47,57 @@ class ToolCall(Strict):
 def chat_tools(
     tools: list[Tool] | None,
     choice: str | dict[str, Any] | None,
-    info: EngineInfo,
+    info: Ready,
     *,
     parallel: bool | None = None,
 ) -> dict[str, Any]:
-    """The part of a job that is about tools: the chat template's, and calls that must be made.
+    """Return the fields of ``Job`` for tools: those of the chat template, and required calls.
 
     Args:
-        tools: as the request has them.
+        tools: the request's tools.
         choice: "auto", "none", "required" or the name of a tool in one of OpenAI's two forms.
-        info: what the model is.
-        parallel: whether several calls may be made, where some must be.
+        info: description of the model.
+        parallel: whether several calls are allowed if calls are required.
 
     Raises:
-        ApiError: 400 where the model cannot do what is asked.
+        ApiError: 400 if the model does not support the request.
     """
     if choice == "none":
         return {}
-    must = choice not in (None, "auto")
-    called = _must_call(tools or [], choice, info) if must else []
+    is_required = choice not in (None, "auto")
+    required = _required_tools(tools or [], choice, info) if is_required else []
     if not tools:
         return {}
     if not info.has_tools:
         raise refused(
-            "the model's chat template knows no tools", param="tools", code="unsupported_parameter"
+            "the model's chat template does not support tools",
+            param="tools",
+            code="unsupported_parameter",
         )
-    for at, tool in enumerate(tools):
-        if tool.function.strict and not must:
+    for index, tool in enumerate(tools):
+        if tool.function.strict and not is_required:
             raise refused(
-                "strict tools need tool_choice 'required' or the name of a tool: where the model "
-                "may also write text, arguments cannot be held to a schema",
-                param=f"tools.{at}.function.strict",
+                "strict tools need tool_choice 'required' or the name of a tool; the schema cannot "
+                "be enforced if the model may also answer with text",
+                param=f"tools.{index}.function.strict",
                 code="unsupported_parameter",
             )
-    job: dict[str, Any] = {"tools": [tool.model_dump(exclude_none=True) for tool in tools]}
-    if must:
-        job |= {"must_call": called, "many_calls": choice == "required" and parallel is not False}
-    return job
+    fields: dict[str, Any] = {"tools": [tool.model_dump(exclude_none=True) for tool in tools]}
+    if is_required:
+        several = choice == "required" and parallel is not False
+        fields |= {"required_tools": required, "parallel_tool_calls": several}
+    return fields
 
 
-def _must_call(
-    tools: list[Tool], choice: str | dict[str, Any] | None, info: EngineInfo
+def _required_tools(
+    tools: list[Tool], choice: str | dict[str, Any] | None, info: Ready
 ) -> list[str]:
-    """Names of the tools of which one must be called."""
+    """Names of the tools one of which must be called."""
     names = [tool.function.name for tool in tools]
-    if not info.holds_tools:
+    if not info.can_require_tools:
         raise refused(
-            "tool_choice can be 'auto' or 'none' here: the model does not write calls as JSON "
-            "between marks, so it cannot be held to them",
+            "tool_choice must be 'auto' or 'none': this model's call format is not JSON between "
+            "tags, so calls cannot be enforced",
             param="tool_choice",
             code="unsupported_parameter",
         )
@@ -112,25 +115,25 @@ def _must_call(
 
 
 def template_calls(calls: list[ToolCall], *, where: str) -> list[dict[str, Any]]:
-    """Calls as chat templates want them: the arguments as an object.
+    """Convert calls to the form that chat templates take, with arguments as an object.
 
     Raises:
-        ApiError: 400 for arguments that are no JSON object.
+        ApiError: 400 if arguments are not a JSON object.
     """
-    found = []
-    for at, call in enumerate(calls):
+    converted = []
+    for index, call in enumerate(calls):
         try:
             arguments = json.loads(call.function.arguments)
         except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
-            place = f"{where}.{at}.function.arguments"
+            place = f"{where}.{index}.function.arguments"
             raise refused(f"{place} is not a JSON object", param=place)
         function = {"name": call.function.name, "arguments": arguments}
-        found.append({"id": call.id, "type": "function", "function": function})
-    return found
+        converted.append({"id": call.id, "type": "function", "function": function})
+    return converted
 
 
 def new_call(call: dict[str, str]) -> dict[str, Any]:
-    """A call that the model has made, in OpenAI's shape."""
+    """Return a call of the model in OpenAI's form."""
     return {"id": new_id("call_"), "type": "function", "function": call}

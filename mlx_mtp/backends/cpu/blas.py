@@ -21,7 +21,7 @@ def preload_openblas() -> str:
     ``MLX_MTP_BLAS=reference`` leaves MLX's own BLAS in place.
 
     Returns:
-        ``"openblas"``, ``"reference"`` (asked for, not installed, or MLX was imported first) or
+        ``"openblas"``, ``"reference"`` (requested, not installed, or MLX was imported first) or
         ``"system"`` (not Linux).
     """
     if not sys.platform.startswith("linux"):
@@ -39,7 +39,7 @@ BLAS = preload_openblas()  # what MLX's CPU back-end computes with in this proce
 
 
 def has_small_matrix_kernels(blas: str) -> bool:
-    """Whether matmuls of small matrices skip packing, given ``preload_openblas``'s answer.
+    """Whether matmuls of small matrices skip packing, for a result of ``preload_openblas``.
 
     OpenBLAS 0.3.17 and later has such kernels for x86-64 processors with AVX-512.
     """

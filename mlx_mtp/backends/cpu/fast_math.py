@@ -114,7 +114,7 @@ def _logsumexp(x: mx.array) -> mx.array:
 
 
 def _logsumexp_vjp(primals: mx.array, cotangent: mx.array, output: mx.array) -> mx.array:
-    values = (_pieces(each, _piece_rows(primals)) for each in (primals, output, cotangent))
+    values = (_pieces(x, _piece_rows(primals)) for x in (primals, output, cotangent))
     return mx.concatenate(
         [
             _shifted_exp(x, shift[:, None]) * factor[:, None]
@@ -141,8 +141,8 @@ def _of_tokens(logits: mx.array, tokens: mx.array) -> mx.array:
 
 
 def _logsumexp_piece(x: mx.array) -> mx.array:
-    most = x.max(axis=-1, keepdims=True)
-    return most[:, 0] + mx.log(_shifted_exp(x, most).sum(axis=-1))
+    largest = x.max(axis=-1, keepdims=True)
+    return largest[:, 0] + mx.log(_shifted_exp(x, largest).sum(axis=-1))
 
 
 def _piece_rows(x: mx.array) -> int:
@@ -154,9 +154,9 @@ def _pieces(x: mx.array, rows: int) -> list[mx.array]:
 
 
 def _with_vjp(function: Any, vjp: Any) -> Any:
-    made: Any = mx.custom_function(function)
-    made.vjp(vjp)
-    return made
+    custom: Any = mx.custom_function(function)
+    custom.vjp(vjp)
+    return custom
 
 
 _differentiable_swiglu = _with_vjp(_swiglu, _swiglu_vjp)

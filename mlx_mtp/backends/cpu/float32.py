@@ -1,12 +1,12 @@
-"""Float32 twins of a model's layers, for MLX's CPU back-end.
+"""Float32 layers in place of a model's own, for MLX's CPU back-end.
 
 MLX's CPU quantised matmul runs at about 2 GFLOP/s and accumulates in half precision, so on a CPU
 device all weights become float32 and matmuls go through BLAS.  For the few rows of a step, BLAS
 spends its time packing the weights.  OpenBLAS has kernels that do not pack, for matrices of up to
 a million multiply-adds; a weight cut into blocks of output columns that small is read once, takes
 no packing, and can be shared between two threads (MLX streams).  Those kernels also sum every row
-in the same order whatever the number of rows, so that verifying drafts gives a row the very bits
-that plain decoding gives it.
+in the same order whatever the number of rows, so that verifying drafts gives a row the bits that
+plain decoding gives it.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_flatten
 
 from mlx_mtp.backends.cpu.blas import BLAS, has_small_matrix_kernels
 from mlx_mtp.backends.cpu.blocks import replace_blocks
+from mlx_mtp.model.wrappers import replace
 
 MEMORY_SHARE = 0.8
 UNPACKED_LIMIT = 1_000_000  # multiply-adds, see OpenBLAS's sgemm_small_kernel_permit
@@ -106,36 +107,46 @@ def to_float32(base: nn.Module) -> bool:
     """Turn all weights of a model into float32, quantised ones included, in place.
 
     Returns:
-        False if the float32 weights would not fit into memory; the model is then left as it is.
+        False if the float32 weights would not fit into memory; the model is then unchanged.
     """
     if _float32_bytes(base) > MEMORY_SHARE * _memory_bytes():
         return False
     helper = mx.new_thread_local_stream(mx.cpu) if has_small_matrix_kernels(BLAS) else None
-    dense = tree_map(
-        lambda layer: _twin(layer, helper), base.leaf_modules(), is_leaf=nn.Module.is_module
+    replace(
+        base,
+        {
+            path: _float32_layer(module, helper)
+            for path, module in base.named_modules()
+            if _has_weight(module)
+        },
     )
-    base.update_modules(dense)
     base.apply(lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x)
     replace_blocks(base)
     return True
 
 
-def _twin(layer: Any, helper: Any) -> nn.Module:
-    """The float32 twin of a linear layer or embedding; other modules as they are."""
-    is_linear = isinstance(layer, nn.Linear | nn.QuantizedLinear)
-    if not is_linear and not isinstance(layer, nn.Embedding | nn.QuantizedEmbedding):
-        return layer
+_LINEAR = nn.Linear | nn.QuantizedLinear
+_EMBEDDING = nn.Embedding | nn.QuantizedEmbedding
+
+
+def _has_weight(module: nn.Module) -> bool:
+    return isinstance(module, _LINEAR | _EMBEDDING)
+
+
+def _float32_layer(layer: Any, helper: Any) -> nn.Module:
+    """The float32 layer for a linear layer or an embedding, quantised or not."""
+    is_linear = isinstance(layer, _LINEAR)
     weight, bias = _float32_weight(layer), layer.get("bias")
     bias = None if bias is None else bias.astype(mx.float32)
     if helper is not None:
         if is_linear:
             return DenseLinear(weight, bias=bias, helper=helper)
         return DenseEmbedding(weight, helper=helper)
-    twin = nn.Linear(1, 1, bias=False) if is_linear else nn.Embedding(1, 1)
-    twin.weight = weight
+    plain = nn.Linear(1, 1, bias=False) if is_linear else nn.Embedding(1, 1)
+    plain.weight = weight
     if bias is not None:
-        twin.bias = bias
-    return twin
+        plain.bias = bias
+    return plain
 
 
 def _float32_weight(layer: Any) -> mx.array:

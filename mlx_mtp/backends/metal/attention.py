@@ -1,8 +1,8 @@
-"""Attention for the few rows of a step, keys and values read once: reference, launches, kernel.
+"""Attention for the few rows of a step, which reads keys and values once.
 
-The text lies in ``metal/step_attention*.metal``.  One kernel goes over spans of 128 keys, a second
-adds the spans up; the order of summation depends on a key's index alone, so a row has the same bits
-however many rows ride along.  Nothing here decides which is better: ``attention_choice`` does.
+The source is in ``metal/step_attention*.metal``.  One kernel processes spans of 128 keys, a second
+one merges the spans; the order of summation depends on a key's index alone, so a row has the same
+bits whatever the number of rows.  ``choice`` decides whether the kernel is used.
 
 The form (spans in parallel, then a merge) is that of flash-decoding (Dao et al., 2023); many query
 heads for one read of the keys, as in MLX's ``sdpa_vector_2pass_1_gqa`` and FlashInfer.
@@ -22,14 +22,14 @@ Mask = mx.array | Literal["causal"] | None
 
 SPAN = 128
 HEAD_DIMS = (64, 80, 96, 128, 256)
-_EACH = 4  # query heads of a simdgroup
+_HEADS_PER_SIMDGROUP = 4  # query heads of a simdgroup
 _CHUNK_BYTES = 128  # of a key that are in threadgroup memory together
-_SMALLEST = 8  # elements; MLX hands smaller arrays to kernels in another address space
+_SMALLEST = 8  # elements; MLX passes smaller arrays in another address space
 
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionPlan:
-    """How the first kernel shares its work.
+    """How the first kernel divides its work.
 
     Attributes:
         tiles: threadgroups that share a span and a kv head.
@@ -52,31 +52,31 @@ class AttentionPlan:
 
 
 def attention_plan(query_heads: int, *, head_dim: int, dtype: mx.Dtype) -> AttentionPlan:
-    """Share so many query heads of one kv head: up to 32 of them read the keys together.
+    """Divide the query heads of one kv head: up to 32 of them read the keys together.
 
     Args:
         query_heads: rows times heads that share a kv head.
         head_dim: of a head; beyond 128 up to 16 query heads read the keys together.
         dtype: of the keys.
     """
-    most = 8 if head_dim <= 128 else 4
-    tiles = -(-query_heads // (most * _EACH))
+    max_groups = 8 if head_dim <= 128 else 4
+    tiles = -(-query_heads // (max_groups * _HEADS_PER_SIMDGROUP))
     of_tile = -(-query_heads // tiles)
-    groups = -(-of_tile // _EACH)
+    groups = -(-of_tile // _HEADS_PER_SIMDGROUP)
     # Few query heads leave simdgroups to read several tiles of keys at once.
     return AttentionPlan(
         tiles=tiles,
         head_groups=groups,
-        each=min(of_tile, _EACH),
+        each=min(of_tile, _HEADS_PER_SIMDGROUP),
         key_groups=4 if groups <= 2 else 2 if groups <= 4 else 1,
         chunk=_chunk(head_dim, dtype.size),
     )
 
 
 def takes(queries: mx.array, keys: mx.array, values: mx.array, mask: Any = None) -> bool:
-    """Whether there is a kernel for these arrays, as ``step_attention_kernel`` takes them.
+    """Whether there is a kernel for these arguments of ``step_attention_kernel``.
 
-    Whether the elements of a key lie side by side only the caller knows.
+    That the elements of a key are contiguous is up to the caller.
     """
     if queries.ndim != 4 or keys.ndim != 4 or keys.shape != values.shape:
         return False
@@ -89,20 +89,20 @@ def takes(queries: mx.array, keys: mx.array, values: mx.array, mask: Any = None)
 def step_attention_ops(
     queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Mask = None
 ) -> mx.array:
-    """Attend from rows ``[1, H, M, D]`` to keys ``[1, Hkv, N, D]``; in MLX's own operation."""
+    """Attend from rows ``[1, H, M, D]`` to keys ``[1, Hkv, N, D]``; with MLX's own operation."""
     return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask)
 
 
 def step_attention_launch(
     queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Mask = None
 ) -> Launch:
-    """Say how the first kernel goes over the spans.
+    """Describe how the first kernel processes the spans.
 
     Args:
         queries: ``[1, H, M, D]``, of any strides.
-        keys: ``[1, Hkv, N, D]``; the D elements of a key lie side by side, from a place that is a
-            multiple of 16 bytes, such as in a slice of mlx-lm's ``KVCache``.
-        values: likewise; finite, also where no row may see them.
+        keys: ``[1, Hkv, N, D]``; the D elements of a key are contiguous and start at a multiple of
+            16 bytes, as in a slice of mlx-lm's ``KVCache``.
+        values: likewise; finite, even where no row may see them.
         scale: of the scores.
         mask: bool ``[M, N]`` (or with ones before), ``causal`` or None.
 
@@ -113,7 +113,7 @@ def step_attention_launch(
     (_, heads, rows, head_dim), (_, kv_heads, count, _) = queries.shape, keys.shape
     plan = attention_plan(rows * heads // kv_heads, head_dim=head_dim, dtype=keys.dtype)
     spans = -(-count // SPAN)
-    given: dict[str, Any] = {
+    arrays: dict[str, Any] = {
         "queries": queries,
         "keys": keys,
         "values": values,
@@ -121,14 +121,14 @@ def step_attention_launch(
     }
     sees, kind = _SEES_ALL, "all"
     if isinstance(mask, mx.array):
-        given["mask"] = _mask_rows(mask)
+        arrays["mask"] = _mask_rows(mask)
         sees, kind = _SEES_MASKED, "masked"
     elif mask == "causal":
         sees, kind = _SEES_CAUSALLY, "causal"
     return Launch(
         name=f"mlx_mtp_step_attention_{kind}",
         source=sees + _SPANS_CALL,
-        inputs=given,
+        inputs=arrays,
         template={
             "T": keys.dtype,
             "head_dim": head_dim,
@@ -146,10 +146,10 @@ def step_attention_launch(
 
 
 def merge_launch(partial: mx.array, *, heads: int, dtype: mx.Dtype) -> Launch:
-    """Say how the second kernel adds the spans up.
+    """Describe how the second kernel merges the spans.
 
     Args:
-        partial: what the first one found.
+        partial: result of the first kernel.
         heads: H.
         dtype: of the result.
 
@@ -175,10 +175,10 @@ def step_attention_kernel(
 ) -> mx.array:
     """Attend from rows ``[1, H, M, D]`` to keys ``[1, Hkv, N, D]``; on Metal.
 
-    A row that may see nothing becomes zero.  Arguments as in ``step_attention_launch``.
+    The result of a row that may see nothing is zero.  Arguments as in ``step_attention_launch``.
 
     Raises:
-        RuntimeError: as ``kernels.run``.
+        RuntimeError: see ``matmul.run``.
     """
     launch = step_attention_launch(queries, keys, values, scale=scale, mask=mask)
     merge = merge_launch(kernels.run(launch), heads=queries.shape[1], dtype=queries.dtype)
@@ -186,10 +186,10 @@ def step_attention_kernel(
 
 
 def _chunk(head_dim: int, size: int) -> int:
-    """The dimensions that share ``head_dim`` out evenly and leave the fewest lanes without one."""
+    """The number of dimensions that divides ``head_dim`` and leaves the fewest lanes idle."""
     step = 16 // size
-    fitting = [each for each in range(step, _CHUNK_BYTES // size + 1, step) if head_dim % each == 0]
-    return max(fitting, key=lambda each: (each / (-(-each // 32) * 32), each))
+    sizes = [dims for dims in range(step, _CHUNK_BYTES // size + 1, step) if head_dim % dims == 0]
+    return max(sizes, key=lambda dims: (dims / (-(-dims // 32) * 32), dims))
 
 
 def _takes_mask(mask: Any, rows: int, count: int) -> bool:

@@ -1,9 +1,8 @@
-"""Quantised layers whose few rows go through our kernels: put into a model that is loaded.
+"""Quantised layers that multiply few rows with our kernels.
 
-``use_kernels`` replaces a model's quantised linear layers and embedding by twins that hold the same
-arrays.  Up to 32 rows go through the kernel that was chosen for the layer's shape; more rows, and
-rows of another type, take stock MLX's path.  The kernels have no gradient: models that are trained
-keep their own layers.
+``use_kernels`` wraps the quantised linear layers and the embedding of a loaded model.  Up to 32
+rows go through the kernel that was chosen for the layer's shape; more rows, and rows of another
+type, go through stock MLX.  The kernels have no gradient: models in training keep their layers.
 """
 
 from __future__ import annotations
@@ -17,17 +16,16 @@ import mlx.nn as nn
 
 from mlx_mtp.backends.metal.choice import KernelChoice
 from mlx_mtp.backends.metal.matmul import (
-    GatedTerm,
     PackedWeight,
     Variant,
     gated_lora_down_kernel,
     skinny_qmm_kernel,
 )
-from mlx_mtp.model.lora import GatedLoRALinear, SharedLowRank
+from mlx_mtp.backends.metal.operations import Matmul
+from mlx_mtp.model.lora import GatedLoRALinear, GatedTerm, SharedLowRank, linear_dims
+from mlx_mtp.model.wrappers import Wrapper, replace
 
-ShapeKey = tuple[int, int, int, int, mx.Dtype]  # N, K, bits, group size, type
-
-_SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # take the same rows
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def packed_weight(layer: Any) -> PackedWeight | None:
@@ -43,141 +41,141 @@ def packed_weight(layer: Any) -> PackedWeight | None:
     )
 
 
-def shape_key(packed: PackedWeight) -> ShapeKey:
-    """What a choice depends on."""
-    return *packed.shape, packed.bits, packed.group_size, packed.scales.dtype
+class _KernelLayer(Wrapper):
+    """A quantised layer that multiplies few rows with the kernel chosen for its shape."""
 
+    def __init__(self, layer: nn.Module, packed: PackedWeight, choice: KernelChoice) -> None:
+        super().__init__(layer)
+        self._packed = packed
+        self._choice = choice
 
-class _Skinny:
-    """What a skinny layer does with few rows."""
-
-    def __init__(self, packed: PackedWeight, choice: KernelChoice) -> None:
-        self.packed = packed
-        self.choice = choice
-
-    def variant(self, x: mx.array) -> Variant | None:
-        """The kernel for ``x`` ``[..., K]``; None is stock MLX."""
-        if x.dtype != self.packed.scales.dtype:
+    def _variant(self, x: mx.array) -> Variant | None:
+        """The kernel for ``x`` ``[..., K]``; None for stock MLX."""
+        if x.dtype != self._packed.scales.dtype:
             return None
-        return self.choice.variant(math.prod(x.shape[:-1]))
+        return self._choice.variant(math.prod(x.shape[:-1]))
 
-    def multiply(
+    def _multiply(
         self, x: mx.array, variant: Variant, *, gated: GatedTerm | None = None
     ) -> mx.array:
+        """Multiply ``[..., K]`` to ``[..., N]``."""
         return skinny_qmm_kernel(
-            x, self.packed, variant=variant, gated=gated, simdgroups=self.choice.simdgroups
+            x, self._packed, variant=variant, gated=gated, simdgroups=self._choice.simdgroups
         )
 
 
-class SkinnyLinear(nn.QuantizedLinear):
-    """A quantised linear layer whose few rows go through our kernels."""
-
-    def __init__(self, layer: nn.QuantizedLinear, choice: KernelChoice) -> None:
-        nn.Module.__init__(self)
-        dict.update(self, layer)  # the same arrays under the same names
-        self.__dict__.update(layer.__dict__)
-        packed = packed_weight(layer)
-        assert packed is not None
-        self._skinny = _Skinny(packed, choice)
+class KernelLinear(_KernelLayer, nn.QuantizedLinear):
+    """A quantised linear layer that multiplies few rows with our kernels."""
 
     def __call__(self, x: mx.array) -> mx.array:
         """Map ``[..., in]`` to ``[..., out]``."""
-        variant = self._skinny.variant(x)
-        if variant is None:
-            return super().__call__(x)
-        return self._with_bias(self._skinny.multiply(x, variant))
+        variant = self._variant(x)
+        return self.wrapped(x) if variant is None else self._with_bias(self._multiply(x, variant))
 
     def gated(self, x: mx.array, term: Callable[[mx.array], GatedTerm]) -> mx.array | None:
-        """Map ``[1, L, in]`` with gated low-rank weights added; None where stock MLX must."""
-        variant = self._skinny.variant(x)
+        """Map ``[1, L, in]`` and add gated low-rank weights; None where no kernel takes ``x``."""
+        variant = self._variant(x)
         if variant is None:
             return None
-        return self._with_bias(self._skinny.multiply(x, variant, gated=term(x)))
+        return self._with_bias(self._multiply(x, variant, gated=term(x)))
 
     @property
-    def takes_gated(self) -> bool:
-        """Whether ``gated`` may be asked."""
-        return self._skinny.choice.gated
+    def has_gated_kernel(self) -> bool:
+        """Whether ``gated`` may be called."""
+        return self._choice.gated
 
     def _with_bias(self, y: mx.array) -> mx.array:
         return y + self["bias"] if "bias" in self else y
 
 
-class SkinnyEmbedding(nn.QuantizedEmbedding):
+class KernelEmbedding(_KernelLayer, nn.QuantizedEmbedding):
     """A quantised embedding whose use as an unembedding goes through our kernels."""
 
-    def __init__(self, layer: nn.QuantizedEmbedding, choice: KernelChoice) -> None:
-        nn.Module.__init__(self)
-        dict.update(self, layer)
-        self.__dict__.update(layer.__dict__)
-        packed = packed_weight(layer)
-        assert packed is not None
-        self._skinny = _Skinny(packed, choice)
+    def __call__(self, ids: mx.array) -> mx.array:
+        """Look up rows, ``[...]`` to ``[..., D]``."""
+        return self.wrapped(ids)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Map ``[..., D]`` to logits ``[..., V]``."""
-        variant = self._skinny.variant(x)
-        return super().as_linear(x) if variant is None else self._skinny.multiply(x, variant)
+        variant = self._variant(x)
+        return self.wrapped.as_linear(x) if variant is None else self._multiply(x, variant)
 
 
-def weights_by_shape(base: nn.Module) -> dict[ShapeKey, list[PackedWeight]]:
-    """A model's quantised weights by what a choice depends on."""
-    found: dict[ShapeKey, list[PackedWeight]] = {}
+def matmul_operations(base: nn.Module) -> list[Matmul]:
+    """The linear layers and the unembedding of a model by shape and format, the largest first."""
+    layers: dict[str, list[Any]] = {}
     for _, layer in base.named_modules():
-        if packed := packed_weight(layer):
-            found.setdefault(shape_key(packed), []).append(packed)
-    return found
+        is_head = isinstance(layer, nn.Embedding | nn.QuantizedEmbedding) and "lm_head" not in base
+        if is_head or isinstance(layer, nn.Linear | nn.QuantizedLinear):
+            layers.setdefault(_name(layer), []).append(layer)
+    operations = [_matmul(name, group) for name, group in layers.items()]
+    sizes = {name: sum(layer.weight.nbytes for layer in group) for name, group in layers.items()}
+    return sorted(operations, key=lambda operation: -sizes[operation.name])
 
 
-def use_kernels(base: nn.Module, choices: Mapping[ShapeKey, KernelChoice]) -> int:
-    """Let a model's quantised layers use our kernels where these were chosen, in place.
+def _matmul(name: str, layers: Sequence[Any]) -> Matmul:
+    """The operation of layers of one shape."""
+    return Matmul(
+        name,
+        weights=[packed for packed in map(packed_weight, layers) if packed],
+        layers=[getattr(layer, "as_linear", layer) for layer in layers],
+        num_inputs=linear_dims(layers[0])[0],
+        dtype=_floating(layers[0]),
+    )
+
+
+def _floating(layer: Any) -> mx.Dtype:
+    """The type of the rows that a layer takes."""
+    types = [layer[name].dtype for name in ("weight", "scales") if name in layer]
+    return next((dtype for dtype in types if mx.issubdtype(dtype, mx.floating)), mx.bfloat16)
+
+
+def _name(layer: Any) -> str:
+    packed = packed_weight(layer)
+    if packed is not None:
+        return packed.name
+    outputs, inputs = layer.weight.shape
+    return f"{outputs}x{inputs} {str(layer.weight.dtype).removeprefix('mlx.core.')}"
+
+
+def use_kernels(base: nn.Module, choices: Mapping[str, KernelChoice]) -> int:
+    """Let the quantised layers of a model use our kernels where these were chosen, in place.
+
+    Args:
+        base: the model.
+        choices: by ``PackedWeight.name``.
 
     Returns:
-        How many layers do.
+        Number of layers that do.
     """
-    twins: list[tuple[str, nn.Module]] = []
+    layers: dict[str, nn.Module] = {}
     for path, layer in base.named_modules():
         packed = packed_weight(layer)
-        choice = choices.get(shape_key(packed)) if packed else None
-        if choice is None or not choice.ours:
+        choice = choices.get(packed.name) if packed else None
+        if packed is None or choice is None or not choice.ours:
             continue
-        is_linear = isinstance(layer, nn.QuantizedLinear)
-        twins.append(
-            (path, SkinnyLinear(layer, choice) if is_linear else SkinnyEmbedding(layer, choice))
-        )
-    for path, twin in twins:
-        _replace(base, path, twin)
+        kind = KernelLinear if isinstance(layer, nn.QuantizedLinear) else KernelEmbedding
+        layers[path] = kind(layer, packed, choice)
+    replace(base, layers)
     _share_low_rank(base)
-    return len(twins)
-
-
-def _replace(base: Any, path: str, twin: nn.Module) -> None:
-    """Put a module where ``path`` says."""
-    *parents, name = path.split(".")
-    for part in parents:
-        base = base[int(part)] if isinstance(base, list) else base[part]
-    base[name] = twin
+    return len(layers)
 
 
 def _share_low_rank(base: nn.Module) -> None:
-    """Let layers that take the same rows form their low-rank products together."""
+    """Let layers with the same input compute their low-rank products together."""
     for _, module in base.named_modules():
         children = module.children()
-        for names in (*_SHARING, *((name,) for name in children)):
-            layers = [children.get(name) for name in names]
-            free = [
-                each
-                for each in layers
-                if isinstance(each, GatedLoRALinear)
-                and isinstance(each.linear, SkinnyLinear)
-                and each.linear.takes_gated
-                and each.shared is None
+        for names in (*_SAME_INPUT, *((name,) for name in children)):
+            layers = [
+                layer
+                for layer in (children.get(name) for name in names)
+                if isinstance(layer, GatedLoRALinear)
+                and isinstance(layer.linear, KernelLinear)
+                and layer.linear.has_gated_kernel
+                and layer.shared is None
             ]
-            if free:
-                _share(free)
-
-
-def _share(layers: Sequence[GatedLoRALinear]) -> None:
-    shared = SharedLowRank([layer.lora_a for layer in layers], down=gated_lora_down_kernel)
-    for index, layer in enumerate(layers):
-        layer.share(shared, index)
+            if layers:
+                lora_as = [layer.lora_a for layer in layers]
+                shared = SharedLowRank(lora_as, down=gated_lora_down_kernel)
+                for index, layer in enumerate(layers):
+                    layer.share(shared, index)

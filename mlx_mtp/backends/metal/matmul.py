@@ -1,8 +1,8 @@
-"""Metal kernels for the few rows of a step: per operation a reference, a launcher and a dispatcher.
+"""Metal kernels for quantised matmuls of few rows: the same in plain operations, and launches.
 
-The text of the kernels lies in ``metal/``; its page says how they work.  A launcher is in two
-halves: ``..._launch`` says what is to be run (pure, so that tests can run the same text on a CPU),
-``run`` hands it to MLX.  Nothing here decides which is better: ``kernel_choice`` does.
+The source of the kernels is in ``metal/``, whose README explains them.  A launch has two halves:
+``..._launch`` describes it (a pure function, so that tests can run the same source on a CPU), and
+``run`` passes it to MLX.  ``choice`` decides whether a kernel is used.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any, Literal
 
 import mlx.core as mx
 
+from mlx_mtp.model.lora import GatedTerm
+
 Variant = Literal["scalar", "matrix"]
 
 MAX_ROWS = 32
@@ -27,7 +29,7 @@ MATRIX_MIN_ROWS = 4
 _SCALAR_THREADS = 128
 _DOWN_SIMDGROUPS = 4
 _DOWN_ROWS = 4
-_RANKS_EACH = 2
+_RANKS_PER_SIMDGROUP = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +56,13 @@ class PackedWeight:
         return self.scales.shape[0], self.scales.shape[1] * self.group_size
 
     @property
+    def name(self) -> str:
+        """Shape and format, such as ``4096x14336 4-bit g64 float16`` (outputs x inputs)."""
+        outputs, inputs = self.shape
+        dtype = str(self.scales.dtype).removeprefix("mlx.core.")
+        return f"{outputs}x{inputs} {self.bits}-bit g{self.group_size} {dtype}"
+
+    @property
     def is_supported(self) -> bool:
         """Whether there is a kernel for it.
 
@@ -64,30 +73,11 @@ class PackedWeight:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GatedTerm:
-    """What gated low-rank weights add to a matmul: ``scale * low_rank[:, at: at + r] @ lora_b``.
-
-    Attributes:
-        low_rank: float32 ``[G, R]``, from ``gated_lora_down``; G rows from the gate split on.
-        first_rank: where this layer's ranks begin among the R.
-        lora_b: ``[r, N]``, of the type of the rows.
-        scale: factor.
-        gate_split: index of the first adapted row.
-    """
-
-    low_rank: mx.array
-    first_rank: int
-    lora_b: mx.array
-    scale: float
-    gate_split: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Launch:
-    """A kernel call as MLX takes it.
+    """The arguments of a kernel call in MLX.
 
     Attributes:
-        name: of the kernel; a hash of its text is added.
+        name: of the kernel; a hash of its source is appended.
         source: the body, a call of a template function.
         inputs: arrays and numbers by parameter name.
         template: types and numbers by the name that the body uses.
@@ -95,7 +85,7 @@ class Launch:
         threadgroup: threads.
         output_shape: of the one output, ``y``.
         output_dtype: likewise.
-        row_contiguous: False hands arrays over with the strides that they have.
+        row_contiguous: False passes arrays with their own strides.
     """
 
     name: str
@@ -111,7 +101,7 @@ class Launch:
 
 @dataclass(frozen=True, kw_only=True)
 class MatrixTiles:
-    """How the matrix variant cuts its work.
+    """How the matrix variant divides its work.
 
     Attributes:
         row_tiles: tiles of 8 rows.
@@ -159,13 +149,13 @@ def skinny_qmm_launch(
     gated: GatedTerm | None = None,
     simdgroups: int = 16,
 ) -> Launch:
-    """Say how the kernel multiplies rows ``[M, K]``.
+    """Describe how the kernel multiplies rows ``[M, K]``.
 
     Args:
         x: of the type of the scales.
         packed: the weight.
         variant: both sum in the same order.
-        gated: what to add to the rows from a gate split on.
+        gated: term to add to the rows from its gate split on.
         simdgroups: of the matrix variant; 8 for devices whose threadgroups are small.
     """
     rows, (outputs, inputs) = x.shape[0], packed.shape
@@ -175,10 +165,10 @@ def skinny_qmm_launch(
         "bits": packed.bits,
     }
     if variant == "scalar":
-        each = min(rows, SCALAR_ROWS)
-        columns = 4 if each <= 4 else 2
-        template |= {"rows": each, "outputs": columns}
-        wide, high, threads = 8 * columns, each, _SCALAR_THREADS
+        tile_rows = min(rows, SCALAR_ROWS)
+        columns = 4 if tile_rows <= 4 else 2
+        template |= {"rows": tile_rows, "outputs": columns}
+        wide, high, threads = 8 * columns, tile_rows, _SCALAR_THREADS
         call = _SCALAR_CALL
     else:
         tiles = matrix_tiles(rows, simdgroups=simdgroups)
@@ -189,7 +179,7 @@ def skinny_qmm_launch(
         }
         wide, high, threads = 8 * tiles.column_tiles, 8 * tiles.row_tiles, 32 * simdgroups
         call = _MATRIX_CALL
-    given: dict[str, Any] = {
+    arrays: dict[str, Any] = {
         "x": x,
         "weight": packed.weight,
         "scales": packed.scales,
@@ -198,12 +188,12 @@ def skinny_qmm_launch(
     }
     store = _PLAIN_STORE
     if gated is not None:
-        given |= _gated_inputs(gated)
+        arrays |= _gated_inputs(gated)
         store = _GATED_STORE
     return Launch(
         name=f"mlx_mtp_skinny_qmm_{variant}{'_gated' if gated else ''}",
         source=store + call,
-        inputs=given,
+        inputs=arrays,
         template=template,
         grid=(-(-outputs // wide) * threads, -(-rows // high), 1),
         threadgroup=(threads, 1, 1),
@@ -244,10 +234,10 @@ def gated_lora_down_ops(x: mx.array, lora_a: mx.array, *, gate_split: int) -> mx
 
 
 def gated_lora_down_launch(x: mx.array, lora_a: mx.array, *, gate_split: int) -> Launch:
-    """Say how the kernel multiplies the rows from the gate split on by A."""
+    """Describe how the kernel multiplies the rows from the gate split on by A."""
     rows, ranks = x.shape[0], lora_a.shape[0]
     taken = rows - gate_split
-    each = min(taken, _DOWN_ROWS)
+    tile_rows = min(taken, _DOWN_ROWS)
     threads = 32 * _DOWN_SIMDGROUPS
     return Launch(
         name="mlx_mtp_gated_lora_down",
@@ -257,8 +247,12 @@ def gated_lora_down_launch(x: mx.array, lora_a: mx.array, *, gate_split: int) ->
             "lora_a": lora_a,
             "shape": mx.array([rows, ranks, x.shape[1], gate_split], dtype=mx.int32),
         },
-        template={"T": x.dtype, "rows": each, "simdgroups": _DOWN_SIMDGROUPS},
-        grid=(-(-ranks // (_RANKS_EACH * _DOWN_SIMDGROUPS)) * threads, -(-taken // each), 1),
+        template={"T": x.dtype, "rows": tile_rows, "simdgroups": _DOWN_SIMDGROUPS},
+        grid=(
+            -(-ranks // (_RANKS_PER_SIMDGROUP * _DOWN_SIMDGROUPS)) * threads,
+            -(-taken // tile_rows),
+            1,
+        ),
         threadgroup=(threads, 1, 1),
         output_shape=(taken, ranks),
         output_dtype=mx.float32,
@@ -287,7 +281,7 @@ def run(launch: Launch) -> mx.array:
 
     Raises:
         RuntimeError: there is no Metal device, or it cannot run so many threads together; the
-            second comes out when the result is evaluated.
+            latter is raised when the result is evaluated.
     """
     kernel = _kernel(launch.name, launch.source, tuple(launch.inputs), launch.row_contiguous)
     (y,) = kernel(
@@ -303,7 +297,7 @@ def run(launch: Launch) -> mx.array:
 
 @functools.cache
 def kernel_header() -> str:
-    """The text of all kernels, complete template functions."""
+    """The source of all kernels, complete template functions."""
     folder = files("mlx_mtp") / "metal"
     return "\n".join((folder / f"{name}.metal").read_text(encoding="utf-8") for name in _FILES)
 

@@ -1,12 +1,12 @@
-"""Training text that the model writes itself.
+"""Training text that the model generates itself.
 
-``distil`` needs no data.  A model with a chat template is given the template's text up to where a
-user's words begin and goes on as the user, at temperature 1 (Magpie, arXiv 2406.08464); then it
-answers, greedily unless told otherwise.  A model without one continues its own beginnings.
-``continue_text`` takes the user's messages, or the beginnings of texts, from given records.
+``distil`` needs no data.  A model with a chat template continues the template's text up to the user
+message as the user, at temperature 1 (Magpie, arXiv 2406.08464); then it answers, greedily by
+default.  A model without one continues its own beginnings.  ``continue_text`` takes the user
+messages, or the beginnings of texts, from existing records.
 
-Records are appended to a JSONL file as they are finished; a run that was interrupted goes on and
-ends with the same file (``distil_run``).
+Records are appended to a JSONL file as they are completed; a run that was interrupted can be
+resumed and ends with the same file (``distil_run``).
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from mlx_mtp.train.data.distil_run import (
     Settings,
     around_user,
     decoded,
-    token_ids,
 )
 from mlx_mtp.train.data.records import Record, data_hash
+from mlx_mtp.train.data.sequences import token_ids
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 OPEN_END = "..."
-MOST_TRIES = 20  # candidates per wanted record before giving up
+MAX_TRIES = 20  # candidates per record before giving up
 _OPENINGS = ("The ", "In ", "A ", "How to ", "When ", "1. ", "# ", "def ", "import ", '"', "I ")
 
 
@@ -52,34 +52,33 @@ def distil(
     prompt_temp: float = 1.0,
     answer_temp: float = 0.0,
     progress: Callable[[DistilProgress], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> list[Record]:
-    """Let a model write conversations, or plain text where it has no chat template.
+    """Generate conversations, or plain text if the model has no chat template.
 
     Args:
         model: from ``load``; an adapter of it is not used.
         tokenizer: from ``load``.
-        output: JSONL file; what it holds already counts.
-        num_records: records wanted; may be raised later.
-        topics: taken in turn, each in a system prompt that only the drawing of prompts sees; one
-            that ends in "..." is the beginning of the user's message itself, which small models
-            heed better.
-        seed: decides all random draws.
-        max_prompt_tokens: a user message that does not end within is dropped.
-        max_answer_tokens: an answer that does not end within is kept and marked ``cut``.
-        batch_size: sequences that are computed together.
-        prompt_temp: temperature of the user's messages, with top-p 0.95.
+        output: JSONL file; its records count.
+        num_records: number of records; may be raised later.
+        topics: used in turn, in a system prompt for the user message only; a topic that ends in
+            "..." is the beginning of the user message itself, which small models follow better.
+        seed: random seed.
+        max_prompt_tokens: longer user messages are dropped.
+        max_answer_tokens: longer answers are truncated and marked ``cut``.
+        batch_size: number of sequences generated together.
+        prompt_temp: temperature of the user messages, with top-p 0.95.
         answer_temp: temperature of the answers; 0 is greedy.
-        progress: called as texts are finished.
-        tell: called with a line for the user.
+        progress: called as texts are completed.
+        log: called with a line for the user.
 
     Returns:
         The records of the file, at most ``num_records``; fewer when too many were dropped.
 
     Raises:
-        ValueError: a setting is out of range or other than in the file, the template takes no
-            system prompt for a topic, or not one record could be made.
-        OSError: the file cannot be written; it holds whole lines.
+        ValueError: a setting is out of range or differs from the file's, the template accepts no
+            system prompt for a topic, or no record could be generated.
+        OSError: the file cannot be written; its lines are complete.
     """
     if num_records < 1:
         raise ValueError(f"num_records must be at least 1, got {num_records}")
@@ -94,17 +93,17 @@ def distil(
         answer_temp=answer_temp,
         topics=list(topics),
     )
-    if plain and tell:
-        tell(f"{model.name} has no chat template: it continues plain text instead")
+    if plain and log:
+        log(f"{model.name} has no chat template: it continues plain text instead")
     with Run(model, tokenizer, output, settings, progress=progress) as run:
         run.total = num_records
         draw = _plain_beginnings if plain else _user_messages
         for group in itertools.count(run.first_group):
             first = group * run.group_size
-            if len(run.records) >= num_records or first >= MOST_TRIES * num_records:
+            if len(run.records) >= num_records or first >= MAX_TRIES * num_records:
                 break
-            run.fill(first, draw(run, range(first, first + run.group_size)), _finished)
-        return run.result(tell)
+            run.fill(first, draw(run, range(first, first + run.group_size)), _complete)
+        return run.result(log)
 
 
 def continue_text(
@@ -119,13 +118,13 @@ def continue_text(
     batch_size: int = 16,
     answer_temp: float = 0.0,
     progress: Callable[[DistilProgress], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> list[Record]:
-    """Let a model answer given conversations, and continue given texts, in its own words.
+    """Generate answers to conversations, and continuations of texts.
 
-    Of a conversation the user's messages and a system prompt are kept and every answer is the
-    model's; of a text the first half, at most ``max_prompt_tokens``.  The other arguments, what is
-    returned and the errors are those of ``distil``.
+    Of a conversation the user messages and the system prompt are kept and every answer is the
+    model's; of a text the first half is kept, at most ``max_prompt_tokens``.  Other arguments, the
+    result and the errors are those of ``distil``.
     """
     if not records:
         raise ValueError("there are no records to continue")
@@ -140,19 +139,19 @@ def continue_text(
         topics=[],
         data=data_hash(records),
     )
-    if tell and not tokenizer.has_chat_template and any(each.messages for each in records):
-        tell(f"{model.name} has no chat template: conversations are continued as plain text")
+    if log and not tokenizer.has_chat_template and any(record.messages for record in records):
+        log(f"{model.name} has no chat template: conversations are continued as plain text")
     with Run(model, tokenizer, output, settings, progress=progress) as run:
         run.total = len(records)
         for first in range(run.first_group * run.group_size, len(records), run.group_size):
             numbers = range(first, min(first + run.group_size, len(records)))
-            jobs = [_given(run, number, records[number]) for number in numbers]
-            run.fill(first, [job for job in jobs if job is not None], _finished)
-        return run.result(tell)
+            jobs = [_job(run, number, records[number]) for number in numbers]
+            run.fill(first, [job for job in jobs if job is not None], _complete)
+        return run.result(log)
 
 
 def _user_messages(run: Run, numbers: range) -> list[Job]:
-    """Let the model write users' messages."""
+    """Generate user messages."""
     topics = run.settings.topics
     chosen = [topics[number % len(topics)] if topics else None for number in numbers]
     around = {topic: _around(run, topic) for topic in dict.fromkeys(chosen)}
@@ -161,7 +160,7 @@ def _user_messages(run: Run, numbers: range) -> list[Job]:
     }
     jobs = []
     prompts = [before[topic] for topic in chosen]
-    for index, ids, stopped in run.generate(prompts, numbers, what="prompt"):
+    for index, ids, stopped in run.generate(prompts, numbers, part="prompt"):
         _, opening, end = around[chosen[index]]
         text = opening + decoded(run.tokenizer, ids)
         text = (text.split(end)[0] if end else text).strip()
@@ -176,27 +175,27 @@ def _user_messages(run: Run, numbers: range) -> list[Job]:
 
 
 def _around(run: Run, topic: str | None) -> tuple[str, str, str]:
-    """What stands before a user's words, the first of these words, and what stands behind them."""
+    """Text before a user message, the beginning of the message, and the text after it."""
     opening = ""
     if topic is not None and topic.endswith(OPEN_END):
         opening, topic = topic.removesuffix(OPEN_END).rstrip(), None
-    before, behind = around_user(run.tokenizer, topic)
-    return before, opening, behind
+    before, after = around_user(run.tokenizer, topic)
+    return before, opening, after
 
 
 def _plain_beginnings(run: Run, numbers: range) -> list[Job]:
-    """Let a model without a chat template draw beginnings of texts."""
+    """Generate beginnings of texts with a model that has no chat template."""
     tokenizer, topics = run.tokenizer, run.settings.topics
     bos = tokenizer.bos_token_id
     openings = [_heading(topic) for topic in topics] or ["", *_OPENINGS]
     chosen = [openings[number % len(openings)] for number in numbers]
-    if bos is None:  # then nothing stands for an empty beginning
+    if bos is None:  # an empty beginning needs a BOS token
         chosen = [text or _OPENINGS[0] for text in chosen]
     prompts = [
         token_ids(tokenizer, text, special=True) if text else [int(bos or 0)] for text in chosen
     ]
     jobs = []
-    for index, ids, stopped in run.generate(prompts, numbers, what="prompt"):
+    for index, ids, stopped in run.generate(prompts, numbers, part="prompt"):
         text = chosen[index] + decoded(tokenizer, ids).rstrip("\ufffd")
         if stopped or not text.strip() or "\ufffd" in text:
             run.drop("prompt: unreadable" if "\ufffd" in text else "prompt: too short")
@@ -211,17 +210,17 @@ def _heading(topic: str) -> str:
     return topic.removesuffix(OPEN_END).rstrip() if is_open else f"{topic}\n\n"
 
 
-def _given(run: Run, number: int, record: Record) -> Job | None:
-    """What of a given record the model goes on with; None where it asks nothing."""
+def _job(run: Run, number: int, record: Record) -> Job | None:
+    """The part of a record that the model continues; None if there is no user message."""
     tokenizer = run.tokenizer
     if record.messages is not None and tokenizer.has_chat_template:
-        asked = [each["content"] for each in record.messages if each["role"] == "user"]
-        system = [dict(each) for each in record.messages[:1] if each["role"] == "system"]
-        if not asked:
+        users = [item["content"] for item in record.messages if item["role"] == "user"]
+        system = [dict(item) for item in record.messages[:1] if item["role"] == "system"]
+        if not users:
             run.drop("prompt: no user message")
             return None
-        job = Job(number, [*system, {"role": "user", "content": asked[0]}], later=asked[1:])
-        if len(token_ids(tokenizer, asked[0])) > run.settings.max_prompt_tokens:
+        job = Job(number, [*system, {"role": "user", "content": users[0]}], later=users[1:])
+        if len(token_ids(tokenizer, users[0])) > run.settings.max_prompt_tokens:
             run.drop("prompt: too long")
             return None
         return job
@@ -233,8 +232,8 @@ def _given(run: Run, number: int, record: Record) -> Job | None:
     return Job(number, text=text, meta={"given": len(text)})
 
 
-def _finished(run: Run, jobs: list[Job]) -> Generator[Record, None, None]:
-    """Let the model answer, in rounds for conversations of several turns."""
+def _complete(run: Run, jobs: list[Job]) -> Generator[Record, None, None]:
+    """Generate the answers, in rounds for conversations of several turns."""
     while jobs:
         fitting: list[tuple[Job, list[int]]] = []
         for job in jobs:
@@ -242,18 +241,18 @@ def _finished(run: Run, jobs: list[Job]) -> Generator[Record, None, None]:
             if reason is None:
                 fitting.append((job, ids))
             elif job.is_answered:
-                yield _record(run, job)  # its last message is left unanswered
+                yield _record(run, job)  # without its last message
             else:
                 run.drop(f"prompt: {reason}")
         jobs = []
         numbers = [job.number for job, _ in fitting]
         prompts = [ids for _, ids in fitting]
-        for index, ids, stopped in run.generate(prompts, numbers, what="answer"):
+        for index, ids, stopped in run.generate(prompts, numbers, part="answer"):
             job = fitting[index][0]
             answer = _answer_text(run, ids, stopped=stopped)
             if answer is None:
                 continue
-            job.take(answer, cut=not stopped)
+            job.add_answer(answer, cut=not stopped)
             if job.later and stopped:
                 job.ask(job.later.pop(0))
                 jobs.append(job)
@@ -262,22 +261,22 @@ def _finished(run: Run, jobs: list[Job]) -> Generator[Record, None, None]:
 
 
 def _job_ids(run: Run, job: Job) -> tuple[list[int], str | None]:
-    """Ids that the model goes on from, or why it cannot."""
-    tokenizer, room = run.tokenizer, run.model.max_context
+    """Ids that the model continues, and the reason if it cannot."""
+    tokenizer, context = run.tokenizer, run.model.max_context
     if job.text is not None:
         ids = token_ids(tokenizer, job.text, special=True)
     else:
         try:
             ids = token_ids(tokenizer, chat_text(tokenizer, job.messages))
         except ValueError:
-            return [], "refused by the chat template"
-    if room is not None and len(ids) + run.settings.max_answer_tokens > room:
+            return [], "rejected by the chat template"
+    if context is not None and len(ids) + run.settings.max_answer_tokens > context:
         return [], "too long"
     return ids, None if ids else "empty"
 
 
 def _answer_text(run: Run, ids: list[int], *, stopped: bool) -> str | None:
-    """The words of an answer; None, and counted, where they are not worth keeping."""
+    """The text of an answer; None, and counted as dropped, if it is unusable."""
     text = decoded(run.tokenizer, ids)
     text = text if stopped else text.rstrip("\ufffd")
     reason = why_degenerate(text)

@@ -1,8 +1,8 @@
-"""From nothing, or from a user's data, to sequences that a run trains on.
+"""Training text and its sequences.
 
-Three ways: the model writes conversations by itself (``distil``), it answers a user's data in its
-own words (``continue_text``), or the data are taken as they are.  Text that the model wrote is kept
-beside the adapter, and a run that was stopped while writing goes on where it was.
+Three methods: the model writes conversations by itself (``distil``), it answers the prompts of a
+user's data (``continue_text``), or it is trained on the data as they are.  Generated text is saved
+in the run's folder, and a run that was stopped while generating resumes there.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ TEMPLATE_TOKENS = 64  # what a chat template may add to a prompt and its answer
 
 @dataclass(frozen=True, kw_only=True)
 class Prepared:
-    """What there is to train on.
+    """Sequences of a run.
 
     Attributes:
-        train, held_out: the two sides.
-        data_hash: of the records, whichever side they are on.
-        lines: what to tell the user about them.
+        train, held_out: the two parts.
+        data_hash: of all records.
+        lines: facts about them for the user.
     """
 
     train: list[TokenSequence]
@@ -48,14 +48,14 @@ class Prepared:
     @property
     def longest(self) -> int:
         """TokenSequence of the longest sequence."""
-        return max(len(each.ids) for each in (*self.train, *self.held_out))
+        return max(len(sequence.ids) for sequence in (*self.train, *self.held_out))
 
 
 def room_for(model: MTPModel, max_seq_length: int, num_draft_tokens: int) -> int:
-    """Most ids of a sequence: the masks behind the last one must fit the context too.
+    """Maximum length of a sequence: the masks after it must fit the context too.
 
     Raises:
-        ValueError: there is no room for text.
+        ValueError: the context is too short.
     """
     if model.max_context is None:
         return max_seq_length
@@ -76,29 +76,29 @@ def expected_length(model: MTPModel, settings: DataSettings, *, max_seq_length: 
 
 
 def read_source(
-    settings: DataSettings, *, output: Path, tell: Callable[[str], None] | None = None
+    settings: DataSettings, *, output: Path, log: Callable[[str], None] | None = None
 ) -> list[Record]:
-    """Read a user's data, if there are any, before anything slow is done.
+    """Read a user's data, if any.
 
     Args:
-        settings: where they are.
-        output: the run's folder, which must not be among them.
-        tell: called with a line for the user.
+        settings: of the text.
+        output: the run's folder, which must not be inside the data's.
+        log: called with a line for the user.
 
     Raises:
-        ValueError: they cannot be read, or ``output`` lies in their folder.
+        ValueError: the data cannot be read, or contain ``output``.
     """
     if settings.data is None:
         return []
     source = Path(settings.data).expanduser()
     if source.is_dir() and output.resolve().is_relative_to(source.resolve()):
         raise ValueError(
-            f"{output} lies in the data's folder {source}, where it would become data itself"
+            f"{output} is inside the data's folder {source}, where it would become data itself"
         )
-    records = read_data(settings.data, progress=tell)
+    records = read_data(settings.data, log=log)
     if settings.num_records is not None and settings.num_records < len(records):
         chosen = random.Random(settings.seed).sample(range(len(records)), settings.num_records)
-        records = [records[at] for at in sorted(chosen)]
+        records = [records[index] for index in sorted(chosen)]
     return records
 
 
@@ -110,25 +110,25 @@ def make_records(
     settings: DataSettings,
     *,
     progress: Callable[[DistilProgress], None] | None = None,
-    tell: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> list[Record]:
-    """Make the text to train on.
+    """Generate the training text, or clean the data.
 
     Args:
-        model: its own words are wanted.
+        model: generates the text.
         tokenizer: from ``load``.
         source: from ``read_source``.
-        output: JSONL file for what the model writes; not touched where data are taken as they are.
-        settings: the way to do it.
-        progress: called as texts are finished.
-        tell: called with a line for the user.
+        output: JSONL file for generated text.
+        settings: of the text.
+        progress: called as texts are completed.
+        log: called with a line for the user.
 
     Raises:
-        ValueError: there is nothing to train on; the message says why.
-        OSError: the file cannot be written; it holds whole lines.
+        ValueError: there is nothing to train on; the message has the reason.
+        OSError: the file cannot be written; its lines are complete.
     """
     if settings.as_is:
-        return _cleaned(model, tokenizer, source, tell)
+        return _cleaned(model, tokenizer, source, log)
     prompt, answer = settings.token_limits(model)
     shared = {
         "seed": settings.seed,
@@ -137,11 +137,9 @@ def make_records(
         "batch_size": settings.batch_size,
     }
     if settings.data is not None:
-        return continue_text(
-            model, tokenizer, source, output, progress=progress, tell=tell, **shared
-        )
+        return continue_text(model, tokenizer, source, output, progress=progress, log=log, **shared)
     topics = settings.topics
-    if topics is None:  # they begin messages to an assistant, not texts
+    if topics is None:  # the default ones begin messages to an assistant, not texts
         topics = default_topics() if tokenizer.has_chat_template else ()
     return distil(
         model,
@@ -150,23 +148,23 @@ def make_records(
         num_records=settings.num_records or NUM_RECORDS,
         topics=topics,
         progress=progress,
-        tell=tell,
+        log=log,
         **shared,
     )
 
 
-def kept_records(path: Path, settings: DataSettings, *, wanted_hash: str) -> list[Record]:
-    """Read text that is complete again, without a model.
+def saved_records(path: Path, settings: DataSettings, *, data_sha256: str) -> list[Record]:
+    """Read the text of a resumed run.
 
     Raises:
-        ValueError: it is not what the run began with.
+        ValueError: it was changed.
     """
     if not path.is_file():
-        raise ValueError(f"{path} is missing: the run was begun with it")
+        raise ValueError(f"{path} is missing, with which the run began")
     records = read_jsonl(path)
     if settings.data is None:
         records = records[: settings.num_records or NUM_RECORDS]
-    if data_hash(records) != wanted_hash:
+    if data_hash(records) != data_sha256:
         raise ValueError(f"{path} was changed since the run began")
     return records
 
@@ -178,29 +176,29 @@ def prepare(
     max_seq_length: int,
     held_out: float,
 ) -> Prepared:
-    """Encode records and divide them.
+    """Encode records and split them.
 
     Raises:
         ValueError: there is too little to train on.
     """
     encoded = encode_all(records, tokenizer, max_seq_length=max_seq_length)
-    train, held = split(encoded.sequences, held_out=held_out)
-    lines = [*encoded.lines(), f"{len(held)} of the sequences are held out for evaluation"]
-    return Prepared(train=train, held_out=held, data_hash=data_hash(records), lines=lines)
+    train, test = split(encoded.sequences, held_out=held_out)
+    lines = [*encoded.lines(), f"{len(test)} of the sequences are held out for evaluation"]
+    return Prepared(train=train, held_out=test, data_hash=data_hash(records), lines=lines)
 
 
 def _cleaned(
     model: MTPModel,
     tokenizer: TokenizerWrapper,
     source: Sequence[Record],
-    tell: Callable[[str], None] | None,
+    log: Callable[[str], None] | None,
 ) -> list[Record]:
-    if tell and not tokenizer.has_chat_template and any(each.messages for each in source):
-        tell(f"{model.name} has no chat template: conversations become plain text")
+    if log and not tokenizer.has_chat_template and any(record.messages for record in source):
+        log(f"{model.name} has no chat template: conversations become plain text")
     records, dropped = clean(source)
-    why = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.most_common())
     if not records:
-        raise ValueError(f"nothing of the data can be trained on (dropped: {why})")
-    if tell and dropped:
-        tell(f"{sum(dropped.values())} records dropped: {why}")
+        raise ValueError(f"no record can be used for training (dropped: {reasons})")
+    if log and dropped:
+        log(f"{sum(dropped.values())} records dropped: {reasons}")
     return records

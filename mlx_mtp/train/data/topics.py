@@ -1,8 +1,8 @@
-"""What the built-in self-distillation is about: how users' messages begin.
+"""Topics of the built-in self-distillation: beginnings of users' messages.
 
-Small models hardly heed a topic in a system prompt, but they do go on from first words.  Each entry
-ends in "...", which makes it the beginning of the user's message; the bare "..." leaves the message
-to the model.  The words are our own and none begins a prompt of the benchmarks.
+Small models ignore a topic in a system prompt, but they continue first words.  Each entry ends in
+"...", which makes it the beginning of the user's message; "..." alone leaves the message to the
+model.  None of the entries begins a prompt of the benchmarks.
 """
 
 from __future__ import annotations
@@ -99,19 +99,19 @@ LANGUAGES = (
 
 
 def default_topics() -> tuple[str, ...]:
-    """All of them, mixed so that any run of a dozen has some of each kind."""
+    """All topics, mixed so that any dozen in a row has some of each kind."""
     kinds = (FREE, CODE, MATHS, LISTS, EDITS, CHAT, LANGUAGES)
-    placed = [
+    keyed = [
         ((number + 0.5) / len(kind), topic) for kind in kinds for number, topic in enumerate(kind)
     ]
-    return tuple(topic for _, topic in sorted(placed, key=lambda each: each[0]))
+    return tuple(topic for _, topic in sorted(keyed, key=lambda pair: pair[0]))
 
 
 def read_topics(path: Path) -> tuple[str, ...]:
-    r"""Read a file of one topic a line; ``\n`` stands for a line break, blank lines are skipped.
+    r"""Read a file of one topic per line; ``\n`` is a line break, blank lines are skipped.
 
     Raises:
-        ValueError: it is not UTF-8 or holds nothing.
+        ValueError: it is not UTF-8 or empty.
         OSError: it cannot be read.
     """
     try:
@@ -120,5 +120,5 @@ def read_topics(path: Path) -> tuple[str, ...]:
         raise ValueError(f"{path} is not UTF-8") from None
     topics = tuple(line.strip().replace("\\n", "\n") for line in lines if line.strip())
     if not topics:
-        raise ValueError(f"{path} holds no topics")
+        raise ValueError(f"{path} contains no topics")
     return topics

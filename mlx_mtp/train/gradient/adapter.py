@@ -1,8 +1,8 @@
-"""The adapter that is trained: new, or continued from one that there is.
+"""The adapter that is trained: new, or continued from an existing one.
 
-A new one drafts what the base model would say if it took a mask for the token before: the low-rank
-product and the sampler head's last norm begin at zero, the mask embeddings near the mean of the
-token embeddings.
+A new adapter leaves the base model's computation on mask rows unchanged: the low-rank product and
+the sampler head's last norm begin at zero, the mask embeddings near the mean of the token
+embeddings.
 """
 
 from __future__ import annotations
@@ -31,22 +31,22 @@ from mlx_mtp.train.run.checkpoint import PARAMETERS, read_state, under
 from mlx_mtp.train.settings import TrainSettings
 
 _BASE_PREFIX = "base."
-_MASK_NOISE = 0.5  # of the spread of the token embeddings
+_MASK_NOISE = 0.5  # times the standard deviation of the token embeddings
 
 
 def new_adapter(model: MTPModel, settings: TrainSettings, *, start: Path | None = None) -> MTPModel:
-    """Give a model an adapter that can be trained; the model itself cannot.
+    """Add a trainable adapter to a model and freeze the model itself.
 
     Args:
         model: loaded without an adapter; its modules are wrapped in place.
-        settings: decide the shape of a new adapter; of ``start`` only k may differ.
-        start: adapter folder to continue from; more masks begin as its last one.
+        settings: shape of a new adapter; only k may differ from ``start``.
+        start: adapter folder to continue from; additional masks begin as its last one.
 
     Raises:
         ValueError: no layer has one of the target names, or ``start`` does not fit the model.
     """
     if model.config is not None:
-        raise ValueError(f"{model.name} was loaded with an adapter already")
+        raise ValueError(f"{model.name} already has an adapter")
     if start is None:
         config, weights = _fresh(model, settings)
     else:
@@ -70,7 +70,7 @@ def trainable(model: MTPModel) -> dict[str, mx.array]:
 
 
 def adapter_tensors(parameters: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    """What ``trainable`` gives as the tensors of an adapter file."""
+    """Rename the result of ``trainable`` to the tensors of an adapter file."""
     return {
         MASK_EMBEDDINGS
         if name.endswith(MASK_EMBEDDINGS)
@@ -80,16 +80,16 @@ def adapter_tensors(parameters: Mapping[str, mx.array]) -> dict[str, mx.array]:
 
 
 def read_state_adapter(state: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
-    """Read the adapter that a run had at one of its states, which need not be its best one.
+    """Read the adapter of a state of a run, which need not be its best one.
 
     Args:
         state: ``RUN/training/state-0000100``.
 
     Returns:
-        As ``loading.read_adapter``, without the acceptance, which was measured on the best one.
+        See ``loading.read_adapter``; without the acceptance, which is that of the best one.
 
     Raises:
-        ValueError: the state is damaged, or no adapter stands in ``RUN``.
+        ValueError: the state is damaged, or ``RUN`` has no adapter.
     """
     config = dataclasses.replace(read_config(state.resolve().parents[1]), acceptance=())
     try:
@@ -107,14 +107,14 @@ def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[st
         and path.rpartition(".")[-1] in settings.target_modules
     }
     if not layers:
-        wanted = ", ".join(settings.target_modules)
-        raise ValueError(f"{model.name} has no linear layer named {wanted}")
-    found = {path.rpartition(".")[-1] for path in layers}
+        names = ", ".join(settings.target_modules)
+        raise ValueError(f"{model.name} has no linear layer named {names}")
+    present = {path.rpartition(".")[-1] for path in layers}
     config = MTPConfig(
         num_draft_tokens=settings.num_draft_tokens,
         rank=settings.rank,
         scale=settings.scale,
-        target_modules=tuple(name for name in settings.target_modules if name in found),
+        target_modules=tuple(name for name in settings.target_modules if name in present),
         sampler="mlp" if settings.sampler else None,
         base_model=model.name,
         base_model_type=model.base.model_type,
@@ -137,7 +137,7 @@ def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[st
 
 
 def _mask_embeddings(model: MTPModel, count: int, key: mx.array) -> mx.array:
-    """Rows near the mean of the token embeddings ``[k, D]``; a sample of these is enough."""
+    """Rows near the mean of a sample of the token embeddings, ``[k, D]``."""
     sample = model.embed(mx.arange(0, model.vocab_size, max(1, model.vocab_size // 4096)))
     sample = sample.astype(mx.float32)
     noise = mx.random.normal((count, sample.shape[-1]), key=key)
@@ -145,7 +145,7 @@ def _mask_embeddings(model: MTPModel, count: int, key: mx.array) -> mx.array:
 
 
 def _sampler_weights(dims: int, key: mx.array) -> dict[str, mx.array]:
-    """A sampler head whose draft is the mask row's own: its last norm gives nothing yet."""
+    """A sampler head that does not change the mask row: its last norm is zero."""
     head = SamplerHead(dims)
     weights = dict(cast(list[tuple[str, mx.array]], tree_flatten(head.parameters())))
     for name, part in zip(("linear_1", "linear_2"), mx.random.split(key), strict=True):
@@ -163,8 +163,8 @@ def _continued(
     config, weights = read_adapter(start)
     check_base(model.base, config, adapter=str(start), name=model.name)
     masks = weights[MASK_EMBEDDINGS][: settings.num_draft_tokens]
-    more = settings.num_draft_tokens - masks.shape[0]
-    if more > 0:
-        masks = mx.concatenate([masks, mx.repeat(masks[-1:], more, axis=0)])
+    missing = settings.num_draft_tokens - masks.shape[0]
+    if missing > 0:
+        masks = mx.concatenate([masks, mx.repeat(masks[-1:], missing, axis=0)])
     weights[MASK_EMBEDDINGS] = masks
     return dataclasses.replace(config, num_draft_tokens=masks.shape[0]), weights

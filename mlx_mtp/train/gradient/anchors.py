@@ -1,4 +1,4 @@
-"""Which mask blocks of a sequence are trained on, and how they are divided into forwards."""
+"""Choice of the mask blocks of a sequence, and their division into forwards."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mlx_mtp.evaluation.mask_blocks import MaskRows
 def choose_anchors(
     answer: Sequence[bool], *, count: int, rng: np.random.Generator
 ) -> tuple[int, ...]:
-    """Draw the anchors of a sequence, without repetition, in order.
+    """Draw different anchors of a sequence, in order.
 
-    An anchor may be any token whose next two tokens belong to an answer: the first is the model's
-    own prediction, the second that of the first mask.
+    Any token can be an anchor whose next two tokens belong to an answer: the model itself predicts
+    the first, the first mask the second.
 
     Args:
         answer: for each token of the sequence, whether it belongs to an answer.
-        count: how many anchors are wanted; fewer where there is no room.
+        count: maximum number of anchors.
         rng: the generator to draw from.
     """
     flags = np.array(answer, dtype=bool)
@@ -33,17 +33,17 @@ def count_masks(
     answer: Sequence[bool],
     anchors: Sequence[int],
     *,
-    most: int,
+    max_masks: int,
     drop_late: float,
     rng: np.random.Generator,
 ) -> tuple[int, ...]:
-    """Say how many masks stand behind each anchor: those that have something to predict.
+    """Number of masks after each anchor that have a token of the answer to predict.
 
     Args:
         answer: for each token of the sequence, whether it belongs to an answer.
         anchors: from ``choose_anchors``.
-        most: k, the most masks of a block.
-        drop_late: chance that a block ends before each mask but its first.
+        max_masks: k, the maximum number of masks of a block.
+        drop_late: probability that a block ends before each mask after its first.
         rng: the generator to draw from.
     """
     flags = np.array(answer, dtype=bool)
@@ -51,24 +51,24 @@ def count_masks(
     counts = []
     for anchor in anchors:
         room = int(ends[np.searchsorted(ends, anchor + 1)]) - anchor - 2
-        length = int(rng.geometric(drop_late)) if drop_late else most
-        counts.append(min(most, room, length))
+        length = int(rng.geometric(drop_late)) if drop_late else max_masks
+        counts.append(min(max_masks, room, length))
     return tuple(counts)
 
 
-def chunks(rows: MaskRows, *, most_rows: int) -> list[MaskRows]:
-    """Divide blocks, in order, into as few forwards of at most that many rows, of about one size.
+def chunks(rows: MaskRows, *, max_rows: int) -> list[MaskRows]:
+    """Divide blocks, in order, into as few forwards as possible, of about the same size.
 
-    A block stays whole.  What a forward costs beside its rows is paid for few rows as for many.
+    A block stays whole.  Forwards are few because each has a cost apart from its rows.
     """
     counts = rows._counts.tolist()
-    fewest = -(-rows.num_rows // most_rows)
+    fewest = -(-rows.num_rows // max_rows)
     even = -(-rows.num_rows // max(fewest, 1)) + max(counts, default=1) - 1
-    limit = min(even, most_rows)
-    found: list[tuple[list[int], list[int]]] = []
+    limit = min(even, max_rows)
+    parts: list[tuple[list[int], list[int]]] = []
     for anchor, count in zip(rows.anchors, counts, strict=True):
-        if not found or sum(found[-1][1]) + count > limit:
-            found.append(([], []))
-        found[-1][0].append(anchor)
-        found[-1][1].append(count)
-    return [MaskRows(tuple(anchors), tuple(counts)) for anchors, counts in found]
+        if not parts or sum(parts[-1][1]) + count > limit:
+            parts.append(([], []))
+        parts[-1][0].append(anchor)
+        parts[-1][1].append(count)
+    return [MaskRows(tuple(anchors), tuple(counts)) for anchors, counts in parts]

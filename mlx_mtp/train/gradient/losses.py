@@ -1,7 +1,7 @@
 """The three terms of the training loss over mask rows (arXiv 2507.11851, section 3.4).
 
 - base: cross-entropy of the base model's own head on the mask rows,
-- sampler: cross-entropy of the sampler head, told the right previous token,
+- sampler: cross-entropy of the sampler head, with the correct previous token,
 - lcm: mean squared distance between a mask row's final hidden state and that of the ordinary row
   that predicts the same token (latent consistency).
 
@@ -27,13 +27,13 @@ from mlx_mtp.train.settings import TEACHERS, LossWeights
 
 @dataclass(frozen=True)
 class Targets:
-    """What the mask rows of a sequence should predict.
+    """Targets of the mask rows of a sequence.
 
     Attributes:
         tokens: the token of each row, ``[R]``.
         previous: the token before it, ``[R]``.
         twins: index of the ordinary row that predicts the same token, ``[R]``.
-        probs: the base model's distribution ``[R, V]``, for the teacher ``dist`` alone.
+        probs: the base model's distribution ``[R, V]``, only for the teacher ``dist``.
     """
 
     tokens: mx.array
@@ -50,23 +50,23 @@ def make_targets(
     *,
     teacher: str,
 ) -> Targets:
-    """Say what the mask rows should predict; each must have a token to predict.
+    """Compute the targets of mask rows; each must have a token to predict.
 
     Args:
         model: for the base model's head.
         ordinary: the sequence's ordinary rows.
         ids: the sequence ``[L]``.
         rows: its mask blocks.
-        teacher: ``sample`` takes the token that stands in the text; ``argmax`` the one that the
-            base model would choose there; ``dist`` its whole distribution.
+        teacher: ``sample`` takes the token of the text, ``argmax`` the most likely one of the
+            base model, ``dist`` its whole distribution.
 
     Raises:
-        ValueError: the teacher is none of these, or a row has no token to predict.
+        ValueError: the teacher is unknown, or a row has no token to predict.
     """
     if teacher not in TEACHERS:
         raise ValueError(f"teacher must be one of {', '.join(TEACHERS)}, got {teacher!r}")
     last = int(rows.row_positions.max())
-    if last + 1 >= ids.size:  # MLX would read what lies behind the array
+    if last + 1 >= ids.size:  # MLX would read beyond the end of the array
         raise ValueError(f"the mask at position {last} has no token to predict: {ids.size} ids")
     tokens, probs = ids[rows.positions + 1], None
     if teacher != "sample":
@@ -97,13 +97,12 @@ def loss_terms(
         model: with its adapter.
         ordinary: the sequence's ordinary rows.
         rows: mask blocks of it.
-        targets: what they should predict.
-        candidates: tokens that the cross-entropies are taken over: those that any of the rows finds
-            likeliest, and the targets.  0, and any head that does more than multiply, take the
-            whole vocabulary.
+        targets: of the rows.
+        candidates: number of tokens over which the cross-entropies are computed: the most likely
+            ones of any row, and the targets.  0 uses the whole vocabulary.
 
     Returns:
-        The terms by name, float32 scalars; ``sampler`` only where there is a sampler head.
+        The terms by name, float32 scalars; ``sampler`` only with a sampler head.
     """
     hidden = mask_rows(model, ordinary, rows)
     head = _head(model, hidden, targets, candidates)
@@ -111,13 +110,13 @@ def loss_terms(
     if model.sampler_head is not None:
         state = model.sampler_head(model.embed(targets.previous), hidden)
         terms["sampler"] = _cross_entropy(head, state, targets)
-    apart = _wide(hidden - ordinary.hidden[targets.twins])
-    terms["lcm"] = mx.square(apart).mean()
+    difference = _wide(hidden - ordinary.hidden[targets.twins])
+    terms["lcm"] = mx.square(difference).mean()
     return terms
 
 
 def total_loss(terms: dict[str, mx.array], weights: LossWeights) -> mx.array:
-    """Add the terms up."""
+    """The weighted sum of the terms."""
     return mx.stack([term * getattr(weights, name) for name, term in terms.items()]).sum()
 
 
@@ -150,20 +149,20 @@ def _head(model: MTPModel, hidden: mx.array, targets: Targets, candidates: int) 
 
 
 def is_plain_head(model: MTPModel) -> bool:
-    """Whether the base model's head is a product with the unembedding and nothing else."""
+    """Whether the base model's head is only a product with the unembedding."""
     rows = mx.random.normal((2, model.hidden_size), key=mx.random.key(0)).astype(model.dtype)
     ids = mx.arange(min(64, model.vocab_size))
     whole = _wide(model.logits(rows[None])[0][:, : ids.size])
     product = _wide(rows @ model.unembed_rows(ids).T)
-    apart = mx.abs(whole - product).max()
-    return bool((apart <= 0.02 * mx.abs(product).max()).item())
+    difference = mx.abs(whole - product).max()
+    return bool((difference <= 0.02 * mx.abs(product).max()).item())
 
 
 def _cross_entropy(head: _Head, hidden: mx.array, targets: Targets) -> mx.array:
     """Cross-entropy of the base model's head over hidden states ``[R, D]``."""
     logits, tokens, probs = head.logits(hidden), targets.tokens, targets.probs
     if head.chosen is not None:
-        tokens = (head.chosen[None] < tokens[:, None]).sum(axis=-1)  # where each stands among them
+        tokens = (head.chosen[None] < tokens[:, None]).sum(axis=-1)  # index among the candidates
         if probs is not None:
             probs = probs[:, head.chosen]
             probs = probs / probs.sum(axis=-1, keepdims=True)
@@ -183,7 +182,7 @@ def _is_fast(x: mx.array) -> bool:
 
 
 def _wide(x: mx.array) -> mx.array:
-    """At least float32, in which sums over a vocabulary are taken."""
+    """Cast to at least float32, for sums over a vocabulary."""
     return x if x.dtype == mx.float64 else x.astype(mx.float32)
 
 
@@ -192,10 +191,10 @@ def next_token_loss(
 ) -> float:
     """Cross-entropy of the ordinary rows over the answers of sequences, in nats per token.
 
-    With the gate it is the base model's own and never changes.
+    With the gate it is that of the base model and constant.
 
     Raises:
-        ValueError: there is no answer in them.
+        ValueError: the sequences have no answer.
     """
     total, count = 0.0, 0
     for sequence in sequences:

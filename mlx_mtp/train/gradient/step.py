@@ -1,9 +1,9 @@
-"""The gradient of one optimiser step: some sequences, their anchors, and the losses behind these.
+"""The gradient of one training step: some sequences, their anchors, and the losses after these.
 
-Ordinary rows are computed once a sequence; its mask rows follow in forwards of a bounded number of
-rows, whose gradients add up to that of the mean over all mask rows of the step.  Which sequences,
-anchors and masks a step has is decided by the seed and the step's number alone, so a run that is
-resumed goes on as if it had not stopped.
+Ordinary rows are computed once per sequence; its mask rows follow in forwards of a limited number
+of rows, whose gradients add up to that of the mean over all mask rows of the step.  The seed and
+the number of a step alone determine its sequences, anchors and masks, so that a resumed run
+continues as if it had not stopped.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.layout import StepScope
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.model.wrappers import Wrapper
 from mlx_mtp.train.gradient.anchors import choose_anchors, chunks, count_masks
 from mlx_mtp.train.gradient.losses import (
     Targets,
@@ -33,8 +34,8 @@ from mlx_mtp.train.gradient.losses import (
 from mlx_mtp.train.gradient.workers import Workers, shares
 from mlx_mtp.train.settings import TrainSettings
 
-_ORDER, _ANCHORS = 1, 2  # what a random draw is for
-_ORDINARY_ROW = 0.25  # its cost in mask rows, which have a gradient and a loss besides
+_ORDER, _ANCHORS = 1, 2  # purposes of random draws
+_ORDINARY_ROW = 0.25  # cost in mask rows, which have a gradient and a loss
 
 
 Parameters = dict[str, mx.array]
@@ -43,14 +44,14 @@ Part = tuple[Parameters, float, dict[str, float]]  # gradients, loss, terms
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step found.
+    """Result of a training step.
 
     Attributes:
         gradients: of the trainable parameters, float32.
-        loss: all terms, weighted.
+        loss: weighted sum of all terms.
         terms: each term by name.
-        num_tokens: ids of the sequences.
-        num_rows: mask rows.
+        num_tokens: number of ids of the sequences.
+        num_rows: number of mask rows.
     """
 
     gradients: Parameters
@@ -61,33 +62,32 @@ class StepResult:
 
 
 def sequences_of_step(step: int, *, num_sequences: int, batch_size: int, seed: int) -> list[int]:
-    """Indices of a step's sequences: every sequence once before any comes again.
+    """Indices of a step's sequences: every sequence once per epoch.
 
     Args:
-        step: the step's number, from 0.
-        num_sequences: how many there are.
-        batch_size: how many a step has.
-        seed: decides the order of each round.
+        step: number of the step, from 0.
+        num_sequences: number of all sequences.
+        batch_size: number of sequences per step.
+        seed: determines the order of each epoch.
     """
-    found, orders = [], {}
+    indices, orders = [], {}
     for place in range(step * batch_size, (step + 1) * batch_size):
-        number, at = divmod(place, num_sequences)
-        if number not in orders:
-            orders[number] = np.random.default_rng([seed, _ORDER, number]).permutation(
-                num_sequences
-            )
-        found.append(int(orders[number][at]))
-    return found
+        epoch, position = divmod(place, num_sequences)
+        if epoch not in orders:
+            rng = np.random.default_rng([seed, _ORDER, epoch])
+            orders[epoch] = rng.permutation(num_sequences)
+        indices.append(int(orders[epoch][position]))
+    return indices
 
 
 def blocks_of(sequence: TokenSequence, settings: TrainSettings, *, key: Sequence[int]) -> MaskRows:
-    """Draw the mask blocks of a sequence; there is none where the answer is too short."""
+    """Draw the mask blocks of a sequence; none if the answer is too short."""
     rng = np.random.default_rng([settings.seed, _ANCHORS, *key])
     anchors = choose_anchors(sequence.answer, count=settings.num_anchors, rng=rng)
     counts = count_masks(
         sequence.answer,
         anchors,
-        most=settings.num_draft_tokens,
+        max_masks=settings.num_draft_tokens,
         drop_late=settings.drop_late,
         rng=rng,
     )
@@ -122,37 +122,40 @@ class StepGradient:
         """Compute the gradient of a step.
 
         Args:
-            parameters: from ``adapter.trainable``, as they are now.
+            parameters: from ``adapter.trainable``.
             data: all sequences.
-            chosen: indices of those of the step.
-            step: its number, which decides the anchors.
-            workers: processes that take a part.
+            chosen: indices of the step's sequences.
+            step: number of the step, which determines the anchors.
+            workers: processes that compute a part.
 
         Raises:
-            ValueError: none of the sequences has a place for a mask.
+            ValueError: no sequence has room for a mask.
         """
-        places = [(at, data[index]) for at, index in enumerate(chosen)]
-        rows = [blocks_of(each, self._settings, key=(step, at)).num_rows for at, each in places]
+        places = [(place, data[index]) for place, index in enumerate(chosen)]
+        rows = [
+            blocks_of(sequence, self._settings, key=(step, place)).num_rows
+            for place, sequence in places
+        ]
         total = sum(rows)
         if total == 0:
             raise ValueError(f"step {step}: no sequence has an answer of three tokens")
-        tokens = sum(len(each.ids) for _, each in places)
+        tokens = sum(len(sequence.ids) for _, sequence in places)
         if workers is None:
             part = self.part(parameters, places, step=step, total=total)
             assert part is not None
             return StepResult(*part, tokens, total)
         costs = [
-            each + _ORDINARY_ROW * len(sequence.ids) if each else 0.0
-            for each, (_, sequence) in zip(rows, places, strict=True)
+            count + _ORDINARY_ROW * len(sequence.ids) if count else 0.0
+            for count, (_, sequence) in zip(rows, places, strict=True)
         ]
         shared = shares(costs, workers.count)
         if self._is_warm:
             workers.start(parameters, chosen, shared, step=step, total=total)
-        own = self.part(parameters, [places[at] for at in shared[0]], step=step, total=total)
-        if not self._is_warm:  # the code that MLX compiled meanwhile is there for all
+        own = self.part(parameters, [places[index] for index in shared[0]], step=step, total=total)
+        if not self._is_warm:  # now the workers find the code that MLX has compiled
             workers.start(parameters, chosen, shared, step=step, total=total)
             self._is_warm = True
-        parts = [each for each in (own, *workers.collect()) if each is not None]
+        parts = [part for part in (own, *workers.collect()) if part is not None]
         return StepResult(*_sum(parts), tokens, total)
 
     def part(
@@ -163,33 +166,33 @@ class StepGradient:
         step: int,
         total: int,
     ) -> Part | None:
-        """Compute what some sequences add to a step: gradients, loss and terms.
+        """Compute the part of some sequences in a step: gradients, loss and terms.
 
         Args:
-            parameters: as for ``__call__``.
+            parameters: see ``__call__``.
             places: sequences with their places in the step.
-            step: its number.
-            total: mask rows of the whole step.
+            step: number of the step.
+            total: number of mask rows of the whole step.
 
         Returns:
-            None where there is nothing to add.
+            None if there are no mask rows.
         """
-        found: Part | None = None
-        for at, sequence in places:
-            rows = blocks_of(sequence, self._settings, key=(step, at))
-            for new, num_rows in self._forwards(parameters, sequence, rows):
-                weighted = _scaled(new, num_rows / total)
-                found = weighted if found is None else _sum([found, weighted])
-                mx.eval(found[0])
+        result: Part | None = None
+        for place, sequence in places:
+            rows = blocks_of(sequence, self._settings, key=(step, place))
+            for mean, num_rows in self._forwards(parameters, sequence, rows):
+                weighted = _scaled(mean, num_rows / total)
+                result = weighted if result is None else _sum([result, weighted])
+                mx.eval(result[0])
         self.load(parameters)
-        return found
+        return result
 
     def _forwards(
         self, parameters: Parameters, sequence: TokenSequence, rows: MaskRows
     ) -> Iterator[tuple[Part, int]]:
-        """Yield what each forward of a sequence gives, a mean, and over how many rows.
+        """Yield the mean of each forward of a sequence and its number of rows.
 
-        The share in the step comes in later, in float32: gradients of a thousandth of a row would
+        Weights in the step are applied later, in float32: gradients scaled by a thousandth would
         be lost in half precision.
         """
         if not rows.anchors:
@@ -197,12 +200,14 @@ class StepGradient:
         ids = mx.array(sequence.ids)
         ordinary = ordinary_rows(self._model, ids)
         mx.eval(ordinary.hidden, ordinary.keys_and_values)
-        for part in chunks(rows, most_rows=self._settings.rows_per_forward):
+        for part in chunks(rows, max_rows=self._settings.rows_per_forward):
             targets = make_targets(self._model, ordinary, ids, part, teacher=self._settings.teacher)
-            (value, terms), slope = self._value_and_grad(parameters, ids, ordinary, part, targets)
-            mx.eval(slope, value, terms)
+            (loss, terms), gradients = self._value_and_grad(
+                parameters, ids, ordinary, part, targets
+            )
+            mx.eval(gradients, loss, terms)
             numbers = {name: _number(term) for name, term in terms.items()}
-            yield (slope, _number(value), numbers), part.num_rows
+            yield (gradients, _number(loss), numbers), part.num_rows
 
     def _loss(
         self,
@@ -219,9 +224,9 @@ class StepGradient:
         return total_loss(terms, self._settings.loss_weights), terms
 
     def load(self, parameters: Parameters) -> None:
-        """Put the parameters into the model, in the type that it computes in."""
-        cast_ones = [(name, value.astype(self._dtype)) for name, value in parameters.items()]
-        self._model.update(tree_unflatten(cast_ones))
+        """Set the model's parameters, cast to its type."""
+        values = [(name, value.astype(self._dtype)) for name, value in parameters.items()]
+        self._model.update(tree_unflatten(values))
 
 
 def _number(x: mx.array) -> float:
@@ -238,42 +243,39 @@ def _scaled(part: Part, factor: float) -> Part:
 
 
 def _sum(parts: Sequence[Part]) -> Part:
-    """Add parts up, in their order."""
+    """Add parts, in their order."""
     gradients, loss, terms = parts[0]
-    for more, value, others in parts[1:]:
-        gradients = {name: value + more[name] for name, value in gradients.items()}
-        loss += value
-        terms = {name: terms[name] + others[name] for name in terms}
+    for part in parts[1:]:
+        gradients = {name: value + part[0][name] for name, value in gradients.items()}
+        loss += part[1]
+        terms = {name: terms[name] + part[2][name] for name in terms}
     return gradients, loss, terms
 
 
-class CheckpointedLayer(nn.Module):
-    """A layer whose inner values are computed again for the gradient instead of being kept."""
+class CheckpointedLayer(Wrapper):
+    """A layer whose activations are recomputed for the gradient instead of being stored."""
 
     def __init__(self, layer: nn.Module, scope: StepScope) -> None:
-        super().__init__()
-        dict.update(self, layer)  # the same modules under the same names
-        self.__dict__.update(layer.__dict__)
-        self._layer: Any = layer
+        super().__init__(layer)
         self._scope = scope
 
     def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """Map ``[1, L, D]`` as the layer does."""
+        """Apply the layer to ``[1, L, D]``."""
         layout = self._scope.layout
 
         def run(parameters: Any, x: mx.array) -> mx.array:
             before, self._scope.layout = self._scope.layout, layout  # the forward is over by then
             try:
-                self._layer.update(parameters)
-                return self._layer(x, *args, **kwargs)
+                self.wrapped.update(parameters)
+                return self.wrapped(x, *args, **kwargs)
             finally:
                 self._scope.layout = before
 
-        return mx.checkpoint(run)(self._layer.trainable_parameters(), x)
+        return mx.checkpoint(run)(self.wrapped.trainable_parameters(), x)
 
 
 def checkpoint_layers(model: MTPModel) -> None:
-    """Let the layers of a model compute again what their gradient needs, in place."""
+    """Make the layers of a model recompute their activations for the gradient, in place."""
     layers = model.base.layers
     for index, layer in enumerate(layers):
         layers[index] = CheckpointedLayer(layer, model.scope)

@@ -103,7 +103,7 @@ class Workers:
         self._layout = SharedParameters(like)
         self._workers: list[tuple[Any, Connection]] = []
         context = multiprocessing.get_context("spawn")
-        # An unlinked file behind a mapping, in memory if there is room: no kill leaves it behind.
+        # In an unlinked file, in memory if there is room, so that no kill leaves it on a disk.
         memory: Any = context.RawArray(ctypes.c_float, count * self._layout.size)
         self._memory = np.frombuffer(memory, dtype=np.float32).reshape(count, -1)
         try:
@@ -124,11 +124,6 @@ class Workers:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
-
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the workers."""
-        return [process.pid for process, _ in self._workers]
 
     def start(
         self,

@@ -1,4 +1,4 @@
-"""The card of a trained adapter: what it is, what it reaches, and how to train it again."""
+"""The model card of a trained adapter: facts, results, and how to train it again."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_mtp.evaluation.acceptance import Evaluation
 from mlx_mtp.model.config import MTPConfig
-from mlx_mtp.storage.cards import adapter_facts, model_card
+from mlx_mtp.storage.cards import model_card
 
 _COMMAND, _LICENCE = "command", "licence"
 
@@ -17,10 +17,10 @@ def training_card(config: MTPConfig, *, recipe: Mapping[str, Any], best: Evaluat
 
     Args:
         config: the adapter's configuration.
-        recipe: how it was trained, each entry by the name to show: seed, data hash, hardware, time,
-            versions and the like.  ``command`` is the command line; ``licence``, as the hub writes
-            it, goes into the front matter.  Entries that are None or empty are left out.
-        best: what it reaches on held-out text, if that was measured.
+        recipe: how it was trained, by the name to show: seed, data hash, hardware, time, versions
+            and others.  ``command`` is the command line; ``licence``, a hub identifier, goes into
+            the front matter.  Entries that are None or empty are omitted.
+        best: its evaluation on held-out text, if any.
     """
     rest = {name: value for name, value in recipe.items() if name not in (_COMMAND, _LICENCE)}
     rows = [("method", "Samragh et al. 2025, arXiv 2507.11851")]
@@ -28,9 +28,9 @@ def training_card(config: MTPConfig, *, recipe: Mapping[str, Any], best: Evaluat
     training = ["## Training", "", *_table(["", ""], rows)]
     if command := recipe.get(_COMMAND):
         training += ["", "```", " ".join(str(command).split()), "```"]
-    facts = [adapter_facts(config)]
+    facts = [config.describe()]
     if best is not None:
-        facts.append(_reached(best))
+        facts.append(_results(best))
     facts.append("\n".join(training))
     facts.append(
         "The adapter acts on mask rows only and cannot be fused; mlx-lm alone does not load it."
@@ -44,15 +44,15 @@ def training_card(config: MTPConfig, *, recipe: Mapping[str, Any], best: Evaluat
     )
 
 
-def _reached(best: Evaluation) -> str:
+def _results(best: Evaluation) -> str:
     """Tokens per step and acceptance by position."""
     positions = [str(position) for position in range(1, len(best.acceptance) + 1)]
     shares = [f"{share:.0%}" for share in best.acceptance]
     text = (
         f"On {best.num_tokens} tokens of {best.num_sequences} held-out sequences, greedy decoding "
-        f"with masks behind every draft takes {best.num_steps} steps: "
-        f"**{best.tokens_per_step:.2f} tokens per step**. How often a draft and all drafts before "
-        "it hold:"
+        f"with masks after every draft takes {best.num_steps} steps: "
+        f"**{best.tokens_per_step:.2f} tokens per step**. Acceptance rate of a draft together "
+        "with all drafts before it:"
     )
     table = _table(["draft", *positions], [("accepted", *shares)])
     return "\n".join([text, "", *table])
@@ -64,5 +64,5 @@ def _table(head: list[str], rows: list[tuple[str, ...]]) -> list[str]:
 
 
 def _cell(value: Any) -> str:
-    """A value as one line that cannot end its cell."""
+    """A value as one line, with | escaped."""
     return " ".join(str(value).split()).replace("|", "\\|")

@@ -1,9 +1,9 @@
-"""What a training run leaves on the disk: states to resume from, and the best adapter so far.
+"""Files of a training run: states to resume from, and the best adapter so far.
 
-A state is a folder ``state-0000100`` of two files, all tensors bit by bit and a JSON file with
-everything else and the hashes of both.  It is written beside its place, brought to the disk and
-renamed, so a kill at any moment leaves the states that were there before; what a killed write
-leaves behind is removed by the next one.  One process writes a folder (see ``history``).
+A state is a folder ``state-0000100`` of two files: all tensors, bit for bit, and a JSON file with
+everything else and the hashes of both.  It is written under another name, synced to the disk and
+renamed, so that a kill at any moment leaves the earlier states intact; the next write removes
+what a killed one left.  One process at a time writes to a folder (see ``history``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from mlx_mtp.storage.safetensors import check_safetensors, read_json_object
 TENSORS_FILE = "state.safetensors"
 VALUES_FILE = "state.json"
 README_FILE = "README.md"
-PARAMETERS, OPTIMISER = "parameters.", "optimizer."  # what the tensors of a state begin with
+PARAMETERS, OPTIMISER = "parameters.", "optimizer."  # prefixes of a state's tensors
 
 _FORMAT = 1
 _STATE = re.compile(r"state-(\d{7,})")
@@ -43,18 +43,18 @@ _DTYPES = {
     "C64": mx.complex64,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-# Bits travel as whole numbers: NumPy has no bfloat16, and NaNs must keep their payload.
+# Bits are copied as integers: NumPy has no bfloat16, and NaNs must keep their payload.
 _BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """All that a run needs to go on bit for bit.
+    """Everything that a run needs to resume bit for bit.
 
     Attributes:
-        step: optimiser steps done.
-        tensors: weights, optimiser state, random keys, by name; any MLX type.
-        values: whatever else there is, as JSON has it: tuples come back as lists.
+        step: number of training steps.
+        tensors: weights and optimiser state by name, of any MLX type.
+        values: everything else, as JSON: tuples become lists.
     """
 
     step: int
@@ -63,19 +63,19 @@ class TrainState:
 
 
 def save_state(folder: Path, state: TrainState, *, keep: int = 2) -> Path:
-    """Write ``state-<step>`` into a folder, whole or not at all, then remove old ones.
+    """Write ``state-<step>`` into a folder atomically, then remove old states.
 
     Args:
-        folder: where states lie; made when it is not there.
-        state: what to write.
-        keep: how many states stay, the new one included.
+        folder: of the states; created if missing.
+        state: to write.
+        keep: number of states to keep, including the new one.
 
     Returns:
         The new folder.
 
     Raises:
-        ValueError: ``values`` is not what JSON can hold, or ``keep`` is not at least 1.
-        OSError: it cannot be written; the states that were there before still are.
+        ValueError: ``values`` cannot be written as JSON, or ``keep`` is below 1.
+        OSError: it cannot be written; the earlier states are unchanged.
     """
     if keep < 1:
         raise ValueError(f"keep must be at least 1, got {keep}")
@@ -96,39 +96,39 @@ def save_state(folder: Path, state: TrainState, *, keep: int = 2) -> Path:
         _remove([draft])
         raise
     _sync(folder)
-    # A step beyond this one belongs to a past that the run has left by resuming further back.
-    _remove(folder / state_name(step) for step in _steps(folder) if step > state.step)
+    # Later steps are from before the run was resumed at an earlier one.
+    _remove(folder / state_name(step) for step in state_steps(folder) if step > state.step)
     remove_old_states(folder, state.step, keep=keep)
     return target
 
 
 def remove_old_states(folder: Path, step: int, *, keep: int = 2) -> None:
-    """Remove states before a step, but for the newest, and what killed calls left behind.
+    """Remove old states up to a step, and incomplete ones of killed calls.
 
     Args:
-        folder: where states lie.
-        step: of a state that is whole.
-        keep: how many states stay, that one included.
+        folder: of the states.
+        step: of an intact state.
+        keep: number of states to keep, including that one.
     """
-    older = [each for each in _steps(folder) if each <= step][:-keep]
+    older = [number for number in state_steps(folder) if number <= step][:-keep]
     drafts = [folder / _DRAFT, folder / _ASIDE]
-    _remove([*drafts, *(folder / state_name(each) for each in older)])
+    _remove([*drafts, *(folder / state_name(number) for number in older)])
 
 
-def newest_state(folder: Path, *, tell: Callable[[str], None] | None = None) -> TrainState | None:
-    """Read the newest state of a folder that is whole; None when there is none.
+def newest_state(folder: Path, *, log: Callable[[str], None] | None = None) -> TrainState | None:
+    """Read the newest intact state of a folder, or return None.
 
     Args:
-        folder: where states lie; it need not exist.
-        tell: called with a line of text for every damaged state that is passed over.
+        folder: of the states; it need not exist.
+        log: called with a line for every damaged state that is skipped.
     """
-    for step in reversed(_steps(folder)):
+    for step in reversed(state_steps(folder)):
         path = folder / state_name(step)
         try:
             return read_state(path)
         except (ValueError, OSError) as error:
-            if tell is not None:
-                tell(f"{path} is damaged and passed over: {error}")
+            if log is not None:
+                log(f"{path} is damaged and was skipped: {error}")
     return None
 
 
@@ -145,28 +145,28 @@ def save_adapter(
     readme: str | None = None,
     dtype: mx.Dtype = mx.float16,
 ) -> None:
-    """Write an adapter folder, file by file, so that a loader never finds a pair that is at odds.
+    """Write an adapter folder, so that a loader never finds weights with another configuration.
 
-    Each file is replaced at once.  Where another configuration stands, it goes before the weights
-    change and the new one comes last; in between the folder is no adapter folder.
+    Each file is replaced atomically.  A different configuration is removed before the weights
+    change, and the new one is written last; in between the folder is not an adapter folder.
 
     Args:
-        folder: made when it is not there.
+        folder: created if missing.
         config: the adapter's configuration.
         weights: its tensors by name, see ``loading.read_adapter``.
-        readme: text of ``README.md``; None leaves what is there.
+        readme: text of ``README.md``; None does not change it.
         dtype: type of the tensors in the file.
 
     Raises:
         ValueError: a tensor is not finite in that type; nothing is written.
-        OSError: a file cannot be written; what was there before still is.
+        OSError: a file cannot be written; it is unchanged.
     """
     narrow = {name: value.astype(dtype) for name, value in weights.items()}
     finite = {name: mx.isfinite(value).all() for name, value in narrow.items()}
     mx.eval(narrow, finite)
     for name, is_finite in finite.items():
         if not is_finite.item():
-            raise ValueError(f"{name} holds values that {_DTYPE_NAMES[dtype]} cannot")
+            raise ValueError(f"{name} contains values that {_DTYPE_NAMES[dtype]} cannot represent")
     folder.mkdir(parents=True, exist_ok=True)
     draft = folder / f".{WEIGHTS_FILE}.new"
     text = json.dumps(config.to_dict(), indent=2) + "\n"
@@ -186,23 +186,23 @@ def save_adapter(
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write a JSON file whole or not at all.
+    """Write a JSON file atomically.
 
     Raises:
-        ValueError: the values are not what JSON can hold.
-        OSError: it cannot be written; what was there before still is.
+        ValueError: the values cannot be written as JSON.
+        OSError: it cannot be written; it is unchanged.
     """
     write_atomically(path, _json(values, where=path.name, indent=2) + "\n")
 
 
 def under(prefix: str, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
-    """Tensors whose names begin with a prefix, without it, in the order of their names."""
+    """Tensors whose names have a prefix, without it, sorted by name."""
     names = sorted(name for name in tensors if name.startswith(prefix))
     return {name.removeprefix(prefix): tensors[name] for name in names}
 
 
 def _values_text(state: TrainState, tensors_sha256: str) -> str:
-    """The JSON file of a state, with the hash of everything in it."""
+    """The JSON file of a state, with a hash of its content."""
     content = {
         "format": _FORMAT,
         "step": state.step,
@@ -219,7 +219,7 @@ def is_state(path: Path) -> bool:
 
 
 def read_state(path: Path) -> TrainState:
-    """Read a state, a folder of the name that ``state_name`` gives.
+    """Read a state, a folder named by ``state_name``.
 
     Raises:
         ValueError: it is damaged.
@@ -229,17 +229,17 @@ def read_state(path: Path) -> TrainState:
     content = read_json_object(path / VALUES_FILE)
     digest = content.pop("sha256", None)
     if hashlib.sha256(_json(content, where="values").encode()).hexdigest() != digest:
-        raise ValueError(f"{VALUES_FILE} does not have its hash")
+        raise ValueError(f"{VALUES_FILE} does not match its hash")
     if content["format"] != _FORMAT or content["step"] != step:
-        raise ValueError(f"{VALUES_FILE} is of another format or step")
+        raise ValueError(f"{VALUES_FILE} has another format or step")
     tensors = _read_tensors(path / TENSORS_FILE, sha256=content["tensors_sha256"])
     return TrainState(step=step, tensors=tensors, values=content["values"])
 
 
 def _write_tensors(path: Path, tensors: Mapping[str, mx.array]) -> str:
-    """Write a safetensors file to the disk; returns its sha256.
+    """Write a safetensors file and sync it to the disk; return its sha256.
 
-    Not by ``mx.save_safetensors``: it knows no float64 and says nothing of why a disk refused.
+    ``mx.save_safetensors`` lacks float64 and does not report why a write failed.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
     entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
@@ -258,17 +258,17 @@ def _write_tensors(path: Path, tensors: Mapping[str, mx.array]) -> str:
 
 
 def _read_tensors(path: Path, *, sha256: str) -> dict[str, mx.array]:
-    """Read a safetensors file of any type that MLX has, after its hash was compared."""
+    """Read a safetensors file of any MLX type, after comparing its hash."""
     infos = check_safetensors(path)
     data = path.read_bytes()
     if hashlib.sha256(data).hexdigest() != sha256:
-        raise ValueError(f"{path.name} does not have its hash")
+        raise ValueError(f"{path.name} does not match its hash")
     tensors = {}
     for name, info in infos.items():
         dtype = _DTYPES[info.dtype]
         kind = np.dtype(f"<u{dtype.size}")
         bits = np.frombuffer(data, kind, info.num_bytes // dtype.size, offset=info.start)
-        with mx.stream(mx.cpu):  # the only device that knows float64
+        with mx.stream(mx.cpu):  # the only device with float64
             tensors[name] = mx.array(bits).view(dtype).reshape(info.shape)
     mx.eval(tensors)
     return tensors
@@ -281,7 +281,7 @@ def _bits(value: mx.array) -> bytes:
 
 
 def _write_bytes(path: Path, *parts: Iterable[bytes]) -> str:
-    """Write a file to the disk and not only to the system's memory; returns its sha256."""
+    """Write a file and sync it to the disk; return its sha256."""
     digest = hashlib.sha256()
     try:
         with path.open("wb") as file:
@@ -291,7 +291,7 @@ def _write_bytes(path: Path, *parts: Iterable[bytes]) -> str:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        if error.filename is None:  # a write does not know its file
+        if error.filename is None:  # a write has no file name
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
     return digest.hexdigest()
@@ -309,10 +309,10 @@ def _json(values: Any, *, where: str, indent: int | None = None) -> str:
         raise ValueError(f"{where} cannot be written as JSON: {error}") from None
 
 
-def _steps(folder: Path) -> list[int]:
-    """Steps of the states that lie in a folder, in order."""
+def state_steps(folder: Path) -> list[int]:
+    """Steps of the states in a folder, ascending."""
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return sorted(int(found[1]) for found in map(_STATE.fullmatch, names) if found)
+    return sorted(int(match[1]) for match in map(_STATE.fullmatch, names) if match)
 
 
 def _remove(folders: Iterable[Path]) -> None:
@@ -321,7 +321,7 @@ def _remove(folders: Iterable[Path]) -> None:
 
 
 def _sync(folder: Path) -> None:
-    """Bring a folder's list of names to the disk, where the system lets one."""
+    """Sync a folder's entries to the disk, if the system supports it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

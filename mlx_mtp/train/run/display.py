@@ -1,113 +1,135 @@
-"""What a user sees of a run: one changing line at a terminal, plain lines elsewhere; all on stderr.
+"""What a user sees of a run, on stderr: a progress bar at a terminal, plain lines elsewhere.
 
-At a terminal the line changes with every step, and only evaluations stay.  Elsewhere every report
-is a line, and the writing of text says every half minute how far it is.
+At a terminal only evaluations and notices remain.  Elsewhere every report is a line, and the
+generation of text logs its progress every half minute.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from mlx_mtp.evaluation.acceptance import Evaluation
-from mlx_mtp.terminal import Progress
+from mlx_mtp.terminal import progress
 from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.run.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
 
-BAR_WIDTH = 16
-PLAIN_LINES_S = 30.0
-START_DELAY_S = 0.0
-_ERASE_LINE = "\r\x1b[K"
-_MEMORY = 0.9  # of what earlier steps took, in the mean that the ETA comes from
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+LOG_INTERVAL_S = 30.0
+_SMOOTHING = 0.9  # weight of earlier steps in the mean from which the remaining time is estimated
 
 
 class Display:
-    """Shows a run; to be entered as a context.
+    """Shows a run; use it as a context.
 
     Args:
-        stream: where to write.
+        stream: output, by default stderr.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._is_terminal = self._stream.isatty()
-        self._progress = Progress("", stream=self._stream, delay_s=START_DELAY_S)
-        self._line = ""
-        self._began = time.monotonic()
-        self._first_records: int | None = None
-        self._last_plain = time.monotonic()
+        self._bar: tqdm[Any] | None = None
+        self._task = ""
+        self._data_began: float | None = None
+        self._first_records = 0
+        self._last_log = time.monotonic()
         self._report: Reported | None = None
         self._step_s: float | None = None
         self._iters = 0
 
     def __enter__(self) -> Display:
-        self._progress.__enter__()
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._progress.stop()
+        self.clear()
 
-    def say(self, text: str) -> None:
-        """Change the line; nothing where stderr is no terminal."""
-        self._line = text
-        self._progress.say(text)
+    def status(self, text: str) -> None:
+        """Show a line until the next one; at a terminal only."""
+        self._show("status", bar_format="{desc}").set_description_str(text)
 
-    def tell(self, text: str) -> None:
-        """Write a line that stays."""
-        if not self._is_terminal:
+    def clear(self) -> None:
+        """Remove the bar or the status line."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._task = None, ""
+
+    def log(self, text: str) -> None:
+        """Print a line that remains."""
+        if self._is_terminal:
+            from tqdm import tqdm
+
+            tqdm.write(text, file=self._stream)
+        else:
             print(text, file=self._stream, flush=True)
-            return
-        self._stream.write(f"{_ERASE_LINE}{text}\n")
-        self.say(self._line)
 
-    def data(self, progress: DistilProgress) -> None:
-        """Show how far the writing of text is."""
+    def data(self, state: DistilProgress) -> None:
+        """Show the progress of text generation."""
         now = time.monotonic()
-        if self._first_records is None:
-            self._first_records, self._began = progress.num_records, now
-        text = data_line(
-            progress, seconds=now - self._began, new=progress.num_records - self._first_records
+        if self._data_began is None:
+            self._first_records, self._data_began = state.num_records, now
+        line = data_line(
+            state, seconds=now - self._data_began, new=state.num_records - self._first_records
         )
-        self.say(text)
-        done = progress.num_records >= progress.total
-        if not self._is_terminal and (now - self._last_plain >= PLAIN_LINES_S or done):
-            self._last_plain = now
-            self.tell(text)
+        bar = self._show(
+            "writing text",
+            total=state.total,
+            initial=state.num_records,
+            unit=" records",
+            miniters=0,
+        )
+        counts = f"{state.num_tokens} tokens, {state.dropped.total()} dropped"
+        bar.set_postfix_str(counts, refresh=False)
+        bar.update(state.num_records - bar.n)
+        is_done = state.num_records >= state.total
+        if not self._is_terminal and (now - self._last_log >= LOG_INTERVAL_S or is_done):
+            self._last_log = now
+            self.log(line)
 
     def event(self, event: Event) -> None:
-        """Show what the loop tells."""
+        """Show an event of the training loop."""
         match event:
             case Stepped():
                 self._stepped(event)
             case Reported():
                 self._report = event
                 if not self._is_terminal and self._iters:
-                    self.tell(self._step_line(event.step))
+                    left_s = (self._iters - event.step) * (self._step_s or 0.0)
+                    self.log(step_line(event.step, self._iters, report=event, left_s=left_s))
             case Evaluated():
-                self.tell(evaluation_line(event))
+                self.log(evaluation_line(event))
             case Noticed():
-                self.tell(event.text)
+                self.log(event.text)
             case Saved():
                 pass
 
     def _stepped(self, event: Stepped) -> None:
-        known = event.seconds if self._step_s is None else self._step_s
-        self._step_s = _MEMORY * known + (1 - _MEMORY) * event.seconds
+        mean = event.seconds if self._step_s is None else self._step_s
+        self._step_s = _SMOOTHING * mean + (1 - _SMOOTHING) * event.seconds
         self._iters = event.iters
-        self.say(f"{bar_text(event.step, event.iters)} {self._step_line(event.step)}")
+        bar = self._show("training", total=event.iters, initial=event.step - 1, unit=" steps")
+        if self._report is not None:
+            bar.set_postfix_str(report_text(self._report), refresh=False)
+        bar.update(event.step - bar.n)
 
-    def _step_line(self, step: int) -> str:
-        left = (self._iters - step) * (self._step_s or 0.0)
-        return step_line(step, self._iters, report=self._report, left_s=left)
+    def _show(self, task: str, **options: Any) -> tqdm[Any]:
+        """Return the bar of a task, which replaces the one of another task."""
+        if self._bar is None or self._task != task:
+            self.clear()
+            self._task = task
+            self._bar = progress(desc=task, file=self._stream, delay=0.0, **options)
+        return self._bar
 
 
 def data_line(progress: DistilProgress, *, seconds: float, new: int) -> str:
-    """How far the writing of text is.
+    """Return the progress of text generation.
 
     Args:
         progress: from ``distil``.
-        seconds: since this run's first record.
+        seconds: since the first record of this process.
         new: records since then.
     """
     text = f"writing text: {progress.num_records}/{progress.total} records"
@@ -120,17 +142,20 @@ def data_line(progress: DistilProgress, *, seconds: float, new: int) -> str:
 
 
 def step_line(step: int, iters: int, *, report: Reported | None, left_s: float) -> str:
-    """How far the training is, with the last report's figures."""
-    text = f"step {step}/{iters}"
-    if report is not None:
-        terms = " ".join(f"{name} {value:.2f}" for name, value in report.terms.items())
-        text += f"  loss {report.loss:.3f}" + (f" ({terms})" if terms else "")
-        text += f"  {report.tokens_per_s:.0f} tok/s"
+    """Return the progress of training, with the figures of the last report."""
+    text = f"step {step}/{iters}" + (f"  {report_text(report)}" if report is not None else "")
     return text + (f"  ETA {duration(left_s)}" if step < iters else "")
 
 
+def report_text(report: Reported) -> str:
+    """Return the figures of a report."""
+    terms = " ".join(f"{name} {value:.2f}" for name, value in report.terms.items())
+    text = f"loss {report.loss:.3f}" + (f" ({terms})" if terms else "")
+    return f"{text}  {report.tokens_per_s:.0f} tok/s"
+
+
 def evaluation_line(event: Evaluated) -> str:
-    """What an evaluation found."""
+    """Return the result of an evaluation."""
     best = "  (best)" if event.is_best else ""
     return (
         f"step {event.step}: {event.evaluation.tokens_per_step:.3f} tokens per step, "
@@ -139,18 +164,12 @@ def evaluation_line(event: Evaluated) -> str:
 
 
 def acceptance_text(evaluation: Evaluation) -> str:
-    """How often each draft holds."""
+    """Return the acceptance of each position of a draft."""
     return "drafts accepted " + " ".join(f"{share:.0%}" for share in evaluation.acceptance)
 
 
-def bar_text(done: int, total: int) -> str:
-    """A bar of characters that every terminal has."""
-    filled = BAR_WIDTH * min(done, total) // max(1, total)
-    return "[" + "=" * filled + " " * (BAR_WIDTH - filled) + "]"
-
-
 def duration(seconds: float) -> str:
-    """A time in the unit that a reader wants: 40 s, 14 min, 2 h 05 min."""
+    """Return a time in a suitable unit: 40 s, 14 min, 2 h 05 min."""
     if seconds < 59.5:
         return f"{max(0.0, seconds):.0f} s"
     minutes = round(seconds / 60)

@@ -1,4 +1,4 @@
-"""What a training run tells whoever watches it."""
+"""Events of a training run."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from mlx_mtp.evaluation.acceptance import Evaluation
 
 @dataclass(frozen=True, kw_only=True)
 class Stepped:
-    """A step was done.
+    """A training step was completed.
 
     Attributes:
-        step: optimiser steps done so far, of this run and those that it resumes.
-        iters: steps wanted.
-        seconds: what the step took.
+        step: training steps so far, those before a resume included.
+        iters: training steps of the whole run.
+        seconds: duration of the step.
     """
 
     step: int
@@ -28,14 +28,14 @@ class Reported:
     """Means over the steps since the last report.
 
     Attributes:
-        step: optimiser steps done.
+        step: training steps so far.
         loss: all terms, weighted.
         terms: each term by name, unweighted.
         learning_rate: of the last step.
         grad_norm: of the last step, before clipping.
         tokens_per_s: tokens of the sequences, ordinary rows, per second.
         rows_per_s: mask rows per second.
-        peak_memory_bytes: highest use so far, where MLX counts it; else of the process.
+        peak_memory_bytes: peak so far, of MLX on a GPU and of the process on a CPU.
     """
 
     step: int
@@ -50,13 +50,13 @@ class Reported:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluated:
-    """Held-out sequences were measured.
+    """Held-out sequences were evaluated.
 
     Attributes:
-        step: optimiser steps done.
-        evaluation: what came out.
+        step: training steps so far.
+        evaluation: the result.
         next_token_loss: cross-entropy of the ordinary rows, nats per token.
-        is_best: whether no earlier evaluation gave more tokens per step.
+        is_best: whether it has more tokens per step than all earlier ones.
     """
 
     step: int
@@ -67,7 +67,7 @@ class Evaluated:
 
 @dataclass(frozen=True, kw_only=True)
 class Saved:
-    """A checkpoint to resume from was written."""
+    """A checkpoint was written."""
 
     step: int
     path: Path
@@ -75,10 +75,10 @@ class Saved:
 
 @dataclass(frozen=True, kw_only=True)
 class Noticed:
-    """Something that the user should know, in a line.
+    """A line for the user.
 
     Attributes:
-        step: optimiser steps done.
+        step: training steps so far.
         text: the line.
     """
 

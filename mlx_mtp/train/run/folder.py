@@ -1,13 +1,12 @@
-"""The folder of a training run: what may be written there, and how a run is gone on with.
+"""The folder of a training run: what may be written there, and how a run is resumed.
 
-``training/command.json`` holds the options that a run was begun with, so that ``--resume`` needs
-none of them.  A run counts as begun when it has kept anything: text, a checkpoint, a history.
+``training/command.json`` has the options of the run, so that ``--resume`` needs none of them.  A
+run counts as begun when it has saved anything: text, a checkpoint or a history.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import shlex
@@ -16,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mtp.model.config import CONFIG_FILE
-from mlx_mtp.storage.files import write_atomically
+from mlx_mtp.storage.files import lock_file, write_atomically
+from mlx_mtp.train.run.checkpoint import state_steps
 
 TRAINING = "training"
 DATA_FILE = "data.jsonl"
@@ -25,7 +25,7 @@ CURVES_FILE = "curves.png"
 SETTINGS_FILE = "settings.json"
 COMMAND_FILE = "command.json"
 _LOCK_FILE = ".lock"
-_STATE_PREFIX = "state-"
+_OWN_FILES = {COMMAND_FILE, DATA_FILE, "data.settings.json", HISTORY_FILE, _LOCK_FILE}
 
 
 class RunFolder:
@@ -43,56 +43,53 @@ class RunFolder:
         self.curves = self.training / CURVES_FILE
 
     def check_new(self) -> None:
-        """Refuse a folder that holds something.
+        """Refuse a folder that is in use.
 
         Raises:
-            ValueError: it does; the message says what to do.
+            ValueError: it is not empty; the message says what to do.
         """
         if self._is_file():
             raise ValueError(f"{self.path} is a file, not a folder")
         if self.is_begun():
             raise ValueError(
-                f"{self.path} holds a training run: go on with it by: {self.way_on()}; "
+                f"{self.path} contains a training run. Resume it with: {self.resume_command()}; "
                 "or choose another folder"
             )
         if (self.path / CONFIG_FILE).exists():
             raise ValueError(
-                f"{self.path} holds an adapter: choose another folder, and start from this adapter "
-                f"with --resume-adapter-file {shlex.quote(str(self.path))}"
+                f"{self.path} contains an adapter: choose another folder, and start from this "
+                f"adapter with --resume-adapter-file {shlex.quote(str(self.path))}"
             )
-        others = self._others()
-        if others:
+        if foreign := self._foreign_files():
             raise ValueError(
-                f"{self.path} is not empty (it holds {others[0]}): choose another folder"
+                f"{self.path} is not empty (it contains {foreign[0]}): choose another folder"
             )
 
     def check_begun(self) -> None:
         """Refuse a folder without a run.
 
         Raises:
-            ValueError: there is nothing to go on with.
+            ValueError: there is nothing to resume.
         """
         if self._is_file() or not self.is_begun():
-            raise ValueError(f"{self.path} holds no training run to resume")
+            raise ValueError(f"{self.path} contains no training run to resume")
 
     def is_begun(self) -> bool:
-        """Whether a run has kept anything here."""
+        """Whether a run has saved anything here."""
         files = (self.data, self.history, self.training / SETTINGS_FILE)
-        kept = any(path.is_file() and path.stat().st_size for path in files)
-        return kept or self.newest_step() is not None
+        is_saved = any(path.is_file() and path.stat().st_size for path in files)
+        return is_saved or self.newest_step() is not None
 
     def newest_step(self) -> int | None:
-        """Step of the newest checkpoint; None where there is none."""
-        folders = self.training.glob(f"{_STATE_PREFIX}*") if self.training.is_dir() else ()
-        numbers = [path.name.removeprefix(_STATE_PREFIX) for path in folders if path.is_dir()]
-        return max((int(number) for number in numbers if number.isdecimal()), default=None)
+        """Step of the newest checkpoint, or None."""
+        return max(state_steps(self.training), default=None)
 
-    def way_on(self) -> str:
-        """The command that goes on with the run."""
+    def resume_command(self) -> str:
+        """The command that resumes the run."""
         return f"mlx-mtp train --adapter-path {shlex.quote(str(self.path))} --resume"
 
     def read_command(self) -> dict[str, Any]:
-        """What ``write_command`` wrote; empty where the run is not from the command.
+        """Read what ``write_command`` wrote; empty if the run is not from the command.
 
         Raises:
             ValueError: the file is damaged.
@@ -107,7 +104,7 @@ class RunFolder:
             raise ValueError(f"{path} is damaged") from None
 
     def write_command(self, values: Mapping[str, Any]) -> None:
-        """Keep the options of a run (``options``) and what else tells how it was made.
+        """Save the options of a run (``options``) and other facts about it.
 
         Raises:
             OSError: they cannot be written.
@@ -116,54 +113,44 @@ class RunFolder:
         write_atomically(self.training / COMMAND_FILE, text)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Make the folder and keep other processes from training in it.
+    def locked(self) -> Iterator[None]:
+        """Create the folder and lock it against other processes.
 
-        What was made is removed again if nothing was kept.
+        If nothing is saved in it, it is removed at the end.
 
         Raises:
             ValueError: another process trains there.
-            OSError: it cannot be made.
+            OSError: it cannot be created.
         """
         self.training.mkdir(parents=True, exist_ok=True)
         lock = os.open(self.training / _LOCK_FILE, os.O_CREAT | os.O_RDWR, 0o644)
         try:
-            _take(lock, self.path)
+            lock_file(lock, path=self.path)
             try:
                 yield
             finally:
-                self._tidy()
+                self._remove_if_unused()
         finally:
             os.close(lock)
 
-    def _tidy(self) -> None:
+    def _remove_if_unused(self) -> None:
         if self.is_begun():
             return
-        with contextlib.suppress(OSError):  # what is not ours keeps its folder
-            for name in (COMMAND_FILE, DATA_FILE, "data.settings.json", HISTORY_FILE, _LOCK_FILE):
+        with contextlib.suppress(OSError):  # the folder may contain other files
+            for name in _OWN_FILES:
                 (self.training / name).unlink(missing_ok=True)
             self.training.rmdir()
             self.path.rmdir()
 
-    def _others(self) -> list[str]:
-        """Names of what no run has put here; hidden files do not count."""
+    def _foreign_files(self) -> list[str]:
+        """Names of files that are not from a run; hidden files do not count."""
         if not self.path.is_dir():
             return []
-        names = sorted(each.name for each in self.path.iterdir() if each.name[0] != ".")
+        names = sorted(path.name for path in self.path.iterdir() if path.name[0] != ".")
         if names == [TRAINING]:
-            ours = {COMMAND_FILE, DATA_FILE, "data.settings.json", HISTORY_FILE, _LOCK_FILE}
-            found = sorted(each.name for each in self.training.iterdir() if each.name[0] != ".")
-            return [f"{TRAINING}/{name}" for name in found if name not in ours]
+            inside = sorted(path.name for path in self.training.iterdir() if path.name[0] != ".")
+            return [f"{TRAINING}/{name}" for name in inside if name not in _OWN_FILES]
         return names
 
     def _is_file(self) -> bool:
         return self.path.exists() and not self.path.is_dir()
-
-
-def _take(lock: int, path: Path) -> None:
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another process trains in {path}") from None
-    except OSError:
-        pass  # a file system without locks

@@ -1,4 +1,4 @@
-"""What is said, drawn and written when a run ends, and what goes to a tracker while it lasts."""
+"""The summary, card and curves at the end of a run, and the values that a tracker gets."""
 
 from __future__ import annotations
 
@@ -39,29 +39,29 @@ def finish(
     result: TrainResult,
     *,
     seed: int,
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
 ) -> None:
-    """Draw the curves, write the adapter's card, and say how it went.
+    """Draw the curves, write the adapter's card, and print the summary.
 
     Args:
-        folder: of the run, which has ended or was stopped.
+        folder: of the run.
         model: with its adapter.
         result: from the loop.
         seed: of the run.
-        tell: called with a line for the user.
+        log: called with a line for the user.
 
     Raises:
         OSError: a file cannot be written.
     """
-    if not result.finished:  # first, for who stops once more does not wait for the rest
-        tell(f"Stopped and saved at step {result.step}. Go on with: {folder.way_on()}")
+    if not result.finished:  # first, because a user may press Ctrl-C again
+        log(f"Stopped and saved at step {result.step}. Resume with: {folder.resume_command()}")
     records = read_history(folder.history)
     command = folder.read_command()
     if records:
         try:
             draw_curves(records, folder.curves)
-        except ValueError as error:  # the training is done; no picture is no failure
-            tell(f"No {folder.curves.name}: {one_line(error)}")
+        except ValueError as error:  # the training is complete without the picture
+            log(f"No {folder.curves.name}: {one_line(error)}")
     if result.best is not None and model.config is not None:
         recipe = recipe_of(command, seed=seed, seconds=_seconds(records), result=result)
         card = training_card(model.config, recipe=recipe, best=result.best)
@@ -78,18 +78,18 @@ def finish(
 def summary_lines(
     folder: RunFolder, records: list[dict[str, Any]], result: TrainResult, *, model: str | None
 ) -> list[str]:
-    """What to print at the end.
+    """Lines to print at the end.
 
     Args:
         folder: of the run.
         records: its history.
         result: from the loop.
-        model: as ``--model`` has it; None for the default.
+        model: value of ``--model``, or None.
     """
     lines = []
     best = result.best
     if best is not None:
-        first = next((each for each in records if each.get("kind") == "evaluation"), None)
+        first = next((item for item in records if item.get("kind") == "evaluation"), None)
         before = ""
         if first is not None and first["step"] < result.best_step:
             before = f"{first['tokens_per_step']:.2f} at step {first['step']}, "
@@ -99,10 +99,10 @@ def summary_lines(
         )
         lines.append(acceptance_text(best))
     if (folder.path / CONFIG_FILE).exists():
-        named = "" if model is None else f" --model {shlex.quote(model)}"
+        option = "" if model is None else f" --model {shlex.quote(model)}"
         path = shlex.quote(str(folder.path))
         lines.append(f"wrote {folder.path}: the adapter of step {result.best_step}")
-        lines.append(f'use it: mlx-mtp generate{named} --adapter-path {path} --prompt "hello"')
+        lines.append(f'use it: mlx-mtp generate{option} --adapter-path {path} --prompt "hello"')
     if folder.curves.exists():
         lines.append(f"curves: {folder.curves}")
     return lines
@@ -111,7 +111,7 @@ def summary_lines(
 def recipe_of(
     command: Mapping[str, Any], *, seed: int, seconds: float, result: TrainResult
 ) -> dict[str, Any]:
-    """How an adapter was made, for its card."""
+    """How an adapter was trained, for its card."""
     return {
         "command": command.get("command", ""),
         "seed": seed,
@@ -124,7 +124,7 @@ def recipe_of(
 
 
 def hardware() -> str:
-    """The device that computes, in a few words."""
+    """Name of the device that computes."""
     device = mx.default_device()
     if device.type == mx.DeviceType.gpu:
         return str(mx.device_info().get("device_name", "GPU"))
@@ -132,18 +132,18 @@ def hardware() -> str:
 
 
 def versions_text() -> str:
-    """What ran."""
+    """Versions of the libraries."""
     others = (f"{name} {importlib.metadata.version(name)}" for name in ("mlx", "mlx-lm"))
     return ", ".join([f"mlx-mtp {package_version()}", *others])
 
 
 def command_model(command: Mapping[str, Any]) -> str | None:
-    """The model of a run, as ``--model`` has it."""
+    """The ``--model`` of a run, or None."""
     return command.get("options", {}).get("model")
 
 
 def tracked_values(event: Event) -> dict[str, float]:
-    """What of an event goes to a tracker."""
+    """Values of an event for a tracker."""
     match event:
         case Reported():
             terms = {f"loss/{name}": value for name, value in event.terms.items()}
@@ -161,17 +161,17 @@ def tracked_values(event: Event) -> dict[str, float]:
 
 
 def _evaluated(evaluation: Evaluation) -> dict[str, float]:
-    shares = {f"acceptance/{at}": each for at, each in enumerate(evaluation.acceptance, start=1)}
-    return {"tokens_per_step": evaluation.tokens_per_step, **shares}
+    rates = {f"acceptance/{i}": rate for i, rate in enumerate(evaluation.acceptance, start=1)}
+    return {"tokens_per_step": evaluation.tokens_per_step, **rates}
 
 
 def _seconds(records: list[dict[str, Any]]) -> float:
-    """Time in steps, over all the runs that a training was resumed in."""
-    return sum(float(each.get("seconds", 0.0)) for each in records if each["kind"] == "report")
+    """Duration of all training steps, those before a resume included."""
+    return sum(float(item.get("seconds", 0.0)) for item in records if item["kind"] == "report")
 
 
 def _processor() -> str:
-    """The processor's name where the system tells it."""
+    """Name of the processor, if the system has it."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text(errors="replace").splitlines() if info.exists() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

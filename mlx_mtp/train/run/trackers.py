@@ -1,7 +1,7 @@
-"""Experiment trackers: where curves go besides the history, if the user wants them somewhere.
+"""Experiment trackers, which receive the curves in addition to the history.
 
-A tracker that fails while training goes on is told once and then left alone: no service may stop
-a run of hours.
+A tracker that fails during training is reported once and then ignored: no service may stop a long
+run.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ TRACKERS = ("trackio", "wandb")
 
 
 class Tracker:
-    """Sends values to a service; this one sends them nowhere."""
+    """Sends values to a service; this base class discards them."""
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
         """Send the values of a step, by name."""
 
     def finish(self) -> None:
-        """Send what is left and let go."""
+        """Send the remaining values and close."""
 
 
 def make_tracker(
@@ -32,43 +32,43 @@ def make_tracker(
     project: str,
     run: str | None,
     config: Mapping[str, Any],
-    tell: Callable[[str], None] | None = None,
+    log: Callable[[str], None] | None = None,
 ) -> Tracker:
     """Open a tracker.
 
     Args:
-        name: one of ``TRACKERS``; None sends nothing.
-        project: under which the service files the run.
+        name: one of ``TRACKERS``, or None.
+        project: of the run at the service.
         run: name of the run; None lets the service choose.
-        config: settings to show with it.
-        tell: called with a line of text when the tracker fails later; None writes to stderr.
+        config: settings of the run.
+        log: called with a line if the tracker fails later; None writes to stderr.
 
     Raises:
-        ValueError: there is no such tracker, its package is missing, or it cannot be opened.
+        ValueError: the tracker is unknown, its package is missing, or it cannot be opened.
     """
     if name is None:
         return Tracker()
     if name not in TRACKERS:
-        raise ValueError(f"there is no tracker {name!r}, only {', '.join(TRACKERS)}")
+        raise ValueError(f"tracker must be one of {', '.join(TRACKERS)}, got {name!r}")
     try:
         module = importlib.import_module(name)
     except ImportError:
         raise ValueError(f"{name} is not installed: pip install {name}") from None
     try:
         opened = module.init(project=project, name=run, config=dict(config))
-    except Exception as error:  # whatever a service raises, it is one line here
+    except Exception as error:  # a service may raise anything
         raise ValueError(f"{name} cannot be opened: {one_line(error)}") from None
-    return _Service(name, opened, module, tell or _to_stderr)
+    return _Service(name, opened, module, log or _to_stderr)
 
 
 class _Service(Tracker):
-    """A run of trackio or wandb, which are used alike."""
+    """A run of trackio or wandb, which have the same interface."""
 
-    def __init__(self, name: str, run: Any, module: Any, tell: Callable[[str], None]) -> None:
+    def __init__(self, name: str, run: Any, module: Any, log: Callable[[str], None]) -> None:
         self._name = name
         self._run = run
         self._module = module
-        self._tell = tell
+        self._log = log
         self._works = True
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
@@ -84,7 +84,7 @@ class _Service(Tracker):
             send()
         except Exception as error:
             self._works = False
-            self._tell(f"{self._name} failed and gets no more: {one_line(error)}")
+            self._log(f"{self._name} failed and is ignored from now on: {one_line(error)}")
 
 
 def _to_stderr(line: str) -> None:

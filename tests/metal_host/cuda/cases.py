@@ -14,7 +14,8 @@ import mlx.core as mx
 
 from mlx_mtp.backends.metal import matmul as kernels
 from mlx_mtp.backends.metal.attention import HEAD_DIMS, Mask, merge_launch, step_attention_launch
-from mlx_mtp.backends.metal.matmul import GatedTerm, Launch, PackedWeight, Variant
+from mlx_mtp.backends.metal.matmul import Launch, PackedWeight, Variant
+from mlx_mtp.model.lora import GatedTerm
 
 BITS, GROUP_SIZE = 4, 64  # of the default format, in half and bfloat16
 OUTPUTS, INPUTS, RANK = 64, 256, 8

@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from importlib.metadata import version
 
-from mlx_mtp.terminal import Progress
+from mlx_mtp.terminal import Status
 
 from ..our_kernels import text_of
 from . import nvrtc
@@ -35,12 +35,12 @@ def build_all(cases: Sequence[Case], *, arch: str = ARCH) -> list[Built]:
     """
     texts = [text_of(case.launch) for case in cases]  # MLX traces in one thread
     with (
-        Progress("Compiling ...") as progress,
+        Status("Compiling ...") as progress,
         ThreadPoolExecutor(os.cpu_count()) as pool,
     ):
         tasks = [pool.submit(build, text, arch=arch) for text in texts]
         for done, _ in enumerate(as_completed(tasks), 1):
-            progress.say(f"Compiled {done} of {len(tasks)} kernels")
+            progress.update(f"Compiled {done} of {len(tasks)} kernels")
     return [task.result() for task in tasks]
 
 

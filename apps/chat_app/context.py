@@ -12,15 +12,17 @@ from starlette.requests import Request
 from mlx_mtp.apps.chat_app.answering import Answers
 from mlx_mtp.apps.chat_app.archive import Archive
 from mlx_mtp.apps.chat_app.bodies import AnswerOptions
-from mlx_mtp.apps.server.api.jobs import Desk
+from mlx_mtp.apps.engine.protocol import Job
+from mlx_mtp.apps.server.api.jobs import ServerContext
 from mlx_mtp.apps.server.errors import ApiError, refused
 from mlx_mtp.apps.server.streams import EventStream, event
+from mlx_mtp.terminal import one_line
 
 Handler = Callable[[Request], Awaitable[Any]]
 
 
 @dataclass
-class ChatDesk:
+class ChatContext:
     """State of the app.
 
     Attributes:
@@ -40,14 +42,14 @@ class ChatDesk:
     switching: asyncio.Task[None] | None = None
 
 
-def chat_desk(request: Request) -> ChatDesk:
+def chat_context(request: Request) -> ChatContext:
     """Return the app's state."""
     return request.app.state.chat
 
 
-def server_desk(request: Request) -> Desk:
+def server_context(request: Request) -> ServerContext:
     """Return the server's state: engine and settings."""
-    return request.app.state.desk
+    return request.app.state.context
 
 
 def number_of(request: Request) -> int:
@@ -71,7 +73,7 @@ def with_http_errors(handler: Handler) -> Handler:
         except KeyError as error:
             raise ApiError(404, f"no item with id {error.args[0]}", code="not_found") from None
         except ValueError as error:
-            raise refused(" ".join(str(error).split())) from None
+            raise refused(one_line(error)) from None
 
     return handle
 
@@ -86,14 +88,14 @@ def event_stream(
     return EventStream(
         events,
         failed=lambda error: event({"type": "error", "message": error.message}),
-        ping_s=server_desk(request).settings.ping_s,
+        ping_s=server_context(request).settings.ping_s,
         ended=ended,
     )
 
 
 def job_for(
     messages: list[dict[str, str]], options: AnswerOptions, *, max_draft_tokens: int
-) -> dict[str, Any]:
+) -> Job:
     """Return a job for the engine.
 
     Args:
@@ -101,20 +103,10 @@ def job_for(
         options: of the conversation.
         max_draft_tokens: k of the loaded adapter, which limits the conversation's own k.
     """
-    k = options.num_draft_tokens
-    return {
-        "messages": messages,
-        "max_tokens": options.max_tokens,
-        "temp": options.temp,
-        "top_p": options.top_p,
-        "top_k": options.top_k,
-        "min_p": options.min_p,
-        "repetition_penalty": options.repetition_penalty,
-        "seed": options.seed,
-        "layout": options.layout,
-        "num_draft_tokens": None if k is None else min(k, max_draft_tokens),
-        "pieces": True,
-    }
+    job = Job(messages=messages, pieces=True, **options.model_dump())
+    if job.num_draft_tokens is not None:
+        job.num_draft_tokens = min(job.num_draft_tokens, max_draft_tokens)
+    return job
 
 
 def chat_messages(system_prompt: str, path: list[dict[str, Any]]) -> list[dict[str, str]]:

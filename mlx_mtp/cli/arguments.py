@@ -1,0 +1,51 @@
+"""From the options of a command to the arguments of ``load`` and ``stream_generate``."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
+from mlx_mtp.decoding.sampling import Sampling
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from mlx_mtp.model.mtp_model import MTPModel
+
+
+def stream_arguments(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of ``stream_generate`` for the options of a command.
+
+    Raises:
+        ValueError: a sampling option is out of range.
+    """
+    sampling = Sampling(**{field.name: options[field.name] for field in fields(Sampling)})
+    names = [field.name for field in (*fields(GenerationConfig), *fields(CacheConfig))]
+    layout = options["layout"] if options["mtp"] else "plain"
+    chosen = {name: options[name] for name in names if name in options}
+    return chosen | {"sampling": sampling, "layout": layout}
+
+
+def load_model(
+    options: dict[str, Any], *, tokenizer_config: dict[str, Any] | None = None
+) -> tuple[MTPModel, TokenizerWrapper]:
+    """Load the model that the options name; print a line on stderr if it has no adapter.
+
+    Args:
+        options: of the command.
+        tokenizer_config: arguments of the tokenizer.
+
+    Raises:
+        ValueError: the model or adapter cannot be used, or an end token does not exist.
+    """
+    from mlx_mtp.loading import load_with_status
+
+    return load_with_status(
+        options["model"],
+        adapter_path=options["adapter_path"],
+        tokenizer_config=tokenizer_config,
+        trust_remote_code=options["trust_remote_code"],
+        mtp=options["mtp"],
+        extra_eos_token=options["extra_eos_token"],
+    )

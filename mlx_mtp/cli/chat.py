@@ -1,0 +1,38 @@
+"""The command ``mlx-mtp chat``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cloup
+
+from mlx_mtp.cli.arguments import load_model, stream_arguments
+from mlx_mtp.cli.options import (
+    EXTRA_EOS_TOKEN,
+    MTP,
+    decoding_options,
+    model_options,
+    sampling_options,
+    template_options,
+)
+
+
+@cloup.command()
+@model_options(EXTRA_EOS_TOKEN, MTP)
+@template_options()
+@decoding_options(max_tokens=256)
+@sampling_options()
+def chat(**options: Any) -> None:
+    """Chat with a model in the terminal."""
+    from mlx_mtp.chat import run
+
+    arguments = stream_arguments(options)
+    model, tokenizer = load_model(options)
+    run(
+        model,
+        tokenizer,
+        system_prompt=options["system_prompt"],
+        template_config=options["chat_template_config"],
+        options=arguments,
+        explain=options["explain"],
+    )

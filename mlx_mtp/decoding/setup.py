@@ -1,0 +1,91 @@
+"""From the arguments of ``decode`` to a request: checks and defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import mlx.core as mx
+
+from mlx_mtp.decoding.accept import Target
+from mlx_mtp.decoding.config import GenerationConfig
+from mlx_mtp.decoding.limits import check_ids, max_draft_tokens, max_new_tokens
+from mlx_mtp.decoding.request import Request
+from mlx_mtp.decoding.sampling import LogitsProcessor, Sampler, Sampling
+from mlx_mtp.drafting.lookup import LookupDrafter
+from mlx_mtp.drafting.mask_tokens import MaskTokenDrafter
+from mlx_mtp.model.cache import MTPCache
+from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.planning.auto import Speculation
+from mlx_mtp.planning.planner import make_planner
+
+
+def make_request(
+    model: MTPModel,
+    prompt: Sequence[int],
+    config: GenerationConfig | None = None,
+    *,
+    sampling: Sampling | None = None,
+    sampler: Sampler | None = None,
+    logits_processors: Sequence[LogitsProcessor] = (),
+    stop_ids: Collection[int] = (),
+    cache: MTPCache | None = None,
+    cached_ids: Sequence[int] = (),
+    speculation: Speculation | None = None,
+    explain: Callable[[str], None] | None = None,
+    **settings: Any,
+) -> Request:
+    """Make a request.
+
+    Args:
+        model: the model.
+        prompt: ids that are not in the cache yet, at least one.
+        config: lengths, layout, seed; its fields may also be given as keywords (``max_tokens=``).
+        sampling: how tokens are drawn; greedy by default.
+        sampler: instead of ``sampling``, a function as in mlx-lm: log-probabilities ``[1, V]`` to
+            a token ``[1]``.  A draft is accepted if it is the token drawn.
+        logits_processors: more processors in mlx-lm's form, applied along the drafted prefix.
+        stop_ids: ids that end the text; the stop id itself is emitted last.
+        cache: caches to continue with, updated in place.
+        cached_ids: the ids in ``cache``, where lookup and processors should see them too.
+        speculation: what the planner of ``"auto"`` knows of steps and drafts, updated in place;
+            without it the planner starts from a guess.  Sampling with a seed uses a copy of its
+            beginnings, so that the same ids come again.
+        explain: called with a line about every step.
+        settings: fields of ``config``.
+
+    Raises:
+        ValueError: an argument is out of range; raised before any work.
+    """
+    config = replace(config or GenerationConfig(), **settings)
+    target = Target.of(sampling, sampler, logits_processors, seed=config.seed)
+    check_ids(model, prompt, target.sampling)
+    k = max_draft_tokens(model, config.num_draft_tokens)
+    known = speculation or Speculation.guess(k)
+    if config.seed is not None and not target.sampling.greedy:
+        known = known.repeatable()  # drawn ids depend on the steps, so these must come again
+    layout = config.layout if model.num_draft_tokens else "plain"
+    planner = make_planner(layout, num_draft_tokens=k, speculation=known, lookup=config.lookup)
+    if explain and layout == "auto" and known.costs.curve.doubt:
+        explain(f"costs: {known.costs.curve.doubt}")
+    cache = model.make_cache() if cache is None else cache
+    room = max_new_tokens(model, cache.offset + len(prompt), config.max_tokens)
+    seed = config.seed
+    if seed is None:
+        seed = cast(int, mx.random.randint(0, 2**31 - 1).item())
+    ids = [int(token) for token in (*cached_ids, *prompt)]
+    return Request(
+        ids=ids,
+        num_prompt_left=len(prompt),
+        room=room,
+        cache=cache,
+        target=target,
+        planner=planner,
+        masks=MaskTokenDrafter(model, target.sampling.distribution),
+        lookup=LookupDrafter(ids if planner.uses_lookup else None),
+        key=mx.random.key(seed),
+        stop_ids=frozenset(stop_ids),
+        prefill_step_size=config.prefill_step_size,
+        explain=explain,
+    )
