@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from mlx_mtp.bench.figures import figure_class, save_figure
 from mlx_mtp.bench.summary import shares
 from mlx_mtp.bench.tables import ALL
 from mlx_mtp.planning.costs import CostCurve
+from mlx_mtp.storage.figures import figure_class, save_figure
 
 _LEGEND = {"fontsize": "small"}
 _NAMED = 3  # layouts of a mode that are named

@@ -180,7 +180,7 @@ def _check_outputs(output_file: Path | None, plot: Path | None) -> None:
     if plot is not None:
         if plot.suffix not in PLOTS:
             raise ValueError(f"--plot {plot} must end in .png or .svg")
-        from mlx_mtp.bench.figures import figure_class
+        from mlx_mtp.storage.figures import figure_class
 
         figure_class()
     for path in (output_file, plot):
