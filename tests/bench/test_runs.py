@@ -14,7 +14,7 @@ from mlx_mtp.bench import contexts, machine_state, measure, modes, runs
 from mlx_mtp.bench.contexts import Question, check_room, questions
 from mlx_mtp.bench.measure import schedule
 from mlx_mtp.bench.modes import Mode, draft_steps
-from mlx_mtp.bench.runs import RUN, Step, num_repeated, timed
+from mlx_mtp.bench.runs import RUN, Step, num_repeated, time_answer
 from mlx_mtp.bench.settings import Settings
 from mlx_mtp.evaluation import prompt_sets
 from mlx_mtp.evaluation.prompts import BENCHMARK_KINDS, ENGLISH_KINDS, Prompt, builtin_prompts
@@ -25,9 +25,9 @@ def test_the_clock_leaves_the_first_step_out(monkeypatch):
     times = iter([100.0, 101.0, 103.0, 106.0])
     monkeypatch.setattr(runs.time, "perf_counter", lambda: next(times))
     steps = [Step(tokens=[1, 2]), Step(tokens=[3]), Step(tokens=[4, 5, 6])]
-    done = timed(lambda: iter(steps))
+    done = time_answer(lambda: iter(steps))
     assert (done.ids, done.steps, done.first) == ([1, 2, 3, 4, 5, 6], 3, 2)
-    assert (done.ttft_s, done.seconds, done.timed) == (1.0, 5.0, 4)
+    assert (done.ttft_s, done.seconds, done.num_timed) == (1.0, 5.0, 4)
     assert done.layouts == {(0, 0): (2, 5.0)}
 
 
@@ -45,8 +45,8 @@ def test_drafts_are_counted_by_position():
         drafted([1, 2, 3], 5, 2, "lookup"),
         drafted([1, 2], 4, 2),  # the answer ends among its drafts: two were never judged
     ]
-    done = timed(lambda: iter(steps))
-    assert (done.verified, done.held) == ([3, 3, 1], [2, 2, 0])
+    done = time_answer(lambda: iter(steps))
+    assert (done.verified, done.accepted) == ([3, 3, 1], [2, 2, 0])
     assert done.lookup == (5, 2)
     assert done.layouts.keys() == {(3, 3), (2, 3), (5, 3), (4, 3)}
 
@@ -204,7 +204,9 @@ def test_text_before_a_prompt_is_real_and_as_long_as_wanted():
 
 def test_text_is_never_repeated(monkeypatch):
     monkeypatch.setattr(contexts, "sections", lambda: ["one two three", "four five six"])
-    with pytest.raises(ValueError, match="there are 26 tokens of text to fill contexts, not 99"):
+    with pytest.raises(
+        ValueError, match="there are only 26 tokens of text to fill contexts, not 99"
+    ):
         questions(byte_tokenizer(), [Prompt("a", "chat", "x")], (99,))
 
 
@@ -212,27 +214,27 @@ def test_a_prompt_that_does_not_fit_is_named():
     long = Question(Prompt("big", "chat", "x"), 64, [1] * 90)
     check_room([*asked("a"), long], max_tokens=10, max_context=100, model="m")
     check_room([long], max_tokens=10, max_context=None, model="m")
-    with pytest.raises(ValueError, match="prompt big behind 64 tokens .* 90 .* 11, but m .* 100"):
+    with pytest.raises(ValueError, match="prompt big after 64 tokens .* 90 .* 11, but m .* 100"):
         check_room([*asked("a"), long], max_tokens=11, max_context=100, model="m")
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
-        (["plain", "fast"], "no mode 'fast'"),
-        (["plain", "plain"], "named twice"),
-        ([], "no mode is named"),
+        (["plain", "fast"], "unknown mode 'fast'"),
+        (["plain", "plain"], "given twice"),
+        ([], "no mode is given"),
         (
             ["plain", "auto:2"],
-            "no mode 'auto:2': a number of drafts goes with linear and quadratic",
+            "unknown mode 'auto:2'; only linear and quadratic take a number",
         ),
-        (["linear:0"], "no mode 'linear:0'"),
-        (["linear:"], "no mode 'linear:'"),
+        (["linear:0"], "unknown mode 'linear:0'"),
+        (["linear:"], "unknown mode 'linear:'"),
         (["plain", "draft"], "mode draft needs --draft-model"),
     ],
 )
-def test_modes_that_cannot_be_measured(names, told):
-    with pytest.raises(ValueError, match=told):
+def test_modes_that_cannot_be_measured(names, message):
+    with pytest.raises(ValueError, match=message):
         modes.check_modes(names, draft_model=None)
 
 
@@ -273,14 +275,14 @@ def test_energy_that_cannot_be_read_is_none(tmp_path):
     (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
     meter = machine_state.PowerMeter(tmp_path)
     assert meter.joules() is None and meter.reason == (
-        "not readable: the energy counters are for root"
+        "not readable: the energy counters require root"
     )
 
 
-def test_the_machine_is_told():
-    told = machine_state.machine()
-    assert told["name"] and told["threads"] >= 1 and told["memory_bytes"] > 2**28
-    assert machine_state.differences(told, told) == []
-    assert machine_state.differences(told, told | {"threads": 999}) == [
-        f"threads {told['threads']} in A, 999 in B"
+def test_facts_about_the_machine():
+    facts = machine_state.machine()
+    assert facts["name"] and facts["threads"] >= 1 and facts["memory_bytes"] > 2**28
+    assert machine_state.differences(facts, facts) == []
+    assert machine_state.differences(facts, facts | {"threads": 999}) == [
+        f"threads {facts['threads']} in A, 999 in B"
     ]

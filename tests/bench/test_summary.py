@@ -1,4 +1,4 @@
-"""The benchmark's statistics: figures from answers, intervals that hold what they should, drift."""
+"""The benchmark's statistics: figures from answers, intervals that contain the truth, drift."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy import stats
 
 from mlx_mtp.bench import summary
 from mlx_mtp.bench.interval import (
-    LEAST_PROMPTS,
+    MIN_PROMPTS,
     expanded_tail,
     ratio_interval,
     student_quantile,
@@ -40,7 +40,7 @@ def test_speeds_are_all_tokens_over_all_seconds():
     plain, auto = rows[0, None, "plain"], rows[0, None, "auto"]
     assert plain["tps"] == 1.0 and auto["tps"] == pytest.approx(30 / 25)
     assert auto["speedup"] == pytest.approx(1.2) and auto["median_speedup"] == 1.5
-    assert "speedup" not in plain and auto["speedup_low"] is None  # of two prompts nothing is sure
+    assert "speedup" not in plain and auto["speedup_low"] is None  # two prompts are too few
     assert plain["prompt_tps"] == 40 and plain["tps_sd"] is None
     assert rows[0, "chat", "auto"] == auto | {"kind": "chat"}
 
@@ -56,11 +56,11 @@ def test_figures_fit_together(speedups, repeats):
     assert whole["answers"] == repeats * len(speedups)
     assert min(speedups) * 0.999 <= whole["speedup"] <= max(speedups) * 1.001
     assert whole["speedup"] == pytest.approx(len(speedups) / sum(1 / each for each in speedups))
-    if len(speedups) >= LEAST_PROMPTS:
+    if len(speedups) >= MIN_PROMPTS:
         assert whole["speedup_low"] <= whole["speedup"] * 1.001
         assert whole["speedup_high"] >= whole["speedup"] * 0.999
     assert (whole["tps_sd"] is None) == (repeats == 1)
-    assert summary.shares(whole) == pytest.approx([0.8, 0.25])
+    assert summary.acceptance_rates(whole) == pytest.approx([0.8, 0.25])
     assert whole["tokens_per_step"] == pytest.approx(11 / 6)
 
 
@@ -105,27 +105,27 @@ def test_few_prompts_widen_the_interval():
 
 
 @pytest.mark.parametrize(("n", "spread"), [(8, 0.2), (12, 0.5), (60, 0.3)])
-def test_the_interval_holds_the_true_speedup_as_often_as_it_says(n, spread):
+def test_the_interval_contains_the_true_speedup_as_often_as_it_claims(n, spread):
     """Prompts differ in their speed-up, and both modes are disturbed."""
     rng = np.random.default_rng(n)
-    runs, held = 600, 0
+    runs, num_inside = 600, 0
     for run in range(runs):
         tokens = rng.integers(40, 97, n).astype(float)
         base = tokens * np.exp(0.1 * rng.standard_normal(n))
         mode = tokens / 1.4 * np.exp(spread * rng.standard_normal(n))
-        found = ratio_interval(
+        interval = ratio_interval(
             np.stack([tokens, mode], axis=1),
             np.stack([tokens, base], axis=1),
             seed=run,
             resamples=500,
         )
-        assert found is not None
+        assert interval is not None
         truth = 1.4 * math.exp(0.1**2 / 2 - spread**2 / 2)  # of means of seconds
-        held += found[0] <= truth <= found[1]
-    assert 0.915 <= held / runs <= 0.985  # three deviations of the count are 0.027
+        num_inside += interval[0] <= truth <= interval[1]
+    assert 0.915 <= num_inside / runs <= 0.985  # three deviations of the count are 0.027
 
 
-def test_an_interval_is_repeatable_and_refuses_what_it_cannot_tell():
+def test_an_interval_is_repeatable_and_needs_enough_prompts():
     rows = np.array([[10.0, 5.0 + at] for at in range(8)])
     base = np.full((8, 2), 10.0)
     assert ratio_interval(rows, base, seed=3) == ratio_interval(rows, base, seed=3)
@@ -159,7 +159,7 @@ def test_a_shorter_answer_differs_too():
     assert summary.outputs(answers, MODES)["different"] == 1
 
 
-def test_differences_of_stock_are_told_apart():
+def test_differences_of_stock_are_counted_separately():
     answers = [answer(), answer(mode="auto"), answer(mode="stock", ids=[1, 2, 3])]
     found = summary.outputs(answers, MODES)
     assert found["different"] == 0
