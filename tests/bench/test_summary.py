@@ -24,8 +24,8 @@ SOME = st.lists(st.floats(0.2, 5.0), min_size=1, max_size=12)
 
 
 def figures(answers, modes=MODES):
-    found = summary.figures(answers, modes, weights=WEIGHTS, seed=0)
-    return {(row["context"], row["kind"], row["mode"]): row for row in found}
+    rows = summary.figures(answers, modes, weights=WEIGHTS, seed=0)
+    return {(row["context"], row["kind"], row["mode"]): row for row in rows}
 
 
 def test_speeds_are_all_tokens_over_all_seconds():
@@ -55,7 +55,9 @@ def test_figures_fit_together(speedups, repeats):
         assert sum(row[name] for row in kinds) == whole[name]
     assert whole["answers"] == repeats * len(speedups)
     assert min(speedups) * 0.999 <= whole["speedup"] <= max(speedups) * 1.001
-    assert whole["speedup"] == pytest.approx(len(speedups) / sum(1 / each for each in speedups))
+    assert whole["speedup"] == pytest.approx(
+        len(speedups) / sum(1 / speedup for speedup in speedups)
+    )
     if len(speedups) >= MIN_PROMPTS:
         assert whole["speedup_low"] <= whole["speedup"] * 1.001
         assert whole["speedup_high"] >= whole["speedup"] * 0.999
@@ -66,14 +68,14 @@ def test_figures_fit_together(speedups, repeats):
 
 def test_passes_give_the_deviation_and_ttft_its_percentiles():
     seconds = [8.0, 10.0, 12.5]
-    answers = [answer(repeat=at, seconds=each, ttft_s=at) for at, each in enumerate(seconds)]
+    answers = [answer(repeat=i, seconds=duration, ttft_s=i) for i, duration in enumerate(seconds)]
     row = figures(answers, ["plain"])[0, None, "plain"]
-    assert row["tps_sd"] == pytest.approx(np.std([10 / each for each in seconds], ddof=1))
+    assert row["tps_sd"] == pytest.approx(np.std([10 / duration for duration in seconds], ddof=1))
     assert row["ttft_p50_ms"] == 1000 and row["ttft_p99_ms"] == pytest.approx(1980)
 
 
 def test_contexts_are_never_mixed():
-    answers = [answer(context=at, mode=mode) for at in (0, 64) for mode in MODES]
+    answers = [answer(context=context, mode=mode) for context in (0, 64) for mode in MODES]
     rows = figures(answers)
     assert {key[0] for key in rows} == {0, 64}
     assert all(row["answers"] == 1 for row in rows.values())
@@ -94,8 +96,8 @@ def test_joules_count_only_where_every_answer_has_them():
 @pytest.mark.parametrize("freedom", [4, 5, 11, 40, 163])
 def test_the_quantile_is_students(freedom):
     for share in (0.9, 0.975, 0.995):
-        wanted = stats.t.ppf(share, freedom)
-        assert student_quantile(share, freedom) == pytest.approx(wanted, rel=5e-3)
+        expected = stats.t.ppf(share, freedom)
+        assert student_quantile(share, freedom) == pytest.approx(expected, rel=5e-3)
 
 
 def test_few_prompts_widen_the_interval():
@@ -144,13 +146,13 @@ def test_repeats_of_a_prompt_are_not_new_prompts():
     assert once["speedup_high"] == pytest.approx(often["speedup_high"])
 
 
-def test_a_planted_difference_is_found():
+def test_a_planted_difference_is_detected():
     answers = pairs([1.0] * 6)
     assert summary.outputs(answers, MODES)["different"] == 0
     answers[3].timing.ids[7] += 1  # p1, auto
-    found = summary.outputs(answers, MODES)
-    assert (found["compared"], found["different"]) == (6, 1)
-    assert found["where"] == ["p1 (auto)"] and found["reference"] == "plain"
+    outputs = summary.outputs(answers, MODES)
+    assert (outputs["compared"], outputs["different"]) == (6, 1)
+    assert outputs["where"] == ["p1 (auto)"] and outputs["reference"] == "plain"
 
 
 def test_a_shorter_answer_differs_too():
@@ -161,16 +163,16 @@ def test_a_shorter_answer_differs_too():
 
 def test_differences_of_stock_are_counted_separately():
     answers = [answer(), answer(mode="auto"), answer(mode="stock", ids=[1, 2, 3])]
-    found = summary.outputs(answers, MODES)
-    assert found["different"] == 0
-    assert found["others"] == {"stock": {"compared": 1, "different": 1}}
+    outputs = summary.outputs(answers, MODES)
+    assert outputs["different"] == 0
+    assert outputs["others"] == {"stock": {"compared": 1, "different": 1}}
     assert summary.outputs(answers, [])["reference"] is None
 
 
 def test_drift_is_the_last_quarter_over_the_first():
     speeds = [1.0] * 4 + [0.9] * 8 + [0.8] * 4
     answers = [
-        answer(prompt=f"p{at}", number=at, seconds=10 / each) for at, each in enumerate(speeds)
+        answer(prompt=f"p{i}", number=i, seconds=10 / speed) for i, speed in enumerate(speeds)
     ]
     assert summary.drift(answers, "plain") == pytest.approx(0.8)
     assert summary.drift(answers[:7], "plain") is None
@@ -180,10 +182,10 @@ def test_drift_is_the_last_quarter_over_the_first():
 def test_prompts_of_unlike_speed_are_no_drift():
     """Two passes over prompts that get slower, and a context that is slower as a whole."""
     answers = [
-        answer(prompt=f"p{at}", context=context, repeat=repeat, seconds=(10 + at) * (1 + context))
+        answer(prompt=f"p{i}", context=context, repeat=repeat, seconds=(10 + i) * (1 + context))
         for repeat in range(2)
         for context in (0, 1)
-        for at in range(6)
+        for i in range(6)
     ]
     assert summary.drift(answers, "plain") == pytest.approx(1.0)
 
@@ -197,7 +199,7 @@ def test_steps_are_counted_by_layout():
 
 
 @given(st.recursive(st.floats() | st.integers(), lambda each: st.lists(each) | st.tuples(each)))
-def test_what_is_written_is_finite(values):
+def test_reports_are_finite(values):
     def numbers(tree):
         return [n for each in tree for n in numbers(each)] if isinstance(tree, list) else [tree]
 
