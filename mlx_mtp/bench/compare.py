@@ -1,4 +1,4 @@
-"""Two reports side by side: has a change made it faster, and does the speed-up tell them apart?"""
+"""Compares two reports: whether a change made decoding faster, and how certain that is."""
 
 from __future__ import annotations
 
@@ -11,17 +11,9 @@ from mlx_mtp.bench import machine_state, tables
 from mlx_mtp.bench.report import COMPLETE, SCHEMA
 
 _HEAD = (
-    "context",
-    "kind",
-    "mode",
-    "t/s A",
-    "t/s B",
-    "B / A",
-    "speed-up A",
-    "speed-up B",
-    "overlap",
-)
-_NEEDED = {"model": dict, "prompts": dict, "settings": dict, "machine": dict, "versions": dict}
+    "context", "kind", "mode", "t/s A", "t/s B", "B / A", "speed-up A", "speed-up B", "overlap",
+)  # fmt: skip
+_REQUIRED = {"model": dict, "prompts": dict, "settings": dict, "machine": dict, "versions": dict}
 _CELL = {"context": int, "mode": str}
 _SPEEDS = ("tps", "speedup", "speedup_low", "speedup_high")
 
@@ -30,11 +22,11 @@ def read_report(path: Path) -> dict[str, Any]:
     """Read a report of ``mlx-mtp benchmark``.
 
     Args:
-        path: what ``--output json`` or ``--output-file FILE.json`` wrote, or the last line of the
-            other outputs.
+        path: output of ``--format json`` or ``--output-file FILE.json``, or the last line of the
+            other formats.
 
     Raises:
-        ValueError: the file holds none, or one of another version.
+        ValueError: the file is not a report, or one of another version.
         OSError: it cannot be read.
     """
     try:
@@ -45,14 +37,14 @@ def read_report(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a report of mlx-mtp benchmark")
     if report.get("schema") != SCHEMA:
         raise ValueError(f"{path} has schema {report.get('schema')!r}, this version reads {SCHEMA}")
-    if culprit := _damage(report):
-        raise ValueError(f"{path} is damaged: {culprit}")
+    if damage := _damage(report):
+        raise ValueError(f"{path} is damaged: {damage}")
     return report
 
 
 def _damage(report: dict[str, Any]) -> str:
-    """What of a report cannot be used, or ""."""
-    for name, kind in _NEEDED.items():
+    """Description of what is missing from a report, or ""."""
+    for name, kind in _REQUIRED.items():
         if not isinstance(report.get(name), kind):
             return f"{name!r} is missing"
     for place, key in (("model", "fingerprint"), ("prompts", "sha256")):
@@ -60,10 +52,10 @@ def _damage(report: dict[str, Any]) -> str:
             return f"{key!r} is missing from {place!r}"
     cells, modes = report.get("figures"), report.get("modes")
     if not isinstance(cells, list) or not isinstance(modes, list) or not cells or not modes:
-        return "it has no figures"
+        return "there are no figures"
     if not isinstance(modes[0], dict) or not isinstance(modes[0].get("name"), str):
         return "a mode has no name"
-    return "" if all(_is_cell(cell) for cell in cells) else "a figure is none"
+    return "" if all(_is_cell(cell) for cell in cells) else "a figure is invalid"
 
 
 def _is_cell(cell: Any) -> bool:
@@ -75,7 +67,7 @@ def _is_cell(cell: Any) -> bool:
 
 
 def compare(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
-    """Figures that both reports have, by context, kind of text and mode.
+    """Compare the figures that both reports have, by context, kind of text and mode.
 
     Args:
         one: A.
@@ -83,19 +75,20 @@ def compare(one: dict[str, Any], other: dict[str, Any]) -> list[dict[str, Any]]:
 
     Returns:
         Rows with both speeds, their ratio B / A, both speed-ups with their intervals, and whether
-        the intervals overlap (None where there are none).
+        the intervals overlap (None without intervals).
 
     Raises:
         ValueError: the reports are of different models or prompts, or have nothing in common.
     """
-    for what, key in (("model", "fingerprint"), ("prompts", "sha256")):
-        if one[what][key] != other[what][key]:
-            shown = "name" if what == "model" else "from"
-            names = f"{one[what].get(shown)} in A, {other[what].get(shown)} in B"
-            what = "models" if what == "model" else "sets of prompts"
+    for part, key, name, what in (
+        ("model", "fingerprint", "name", "models"),
+        ("prompts", "sha256", "from", "sets of prompts"),
+    ):
+        if one[part][key] != other[part][key]:
+            names = f"{one[part].get(name)} in A, {other[part].get(name)} in B"
             raise ValueError(f"the reports are of different {what}: {names}")
-    theirs = {_place(cell): cell for cell in other["figures"]}
-    rows = [_row(cell, theirs[_place(cell)]) for cell in one["figures"] if _place(cell) in theirs]
+    cells = {_place(cell): cell for cell in other["figures"]}
+    rows = [_row(cell, cells[_place(cell)]) for cell in one["figures"] if _place(cell) in cells]
     if not rows:
         raise ValueError("the reports have no context and mode in common")
     return rows
@@ -118,7 +111,7 @@ def _row(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
 
 
 def warnings(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """What makes a comparison weaker than it looks, one line each."""
+    """Return a line for each difference that weakens the comparison."""
     lines = machine_state.differences(one["machine"], other["machine"])
     for part in ("versions", "settings"):
         names = sorted({*one[part], *other[part]})
@@ -129,7 +122,7 @@ def warnings(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
         ]
     bases = [report["modes"][0]["name"] for report in (one, other)]
     if bases[0] != bases[1]:
-        lines.append(f"speed-ups are against {bases[0]} in A, against {bases[1]} in B")
+        lines.append(f"speed-ups are over {bases[0]} in A, over {bases[1]} in B")
     if one["model"].get("adapter") != other["model"].get("adapter"):
         lines.append("the adapters differ")
     for name, report in (("A", one), ("B", other)):
@@ -138,20 +131,20 @@ def warnings(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
     return lines
 
 
-def render(rows: Sequence[dict[str, Any]], told: Sequence[str], shape: str) -> str:
-    """A comparison in one of ``tables.FORMATS``.
+def render(rows: Sequence[dict[str, Any]], notes: Sequence[str], output_format: str) -> str:
+    """Return a comparison in one of ``tables.FORMATS``.
 
     Args:
         rows: from ``compare``.
-        told: from ``warnings``; part of ``json`` and of the last line of ``jsonl``.
-        shape: of the output.
+        notes: from ``warnings``; part of ``json`` and of the last line of ``jsonl``.
+        output_format: the format.
     """
-    if shape == "csv":
+    if output_format == "csv":
         return tables.as_csv(rows)
-    if shape == "json":
-        return tables.dump({"rows": rows, "warnings": told})
-    if shape == "jsonl":
-        return "\n".join(tables.dump(each) for each in [*rows, {"warnings": told}])
+    if output_format == "json":
+        return tables.dump({"rows": rows, "warnings": notes})
+    if output_format == "jsonl":
+        return "\n".join(tables.dump(row) for row in [*rows, {"warnings": notes}])
     return "\n".join(tables.markdown(_HEAD, [_cells(row) for row in rows], left=3))
 
 

@@ -1,8 +1,8 @@
-"""Prompts with text before them: what a benchmark asks at a given length of context.
+"""Prompts with text before them, for benchmarks with long contexts.
 
-The text is real: sections of Python's own reference manual, which every Python carries for
-``help()``, in an order drawn anew for each prompt.  No section comes twice in a prompt, so that
-lookup finds no more than a document offers.
+The text is real: sections of Python's reference manual, which every Python includes for ``help()``,
+in a random order for each prompt.  No section occurs twice in a prompt, so lookup finds no more
+repetition than in a document.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ _AFTER = "\n\nThese were the notes. My request is another matter:\n\n"
 
 @dataclass(frozen=True)
 class Question:
-    """A prompt as it is asked.
+    """A prompt with its context.
 
     Attributes:
         prompt: the user's message.
-        context: ids of text before it, as wanted.
-        ids: the whole conversation, ready for the model's turn.
+        context: requested number of ids of text before it.
+        ids: the whole conversation, up to the model's turn.
     """
 
     prompt: Prompt
@@ -41,20 +41,20 @@ class Question:
 
 
 def sections() -> list[str]:
-    """Texts that fill contexts.
+    """Return the texts that fill contexts.
 
     Raises:
-        ValueError: this Python comes without them.
+        ValueError: this Python does not include them.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError:
-        raise ValueError("this Python lacks pydoc_data, whose text fills contexts") from None
+        raise ValueError("contexts need the Python module pydoc_data, which is missing") from None
     return [text.strip() for _, text in sorted(topics.items())]
 
 
-def source() -> dict[str, str]:
-    """Tells one filling text from another."""
+def filler_facts() -> dict[str, str]:
+    """Origin and hash of the texts that fill contexts."""
     digest = hashlib.sha256("\n".join(sections()).encode()).hexdigest()
     return {"from": f"reference manual of Python {platform.python_version()}", "sha256": digest}
 
@@ -64,37 +64,39 @@ def questions(
     prompts: Sequence[Prompt],
     contexts: Sequence[int],
     *,
-    say: Callable[[str], None] = lambda text: None,
+    on_status: Callable[[str], None] = lambda text: None,
 ) -> list[Question]:
-    """Put each prompt behind each length of text.
+    """Put text of each length before each prompt.
 
     Args:
         tokenizer: from ``load``.
-        prompts: what is asked.
-        contexts: ids of text before it; 0 is the prompt alone.
-        say: called with a line now and then.
+        prompts: the prompts.
+        contexts: numbers of ids of text; 0 is the prompt alone.
+        on_status: called with a line about the work in progress.
 
     Returns:
-        All prompts at the first length, then at the next.
+        All prompts with the first length, then with the next.
 
     Raises:
-        ValueError: there is not so much text.
+        ValueError: there is not enough text.
     """
     encoded: dict[str, list[int]] = {}
-    found = []
+    result = []
     for context in contexts:
         for number, prompt in enumerate(prompts):
             if context:
-                say(f"Preparing prompts with {context} ids of text {number + 1}/{len(prompts)}")
+                on_status(
+                    f"Preparing prompts with {context} ids of text {number + 1}/{len(prompts)}"
+                )
             text = prompt.text
             if context:
                 text = _BEFORE + _notes(tokenizer, context, prompt.id, encoded) + _AFTER + text
-            found.append(Question(prompt, context, prompt_ids(tokenizer, text)))
-    return found
+            result.append(Question(prompt, context, prompt_ids(tokenizer, text)))
+    return result
 
 
 def prompt_ids(tokenizer: TokenizerWrapper, text: str) -> list[int]:
-    """A user's message in the chat template, or as it is where the model has none."""
+    """Encode a user's message with the chat template, or alone if the model has none."""
     if not tokenizer.has_chat_template:
         return encode_prompt(tokenizer, text)
     rendered = chat_text(tokenizer, [{"role": "user", "content": text}])
@@ -102,35 +104,37 @@ def prompt_ids(tokenizer: TokenizerWrapper, text: str) -> list[int]:
 
 
 def check_room(
-    asked: Sequence[Question], *, max_tokens: int, max_context: int | None, model: str
+    questions: Sequence[Question], *, max_tokens: int, max_context: int | None, model: str
 ) -> None:
-    """Refuse what does not fit the model's context.
+    """Check that all prompts and answers fit into the model's context.
 
     Raises:
-        ValueError: it names the longest prompt.
+        ValueError: the longest prompt does not fit.
     """
-    longest = max(asked, key=lambda each: len(each.ids))
+    longest = max(questions, key=lambda question: len(question.ids))
     if max_context is None or len(longest.ids) + max_tokens <= max_context:
         return
-    behind = f" behind {longest.context} tokens of text" if longest.context else ""
+    after = f" after {longest.context} tokens of text" if longest.context else ""
     raise ValueError(
-        f"prompt {longest.prompt.id}{behind} has {len(longest.ids)} tokens and its answer "
+        f"prompt {longest.prompt.id}{after} has {len(longest.ids)} tokens and its answer "
         f"{max_tokens}, but {model} has a context of {max_context}"
     )
 
 
 def _notes(tokenizer: Any, length: int, key: str, encoded: dict[str, list[int]]) -> str:
-    """Text of about ``length`` ids."""
+    """Return text of about ``length`` ids."""
     texts = sections()
     random.Random(f"{SEED} {key}").shuffle(texts)
-    taken: list[str] = []
+    parts: list[str] = []
     room = length
     for text in texts:
         if text not in encoded:
             encoded[text] = encode_prompt(tokenizer, text, add_special_tokens=False)
         ids = encoded[text]
         if len(ids) >= room:
-            return "\n\n".join([*taken, tokenizer.decode(ids[:room]).rstrip("\ufffd")])
-        taken.append(text)
+            return "\n\n".join([*parts, tokenizer.decode(ids[:room]).rstrip("\ufffd")])
+        parts.append(text)
         room -= len(ids)
-    raise ValueError(f"there are {length - room} tokens of text to fill contexts, not {length}")
+    raise ValueError(
+        f"there are only {length - room} tokens of text to fill contexts, not {length}"
+    )

@@ -1,12 +1,12 @@
-"""How sure a ratio of two speeds is: a confidence interval by resampling prompts.
+"""Confidence interval of a speed-up by bootstrap over prompts.
 
-Two modes answered the same prompts.  Their speeds are all tokens over all seconds, and the speed-up
-is the ratio of the two.  Prompts are drawn with replacement, each with all its answers in both
-modes, and the ratio is worked out anew; the interval holds the middle of what comes out.
+Two modes answered the same prompts.  Their speeds are all tokens divided by all seconds, and the
+speed-up is the ratio of the two.  Prompts are resampled with replacement, each with all its answers
+in both modes, and the ratio is computed again; the interval contains the middle of the results.
 
 With few prompts the plain percentiles are too narrow.  They are widened as Student's t is wider
-than the normal law, and by the bias of a sample's spread (Hesterberg, "What teachers should know
-about the bootstrap", 2015, the expanded percentile interval).
+than the normal distribution, and by the bias of a sample's standard deviation (Hesterberg, "What
+teachers should know about the bootstrap", 2015, the expanded percentile interval).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 
 CONFIDENCE = 0.95
 RESAMPLES = 4000
-LEAST_PROMPTS = 5  # of fewer, no resampling tells what the next one would be like
+MIN_PROMPTS = 5  # fewer prompts do not represent their kind
 
 
 def ratio_interval(
@@ -32,38 +32,39 @@ def ratio_interval(
     """Confidence interval of a ratio of speeds.
 
     Args:
-        mode: ``[n, 2]``, tokens and seconds of each prompt, all its answers together.
-        base: ``[n, 2]``, the same in the mode that it is held against.
-        seed: the same one gives the same interval.
-        confidence: how often the interval should hold the true ratio.
-        resamples: how often prompts are drawn.
+        mode: tokens and seconds of each prompt, all its answers together, ``[n, 2]``.
+        base: the same in the baseline mode, ``[n, 2]``.
+        seed: random seed; the same seed gives the same interval.
+        confidence: probability that the interval contains the true ratio.
+        resamples: number of resamples.
 
     Returns:
-        The ends; None with fewer than ``LEAST_PROMPTS`` prompts, or where no time was counted.
+        The ends; None with fewer than ``MIN_PROMPTS`` prompts, or without tokens or seconds.
     """
     n = len(mode)
-    if n < LEAST_PROMPTS or not (base.sum(0) > 0).all() or not (mode.sum(0) > 0).all():
+    if n < MIN_PROMPTS or not (base.sum(0) > 0).all() or not (mode.sum(0) > 0).all():
         return None
     rng = np.random.default_rng(seed)
-    times = rng.multinomial(n, np.full(n, 1 / n), size=resamples)  # [resamples, n]
-    ours, theirs = times @ mode, times @ base  # [resamples, 2]
-    some = (ours > 0).all(1) & (theirs > 0).all(1)  # draws of prompts with one token only
-    ratios = (ours[some, 0] / ours[some, 1]) / (theirs[some, 0] / theirs[some, 1])
+    counts = rng.multinomial(n, np.full(n, 1 / n), size=resamples)  # [resamples, n]
+    ours, theirs = counts @ mode, counts @ base  # [resamples, 2]
+    valid = (ours > 0).all(1) & (theirs > 0).all(1)  # not only prompts with one token
+    ratios = (ours[valid, 0] / ours[valid, 1]) / (theirs[valid, 0] / theirs[valid, 1])
     tail = expanded_tail(n, confidence)
     low, high = np.quantile(ratios, [tail, 1 - tail])
     return float(low), float(high)
 
 
 def expanded_tail(n: int, confidence: float = CONFIDENCE) -> float:
-    """Share of resamples to cut off at each end, with ``n`` prompts."""
-    reach = math.sqrt(n / (n - 1)) * student_quantile((1 + confidence) / 2, n - 1)
-    return NormalDist().cdf(-reach)
+    """Share of resamples to discard at each end with ``n`` prompts."""
+    width = math.sqrt(n / (n - 1)) * student_quantile((1 + confidence) / 2, n - 1)
+    return NormalDist().cdf(-width)
 
 
 def student_quantile(share: float, freedom: int) -> float:
-    """Quantile of Student's t, by its expansion around the normal one.
+    """Quantile of Student's t, by its expansion around the normal quantile.
 
-    Good to 1 in 200 from four degrees of freedom on (Abramowitz and Stegun, 26.7.5).
+    The relative error is below 1/200 for four or more degrees of freedom (Abramowitz and Stegun,
+    26.7.5).
     """
     z = NormalDist().inv_cdf(share)
     terms = (

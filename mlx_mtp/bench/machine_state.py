@@ -1,6 +1,6 @@
-"""What the machine says of itself around a benchmark: memory, swap, energy.
+"""Facts about the machine for a benchmark: memory, swap, energy.
 
-What cannot be read is None, never a guess.
+Values that cannot be read are None, never estimates.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SYSCTL_S = 5.0
 
 
 def machine() -> dict[str, Any]:
-    """Which machine this is and what it has; JSON-ready."""
+    """Return the facts about this machine; JSON-ready."""
     info = gpu_info()
     return {
         "name": _cpu_name() if not info else machine_name(info),
@@ -38,24 +38,24 @@ def machine() -> dict[str, Any]:
 
 
 def backend() -> str:
-    """What models run on here, with the BLAS on a CPU."""
+    """Return the backend, with the BLAS on a CPU."""
     if mx.default_device().type == mx.cpu:
         return f"CPU ({BLAS} BLAS)"
     return "Metal" if mx.metal.is_available() else "CUDA"
 
 
 def threads() -> int:
-    """Threads that the CPU side may use: what OMP_NUM_THREADS says, or the cores it may run on."""
-    wanted = os.environ.get("OMP_NUM_THREADS", "")
-    if wanted.isdecimal() and int(wanted):
-        return int(wanted)
+    """Return the number of CPU threads: OMP_NUM_THREADS, or the cores of this process."""
+    setting = os.environ.get("OMP_NUM_THREADS", "")
+    if setting.isdecimal() and int(setting):
+        return int(setting)
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def swap_bytes() -> int | None:
-    """Swap in use; None where the system does not say."""
+    """Return the swap in use in bytes; None if it cannot be read."""
     try:
         return psutil.swap_memory().used
     except (OSError, RuntimeError):  # /proc/vmstat may be hidden in a container
@@ -63,18 +63,18 @@ def swap_bytes() -> int | None:
 
 
 class PowerMeter:
-    """Energy of the processor, from Linux's RAPL counters.
+    """Measures the energy of the processor with Linux's RAPL counters.
 
-    Only whole packages count: their parts, and the platform around them, would count twice.
+    Only whole packages count; their parts and the platform would be counted twice.
 
     Attributes:
-        reason: why it cannot be read, or "".
+        reason: reason why energy cannot be read, or "".
     """
 
     def __init__(self, root: Path = POWERCAP) -> None:
         self._last: dict[Path, int] = {}
         self._range: dict[Path, int] = {}
-        packages = [each for each in sorted(root.glob("intel-rapl:*")) if _is_package(each)]
+        packages = [path for path in sorted(root.glob("intel-rapl:*")) if _is_package(path)]
         for package in packages:
             try:
                 self._range[package] = _number(package / "max_energy_range_uj")
@@ -84,21 +84,21 @@ class PowerMeter:
         self.reason = "" if self._range else _why_no_power(bool(packages))
 
     def joules(self) -> float | None:
-        """Energy since the last call, or since it was made; counters that start over are known.
+        """Energy of all packages since the last call, or since the creation of the meter.
 
-        All packages together; None where it cannot be read.
+        Counters that overflow are handled.  None if they cannot be read.
         """
         if not self._range:
             return None
-        taken = 0
+        microjoules = 0
         try:
             for package, span in self._range.items():
                 now = _number(package / "energy_uj")
-                taken += (now - self._last[package]) % (span + 1)
+                microjoules += (now - self._last[package]) % (span + 1)
                 self._last[package] = now
         except (OSError, ValueError):
             return None
-        return taken / 1e6
+        return microjoules / 1e6
 
 
 def _is_package(folder: Path) -> bool:
@@ -112,37 +112,37 @@ def _number(path: Path) -> int:
     return int(path.read_text(encoding="ascii"))
 
 
-def _why_no_power(there: bool) -> str:
-    if there:
-        return "not readable: the energy counters are for root"
+def _why_no_power(has_counters: bool) -> str:
+    if has_counters:
+        return "not readable: the energy counters require root"
     if sys.platform == "darwin":
-        return "not readable: powermetrics is for root"
-    return "not readable: this machine shows no energy counters"
+        return "not readable: powermetrics requires root"
+    return "not readable: this machine has no energy counters"
 
 
 def _cpu_name() -> str:
-    """What the processor is called."""
+    """Name of the processor."""
     if sys.platform == "darwin":
         return _sysctl("machdep.cpu.brand_string") or machine_name({})
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return machine_name({})
-    found = re.search(r"^model name\s*: (.+)$", text, re.M)
-    return found[1].strip() if found else machine_name({})
+    match = re.search(r"^model name\s*: (.+)$", text, re.M)
+    return match[1].strip() if match else machine_name({})
 
 
 def _sysctl(name: str) -> str | None:
-    """What macOS says of a name."""
+    """Value of a system setting of macOS."""
     if sys.platform != "darwin":
         return None
     try:
-        done = subprocess.run(
+        result = subprocess.run(
             ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=_SYSCTL_S
         )
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return result.stdout.strip() if result.returncode == 0 else None
 
 
 def _sysctl_number(name: str) -> int | None:
@@ -151,7 +151,7 @@ def _sysctl_number(name: str) -> int | None:
 
 
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
-    """What two machines differ in, as lines."""
+    """Return a line for each difference between two machines."""
     return [
         f"{name} {one.get(name)} in A, {other.get(name)} in B"
         for name in ("name", "system", "backend", "threads")

@@ -1,32 +1,33 @@
 """The schedule of a benchmark: every prompt is answered in each mode before the next prompt begins.
 
-The modes take turns in going first, so that whatever else the machine does falls on all alike.
+The modes take turns in going first, so that disturbances affect all of them alike.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mlx_mtp.bench.contexts import Question
 from mlx_mtp.bench.machine_state import PowerMeter
 from mlx_mtp.bench.modes import Mode
-from mlx_mtp.bench.runs import Answer, Check, Timing, num_repeated, timed
+from mlx_mtp.bench.runs import Answer, Check, Timing, num_repeated, time_answer
 from mlx_mtp.bench.settings import Settings
+from mlx_mtp.terminal import progress
 
 _NAP_S = 0.1
 
 
 @dataclass
 class Measurement:
-    """What was measured.
+    """Results of a measurement.
 
     Attributes:
-        answers: in the order in which they came; every prompt that occurs has all its modes.
-        interrupted: whether it was broken off.
-        warmups: answers that were not counted.
-        seconds: of everything, warm-ups and rests included.
+        answers: in the order of their measurement; every prompt is answered in all modes.
+        interrupted: whether the measurement was interrupted.
+        warmups: number of answers that were not counted.
+        seconds: duration of the measurement, including warm-ups and pauses.
     """
 
     answers: list[Answer] = field(default_factory=list)
@@ -36,7 +37,7 @@ class Measurement:
 
 
 def schedule(num_questions: int, num_modes: int, repeats: int) -> Iterator[tuple[int, int, int]]:
-    """All (repeat, question, mode) by number, in order.
+    """Yield the indices (repeat, question, mode) of all answers, in order.
 
     The mode that goes first moves on by one from prompt to prompt and from pass to pass.
     """
@@ -53,38 +54,36 @@ def measure(
     *,
     power: PowerMeter | None = None,
     check: Check = lambda: None,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Measurement:
     """Answer all questions in all modes.
 
     Args:
-        questions: what is asked.
-        modes: how; every question is answered in each.
-        settings: how often.
-        power: reads energy; None leaves it out.
-        check: called after every step; KeyboardInterrupt out of it ends with what is there.
-        say: called with a line about what is going on.
+        questions: the prompts with their contexts.
+        modes: the modes; every question is answered in each of them.
+        settings: repeats, warm-ups and pauses.
+        power: measures energy; None for no energy.
+        check: called after every step; if it raises KeyboardInterrupt, the measurement ends with
+            the results so far.
     """
-    found = Measurement()
+    measurement = Measurement()
     began = time.perf_counter()
-    turn: list[Answer] = []
+    pending: list[Answer] = []  # answers to one question, until all modes have answered it
+    total = settings.repeats * len(questions) * len(modes)
+    order = schedule(len(questions), len(modes), settings.repeats)
     try:
-        found.warmups = _warm_up(questions, modes, settings.warmup, check=check, say=say)
-        total = settings.repeats * len(questions) * len(modes)
-        clock = time.perf_counter()
-        for number, (repeat, at, which) in enumerate(
-            schedule(len(questions), len(modes), settings.repeats)
-        ):
-            say(_line(number, total, time.perf_counter() - clock))
+        measurement.warmups = _warm_up(questions, modes, settings.warmup, check)
+        bar = progress(order, total=total, desc="Measuring", unit="answer")
+        for number, (repeat, question, mode) in enumerate(bar):
             _rest(settings.cooldown_s if number else 0.0, check)
-            turn.append(_answer(questions[at], modes[which], repeat, number, power, check))
-            if len(turn) == len(modes):
-                found.answers += turn
-                turn = []
+            answer = _answer(questions[question], modes[mode], repeat, number, power, check)
+            pending.append(answer)
+            if len(pending) == len(modes):
+                measurement.answers += pending
+                pending = []
     except KeyboardInterrupt:
-        found.interrupted = True
-    found.seconds = time.perf_counter() - began
-    return found
+        measurement.interrupted = True
+    measurement.seconds = time.perf_counter() - began
+    return measurement
 
 
 def _answer(
@@ -96,8 +95,8 @@ def _answer(
     check: Check,
 ) -> Answer:
     if power:
-        power.joules()  # what was taken before does not count
-    timing = _timed(question, mode, check)
+        power.joules()  # energy used before does not count
+    timing = _time(question, mode, check)
     return Answer(
         prompt=question.prompt.id,
         kind=question.prompt.kind,
@@ -112,40 +111,22 @@ def _answer(
     )
 
 
-def _timed(question: Question, mode: Mode, check: Check) -> Timing:
-    return timed(lambda: mode.begin(question.ids, check), check=check)
+def _time(question: Question, mode: Mode, check: Check) -> Timing:
+    return time_answer(lambda: mode.begin(question.ids, check), check=check)
 
 
-def _warm_up(
-    questions: Sequence[Question],
-    modes: Sequence[Mode],
-    count: int,
-    *,
-    check: Check,
-    say: Callable[[str], None],
-) -> int:
-    """Answer the first question of each context in each mode; returns how many answers it were."""
-    firsts = {each.context: each for each in reversed(questions)}
-    done = 0
-    for question in firsts.values():
-        for mode in modes:
-            for _ in range(count):
-                say(f"Warming up: {mode.name} behind {question.context} tokens of text")
-                _timed(question, mode, check)
-                done += 1
-    return done
+def _warm_up(questions: Sequence[Question], modes: Sequence[Mode], count: int, check: Check) -> int:
+    """Answer the first question of each context in each mode; returns the number of answers."""
+    firsts = {question.context: question for question in reversed(questions)}
+    order = [(q, mode) for q in firsts.values() for mode in modes for _ in range(count)]
+    for question, mode in progress(order, desc="Warming up", unit="answer"):
+        _time(question, mode, check)
+    return len(order)
 
 
 def _rest(seconds: float, check: Check) -> None:
-    """Sleep, but not through Ctrl-C."""
+    """Sleep, but stop at Ctrl-C."""
     end = time.perf_counter() + seconds
     while (left := end - time.perf_counter()) > 0:
         time.sleep(min(left, _NAP_S))
         check()
-
-
-def _line(done: int, total: int, seconds: float) -> str:
-    if done == 0:
-        return f"Measured 0/{total}"
-    left = seconds / done * (total - done)
-    return f"Measured {done}/{total}, about {left / 60:.0f} min left"

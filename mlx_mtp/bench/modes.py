@@ -1,7 +1,7 @@
-"""The ways to decode that a benchmark compares: ours, stock mlx-lm, and mlx-lm with a draft model.
+"""The modes of a benchmark: our layouts, stock mlx-lm, and mlx-lm with a draft model.
 
-All are greedy and begin with empty caches.  Stock mlx-lm runs on the model folder as it is, as its
-own command would, so on a CPU it has quantised weights where ours are float32.
+All are greedy and start with empty caches.  Stock mlx-lm uses the unchanged model folder, as its
+own command does, so on a CPU its weights may be quantised while ours are float32.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from mlx_mtp.bench.runs import Check, Step
 from mlx_mtp.calibration.stored_costs import calibrate, speculation_for
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.planning.plan import FIXED_LAYOUTS, LAYOUTS
+from mlx_mtp.terminal import first_line
 
 if TYPE_CHECKING:
     from mlx_mtp.model.mtp_model import MTPModel
 
 PLAIN, STOCK, DRAFT = "plain", "stock", "draft"
-NAMES = (PLAIN, *(each for each in LAYOUTS if each != PLAIN), STOCK, DRAFT)
-PLANNED = tuple(each for each in FIXED_LAYOUTS if each != PLAIN)
-DRAFT_MODEL = "draft model"  # source of its drafts
+NAMES = (PLAIN, *(name for name in LAYOUTS if name != PLAIN), STOCK, DRAFT)
+COUNTABLE = tuple(name for name in FIXED_LAYOUTS if name != PLAIN)  # linear:2
+DRAFT_MODEL = "draft model"  # source of drafts in ``Step``
 DRAFT_TOKENS = 3  # default of mlx_lm.generate
 
 Begin = Callable[[list[int], Check], Iterator[Step]]
@@ -37,53 +38,52 @@ class Mode:
     """A way to decode.
 
     Attributes:
-        name: see ``parsed``.
-        begin: from prompt ids to steps; a check is called now and then during prefill.
-        ours: whether its ids must be those of plain decoding.
-        parameters: of the model, without adapter and draft model.
-        weight_bytes: of everything that it has loaded.
+        name: see ``parse_mode``.
+        begin: decodes prompt ids into steps; the check is called during prefill.
+        is_ours: whether its ids must equal those of plain decoding.
+        parameters: number of parameters of the model, without adapter and draft model.
+        weight_bytes: bytes of all loaded weights.
     """
 
     name: str
     begin: Begin
-    ours: bool
+    is_ours: bool
     parameters: int
     weight_bytes: int
 
 
-def parsed(name: str) -> tuple[str, int | None]:
-    """A mode's layout, or its name, and how many drafts it has in a step, if the name says so.
+def parse_mode(name: str) -> tuple[str, int | None]:
+    """Split the name of a mode into its kind and its number of drafts per step, if any.
 
     Args:
-        name: one of ``NAMES``, or a fixed layout with a number behind it: ``linear:2``.
+        name: one of ``NAMES``, or a fixed layout with a number of drafts: ``linear:2``.
 
     Raises:
         ValueError: there is no such mode.
     """
     layout, colon, number = name.partition(":")
     if layout not in NAMES:
-        raise ValueError(f"no mode {name!r}: there are {', '.join(NAMES)}")
+        raise ValueError(f"unknown mode {name!r}; modes: {', '.join(NAMES)}")
     if not colon:
         return layout, None
-    if layout not in PLANNED or not number.isdecimal() or int(number) < 1:
-        raise ValueError(
-            f"no mode {name!r}: a number of drafts goes with {' and '.join(PLANNED)}, as linear:2"
-        )
+    if layout not in COUNTABLE or not number.isdecimal() or int(number) < 1:
+        layouts = " and ".join(COUNTABLE)
+        raise ValueError(f"unknown mode {name!r}; only {layouts} take a number, as in linear:2")
     return layout, int(number)
 
 
 def check_modes(names: Sequence[str], *, draft_model: str | None) -> None:
-    """Refuse a list of modes that cannot be measured.
+    """Check that a list of modes can be measured.
 
     Raises:
-        ValueError: it names the mode.
+        ValueError: a mode is unknown, repeated or lacks its draft model, or the list is empty.
     """
     for name in names:
-        parsed(name)
+        parse_mode(name)
         if names.count(name) > 1:
-            raise ValueError(f"mode {name} is named twice")
+            raise ValueError(f"mode {name} is given twice")
     if not names:
-        raise ValueError("no mode is named")
+        raise ValueError("no mode is given")
     if DRAFT in names and draft_model is None:
         raise ValueError("mode draft needs --draft-model")
 
@@ -96,46 +96,48 @@ def our_modes(
     max_tokens: int,
     num_draft_tokens: int | None = None,
     lookup: bool = True,
-    say: Callable[[str], None] = lambda text: None,
+    on_status: Callable[[str], None] = lambda text: None,
 ) -> list[Mode]:
-    """Those of the modes that are ours.
+    """Make the modes that decode with mlx-mtp.
 
     Raises:
-        ValueError: the model has no adapter, so that they would decode plainly, or a mode has more
-            drafts than the adapter.
+        ValueError: a mode needs an adapter and the model has none, or a mode has more drafts than
+            the adapter.
     """
-    names = [name for name in names if parsed(name)[0] in LAYOUTS]
+    names = [name for name in names if parse_mode(name)[0] in LAYOUTS]
     drafting = [name for name in names if name != PLAIN]
     if drafting and model.config is None:
         raise ValueError(
             f"mode {drafting[0]} needs an MTP adapter, and {model.name} has none; "
-            "measure it with --modes plain,stock"
+            "use --modes plain,stock"
         )
     for name in drafting:
-        if (parsed(name)[1] or 0) > model.num_draft_tokens:
-            raise ValueError(f"mode {name}: the adapter drafts {model.num_draft_tokens} at most")
+        if (parse_mode(name)[1] or 0) > model.num_draft_tokens:
+            raise ValueError(
+                f"mode {name}: the adapter has at most {model.num_draft_tokens} drafts"
+            )
     if "auto" in names:
-        calibrate(model, on_status=say)
+        calibrate(model, on_status=on_status)
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "stop_ids": stop_ids,
         "speculation": speculation_for(model) if "auto" in names else None,
         "lookup": lookup,
     }
-    found = []
+    modes = []
     for name in names:
-        layout, number = parsed(name)
+        layout, number = parse_mode(name)
         own = {"layout": layout, "num_draft_tokens": number or num_draft_tokens}
         begin = partial(_our_steps, model, options | own)
-        found.append(Mode(name, begin, True, _parameters(model.base), _bytes(model)))
-    return found
+        modes.append(Mode(name, begin, True, _parameters(model.base), _bytes(model)))
+    return modes
 
 
 def _our_steps(
     model: MTPModel, options: dict[str, Any], ids: list[int], check: Check
 ) -> Iterator[Step]:
-    """Decode; ``options`` are those of ``decode``."""
-    pending = None  # rows of the prompt's last chunk, in the first step
+    """Decode with the ``options`` of ``decode``."""
+    pending = None  # the first step also has the prompt's last rows
     for step in decode(model, ids, prompt_progress_callback=lambda *_: check(), **options):
         rows = step.num_rows - step.num_draft_tokens
         yield Step(
@@ -149,7 +151,7 @@ def _our_steps(
 
 
 def stock_mode(stock: Any, stop_ids: Collection[int], *, max_tokens: int) -> Mode:
-    """Stock mlx-lm on a model from ``mlx_lm.load``."""
+    """Make the mode of stock mlx-lm with a model from ``mlx_lm.load``."""
     from mlx_lm.generate import generate_step
 
     def begin(ids: list[int], check: Check) -> Iterator[Step]:
@@ -175,7 +177,7 @@ def draft_mode(
     max_tokens: int,
     num_draft_tokens: int = DRAFT_TOKENS,
 ) -> Mode:
-    """mlx-lm's speculative decoding with a draft model; both from ``mlx_lm.load``."""
+    """Make the mode of mlx-lm's speculative decoding; both models are from ``mlx_lm.load``."""
     from mlx_lm.generate import speculative_generate_step
 
     def begin(ids: list[int], check: Check) -> Iterator[Step]:
@@ -199,13 +201,13 @@ def draft_steps(
     num_draft_tokens: int,
     max_tokens: int,
 ) -> Iterator[Step]:
-    """Put ids that came one by one back into steps: a run of drafts, and the model's own id.
+    """Group single ids into steps: accepted drafts and the model's bonus token.
 
     Args:
-        tokens: ids, each with whether it is from the draft model.
+        tokens: ids, each with whether it comes from the draft model.
         stop_ids: ids that end an answer.
-        num_draft_tokens: drafts of a step; fewer where ``max_tokens`` is nearer.
-        max_tokens: ids of the answer.
+        num_draft_tokens: drafts per step; fewer near ``max_tokens``.
+        max_tokens: maximum ids of the answer.
     """
     done = 0
     group: list[int] = []
@@ -235,11 +237,10 @@ def load_stock(path: str | Path, *, trust_remote_code: bool = False) -> tuple[An
 
     try:
         config = {"trust_remote_code": trust_remote_code}
-        found = load(str(path), tokenizer_config=config)
-    except Exception as error:  # mlx-lm and transformers raise many kinds
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ValueError(f"mlx-lm cannot load {path}: {reason[0]}") from None
-    return found[0], found[1]
+        model, tokenizer, *_ = load(str(path), tokenizer_config=config)
+    except Exception as error:  # mlx-lm and transformers raise many types
+        raise ValueError(f"mlx-lm cannot load {path}: {first_line(error)}") from None
+    return model, tokenizer
 
 
 def _bytes(model: Any) -> int:
@@ -248,7 +249,7 @@ def _bytes(model: Any) -> int:
 
 
 def _parameters(base: Any) -> int:
-    """Weights of a model, packed ones counted singly, without an adapter's."""
+    """Number of parameters of a model without adapter, quantised ones counted singly."""
     from mlx_lm.utils import get_total_parameters
 
     return int(get_total_parameters(base))

@@ -1,4 +1,4 @@
-"""The report of a benchmark: one JSON object with all that is needed to read and repeat it."""
+"""The report of a benchmark: one JSON object with everything needed to read and repeat it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mlx_mtp.bench import machine_state, summary
-from mlx_mtp.bench.measure import Measurement, Settings
+from mlx_mtp.bench.measure import Measurement
 from mlx_mtp.bench.modes import Mode
+from mlx_mtp.bench.settings import Settings
 from mlx_mtp.evaluation.prompts import Prompt, hash_prompts
 from mlx_mtp.storage.package import versions
 
@@ -20,19 +21,19 @@ COMPLETE, INTERRUPTED = "complete", "interrupted"
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What was measured, and with what.
+    """What was measured, and how.
 
     Attributes:
-        model: its name, fingerprint, type and parameters, and what its adapter and draft model are.
-        modes: the first is the base.
-        prompts: all that were asked.
-        source: where the prompts are from.
-        contexts: ids of text before them.
-        filler: which text that was, None where there was none.
-        settings: of the schedule.
+        model: facts about the model, its adapter and the draft model.
+        modes: the modes; the first is the baseline.
+        prompts: all prompts.
+        source: name of the source of the prompts.
+        contexts: numbers of ids of text before the prompts.
+        filler: facts about that text, or None.
+        settings: the schedule.
         decoding: options of decoding, as JSON-ready values.
-        seed: of the intervals.
-        cost_curve: what auto planned by, as ``CostCurve.to_dict`` gives it, or None.
+        seed: random seed of the confidence intervals.
+        cost_curve: costs that auto planned with, from ``CostCurve.to_dict``, or None.
     """
 
     model: dict[str, Any]
@@ -49,30 +50,29 @@ class Setup:
 
 def build_report(
     setup: Setup,
-    measured: Measurement,
+    measurement: Measurement,
     *,
     swap_bytes: tuple[int | None, int | None],
     no_power: str,
 ) -> dict[str, Any]:
-    """Sum up a measurement.
+    """Summarise a measurement.
 
     Args:
         setup: what was measured.
-        measured: the answers, at least one.
+        measurement: at least one answer.
         swap_bytes: swap in use before and after.
-        no_power: why energy could not be read, or "".
+        no_power: reason why energy could not be read, or "".
 
     Returns:
-        JSON-ready values, all numbers finite; ``answers`` holds every answer, the rest is made of
-        them.
+        JSON-ready values, all numbers finite; ``answers`` lists every answer, and the rest is
+        computed from them.
     """
     names = [mode.name for mode in setup.modes]
-    ours = sorted(
-        (mode.name for mode in setup.modes if mode.ours), key=lambda name: name != "plain"
-    )
+    ours = [mode.name for mode in setup.modes if mode.is_ours]
+    ours.sort(key=lambda name: name != "plain")
     weights = {mode.name: mode.weight_bytes for mode in setup.modes}
-    answers = measured.answers
-    report = _head(setup, measured) | {
+    answers = measurement.answers
+    report = _head(setup, measurement) | {
         "swap_bytes": dict(zip(("before", "after"), swap_bytes, strict=True)),
         "power": no_power or "read",
         "drift": summary.drift(answers, names[0]),
@@ -85,34 +85,34 @@ def build_report(
     return summary.finite(report)
 
 
-def _head(setup: Setup, measured: Measurement) -> dict[str, Any]:
-    """All but what was found."""
+def _head(setup: Setup, measurement: Measurement) -> dict[str, Any]:
+    """Everything except the results."""
     return {
         "benchmark": "mlx-mtp",
         "schema": SCHEMA,
-        "status": INTERRUPTED if measured.interrupted else COMPLETE,
+        "status": INTERRUPTED if measurement.interrupted else COMPLETE,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "model": setup.model,
         "modes": [
-            {"name": each.name, "parameters": each.parameters, "weight_bytes": each.weight_bytes}
-            for each in setup.modes
+            {"name": mode.name, "parameters": mode.parameters, "weight_bytes": mode.weight_bytes}
+            for mode in setup.modes
         ],
         "prompts": {
             "from": setup.source,
             "count": len(setup.prompts),
-            "kinds": dict(Counter(each.kind for each in setup.prompts)),
+            "kinds": dict(Counter(prompt.kind for prompt in setup.prompts)),
             "sha256": hash_prompts(setup.prompts),
         },
         "contexts": list(setup.contexts),
         "filler": setup.filler,
         "settings": asdict(setup.settings) | setup.decoding | {"seed": setup.seed},
-        "warmups": measured.warmups,
-        "seconds": measured.seconds,
+        "warmups": measurement.warmups,
+        "seconds": measurement.seconds,
         "machine": machine_state.machine(),
         "versions": versions(),
     }
 
 
 def without_answers(report: dict[str, Any]) -> dict[str, Any]:
-    """The report in one short line: all figures, not the answers that they are made of."""
+    """The report without the single answers."""
     return {key: value for key, value in report.items() if key != "answers"}

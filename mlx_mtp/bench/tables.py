@@ -1,4 +1,4 @@
-"""A report as text: tables in llama-bench's shape, CSV, JSON, JSON lines."""
+"""A report as text: tables like those of llama-bench, CSV, JSON, JSON lines."""
 
 from __future__ import annotations
 
@@ -9,41 +9,41 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_mtp.bench.report import INTERRUPTED, without_answers
-from mlx_mtp.bench.summary import shares
+from mlx_mtp.bench.summary import acceptance_rates
 
 FORMATS = ("md", "csv", "json", "jsonl")
-ALL = "all"  # shown for all kinds together
+ALL = "all"  # name of all kinds together
 _HEAD = (
     "model", "size", "params", "backend", "threads", "test", "t/s", "ttft p50 / p99 ms",
     "tok/step", "speed-up",
 )  # fmt: skip
-_KINDS = ("kind", "mode", "prompts", "t/s", "tok/step", "speed-up", "drafts held by position, %")
+_KINDS = ("kind", "mode", "prompts", "t/s", "tok/step", "speed-up", "accepted by position, %")
 
 
-def render(report: dict[str, Any], shape: str) -> str:
-    """A report in one of ``FORMATS``, without a newline at its end.
+def render(report: dict[str, Any], output_format: str) -> str:
+    """Return a report in one of ``FORMATS``, without a newline at its end.
 
-    ``md`` has tables, notes, and the report without its answers as a last line; ``csv`` and
-    ``jsonl`` have a line for each test (``flat_rows``), the latter the report without its answers
-    as its last; ``json`` is the whole report in one line.
+    ``md`` has tables, notes, and the report without its answers as the last line; ``csv`` and
+    ``jsonl`` have a line for each test (``flat_rows``), and ``jsonl`` ends in the report without
+    its answers; ``json`` is the whole report in one line.
     """
-    if shape == "json":
+    if output_format == "json":
         return dump(report)
-    last = dump(without_answers(report))
-    if shape == "csv":
+    if output_format == "csv":
         return as_csv(flat_rows(report))
-    if shape == "jsonl":
+    last = dump(without_answers(report))
+    if output_format == "jsonl":
         return "\n".join([*(dump(row) for row in flat_rows(report)), last])
     return "\n".join([*_markdown(report), "", last])
 
 
 def dump(values: Any) -> str:
-    """One line of JSON."""
+    """Return values as one line of JSON."""
     return json.dumps(values, ensure_ascii=False, allow_nan=False)
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """Rows with the same keys as CSV, numbers as they are; None is an empty field."""
+    """Return rows with the same keys as CSV, with unrounded numbers; None is an empty field."""
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
@@ -52,14 +52,14 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def flat_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
-    """One flat row for each test: prompt (``pp``) and generation (``tg``) of each figure."""
+    """Return a flat row for each test: prompt (``pp``) and generation (``tg``) of each cell."""
     return [row for cell in report["figures"] for row in _tests(report, cell)]
 
 
 def _tests(report: dict[str, Any], cell: dict[str, Any]) -> list[dict[str, Any]]:
-    """Both tests of a cell."""
-    mode = next(each for each in report["modes"] if each["name"] == cell["mode"])
-    place = {
+    """Return the rows of both tests of a cell."""
+    mode = next(mode for mode in report["modes"] if mode["name"] == cell["mode"])
+    common = {
         "model": report["model"]["name"],
         "size_bytes": mode["weight_bytes"],
         "parameters": mode["parameters"],
@@ -70,7 +70,7 @@ def _tests(report: dict[str, Any], cell: dict[str, Any]) -> list[dict[str, Any]]
         "status": report["status"],
     }
     limit = report["settings"]["max_tokens"]
-    return [place | _test(cell, test, limit) for test in ("pp", "tg")]
+    return [common | _test(cell, test, limit) for test in ("pp", "tg")]
 
 
 def _test(cell: dict[str, Any], test: str, limit: int) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def _test(cell: dict[str, Any], test: str, limit: int) -> dict[str, Any]:
             "median_speedup", "peak_memory_bytes", "joules_per_token",
         )
     }  # fmt: skip
-    held = "" if is_prompt else " ".join(f"{share:.3f}" for share in shares(cell))
+    rates = [] if is_prompt else acceptance_rates(cell)
     return {
         "test": f"{test}{count}{depth} ({cell['mode']})",
         "measure": test,
@@ -99,7 +99,7 @@ def _test(cell: dict[str, Any], test: str, limit: int) -> dict[str, Any]:
         "ttft_p50_ms": cell["ttft_p50_ms"] if is_prompt else None,
         "ttft_p99_ms": cell["ttft_p99_ms"] if is_prompt else None,
         **generation,
-        "held_by_position": held,
+        "held_by_position": " ".join(f"{rate:.3f}" for rate in rates),
     }
 
 
@@ -109,14 +109,14 @@ def _markdown(report: dict[str, Any]) -> list[str]:
     lines = markdown(_HEAD, [_cells(row) for row in rows])
     kinds = [cell for cell in report["figures"] if cell["kind"] is not None]
     for context in dict.fromkeys(cell["context"] for cell in kinds):
-        title = f"By kind of text, behind {context} tokens:" if context else "By kind of text:"
-        some = [_kind_cells(cell) for cell in kinds if cell["context"] == context]
-        lines += ["", title, "", *markdown(_KINDS, some, left=2)]
+        title = f"By kind of text, after {context} tokens:" if context else "By kind of text:"
+        cells = [_kind_cells(cell) for cell in kinds if cell["context"] == context]
+        lines += ["", title, "", *markdown(_KINDS, cells, left=2)]
     return [*lines, "", *(f"- {note}" for note in notes(report))]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:
-    waits = "" if row["ttft_p50_ms"] is None else _waits(row)
+    ttft = row["ttft_p50_ms"], row["ttft_p99_ms"]
     return [
         row["model"].replace("|", "/"),
         size(row["size_bytes"]),
@@ -125,14 +125,10 @@ def _cells(row: dict[str, Any]) -> list[str]:
         str(row["threads"]),
         row["test"],
         speed(row["tps"], row["tps_sd"]),
-        waits,
+        "" if None in ttft else "{:.1f} / {:.1f}".format(*ttft),
         number(row["tokens_per_step"]),
         speedup(row),
     ]
-
-
-def _waits(row: dict[str, Any]) -> str:
-    return f"{row['ttft_p50_ms']:.1f} / {row['ttft_p99_ms']:.1f}"
 
 
 def _kind_cells(cell: dict[str, Any]) -> list[str]:
@@ -143,48 +139,53 @@ def _kind_cells(cell: dict[str, Any]) -> list[str]:
         speed(cell["tps"], cell["tps_sd"]),
         number(cell["tokens_per_step"]),
         speedup(cell),
-        " ".join(f"{100 * share:.0f}" for share in shares(cell)),
+        " ".join(f"{100 * rate:.0f}" for rate in acceptance_rates(cell)),
     ]
 
 
 def markdown(head: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> list[str]:
-    """A Markdown table whose columns are aligned in plain text too; the first ``left`` to the left.
+    """Return the lines of a Markdown table that is aligned in plain text too.
 
-    A column of nothing but empty cells stays, so that tables of several runs fit together.
+    Empty columns stay, so that tables of several runs have the same columns.
+
+    Args:
+        head: names of the columns.
+        rows: cells of each row.
+        left: number of columns that are aligned left; the others are aligned right.
     """
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
         padded = [
-            cell.ljust(width) if at < left else cell.rjust(width)
-            for at, (cell, width) in enumerate(zip(cells, widths, strict=True))
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
         ]
         return "| " + " | ".join(padded) + " |"
 
-    rule = [
-        "-" * (width + 2) if at < left else "-" * (width + 1) + ":"
-        for at, width in enumerate(widths)
+    ruler = [
+        "-" * (width + 2) if column < left else "-" * (width + 1) + ":"
+        for column, width in enumerate(widths)
     ]
-    return [line(head), "|" + "|".join(rule) + "|", *map(line, rows)]
+    return [line(head), "|" + "|".join(ruler) + "|", *map(line, rows)]
 
 
 def size(count: float) -> str:
-    """Bytes as llama-bench shows them."""
+    """Format bytes as llama-bench does."""
     return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.2f} MiB"
 
 
 def number(value: float | None) -> str:
-    """Two digits behind the point; nothing for None."""
+    """Format a number with two decimals; None is empty."""
     return "" if value is None else f"{value:.2f}"
 
 
 def speed(tps: float | None, deviation: float | None) -> str:
-    """Tokens a second, and how far passes lie apart where there were several."""
+    """Format tokens per second, with their standard deviation between passes, if any."""
     return number(tps) + ("" if deviation is None else f" ± {deviation:.2f}")
 
 
 def speedup(cell: dict[str, Any]) -> str:
-    """A speed-up and its interval."""
+    """Format a speed-up and its interval."""
     if cell.get("speedup") is None:
         return ""
     low, high = cell["speedup_low"], cell["speedup_high"]
@@ -192,25 +193,25 @@ def speedup(cell: dict[str, Any]) -> str:
 
 
 def notes(report: dict[str, Any]) -> list[str]:
-    """What stands below the tables."""
+    """Return the notes below the tables."""
     base = report["modes"][0]["name"]
     machine, versions = report["machine"], report["versions"]
     lines = [
         f"{machine['name']}, {machine['system']}; "
         + ", ".join(f"{name} {number}" for name, number in versions.items()),
-        f"Speed-up: all tokens over all seconds against {base}, same prompts, interleaved; "
-        "in brackets its 95% interval over prompts.",
+        f"Speed-up: all tokens divided by all seconds, relative to {base} on the same prompts, "
+        "interleaved; the 95% confidence interval over prompts is in brackets.",
         *_output_notes(report["outputs"]),
         *_memory_notes(report),
     ]
     if report["drift"] is not None:
         lines.append(
-            f"Speed of {base} at the end over that at the beginning: {report['drift']:.3f}"
+            f"Drift: speed of {base} at the end divided by that at the start: {report['drift']:.3f}"
         )
     if report["power"] != "read":
         lines.append(f"Power: {report['power']}.")
     if report["status"] == INTERRUPTED:
-        lines.append("INTERRUPTED: figures are of what was measured until then.")
+        lines.append("INTERRUPTED: the figures cover only the answers before the interruption.")
     return lines
 
 
@@ -226,7 +227,7 @@ def _output_notes(outputs: dict[str, Any]) -> list[str]:
     for mode, counts in outputs["others"].items():
         lines.append(
             f"Answers of {mode} that differ from {reference}: {counts['different']} of "
-            f"{counts['compared']} (its weights or kernels round otherwise; no error)"
+            f"{counts['compared']} (expected, as its weights or kernels round differently)"
         )
     return lines
 
@@ -238,15 +239,15 @@ def _memory_notes(report: dict[str, Any]) -> list[str]:
         peaks[cell["mode"]] = max(peaks.get(cell["mode"], 0), cell["peak_memory_bytes"])
         if cell["kind"] is None and cell["joules_per_token"] is not None:
             joules[cell["mode"]] = cell["joules_per_token"]
-    told = ", ".join(f"{mode} {size(peak)}" for mode, peak in peaks.items())
+    text = ", ".join(f"{mode} {size(peak)}" for mode, peak in peaks.items())
     before, after = (report["swap_bytes"][when] for when in ("before", "after"))
     swap = "not readable" if None in (before, after) else f"{size(before)} to {size(after)}"
-    lines = [f"Peak memory: {told}; swap in use, before and after: {swap}"]
-    if wanted := report["machine"]["recommended_working_set_bytes"]:
+    lines = [f"Peak memory: {text}; swap in use, before and after: {swap}"]
+    if working_set := report["machine"]["recommended_working_set_bytes"]:
         limit = report["machine"]["wired_limit_mb"]
-        wired = "not readable" if limit is None else f"{limit} MB (0 is the system's own)"
-        lines.append(f"Recommended working set: {size(wanted)}; wired limit: {wired}")
+        wired = "not readable" if limit is None else f"{limit} MB (0: the system's default)"
+        lines.append(f"Recommended working set: {size(working_set)}; wired limit: {wired}")
     if joules:
-        told = ", ".join(f"{mode} {value:.2f}" for mode, value in joules.items())
-        lines.append(f"Joules of the processor per token: {told}")
+        text = ", ".join(f"{mode} {value:.2f}" for mode, value in joules.items())
+        lines.append(f"Energy of the processor in joules per token: {text}")
     return lines

@@ -29,7 +29,7 @@ from mlx_mtp.decoding.config import GenerationConfig
 from mlx_mtp.terminal import INTERRUPTED, Interrupt, Status
 
 if TYPE_CHECKING:
-    from mlx_mtp.bench.benchmark import Wanted
+    from mlx_mtp.bench.benchmark import BenchmarkConfig
 
 FORMATS = ("md", "csv", "json", "jsonl")
 PLOTS = (".png", ".svg")
@@ -152,7 +152,7 @@ def benchmark(
             raise ValueError("--plot cannot be combined with --compare")
         _compare(*compare, output_format=output_format, output_file=output_file)
         return
-    report = _measure(_request(options))
+    report = _measure(_config(options))
     if report is None:
         print("interrupted before the first measurement", file=sys.stderr)
         sys.exit(INTERRUPTED)
@@ -180,7 +180,7 @@ def _check_outputs(output_file: Path | None, plot: Path | None) -> None:
     if plot is not None:
         if plot.suffix not in PLOTS:
             raise ValueError(f"--plot {plot} must end in .png or .svg")
-        from mlx_mtp.bench.figures import figure_class
+        from mlx_mtp.storage.figures import figure_class
 
         figure_class()
     for path in (output_file, plot):
@@ -189,13 +189,13 @@ def _check_outputs(output_file: Path | None, plot: Path | None) -> None:
             raise ValueError(f"{folder} is not a folder")
 
 
-def _request(options: dict[str, Any]) -> Wanted:
+def _config(options: dict[str, Any]) -> BenchmarkConfig:
     """Check the options and read the prompts.
 
     Raises:
         ValueError: a mode, a kind or a line of the prompts file is bad.
     """
-    from mlx_mtp.bench.benchmark import Wanted
+    from mlx_mtp.bench.benchmark import BenchmarkConfig
     from mlx_mtp.evaluation.prompt_sets import prompts_of, spread
 
     modes = options["modes"]
@@ -205,7 +205,7 @@ def _request(options: dict[str, Any]) -> Wanted:
     if not contexts:
         raise ValueError("--contexts is empty")
     prompts = prompts_of(options["prompts"], kinds=options["kinds"])
-    return Wanted(
+    return BenchmarkConfig(
         prompts=spread(prompts, options["num_prompts"]),
         source=options["prompts"],
         modes=modes,
@@ -219,18 +219,17 @@ def _request(options: dict[str, Any]) -> Wanted:
     )
 
 
-def _measure(request: Wanted) -> dict[str, Any] | None:
+def _measure(config: BenchmarkConfig) -> dict[str, Any] | None:
     from mlx_mtp.bench.benchmark import prepare, run
     from mlx_mtp.calibration.stored_costs import SPECULATIONS
 
     with Status("Loading the model ...") as status:
-        prepared = prepare(request, say=status.update)
-        known = SPECULATIONS.get(prepared.model)
-        if known is not None and known.costs.curve.source.startswith("measured"):
-            status.stop()
-            print(f"Layout auto plans with costs {known.costs.curve.source}", file=sys.stderr)
-        with Interrupt() as interrupt:
-            return run(prepared, check=interrupt.check, say=status.update)
+        prepared = prepare(config, on_status=status.update)
+    known = SPECULATIONS.get(prepared.model)
+    if known is not None and known.costs.curve.source.startswith("measured"):
+        print(f"Layout auto plans with costs {known.costs.curve.source}", file=sys.stderr)
+    with Interrupt() as interrupt:
+        return run(prepared, check=interrupt.check)
 
 
 def _compare(one: Path, other: Path, *, output_format: str, output_file: Path | None) -> None:

@@ -24,9 +24,7 @@ from mlx_mtp.terminal import Status
 
 if TYPE_CHECKING:
     from mlx_mtp.simulate.chips import Machine
-    from mlx_mtp.simulate.trace import Trace
 
-_TIMED_TOKENS = 6000  # of --time-planner, enough that one-time work has little weight
 FILE = click.Path(path_type=Path)
 
 
@@ -115,11 +113,6 @@ FILE = click.Path(path_type=Path)
         type=FILE,
         help="Write a plot of the results to this PNG file.",
     ),
-    option(
-        "--time-planner",
-        is_flag=True,
-        help="Measure the processor time of the planner instead.",
-    ),
 )
 def simulate(**options: Any) -> None:
     """Simulate the speed on other machines from published step costs.
@@ -148,13 +141,8 @@ def _simulate(options: dict[str, Any]) -> None:
     k = options["num_draft_tokens"] or trace.num_draft_tokens
     with Status("Simulating ...") as status:
         machines = _machines(options, k)
-        if options["time_planner"]:
-            lines = _planner_times(trace.limited(k), machines)
-            status.stop()
-            click.echo("\n".join(lines))
-            return
         results = [
-            simulate_on(trace, machine, num_draft_tokens=k, progress=status.update)
+            simulate_on(trace, machine, num_draft_tokens=k, on_status=status.update)
             for machine in machines
         ]
     if options["plot"]:
@@ -213,21 +201,6 @@ def _stored_costs(options: dict[str, Any]) -> Any:
             "run mlx-mtp tune"
         )
     return curve
-
-
-def _planner_times(trace: Trace, machines: list[Machine]) -> list[str]:
-    """Processor time of the planner on each machine."""
-    from mlx_mtp.simulate.planner_time import planner_us
-
-    tokens = sum(answer.num_tokens for answer in trace.answers)
-    passes = max(2, -(-_TIMED_TOKENS // tokens))
-    lines = ["planner, microseconds of processor time per step: p50, p99, mean"]
-    for machine in machines:
-        times = sorted(planner_us(trace, machine, passes=passes))
-        p50, p99 = times[len(times) // 2], times[int(0.99 * len(times))]
-        mean = sum(times) / len(times)
-        lines.append(f"{machine.name:<20}{p50:8.1f}{p99:8.1f}{mean:8.1f}  ({len(times)} steps)")
-    return lines
 
 
 def _record(options: dict[str, Any]) -> None:

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from mlx_mtp.bench.contexts import prompt_ids
-from mlx_mtp.bench.figures import draw_lines
 from mlx_mtp.evaluation.acceptance import LAYOUTS, checked_num_masks, count_answers, summarise
 from mlx_mtp.evaluation.greedy_texts import GreedyText, greedy_texts, texts_hash
 from mlx_mtp.evaluation.prompt_sets import prompts_of
 from mlx_mtp.evaluation.prompts import KINDS
+from mlx_mtp.lab.figures import draw_lines
 from mlx_mtp.lab.tokens_per_step import stamp
 from mlx_mtp.model.config import WEIGHTS_FILE
 from mlx_mtp.model.mtp_model import MTPModel

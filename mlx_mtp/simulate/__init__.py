@@ -1,1 +1,1 @@
-"""What decoding would do on a machine that is known by its costs alone."""
+"""Simulates decoding on machines of which only the step costs are known."""

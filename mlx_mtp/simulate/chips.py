@@ -1,14 +1,15 @@
-"""Cost curves of chips from published numbers: ``chips.json`` holds them with their sources.
+"""Cost curves of chips from published numbers; ``chips.json`` lists them with their sources.
 
-What was published is mostly what M rows of one quantised matmul cost over one row.  A step is made
-of it by the assumptions that stand in the file:
+Most publications give the cost of one quantised matmul with M rows, relative to one row.  The cost
+of a step follows from it with the assumptions in the file:
 
     step(M) = matmul_ms * ratio(M) + rest_ms * ceil(M / 8) + sync_ms
     matmul_ms = weights / (0.85 * bandwidth),   matmul_ms / (matmul_ms + rest_ms) = 0.9
 
-where ``rest`` is attention and all else, whose fast path takes 8 rows at a time.  Where whole steps
-were published, the ratio applies to all of it.  Drafting from a group of m masks takes the reading
-of the low-rank weights and the unembedding, their dispatches, and for each draft the sampler head.
+where ``rest`` is attention and everything else, whose fast path takes 8 rows at a time.  If whole
+steps were published, the ratio applies to the whole step.  Drafting from a group of m masks reads
+the low-rank weights and the unembedding, with their dispatches, and runs the sampler head for each
+draft.
 """
 
 from __future__ import annotations
@@ -26,44 +27,45 @@ import numpy as np
 from mlx_mtp.planning.costs import CostCurve
 
 DATA = "chips.json"
-_UNTOLD_PLAIN_MS = 1.0  # where nothing tells the time of a step, times are in plain steps
+_UNKNOWN_PLAIN_MS = 1.0  # if the duration of a step is unknown, the unit of time is a plain step
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a simulation runs on.
+    """A machine to simulate.
 
     Attributes:
-        name: for the command line.
-        what: chip, kernels and shape, for people.
-        curve: what steps cost, up to the rows that are known; all that a planner sees.
-        in_ms: whether its times are milliseconds; otherwise plain steps, and only ratios count.
-        notes: what was assumed.
+        name: name on the command line.
+        description: chip, kernels and shape.
+        curve: costs of steps up to the known number of rows; planners see nothing else.
+        in_ms: whether times are milliseconds; otherwise they are plain steps, and only ratios are
+            meaningful.
+        notes: assumptions.
     """
 
     name: str
-    what: str
+    description: str
     curve: CostCurve
     in_ms: bool = True
     notes: tuple[str, ...] = ()
 
     @property
-    def most_rows(self) -> int:
-        """Rows of the widest step that is known."""
+    def max_rows(self) -> int:
+        """Rows of the widest step with a known cost."""
         return self.curve.rows[-1]
 
     def scaled_to(self, plain_tps: float) -> Machine:
-        """The same machine where plain decoding emits so many tokens a second.
+        """Return the same machine with all times scaled to a speed of plain decoding.
 
         Raises:
             ValueError: the rate is not positive.
         """
         if not (math.isfinite(plain_tps) and plain_tps > 0):
-            raise ValueError(f"plain tokens a second must be positive, got {plain_tps}")
+            raise ValueError(f"plain tokens per second must be positive, got {plain_tps}")
         scale = 1e3 / plain_tps / self.curve.forward(self.curve.contexts[0])[1]
         lines = tuple(tuple(ms * scale for ms in line) for line in self.curve.forward_ms)
         draft = tuple(ms * scale for ms in self.curve.draft_ms)
-        notes = (*self.notes, f"all times scaled to {plain_tps:g} plain tokens a second")
+        notes = (*self.notes, f"all times scaled to {plain_tps:g} plain tokens per second")
         curve = replace(self.curve, forward_ms=lines, draft_ms=draft)
         return replace(self, curve=curve, in_ms=True, notes=notes)
 
@@ -73,18 +75,20 @@ class Chip:
     """Published numbers of one chip; see ``chips.json``.
 
     Attributes:
-        name: for the command line.
-        chip: its name.
-        kernels: whose kernels.
-        shape: what was measured.
-        source: whose numbers.
-        measured: "matmul", or "step" where whole steps were.
-        ratios: cost of M rows over one row, by M.
-        in_ms: whether ``ratios`` were published as times; the time of one row, or None.
+        name: name on the command line.
+        chip: name of the chip.
+        kernels: origin of the kernels.
+        shape: shape of the measured matmul or step.
+        source: origin of the numbers.
+        measured: "matmul" or "step".
+        ratios: cost of M rows relative to one row, by M.
+        one_row_ms: duration of one row; None if only ratios were published.
         model: key of the model's sizes, or "".
-        bandwidth_gbs: published memory bandwidth, 10^9 bytes a second; 0 where it plays no part.
-        draft_ms: measured drafting, where it was.
-        note: for people.
+        bandwidth_gbs: published memory bandwidth, 10^9 bytes per second; 0 if it is not used.
+        draft_ms: measured duration of drafting, or empty.
+        note: remark for the user.
+        assumed: assumptions of the file.
+        sizes: sizes of the model.
     """
 
     name: str
@@ -94,7 +98,7 @@ class Chip:
     source: str
     measured: str
     ratios: Mapping[int, float]
-    in_ms: float | None = None
+    one_row_ms: float | None = None
     model: str = ""
     bandwidth_gbs: float = 0.0
     draft_ms: tuple[float, ...] = ()
@@ -103,12 +107,12 @@ class Chip:
     sizes: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def what(self) -> str:
-        """For people."""
+    def description(self) -> str:
+        """Chip, kernels and shape."""
         return f"{self.chip}, {self.kernels}, {self.shape}"
 
     def machine(self, num_draft_tokens: int) -> Machine:
-        """As a machine that drafts so many tokens."""
+        """Return the chip as a machine that drafts ``num_draft_tokens`` per step."""
         rows = np.arange(1, max(self.ratios) + 1)
         ratio = np.interp(rows, list(self.ratios), list(self.ratios.values()))
         plain, known = self._plain_ms()
@@ -124,16 +128,16 @@ class Chip:
             contexts=(0,),
             forward_ms=(tuple(times.tolist()),),
             draft_ms=self._draft_ms(num_draft_tokens, plain),
-            source=f"{self.what}: {self.source}",
+            source=f"{self.description}: {self.source}",
         )
-        return Machine(self.name, self.what, curve, known, (self.note,) if self.note else ())
+        return Machine(self.name, self.description, curve, known, (self.note,) if self.note else ())
 
     def _plain_ms(self) -> tuple[float, bool]:
-        """Time of a plain step, and whether anything tells it."""
-        if self.in_ms is not None:
-            return self.in_ms, True
+        """Duration of a plain step, and whether it is in milliseconds."""
+        if self.one_row_ms is not None:
+            return self.one_row_ms, True
         if not (self.model and self.bandwidth_gbs):
-            return _UNTOLD_PLAIN_MS, False
+            return _UNKNOWN_PLAIN_MS, False
         reading = self._read_ms(self.sizes["weights_gb"])
         return reading / self.assumed["matmul_share"] + self.assumed["sync_ms"], True
 
@@ -141,35 +145,36 @@ class Chip:
         return 1e3 * gigabytes / (self.bandwidth_gbs * self.assumed["bandwidth_share"])
 
     def _draft_ms(self, num_draft_tokens: int, plain_ms: float) -> tuple[float, ...]:
-        """What drafting adds by the size of the mask group, ``[k + 1]``."""
+        """Duration of drafting by the size of the mask group, ``[k + 1]``."""
         sizes = range(1, num_draft_tokens + 1)
         if self.draft_ms:
             last = len(self.draft_ms) - 1
             return (0.0, *(self.draft_ms[min(size, last)] for size in sizes))
         if not (self.model and self.bandwidth_gbs):
-            once, each = self.assumed["drafting_share"], self.assumed["draft_share"]
-            return (0.0, *(plain_ms * (once + each * size) for size in sizes))
+            once, per_draft = self.assumed["drafting_share"], self.assumed["draft_share"]
+            return (0.0, *(plain_ms * (once + per_draft * size) for size in sizes))
         dispatch = self.assumed["dispatch_ms"]
         once = self._read_ms(self.sizes["drafting_gb"]) + self.sizes["dispatches"] * dispatch
-        each = self._read_ms(self.sizes["draft_gb"]) + self.assumed["draft_dispatches"] * dispatch
-        return (0.0, *(once + each * size for size in sizes))
+        per_draft = self._read_ms(self.sizes["draft_gb"])
+        per_draft += self.assumed["draft_dispatches"] * dispatch
+        return (0.0, *(once + per_draft * size for size in sizes))
 
 
 @lru_cache(maxsize=1)
 def chips() -> dict[str, Chip]:
     """All published chips by name, in the order of the file."""
     data = json.loads((files("mlx_mtp.simulate") / DATA).read_text(encoding="utf-8"))
-    return {each["name"]: _chip(each, data) for each in data["chips"]}
+    return {chip["name"]: _chip(chip, data) for chip in data["chips"]}
 
 
 def chip_named(name: str) -> Chip:
-    """The chip of a name.
+    """Return a chip by name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is no such chip.
     """
     if name not in chips():
-        raise ValueError(f"there is no chip {name!r}; known are {', '.join(chips())}")
+        raise ValueError(f"unknown chip {name!r}; known chips: {', '.join(chips())}")
     return chips()[name]
 
 
@@ -181,12 +186,12 @@ def _chip(values: dict[str, Any], data: dict[str, Any]) -> Chip:
     return Chip(
         **{**values, "draft_ms": tuple(values.get("draft_ms", ()))},
         ratios={rows: cost / one for rows, cost in ratios.items()},
-        in_ms=one if times else None,
+        one_row_ms=one if times else None,
         assumed=data["assumed"],
         sizes=data["models"].get(values.get("model", ""), {}),
     )
 
 
 def machine_of_curve(name: str, curve: CostCurve) -> Machine:
-    """A machine whose curve ``mlx-mtp tune`` measured."""
+    """Return a machine with a curve that ``mlx-mtp tune`` measured."""
     return Machine(name, curve.source or name, curve)

@@ -1,19 +1,19 @@
-"""How good ``auto`` could be: the best rule in hindsight, and what a clairvoyant would reach.
+"""Upper bounds for ``auto``: the best fixed policy in hindsight, and a clairvoyant planner.
 
-The offline optimum is the fastest rule (``rules``) that is found with the whole trace at hand:
+The offline optimum is the fastest fixed policy (``policies``) among
 
-- rules worked out from the trace's own statistics (``policy.best_policy``): the share of places
-  behind which j drafts hold; and, as places after a rejection are not like others, the shares at
-  the places that the last rule came through, a few times over;
-- every rule that verifies at most d drafts and puts c masks behind each place or behind the last
+- policies computed from the trace's own statistics (``policy.best_policy``): the acceptance
+  probabilities at all positions; then, because positions after a rejection differ from others,
+  those at the positions that the last policy visited, a few times over;
+- every policy that verifies at most d drafts and has c masks after each of them or after the last
   (``linear`` and ``quadratic`` with every number of drafts are among them).
 
-All are replayed on the trace, and the fastest counts.  They are held to the rows whose cost is
-known, as ``auto`` is.  ``auto`` knows neither the trace nor its statistics; but it may follow the
-text from answer to answer, which no rule does, and so be faster.
+Each policy is replayed on the trace.  Like ``auto`` it uses only rows whose cost is known.
+``auto`` knows neither the trace nor its statistics, but it adapts to the text from answer to
+answer, which no fixed policy does, and so may be faster.
 
-The clairvoyant knows which drafts will hold: it verifies only those, and puts masks only where they
-will serve.  No planner that sees the past alone can reach that; it tells how much luck there is.
+The clairvoyant planner knows which drafts will be accepted.  It verifies only those, and uses masks
+only where their drafts will be verified.  No planner that sees only the past can reach its speed.
 """
 
 from __future__ import annotations
@@ -23,94 +23,96 @@ from dataclasses import dataclass
 import numpy as np
 
 from mlx_mtp.planning.policy import best_policy
+from mlx_mtp.simulate.policies import Actions, PolicyPlanner, fixed_policies, replay_policies
 from mlx_mtp.simulate.replay import Replay, StepCosts, replay
-from mlx_mtp.simulate.rules import Rule, RulePlanner, fixed_rules, replay_rules
 from mlx_mtp.simulate.trace import Trace, TracedAnswer
 
-_REFITS = 4
+_NUM_FITS = 4
 
 
 @dataclass(frozen=True)
 class Optimum:
-    """The fastest rule on a trace.
+    """The fastest fixed policy on a trace.
 
     Attributes:
-        name: how it was found.
-        rule: it.
-        replay: what it does.
+        name: description of the policy.
+        actions: the policy.
+        replay: its result.
     """
 
     name: str
-    rule: Rule
+    actions: Actions
     replay: Replay
 
 
-def offline_optimum(trace: Trace, costs: StepCosts, *, most_rows: int, context: int = 0) -> Optimum:
-    """Find the fastest rule in hindsight.
+def offline_optimum(trace: Trace, costs: StepCosts, *, max_rows: int, context: int = 0) -> Optimum:
+    """Find the fastest fixed policy in hindsight.
 
     Args:
-        trace: the drafts that hold.
-        costs: what steps take.
-        most_rows: of a step.
-        context: ids in the cache for which rules are worked out.
+        trace: the accepted drafts.
+        costs: durations of steps.
+        max_rows: maximum rows of a step.
+        context: number of ids in the cache for which policies are computed.
     """
     k = trace.num_draft_tokens
-    forward = np.array(costs.forward_ms(context)[: most_rows + 1])
+    forward = np.array(costs.forward_ms(context)[: max_rows + 1])
     draft = np.array([costs.draft_ms(size) for size in range(k + 1)])
-    rules: dict[Rule, str] = {}
-    shares = trace.holds()
-    for turn in range(_REFITS):
-        rule = best_policy(shares, forward, draft).actions
-        rules.setdefault(rule, f"fitted {turn + 1}")
-        shares = visited_holds(trace, rule)
-    for name, rule in fixed_rules(k, most_rows):
-        rules.setdefault(rule, name)
-    best = list(rules)[int(replay_rules(trace, list(rules), costs).argmin())]
-    return Optimum(rules[best], best, replay(trace, lambda: RulePlanner(best), costs))
+    names: dict[Actions, str] = {}
+    probs = trace.prefix_probs()
+    for number in range(1, _NUM_FITS + 1):
+        actions = best_policy(probs, forward, draft).actions
+        names.setdefault(actions, f"fitted {number}")
+        probs = visited_prefix_probs(trace, actions)
+    for name, actions in fixed_policies(k, max_rows):
+        names.setdefault(actions, name)
+    best = list(names)[int(replay_policies(trace, list(names), costs).argmin())]
+    return Optimum(names[best], best, replay(trace, lambda: PolicyPlanner(best), costs))
 
 
-def visited_holds(trace: Trace, rule: Rule) -> np.ndarray:
-    """Chance that at least j drafts hold at the places where a rule verifies j, ``[k + 1]``.
+def visited_prefix_probs(trace: Trace, actions: Actions) -> np.ndarray:
+    """Probability that at least j drafts are accepted where a policy verifies j, ``[k + 1]``.
 
-    Where it never verifies so many, the next draft is taken to hold as it does all over the trace.
+    Where it never verifies so many, the next draft has its acceptance rate on the whole trace.
     """
     k = trace.num_draft_tokens
-    seen, held = np.zeros(k), np.zeros(k)
+    num_seen, num_accepted = np.zeros(k), np.zeros(k)
     for answer in trace.answers:
-        at, waiting = 0, rule[0].mask_counts[0]
-        while at < len(answer.counts):
-            plan = rule[min(waiting, len(answer.counts) - at)]
-            count = min(plan.num_draft_tokens, answer.counts[at])
-            seen[: min(plan.num_draft_tokens, count + 1)] += 1
-            held[:count] += 1
-            at, waiting = at + count + 1, plan.mask_counts[count]
-    everywhere = trace.holds()
-    before = np.maximum(everywhere[:-1], 1e-12)
-    chances = np.where(seen > 0, held / np.maximum(seen, 1), everywhere[1:] / before)
-    return np.concatenate([[1.0], np.cumprod(np.clip(chances, 0, 1))])
+        position, waiting = 0, actions[0].mask_counts[0]
+        while position < len(answer.counts):
+            action = actions[min(waiting, len(answer.counts) - position)]
+            drafts = action.num_draft_tokens
+            count = min(drafts, answer.counts[position])
+            num_seen[: min(drafts, count + 1)] += 1
+            num_accepted[:count] += 1
+            position, waiting = position + count + 1, action.mask_counts[count]
+    everywhere = trace.prefix_probs()
+    default = everywhere[1:] / np.maximum(everywhere[:-1], 1e-12)
+    probs = np.where(num_seen > 0, num_accepted / np.maximum(num_seen, 1), default)
+    return np.concatenate([[1.0], np.cumprod(np.clip(probs, 0, 1))])
 
 
 def clairvoyant_ms(trace: Trace, costs: StepCosts) -> float:
-    """Least time behind the first steps for one who knows which drafts will hold."""
-    return sum(_clairvoyant(each, costs, trace.num_draft_tokens) for each in trace.answers)
+    """Minimum time after the first steps for a planner that knows which drafts are accepted."""
+    return sum(_clairvoyant(answer, costs, trace.num_draft_tokens) for answer in trace.answers)
 
 
 def _clairvoyant(answer: TracedAnswer, costs: StepCosts, k: int) -> float:
-    """Shortest way through an answer; ``left[at][d]`` is the time from a place with d drafts.
+    """Shortest path through an answer; ``left[i][d]`` is the time from position i with d drafts.
 
-    Only drafts that hold are verified and masks stand behind the last of them alone: any other step
-    with the same outcome has as many rows or more.
+    Only accepted drafts are verified, and masks follow only the last of them: any other step with
+    the same outcome has as many rows or more.
     """
     counts = answer.counts
+    if not counts:
+        return 0.0
     draft = np.array([costs.draft_ms(size) for size in range(k + 1)])
-    size = len(counts)
-    left: list[np.ndarray] = [np.zeros(0)] * size + [np.zeros(1)] * 2
-    for at in range(size - 1, -1, -1):
-        forward = np.array(costs.forward_ms(answer.prompt + at))
-        best = np.empty(counts[at] + 1)
-        for drafts in range(counts[at] + 1):
-            behind = left[at + drafts + 1]
-            rows = 1 + drafts + np.arange(len(behind))
-            best[drafts] = (forward[rows] + draft[: len(behind)] + behind).min()
-        left[at] = best
-    return float(left[0].min()) if size else 0.0
+    left: list[np.ndarray] = [np.zeros(0)] * len(counts) + [np.zeros(1)] * 2
+    for position in reversed(range(len(counts))):
+        forward = np.array(costs.forward_ms(answer.prompt + position))
+        best = np.empty(counts[position] + 1)
+        for drafts in range(len(best)):
+            after = left[position + drafts + 1]
+            rows = 1 + drafts + np.arange(len(after))
+            best[drafts] = (forward[rows] + draft[: len(after)] + after).min()
+        left[position] = best
+    return float(left[0].min())

@@ -1,10 +1,10 @@
-"""Decode a trace on a machine known by its costs: the same planners and steps, a reckoned clock.
+"""Replays a trace on a machine of which only the step costs are known.
 
-The planners are the decoder's own, one for each answer as there.  A planner sees the rows that were
-measured or published; a fixed layout may want more, and beyond the last known number of rows each
-row is taken to cost what the rows up to there cost on average.  As with measured speeds the clock
-starts behind the first step, which ends the prompt.  Drafts are masks' alone: what a text repeats
-of itself is not in a trace, so nothing is looked up.
+Planners and steps are those of the decoder; the clock adds up the costs.  Planners see only costs
+that were measured or published.  A fixed layout may need wider steps; each row beyond the last
+known number costs what the known rows cost on average.  As for measured speeds, the clock starts
+after the first step, which ends the prompt.  A trace has only drafts of masks, so nothing is looked
+up.
 """
 
 from __future__ import annotations
@@ -20,62 +20,60 @@ from mlx_mtp.planning.costs import CostCurve, LiveCosts
 from mlx_mtp.planning.planner import Planner
 from mlx_mtp.simulate.trace import Trace, TracedAnswer
 
-CONTEXT_STEP = 128  # contexts nearer than this cost the same, as for the planner
-
+CONTEXT_STEP = 128  # contexts within one step cost the same, as for the planner
 
 MakePlanner = Callable[[], Planner]
 
 
 class StepCosts:
-    """What steps take, however wide.
+    """Durations of steps of any width.
 
     Args:
-        curve: up to the rows that are known.
-        most_rows: rows that must have a time.
+        curve: costs up to the known number of rows.
+        max_rows: number of rows that must have a cost.
     """
 
-    def __init__(self, curve: CostCurve, *, most_rows: int = 0) -> None:
+    def __init__(self, curve: CostCurve, *, max_rows: int = 0) -> None:
         self._curve = curve
-        self._draft = list(curve.draft_ms)
-        self._known = curve.rows[-1]
-        self._most = max(most_rows, self._known)
+        self._max_rows = max_rows
         self._tables: dict[int, list[float]] = {}
 
     def forward_ms(self, context: int) -> list[float]:
-        """Time of a forward by its rows, ``[rows + 1]``."""
-        at = context // CONTEXT_STEP
-        if at not in self._tables:
-            known = self._curve.forward(at * CONTEXT_STEP)
-            wider = known[-1] / self._known * np.arange(self._known + 1, self._most + 1)
-            self._tables[at] = [*known.tolist(), *wider.tolist()]
-        return self._tables[at]
+        """Milliseconds of a forward by its rows, ``[rows + 1]``."""
+        index = context // CONTEXT_STEP
+        if index not in self._tables:
+            known = self._curve.forward(index * CONTEXT_STEP)
+            last = len(known) - 1
+            wider = known[-1] / last * np.arange(last + 1, self._max_rows + 1)
+            self._tables[index] = [*known.tolist(), *wider.tolist()]
+        return self._tables[index]
 
     def draft_ms(self, size: int) -> float:
-        """Time to draft from a mask group."""
-        return self._draft[min(size, len(self._draft) - 1)]
+        """Milliseconds of drafting from a mask group."""
+        return self._curve.draft_ms[min(size, len(self._curve.draft_ms) - 1)]
 
     def ms(self, rows: int, largest: int, context: int) -> float:
-        """Time of a step.
+        """Milliseconds of a step.
 
         Args:
-            rows: of the forward.
+            rows: rows of the forward.
             largest: masks of its largest group.
-            context: ids in the cache.
+            context: number of ids in the cache.
         """
         return self.forward_ms(context)[rows] + self.draft_ms(largest)
 
 
 @dataclass
 class Tally:
-    """What was counted over answers.
+    """Counts over answers.
 
     Attributes:
-        tokens: emitted, those of the first steps among them.
-        steps: the first steps among them.
-        clocked: tokens emitted behind the first steps.
-        ms: time of the steps behind the first.
+        tokens: emitted tokens, including the first steps.
+        steps: number of steps, including the first steps.
+        clocked: tokens emitted after the first steps.
+        ms: duration of the steps after the first.
         rows: rows of these steps.
-        widest: rows of the widest step, first steps left out.
+        widest: rows of the widest of these steps.
     """
 
     tokens: int = 0
@@ -86,36 +84,36 @@ class Tally:
     widest: int = 0
 
     def add(self, other: Tally) -> None:
-        """Count another tally's too."""
+        """Add the counts of another tally."""
         for name in ("tokens", "steps", "clocked", "ms", "rows"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.widest = max(self.widest, other.widest)
 
     @property
     def tokens_per_step(self) -> float:
-        """Tokens emitted over steps, as the decoder counts them."""
+        """Emitted tokens per step, as the decoder counts them."""
         return self.tokens / self.steps if self.steps else 0.0
 
     @property
     def ms_per_step(self) -> float:
-        """Time of a step behind the first ones."""
-        timed = self.steps - (self.tokens - self.clocked)
-        return self.ms / timed if timed else 0.0
+        """Milliseconds per step after the first ones."""
+        num_timed = self.steps - (self.tokens - self.clocked)
+        return self.ms / num_timed if num_timed else 0.0
 
     @property
     def tps(self) -> float:
-        """Tokens a second behind the first steps."""
+        """Tokens per second after the first steps."""
         return 1e3 * self.clocked / self.ms if self.ms else 0.0
 
 
 @dataclass
 class Replay:
-    """A trace that was decoded.
+    """Result of replaying a trace.
 
     Attributes:
-        total: over all answers.
-        kinds: by kind of text.
-        answers: each answer's.
+        total: counts over all answers.
+        kinds: counts by kind of text.
+        answers: counts of each answer.
     """
 
     total: Tally = field(default_factory=Tally)
@@ -123,59 +121,63 @@ class Replay:
     answers: list[Tally] = field(default_factory=list)
 
     def add(self, kind: str, tally: Tally) -> None:
-        """Count an answer."""
+        """Add an answer."""
         self.total.add(tally)
         self.answers.append(tally)
         self.kinds.setdefault(kind, Tally()).add(tally)
 
+    def tally(self, kind: str | None) -> Tally:
+        """Counts of one kind of text; of all answers for None."""
+        return self.total if kind is None else self.kinds[kind]
+
 
 def replay(trace: Trace, make_planner: MakePlanner, costs: StepCosts) -> Replay:
-    """Decode all answers of a trace.
+    """Replay all answers of a trace.
 
     Args:
-        trace: the drafts that hold.
-        make_planner: called for each answer; what is to be remembered between them is its affair.
-        costs: what steps take.
+        trace: the accepted drafts.
+        make_planner: called for each answer; planners may share what they learn.
+        costs: durations of steps.
     """
-    found = Replay()
+    result = Replay()
     for answer in trace.answers:
         tally = replay_answer(answer, make_planner(), costs, max_tokens=trace.max_tokens)
-        found.add(answer.kind, tally)
-    return found
+        result.add(answer.kind, tally)
+    return result
 
 
 def replay_answer(
     answer: TracedAnswer, planner: Planner, costs: StepCosts, *, max_tokens: int
 ) -> Tally:
-    """Decode one answer, step by step as ``decode`` does."""
+    """Replay one answer, step by step as ``decode`` does."""
     counts, tokens, prompt = answer.counts, answer.num_tokens, answer.prompt
     emitted = waiting = 0
     tally = Tally(tokens=tokens)
     while emitted < tokens:
         context = prompt + emitted - 1 if emitted else 0
-        decision = planner.plan(
+        plan = planner.plan(
             num_pending=1 if emitted else prompt,
             num_waiting=waiting,
             room=max_tokens - emitted,
             context=context,
         )
-        layout = decision.layout
-        held = min(layout.num_draft_tokens, counts[emitted - 1]) if emitted else 0
+        layout = plan.layout
+        accepted = min(layout.num_draft_tokens, counts[emitted - 1]) if emitted else 0
         rows, ms = layout.num_rows, 0.0
         if emitted:
             ms = costs.ms(rows, max(layout.mask_counts), context)
-            tally.clocked += min(held + 1, tokens - emitted)
+            tally.clocked += min(accepted + 1, tokens - emitted)
             tally.ms += ms
             tally.rows += rows
             tally.widest = max(tally.widest, rows)
-        planner.observe(decision, num_accepted=held, context=context, ms=ms)
-        emitted += held + 1
-        waiting = layout.mask_counts[held]
+        planner.observe(plan, num_accepted=accepted, context=context, ms=ms)
+        emitted += accepted + 1
+        waiting = layout.mask_counts[accepted]
         tally.steps += 1
     return tally
 
 
 def speculation(curve: CostCurve, shares: tuple[float, ...], num_draft_tokens: int) -> Speculation:
-    """What a planner knows before the first answer: the curve, and the adapter's configuration."""
+    """What a planner knows before the first answer: the curve and the adapter's configuration."""
     prior = Acceptance.from_shares(shares) if shares else Acceptance.unknown(num_draft_tokens)
     return Speculation(LiveCosts(curve), prior)

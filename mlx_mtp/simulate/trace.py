@@ -1,8 +1,8 @@
-"""A trace: at every place of some answers, how many mask drafts would have held.
+"""Traces: how many mask drafts are accepted after each token of recorded answers.
 
-Which drafts hold behind a token depends on the text before it alone (``train.evaluate``), and fewer
-masks only cut the run short.  So these counts are all that a decode of the same text needs to
-know, whatever its layouts: a trace can be replayed under every planner and every cost curve.
+Which drafts are accepted after a token depends only on the text up to it (``evaluation``), and
+fewer masks only truncate the counts.  So the counts determine the steps of decoding the same text
+in any layout: a trace can be replayed with every planner and every cost curve.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = "mlx-mtp acceptance trace 1"
 SHIPPED = "trace.json"
-_DIGITS = string.digits + string.ascii_lowercase  # one letter a count
+_DIGITS = string.digits + string.ascii_lowercase  # one character per count
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class TracedAnswer:
     """One answer.
 
     Attributes:
-        id: of its prompt.
-        kind: of its prompt.
-        prompt: ids of the prompt.
-        counts: after each token but the last, how many mask drafts would hold, ``[tokens - 1]``.
+        id: id of its prompt.
+        kind: kind of its prompt.
+        prompt: number of ids of the prompt.
+        counts: accepted mask drafts after each token but the last, ``[tokens - 1]``.
     """
 
     id: str
@@ -46,8 +46,12 @@ class TracedAnswer:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the answer."""
+        """Number of tokens of the answer."""
         return len(self.counts) + 1
+
+    def rooms(self) -> range:
+        """Number of tokens that follow each token but the last, ``[tokens - 1]``."""
+        return range(len(self.counts), 0, -1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,11 +59,11 @@ class Trace:
     """Answers of one model with one adapter.
 
     Attributes:
-        answers: in the order in which they are replayed.
-        num_draft_tokens: k, the most that a count can be.
-        max_tokens: where longer answers were cut.
-        shares: what the adapter's configuration says of its drafts, which planners begin with.
-        source: what it was recorded with, for people.
+        answers: the answers, in the order in which they are replayed.
+        num_draft_tokens: k, the maximum of a count.
+        max_tokens: length to which longer answers were truncated.
+        shares: acceptance in the adapter's configuration, from which planners start, ``[k]``.
+        source: what it was recorded with.
     """
 
     answers: tuple[TracedAnswer, ...]
@@ -73,42 +77,41 @@ class Trace:
         if not 1 <= k < len(_DIGITS):
             raise ValueError(f"num_draft_tokens must be 1 to {len(_DIGITS) - 1}, got {k}")
         if not self.answers:
-            raise ValueError("it holds no answers")
-        if not all(0 <= each <= 1 for each in shares) or list(shares) != sorted(shares)[::-1]:
-            raise ValueError(f"shares must fall within 0 to 1, got {list(shares)}")
-        for each in self.answers:
-            if each.prompt < 1 or each.num_tokens > self.max_tokens:
+            raise ValueError("the trace has no answers")
+        if list(shares) != sorted(shares, reverse=True) or not all(0 <= x <= 1 for x in shares):
+            raise ValueError(f"shares must be between 0 and 1 and not increase, got {list(shares)}")
+        for answer in self.answers:
+            if answer.prompt < 1 or answer.num_tokens > self.max_tokens:
                 raise ValueError(
-                    f"{each.id} has {each.prompt} prompt ids and {each.num_tokens} tokens; wanted "
-                    f"are at least 1 and at most {self.max_tokens}"
+                    f"{answer.id} has {answer.prompt} prompt ids and {answer.num_tokens} tokens; "
+                    f"expected at least 1 and at most {self.max_tokens}"
                 )
-            room = range(len(each.counts), 0, -1)
-            for count, most in zip(each.counts, room, strict=True):
-                if not 0 <= count <= min(k, most):
-                    raise ValueError(f"{each.id} counts {count} where {min(k, most)} is the most")
+            for count, room in zip(answer.counts, answer.rooms(), strict=True):
+                if not 0 <= count <= min(k, room):
+                    raise ValueError(f"{answer.id} has count {count}, expected 0 to {min(k, room)}")
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """Kinds of text, in order of appearance."""
-        return tuple(dict.fromkeys(each.kind for each in self.answers))
+        return tuple(dict.fromkeys(answer.kind for answer in self.answers))
 
     def of_kind(self, kinds: Iterable[str]) -> Trace:
-        """The answers of some kinds.
+        """Return a trace with only the answers of these kinds.
 
         Raises:
-            ValueError: there is no such kind.
+            ValueError: a kind does not occur.
         """
-        wanted = set(kinds)
-        if unknown := sorted(wanted - set(self.kinds)):
+        kinds = set(kinds)
+        if unknown := sorted(kinds - set(self.kinds)):
             raise ValueError(f"the trace has the kinds {', '.join(self.kinds)}, not {unknown[0]!r}")
-        answers = tuple(each for each in self.answers if each.kind in wanted)
+        answers = tuple(answer for answer in self.answers if answer.kind in kinds)
         return replace(self, answers=answers)
 
     def limited(self, num_draft_tokens: int) -> Trace:
-        """The same answers with fewer masks.
+        """Return a trace of the same answers with fewer masks.
 
         Raises:
-            ValueError: there are not so many in the trace, or it is less than one.
+            ValueError: ``num_draft_tokens`` is more than that of the trace, or less than one.
         """
         k = num_draft_tokens
         if not 1 <= k <= self.num_draft_tokens:
@@ -116,28 +119,26 @@ class Trace:
                 f"k must be between 1 and the trace's {self.num_draft_tokens}, got {k}"
             )
         answers = tuple(
-            replace(each, counts=tuple(min(count, k) for count in each.counts))
-            for each in self.answers
+            replace(answer, counts=tuple(min(count, k) for count in answer.counts))
+            for answer in self.answers
         )
-        shares = self.shares[:k]
-        return replace(self, answers=answers, num_draft_tokens=k, shares=shares)
+        return replace(self, answers=answers, num_draft_tokens=k, shares=self.shares[:k])
 
-    def holds(self, num_draft_tokens: int | None = None) -> np.ndarray:
-        """Share of places behind which at least j drafts hold, ``[k + 1]``, 1.0 at j = 0.
+    def prefix_probs(self) -> np.ndarray:
+        """Probability that at least j drafts are accepted, ``[k + 1]``, 1.0 at j = 0.
 
-        Places whose answer ends before could not have had j drafts and do not count.
+        Only positions with at least j more tokens count for j.
         """
-        k = self.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
-        counts = np.concatenate([np.array(each.counts, dtype=int) for each in self.answers])
-        rooms = np.concatenate([np.arange(len(each.counts), 0, -1) for each in self.answers])
-        shares = [1.0]
-        for j in range(1, k + 1):
-            could = rooms >= j
-            shares.append(float((counts[could] >= j).mean()) if could.any() else 0.0)
-        return np.minimum.accumulate(np.array(shares))
+        counts = np.array([count for answer in self.answers for count in answer.counts], int)
+        rooms = np.array([room for answer in self.answers for room in answer.rooms()], int)
+        probs = [1.0]
+        for j in range(1, self.num_draft_tokens + 1):
+            has_room = rooms >= j
+            probs.append(float((counts[has_room] >= j).mean()) if has_room.any() else 0.0)
+        return np.minimum.accumulate(np.array(probs))
 
     def to_json(self) -> str:
-        """As a file: a head, and one line for each answer."""
+        """Return the text of a trace file: a head, and one line for each answer."""
         head = {
             "format": FORMAT,
             "source": self.source,
@@ -146,52 +147,52 @@ class Trace:
             "shares": list(self.shares),
         }
         lines = [
-            json.dumps({**vars(each), "counts": "".join(_DIGITS[count] for count in each.counts)})
-            for each in self.answers
+            json.dumps(vars(answer) | {"counts": "".join(_DIGITS[c] for c in answer.counts)})
+            for answer in self.answers
         ]
         answers = ",\n  ".join(lines)
         return json.dumps(head, indent=1)[:-2] + f',\n "answers": [\n  {answers}\n ]\n}}\n'
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Trace:
-        """Build from the JSON that ``to_json`` gave.
+        """Build from the values of a trace file.
 
         Raises:
-            ValueError: something is missing or cannot be.
+            ValueError: a value is missing or impossible.
         """
         if not isinstance(values, Mapping) or values.get("format") != FORMAT:
             raise ValueError(f"not an acceptance trace (no format {FORMAT!r})")
         try:
             answers = [
                 TracedAnswer(
-                    str(each["id"]), str(each["kind"]), int(each["prompt"]),
-                    tuple(_count(letter, str(each["id"])) for letter in str(each["counts"])),
+                    str(item["id"]), str(item["kind"]), int(item["prompt"]),
+                    tuple(_count(digit, str(item["id"])) for digit in str(item["counts"])),
                 )
-                for each in values["answers"]
+                for item in values["answers"]
             ]  # fmt: skip
             return cls(
                 answers=tuple(answers),
                 num_draft_tokens=int(values["num_draft_tokens"]),
                 max_tokens=int(values["max_tokens"]),
-                shares=tuple(float(each) for each in values["shares"]),
+                shares=tuple(float(share) for share in values["shares"]),
                 source=str(values.get("source", "")),
             )
         except (KeyError, TypeError) as error:
             raise ValueError(f"not an acceptance trace: {error!r}") from None
 
 
-def _count(letter: str, answer: str) -> int:
-    count = _DIGITS.find(letter)
+def _count(digit: str, answer: str) -> int:
+    count = _DIGITS.find(digit)
     if count < 0:
-        raise ValueError(f"{answer} has the count {letter!r}")
+        raise ValueError(f"{answer} has the count {digit!r}")
     return count
 
 
 def read_trace(path: Path | None = None) -> Trace:
-    """Read a trace; the shipped one by default.
+    """Read a trace; the included one by default.
 
     Raises:
-        ValueError: the file holds no trace, or is damaged.
+        ValueError: the file is not a trace, or is damaged.
         OSError: it cannot be read.
     """
     source = files("mlx_mtp.simulate") / SHIPPED if path is None else path
@@ -202,7 +203,7 @@ def read_trace(path: Path | None = None) -> Trace:
 
 
 def write_trace(trace: Trace, path: Path) -> None:
-    """Write a trace, whole or not at all."""
+    """Write a trace atomically."""
     write_atomically(path, trace.to_json())
 
 
@@ -214,14 +215,14 @@ def record(
     source: str = "",
     progress: Callable[[int, int], None] | None = None,
 ) -> Trace:
-    """Count the drafts that hold along greedy answers; about 6 s an answer of 64 on one core.
+    """Count the accepted drafts of greedy answers; about 6 s per answer of 64 tokens on one core.
 
     Args:
-        model: with its adapter.
-        texts: the answers; from each as many tokens as wanted.
-        max_tokens: most tokens of an answer.
-        source: for people.
-        progress: called with (answers done, answers in all).
+        model: a model with an adapter.
+        texts: the answers.
+        max_tokens: maximum tokens of an answer; longer ones are truncated.
+        source: description for the trace.
+        progress: called with the numbers of finished answers and of all answers.
 
     Raises:
         ValueError: the model has no adapter, or there are no answers.
@@ -229,12 +230,12 @@ def record(
     from mlx_mtp.evaluation.acceptance import checked_num_masks, count_answers
 
     k = checked_num_masks(model, None)
-    sequences = [each.sequence for each in texts]
+    sequences = [text.sequence for text in texts]
     answers = []
-    for found in count_answers(model, sequences, max_tokens=max_tokens, progress=progress):
-        text = texts[found.sequence]
-        room = np.arange(len(found.counts), 0, -1)  # drafts behind the cut are never emitted
-        counts = np.minimum(found.counts, room).tolist()
+    for answer in count_answers(model, sequences, max_tokens=max_tokens, progress=progress):
+        text = texts[answer.sequence]
+        room = np.arange(len(answer.counts), 0, -1)  # drafts after the cut are never emitted
+        counts = np.minimum(answer.counts, room).tolist()
         answers.append(TracedAnswer(text.id, text.kind, len(text.prompt), tuple(counts)))
     assert model.config is not None
     return Trace(

@@ -25,8 +25,7 @@ from tests.helpers.tiny import save_tiny_pair
 
 NUM_MODES = 5
 LINES = [
-    {"id": f"p{at}", "kind": ("odd", "even")[at % 2], "prompt": "ab cd " * (at + 1)}
-    for at in range(4)
+    {"id": f"p{i}", "kind": ("odd", "even")[i % 2], "prompt": "ab cd " * (i + 1)} for i in range(4)
 ]
 
 
@@ -49,7 +48,7 @@ def nothing_is_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def tune_nothing(patch: pytest.MonkeyPatch) -> None:
-    """What rows cost is guessed; measuring it has tests of its own."""
+    """Row costs are default guesses; measuring them has its own tests."""
 
     def guess(model: Any, **_: Any) -> Speculation:
         known = SPECULATIONS.get(model) or Speculation.guess(model.num_draft_tokens)
@@ -67,7 +66,7 @@ def invoke(*args: Any) -> Result:
 def on_tiny(pair: tuple[Path, Path], prompts: Path, *args: Any) -> list[str]:
     model, adapter = pair
     arguments = ["--model", model, "--adapter-path", adapter, "--prompts", prompts]
-    return [str(each) for each in [*arguments, "--max-tokens", 8, *args]]
+    return [str(argument) for argument in [*arguments, "--max-tokens", 8, *args]]
 
 
 def failure(*args: Any) -> str:
@@ -92,7 +91,7 @@ def measured(
             *("--output-file", folder / "new" / "report.json"),
         )
     assert done.exit_code == 0, done.output
-    assert [each.name for each in (folder / "new").iterdir()] == ["report.json"]
+    assert [path.name for path in (folder / "new").iterdir()] == ["report.json"]
     return done, json.loads((folder / "new" / "report.json").read_text())
 
 
@@ -116,10 +115,10 @@ def test_outputs_of_our_modes_and_of_mlx_lm_in_float32_are_equal(measured: Any) 
     outputs = report["outputs"]
     assert (outputs["reference"], outputs["compared"], outputs["different"]) == ("plain", 32, 0)
     assert set(outputs["others"]) == {"stock", "draft"}
-    assert [each["different"] for each in outputs["others"].values()] == [0, 0]
+    assert [counts["different"] for counts in outputs["others"].values()] == [0, 0]
 
 
-def test_a_draft_model_that_is_the_model_always_holds(measured: Any) -> None:
+def test_drafts_of_the_model_itself_are_always_accepted(measured: Any) -> None:
     _, report = measured
     rows = [r for r in report["figures"] if r["mode"] == "draft" and r["kind"] is None]
     assert len(rows) == 2
@@ -137,7 +136,7 @@ def test_steps_are_counted_with_their_masks(measured: Any) -> None:
     assert {(r["drafts"], r["masks"]) for r in plain} == {(0, 0)}
 
 
-def test_memory_and_sizes_are_told(measured: Any) -> None:
+def test_memory_and_sizes_are_reported(measured: Any) -> None:
     _, report = measured
     sizes = {mode["name"]: mode for mode in report["modes"]}
     assert sizes["stock"]["weight_bytes"] < sizes["plain"]["weight_bytes"]  # no adapter
@@ -160,7 +159,7 @@ def test_each_output_on_stdout_and_in_a_file(
     measured: Any, shape: str, tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = measured[1]
-    monkeypatch.setattr(cli_benchmark, "_measure", lambda wanted: report)
+    monkeypatch.setattr(cli_benchmark, "_measure", lambda config: report)
     file = tmp_path / f"out.{shape}"
     done = invoke("--prompts", prompts, "--format", shape, "--output-file", file)
     assert done.exit_code == 0 and done.stdout == file.read_text()
@@ -175,20 +174,20 @@ def test_a_picture_of_what_was_measured(
     measured: Any, tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(cli_benchmark, "_measure", lambda wanted: measured[1])
+    monkeypatch.setattr(cli_benchmark, "_measure", lambda config: measured[1])
     done = invoke("--prompts", prompts, "--plot", tmp_path / "x.png")
     assert done.exit_code == 0, done.output
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["x.png", "x.svg"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["x.png", "x.svg"]
     assert (tmp_path / "x.png").read_bytes().startswith(b"\x89PNG")
     assert "</svg>" in (tmp_path / "x.svg").read_text()
 
 
-def test_a_wrong_answer_is_told(
+def test_a_wrong_answer_is_reported(
     measured: Any, prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = measured[1]
     wrong = report | {"outputs": report["outputs"] | {"different": 1, "where": ["p1 (auto)"]}}
-    monkeypatch.setattr(cli_benchmark, "_measure", lambda wanted: wrong)
+    monkeypatch.setattr(cli_benchmark, "_measure", lambda config: wrong)
     done = invoke("--prompts", prompts)
     assert "Answers that differ from plain: 1 of 32: p1 (auto)" in done.stdout
     assert done.stderr == "answers differ from plain decoding; see mlx-mtp verify\n"
@@ -197,12 +196,12 @@ def test_a_wrong_answer_is_told(
 def test_a_planted_wrong_id_is_caught(
     pair: tuple[Path, Path], prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One id of one step of one mode is another."""
+    """One id of one step of one mode is wrong."""
     right = modes.decode
 
     def wrong(model: Any, ids: list[int], **options: Any) -> Any:
-        for at, step in enumerate(right(model, ids, **options)):
-            if at == 1 and options["layout"] == "linear":
+        for number, step in enumerate(right(model, ids, **options)):
+            if number == 1 and options["layout"] == "linear":
                 step = replace(step, tokens=[(step.tokens[0] + 1) % 260, *step.tokens[1:]])
             yield step
 
@@ -211,16 +210,16 @@ def test_a_planted_wrong_id_is_caught(
     report = json.loads(invoke(*args, "--num-warmups", 0, "--format", "json").stdout)
     outputs = report["outputs"]
     assert (outputs["compared"], outputs["different"]) == (4, 2)
-    assert {each.split()[1] for each in outputs["where"]} == {"(linear)"}
+    assert {text.split()[1] for text in outputs["where"]} == {"(linear)"}
 
 
-def test_a_full_disk_does_not_cost_the_figures(
+def test_a_full_disk_does_not_lose_the_figures(
     measured: Any, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(path: Path, text: str) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(cli_benchmark, "_measure", lambda wanted: measured[1])
+    monkeypatch.setattr(cli_benchmark, "_measure", lambda config: measured[1])
     monkeypatch.setattr("mlx_mtp.storage.files.write_atomically", full)
     file = tmp_path / "x.json"
     done = invoke("--prompts", prompts, "--format", "json", "--output-file", file)
@@ -231,15 +230,15 @@ def test_a_full_disk_does_not_cost_the_figures(
 def test_files_that_cannot_be_written_are_refused_first(
     prompts: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    told = failure("--output-file", prompts / "x.json")
-    assert told == f"Error: {prompts} is not a folder"
+    error = failure("--output-file", prompts / "x.json")
+    assert error == f"Error: {prompts} is not a folder"
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert 'pip install "mlx-mtp[bench]"' in failure("--plot", "x.png")
 
 
 @pytest.mark.parametrize(("steps", "answers"), [(3, 0), (60, 1)])
-def test_ctrl_c_prints_what_is_there(
+def test_ctrl_c_prints_the_results_so_far(
     pair: tuple[Path, Path],
     prompts: Path,
     steps: int,
@@ -249,14 +248,14 @@ def test_ctrl_c_prints_what_is_there(
     calls = 0
     run = flow.run
 
-    def interrupted(prepared: Any, *, check: Any, say: Any) -> Any:
+    def interrupted(prepared: Any, *, check: Any) -> Any:
         def counting() -> None:
             nonlocal calls
             calls += 1
             if calls > steps:
                 raise KeyboardInterrupt
 
-        return run(prepared, check=counting, say=say)
+        return run(prepared, check=counting)
 
     monkeypatch.setattr(flow, "run", interrupted)
     args = on_tiny(pair, prompts, "--modes", "plain,linear", "--repeats", 99)
@@ -268,8 +267,8 @@ def test_ctrl_c_prints_what_is_there(
     report = json.loads(done.stdout)
     assert report["status"] == "interrupted" and report["answers"]
     counts = dict.fromkeys(("plain", "linear"), 0)
-    for each in report["answers"]:
-        counts[each["mode"]] += 1
+    for answer in report["answers"]:
+        counts[answer["mode"]] += 1
     assert counts["plain"] == counts["linear"]
 
 
@@ -280,15 +279,15 @@ def test_plain_decoding_needs_no_adapter(pair: tuple[Path, Path], prompts: Path)
     report = json.loads(done.stdout)
     assert report["model"]["adapter"] is None and report["cost_curve"] is None
     assert {row["mode"] for row in report["figures"] if "speedup" in row} == {"plain"}
-    told = failure(*base, "--modes", "plain,auto")
-    assert "mode auto needs an MTP adapter" in told and "--modes plain,stock" in told
+    error = failure(*base, "--modes", "plain,auto")
+    assert "mode auto needs an MTP adapter" in error and "use --modes plain,stock" in error
 
 
 def test_a_bad_line_of_the_prompts_is_named(tmp_path: Path) -> None:
     file = tmp_path / "mine.jsonl"
     file.write_text('{"prompt": "a"}\n{"prompt": 7}\n')
-    told = failure("--prompts", file)
-    assert told == f"Error: {file}, line 2: 'prompt' must be a string, got 7"
+    error = failure("--prompts", file)
+    assert error == f"Error: {file}, line 2: 'prompt' must be a string, got 7"
 
 
 BAD = {
@@ -298,9 +297,9 @@ BAD = {
     "contexts": (["--contexts", "0,many"], "'0,many' is not a list of numbers"),
     "no context": (["--contexts", ","], "--contexts is empty"),
     "context": (["--contexts", "-5"], "-5 is less than the minimum, 0"),
-    "mode": (["--modes", "plain,fast"], "no mode 'fast': there are plain, auto"),
-    "twice": (["--modes", "plain,plain"], "mode plain is named twice"),
-    "none": (["--modes", ""], "no mode is named"),
+    "mode": (["--modes", "plain,fast"], "unknown mode 'fast'; modes: plain, auto"),
+    "twice": (["--modes", "plain,plain"], "mode plain is given twice"),
+    "none": (["--modes", ""], "no mode is given"),
     "draft": (["--modes", "plain,draft"], "mode draft needs --draft-model"),
     "kind": (["--kinds", "poems"], "kinds must be among chat, code"),
     "prompts": (["--prompts", "no-such.jsonl"], "no-such.jsonl: No such file"),
@@ -316,24 +315,24 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize(("args", "told"), BAD.values(), ids=BAD.keys())
-def test_bad_options_are_one_clear_line(args: list[str], told: str) -> None:
-    assert told in failure(*args)
+@pytest.mark.parametrize(("args", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_options_are_one_clear_line(args: list[str], message: str) -> None:
+    assert message in failure(*args)
 
 
 def test_contexts_beyond_the_models_are_one_clear_line(
     pair: tuple[Path, Path], prompts: Path
 ) -> None:
-    told = failure(*on_tiny(pair, prompts, "--contexts", "0,504"))
-    assert "504 tokens of text and 8 of answer do not fit" in told
-    assert "which has a context of 512" in told
-    told = failure(*on_tiny(pair, prompts, "--contexts", "400"))
-    assert "prompt p3 behind 400 tokens of text has" in told
+    error = failure(*on_tiny(pair, prompts, "--contexts", "0,504"))
+    assert "504 tokens of text and 8 of answer do not fit into" in error
+    assert "which is 512" in error
+    error = failure(*on_tiny(pair, prompts, "--contexts", "400"))
+    assert "prompt p3 after 400 tokens of text has" in error
 
 
 def test_more_drafts_than_the_adapter_has(pair: tuple[Path, Path], prompts: Path) -> None:
-    told = failure(*on_tiny(pair, prompts, "--num-draft-tokens", 9))
-    assert "num_draft_tokens is 9, but the adapter was trained for 4" in told
+    error = failure(*on_tiny(pair, prompts, "--num-draft-tokens", 9))
+    assert "num_draft_tokens is 9, but the adapter was trained for 4" in error
 
 
 def test_a_draft_model_with_another_tokenizer(
@@ -349,7 +348,7 @@ def test_a_draft_model_with_another_tokenizer(
 
     (tmp_path / "draft").symlink_to(pair[0])
     monkeypatch.setattr(flow, "load_stock", other)
-    told = failure(*on_tiny(pair, prompts, "--draft-model", tmp_path / "draft"))
-    assert "has 7 tokens, the model 256: it needs the same tokenizer" in told
-    told = failure(*on_tiny(pair, prompts, "--draft-model", tmp_path / "nowhere"))
-    assert "nowhere does not exist" in told
+    error = failure(*on_tiny(pair, prompts, "--draft-model", tmp_path / "draft"))
+    assert "has 7 tokens, the model 256: it needs the same tokenizer" in error
+    error = failure(*on_tiny(pair, prompts, "--draft-model", tmp_path / "nowhere"))
+    assert "nowhere does not exist" in error

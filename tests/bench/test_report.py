@@ -1,4 +1,4 @@
-"""Reports as tables, files and pictures, and two of them side by side."""
+"""Reports as tables, files and pictures, and the comparison of two."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_table_has_llama_benchs_shape_and_is_aligned():
     assert same(json.loads(lines[-1]), {k: v for k, v in report.items() if k != "answers"})
 
 
-def test_the_notes_tell_what_a_reader_must_know():
+def test_notes():
     text = "\n".join(tables.notes(made()))
     assert "Answers that differ from plain: 0 of 10" in text
     assert "swap in use, before and after: not readable" in text
@@ -148,7 +148,7 @@ def test_sizes(count, shown):
     assert tables.size(count) == shown
 
 
-def test_a_report_beside_itself():
+def test_a_report_compared_with_itself():
     report = made()
     rows = compare.compare(report, report)
     assert len(rows) == len(report["figures"])
@@ -159,7 +159,7 @@ def test_a_report_beside_itself():
 
 
 def test_a_faster_build_is_seen():
-    slow, fast = made(), made([3 * each for each in SPEEDUPS], seed=1)
+    slow, fast = made(), made([3 * speedup for speedup in SPEEDUPS], seed=1)
     whole = next(
         row for row in compare.compare(slow, fast) if row["kind"] is None and row["mode"] == "auto"
     )
@@ -170,13 +170,13 @@ def test_a_faster_build_is_seen():
 @pytest.mark.parametrize("shape", tables.FORMATS)
 def test_a_comparison_in_each_shape(shape):
     one, other = made(), made(seed=1)
-    rows, told = compare.compare(one, other), ["the adapters differ"]
-    text = compare.render(rows, told, shape)
+    rows, notes = compare.compare(one, other), ["the adapters differ"]
+    text = compare.render(rows, notes, shape)
     if shape == "json":
-        assert same(json.loads(text), {"rows": rows, "warnings": told})
+        assert same(json.loads(text), {"rows": rows, "warnings": notes})
     elif shape == "jsonl":
         *lines, last = map(json.loads, text.split("\n"))
-        assert same(lines, rows) and last == {"warnings": told}
+        assert same(lines, rows) and last == {"warnings": notes}
     elif shape == "csv":
         assert len(list(csv.DictReader(io.StringIO(text)))) == len(rows)
     else:
@@ -213,10 +213,10 @@ def test_other_machines_and_settings_are_warned_of():
     other = changed(other, "versions", "mlx", to="9")
     other = changed(other, "status", to="interrupted")
     other["modes"].reverse()
-    told = "\n".join(compare.warnings(report, other))
-    for text in ("another in B", "max_tokens 96 in A, 16 in B", "mlx ", "B was interrupted"):
-        assert text in told
-    assert "against plain in A, against auto in B" in told
+    text = "\n".join(compare.warnings(report, other))
+    for part in ("another in B", "max_tokens 96 in A, 16 in B", "mlx ", "B was interrupted"):
+        assert part in text
+    assert "over plain in A, over auto in B" in text
 
 
 def invoke(*args: Any) -> Any:
@@ -244,12 +244,12 @@ DAMAGE = {
 }
 
 
-@pytest.mark.parametrize(("content", "told"), DAMAGE.values(), ids=DAMAGE.keys())
-def test_a_file_that_is_no_report(tmp_path: Path, content: Any, told: str):
+@pytest.mark.parametrize(("content", "message"), DAMAGE.values(), ids=DAMAGE.keys())
+def test_a_file_that_is_no_report(tmp_path: Path, content: Any, message: str):
     file = tmp_path / "bad.json"
     file.write_text("{" if content is None else json.dumps(content))
     done = invoke("--compare", file, file)
-    assert done.exit_code == 2 and done.stderr == f"Error: {file} {told}\n"
+    assert done.exit_code == 2 and done.stderr == f"Error: {file} {message}\n"
 
 
 @pytest.mark.parametrize("key", ["model", "prompts", "settings", "machine", "versions", "figures"])
@@ -274,4 +274,4 @@ def test_a_picture_of_a_report_is_the_same_again(tmp_path: Path):
     for name in ("x.png", "x.svg"):
         one, two = ((tmp_path / folder / name).read_bytes() for folder in "ab")
         assert one == two and len(one) > 5000
-    assert sorted(each.name for each in (tmp_path / "a").iterdir()) == ["x.png", "x.svg"]
+    assert sorted(path.name for path in (tmp_path / "a").iterdir()) == ["x.png", "x.svg"]

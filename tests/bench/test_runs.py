@@ -1,4 +1,4 @@
-"""One answer with the clock on, the order of the modes, and where the prompts come from."""
+"""The timing of one answer, the order of the modes, and the sources of prompts."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from mlx_mtp.bench import contexts, machine_state, measure, modes, runs
 from mlx_mtp.bench.contexts import Question, check_room, questions
 from mlx_mtp.bench.measure import schedule
 from mlx_mtp.bench.modes import Mode, draft_steps
-from mlx_mtp.bench.runs import RUN, Step, num_repeated, timed
+from mlx_mtp.bench.runs import RUN, Step, num_repeated, time_answer
 from mlx_mtp.bench.settings import Settings
 from mlx_mtp.evaluation import prompt_sets
 from mlx_mtp.evaluation.prompts import BENCHMARK_KINDS, ENGLISH_KINDS, Prompt, builtin_prompts
 from tests.helpers.fixtures_generate import byte_tokenizer
 
 
-def test_the_clock_leaves_the_first_step_out(monkeypatch):
+def test_the_first_step_is_not_timed(monkeypatch):
     times = iter([100.0, 101.0, 103.0, 106.0])
     monkeypatch.setattr(runs.time, "perf_counter", lambda: next(times))
     steps = [Step(tokens=[1, 2]), Step(tokens=[3]), Step(tokens=[4, 5, 6])]
-    done = timed(lambda: iter(steps))
+    done = time_answer(lambda: iter(steps))
     assert (done.ids, done.steps, done.first) == ([1, 2, 3, 4, 5, 6], 3, 2)
-    assert (done.ttft_s, done.seconds, done.timed) == (1.0, 5.0, 4)
+    assert (done.ttft_s, done.seconds, done.num_timed) == (1.0, 5.0, 4)
     assert done.layouts == {(0, 0): (2, 5.0)}
 
 
@@ -43,10 +43,10 @@ def test_drafts_are_counted_by_position():
         drafted([1, 2, 3], 3, 2),
         drafted([1], 2, 0),
         drafted([1, 2, 3], 5, 2, "lookup"),
-        drafted([1, 2], 4, 2),  # the answer ends among its drafts: two were never judged
+        drafted([1, 2], 4, 2),  # the answer ends among its drafts: two were never verified
     ]
-    done = timed(lambda: iter(steps))
-    assert (done.verified, done.held) == ([3, 3, 1], [2, 2, 0])
+    done = time_answer(lambda: iter(steps))
+    assert (done.verified, done.accepted) == ([3, 3, 1], [2, 2, 0])
     assert done.lookup == (5, 2)
     assert done.layouts.keys() == {(3, 3), (2, 3), (5, 3), (4, 3)}
 
@@ -78,15 +78,15 @@ def test_repetition_by_looking_at_each_id(ids, conversation):
 
 def test_ids_of_a_draft_model_are_put_back_into_steps():
     tokens = [(1, False), (2, True), (3, True), (4, False), (5, True), (6, True)]
-    found = list(draft_steps(iter(tokens), {9}, 2, 6))
-    assert [each.tokens for each in found] == [[1], [2, 3, 4], [5, 6]]
-    assert [(each.num_draft_tokens, each.num_accepted) for each in found] == [
+    steps = list(draft_steps(iter(tokens), {9}, 2, 6))
+    assert [step.tokens for step in steps] == [[1], [2, 3, 4], [5, 6]]
+    assert [(step.num_draft_tokens, step.num_accepted) for step in steps] == [
         (2, 0),
         (2, 2),
         (2, 2),
     ]
     stopped = list(draft_steps(iter(tokens), {3}, 2, 6))
-    assert [each.tokens for each in stopped] == [[1], [2, 3]]
+    assert [step.tokens for step in stopped] == [[1], [2, 3]]
 
 
 @given(st.integers(1, 12), st.integers(1, 5), st.integers(1, 6))
@@ -95,13 +95,13 @@ def test_every_mode_answers_before_the_next_prompt(prompts, count, repeats):
     assert len(order) == len(set(order)) == prompts * count * repeats
     for start in range(0, len(order), count):
         group = order[start : start + count]
-        assert len({each[:2] for each in group}) == 1
-        assert {each[2] for each in group} == set(range(count))
+        assert len({place[:2] for place in group}) == 1
+        assert {place[2] for place in group} == set(range(count))
 
 
 @pytest.mark.parametrize("prompts", [3, 4])
-def test_each_mode_goes_first_alike_often_with_every_prompt(prompts):
-    firsts = Counter(each[1:] for each in list(schedule(prompts, 2, 4))[::2])
+def test_each_mode_goes_first_equally_often_with_every_prompt(prompts):
+    firsts = Counter(place[1:] for place in list(schedule(prompts, 2, 4))[::2])
     assert set(firsts.values()) == {2} and len(firsts) == 2 * prompts
 
 
@@ -114,18 +114,18 @@ def fake_mode(name: str, log: list[str]) -> Mode:
 
 
 def asked(*ids: str) -> list[Question]:
-    return [Question(Prompt(each, "chat", each), 0, [1, 2, 3]) for each in ids]
+    return [Question(Prompt(name, "chat", name), 0, [1, 2, 3]) for name in ids]
 
 
 def test_warm_ups_come_first_and_do_not_count():
     log: list[str] = []
     pair = [fake_mode("plain", log), fake_mode("auto", log)]
-    found = measure.measure(asked("a", "b"), pair, Settings(repeats=2, warmup=2))
-    assert log[:4] == ["plain", "plain", "auto", "auto"] and found.warmups == 4
-    assert [each.mode for each in found.answers] == log[4:]
+    measured = measure.measure(asked("a", "b"), pair, Settings(repeats=2, warmup=2))
+    assert log[:4] == ["plain", "plain", "auto", "auto"] and measured.warmups == 4
+    assert [answer.mode for answer in measured.answers] == log[4:]
     assert log[4:] == ["plain", "auto", "auto", "plain", "auto", "plain", "plain", "auto"]
-    assert [each.number for each in found.answers] == list(range(8))
-    assert not found.interrupted
+    assert [answer.number for answer in measured.answers] == list(range(8))
+    assert not measured.interrupted
 
 
 def test_rests_are_before_every_answer_but_the_first(monkeypatch):
@@ -146,19 +146,19 @@ def test_ctrl_c_leaves_whole_pairs():
             raise KeyboardInterrupt
 
     pair = [fake_mode("plain", []), fake_mode("auto", [])]
-    found = measure.measure(asked("a", "b", "c"), pair, Settings(warmup=0), check=check)
-    assert found.interrupted and len(found.answers) == 4
-    assert {each.prompt for each in found.answers} == {"a", "b"}
+    measured = measure.measure(asked("a", "b", "c"), pair, Settings(warmup=0), check=check)
+    assert measured.interrupted and len(measured.answers) == 4
+    assert {answer.prompt for answer in measured.answers} == {"a", "b"}
 
 
 @given(st.integers(1, 100))
 def test_a_limit_is_spread_over_the_kinds(limit):
     every = builtin_prompts(BENCHMARK_KINDS)
-    taken = prompt_sets.spread(every, limit)
-    assert len(taken) == min(limit, len(every))
-    assert taken == [each for each in every if each in taken]
-    counts = Counter(each.kind for each in taken)
-    sizes = Counter(each.kind for each in every)
+    selected = prompt_sets.spread(every, limit)
+    assert len(selected) == min(limit, len(every))
+    assert selected == [prompt for prompt in every if prompt in selected]
+    counts = Counter(prompt.kind for prompt in selected)
+    sizes = Counter(prompt.kind for prompt in every)
     for kind in counts:
         assert counts[kind] >= max(counts.values()) - 1 or counts[kind] == sizes[kind]
 
@@ -181,30 +181,33 @@ def test_prompts_by_name(tmp_path: Path):
     assert len(prompt_sets.prompts_of("builtin", kinds=["summary"])) == 8
     file = tmp_path / "mine.jsonl"
     file.write_text('{"prompt": "a", "kind": "x"}\n{"prompt": "b"}\n')
-    assert [each.text for each in prompt_sets.prompts_of(str(file), kinds=["x"])] == ["a"]
+    assert [prompt.text for prompt in prompt_sets.prompts_of(str(file), kinds=["x"])] == ["a"]
     with pytest.raises(ValueError, match="no prompts of kind y, only of user, x"):
         prompt_sets.prompts_of(str(file), kinds=["y"])
 
 
-def test_text_before_a_prompt_is_real_and_as_long_as_wanted():
+def test_text_before_a_prompt_is_real_and_as_long_as_requested():
     tokenizer = byte_tokenizer()
     prompts = [Prompt("a", "chat", "What is a fjord?"), Prompt("b", "chat", "And a geyser?")]
-    found = questions(tokenizer, prompts, (0, 3000))
-    plain, texts = found[:2], [tokenizer.decode(each.ids) for each in found[2:]]
+    asked_all = questions(tokenizer, prompts, (0, 3000))
+    plain, with_text = asked_all[:2], asked_all[2:]
+    texts = [tokenizer.decode(question.ids) for question in with_text]
     manual = "\n\n".join(contexts.sections())
-    for bare, long, text in zip(plain, found[2:], texts, strict=True):
-        assert 3000 <= len(long.ids) - len(bare.ids) <= 3100  # and what announces it
+    for bare, long, text in zip(plain, with_text, texts, strict=True):
+        assert 3000 <= len(long.ids) - len(bare.ids) <= 3100  # and its introduction
         assert long.prompt.text in text
         notes = text.split("\n\n", 1)[1].rsplit(contexts._AFTER, 1)[0]
         assert all(part in manual for part in notes.split("\n\n"))
     assert texts[0][:1000] != texts[1][:1000]  # in another order
     again = questions(tokenizer, prompts, (3000,))
-    assert [each.ids for each in again] == [each.ids for each in found[2:]]
+    assert [question.ids for question in again] == [question.ids for question in with_text]
 
 
 def test_text_is_never_repeated(monkeypatch):
     monkeypatch.setattr(contexts, "sections", lambda: ["one two three", "four five six"])
-    with pytest.raises(ValueError, match="there are 26 tokens of text to fill contexts, not 99"):
+    with pytest.raises(
+        ValueError, match="there are only 26 tokens of text to fill contexts, not 99"
+    ):
         questions(byte_tokenizer(), [Prompt("a", "chat", "x")], (99,))
 
 
@@ -212,31 +215,31 @@ def test_a_prompt_that_does_not_fit_is_named():
     long = Question(Prompt("big", "chat", "x"), 64, [1] * 90)
     check_room([*asked("a"), long], max_tokens=10, max_context=100, model="m")
     check_room([long], max_tokens=10, max_context=None, model="m")
-    with pytest.raises(ValueError, match="prompt big behind 64 tokens .* 90 .* 11, but m .* 100"):
+    with pytest.raises(ValueError, match="prompt big after 64 tokens .* 90 .* 11, but m .* 100"):
         check_room([*asked("a"), long], max_tokens=11, max_context=100, model="m")
 
 
 @pytest.mark.parametrize(
-    ("names", "told"),
+    ("names", "message"),
     [
-        (["plain", "fast"], "no mode 'fast'"),
-        (["plain", "plain"], "named twice"),
-        ([], "no mode is named"),
+        (["plain", "fast"], "unknown mode 'fast'"),
+        (["plain", "plain"], "given twice"),
+        ([], "no mode is given"),
         (
             ["plain", "auto:2"],
-            "no mode 'auto:2': a number of drafts goes with linear and quadratic",
+            "unknown mode 'auto:2'; only linear and quadratic take a number",
         ),
-        (["linear:0"], "no mode 'linear:0'"),
-        (["linear:"], "no mode 'linear:'"),
+        (["linear:0"], "unknown mode 'linear:0'"),
+        (["linear:"], "unknown mode 'linear:'"),
         (["plain", "draft"], "mode draft needs --draft-model"),
     ],
 )
-def test_modes_that_cannot_be_measured(names, told):
-    with pytest.raises(ValueError, match=told):
+def test_modes_that_cannot_be_measured(names, message):
+    with pytest.raises(ValueError, match=message):
         modes.check_modes(names, draft_model=None)
 
 
-def test_swap_in_use_is_none_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch):
+def test_swap_in_use_is_none_if_it_cannot_be_read(monkeypatch: pytest.MonkeyPatch):
     assert machine_state.swap_bytes() == psutil.swap_memory().used
 
     def hidden():
@@ -255,11 +258,11 @@ def counters(root: Path, **packages: int) -> None:
         (folder / "max_energy_range_uj").write_text(f"{1000 * 1_000_000 - 1}\n")
 
 
-def test_energy_is_that_of_the_packages(tmp_path):
+def test_energy_counts_whole_packages(tmp_path):
     counters(tmp_path, p0=100, p1=990, psys2=5)
     meter = machine_state.PowerMeter(tmp_path)
     assert meter.reason == "" and meter.joules() == 0
-    counters(tmp_path, p0=130, p1=20, psys2=500)  # the second one started over
+    counters(tmp_path, p0=130, p1=20, psys2=500)  # the second one overflowed
     assert meter.joules() == pytest.approx(60)
     assert meter.joules() == 0
     (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
@@ -273,14 +276,14 @@ def test_energy_that_cannot_be_read_is_none(tmp_path):
     (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
     meter = machine_state.PowerMeter(tmp_path)
     assert meter.joules() is None and meter.reason == (
-        "not readable: the energy counters are for root"
+        "not readable: the energy counters require root"
     )
 
 
-def test_the_machine_is_told():
-    told = machine_state.machine()
-    assert told["name"] and told["threads"] >= 1 and told["memory_bytes"] > 2**28
-    assert machine_state.differences(told, told) == []
-    assert machine_state.differences(told, told | {"threads": 999}) == [
-        f"threads {told['threads']} in A, 999 in B"
+def test_facts_about_the_machine():
+    facts = machine_state.machine()
+    assert facts["name"] and facts["threads"] >= 1 and facts["memory_bytes"] > 2**28
+    assert machine_state.differences(facts, facts) == []
+    assert machine_state.differences(facts, facts | {"threads": 999}) == [
+        f"threads {facts['threads']} in A, 999 in B"
     ]

@@ -1,4 +1,4 @@
-"""The benchmark's statistics: figures from answers, intervals that hold what they should, drift."""
+"""The benchmark's statistics: figures from answers, intervals that contain the truth, drift."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scipy import stats
 
 from mlx_mtp.bench import summary
 from mlx_mtp.bench.interval import (
-    LEAST_PROMPTS,
+    MIN_PROMPTS,
     expanded_tail,
     ratio_interval,
     student_quantile,
@@ -24,8 +24,8 @@ SOME = st.lists(st.floats(0.2, 5.0), min_size=1, max_size=12)
 
 
 def figures(answers, modes=MODES):
-    found = summary.figures(answers, modes, weights=WEIGHTS, seed=0)
-    return {(row["context"], row["kind"], row["mode"]): row for row in found}
+    rows = summary.figures(answers, modes, weights=WEIGHTS, seed=0)
+    return {(row["context"], row["kind"], row["mode"]): row for row in rows}
 
 
 def test_speeds_are_all_tokens_over_all_seconds():
@@ -40,7 +40,7 @@ def test_speeds_are_all_tokens_over_all_seconds():
     plain, auto = rows[0, None, "plain"], rows[0, None, "auto"]
     assert plain["tps"] == 1.0 and auto["tps"] == pytest.approx(30 / 25)
     assert auto["speedup"] == pytest.approx(1.2) and auto["median_speedup"] == 1.5
-    assert "speedup" not in plain and auto["speedup_low"] is None  # of two prompts nothing is sure
+    assert "speedup" not in plain and auto["speedup_low"] is None  # two prompts are too few
     assert plain["prompt_tps"] == 40 and plain["tps_sd"] is None
     assert rows[0, "chat", "auto"] == auto | {"kind": "chat"}
 
@@ -55,25 +55,27 @@ def test_figures_fit_together(speedups, repeats):
         assert sum(row[name] for row in kinds) == whole[name]
     assert whole["answers"] == repeats * len(speedups)
     assert min(speedups) * 0.999 <= whole["speedup"] <= max(speedups) * 1.001
-    assert whole["speedup"] == pytest.approx(len(speedups) / sum(1 / each for each in speedups))
-    if len(speedups) >= LEAST_PROMPTS:
+    assert whole["speedup"] == pytest.approx(
+        len(speedups) / sum(1 / speedup for speedup in speedups)
+    )
+    if len(speedups) >= MIN_PROMPTS:
         assert whole["speedup_low"] <= whole["speedup"] * 1.001
         assert whole["speedup_high"] >= whole["speedup"] * 0.999
     assert (whole["tps_sd"] is None) == (repeats == 1)
-    assert summary.shares(whole) == pytest.approx([0.8, 0.25])
+    assert summary.acceptance_rates(whole) == pytest.approx([0.8, 0.25])
     assert whole["tokens_per_step"] == pytest.approx(11 / 6)
 
 
 def test_passes_give_the_deviation_and_ttft_its_percentiles():
     seconds = [8.0, 10.0, 12.5]
-    answers = [answer(repeat=at, seconds=each, ttft_s=at) for at, each in enumerate(seconds)]
+    answers = [answer(repeat=i, seconds=duration, ttft_s=i) for i, duration in enumerate(seconds)]
     row = figures(answers, ["plain"])[0, None, "plain"]
-    assert row["tps_sd"] == pytest.approx(np.std([10 / each for each in seconds], ddof=1))
+    assert row["tps_sd"] == pytest.approx(np.std([10 / duration for duration in seconds], ddof=1))
     assert row["ttft_p50_ms"] == 1000 and row["ttft_p99_ms"] == pytest.approx(1980)
 
 
 def test_contexts_are_never_mixed():
-    answers = [answer(context=at, mode=mode) for at in (0, 64) for mode in MODES]
+    answers = [answer(context=context, mode=mode) for context in (0, 64) for mode in MODES]
     rows = figures(answers)
     assert {key[0] for key in rows} == {0, 64}
     assert all(row["answers"] == 1 for row in rows.values())
@@ -94,8 +96,8 @@ def test_joules_count_only_where_every_answer_has_them():
 @pytest.mark.parametrize("freedom", [4, 5, 11, 40, 163])
 def test_the_quantile_is_students(freedom):
     for share in (0.9, 0.975, 0.995):
-        wanted = stats.t.ppf(share, freedom)
-        assert student_quantile(share, freedom) == pytest.approx(wanted, rel=5e-3)
+        expected = stats.t.ppf(share, freedom)
+        assert student_quantile(share, freedom) == pytest.approx(expected, rel=5e-3)
 
 
 def test_few_prompts_widen_the_interval():
@@ -105,27 +107,27 @@ def test_few_prompts_widen_the_interval():
 
 
 @pytest.mark.parametrize(("n", "spread"), [(8, 0.2), (12, 0.5), (60, 0.3)])
-def test_the_interval_holds_the_true_speedup_as_often_as_it_says(n, spread):
+def test_the_interval_contains_the_true_speedup_as_often_as_it_claims(n, spread):
     """Prompts differ in their speed-up, and both modes are disturbed."""
     rng = np.random.default_rng(n)
-    runs, held = 600, 0
+    runs, num_inside = 600, 0
     for run in range(runs):
         tokens = rng.integers(40, 97, n).astype(float)
         base = tokens * np.exp(0.1 * rng.standard_normal(n))
         mode = tokens / 1.4 * np.exp(spread * rng.standard_normal(n))
-        found = ratio_interval(
+        interval = ratio_interval(
             np.stack([tokens, mode], axis=1),
             np.stack([tokens, base], axis=1),
             seed=run,
             resamples=500,
         )
-        assert found is not None
+        assert interval is not None
         truth = 1.4 * math.exp(0.1**2 / 2 - spread**2 / 2)  # of means of seconds
-        held += found[0] <= truth <= found[1]
-    assert 0.915 <= held / runs <= 0.985  # three deviations of the count are 0.027
+        num_inside += interval[0] <= truth <= interval[1]
+    assert 0.915 <= num_inside / runs <= 0.985  # three deviations of the count are 0.027
 
 
-def test_an_interval_is_repeatable_and_refuses_what_it_cannot_tell():
+def test_an_interval_is_repeatable_and_needs_enough_prompts():
     rows = np.array([[10.0, 5.0 + at] for at in range(8)])
     base = np.full((8, 2), 10.0)
     assert ratio_interval(rows, base, seed=3) == ratio_interval(rows, base, seed=3)
@@ -144,13 +146,13 @@ def test_repeats_of_a_prompt_are_not_new_prompts():
     assert once["speedup_high"] == pytest.approx(often["speedup_high"])
 
 
-def test_a_planted_difference_is_found():
+def test_a_planted_difference_is_detected():
     answers = pairs([1.0] * 6)
     assert summary.outputs(answers, MODES)["different"] == 0
     answers[3].timing.ids[7] += 1  # p1, auto
-    found = summary.outputs(answers, MODES)
-    assert (found["compared"], found["different"]) == (6, 1)
-    assert found["where"] == ["p1 (auto)"] and found["reference"] == "plain"
+    outputs = summary.outputs(answers, MODES)
+    assert (outputs["compared"], outputs["different"]) == (6, 1)
+    assert outputs["where"] == ["p1 (auto)"] and outputs["reference"] == "plain"
 
 
 def test_a_shorter_answer_differs_too():
@@ -159,18 +161,18 @@ def test_a_shorter_answer_differs_too():
     assert summary.outputs(answers, MODES)["different"] == 1
 
 
-def test_differences_of_stock_are_told_apart():
+def test_differences_of_stock_are_counted_separately():
     answers = [answer(), answer(mode="auto"), answer(mode="stock", ids=[1, 2, 3])]
-    found = summary.outputs(answers, MODES)
-    assert found["different"] == 0
-    assert found["others"] == {"stock": {"compared": 1, "different": 1}}
+    outputs = summary.outputs(answers, MODES)
+    assert outputs["different"] == 0
+    assert outputs["others"] == {"stock": {"compared": 1, "different": 1}}
     assert summary.outputs(answers, [])["reference"] is None
 
 
 def test_drift_is_the_last_quarter_over_the_first():
     speeds = [1.0] * 4 + [0.9] * 8 + [0.8] * 4
     answers = [
-        answer(prompt=f"p{at}", number=at, seconds=10 / each) for at, each in enumerate(speeds)
+        answer(prompt=f"p{i}", number=i, seconds=10 / speed) for i, speed in enumerate(speeds)
     ]
     assert summary.drift(answers, "plain") == pytest.approx(0.8)
     assert summary.drift(answers[:7], "plain") is None
@@ -180,10 +182,10 @@ def test_drift_is_the_last_quarter_over_the_first():
 def test_prompts_of_unlike_speed_are_no_drift():
     """Two passes over prompts that get slower, and a context that is slower as a whole."""
     answers = [
-        answer(prompt=f"p{at}", context=context, repeat=repeat, seconds=(10 + at) * (1 + context))
+        answer(prompt=f"p{i}", context=context, repeat=repeat, seconds=(10 + i) * (1 + context))
         for repeat in range(2)
         for context in (0, 1)
-        for at in range(6)
+        for i in range(6)
     ]
     assert summary.drift(answers, "plain") == pytest.approx(1.0)
 
@@ -197,7 +199,7 @@ def test_steps_are_counted_by_layout():
 
 
 @given(st.recursive(st.floats() | st.integers(), lambda each: st.lists(each) | st.tuples(each)))
-def test_what_is_written_is_finite(values):
+def test_reports_are_finite(values):
     def numbers(tree):
         return [n for each in tree for n in numbers(each)] if isinstance(tree, list) else [tree]
 

@@ -63,7 +63,7 @@ def pairs(
                         seconds=10.0 / speed * float(np.exp(noise * rng.standard_normal())),
                         steps=11 if mode == "plain" else 6,
                         verified=[] if mode == "plain" else [5, 4],
-                        held=[] if mode == "plain" else [4, 1],
+                        accepted=[] if mode == "plain" else [4, 1],
                         layouts={(0, 0): (10, 10.0)} if mode == "plain" else {(2, 2): (5, 6.0)},
                         peak_bytes=1000,
                     )

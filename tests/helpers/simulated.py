@@ -9,7 +9,16 @@ import numpy as np
 from mlx_mtp.planning.costs import CostCurve
 from mlx_mtp.simulate.trace import Trace, TracedAnswer
 
-CHANCES = (0.66, 0.64, 0.68, 0.70, 0.75, 0.78, 0.76, 0.75)  # about the shipped adapter's
+ACCEPT_PROBS = (
+    0.66,
+    0.64,
+    0.68,
+    0.70,
+    0.75,
+    0.78,
+    0.76,
+    0.75,
+)  # about those of the included adapter
 CURVE = CostCurve(
     rows=(1, 4, 8, 16, 30),
     contexts=(0, 200),
@@ -19,18 +28,20 @@ CURVE = CostCurve(
 
 
 def synthetic(
-    chances: Sequence[float] = CHANCES,
+    accept_probs: Sequence[float] = ACCEPT_PROBS,
     *,
     answers: int = 20,
     tokens: int = 64,
     seed: int = 0,
     shares: Sequence[float] | None = None,
 ) -> Trace:
-    """A stationary trace: each draft holds with its own chance if those before it do."""
-    rng, k, made = np.random.default_rng(seed), len(chances), []
-    for at in range(answers):
-        holds = np.cumprod(rng.uniform(size=(tokens - 1, k)) < np.array(chances), axis=1).sum(1)
-        counts = np.minimum(holds, np.arange(tokens - 1, 0, -1)).tolist()
-        made.append(TracedAnswer(f"a{at}", ("one", "two")[at % 2], 50, tuple(counts)))
-    told = tuple(np.cumprod(chances).tolist()) if shares is None else tuple(shares)
-    return Trace(answers=tuple(made), num_draft_tokens=k, max_tokens=tokens, shares=told)
+    """A stationary trace: each draft has a fixed acceptance probability after accepted ones."""
+    rng, k, traced = np.random.default_rng(seed), len(accept_probs), []
+    for index in range(answers):
+        accepted = np.cumprod(
+            rng.uniform(size=(tokens - 1, k)) < np.array(accept_probs), axis=1
+        ).sum(1)
+        counts = np.minimum(accepted, np.arange(tokens - 1, 0, -1)).tolist()
+        traced.append(TracedAnswer(f"a{index}", ("one", "two")[index % 2], 50, tuple(counts)))
+    prior = tuple(np.cumprod(accept_probs).tolist()) if shares is None else tuple(shares)
+    return Trace(answers=tuple(traced), num_draft_tokens=k, max_tokens=tokens, shares=prior)

@@ -10,13 +10,13 @@ import pytest
 from click.testing import CliRunner
 
 from mlx_mtp.bench.contexts import prompt_ids
-from mlx_mtp.bench.figures import draw_lines
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.evaluation import greedy_texts as room
 from mlx_mtp.evaluation.acceptance import evaluate
 from mlx_mtp.evaluation.greedy_texts import GreedyText, greedy_texts, texts_hash
 from mlx_mtp.evaluation.prompts import Prompt
 from mlx_mtp.lab import ablations, reproduction, tokens_per_step
+from mlx_mtp.lab.figures import draw_lines
 from mlx_mtp.loading import load
 from tests.helpers.tiny import save_tiny_pair
 

@@ -21,7 +21,7 @@ from mlx_mtp.simulate.optimum import offline_optimum
 from mlx_mtp.simulate.replay import StepCosts, Tally, replay, replay_answer, speculation
 from mlx_mtp.simulate.simulation import replay_auto
 from mlx_mtp.simulate.trace import Trace
-from tests.helpers.simulated import CHANCES, CURVE, synthetic
+from tests.helpers.simulated import ACCEPT_PROBS, CURVE, synthetic
 
 Scale = Callable[[int], float]
 LEARNT_BY = 1600  # steps after which a planner with wrong costs does as well as another
@@ -40,10 +40,10 @@ def wrong(curve: CostCurve, scale: Scale, *, draft_ms: float = 0.0) -> CostCurve
 
 
 def of_optimum(
-    trace: Trace, costs: StepCosts, known: Speculation, *, most_rows: int, after: int
+    trace: Trace, costs: StepCosts, known: Speculation, *, max_rows: int, after: int
 ) -> float:
     """Speed of auto over that of the best rule, in the answers after so many steps."""
-    best = offline_optimum(trace, costs, most_rows=most_rows, context=82).replay.answers
+    best = offline_optimum(trace, costs, max_rows=max_rows, context=82).replay.answers
     mine, theirs, k = Tally(), Tally(), trace.num_draft_tokens
     for answer, other in zip(trace.answers, best, strict=True):
         counts = known.num_steps >= after
@@ -67,13 +67,13 @@ BELIEFS: dict[str, tuple[Scale, float]] = {
 
 class TestWrongCosts:
     @pytest.mark.parametrize("belief", list(BELIEFS))
-    @pytest.mark.parametrize("chances", [CHANCES, (0.9,) * 8], ids=["shipped", "good"])
+    @pytest.mark.parametrize("chances", [ACCEPT_PROBS, (0.9,) * 8], ids=["shipped", "good"])
     def test_are_found_out_over_answers(self, belief: str, chances: tuple[float, ...]) -> None:
         scale, draft_ms = BELIEFS[belief]
-        trace, costs = synthetic(chances, answers=120), StepCosts(CURVE, most_rows=81)
+        trace, costs = synthetic(chances, answers=120), StepCosts(CURVE, max_rows=81)
         curve = wrong(CURVE, scale, draft_ms=draft_ms)
         known = speculation(curve, trace.shares, trace.num_draft_tokens)
-        found = of_optimum(trace, costs, known, most_rows=30, after=LEARNT_BY)
+        found = of_optimum(trace, costs, known, max_rows=30, after=LEARNT_BY)
         assert found >= 0.9
 
     @pytest.mark.slow
@@ -82,20 +82,20 @@ class TestWrongCosts:
     def test_are_found_out_on_every_chip(self, name: str, belief: str) -> None:
         scale, draft_ms = BELIEFS[belief]
         machine = chips()[name].machine(8)
-        if machine.most_rows < 3:
+        if machine.max_rows < 3:
             pytest.skip("too few rows are known to draft with")
         draft_ms *= machine.curve.forward(0)[1] / 10
-        trace, costs = synthetic((0.9,) * 8, answers=200), StepCosts(machine.curve, most_rows=81)
+        trace, costs = synthetic((0.9,) * 8, answers=200), StepCosts(machine.curve, max_rows=81)
         curve = wrong(machine.curve, scale, draft_ms=draft_ms)
         known = speculation(curve, trace.shares, trace.num_draft_tokens)
-        found = of_optimum(trace, costs, known, most_rows=machine.most_rows, after=2 * LEARNT_BY)
+        found = of_optimum(trace, costs, known, max_rows=machine.max_rows, after=2 * LEARNT_BY)
         assert found >= 0.9
 
     def test_without_probes_wrong_costs_are_never_corrected(self) -> None:
-        trace, costs = synthetic(CHANCES, answers=120), StepCosts(CURVE, most_rows=81)
+        trace, costs = synthetic(ACCEPT_PROBS, answers=120), StepCosts(CURVE, max_rows=81)
         known = speculation(wrong(CURVE, lambda rows: 40.0 if rows > 1 else 1.0), trace.shares, 8)
         known.probing = Probing(PlannerSettings(max_probe_wait=10**9))
-        assert of_optimum(trace, costs, known, most_rows=30, after=LEARNT_BY) < 0.75
+        assert of_optimum(trace, costs, known, max_rows=30, after=LEARNT_BY) < 0.75
 
 
 class TestAGuess:
@@ -103,12 +103,12 @@ class TestAGuess:
 
     @pytest.mark.parametrize("name", list(chips()))
     @pytest.mark.parametrize(
-        ("chances", "least"), [((0.002,) * 8, 0.96), (CHANCES, 0.96), ((0.9,) * 8, 0.95)],
+        ("chances", "least"), [((0.002,) * 8, 0.96), (ACCEPT_PROBS, 0.96), ((0.9,) * 8, 0.95)],
         ids=["random", "shipped", "good"],
     )  # fmt: skip
     def test_never_costs_much(self, name: str, chances: tuple[float, ...], least: float) -> None:
-        trace = synthetic(chances, answers=10, shares=np.cumprod(CHANCES).tolist())
-        costs = StepCosts(chips()[name].machine(8).curve, most_rows=96)
+        trace = synthetic(chances, answers=10, shares=np.cumprod(ACCEPT_PROBS).tolist())
+        costs = StepCosts(chips()[name].machine(8).curve, max_rows=96)
         guess = {"linux-cpu": CPU_GUESS, "linux-cpu-stock": SLOW_CPU_GUESS}.get(name, GPU_GUESS)
         plain = replay(trace, partial(FixedPlanner, "plain", num_draft_tokens=0), costs)
         known, auto = speculation(guess, trace.shares, 8), Tally()
@@ -126,10 +126,10 @@ class TestThePrice:
     @pytest.mark.parametrize("name", list(chips()))
     @pytest.mark.parametrize("told", [None, ()], ids=["told well of", "told nothing of"])
     def test_of_a_random_adapter_is_small_on_every_chip(self, name: str, told) -> None:
-        shares = np.cumprod(CHANCES).tolist() if told is None else told
+        shares = np.cumprod(ACCEPT_PROBS).tolist() if told is None else told
         trace = synthetic((0.002,) * 8, answers=40, shares=shares)
         machine = chips()[name].machine(8)
-        costs = StepCosts(machine.curve, most_rows=81)
+        costs = StepCosts(machine.curve, max_rows=81)
         plain = replay(trace, partial(FixedPlanner, "plain", num_draft_tokens=0), costs)
         auto = replay_auto(trace, machine, costs)
         assert auto.total.tps >= 0.97 * plain.total.tps
@@ -142,7 +142,7 @@ class TestThePrice:
         curve = CostCurve(
             rows=(1, 2, 3, 96), contexts=(0,), forward_ms=(rows,), draft_ms=(0.0, *[10.0] * 8)
         )
-        trace, costs = synthetic((chance,) * 8, answers=60), StepCosts(curve, most_rows=96)
+        trace, costs = synthetic((chance,) * 8, answers=60), StepCosts(curve, max_rows=96)
         plain = replay(trace, partial(FixedPlanner, "plain", num_draft_tokens=0), costs)
         auto = replay_auto(trace, Machine("dear", "", curve), costs)
         assert 0.97 * plain.total.tps <= auto.total.tps <= plain.total.tps

@@ -13,7 +13,7 @@ from mlx_mtp.cli.main import cli
 from mlx_mtp.simulate.chips import chip_named, chips
 from mlx_mtp.simulate.report import HEAD, list_lines
 from mlx_mtp.simulate.trace import Trace, read_trace, write_trace
-from tests.helpers.simulated import CHANCES, CURVE, synthetic
+from tests.helpers.simulated import ACCEPT_PROBS, CURVE, synthetic
 from tests.helpers.tiny import save_tiny_pair
 
 
@@ -31,46 +31,46 @@ def failure(*args: object) -> str:
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, Path]:
     made = {"trace": tmp_path / "trace.json", "curve": tmp_path / "mine.json"}
-    write_trace(synthetic(CHANCES[:4], answers=4, tokens=24), made["trace"])
+    write_trace(synthetic(ACCEPT_PROBS[:4], answers=4, tokens=24), made["trace"])
     made["curve"].write_text(json.dumps({"model": "m"} | CURVE.to_dict()))
     return made
 
 
 class TestTrace:
-    def test_there_and_back(self, tmp_path: Path) -> None:
+    def test_a_trace_is_read_as_written(self, tmp_path: Path) -> None:
         trace = synthetic(answers=3)
         write_trace(trace, tmp_path / "t.json")
         assert read_trace(tmp_path / "t.json") == trace
 
-    def test_the_shipped_one_has_every_kind_of_text(self) -> None:
+    def test_the_included_one_has_every_kind_of_text(self) -> None:
         trace = read_trace()
         assert set(trace.kinds) == {"chat", "code", "maths", "lists", "edit", "languages"}
-        assert trace.num_draft_tokens == 8 and 0.3 < trace.holds()[1] < 0.9
+        assert trace.num_draft_tokens == 8 and 0.3 < trace.prefix_probs()[1] < 0.9
 
-    def test_shares_leave_out_places_without_room(self) -> None:
+    def test_positions_without_room_do_not_count(self) -> None:
         trace = synthetic((1.0, 1.0), answers=2, tokens=5)
-        assert trace.holds() == pytest.approx([1, 1, 1])
+        assert trace.prefix_probs() == pytest.approx([1, 1, 1])
         assert trace.limited(1).answers[0].counts == (1, 1, 1, 1)
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
             ({"format": "other"}, "not an acceptance trace"),
-            ({"answers": []}, "no answers"),
+            ({"answers": []}, "the trace has no answers"),
             ({"answers": [{"id": "a"}]}, "not an acceptance trace: KeyError"),
-            ({"shares": [0.2, 0.5]}, "shares must fall"),
+            ({"shares": [0.2, 0.5]}, "shares must be between 0 and 1"),
             ({"num_draft_tokens": 0}, "num_draft_tokens must be 1 to"),
-            ({"num_draft_tokens": 1}, "a0 counts"),
+            ({"num_draft_tokens": 1}, "a0 has count"),
             ({"max_tokens": 5}, "a0 has 50 prompt ids and 24 tokens"),
         ],
     )
-    def test_bad_ones_name_the_culprit(self, files, change, message: str) -> None:
+    def test_bad_ones_are_one_line_with_the_cause(self, files, change, message: str) -> None:
         values = json.loads(files["trace"].read_text()) | change
         files["trace"].write_text(json.dumps(values))
         line = failure("--trace", files["trace"], "--chip", "m2")
         assert str(files["trace"]) in line and message in line
 
-    def test_a_letter_that_is_no_count(self, files) -> None:
+    def test_a_character_that_is_no_count(self, files) -> None:
         values = json.loads(files["trace"].read_text())
         values["answers"][1]["counts"] = "?" + values["answers"][1]["counts"][1:]
         files["trace"].write_text(json.dumps(values))
@@ -81,16 +81,16 @@ class TestTrace:
 
 class TestChips:
     @pytest.mark.parametrize("name", list(chips()))
-    def test_a_curve_says_what_was_published(self, name: str) -> None:
+    def test_a_curve_has_the_published_costs(self, name: str) -> None:
         chip, curve = chips()[name], chips()[name].machine(8).curve
         forward = np.array(curve.forward_ms[0])
         assert len(curve.draft_ms) == 9 and curve.rows[-1] == max(chip.ratios)
         for rows, ratio in chip.ratios.items():
-            found = forward[rows - 1] / forward[0]
+            ratio_of_curve = forward[rows - 1] / forward[0]
             if chip.measured == "step":
-                assert found == pytest.approx(ratio)
-            else:  # nine tenths of it, and what goes with it
-                assert 0.85 * ratio <= found <= ratio + 0.4
+                assert ratio_of_curve == pytest.approx(ratio)
+            else:  # nine tenths of the step, and the rest
+                assert 0.85 * ratio <= ratio_of_curve <= ratio + 0.4
 
     def test_times_come_from_the_bandwidth(self) -> None:
         plain = chip_named("m4-pro").machine(8).curve.forward_ms[0][0]
@@ -103,16 +103,16 @@ class TestChips:
         with pytest.raises(ValueError, match="positive, got 0"):
             machine.scaled_to(0)
 
-    def test_the_list_tells_every_source(self) -> None:
+    def test_the_list_names_every_source(self) -> None:
         text = "\n".join(list_lines())
         assert all(
-            f"{each.name}: {each.what}\n  source: {each.source}" in text
-            for each in chips().values()
+            f"{chip.name}: {chip.description}\n  source: {chip.source}" in text
+            for chip in chips().values()
         )
 
 
 class TestCommand:
-    def test_says_first_that_it_is_a_simulation(self, files) -> None:
+    def test_the_first_line_says_that_it_is_a_simulation(self, files) -> None:
         done = invoke(
             "--trace", files["trace"], "--chip", "m2", "--chip", "m3-ultra-bf16", "--by-kind"
         )
@@ -122,7 +122,7 @@ class TestCommand:
         assert sum(line.startswith("  one ") for line in lines) == 4
         assert "~" in done.stdout and "1.00 x" in done.stdout
 
-    def test_takes_a_curve_and_tells_json(self, files) -> None:
+    def test_takes_a_curve_and_prints_json(self, files) -> None:
         done = invoke(
             "--trace", files["trace"], "--costs", files["curve"], "--json", "--num-draft-tokens", 3
         )
@@ -143,12 +143,8 @@ class TestCommand:
         assert done.exit_code == 0 and picture.read_bytes()[:4] == b"\x89PNG"
         assert ".png" in failure("--trace", files["trace"], "--chip", "m2", "--plot", "p.svg")
 
-    def test_times_the_planner(self, files) -> None:
-        done = invoke("--trace", files["trace"], "--costs", files["curve"], "--time-planner")
-        assert done.exit_code == 0 and "mine" in done.stdout.splitlines()[1]
-
     def test_bad_input(self, files) -> None:
-        assert "there is no chip 'm9'; known are m2" in failure("--chip", "m9")
+        assert "unknown chip 'm9'; known chips: m2" in failure("--chip", "m9")
         assert "has the kinds one, two, not 'poems'" in failure(
             "--trace", files["trace"], "--kinds", "poems"
         )

@@ -5,12 +5,12 @@ Both libraries come with the extra ``train``.
 
 from __future__ import annotations
 
-import contextlib
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from mlx_mtp.storage.figures import figure_class, save_figure
 
 Points = list[tuple[float, float]]
 
@@ -29,11 +29,7 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
         ValueError: matplotlib is missing.
         OSError: the file cannot be written; an existing one is unchanged.
     """
-    try:
-        from matplotlib.figure import Figure  # not pyplot, which needs a display and keeps figures
-    except ImportError:
-        raise ValueError('curves need matplotlib: pip install "mlx-mtp[train]"') from None
-    figure = Figure(figsize=(12, 3.6), layout="constrained")
+    figure = figure_class("train")(figsize=(12, 3.6), layout="constrained")
     loss, speed, acceptance = figure.subplots(1, 3)
     _draw_loss(loss, records)
     _draw_lines(speed, {"tokens per step": _points(records, "evaluation", "tokens_per_step")})
@@ -42,14 +38,7 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     for axes in (loss, speed, acceptance):
         axes.set_xlabel("step")
         axes.grid(alpha=0.3)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        figure.savefig(draft, format="png", dpi=120, metadata={"Software": None})
-        os.replace(draft, path)
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
+    save_figure(figure, path, ["png"])
 
 
 def terminal_curves(records: Sequence[dict[str, Any]], *, width: int, height: int) -> str:
