@@ -343,7 +343,7 @@ def test_bad_models_and_prompts_are_refused_before_any_work(model: MTPModel) -> 
     plain = MTPModel(tiny_base(vocab_size=VOCAB), name="bare")
     with pytest.raises(ValueError, match="bare has no MTP adapter"):
         verify(plain, tokenizer, PROMPTS, settings=GREEDY)
-    with pytest.raises(ValueError, match="depth 3 is beyond the adapter, which has 2"):
+    with pytest.raises(ValueError, match="depth 3 exceeds the adapter.s number of mask tokens, 2"):
         run(model, dataclasses.replace(GREEDY, depths=(1, 3)))
     with pytest.raises(ValueError, match="no prompts"):
         verify(model, tokenizer, [], settings=GREEDY)
