@@ -127,7 +127,10 @@ def chi_square_tail(statistic: float, df: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for their number (Holm 1979); any is below alpha with probability alpha."""
+    """Adjust p-values for their number (Holm 1979).
+
+    If all hypotheses are true, any result is below alpha with probability alpha or less.
+    """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, running = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):
