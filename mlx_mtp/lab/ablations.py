@@ -19,11 +19,10 @@ from typing import Any
 import click
 
 from mlx_mtp.cli.options import MODEL, ListOf, field_option, option
-from mlx_mtp.lab.commands import command, machine_info
+from mlx_mtp.lab.commands import command, evaluations, machine_info
 from mlx_mtp.terminal import Interrupt
 from mlx_mtp.train.data.pipeline import prepare, room_for
 from mlx_mtp.train.run.folder import RunFolder
-from mlx_mtp.train.run.history import read_history
 from mlx_mtp.train.settings import DataSettings, TrainSettings
 
 RANKS = (1, 2, 4, 8, 16, 32, 64)
@@ -73,10 +72,10 @@ def train_variant(
     """Train one run or resume it; return whether it is finished.
 
     Args:
-        settings: of the run.
-        output: its folder.
+        settings: settings of the run.
+        output: folder of the run.
         model_name: folder or hub id of the model.
-        records: what all runs train on.
+        records: records that all runs train on.
         held_out: fraction of the records held out for evaluation.
         should_stop: checked after each training step.
 
@@ -179,12 +178,9 @@ def ablate(
 
 
 def _last_evaluation(folder: Path) -> dict[str, Any]:
-    """The last evaluation in a run's history, without its acceptance by position."""
-    history = RunFolder(folder).history
-    records = read_history(history) if history.is_file() else []
-    evaluations = [record for record in records if record.get("kind") == "evaluation"]
+    """The last evaluation of a run, without its acceptance by position."""
     keys = ("step", "tokens_per_step", "next_token_loss")
-    return {key: evaluations[-1][key] for key in keys} if evaluations else {}
+    return {key: record[key] for record in evaluations(RunFolder(folder))[-1:] for key in keys}
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ from mlx_mtp.evaluation.prompt_sets import prompts_of
 from mlx_mtp.evaluation.prompts import KINDS
 from mlx_mtp.storage.package import versions
 from mlx_mtp.terminal import INTERRUPTED, BadInput, Status, one_line
+from mlx_mtp.train.run.folder import RunFolder
+from mlx_mtp.train.run.history import read_history
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -102,3 +104,9 @@ def machine_info(*packages: str) -> dict[str, Any]:
         "machine": f"{platform.system()} {platform.machine()}",
         "versions": versions() | {name: version(name) for name in packages},
     }
+
+
+def evaluations(folder: RunFolder) -> list[dict[str, Any]]:
+    """The evaluations in the history of a training run; empty without a history."""
+    records = read_history(folder.history) if folder.history.is_file() else []
+    return [record for record in records if record.get("kind") == "evaluation"]

@@ -26,15 +26,21 @@ from mlx_mtp.bench.figures import draw_lines
 from mlx_mtp.cli.options import ADAPTER_PATH, option
 from mlx_mtp.evaluation.acceptance import LAYOUTS, checked_num_masks, count_answers, summarise
 from mlx_mtp.evaluation.greedy_texts import GreedyText, texts_hash
-from mlx_mtp.lab.commands import answer_prompts, command, counting, machine_info, text_options
+from mlx_mtp.lab.commands import (
+    answer_prompts,
+    command,
+    counting,
+    evaluations,
+    machine_info,
+    text_options,
+)
 from mlx_mtp.model.config import WEIGHTS_FILE
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.files import write_atomically
 from mlx_mtp.train.run.folder import SETTINGS_FILE, RunFolder
-from mlx_mtp.train.run.history import read_history
 
 MASKS, SPEED = "mask tokens", "tokens per step"
-SETTINGS = (
+SETTINGS = [
     "rank",
     "lcm_weight",
     "sampler",
@@ -42,7 +48,7 @@ SETTINGS = (
     "num_draft_tokens",
     "batch_size",
     "num_anchors",
-)
+]
 Points = Sequence[tuple[float, float]]
 
 
@@ -72,10 +78,9 @@ class TrainedRun:
         run = RunFolder(folder)
         try:
             settings = json.loads((run.training / SETTINGS_FILE).read_text(encoding="utf-8"))
-            records = read_history(run.history)
         except OSError as error:
             raise ValueError(f"{folder} has no training run: {error}") from None
-        history = [record for record in records if record.get("kind") == "evaluation"]
+        history = evaluations(run)
         if not history:
             raise ValueError(f"the training run in {folder} has no evaluation")
         return cls(name, folder, settings, history)
@@ -99,10 +104,6 @@ class TrainedRun:
     def label(self) -> str:
         """Name of its line in a figure."""
         return " and ".join(f"without {part}" for part in self.missing) or "all"
-
-    def next_token_curve(self) -> list[tuple[float, float]]:
-        """Step and next-token cross-entropy of each evaluation."""
-        return [(record["step"], record["next_token_loss"]) for record in self.history]
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in ``figures.json``."""
@@ -185,7 +186,9 @@ def draw_runs(runs: Sequence[TrainedRun], curves: Mapping[str, Points], output: 
         name = f"{k} mask tokens, quadratic"
         files += draw_lines({name: points}, output / "ranks", x="rank", y=SPEED, log_x=True)
     gates = {
-        "with gate" if run.is_gated else "without gate": run.next_token_curve()
+        "with gate" if run.is_gated else "without gate": [
+            (record["step"], record["next_token_loss"]) for record in run.history
+        ]
         for run in same_rank
         if not run.missing or run.missing == ["gate"]
     }

@@ -106,7 +106,7 @@ def measure(
     Args:
         model: the model.
         prompts: ids of each prompt.
-        layouts: of decoding; each is run one by one and batched.
+        layouts: layouts of decoding, which are run one by one and batched.
         max_tokens: length of each answer; nothing else ends one.
         rounds: number of repetitions.
         on_status: called with a line of text about the current work.
