@@ -6,12 +6,17 @@ MLX reads the thread counts when it is imported, so they are set first.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from datetime import date
 from pathlib import Path
 
 for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
     os.environ.setdefault(name, "1")
+
+# A shell starts background jobs with SIGINT ignored, which the programs under test would inherit.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests also start programs of this folder in other processes, which import from it.
 ROOT = str(Path(__file__).parents[1])
@@ -20,8 +25,6 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("P
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
-
-pytest.register_assert_rewrite("tests.app.page")  # imported before pytest takes its fixtures
 
 if sys.platform.startswith("linux") and mx.default_device().type != mx.cpu:
     mx.set_default_device(mx.Device(mx.cpu))

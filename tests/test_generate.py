@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -408,7 +409,8 @@ class TestTheCallStyleOfMlxLm:
         longer = generate(model, byte_tokenizer(), "hi", config=config, max_tokens=12)
         assert longer.startswith(expected) and longer != expected
         bound = CacheConfig(max_kv_size=8)
-        for cache in ({"cache_config": bound}, {"max_kv_size": 8}):
+        ways_to_bound: tuple[dict[str, Any], ...] = ({"cache_config": bound}, {"max_kv_size": 8})
+        for cache in ways_to_bound:
             assert generate(model, byte_tokenizer(), "hi", config=config, **cache)
         with pytest.raises(ValueError, match="kv_bits must be 2, 3, 4, 5, 6 or 8, got 7"):
             generate(model, byte_tokenizer(), "hi", cache_config=CacheConfig(kv_bits=7))

@@ -13,7 +13,6 @@ from tests.app.page import CODE, answers, finished, send, until
 pytest.importorskip("playwright")
 from playwright.sync_api import Page, expect  # noqa: E402
 
-pytest_plugins = "tests.app.page"
 pytestmark = pytest.mark.slow
 
 

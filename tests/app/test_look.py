@@ -13,7 +13,6 @@ pytest.importorskip("playwright")
 from axe_playwright_python.sync_playwright import Axe  # noqa: E402
 from playwright.sync_api import Page, expect  # noqa: E402
 
-pytest_plugins = "tests.app.page"
 pytestmark = pytest.mark.slow
 
 

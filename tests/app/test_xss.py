@@ -14,7 +14,6 @@ from tests.helpers.browser import SEEN, Watch
 pytest.importorskip("playwright")
 from playwright.sync_api import expect  # noqa: E402
 
-pytest_plugins = "tests.app.page"
 pytestmark = pytest.mark.slow
 
 TOGETHER = 40

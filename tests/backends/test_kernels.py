@@ -26,11 +26,11 @@ from tests.helpers.kernel_host import (
     random_weight,
     relative_error,
     run_launch,
-    text_of,
     unseen_mutants,
 )
 from tests.metal_host.gate import check
 from tests.metal_host.mutants import switchable_barriers
+from tests.metal_host.our_kernels import text_of
 from tests.metal_host.toolchain import find_clang
 
 VARIANTS: tuple[Variant, ...] = ("scalar", "matrix")

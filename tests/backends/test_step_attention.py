@@ -15,9 +15,10 @@ from mlx_mtp.backends.metal.attention import (
     takes,
 )
 from tests.helpers.attention_host import Attention, attention, is_right, step_mask
-from tests.helpers.kernel_host import run_launch, text_of, unseen_mutants
+from tests.helpers.kernel_host import run_launch, unseen_mutants
 from tests.metal_host.gate import check
 from tests.metal_host.mutants import switchable_barriers
+from tests.metal_host.our_kernels import text_of
 from tests.metal_host.toolchain import find_clang
 
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)

@@ -218,4 +218,4 @@ def test_a_hub_out_of_reach_is_one_line(tmp_path, monkeypatch):
 
     monkeypatch.setattr("mlx_mtp.loading.snapshot_download", fail)
     monkeypatch.setattr("huggingface_hub.HfApi.list_repo_files", fail)
-    assert "neither a folder nor to be had from the hub" in refusal("user/name", tmp_path)
+    assert "locally or on the Hugging Face Hub" in refusal("user/name", tmp_path)

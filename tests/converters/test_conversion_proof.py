@@ -128,6 +128,7 @@ class TestGreedyIds:
     ) -> None:
         prompt, wanted = answers(conversion.project.base)
         plain = ("generate", "--json", "-m", str(NUM_TOKENS), "--ignore-chat-template")
+        plain += ("--layout", "quadratic")  # auto begins with plain steps
         arguments = (*plain, "--model", str(conversion.bundle), "--prompt", prompt)
         with_mtp = json.loads(run(*arguments))
         assert with_mtp["tokens"] == wanted

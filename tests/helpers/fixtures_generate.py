@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import pytest
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerFast
 from mlx_mtp.calibration.stored_costs import SPECULATIONS
 from mlx_mtp.decoding.config import GenerationConfig
 from mlx_mtp.decoding.limits import max_new_tokens
+from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.planning.costs import GPU_GUESS, LiveCosts
@@ -140,7 +141,7 @@ def fake_decode(
     """The loop's contract, without a model: groups of the written answer, cut at the end."""
     options = dict.fromkeys(("prompt_progress_callback", "explain", "sampling"))
     options |= vars(config) | defined
-    max_new_tokens(model, cache.offset + len(prompt), config.max_tokens)
+    max_new_tokens(cast(MTPModel, model), cache.offset + len(prompt), config.max_tokens)
     model.calls.append(SimpleNamespace(prompt=list(prompt), cached=list(cache.ids), **options))
     if options["num_draft_tokens"] is not None and options["num_draft_tokens"] > (model.k or 0):
         raise ValueError(f"num_draft_tokens must be at most {model.k}")

@@ -4,28 +4,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.backends.metal.matmul import Launch, PackedWeight
-from mlx_mtp.backends.metal.matmul import run as metal_run  # tests put another one in its place
-from tests.metal_host import Kernel, KernelText, Report, from_bfloat16, kernel_text
+from tests.metal_host import Kernel, KernelText, Report, from_bfloat16
 from tests.metal_host.mutants import mutant, mutants, original, switchable_barriers
+from tests.metal_host.our_kernels import text_of
 
 EPS = {mx.float32: 1e-5, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}  # of the largest |y|
-
-
-def text_of(launch: Launch) -> KernelText:
-    """What MLX would compile for a launch."""
-    names = list(launch.inputs)
-
-    def call(*inputs: mx.array) -> mx.array:
-        return metal_run(replace(launch, inputs=dict(zip(names, inputs, strict=True))))
-
-    return kernel_text(call, *launch.inputs.values())
 
 
 @functools.cache

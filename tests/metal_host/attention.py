@@ -7,7 +7,7 @@ head, key and dimension.  Each row sees all keys up to its own.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -16,9 +16,9 @@ import numpy as np
 from mlx_mtp.backends.metal import matmul as kernels
 from mlx_mtp.backends.metal.attention import merge_launch, step_attention_launch
 
-from .capture import kernel_text
 from .kernel import Kernel, Report
 from .mlx_headers import attention_source, include_folder
+from .our_kernels import text_of
 from .quantised import METAL_TYPES, MLX_TYPES, to_float64, to_numpy
 
 CONSTANTS = {number: np.bool_(False) for number in (20, 21, 23, 24, 25)}
@@ -115,12 +115,7 @@ def step_attention(problem: AttentionProblem) -> tuple[np.ndarray, list[Pass]]:
 
 
 def _run(launch: kernels.Launch) -> tuple[np.ndarray, Pass]:
-    names = list(launch.inputs)
-
-    def call(*inputs: mx.array) -> mx.array:
-        return kernels.run(replace(launch, inputs=dict(zip(names, inputs, strict=True))))
-
-    text = kernel_text(call, *launch.inputs.values())
+    names, text = list(launch.inputs), text_of(launch)
     y = np.array(to_numpy(mx.zeros(launch.output_shape, dtype=launch.output_dtype)))
     buffers = text.buffers([to_numpy(each) for each in launch.inputs.values()], [y])
     kernel = Kernel(text.source, text.name, text.template_args, include=text.include, mode="count")

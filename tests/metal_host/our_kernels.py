@@ -9,11 +9,22 @@ import numpy as np
 
 from mlx_mtp.backends.metal import matmul as kernels
 from mlx_mtp.backends.metal.matmul import PackedWeight, Variant
+from mlx_mtp.backends.metal.matmul import run as metal_run  # tests put another one in its place
 
-from .capture import kernel_text
+from .capture import KernelText, kernel_text
 from .quantised import MLX_TYPES, Launch, Problem, to_numpy
 
 ROLES = ("x", "weight", "scales", "biases", "shape", "y")
+
+
+def text_of(launch: kernels.Launch) -> KernelText:
+    """What MLX would compile for a launch."""
+    names = list(launch.inputs)
+
+    def call(*inputs: mx.array) -> mx.array:
+        return metal_run(replace(launch, inputs=dict(zip(names, inputs, strict=True))))
+
+    return kernel_text(call, *launch.inputs.values())
 
 
 def scalar(problem: Problem) -> Launch:
@@ -37,12 +48,7 @@ def _skinny(problem: Problem, variant: Variant) -> Launch:
         bits=shape.bits,
     )
     launch = kernels.skinny_qmm_launch(_array(problem.x, dtype), packed, variant=variant)
-    names = list(launch.inputs)
-
-    def call(*inputs: mx.array) -> mx.array:
-        return kernels.run(replace(launch, inputs=dict(zip(names, inputs, strict=True))))
-
-    text = kernel_text(call, *launch.inputs.values())
+    text = text_of(launch)
     inputs = [to_numpy(each) for each in launch.inputs.values()]
     buffers = text.buffers(inputs, [problem.output()])
     return Launch(

@@ -19,6 +19,7 @@ from tests.metal_host.cuda.build import Built, Resources, build, read_resources
 from tests.metal_host.cuda.compile import build_all, main
 from tests.metal_host.cuda.translate import ENTRY, CudaUnit, blocks_of, translate
 from tests.metal_host.mlx_headers import include_folder, kernel_source
+from tests.metal_host.our_kernels import text_of
 
 needs_nvrtc = pytest.mark.skipif(
     not (sys.platform == "linux" and platform.machine() == "x86_64"),
@@ -91,7 +92,7 @@ def complaints(built: Built, *, known: int = 0) -> list[str]:
 class TestGate:
     @pytest.mark.parametrize("kind", KINDS)
     def test_takes_a_kernel_of_each_kind(self, kind):
-        built = build(cases.text_of(KINDS[kind]().launch))
+        built = build(text_of(KINDS[kind]().launch))
         assert complaints(built) == []
         assert built.cubin[:4] == b"\x7fELF" and ENTRY.encode() in built.cubin
 
@@ -179,7 +180,7 @@ class TestTranslation:
 
     def test_numbers_buffers_as_mlx_does_and_bounds_the_threads(self):
         case = cases.spans(2, dtype=mx.float16)
-        text = cases.text_of(case.launch)
+        text = text_of(case.launch)
         unit = translate(text)
         names = [each.shape for each in case.launch.inputs.values()]
         buffers = text.buffers([np.zeros(shape) for shape in names], [np.zeros(1)])

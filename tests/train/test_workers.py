@@ -15,12 +15,11 @@ from hypothesis import strategies as st
 
 from mlx_mtp.loading import load, read_adapter
 from mlx_mtp.train.gradient.adapter import new_adapter, trainable
-from mlx_mtp.train.gradient.step import StepGradient
+from mlx_mtp.train.gradient.step import StepGradient, shares
 from mlx_mtp.train.gradient.workers import (
     SharedParameters,
     Workers,
     WorkerSpec,
-    shares,
     worker_count,
 )
 from mlx_mtp.train.loop import TrainData, train

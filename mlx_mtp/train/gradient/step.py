@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,7 +31,6 @@ from mlx_mtp.train.gradient.losses import (
     make_targets,
     total_loss,
 )
-from mlx_mtp.train.gradient.workers import Workers, shares
 from mlx_mtp.train.settings import TrainSettings
 
 _ORDER, _ANCHORS = 1, 2  # purposes of random draws
@@ -94,6 +93,53 @@ def blocks_of(sequence: TokenSequence, settings: TrainSettings, *, key: Sequence
     return MaskRows(anchors, counts)
 
 
+class OtherProcesses(Protocol):
+    """What computes part of a step elsewhere; see ``workers.Workers``."""
+
+    @property
+    def count(self) -> int:
+        """Number of processes, including this one."""
+        ...
+
+    def start(
+        self,
+        parameters: Parameters,
+        chosen: Sequence[int],
+        shared: Sequence[Sequence[int]],
+        *,
+        step: int,
+        total: int,
+    ) -> None:
+        """Start a training step there."""
+        ...
+
+    def collect(self) -> Iterator[Part]:
+        """Wait for the parts of those that had sequences."""
+        ...
+
+
+def shares(costs: Sequence[float], count: int) -> list[list[int]]:
+    """Divide work so that all shares take about the same time.
+
+    The most expensive remaining piece goes to the share with the lowest cost (Graham 1969, longest
+    processing time first), so no share costs more than 4/3 of the optimum.
+
+    Args:
+        costs: of the pieces.
+        count: number of shares.
+
+    Returns:
+        Indices of the pieces of each share, ascending.
+    """
+    parts: list[list[int]] = [[] for _ in range(count)]
+    loads = [0.0] * count
+    for piece in sorted(range(len(costs)), key=lambda piece: (-costs[piece], piece)):
+        lowest = loads.index(min(loads))
+        loads[lowest] += costs[piece]
+        parts[lowest].append(piece)
+    return [sorted(part) for part in parts]
+
+
 class StepGradient:
     """Computes the gradient of steps.
 
@@ -117,7 +163,7 @@ class StepGradient:
         chosen: Sequence[int],
         *,
         step: int,
-        workers: Workers | None = None,
+        workers: OtherProcesses | None = None,
     ) -> StepResult:
         """Compute the gradient of a step.
 

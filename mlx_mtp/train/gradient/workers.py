@@ -31,6 +31,7 @@ import numpy as np
 
 from mlx_mtp.backends.cpu.blas import BLAS, LIBRARY
 from mlx_mtp.evaluation.sequences import TokenSequence
+from mlx_mtp.train.gradient.step import StepGradient
 from mlx_mtp.train.settings import TrainSettings
 
 _THREADS = "OPENBLAS_NUM_THREADS"
@@ -139,7 +140,7 @@ class Workers:
         Args:
             parameters: the trainable parameters.
             chosen: indices of the step's sequences.
-            shared: positions in ``chosen`` for each process, from ``shares``; the first is for
+            shared: positions in ``chosen`` for each process, from ``step.shares``; the first is for
                 this process.
             step: number of the step.
             total: mask rows of the whole step.
@@ -184,28 +185,6 @@ def worker_count(num_workers: int, *, batch_size: int) -> int:
     return max(1, min(num_workers, batch_size))
 
 
-def shares(costs: Sequence[float], count: int) -> list[list[int]]:
-    """Divide work so that all shares take about the same time.
-
-    The most expensive remaining piece goes to the share with the lowest cost (Graham 1969, longest
-    processing time first), so no share costs more than 4/3 of the optimum.
-
-    Args:
-        costs: of the pieces.
-        count: number of shares.
-
-    Returns:
-        Indices of the pieces of each share, ascending.
-    """
-    parts: list[list[int]] = [[] for _ in range(count)]
-    loads = [0.0] * count
-    for piece in sorted(range(len(costs)), key=lambda piece: (-costs[piece], piece)):
-        lowest = loads.index(min(loads))
-        loads[lowest] += costs[piece]
-        parts[lowest].append(piece)
-    return [sorted(part) for part in parts]
-
-
 @contextlib.contextmanager
 def one_blas_thread(needed: bool) -> Iterator[None]:
     """Limit OpenBLAS to one thread, because the other cores run workers."""
@@ -230,7 +209,6 @@ def _work(
     """Run a worker: load, then compute one step at a time until the connection is closed."""
     from mlx_mtp.loading import load
     from mlx_mtp.train.gradient.adapter import new_adapter, trainable
-    from mlx_mtp.train.gradient.step import StepGradient
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides when to stop
     try:

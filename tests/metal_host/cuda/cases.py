@@ -8,7 +8,7 @@ one to the next, so that all meet.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -16,8 +16,6 @@ from mlx_mtp.backends.metal import matmul as kernels
 from mlx_mtp.backends.metal.attention import HEAD_DIMS, Mask, merge_launch, step_attention_launch
 from mlx_mtp.backends.metal.matmul import Launch, PackedWeight, Variant
 from mlx_mtp.model.lora import GatedTerm
-
-from ..capture import KernelText, kernel_text
 
 BITS, GROUP_SIZE = 4, 64  # of the default format, in half and bfloat16
 OUTPUTS, INPUTS, RANK = 64, 256, 8
@@ -33,16 +31,6 @@ class Case:
     kernel: str
     rows: int
     launch: Launch
-
-
-def text_of(launch: Launch) -> KernelText:
-    """What MLX would compile for a launch."""
-    names = list(launch.inputs)
-
-    def call(*inputs: mx.array) -> mx.array:
-        return kernels.run(replace(launch, inputs=dict(zip(names, inputs, strict=True))))
-
-    return kernel_text(call, *launch.inputs.values())
 
 
 def default_cases() -> Iterator[Case]:

@@ -19,9 +19,10 @@ from importlib.metadata import version
 
 from mlx_mtp.terminal import Status
 
+from ..our_kernels import text_of
 from . import nvrtc
 from .build import ARCH, Built, build
-from .cases import Case, default_cases, sampled_cases, text_of
+from .cases import Case, default_cases, sampled_cases
 
 COLUMNS = ("threads", "registers", "spilled", "stack", "shared")
 
