@@ -14,10 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import mlx.core as mx
 
 from mlx_mtp.apps.engine.grammar import Grammars, json_grammar
-from mlx_mtp.cli.options import MODEL
+from mlx_mtp.cli.options import option
 from mlx_mtp.lab.commands import command, machine_info
 
 _NAMES = {"type": "array", "items": {"type": "string"}, "maxItems": 20}
@@ -83,7 +84,12 @@ def _ms(work: Callable[[], Any]) -> float:
 
 
 @command
-@MODEL
+@option(
+    "--model",
+    type=click.Path(exists=True),
+    help="Folder of the model.",
+    show_default="the embedded one",
+)
 def main(model: str | None) -> dict[str, Any]:
     """Time grammars with a model's tokenizer and print one JSON line."""
     from mlx_lm.tokenizer_utils import load

@@ -40,15 +40,7 @@ from mlx_mtp.storage.files import write_atomically
 from mlx_mtp.train.run.folder import SETTINGS_FILE, RunFolder
 
 MASKS, SPEED = "mask tokens", "tokens per step"
-SETTINGS = [
-    "rank",
-    "lcm_weight",
-    "sampler",
-    "gate",
-    "num_draft_tokens",
-    "batch_size",
-    "num_anchors",
-]
+KEYS = ("rank", "lcm_weight", "sampler", "gate", "num_draft_tokens", "batch_size", "num_anchors")
 Points = Sequence[tuple[float, float]]
 
 
@@ -107,7 +99,7 @@ class TrainedRun:
 
     def to_dict(self) -> dict[str, Any]:
         """Its entry in ``figures.json``."""
-        shown = {key: self.settings[key] for key in SETTINGS if key in self.settings}
+        shown = {key: self.settings[key] for key in KEYS if key in self.settings}
         keys = ("step", "tokens_per_step", "next_token_loss", "acceptance")
         curve = [{key: record[key] for key in keys if key in record} for record in self.history]
         return {"settings": shown, "steps": self.history[-1]["step"], "evaluations": curve}

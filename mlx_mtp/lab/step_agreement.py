@@ -62,15 +62,11 @@ class Agreement:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready values with two digits."""
-
-        def short(values: dict[str, float]) -> dict[str, float]:
-            return {name: float(f"{value:.2g}") for name, value in values.items()}
-
+        groups = {"losses": self.losses, "norms": self.norms}
         return {
-            "losses": short(self.losses),
-            "norms": short(self.norms),
-            **short({"gradient": self.gradient}),
-        }
+            key: {name: _short(value) for name, value in values.items()}
+            for key, values in groups.items()
+        } | {"gradient": _short(self.gradient)}
 
 
 def perturbed(parameters: Parameters, *, seed: int = 0) -> Parameters:
@@ -124,6 +120,10 @@ def compare(
 def _norm(gradients: dict[str, np.ndarray]) -> float:
     squares = (float(np.square(value, dtype=np.float64).sum()) for value in gradients.values())
     return math.sqrt(sum(squares))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.2g}")
 
 
 def _relative_difference(left: float, right: float) -> float:
