@@ -7,7 +7,7 @@ noise is added to the parameters, because half of a new adapter's gradient is ze
 
 Steps are then timed in alternating order: gradient, clipping, AdamW.  PyTorch has all cores and the
 faster of two ways to split its forwards: ours, and one forward per sequence.  Ratios are those of
-pairs; above 1 our step is faster.
+pairs; above 1 our step is faster.  ``OMP_NUM_THREADS`` limits both.
 """
 
 from __future__ import annotations
