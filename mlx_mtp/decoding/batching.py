@@ -60,7 +60,7 @@ def head(model: MTPModel, parts: Sequence[mx.array]) -> list[mx.array]:
 def can_batch(model: MTPModel) -> bool:
     """Check whether a batch gives what separate forwards give, by running a few rows.
 
-    A model that does more with positions, masks or keys than pass them on cannot be batched.
+    Batching requires that the model only passes positions, masks and keys through.
     """
     if not (model.wrap_attention() and model.wrap_ropes()):
         return False

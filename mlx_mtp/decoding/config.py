@@ -19,7 +19,7 @@ def setting(default: Any, help: str, **limits: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationConfig:
-    """How an answer is generated, but for how its tokens are drawn (``Sampling``).
+    """Generation settings, except for sampling (``Sampling``).
 
     Attributes:
         max_tokens: maximum number of ids to emit; -1 sets no limit but the model's context.

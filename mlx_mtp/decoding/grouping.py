@@ -1,4 +1,4 @@
-"""Which answers' steps run as one batch: those that cost less so than one after the other."""
+"""Which answers' steps run as one batch: those that are faster batched than run separately."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class StepGrouper:
         return can_batch(self._model)
 
     def _batches(self, steps: Sequence[Step], narrow: list[int]) -> list[list[int]]:
-        """Fill batches with ever wider steps while that costs less than a forward of their own."""
+        """Add steps in ascending order of width while that is cheaper than a separate forward."""
         context = int(np.mean([steps[i].cache.offset for i in narrow]))
         ms = widened(self._speculation.costs.forward_ms(context), MAX_ROWS)
         batches: list[list[int]] = []

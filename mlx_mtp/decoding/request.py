@@ -1,4 +1,4 @@
-"""One answer in progress: plans its steps and takes in their outcomes."""
+"""One answer in progress: plans its steps and commits their outcomes."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Request:
         cache: the caches.
         target: what the emitted ids follow.
         planner: plans the steps.
-        masks: drafter that works within the steps.
-        lookup: drafter that works between them.
+        masks: drafts from mask rows in the same forward.
+        lookup: drafts on the host between forwards.
         key: random key, split for every step.
         stop_ids: ids that end the answer.
         prefill_step_size: maximum rows of a prompt chunk.

@@ -49,9 +49,9 @@ def make_request(
         stop_ids: ids that end the text; the stop id itself is emitted last.
         cache: caches to continue with, updated in place.
         cached_ids: the ids in ``cache``, where lookup and processors should see them too.
-        speculation: what the planner of ``"auto"`` knows of steps and drafts, updated in place;
-            without it the planner starts from a guess.  Sampling with a seed uses a copy of its
-            beginnings, so that the same ids come again.
+        speculation: cost and acceptance estimates of ``"auto"``, updated in place; default
+            estimates if omitted.  Sampling with a seed uses a copy in its initial state, so that
+            results are repeatable.
         explain: called with a line about every step.
         settings: fields of ``config``.
 

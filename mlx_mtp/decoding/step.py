@@ -1,4 +1,4 @@
-"""One step of an answer, alone or in a batch with other answers': one forward and one host sync."""
+"""One step of an answer, alone or batched with steps of other answers: one forward, one sync."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mlx_mtp.model.cache import MTPCache
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
 
-HEAD_ROWS = 12  # up to here one pass of the head over all rows costs less than two over some
+HEAD_ROWS = 12  # up to here one head pass over all rows is cheaper than two partial ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +54,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """The output of a step, all of it computed; the cache has all rows then.
+    """The output of a step, fully evaluated; the cache then contains all rows.
 
     Attributes:
         tokens: accepted drafts, then the bonus token; none of a prompt chunk.
@@ -119,7 +119,7 @@ def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
 
     Args:
         model: the model.
-        steps: one, or one each of several answers if ``can_batch(model)``, no prompt chunk then.
+        steps: one step, or one per answer if ``can_batch(model)``; no prompt chunk in a batch.
     """
     began = time.perf_counter()
     ids, layouts = [step.ids for step in steps], [step.layout for step in steps]
@@ -144,7 +144,7 @@ def _verify(step: Step, logits: mx.array) -> _Verdict:
     try:
         logits = step.target.process(logits, context=step.context, drafts=step.drafts)
         return _Verdict(*step.target.accept(logits, step.drafts, key=step.keys[0]), logits)
-    except Exception as error:  # the outcome has no tokens then; these ones keep the shapes
+    except Exception as error:  # the outcome has no tokens; placeholders keep the shapes
         return _Verdict(mx.zeros(len(logits), mx.int32), mx.array(0), logits, error)
 
 

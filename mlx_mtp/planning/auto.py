@@ -102,7 +102,7 @@ class Speculation:
 
     @classmethod
     def guess(cls, num_draft_tokens: int) -> Speculation:
-        """Start from nothing, for one answer, which is too short for plain steps to begin with."""
+        """Default estimates for a single answer; skips the initial plain steps."""
         guess = replace(GPU_GUESS, is_guess=False)
         return cls(LiveCosts(guess), Acceptance.unknown(num_draft_tokens))
 
@@ -200,8 +200,8 @@ class AutoPlanner:
             context: ids in the cache before the step.
             ms: duration; NaN in a batch, where it says nothing about one answer's rows.
             match: as given to ``plan``.
-            num_judged: looked-up ids, verified or not, that the emitted ones judge.
-            num_right: the first of these that were emitted.
+            num_judged: looked-up ids, verified or not, that can be compared with emitted ids.
+            num_right: length of their prefix that was emitted.
         """
         layout, known = plan.layout, self._known
         drafts, largest = layout.num_draft_tokens, max(layout.mask_counts)

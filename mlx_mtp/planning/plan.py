@@ -40,8 +40,8 @@ class Plan:
         text = f"step: {drafts}, masks {masks}, {self.layout.num_rows} rows"
         if not math.isnan(self.expected_ms):
             text += (
-                f"; expected {self.expected_tokens:.2f} tokens in {self.expected_ms:.1f} ms "
-                f"(plain: {self.plain_ms:.1f} ms per token)"
+                f"; expected {self.expected_tokens:.2f} tokens "
+                f"at the cost of {self.expected_ms / self.plain_ms:.2f} plain steps"
             )
         text += ", probe" if self.is_probe else ""
         duration = "in a batch" if math.isnan(ms) else f"{ms:.1f} ms"

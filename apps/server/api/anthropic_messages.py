@@ -30,7 +30,7 @@ _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"
 
 
 async def create(request: Request) -> Any:
-    """JobMessage a conversation, streamed or not."""
+    """Answer a conversation, streamed or not."""
     context: ServerContext = request.app.state.context
     body = await read_body(request, MessagesRequest, context.settings)
     context.check_model(body.model)

@@ -68,7 +68,7 @@ class ChatRequest(OpenAISampled):
 
 
 async def create(request: Request) -> Any:
-    """JobMessage a conversation, streamed or not."""
+    """Answer a conversation, streamed or not."""
     context: ServerContext = request.app.state.context
     body = await read_body(request, ChatRequest, context.settings)
     context.check_model(body.model)

@@ -23,7 +23,7 @@ from mlx_mtp.apps.server.streams import event
 
 
 async def create(request: Request) -> Any:
-    """JobMessage a conversation, streamed or not."""
+    """Answer a conversation, streamed or not."""
     context: ServerContext = request.app.state.context
     body = await read_body(request, ResponsesRequest, context.settings)
     context.check_model(body.model)

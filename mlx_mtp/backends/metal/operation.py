@@ -1,4 +1,4 @@
-"""What a kernel is checked and benchmarked as: ours, stock MLX, a float32 reference and inputs.
+"""An operation to check and benchmark a kernel by: ours, stock MLX, a reference and inputs.
 
 ``check`` compares our kernels with the reference on the device at hand.  It also requires that a
 row has the same bits whatever the number of rows computed with it, and in every variant: plain

@@ -13,8 +13,9 @@ import numpy as np
 
 from mlx_mtp.backends.metal import matmul as kernels
 from mlx_mtp.backends.metal.attention import HEAD_DIMS, merge_launch, step_attention_launch
-from mlx_mtp.backends.metal.checks import HALF_ULP, LowRank
 from mlx_mtp.backends.metal.matmul import Launch, PackedWeight, Variant
+from mlx_mtp.backends.metal.operation import HALF_ULP
+from mlx_mtp.backends.metal.operations import LowRank
 
 from ..attention import make_attention
 from ..quantised import MLX_TYPES, Problem, Shape, make_problem, to_float64, to_numpy

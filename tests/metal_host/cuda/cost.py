@@ -17,8 +17,8 @@ import numpy as np
 from mlx_mtp.backends.metal import matmul as kernels
 from mlx_mtp.backends.metal.matmul import PackedWeight
 
+from ..our_kernels import text_of
 from ..quantised import to_numpy
-from .cases import text_of
 from .driver import pack
 from .gpu import ROUNDS, Gpu
 

@@ -18,9 +18,9 @@ from mlx_mtp.backends.metal.matmul import Launch
 
 from ..arrays import from_bfloat16
 from ..capture import KernelText
+from ..our_kernels import text_of
 from ..quantised import to_numpy
 from .build import build
-from .cases import text_of
 from .driver import CAPTURE_THREAD_LOCAL, NON_BLOCKING, Driver, Packed, pack
 from .translate import ENTRY, CudaUnit
 

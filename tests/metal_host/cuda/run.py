@@ -23,7 +23,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_mtp.storage.files import write_atomically
-from mlx_mtp.terminal import Progress
+from mlx_mtp.terminal import Status
 
 from ..errors import MslError
 from ..quantised import MLX_TYPES
@@ -95,9 +95,9 @@ def machine(gpu: Gpu) -> dict:
 def checked(gpu: Gpu) -> list[dict]:
     """A line for each check."""
     found = []
-    with Progress("Checking ...") as progress:
+    with Status("Checking ...") as progress:
         for finding in all_checks(gpu.run):
-            progress.say(f"Checked {finding.what}")
+            progress.update(f"Checked {finding.what}")
             verdict = "right" if finding.right else f"WRONG: {finding.wrong}"
             print(f"{finding.what:66} {finding.error:8.1e}  {verdict}", flush=True)
             found.append(asdict(finding))
@@ -108,7 +108,7 @@ def timed(gpu: Gpu, args: argparse.Namespace) -> tuple[list[dict], str]:
     """Lines of ours and of stock MLX, and what became of stock MLX."""
     rows, stock = [], "not timed: this MLX has no CUDA"
     for name in args.dtype:
-        with Progress(f"Timing {name} ..."):
+        with Status(f"Timing {name} ..."):
             packed = random_packed(
                 args.n, args.k, bits=args.bits, group_size=args.group_size, dtype=MLX_TYPES[name]
             )
