@@ -1,9 +1,10 @@
-"""Talk with a model in the terminal.
+"""Chat with a model in the terminal.
 
-``Conversation`` keeps the messages and the cache.  For every answer the whole conversation is put
-through the chat template and encoded; the ids that it shares with the cache are not computed
-again, the cache is rewound to them.  What the cache holds is read off its own offset, so an answer
-that was interrupted, or whose text encodes to other ids, costs time but never correctness.
+``Conversation`` keeps the messages and the cache.  For every answer the chat template is
+applied to the whole conversation, which is then encoded.  The cache is rewound to the ids that it
+shares with the conversation, and these are not computed again.  The number of cached ids is the
+cache's own offset, so an answer that was interrupted, or whose text encodes to other ids, costs
+time but never correctness.
 
 ``Repl`` reads lines and prints.  At a terminal prompt_toolkit edits them: it is small and pure
 Python, and brings history, pasted blocks and wide characters on every platform, where Python's own
@@ -36,33 +37,33 @@ if TYPE_CHECKING:
 CACHE_OPTIONS = ("max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start")
 COMMANDS = {
     "/help": "list the commands",
-    "/reset": "forget the conversation",
+    "/reset": "start a new conversation",
     "/system": "set the system prompt (/system TEXT), or show it",
     "/regenerate": "answer the last message again",
-    "/stats": "show the counts of the last answer",
-    "/quit": "leave (or Ctrl-D)",
+    "/stats": "show statistics of the last answer",
+    "/quit": "quit (or Ctrl-D)",
 }
-GREETING = f"Commands: {' '.join(COMMANDS)} - Ctrl-C stops an answer, Ctrl-D leaves."
+GREETING = f"Commands: {' '.join(COMMANDS)} - Ctrl-C stops an answer, Ctrl-D quits."
 PROMPT = "> "
 
 
 class Conversation:
-    """The messages so far, and a cache that holds as much of them as it can.
+    """The messages so far, and a cache of their ids.
 
     Args:
         model: from ``load``.
         tokenizer: from ``load``.
         system_prompt: first message, if any.
         template_config: settings for the chat template.
-        options: arguments of ``stream_generate``; a seed is raised by one with every answer, so
-            that ``regenerate`` gives another one.
+        options: arguments of ``stream_generate``; the seed increases by one with every answer, so
+            that ``regenerate`` gives a different one.
 
     Raises:
         ValueError: the tokenizer has no chat template.
 
     Attributes:
         system_prompt: may be changed at any time.
-        messages: user and assistant by turns, without the system prompt.
+        messages: of user and assistant in turn, without the system prompt.
         last: the last response of the last answer.
     """
 
@@ -102,10 +103,10 @@ class Conversation:
         return length >= self._model.max_context
 
     def reset(self) -> None:
-        """Forget the messages and the cache; keep the system prompt."""
+        """Clear the messages and the cache; keep the system prompt."""
         self.messages = []
         self.last = None
-        self._forget_cache()
+        self._clear_cache()
 
     def ask(
         self,
@@ -116,7 +117,8 @@ class Conversation:
     ) -> Generator[GenerationResponse, None, None]:
         """Answer a message.
 
-        An answer that is broken off is kept as far as it got; before it begins, nothing is.
+        An interrupted answer is kept up to its last token; the message of an answer without
+        any token is dropped.
 
         Args:
             text: the message.
@@ -124,8 +126,8 @@ class Conversation:
             explain: called with a line about each step.
 
         Raises:
-            ContextOverflow: the conversation does not fit the model's context any more.
-            ValueError: the message is empty or the template refuses it.
+            ContextOverflow: the conversation no longer fits the model's context.
+            ValueError: the message is empty or the template rejects it.
         """
         if not text.strip():
             raise ValueError("the message is empty")
@@ -143,7 +145,7 @@ class Conversation:
             ValueError: there is no answer yet.
         """
         if not self.messages:
-            raise ValueError("there is nothing to answer again")
+            raise ValueError("there is no message to answer again")
         return self._answer(self.messages[:-1], progress, explain)
 
     def _answer(
@@ -152,7 +154,7 @@ class Conversation:
         progress: Callable[[int, int], None] | None,
         explain: Callable[[str], None] | None,
     ) -> Generator[GenerationResponse, None, None]:
-        """Stream the answer to the last message; once there is one, the conversation has both."""
+        """Stream the answer to the last message, then add both to the conversation."""
         pieces, emitted = [], []
         ids = self._encode(messages)
         prompt = self._rewind_to_common(ids)
@@ -176,7 +178,7 @@ class Conversation:
                     emitted.append(response.token)
                     yield response
         except KeyboardInterrupt:  # in the middle of a step: layers may be at different rows
-            self._forget_cache()
+            self._clear_cache()
             raise
         finally:
             self._cached_ids = [*ids, *emitted][: self._cache.offset]
@@ -199,10 +201,10 @@ class Conversation:
         if self._cache.can_rewind(surplus):
             self._cache.rewind(surplus)
             return ids[shared:]
-        self._forget_cache()
+        self._clear_cache()
         return ids
 
-    def _forget_cache(self) -> None:
+    def _clear_cache(self) -> None:
         self._cache = self._model.make_cache(**self._cache_options)
         self._cached_ids = []
 
@@ -215,56 +217,59 @@ class Repl:
         self._explain = explain
 
     def run(self, lines: Iterator[str]) -> None:
-        """Go on until the lines end or ``/quit``."""
+        """Read until the lines end or ``/quit``."""
         print(dim(GREETING), flush=True)
         for line in lines:
             text = line.rstrip("\r\n")
             if not text.strip():
                 continue
             if not text.startswith("/"):
-                self._say(partial(self._conversation.ask, text))
-            elif not self._obey(*text.partition(" ")[::2]):
+                self._print(partial(self._conversation.ask, text))
+            elif not self._execute(*text.partition(" ")[::2]):
                 return
 
-    def _obey(self, command: str, argument: str) -> bool:
-        """Carry out a command; return False to leave."""
+    def _execute(self, command: str, argument: str) -> bool:
+        """Execute a command; return False to quit."""
         conversation = self._conversation
         match command:
             case "/quit":
                 return False
             case "/reset":
                 conversation.reset()
-                self._note("the conversation is forgotten")
+                self._note("started a new conversation")
             case "/system":
                 if argument.strip():
                     conversation.system_prompt = argument.strip()
                 self._note(f"system prompt: {conversation.system_prompt or '(none)'}")
             case "/regenerate":
-                self._say(conversation.regenerate)
+                self._print(conversation.regenerate)
             case "/stats":
                 self._note(*(conversation.last.lines() if conversation.last else ["no answer yet"]))
             case "/help":
                 self._note(*(f"{name:12} {meaning}" for name, meaning in COMMANDS.items()))
             case _:
-                self._note(f"there is no {command}; begin with a space to send it, or see /help")
+                self._note(
+                    f"unknown command {command}; see /help, or start the message with a space "
+                    "to send it"
+                )
         return True
 
-    def _say(self, answer: Callable[..., Generator[GenerationResponse, None, None]]) -> None:
-        """Print an answer while it is made; Ctrl-C ends it."""
+    def _print(self, answer: Callable[..., Generator[GenerationResponse, None, None]]) -> None:
+        """Print an answer while it is generated; Ctrl-C stops it."""
         try:
             with Interrupt() as interrupt, Status("Reading ...") as status:
                 last = _print_answer(answer, interrupt, status, explain=self._explain)
         except ContextOverflow as error:
-            self._note(f"{one_line(error)}: /reset starts afresh")
+            self._note(f"{one_line(error)}: /reset starts a new conversation")
         except ValueError as error:
             self._note(f"Error: {one_line(error)}")
         else:
             if last is None:
-                self._note("stopped; the message is forgotten")
+                self._note("stopped; the message was dropped")
             else:
                 self._note(_summary(last))
                 if self._conversation.is_full:
-                    self._note("the context is full: /reset starts afresh")
+                    self._note("the context is full: /reset starts a new conversation")
 
     def _note(self, *lines: str) -> None:
         for line in lines:
@@ -320,7 +325,7 @@ def _print_answer(
     *,
     explain: bool,
 ) -> GenerationResponse | None:
-    """Print the pieces; return the last response, None if Ctrl-C came before the first."""
+    """Print the answer; return its last response, or None if Ctrl-C came before the first."""
     output = AnswerWriter(status)
 
     def on_prefill(done: int, total: int) -> None:
@@ -342,7 +347,7 @@ def _print_answer(
 
 
 def _summary(last: GenerationResponse) -> str:
-    """The line below an answer."""
+    """The line after an answer."""
     line = (
         f"{last.generation_tokens} tokens, {last.generation_tps:.1f} tokens/s, "
         f"{last.tokens_per_step:.2f} tokens/step"
@@ -350,5 +355,5 @@ def _summary(last: GenerationResponse) -> str:
     if last.finish_reason is None:
         line += ", stopped"
     elif last.finish_reason == "length":
-        line += ", cut at the limit"
+        line += ", stopped at the token limit"
     return line

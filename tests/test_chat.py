@@ -122,7 +122,7 @@ def test_a_message_that_was_never_answered_is_forgotten(scripted):
 def test_regenerate_answers_again(scripted):
     scripted.answers = [[*ids_of("one"), EOS], [*ids_of("two"), EOS]]
     talk = conversation(scripted, seed=5)
-    with pytest.raises(ValueError, match="nothing to answer again"):
+    with pytest.raises(ValueError, match="no message to answer again"):
         talk.regenerate()
     ask(talk, "a")
     assert "".join(response.text for response in talk.regenerate()) == "two"
@@ -173,11 +173,11 @@ def test_a_full_context_is_said_with_the_way_out(scripted, capsys):
     assert talk.messages == []
     Repl(talk).run(iter(["hello", "y" * 9, "/reset", "hi"]))
     lines = capsys.readouterr().out.splitlines()
-    assert "the context is full: /reset starts afresh" not in lines[2]
-    assert (
-        lines[3] == "the prompt has 31 tokens, but fake takes fewer than 20: /reset starts afresh"
+    assert "the context is full: /reset starts a new conversation" not in lines[2]
+    assert lines[3] == (
+        "the prompt has 31 tokens, but fake takes fewer than 20: /reset starts a new conversation"
     )
-    assert lines[4] == "the conversation is forgotten"
+    assert lines[4] == "started a new conversation"
     assert lines[5] == "ok"
 
 
@@ -185,7 +185,10 @@ def test_an_answer_that_fills_the_context_says_so(scripted, capsys):
     scripted.max_context = 15
     scripted.answers = [ids_of("0123456")]
     Repl(conversation(scripted, max_tokens=7)).run(iter(["hello"]))
-    assert capsys.readouterr().out.splitlines()[-1] == "the context is full: /reset starts afresh"
+    assert (
+        capsys.readouterr().out.splitlines()[-1]
+        == "the context is full: /reset starts a new conversation"
+    )
 
 
 def test_a_tokenizer_without_template_cannot_chat(scripted):
@@ -204,7 +207,7 @@ def test_the_repl_obeys_commands(scripted, capsys):
     first, *rest = out.splitlines()
     assert all(command in first for command in COMMANDS)
     assert rest[0] == "no answer yet"
-    assert rest[1] == "Error: there is nothing to answer again"
+    assert rest[1] == "Error: there is no message to answer again"
     assert rest[2] == "one"
     assert re.fullmatch(r"4 tokens, \d+\.\d tokens/s, 2\.00 tokens/step", rest[3])
     assert rest[4].startswith("Prompt: 4 tokens, ")
@@ -213,7 +216,7 @@ def test_the_repl_obeys_commands(scripted, capsys):
     assert rest[10:13] == [
         "system prompt: (none)",
         "system prompt: S",
-        "there is no /what; begin with a space to send it, or see /help",
+        "unknown command /what; see /help, or start the message with a space to send it",
     ]
     assert rest[13] == "three"
     assert len(rest) == 15 + len(COMMANDS)

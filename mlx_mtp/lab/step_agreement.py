@@ -1,4 +1,4 @@
-"""Whether our training step and PyTorch's are the same one, see ``bench.train_step``."""
+"""Whether our training step and PyTorch's compute the same; see ``lab.train_step``."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
 MAX_LOSS_ERROR = 1e-3
 MAX_NORM_ERROR = 1e-2
 MAX_GRADIENT_ERROR = 0.1  # two near-equal logits may give a row another target
-_SHAKE = 0.01
+_NOISE = 0.01
 _KINDS = ("lora_a", "lora_b", "mask_embeddings", "sampler_head")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """How far the two sides are apart; all relative.
+    """Relative differences between the two sides.
 
     Attributes:
-        losses: of each term of the loss, and of all together.
-        norms: of the gradient's norm by kind of parameter, and of all together.
-        gradient: norm of the difference of the gradients.
+        losses: for each term of the loss, and for their sum.
+        norms: for the gradient's norm by kind of parameter, and for the whole norm.
+        gradient: norm of the difference of the gradients over the norm of ours.
     """
 
     losses: dict[str, float]
@@ -42,86 +42,89 @@ class Agreement:
     gradient: float
 
     def check(self) -> None:
-        """Refuse to go on with sides that do different things.
+        """Check that the differences are small.
 
         Raises:
-            ValueError: they do; the message says in what.
+            ValueError: one is too large.
         """
-        bounds = [(f"loss {name}", each, MAX_LOSS_ERROR) for name, each in self.losses.items()]
-        bounds += [
-            (f"gradient norm {name}", each, MAX_NORM_ERROR) for name, each in self.norms.items()
-        ]
-        bounds.append(("gradient", self.gradient, MAX_GRADIENT_ERROR))
-        for what, found, most in bounds:
-            if not found <= most:
-                raise ValueError(
-                    f"PyTorch's step is not ours: {what} is {found:.2g} apart, over {most}"
-                )
+        bounds = {
+            "loss": (self.losses, MAX_LOSS_ERROR),
+            "gradient norm": (self.norms, MAX_NORM_ERROR),
+            "gradient": ({"": self.gradient}, MAX_GRADIENT_ERROR),
+        }
+        for kind, (errors, maximum) in bounds.items():
+            for name, error in errors.items():
+                if not error <= maximum:
+                    raise ValueError(
+                        f"PyTorch's step is not ours: {f'{kind} {name}'.strip()} differs by "
+                        f"{error:.2g}, over {maximum}"
+                    )
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready values of two digits."""
-
-        def short(values: dict[str, float]) -> dict[str, float]:
-            return {name: float(f"{value:.2g}") for name, value in values.items()}
-
+        """JSON-ready values with two digits."""
+        groups = {"losses": self.losses, "norms": self.norms}
         return {
-            "losses": short(self.losses),
-            "norms": short(self.norms),
-            **short({"gradient": self.gradient}),
-        }
+            key: {name: _short(value) for name, value in values.items()}
+            for key, values in groups.items()
+        } | {"gradient": _short(self.gradient)}
 
 
-def shaken(parameters: Parameters, *, seed: int = 0) -> Parameters:
-    """The parameters with noise on them, so that no part of the gradient is zero."""
+def perturbed(parameters: Parameters, *, seed: int = 0) -> Parameters:
+    """The parameters with noise, so that no part of the gradient is zero."""
     keys = mx.random.split(mx.random.key(seed), len(parameters))
     return {
-        name: value + _SHAKE * mx.random.normal(value.shape, key=key)
+        name: value + _NOISE * mx.random.normal(value.shape, key=key)
         for (name, value), key in zip(parameters.items(), keys, strict=True)
     }
 
 
 def compare(
     model: MTPModel,
-    rival: TorchStep,
+    theirs: TorchStep,
     settings: TrainSettings,
     data: Sequence[TokenSequence],
     *,
-    most_rows: int | None = None,
+    max_rows: int | None = None,
 ) -> Agreement:
-    """Compute the gradient of one step on both sides; the parameters of both are kept."""
+    """Compare the gradients of one step on both sides; restores the parameters of both."""
     exact = dataclasses.replace(settings, candidates=0)
     before = trainable(model)
-    parameters, chosen = shaken(before), range(len(data))
+    parameters, chosen = perturbed(before), range(len(data))
     gradient = StepGradient(model, exact)
     ours = gradient(parameters, data, chosen, step=0)
     gradient.load(before)
-    rival.load(parameters)
-    terms = rival.gradient(data, chosen, step=0, most_rows=most_rows)
-    theirs = rival.gradients()
-    rival.load(before)
+    theirs.load(parameters)
+    terms = theirs.gradient(data, chosen, step=0, max_rows=max_rows)
+    their_gradients = theirs.gradients()
+    theirs.load(before)
     weights = settings.loss_weights
     total = sum(value * getattr(weights, name) for name, value in terms.items())
-    losses = {name: _apart(ours.terms[name], value) for name, value in terms.items()}
+    losses = {name: _relative_difference(ours.terms[name], value) for name, value in terms.items()}
     mine = {name: np.array(value) for name, value in ours.gradients.items()}
-    norms = {"all": _apart(_norm(mine), _norm(theirs))}
+    norms = {"all": _relative_difference(_norm(mine), _norm(their_gradients))}
     for kind in _KINDS:
         left, right = (
-            {name: each for name, each in side.items() if kind in name} for side in (mine, theirs)
+            {name: value for name, value in side.items() if kind in name}
+            for side in (mine, their_gradients)
         )
         if left:
-            norms[kind] = _apart(_norm(left), _norm(right))
-    difference = _norm({name: value - theirs[name] for name, value in mine.items()})
+            norms[kind] = _relative_difference(_norm(left), _norm(right))
+    difference = _norm({name: value - their_gradients[name] for name, value in mine.items()})
     return Agreement(
-        losses={"all": _apart(ours.loss, total), **losses},
+        losses={"all": _relative_difference(ours.loss, total), **losses},
         norms=norms,
         gradient=difference / _norm(mine),
     )
 
 
 def _norm(gradients: dict[str, np.ndarray]) -> float:
-    squares = (float(np.square(each, dtype=np.float64).sum()) for each in gradients.values())
+    squares = (float(np.square(value, dtype=np.float64).sum()) for value in gradients.values())
     return math.sqrt(sum(squares))
 
 
-def _apart(left: float, right: float) -> float:
+def _short(value: float) -> float:
+    return float(f"{value:.2g}")
+
+
+def _relative_difference(left: float, right: float) -> float:
     return abs(left - right) / max(abs(left), abs(right), 1e-12)

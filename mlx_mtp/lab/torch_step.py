@@ -1,17 +1,17 @@
-"""A training step of ours written in PyTorch, float32: the rival of ``bench.train_step``.
+"""Our training step written in PyTorch, float32, for the comparison in ``lab.train_step``.
 
-Everything that ``train.step`` does is here once more: ordinary rows once and without gradient,
-mask rows that see their keys and values, gated LoRA on mask rows, the sampler head, three terms of
-loss over the whole vocabulary, a clipped gradient, AdamW.  PyTorch gets what is quick on a CPU: its
-fused attention with grouped queries, its fused AdamW and all cores.  Weights and their names are
-those of the MLX model, so that gradients can be compared by name.
+Everything that ``train.gradient.step`` computes is repeated here: ordinary rows once and without
+gradient, mask rows that see their keys and values, gated LoRA on mask rows, the sampler head, three
+terms of the loss over the whole vocabulary, a clipped gradient, AdamW.  PyTorch gets what is fast
+on a CPU: its fused attention with grouped queries, its fused AdamW and all cores.  Weights and
+their names are those of the MLX model, so that gradients can be compared by name.
 
-PyTorch's AdamW divides its moments by ``1 - beta**step``, MLX's does not; that costs no time.
+PyTorch's AdamW divides its moments by ``1 - beta**step``, MLX's does not; that takes no time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -45,16 +45,16 @@ class TorchStep:
     """Optimiser steps of a llama with our adapter.
 
     Args:
-        model: from ``adapter.new_adapter``, with float32 weights; they are copied.
-        settings: of the run; the teacher must be ``argmax``.
-        num_threads: threads that PyTorch may use.
+        model: from ``adapter.new_adapter``, with float32 weights, which are copied.
+        settings: settings of the run; the teacher must be ``argmax``.
+        num_threads: number of threads that PyTorch may use.
 
     Raises:
-        ValueError: this forward cannot be that of the model.
+        ValueError: the model is not a plain llama in float32.
     """
 
     def __init__(self, model: MTPModel, settings: TrainSettings, *, num_threads: int) -> None:
-        _refuse_others(model)
+        _check_model(model)
         assert model.config is not None and settings.teacher == "argmax" and settings.gate
         torch.set_num_threads(num_threads)
         self._settings = settings
@@ -66,7 +66,9 @@ class TorchStep:
         self.parameters = {
             name: _tensor(value).requires_grad_() for name, value in trainable(model).items()
         }
-        self._masks = next(each for name, each in self._named() if name.endswith(MASK_EMBEDDINGS))
+        self._masks = next(
+            value for name, value in self.parameters.items() if name.endswith(MASK_EMBEDDINGS)
+        )
         self._unembedding = self._frozen.get("lm_head.weight", self._embedding)
         self._cos, self._sin = _rotary_tables(self._args, self._dims)
         self._optimiser = torch.optim.AdamW(
@@ -78,7 +80,7 @@ class TorchStep:
         )
 
     def load(self, parameters: Mapping[str, mx.array]) -> None:
-        """Take over trainable parameters of the MLX model by name."""
+        """Copy trainable parameters of the MLX model by name."""
         with torch.no_grad():
             for name, value in parameters.items():
                 self.parameters[name].copy_(_tensor(value))
@@ -89,23 +91,23 @@ class TorchStep:
         chosen: Sequence[int],
         *,
         step: int,
-        most_rows: int | None = None,
+        max_rows: int | None = None,
     ) -> dict[str, float]:
-        """Compute the gradient of a step; it is left in ``parameters``.
+        """Compute the gradient of a step; it is stored in ``parameters``.
 
         Args:
             data: all sequences.
-            chosen: indices of those of the step.
-            step: its number, which decides the anchors.
-            most_rows: of a forward; None takes those of a sequence at once.
+            chosen: indices of the step's sequences.
+            step: number of the step, which decides the anchors.
+            max_rows: maximum mask rows per forward; None runs one forward per sequence.
 
         Returns:
             The terms of the loss by name.
         """
         self._optimiser.zero_grad()
         places = [
-            (data[index], blocks_of(data[index], self._settings, key=(step, at)))
-            for at, index in enumerate(chosen)
+            (data[index], blocks_of(data[index], self._settings, key=(step, place)))
+            for place, index in enumerate(chosen)
         ]
         total = sum(rows.num_rows for _, rows in places)
         sums: dict[str, float] = {}
@@ -114,7 +116,7 @@ class TorchStep:
                 continue
             ids = torch.tensor(sequence.ids)
             ordinary = self._ordinary_rows(ids)
-            for part in chunks(rows, max_rows=most_rows or rows.num_rows):
+            for part in chunks(rows, max_rows=max_rows or rows.num_rows):
                 terms = self._loss_terms(ordinary, ids, part, total=total)
                 weights = self._settings.loss_weights
                 loss = sum(value * getattr(weights, name) for name, value in terms.items())
@@ -129,61 +131,58 @@ class TorchStep:
         chosen: Sequence[int],
         *,
         step: int,
-        most_rows: int | None = None,
+        max_rows: int | None = None,
     ) -> dict[str, float]:
-        """Do an optimiser step; see ``gradient``."""
-        terms = self.gradient(data, chosen, step=step, most_rows=most_rows)
+        """Run an optimiser step; see ``gradient``."""
+        terms = self.gradient(data, chosen, step=step, max_rows=max_rows)
         if self._settings.clip:
             torch.nn.utils.clip_grad_norm_(self.parameters.values(), self._settings.clip)
         self._optimiser.step()
         return terms
 
     def gradients(self) -> dict[str, np.ndarray]:
-        """The gradient as it stands, by name."""
+        """The current gradient by name."""
         return {
             name: np.zeros(value.shape, np.float32) if value.grad is None else value.grad.numpy()
-            for name, value in self._named()
+            for name, value in self.parameters.items()
         }
 
     @property
     def _embedding(self) -> Tensor:
         return self._frozen["model.embed_tokens.weight"]
 
-    def _named(self) -> Iterator[tuple[str, Tensor]]:
-        return iter(self.parameters.items())
-
     @torch.no_grad()
     def _ordinary_rows(self, ids: Tensor) -> _Ordinary:
-        found: list[tuple[Tensor, Tensor]] = []
+        keys_and_values: list[tuple[Tensor, Tensor]] = []
         positions = torch.arange(len(ids))
-        hidden = self._backbone(self._embedding[ids], positions, found=found)
-        return _Ordinary(hidden, found)
+        hidden = self._backbone(self._embedding[ids], positions, output=keys_and_values)
+        return _Ordinary(hidden, keys_and_values)
 
     def _loss_terms(
         self, ordinary: _Ordinary, ids: Tensor, rows: MaskRows, *, total: int
     ) -> dict[str, Tensor]:
-        """The terms of mask blocks, of a mean over ``total`` rows."""
+        """The loss terms of mask blocks, as parts of a mean over ``total`` rows."""
         positions = torch.from_numpy(rows.row_positions).long()
         seen = max(rows.anchors) + 1
-        held = [
+        cached = [
             (keys[..., :seen, :], values[..., :seen, :])
             for keys, values in ordinary.keys_and_values
         ]
         mask = torch.from_numpy(np.array(rows.attention(seen)))
         offsets = torch.from_numpy(rows.mask_offsets).long()
-        hidden = self._backbone(self._masks[offsets], positions, held=held, mask=mask)
+        hidden = self._backbone(self._masks[offsets], positions, cached=cached, mask=mask)
         targets = self._targets(ordinary, positions)
         terms = {"base": self._cross_entropy(hidden, targets) / total}
         if self._kind is not None:
             state = self._sampler(self._embedding[ids[positions]], hidden)
             terms["sampler"] = self._cross_entropy(state, targets) / total
-        apart = hidden - ordinary.hidden[positions]
-        terms["lcm"] = apart.square().mean(dim=-1).sum() / total
+        difference = hidden - ordinary.hidden[positions]
+        terms["lcm"] = difference.square().mean(dim=-1).sum() / total
         return terms
 
     @torch.no_grad()
     def _targets(self, ordinary: _Ordinary, positions: Tensor) -> Tensor:
-        """The base model's own choice behind each position."""
+        """The base model's most likely token after each position."""
         needed, where = torch.unique(positions, return_inverse=True)
         return (ordinary.hidden[needed] @ self._unembedding.T).argmax(dim=-1)[where]
 
@@ -213,25 +212,25 @@ class TorchStep:
         x: Tensor,
         positions: Tensor,
         *,
-        held: Sequence[tuple[Tensor, Tensor]] = (),
+        cached: Sequence[tuple[Tensor, Tensor]] = (),
         mask: Tensor | None = None,
-        found: list[tuple[Tensor, Tensor]] | None = None,
+        output: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
-        """Map ``[R, D]`` to final hidden states; with a mask these are mask rows, and adapted.
+        """Map ``[R, D]`` to final hidden states; with a mask, rows are mask rows with LoRA.
 
         Args:
             x: embeddings.
-            positions: of the rows, ``[R]``.
-            held: keys and values that come before those of the rows, by layer.
+            positions: positions of the rows, ``[R]``.
+            cached: keys and values before those of the rows, by layer.
             mask: which row sees what, bool; None is causal.
-            found: keys and values of each layer are added to it.
+            output: receives the keys and values of each layer.
         """
         rotation = self._cos[positions], self._sin[positions]
         for index in range(self._args.num_hidden_layers):
             path = f"model.layers.{index}."
             normed = self._norm(x, path + "input_layernorm")
-            before = held[index] if held else None
-            x = x + self._attention(normed, path, rotation, held=before, mask=mask, found=found)
+            before = cached[index] if cached else None
+            x = x + self._attention(normed, path, rotation, cached=before, mask=mask, output=output)
             normed = self._norm(x, path + "post_attention_layernorm")
             gate = F.silu(self._linear(normed, path + "mlp.gate_proj", adapt=mask is not None))
             up = self._linear(normed, path + "mlp.up_proj", adapt=mask is not None)
@@ -244,9 +243,9 @@ class TorchStep:
         path: str,
         rotation: tuple[Tensor, Tensor],
         *,
-        held: tuple[Tensor, Tensor] | None,
+        cached: tuple[Tensor, Tensor] | None,
         mask: Tensor | None,
-        found: list[tuple[Tensor, Tensor]] | None,
+        output: list[tuple[Tensor, Tensor]] | None,
     ) -> Tensor:
         queries, keys, values = (
             self._linear(x, f"{path}self_attn.{name}_proj", adapt=mask is not None)
@@ -255,10 +254,11 @@ class TorchStep:
             for name in ("q", "k", "v")
         )
         queries, keys = _rotate(queries, *rotation), _rotate(keys, *rotation)
-        if found is not None:
-            found.append((keys, values))
-        if held is not None:
-            keys, values = torch.cat([held[0], keys], dim=2), torch.cat([held[1], values], dim=2)
+        if output is not None:
+            output.append((keys, values))
+        if cached is not None:
+            keys = torch.cat([cached[0], keys], dim=2)
+            values = torch.cat([cached[1], values], dim=2)
         out = F.scaled_dot_product_attention(
             queries, keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
         )
@@ -277,25 +277,27 @@ class TorchStep:
         return F.rms_norm(x, weight.shape, weight, self._args.rms_norm_eps)
 
 
-def _refuse_others(model: MTPModel) -> None:
-    """Refuse a model that is more than a plain llama in float32.
+def _check_model(model: MTPModel) -> None:
+    """Check that a model is a plain llama in float32.
 
     Raises:
-        ValueError: it says what there is.
+        ValueError: it is not; the message names what it has.
     """
     args: Any = model.base.args
     if model.base.model_type != "llama":
         raise ValueError(f"the PyTorch step is written for llama, not for {model.base.model_type}")
     if model.dtype != mx.float32:
         raise ValueError(f"the PyTorch step needs float32 weights, {model.name} has {model.dtype}")
-    others = [
+    unsupported = [
         name
         for name in ("attention_bias", "mlp_bias", "rope_traditional", "rope_scaling")
         if getattr(args, name)
     ]
-    others += ["sliding_attention"] if "sliding_attention" in args.layer_types else []
-    if others:
-        raise ValueError(f"the PyTorch step is for a plain llama, {model.name} has {others[0]}")
+    unsupported += ["sliding_attention"] if "sliding_attention" in args.layer_types else []
+    if unsupported:
+        raise ValueError(
+            f"the PyTorch step is for a plain llama, {model.name} has {unsupported[0]}"
+        )
 
 
 def _frozen(model: MTPModel) -> dict[str, Tensor]:
@@ -323,6 +325,6 @@ def _rotary_tables(args: Any, dims: int) -> tuple[Tensor, Tensor]:
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn ``[1, H, R, Dh]``; a pair is a dimension of the first half and one of the second."""
+    """Rotate ``[1, H, R, Dh]``; a pair is a dimension of the first half and one of the second."""
     left, right = x.chunk(2, dim=-1)
     return torch.cat([left * cos - right * sin, left * sin + right * cos], dim=-1)

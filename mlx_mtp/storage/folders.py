@@ -1,9 +1,9 @@
-"""Folders that appear whole or not at all.
+"""Folders that are written atomically.
 
-A model or adapter folder is written in a hidden workplace beside its place and renamed into it, so
-that a reader never meets half of one and a failure leaves nothing behind.  A process that is killed
-cannot tidy up: its workplace is removed by the next one that writes the same folder, which knows by
-a file lock that nobody works there any more.
+A model or adapter folder is written in a hidden temporary folder next to its target and then
+renamed, so that readers never see an incomplete folder and a failure leaves nothing.  A process
+that is killed cannot clean up: its temporary folder is removed by the next process that writes the
+same target, after a file lock shows that it is no longer in use.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ _LOCK, _NEW, _OLD, _DONE = "lock", "new", "old", "done"
 def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty folder that becomes ``target`` when the block ends without an error.
 
-    Missing parents of ``target`` are made.  With ``replace`` an existing ``target`` is moved aside
-    first and removed last, so it comes back if the rename fails.
+    Missing parents of ``target`` are created.  With ``replace`` an existing ``target`` is moved
+    aside first and removed last, so that it is restored if the rename fails.
 
     Raises:
         FileExistsError: ``target`` exists and ``replace`` is off.
-        OSError: the folder cannot be made or renamed.
+        OSError: the folder cannot be created or renamed.
     """
-    target = Path(os.path.abspath(target))  # whose name holds even if the folder itself is moved
+    target = Path(os.path.abspath(target))  # stays valid if the working directory is moved
     target.parent.mkdir(parents=True, exist_ok=True)
     _sweep(target)
     if not replace and os.path.lexists(target):
         raise FileExistsError(f"{target} already exists")
-    with _workplace(target) as workplace:
-        # Inside a private folder, so that the new one gets the ordinary mode and not mkdtemp's.
-        draft = workplace / _NEW
+    with _temporary_folder(target) as temporary:
+        # Inside the temporary folder, so that it gets the ordinary mode and not mkdtemp's.
+        draft = temporary / _NEW
         draft.mkdir()
         yield draft
-        _publish(draft, target, aside=workplace / _OLD if replace else None)
+        _publish(draft, target, aside=temporary / _OLD if replace else None)
 
 
 @contextlib.contextmanager
 def without_wildcards(folder: Path) -> Iterator[Path]:
-    """Yield a folder with the same files whose path means itself to ``glob``.
+    """Yield a folder with the same files whose path has no wildcards of ``glob``.
 
-    mlx-lm globs for weights in the path as it is given, so brackets in it would hide them.
+    mlx-lm looks for weights by ``glob`` without escaping the path, so brackets would hide them.
     """
     if glob.escape(str(folder)) == str(folder):
         yield folder
@@ -60,8 +60,8 @@ def without_wildcards(folder: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _workplace(target: Path) -> Iterator[Path]:
-    """A private folder beside ``target``, locked as long as this process works in it."""
+def _temporary_folder(target: Path) -> Iterator[Path]:
+    """Yield a private folder next to ``target``, locked while it is in use."""
     while True:
         folder = Path(tempfile.mkdtemp(dir=target.parent, prefix=_prefix(target)))
         try:
@@ -80,7 +80,7 @@ def _workplace(target: Path) -> Iterator[Path]:
 
 
 def _sweep(target: Path) -> None:
-    """Remove the workplaces of processes that were killed; bring back what they had moved aside."""
+    """Remove temporary folders of killed processes; restore what they had moved aside."""
     for folder in target.parent.iterdir():
         if not folder.name.startswith(_prefix(target)):
             continue
@@ -91,7 +91,7 @@ def _sweep(target: Path) -> None:
                 folder.rmdir()  # killed before it was locked: empty
             continue
         with contextlib.suppress(OSError):
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while somebody works there
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails while it is in use
             if os.path.lexists(folder / _OLD) and not os.path.lexists(target):
                 os.rename(folder / _OLD, target)
             _remove(folder)
@@ -99,7 +99,7 @@ def _sweep(target: Path) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a workplace, its lock last: without one, nobody would sweep up what is left."""
+    """Remove a temporary folder; the lock goes last, because ``_sweep`` needs it to continue."""
     for path in folder.iterdir():
         if path.name != _LOCK:
             shutil.rmtree(path, ignore_errors=True)
@@ -111,12 +111,12 @@ def _prefix(target: Path) -> str:
 
 
 def _publish(draft: Path, target: Path, *, aside: Path | None) -> None:
-    """Rename ``draft`` to ``target``; what stands there goes to ``aside`` when that is given."""
+    """Rename ``draft`` to ``target``; an existing ``target`` is moved to ``aside``, if any."""
     moved = aside is not None and os.path.lexists(target)
     if aside is not None and moved:
         os.rename(target, aside)
     try:
-        if os.path.lexists(target):  # rename alone would silently take an empty folder's place
+        if os.path.lexists(target):  # rename would silently replace an empty folder
             raise FileExistsError(f"{target} already exists")
         os.rename(draft, target)
     except OSError:
@@ -124,5 +124,5 @@ def _publish(draft: Path, target: Path, *, aside: Path | None) -> None:
             os.rename(aside, target)
         raise
     if aside is not None and moved:
-        # From here on it must never come back: it is about to be removed, bit by bit.
+        # It must not be restored from here on, because it is about to be removed file by file.
         os.rename(aside, aside.with_name(_DONE))

@@ -1,8 +1,8 @@
-"""The tokenizer that a GGUF file carries in its metadata, as Hugging Face tokenizer files.
+"""The tokenizer in the metadata of a GGUF file, as Hugging Face tokenizer files.
 
 Covers what the default model needs: byte-level BPE (``gpt2``) with the ``smollm`` pre-tokenizer,
-which splits every digit off before the GPT-2 rule applies.  Such a vocabulary need not hold all 256
-byte symbols; text whose bytes are missing loses them, as it does with the original tokenizer.
+which splits off every digit before the GPT-2 rule applies.  Such a vocabulary may lack some of the
+256 byte symbols; missing bytes are dropped from the text, as by the original tokenizer.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
-_CONTROL = 3  # GGUF token type of tokens that are never made from text pieces
+_CONTROL = 3  # GGUF type of tokens that are never parts of text
 
 
 def build_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:

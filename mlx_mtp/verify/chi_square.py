@@ -1,10 +1,10 @@
-"""Do draws follow the distributions they should come from?  Chi-square, exact in expectation.
+"""Chi-square test of draws against the distributions that they should come from.
 
-Draws come in groups; all draws of a group share one known distribution, groups differ.  Over all
-groups the counts O of the bins have the mean E = sum n P and the covariance
-C = sum n (diag P - P P^T).  With C = V diag(w) V^T the statistic is the sum of
-(v . (O - E))^2 / w over the directions whose variance w is large enough for a normal law, and
-follows chi-square with as many degrees of freedom.  For one group this is Pearson's test.
+Draws come in groups; all draws of a group share one known distribution.  Over all groups the counts
+O of the bins have the mean E = sum n P and the covariance C = sum n (diag P - P P^T).  With
+C = V diag(w) V^T the statistic is the sum of (v . (O - E))^2 / w over the directions whose variance
+w is large enough for a normal distribution, and follows chi-square with as many degrees of freedom.
+For one group this is Pearson's test.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _ENOUGH = 20
 
 @dataclass(frozen=True)
 class Group:
-    """Draws that share one distribution: ``counts`` and ``probs`` of the bins, ``[B]`` each."""
+    """Draws that share one distribution: ``counts`` ``[B]`` and ``probs`` ``[B]`` of the bins."""
 
     counts: np.ndarray
     probs: np.ndarray
@@ -43,7 +43,7 @@ def chi_square(groups: Sequence[Group]) -> ChiSquare | None:
     """Test the groups' counts against their distributions.
 
     Args:
-        groups: bins mean the same in all of them; each ``probs`` sums to 1.
+        groups: have the same bins; every ``probs`` sums to 1.
 
     Returns:
         None if the draws are too few or too certain for a test.
@@ -56,26 +56,27 @@ def chi_square(groups: Sequence[Group]) -> ChiSquare | None:
 
 
 def simulated_p_value(groups: Sequence[Group], *, num_replicates: int, seed: int) -> float:
-    """The p-value by simulation: how often draws from the true distributions look as bad.
+    """The p-value by simulation: how often the statistic of true draws is at least as large.
 
-    The chi-square law understates the tails of small counts, so a p-value that would condemn is
-    worth this.  It stops early once enough replicates look as bad (Besag and Clifford 1991).
+    The chi-square distribution understates the tails of small counts, so p-values that would fail
+    a test are simulated.  The simulation stops early once enough replicates are as large (Besag and
+    Clifford 1991).
     """
     basis, rng = _Basis(groups), np.random.default_rng(seed)
     statistic = basis.statistics(_total(groups)[None])[0]
     sizes = [int(group.counts.sum()) for group in groups]
-    done = as_bad = 0
-    while done < num_replicates and as_bad < _ENOUGH:
+    done = num_as_large = 0
+    while done < num_replicates and num_as_large < _ENOUGH:
         counts = np.zeros((_CHUNK, basis.expected.size))
         for size, group in zip(sizes, groups, strict=True):
             counts += rng.multinomial(size, group.probs, size=_CHUNK)
-        as_bad += int((basis.statistics(counts) >= statistic).sum())
+        num_as_large += int((basis.statistics(counts) >= statistic).sum())
         done += _CHUNK
-    return (as_bad + 1) / (done + 1)
+    return (num_as_large + 1) / (done + 1)
 
 
 class _Basis:
-    """Mean of the bins' counts and the directions in which their sum is close to normal."""
+    """Mean of the bins' counts, and the directions in which they are nearly normal."""
 
     def __init__(self, groups: Sequence[Group]) -> None:
         num_bins = groups[0].probs.size
@@ -104,8 +105,8 @@ def chi_square_tail(statistic: float, df: int) -> float:
     """Probability that a chi-square variable exceeds ``statistic``.
 
     It is the regularised upper incomplete gamma function Q(df/2, statistic/2), by the series 6.5.29
-    of Abramowitz and Stegun (1964) below its mean, above it by the even part of their continued
-    fraction 6.5.31, taken from its tail.
+    of Abramowitz and Stegun (1964) below its mean, and above it by the even part of their continued
+    fraction 6.5.31, evaluated backwards.
     """
     a, x = df / 2, statistic / 2
     if x <= 0:
@@ -126,7 +127,10 @@ def chi_square_tail(statistic: float, df: int) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for their number (Holm 1979): below alpha with probability alpha in all."""
+    """Adjust p-values for their number (Holm 1979).
+
+    If all hypotheses are true, any result is below alpha with probability alpha or less.
+    """
     order = sorted(range(len(p_values)), key=lambda i: p_values[i])
     adjusted, running = [0.0] * len(p_values), 0.0
     for rank, i in enumerate(order):

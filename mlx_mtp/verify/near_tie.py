@@ -1,9 +1,9 @@
-"""Where two greedy runs part: was it a tie that rounding broke, or a mistake?
+"""Where two greedy runs diverge: is it a tie that rounding broke, or an error?
 
-The same row computed among other rows goes through other kernels or another order of sums, so its
-logits differ in the last bits, and two tokens that are nearly tied may change places.  Such a
-divergence is told by its gap: the difference between the logits of the two tokens, in the run that
-is the reference.  Rounding can close a gap only if it is small for the dtype, see ``NEAR_TIE_EPS``.
+The same row computed among other rows uses other kernels or another order of sums, so its logits
+differ in the last bits, and two nearly tied tokens may change places.  A divergence is judged by
+its gap: the difference between the logits of the two tokens in the reference run.  Rounding can
+close only a small gap; ``NEAR_TIE_EPS`` has the bound for each dtype.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-# Largest gap of a near-tie, in units of eps times the largest |logit| of the row (errors of logits
+# Maximum gap of a near-tie, in units of eps times the largest |logit| of the row (errors of logits
 # grow with the hidden state's norm, not with the two logits, which may be near zero).  Measured on
 # a 30-layer model (SmolLM2-135M): steps of 2 to 25 rows against steps of one row moved the gap of
 # the best two tokens by up to 9 float32 eps; against float32, float16 moved it by up to 4.5 of its
@@ -27,18 +27,18 @@ EPS = {mx.float32: 2.0**-23, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """The first position at which a run parts from its reference.
+    """The first position at which a run diverges from its reference.
 
     Attributes:
-        prompt_id: the prompt.
+        prompt_id: id of the prompt.
         position: index into the emitted ids.
-        expected: the reference's id; None if it had ended before.
-        actual: the run's id; None if it had ended before.
+        expected: the reference's id; None if it ended before.
+        actual: the run's id; None if it ended before.
         top_two: the reference's two most likely ids at this position.
         margin: difference of their logits.
         relative_margin: ``margin`` over the largest ``|logit|`` of the row.
-        gap: difference of the logits of ``expected`` and ``actual``; ``margin`` if these are the
-            top two.
+        gap: difference of the logits of ``expected`` and ``actual``, which is ``margin`` if these
+            are the top two.
         bound: the largest gap that counts as a near-tie here.
         near_tie: whether rounding explains the divergence.
     """
@@ -60,7 +60,7 @@ class Divergence:
         return {self.expected, self.actual} == set(self.top_two)
 
     def to_dict(self) -> dict[str, Any]:
-        """Values for JSON."""
+        """JSON-ready values."""
         return dataclasses.asdict(self) | {"are_top_two": self.are_top_two}
 
     def __str__(self) -> str:
@@ -74,7 +74,7 @@ class Divergence:
 
 
 def near_tie_bound(logits: mx.array, dtype: mx.Dtype) -> float:
-    """Largest difference of two logits of a row ``[V]`` that rounding in ``dtype`` may close."""
+    """Maximum difference of two logits of a row ``[V]`` that rounding in ``dtype`` may close."""
     return NEAR_TIE_EPS[dtype] * EPS[dtype] * _largest(_values(logits))
 
 
@@ -91,11 +91,11 @@ def measure(
 
     Args:
         logits: processed logits of the reference at the position, ``[V]``.
-        dtype: type that the model computes in.
-        prompt_id: the prompt.
+        dtype: type in which the model computes.
+        prompt_id: id of the prompt.
         position: index into the emitted ids.
-        expected: the reference's id there; None if it had ended.
-        actual: the run's id there; None if it had ended.
+        expected: the reference's id; None if it ended before.
+        actual: the run's id; None if it ended before.
     """
     row = _values(logits)
     first, second = (int(token) for token in np.argsort(-row, kind="stable")[:2])
@@ -123,5 +123,5 @@ def _values(logits: mx.array) -> np.ndarray:
 
 
 def _largest(row: np.ndarray) -> float:
-    """Largest finite magnitude in a row of logits."""
+    """Maximum finite magnitude in a row of logits."""
     return float(np.abs(row[np.isfinite(row)]).max(initial=0.0))

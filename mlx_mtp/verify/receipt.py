@@ -35,14 +35,14 @@ def build_receipt(
     adapter_folder: Path | None = None,
     prompts_from: str = "built-in",
 ) -> dict[str, Any]:
-    """Gather everything that is needed to repeat a verification.
+    """Return everything that is needed to repeat a verification.
 
     Args:
-        report: what was found.
-        model: what it was found on.
-        model_folder: folder of the weights, whose files are hashed.
-        adapter_folder: folder of the adapter, whose files are hashed.
-        prompts_from: where the prompts came from.
+        report: the outcome.
+        model: the model that was verified.
+        model_folder: folder of the weights, which are hashed.
+        adapter_folder: folder of the adapter, which is hashed.
+        prompts_from: source of the prompts.
     """
     assert model.config is not None
     return {
@@ -62,7 +62,7 @@ def build_receipt(
         "adapter": {"sha256": hash_weights(adapter_folder), "config": model.config.to_dict()},
         "prompts": _prompts(report.prompts, prompts_from),
         "settings": dataclasses.asdict(report.settings),
-        **_findings(report),
+        **_outcome(report),
     }
 
 
@@ -76,7 +76,7 @@ def _prompts(prompts: Sequence[Prompt], prompts_from: str) -> dict[str, Any]:
     }
 
 
-def _findings(report: VerifyReport) -> dict[str, Any]:
+def _outcome(report: VerifyReport) -> dict[str, Any]:
     return {
         "greedy": {
             "num_tokens": report.num_tokens,
@@ -96,15 +96,15 @@ def _findings(report: VerifyReport) -> dict[str, Any]:
 
 
 def receipt_json(receipt: dict[str, Any], *, indent: int | None = None) -> str:
-    """Write a receipt as JSON; numbers that are not finite become null."""
+    """Format a receipt as JSON; numbers that are not finite become null."""
     return json.dumps(_finite(receipt), indent=indent, ensure_ascii=False, allow_nan=False)
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a place where no receipt can be written, before hours of work.
+    """Check that a receipt can be written, before hours of work.
 
     Raises:
-        ValueError: the folder does not exist or cannot be written to, or ``path`` is a folder.
+        ValueError: the folder does not exist or is not writable, or ``path`` is a folder.
     """
     if path.is_dir():
         raise ValueError(f"receipt {path} is a folder")
@@ -115,10 +115,10 @@ def check_writable(path: Path) -> None:
 
 
 def write_receipt(receipt: dict[str, Any], path: Path) -> None:
-    """Write a receipt, whole or not at all.
+    """Write a receipt atomically.
 
     Raises:
-        ValueError: it cannot be written; what was there before is still there.
+        ValueError: it cannot be written; an earlier file is unchanged.
     """
     try:
         write_atomically(path, receipt_json(receipt, indent=2) + "\n")

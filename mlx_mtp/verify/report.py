@@ -1,4 +1,4 @@
-"""What to verify, and what was found."""
+"""The outcome of a verification."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlx_mtp.verify.settings import VerifySettings
 
 @dataclass(kw_only=True)
 class Tally:
-    """Outcomes of the comparisons with one reference, one per prompt."""
+    """Outcomes of the comparisons with one reference, counted by prompt."""
 
     identical: int = 0
     near_ties: int = 0
@@ -24,7 +24,7 @@ class Tally:
     divergences: list[Divergence] = field(default_factory=list)
 
     def add(self, divergences: Sequence[Divergence]) -> None:
-        """Count one prompt: identical, apart from near-ties, or with a mismatch."""
+        """Count one prompt: identical, with near-ties only, or with a mismatch."""
         self.divergences += divergences
         if not divergences:
             self.identical += 1
@@ -34,7 +34,7 @@ class Tally:
             self.mismatches += 1
 
     def to_dict(self) -> dict[str, Any]:
-        """Values for JSON."""
+        """JSON-ready values."""
         return dataclasses.asdict(self) | {
             "divergences": [divergence.to_dict() for divergence in self.divergences]
         }
@@ -42,15 +42,15 @@ class Tally:
 
 @dataclass
 class RunResult:
-    """One way to decode, over all prompts; what was decoded again after near-ties counts too.
+    """One layout and depth over all prompts, including what was decoded again after near-ties.
 
     Attributes:
-        layout: the layout; "plain" for the plain run, which is held against stock mlx-lm alone.
+        layout: the layout; "plain" for the plain run, which is compared with stock mlx-lm only.
         num_draft_tokens: drafts per step; 0 for the plain run.
-        num_tokens: emitted ids.
-        num_steps: forwards that emitted them.
-        num_drafts: drafts verified.
-        num_accepted: drafts accepted.
+        num_tokens: number of emitted ids.
+        num_steps: number of decoding steps.
+        num_drafts: number of verified drafts.
+        num_accepted: number of accepted drafts.
         against: outcomes by reference, "plain" and "stock".
     """
 
@@ -64,7 +64,7 @@ class RunResult:
 
     @property
     def tokens_per_step(self) -> float:
-        """Emitted ids over steps."""
+        """Emitted ids per step."""
         return self.num_tokens / self.num_steps if self.num_steps else 0.0
 
     def count(self, step: StepResult) -> None:
@@ -75,7 +75,7 @@ class RunResult:
         self.num_accepted += step.num_accepted
 
     def to_dict(self) -> dict[str, Any]:
-        """Values for JSON."""
+        """JSON-ready values."""
         values = {
             item.name: getattr(self, item.name)
             for item in dataclasses.fields(self)
@@ -87,13 +87,13 @@ class RunResult:
 
 @dataclass
 class VerifyReport:
-    """Everything that was found.
+    """The outcome of all comparisons and tests.
 
     Attributes:
-        settings: what was asked for.
-        dtype: type that the model computes in.
+        settings: the settings.
+        dtype: type in which the model computes.
         prompts: the prompts.
-        num_tokens: ids of the plain run, which every other run was held against.
+        num_tokens: ids of the plain run, with which every other run was compared.
         runs: the plain run and the speculative ones.
         sampling_prompt: id of the prompt that was sampled; None without a sampling check.
         sampling: the tests of sampled tokens.
@@ -116,17 +116,17 @@ class VerifyReport:
 
     @property
     def num_mismatches(self) -> int:
-        """Comparisons that no near-tie explains."""
+        """Number of comparisons with a mismatch."""
         return sum(tally.mismatches for tally in self.tallies)
 
     @property
     def num_near_ties(self) -> int:
-        """Comparisons that parted at near-ties alone."""
+        """Number of comparisons that diverged at near-ties only."""
         return sum(tally.near_ties for tally in self.tallies)
 
     @property
     def num_failed_tests(self) -> int:
-        """Sampling tests that failed."""
+        """Number of sampling tests that failed."""
         return sum(not test.passed for test in self.sampling)
 
     @property
@@ -138,5 +138,5 @@ class VerifyReport:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing was found that a near-tie does not explain."""
+        """Whether near-ties explain all differences."""
         return self.verdict != "mismatch"

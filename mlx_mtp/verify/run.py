@@ -1,4 +1,4 @@
-"""The run: prompt after prompt in every way, then the draws."""
+"""Verification: all prompts with every layout and depth, then the sampling tests."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_mtp.decoding.limits import ContextOverflow, max_new_tokens
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.decoding.sampling import LogitsProcessor
 from mlx_mtp.evaluation.prompts import Prompt
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.verify.near_tie import Divergence, measure
-from mlx_mtp.verify.report import (
-    RunResult,
-    Tally,
-    VerifyReport,
-)
+from mlx_mtp.verify.report import RunResult, Tally, VerifyReport
 from mlx_mtp.verify.sampling import Way, check_sampling
 from mlx_mtp.verify.settings import DEFAULT_MAX_TOKENS, VerifySettings
 
@@ -39,18 +36,18 @@ def verify(
     settings: VerifySettings | None = None,
     progress: Progress | None = None,
 ) -> VerifyReport:
-    """Check that speculative decoding gives what plain decoding gives.
+    """Check that speculative decoding emits what plain decoding emits.
 
     Args:
         model: a model with its adapter.
-        tokenizer: its tokenizer; its chat template is used where it has one.
+        tokenizer: its tokenizer; the chat template is used if there is one.
         prompts: user messages.
         settings: what to check.
-        progress: called with a phase, units done and units in all.
+        progress: called with (phase, units done, number of units).
 
     Raises:
-        ValueError: the model has no adapter, a depth is beyond it, or a prompt does not fit;
-            raised before any work.
+        ValueError: the model has no adapter, a depth exceeds the adapter's k, or a prompt does not
+            fit the context; raised before any work.
     """
     settings, started = settings or VerifySettings(), time.monotonic()
     if model.config is None:
@@ -67,7 +64,7 @@ def verify(
     for index in range(len(ids)):
         check.prompt(index, ids[index], last_index=len(ids) - 1)
     if settings.sampling:
-        # The prompt whose answer can begin in the most ways tells the most.
+        # The first token with the highest entropy makes the strongest test.
         index = max(range(len(ids)), key=lambda i: check.entropies[i])
         _sample(model, ids[index], report, index=index, ways=ways, progress=progress)
     report.seconds = time.monotonic() - started
@@ -83,7 +80,7 @@ def _sample(
     ways: list[Way],
     progress: Progress,
 ) -> None:
-    """Test sampled answers to one prompt and put the tests into the report."""
+    """Test sampled answers to one prompt and add the tests to the report."""
     settings = report.settings
     report.sampling_prompt = report.prompts[index].id
     report.sampling = check_sampling(
@@ -98,7 +95,7 @@ def _sample(
 
 
 class _Reference(ABC):
-    """Ids that a run is held against, and the logits behind them."""
+    """Ids with which a run is compared, and their logits."""
 
     name: str
 
@@ -108,7 +105,7 @@ class _Reference(ABC):
         self.ids: list[int] = []
 
     @abstractmethod
-    def logits_at(self, position: int) -> mx.array:
+    def logits_id_at(self, position: int) -> mx.array:
         """Decode again up to a position and return its logits ``[V]``."""
 
 
@@ -117,14 +114,14 @@ class _Plain(_Reference):
 
     name = "plain"
 
-    def logits_at(self, position: int) -> mx.array:
+    def logits_id_at(self, position: int) -> mx.array:
         steps = decode(self.model, self.prompt, max_tokens=position + 1, layout="plain")
         *_, last = steps
         return last.logits[-1]
 
 
 class _Stock(_Reference):
-    """Stock mlx-lm on the base model; outside a step the adapter takes no part."""
+    """Stock mlx-lm on the base model; outside a step the adapter is off."""
 
     name = "stock"
 
@@ -135,7 +132,7 @@ class _Stock(_Reference):
             if token in stop_ids:
                 break
 
-    def logits_at(self, position: int) -> mx.array:
+    def logits_id_at(self, position: int) -> mx.array:
         rows: list[mx.array] = []
 
         def keep(tokens: mx.array, logits: mx.array) -> mx.array:
@@ -161,7 +158,7 @@ class _Stock(_Reference):
 
 
 class _GreedyCheck:
-    """Decodes prompt after prompt in every way and fills the report's runs."""
+    """Decodes prompts with every layout and depth, and fills the report's runs."""
 
     def __init__(
         self,
@@ -177,7 +174,7 @@ class _GreedyCheck:
         self.entropies: list[float] = []
 
     def prompt(self, index: int, prompt: list[int], *, last_index: int) -> None:
-        """Decode one prompt in every way."""
+        """Decode one prompt with every layout and depth."""
         self.index, self.per_prompt = index, len(self.report.runs) + 1
         self.num_units = (last_index + 1) * self.per_prompt
         budget = self._budget(len(prompt), num_left=last_index - index + 1)
@@ -199,15 +196,14 @@ class _GreedyCheck:
         self.progress("greedy", (index + 1) * self.per_prompt, self.num_units)
 
     def _budget(self, prompt_size: int, *, num_left: int) -> int:
-        """Tokens to decode for the next prompt."""
+        """Maximum number of tokens to decode for the next prompt."""
         settings, budget = self.report.settings, 0
         if settings.num_tokens is not None:
             budget = max(1, math.ceil((settings.num_tokens - self.report.num_tokens) / num_left))
         if settings.max_tokens is not None or not budget:
             limit = settings.max_tokens or DEFAULT_MAX_TOKENS
             budget = min(budget or limit, limit)
-        context = self.model.max_context
-        return budget if context is None else min(budget, context - prompt_size)
+        return max_new_tokens(self.model, prompt_size, budget)
 
     def _decode(self, run: RunResult, prompt: list[int], max_tokens: int) -> list[int]:
         ids: list[int] = []
@@ -228,21 +224,21 @@ class _GreedyCheck:
     def _compare(
         self, run: RunResult, reference: _Reference, ids: list[int], budget: int
     ) -> list[Divergence]:
-        """Find where a run parts from a reference; the last one may be a mismatch."""
+        """Find where a run diverges from a reference; the last divergence may be a mismatch."""
         divergences: list[Divergence] = []
         start = 0
         while (position := _first_difference(reference.ids, ids, start=start)) is not None:
-            found = measure(
-                reference.logits_at(position),
+            divergence = measure(
+                reference.logits_id_at(position),
                 dtype=self.model.dtype,
                 prompt_id=self.report.prompts[self.index].id,
                 position=position,
-                expected=_at(reference.ids, position),
-                actual=_at(ids, position),
+                expected=_id_at(reference.ids, position),
+                actual=_id_at(ids, position),
             )
-            divergences.append(found)
+            divergences.append(divergence)
             start = position + 1
-            if not found.near_tie or start >= min(budget, len(reference.ids)):
+            if not divergence.near_tie or start >= min(budget, len(reference.ids)):
                 break
             known = reference.ids[:start]
             ids = known + self._decode(run, reference.prompt + known, budget - start)
@@ -251,12 +247,12 @@ class _GreedyCheck:
 
 def _first_difference(expected: list[int], actual: list[int], *, start: int) -> int | None:
     for position in range(start, max(len(expected), len(actual))):
-        if _at(expected, position) != _at(actual, position):
+        if _id_at(expected, position) != _id_at(actual, position):
             return position
     return None
 
 
-def _at(ids: list[int], position: int) -> int | None:
+def _id_at(ids: list[int], position: int) -> int | None:
     return ids[position] if position < len(ids) else None
 
 
@@ -268,15 +264,18 @@ def _entropy(logprobs: mx.array) -> float:
 
 
 def _encode(model: MTPModel, tokenizer: TokenizerWrapper, prompt: Prompt) -> list[int]:
-    """Put a prompt into the chat template and encode it."""
+    """Encode a prompt in the chat template.
+
+    Raises:
+        ValueError: the prompt leaves no room for a token in the model's context.
+    """
     if tokenizer.has_chat_template:
         text = chat_text(tokenizer, [{"role": "user", "content": prompt.text}])
         ids = encode_prompt(tokenizer, text, add_special_tokens=False)
     else:
         ids = encode_prompt(tokenizer, prompt.text)
-    if model.max_context is not None and len(ids) >= model.max_context:
-        raise ValueError(
-            f"prompt {prompt.id} has {len(ids)} tokens, but {model.name} takes fewer than "
-            f"{model.max_context}"
-        )
+    try:
+        max_new_tokens(model, len(ids), 1)
+    except ContextOverflow as error:
+        raise ValueError(f"prompt {prompt.id}: {error}") from None
     return ids

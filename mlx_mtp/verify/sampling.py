@@ -1,14 +1,14 @@
 """Do speculative draws follow the model's distribution?  A test of the first three tokens.
 
-One prompt is answered over and over, each time with another seed, by every layout and depth.  Each
-drawn token is held against the exact distribution that plain decoding would have drawn it from,
-given the tokens drawn before it; these come from plain forwards, one for each context that came up.
-Token 1 is drawn without drafts, tokens 2 and 3 are drafts that held or what replaced them.
+One prompt is answered many times, each time with another seed, with every layout and depth.  Every
+drawn token is compared with the exact distribution of plain decoding after the tokens drawn before
+it, which comes from one plain forward for each context that occurred.  Token 1 is drawn without
+drafts; tokens 2 and 3 are accepted drafts or what replaced rejected ones.
 
 Counts are taken over the ids that are expected often enough, and over blocks of ranks of the drawn
-token among the likely ones (drafts are likely tokens, so a bias towards drafts shows there even
-when every context favours other ids); all else shares one bin.  See ``chi_square`` for the test,
-which Holm's method then corrects for the number of tests.
+token among the likely ones (drafts are likely tokens, so a bias towards drafts shows there even if
+every context favours other ids); all others share one bin.  ``chi_square`` has the test; its
+p-values are adjusted for the number of tests by Holm's method.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ from mlx_mtp.verify.settings import DEFAULT_SAMPLING
 ALPHA = 0.001
 NUM_TOKENS = 3
 _TESTS_PER_WAY = 2 * NUM_TOKENS
-_HOPELESS = 1e-15  # the chi-square law is not that wrong
+_TINY_P_VALUE = 1e-15  # so small that no simulation is needed
 _KEPT_IDS = 128
 _MAX_BINS = 24
 
 Context = tuple[int, ...]
 Way = tuple[str, int]
-"""A layout and a number of drafts."""
+"""A layout and a number of draft tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingTest:
-    """One test: one way to decode, one setting, one position, one kind of bins.
+    """One test: a layout and depth, a sampling setting, a position, a kind of bins.
 
     Attributes:
         sampling: the setting in words.
@@ -52,15 +52,15 @@ class SamplingTest:
         num_draft_tokens: drafts per step.
         token: position of the token, from 1.
         bins_by: ``"id"`` or ``"rank"``.
-        num_draws: draws that were counted.
-        num_contexts: distinct distributions that they came from.
-        num_bins: bins, the shared one included.
-        statistic: chi-square.
+        num_draws: number of draws that were counted.
+        num_contexts: number of distributions that they came from.
+        num_bins: number of bins, including the shared one.
+        statistic: chi-square statistic.
         df: its degrees of freedom; 0 if the draws are too few or too certain for a test.
-        p_value: None without a test; 0 if a draw was impossible; by simulation where the
-            chi-square law says less than ``ALPHA``.
+        p_value: None without a test; 0 if a draw was impossible; simulated if the chi-square
+            distribution gives less than ``ALPHA``.
         adjusted_p_value: after Holm's correction.
-        num_impossible: draws of tokens that the filters rule out, rounding considered.
+        num_impossible: number of draws that the filters exclude even with rounding errors.
     """
 
     sampling: str
@@ -79,22 +79,22 @@ class SamplingTest:
 
     @property
     def passed(self) -> bool:
-        """Whether nothing speaks against the draws."""
+        """Whether the draws are consistent with the distribution."""
         return self.adjusted_p_value is None or self.adjusted_p_value >= ALPHA
 
     def to_dict(self) -> dict[str, Any]:
-        """Values for JSON."""
+        """JSON-ready values."""
         return dataclasses.asdict(self) | {"passed": self.passed}
 
 
 @dataclass(frozen=True)
 class Target:
-    """The distribution after a context, cut to its most likely ids.
+    """The distribution after a context, truncated to its most likely ids.
 
     Attributes:
-        ids: most likely first, ``[M]``.
-        probs: their probabilities, ``[M]``; what is missing to 1 is the rest.
-        impossible: drawn ids that this distribution rules out.
+        ids: in descending order of probability, ``[M]``.
+        probs: their probabilities, ``[M]``; the remainder to 1 is that of all other ids.
+        impossible: drawn ids that the filters exclude.
     """
 
     ids: np.ndarray
@@ -112,20 +112,20 @@ def check_sampling(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[SamplingTest]:
-    """Test every way to decode at every setting.
+    """Test every layout and depth with every sampling setting.
 
     Args:
         model: the model.
-        prompt: ids of the prompt that is answered.
+        prompt: ids of the prompt.
         ways: layouts and depths.
-        settings: how tokens are drawn.
-        num_draws: draws of three tokens for each way and setting.
-        seed: the draws' seeds count up from it.
-        progress: called with (draws done, draws in all).
+        settings: sampling settings.
+        num_draws: number of draws of three tokens per layout, depth and setting.
+        seed: seed of the first draw; further draws count up from it.
+        progress: called with (draws done, number of draws).
     """
     source = _Source(model, prompt)
     per_setting = len(ways) * num_draws
-    # Enough replicates to condemn one test of them all after Holm's correction.
+    # Enough replicates for one test of all to fail after Holm's correction.
     num_replicates = round(2 * _TESTS_PER_WAY * len(settings) * len(ways) / ALPHA)
     tests = []
     for number, sampling in enumerate(settings):
@@ -140,7 +140,7 @@ def check_sampling(
         for way in ways:
             test = SamplingTest(sampling=describe(sampling), layout=way[0], num_draft_tokens=way[1])
             tests += _test_way(test, draws[way], targets, num_replicates=num_replicates, seed=seed)
-    return _confirmed(tests)
+    return _adjusted(tests)
 
 
 class _Source:
@@ -154,7 +154,7 @@ class _Source:
     def draw(self, way: Way, sampling: Sampling, *, seed: int) -> Context:
         """Draw the first three tokens.
 
-        The limit leaves room behind them, so that tokens 2 and 3 can come from drafts.
+        ``max_tokens`` is larger, so that tokens 2 and 3 can come from drafts.
         """
         layout, num_draft_tokens = way
         steps = decode(
@@ -176,7 +176,7 @@ class _Source:
         return tuple(tokens[:NUM_TOKENS])
 
     def targets(self, sampling: Sampling, draws: Iterable[Context]) -> dict[Context, Target]:
-        """Compute the distribution after every context that the draws passed through."""
+        """Compute the distribution after every context that occurred in the draws."""
         drawn: dict[Context, set[int]] = defaultdict(set)
         for tokens in draws:
             for i, token in enumerate(tokens):
@@ -199,7 +199,7 @@ class _Source:
         return Target(order, probs[order] / probs.sum(), impossible)
 
     def _prefilled(self) -> MTPCache:
-        """Caches that hold all of the prompt but its last id."""
+        """Return caches with all of the prompt but its last id."""
         cache = self.model.make_cache()
         list(decode(self.model, self.prompt, max_tokens=1, layout="plain", cache=cache))
         cache.rewind(1)
@@ -214,7 +214,7 @@ class _Source:
 
 
 def _allowed(logits: mx.array, sampling: Sampling, slack: float) -> mx.array:
-    """Ids that the filters keep if every logit may be off by ``slack``, bool ``[V]``."""
+    """Ids that the filters keep if logits have errors up to ``slack``, bool ``[V]``."""
     loose = dataclasses.replace(
         sampling,
         temp=1.0,
@@ -236,14 +236,14 @@ def _test_way(
     num_replicates: int,
     seed: int,
 ) -> list[SamplingTest]:
-    """Test each position of the draws of one way and setting."""
+    """Test the draws of one layout, depth and setting at every position."""
     tests = []
     for position in range(NUM_TOKENS):
         counted: dict[Context, Counter[int]] = defaultdict(Counter)
         for tokens in draws:
             if len(tokens) > position:
                 counted[tokens[:position]][tokens[position]] += 1
-        # One context has one ranking, so ranks would say what ids say.
+        # With one context there is one ranking, so ranks would repeat the test of ids.
         for bins_by in ("id", "rank")[: len(counted)]:
             test = dataclasses.replace(blank, token=position + 1, bins_by=bins_by)
             tests.append(_tested(test, counted, targets, num_replicates=num_replicates, seed=seed))
@@ -258,7 +258,7 @@ def _tested(
     num_replicates: int,
     seed: int,
 ) -> SamplingTest:
-    """Fill in the outcome; a p-value that would condemn is simulated."""
+    """Fill in the outcome; a p-value below ``ALPHA`` is simulated."""
     impossible = sum(
         count
         for context, counts in counted.items()
@@ -268,7 +268,7 @@ def _tested(
     groups, num_bins = _groups(counted, targets, by_rank=test.bins_by == "rank")
     result = chi_square(groups)
     p_value = result.p_value if result else None
-    if p_value is not None and _HOPELESS < p_value < ALPHA and not impossible:
+    if p_value is not None and _TINY_P_VALUE < p_value < ALPHA and not impossible:
         p_value = simulated_p_value(groups, num_replicates=num_replicates, seed=seed)
     return dataclasses.replace(
         test,
@@ -285,9 +285,9 @@ def _tested(
 def _groups(
     counted: dict[Context, Counter[int]], targets: dict[Context, Target], *, by_rank: bool
 ) -> tuple[list[Group], int]:
-    """Sort draws into bins: the labels expected often enough, and one bin for the rest.
+    """Count draws in bins: one for each label that is expected often enough, and a shared one.
 
-    A label is an id or a rank; ids beyond a target's most likely ones have none.
+    A label is an id or a rank; only a target's most likely ids have one.
     """
 
     def labels(context: Context) -> list[int]:
@@ -322,7 +322,7 @@ def _id_bins(expected: dict[int, float]) -> dict[int, int]:
 
 
 def _rank_bins(expected: dict[int, float]) -> dict[int, int]:
-    """One bin for each run of ranks that is expected often enough."""
+    """One bin for each block of ranks that is expected often enough."""
     bins: dict[int, int] = {}
     block: list[int] = []
     for rank in sorted(expected):
@@ -333,8 +333,8 @@ def _rank_bins(expected: dict[int, float]) -> dict[int, int]:
     return bins
 
 
-def _confirmed(tests: list[SamplingTest]) -> list[SamplingTest]:
-    """Add the p-values that are corrected for the number of tests."""
+def _adjusted(tests: list[SamplingTest]) -> list[SamplingTest]:
+    """Add the p-values adjusted for the number of tests."""
     tested = [test for test in tests if test.p_value is not None]
     adjusted = iter(holm([test.p_value for test in tested if test.p_value is not None]))
     return [
@@ -344,7 +344,7 @@ def _confirmed(tests: list[SamplingTest]) -> list[SamplingTest]:
 
 
 def describe(sampling: Sampling) -> str:
-    """The settings that are not at their defaults, in words."""
+    """The settings that differ from their defaults, in words."""
     parts = [f"temp {sampling.temp:g}"]
     for field in dataclasses.fields(sampling):
         value = getattr(sampling, field.name)

@@ -15,7 +15,7 @@ DEFAULT_SAMPLING = (Sampling(temp=1.0), Sampling(temp=0.7, top_p=0.9, top_k=40))
 
 @dataclass(frozen=True, kw_only=True)
 class VerifySettings:
-    """What to check; see the ``help`` of each field.
+    """Settings of a verification; see the ``help`` of each field.
 
     Attributes:
         depths: empty means 1, 2 and the adapter's k.
@@ -64,10 +64,10 @@ class VerifySettings:
             raise ValueError("sampling settings must have a temp above 0")
 
     def depths_for(self, k: int) -> tuple[int, ...]:
-        """Depths to run with an adapter of k mask tokens, ascending."""
+        """Depths to verify with an adapter of k mask tokens, in ascending order."""
         depths = tuple(sorted(set(self.depths or (1, 2, k))))
         if not self.depths:
             return tuple(depth for depth in depths if depth <= k)
         if depths[-1] > k:
-            raise ValueError(f"depth {depths[-1]} is beyond the adapter, which has {k} mask tokens")
+            raise ValueError(f"depth {depths[-1]} exceeds the adapter's number of mask tokens, {k}")
         return depths

@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_mtp.backends.device import waited_ms
-from mlx_mtp.calibration.step_timer import APART, MORE_ROUNDS, WAITED, Round, StepTime, time_rounds
+from mlx_mtp.calibration.step_timer import (
+    MAX_EXTRA_ROUNDS,
+    MAX_SPREAD,
+    MAX_WAITING,
+    Round,
+    StepTime,
+    time_rounds,
+)
 
 TRUE_MS = 10.0
 LATER = math.inf
@@ -33,7 +40,7 @@ class TestJudging:
     def test_what_waited_for_a_core_is_never_trusted_by_much(self, waits: list[float]) -> None:
         found = StepTime.of([Round(TRUE_MS + each, each) for each in waits])
         assert found.ms == TRUE_MS + min(waits)
-        assert found.disturbed or found.ms <= TRUE_MS / (1 - WAITED) * (1 + 1e-9)
+        assert found.disturbed or found.ms <= TRUE_MS / (1 - MAX_WAITING) * (1 + 1e-9)
 
     @given(st.lists(st.floats(0, 0.2), min_size=2, max_size=6))
     def test_a_quiet_machine_is_trusted(self, noise: list[float]) -> None:
@@ -45,7 +52,7 @@ class TestJudging:
         [
             ([Round(10)], False),
             ([Round(10, 3)], True),
-            ([Round(10), Round(10 * APART + 0.1)], True),
+            ([Round(10), Round(10 * MAX_SPREAD + 0.1)], True),
             ([Round(10), Round(11), Round(90)], False),  # two agree
             ([Round(1432, 958), Round(1371, 882), Round(1434, 941)], True),  # a load that lasts
             ([Round(30, 20), Round(10, 0), Round(10.5, 1)], False),  # the fastest did not wait
@@ -68,7 +75,7 @@ class TestRounds:
     def test_they_end_where_the_machine_stays_busy(self) -> None:
         run, count = runs_of([Round(30, 20)] * 99)
         (found,) = time_rounds([run], 2, LATER)
-        assert found == StepTime(30, True) and count[0] == 1 + 2 + MORE_ROUNDS
+        assert found == StepTime(30, True) and count[0] == 1 + 2 + MAX_EXTRA_ROUNDS
 
     def test_and_where_time_is_up(self) -> None:
         run, count = runs_of([Round(30, 20)] * 99)

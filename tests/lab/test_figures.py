@@ -252,7 +252,7 @@ def test_the_same_numbers_give_the_same_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("run", "told"),
-    [("no-folder", "--run takes NAME=FOLDER"), ("a=nowhere", "holds no training run")],
+    [("no-folder", "--run takes NAME=FOLDER"), ("a=nowhere", "has no training run")],
 )
 def test_a_run_that_is_none(pair: tuple[Path, Path], run: str, told: str) -> None:
     done = CliRunner().invoke(reproduction.main, ["--model", str(pair[0]), "--run", run])

@@ -18,6 +18,7 @@ PROMPTS = [[1, 2, 3], [7, 8], [5] * 9]
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(sharing, "calibrate", lambda *_, **__: None)
     monkeypatch.setattr(sharing, "speculation_for", lambda _: Speculation.guess(3))
     return tiny_mtp("llama", k=3, vocab_size=BYTE_VOCAB)
 
@@ -25,7 +26,7 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_every_way_gives_the_same_answers_and_is_run_as_often(model):
     said: list[str] = []
     runs = sharing.measure(
-        model, PROMPTS, layouts=["plain", "auto"], max_tokens=7, rounds=2, say=said.append
+        model, PROMPTS, layouts=["plain", "auto"], max_tokens=7, rounds=2, on_status=said.append
     )
     ways = ["plain by turns", "plain shared", "auto by turns", "auto shared"]
     assert list(runs) == ways and len(said) == 8

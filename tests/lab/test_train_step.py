@@ -41,10 +41,10 @@ def pair(kind: str = "llama", settings: TrainSettings = SETTINGS, **overrides):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("most_rows", [None, 8])
-def test_the_sides_agree_in_losses_and_gradients(tied, most_rows):
+@pytest.mark.parametrize("max_rows", [None, 8])
+def test_the_sides_agree_in_losses_and_gradients(tied, max_rows):
     model, rival, data = pair(tie_word_embeddings=tied)
-    found = compare(model, rival, SETTINGS, data, most_rows=most_rows)
+    found = compare(model, rival, SETTINGS, data, max_rows=max_rows)
     assert set(found.losses) == {"all", "base", "sampler", "lcm"}
     assert set(found.norms) == {"all", "lora_a", "lora_b", "mask_embeddings", "sampler_head"}
     assert max(found.losses.values()) < 1e-5

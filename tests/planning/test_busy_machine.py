@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_mtp.calibration.step_timer import Round, StepBench
+from mlx_mtp.calibration.step_timer import Round, StepTimer
 from mlx_mtp.calibration.stored_costs import (
     SPECULATIONS,
     calibrate,
@@ -67,15 +67,15 @@ def weights() -> MTPModel:
 
 @pytest.fixture
 def machine(monkeypatch, tmp_path: Path) -> Machine:
-    made, init = Machine(), StepBench.__init__
+    made, init = Machine(), StepTimer.__init__
     monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path))
-    monkeypatch.setattr(StepBench, "_round", lambda _, layout: made.round(layout))
+    monkeypatch.setattr(StepTimer, "_round", lambda _, layout: made.round(layout))
 
-    def counted(bench: StepBench, model: MTPModel, context: int) -> None:
+    def counted(bench: StepTimer, model: MTPModel, context: int) -> None:
         made.measured += context == 64
         init(bench, model, context)
 
-    monkeypatch.setattr(StepBench, "__init__", counted)
+    monkeypatch.setattr(StepTimer, "__init__", counted)
     return made
 
 

@@ -113,7 +113,7 @@ def test_num_tokens_are_shared_out(model: MTPModel) -> None:
     assert report.num_tokens == 13 + 12
     capped = run(model, dataclasses.replace(GREEDY, max_tokens=5, num_tokens=25))
     assert capped.num_tokens == 10
-    assert "fewer than the 25 wanted" in table(capped)[0]
+    assert "fewer than the requested 25" in table(capped)[0]
 
 
 def test_broken_acceptance_is_a_mismatch(model: MTPModel, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,12 +343,12 @@ def test_bad_models_and_prompts_are_refused_before_any_work(model: MTPModel) -> 
     plain = MTPModel(tiny_base(vocab_size=VOCAB), name="bare")
     with pytest.raises(ValueError, match="bare has no MTP adapter"):
         verify(plain, tokenizer, PROMPTS, settings=GREEDY)
-    with pytest.raises(ValueError, match="depth 3 is beyond the adapter, which has 2"):
+    with pytest.raises(ValueError, match="depth 3 exceeds the adapter.s number of mask tokens, 2"):
         run(model, dataclasses.replace(GREEDY, depths=(1, 3)))
     with pytest.raises(ValueError, match="no prompts"):
         verify(model, tokenizer, [], settings=GREEDY)
     long = Prompt(id="long", kind="user", text="x" * 5000)
-    with pytest.raises(ValueError, match="prompt long has 5000 tokens"):
+    with pytest.raises(ValueError, match="prompt long: the prompt has 5000 tokens"):
         verify(model, tokenizer, [long], settings=GREEDY)
 
 

@@ -97,7 +97,7 @@ def test_a_mistake_ends_the_command_with_1(
         (("--layouts", "cubic"), "cubic"),
         (("--layouts", ""), "none"),
         (("--num-draft-tokens", "one"), "'one' is not a list of numbers"),
-        (("--num-draft-tokens", "9"), "depth 9 is beyond the adapter, which has 4 mask tokens"),
+        (("--num-draft-tokens", "9"), "depth 9 exceeds the adapter's number of mask tokens, 4"),
         (("--max-tokens", "0"), "max_tokens must be at least 1, got 0"),
         (("--num-draws", "0"), "num_draws must be at least 1, got 0"),
         (("--num-prompts", "1000"), "there are 72 prompts"),
