@@ -1,6 +1,7 @@
-"""Setup shared by all tests: one BLAS thread, Hypothesis profiles, the seed of soak tests.
+"""Setup shared by all tests: a fast BLAS, one thread, Hypothesis profiles, the seed of soak tests.
 
-MLX reads the thread counts when it is imported, so they are set first.
+MLX reads the thread counts and takes the BLAS that is loaded when it is imported, so both come
+first.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # Tests also start programs of this folder in other processes, which import from it.
 ROOT = str(Path(__file__).parents[1])
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [ROOT, os.environ.get("PYTHONPATH")]))
+
+import mlx_mtp.backends.cpu.blas  # noqa: E402, F401, I001  # loads OpenBLAS
 
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
