@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -74,7 +75,7 @@ def test_the_loop_draws_from_the_exact_distribution() -> None:
 def test_a_bias_of_two_percent_planted_in_the_loop_is_caught(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("mlx_mtp.decoding.accept.accept_sampled", eager)
+    monkeypatch.setattr("mlx_mtp.decoding.accept.accept_sampled", partial(eager, share=0.02))
     found = chain_p_values("quadratic", Sampling(temp=0.4))
     assert holm([*found.values()] * len(TABLE_SETTINGS))[0] < 0.001, found
 

@@ -196,7 +196,7 @@ def test_bad_options_are_told_in_one_line():
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = str(taken.getsockname()[1])
-        assert f"port {port} of 127.0.0.1 is taken" in failure("--port", port)
+        assert f"port {port} of 127.0.0.1 is in use" in failure("--port", port)
 
 
 def test_a_model_that_is_not_there_ends_the_server_in_one_line():
