@@ -52,7 +52,7 @@ class CostCurve:
     is_guess: bool = False
 
     def __post_init__(self) -> None:
-        times = [each for line in self.forward_ms for each in line] + list(self.draft_ms)
+        times = [ms for line in self.forward_ms for ms in line] + list(self.draft_ms)
         shape = [len(line) for line in self.forward_ms]
         if not self.rows or self.rows[0] != 1 or list(self.rows) != sorted(set(self.rows)):
             raise ValueError(f"rows must ascend from 1, got {list(self.rows)}")
@@ -62,7 +62,7 @@ class CostCurve:
             raise ValueError(
                 f"{len(self.contexts)} contexts of {len(self.rows)} row numbers need as many times"
             )
-        if not all(math.isfinite(each) and each >= 0 for each in times):
+        if not all(math.isfinite(ms) and ms >= 0 for ms in times):
             raise ValueError("times must be finite and at least 0")
         if min(min(line) for line in self.forward_ms) <= 0 or self.draft_ms[:1] != (0.0,):
             raise ValueError("forwards take time, and drafting from no masks takes none")
@@ -89,16 +89,16 @@ class CostCurve:
         if (self.contexts, self.num_draft_tokens) != (other.contexts, other.num_draft_tokens):
             return self
         rows = sorted(
-            each
-            for each in {*self.rows, *other.rows}
-            if all(curve.disturbed or each in curve.rows for curve in (self, other))
+            count
+            for count in {*self.rows, *other.rows}
+            if all(curve.disturbed or count in curve.rows for curve in (self, other))
         )
         lines = []
         for mine, theirs in zip(self.forward_ms, other.forward_ms, strict=True):
             known = dict(zip(other.rows, theirs, strict=True))
-            for each, ms in zip(self.rows, mine, strict=True):
-                known[each] = min(ms, known.get(each, ms))
-            lines.append(tuple(known[each] for each in rows))
+            for count, ms in zip(self.rows, mine, strict=True):
+                known[count] = min(ms, known.get(count, ms))
+            lines.append(tuple(known[count] for count in rows))
         return replace(
             self,
             rows=tuple(rows),
@@ -114,7 +114,7 @@ class CostCurve:
         they seem to, the smaller number's time was disturbed and is lowered.
         """
         lines = np.array(self.forward_ms)
-        measured = [np.interp(context, self.contexts, lines[:, at]) for at in range(len(self.rows))]
+        measured = [np.interp(context, self.contexts, lines[:, i]) for i in range(len(self.rows))]
         every = np.interp(np.arange(self.rows[-1] + 1), self.rows, measured)
         every[0] = 0.0
         return _rising(every)
@@ -132,12 +132,10 @@ class CostCurve:
         """
         try:
             return cls(
-                rows=tuple(int(each) for each in values["rows"]),
-                contexts=tuple(int(each) for each in values["contexts"]),
-                forward_ms=tuple(
-                    tuple(float(each) for each in line) for line in values["forward_ms"]
-                ),
-                draft_ms=tuple(float(each) for each in values["draft_ms"]),
+                rows=tuple(int(count) for count in values["rows"]),
+                contexts=tuple(int(length) for length in values["contexts"]),
+                forward_ms=tuple(tuple(float(ms) for ms in line) for line in values["forward_ms"]),
+                draft_ms=tuple(float(ms) for ms in values["draft_ms"]),
                 source=str(values.get("source", "")),
                 disturbed=bool(values.get("disturbed", False)),
                 is_guess=bool(values.get("is_guess", False)),
@@ -325,11 +323,11 @@ class LiveCosts:
         return math.exp(float(np.interp(rows, ran, factors)))
 
     def _measured(self, context: int) -> tuple[np.ndarray, list[float]]:
-        at = context // _CONTEXT_STEP
-        if at not in self._forward:
-            forward = self.curve.forward(at * _CONTEXT_STEP)
-            self._forward[at] = forward, forward.tolist()
-        return self._forward[at]
+        index = context // _CONTEXT_STEP
+        if index not in self._forward:
+            forward = self.curve.forward(index * _CONTEXT_STEP)
+            self._forward[index] = forward, forward.tolist()
+        return self._forward[index]
 
 
 def widened(forward_ms: np.ndarray, most: int) -> np.ndarray:
