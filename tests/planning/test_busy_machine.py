@@ -205,8 +205,9 @@ class TestWhatStepsTeach:
     def test_is_stored_and_used_by_the_next_start(self, machine, started) -> None:
         model = started()
         known = speculation_for(model)
-        decode_plainly(model, steps=10)
-        observe(known, 4, steps=10, ms=5 * true_ms(1))
+        for _ in range(20):  # alternating, so that the pace stays that of plain steps
+            decode_plainly(model, steps=1)
+            observe(known, 4, steps=1, ms=5 * true_ms(1))
         store_learned(model)
         again = speculation_for(started())
         assert again is not known and again.costs.curve == guessed_costs()
