@@ -308,7 +308,8 @@ def prompt_cache_file(folder: Path, *, model: str) -> str:
 
 @pytest.mark.slow
 def test_the_real_model_answers_from_the_command_line():
-    result = invoke("generate", "-p", "What is the capital of France?", "-m", "20", "--json")
+    options = ("-m", "20", "--json", "--layout", "quadratic")
+    result = invoke("generate", "-p", "What is the capital of France?", *options)
     assert result.exit_code == 0 and result.stderr == ""
     answer = json.loads(result.stdout)
     assert answer["text"] == "The capital of France is Paris."

@@ -148,6 +148,7 @@ class TestGreedyIds:
         assert converted.returncode == 0, converted.stderr
         assert "the same as PyTorch" in converted.stdout
         arguments = ["--model", bundle, "--json", "-m", "200", "--ignore-chat-template"]
+        arguments += ["--layout", "quadratic"]
         generated = _process("mlx_mtp", "generate", *arguments, "--prompt", prompt)
         answer = json.loads(generated.stdout)
         assert answer["tokens"] == wanted
