@@ -44,7 +44,7 @@ def create_app(
     Args:
         engine: not started yet.
         settings: the operator's settings.
-        routes: more routes, such as those of a chat app, behind the same checks; the
+        routes: more routes, such as those of a chat app, under the same checks; the
             ``ServerContext`` is in ``request.app.state.context``.
         public_paths: paths that need no API key, in addition to ``/health``.
     """
