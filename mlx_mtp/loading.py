@@ -24,6 +24,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.backends.metal.setup import set_up_kernels
+from mlx_mtp.detokenizer import load_tokenizer
 from mlx_mtp.model.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_config
 from mlx_mtp.model.mtp_model import MTPModel, fingerprint
 from mlx_mtp.storage.default_model import (
@@ -260,7 +261,7 @@ def _load_tokenizer(
 ) -> TokenizerWrapper:
     """Load the tokenizer of a model folder."""
     try:
-        return lm_utils.load_tokenizer(
+        return load_tokenizer(
             folder,
             {"trust_remote_code": trust_remote_code} | (options or {}),
             eos_token_ids=config.get("eos_token_id"),

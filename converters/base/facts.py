@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx_lm import utils as lm_utils
 
 from mlx_mtp.converters.layouts import BaseFacts
+from mlx_mtp.detokenizer import load_tokenizer
 from mlx_mtp.loading import resolve
 from mlx_mtp.model.lora import linear_dims
 from mlx_mtp.model.mtp_model import MTPModel
@@ -112,7 +113,7 @@ def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
 def tokenizer_facts(folder: Path) -> tuple[int | None, int | None]:
     """Return the length of a model's tokenizer and the id of its ``<mask>``; None if missing."""
     try:
-        tokenizer: Any = lm_utils.load_tokenizer(folder)._tokenizer
+        tokenizer: Any = load_tokenizer(folder)._tokenizer
     except Exception:  # transformers raises many types for a folder without a tokenizer
         return None, None
     return len(tokenizer), tokenizer.get_vocab().get("<mask>")
