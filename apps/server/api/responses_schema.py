@@ -8,7 +8,7 @@ from pydantic import Field
 
 from mlx_mtp.apps.server.api.formats import TextFormat
 from mlx_mtp.apps.server.api.schemas import MAX_TOKENS, Many, Sampled, Strict, flat_text
-from mlx_mtp.apps.server.api.tools import CalledFunction, ToolCall, template_calls
+from mlx_mtp.apps.server.api.tools import template_call
 from mlx_mtp.apps.server.errors import refused
 
 
@@ -38,7 +38,7 @@ class InputItem(Strict):
     content: str | Many[dict[str, Any]] | None = None
     call_id: str | None = None
     name: str | None = None
-    arguments: str | None = None
+    arguments: Any = None
     output: str | Many[dict[str, Any]] | None = None
     phase: str | None = None
 
@@ -131,10 +131,10 @@ def _template_message(item: InputItem, where: str) -> dict[str, Any]:
 
 def _add_call(messages: list[dict[str, Any]], item: InputItem, where: str) -> None:
     """Add a call to the assistant's turn, which may contain several."""
-    if item.call_id is None or item.name is None or item.arguments is None:
-        raise refused(f"{where} needs call_id, name and arguments", param=where)
-    function = CalledFunction(name=item.name, arguments=item.arguments)
-    calls = template_calls([ToolCall(id=item.call_id, function=function)], where=where)
+    if item.call_id is None or item.name is None:
+        missing = f"{where}.{'call_id' if item.call_id is None else 'name'}"
+        raise refused(f"{missing} is missing", param=missing)
+    call = template_call(item.call_id, item.name, item.arguments)
     if not messages or messages[-1]["role"] != "assistant":
         messages.append(_message("assistant", ""))
-    messages[-1].setdefault("tool_calls", []).extend(calls)
+    messages[-1].setdefault("tool_calls", []).append(call)
