@@ -84,7 +84,7 @@ class Session:
         self._logprobs: AnswerLogprobs | None = None
         if job.top_logprobs is not None:
             self._logprobs = engine.texts.of_answer(ids, top=job.top_logprobs, stop_ids=stop_ids)
-        self._tools = ToolCallReader(tokenizer, job.tools) if job.tools else None
+        self._tools = ToolCallReader(job.call_format, job.tools) if job.tools else None
         self._meter = StatsMeter(
             prompt_tokens=len(ids) - self._num_cached,
             cached_tokens=self._num_cached,
