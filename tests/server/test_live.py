@@ -62,6 +62,19 @@ def plain(folder, server) -> list[str]:
     return found
 
 
+def test_counts_are_those_of_the_usage(server):
+    body = {"messages": [{"role": "user", "content": "Hi é"}], "system": "Be brief."}
+    counted = server.client.post("/v1/messages/count_tokens", json=body).json()["input_tokens"]
+    usage = server.client.post("/v1/messages", json=body | {"max_tokens": 3}).json()["usage"]
+    assert counted == usage["input_tokens"] + usage["cache_read_input_tokens"] > 10
+    assert "Be brief" not in server.client.get("/props").json()["chat_template"]
+    text = "Hi é <0x41>"
+    ids = server.client.post("/tokenize", json={"content": text}).json()["tokens"]
+    assert server.client.post("/detokenize", json={"tokens": ids}).json() == {"content": text}
+    bad = server.client.post("/detokenize", json={"tokens": [10**6]})
+    assert bad.status_code == 400 and "1000000" in bad.text
+
+
 @pytest.mark.parametrize("mtp", [True, False])
 def test_eight_clients_at_once_get_the_text_of_generate(server, plain, mtp):
     with ThreadPoolExecutor(8) as pool:
