@@ -96,7 +96,12 @@ class Job:
 
 @dataclass(kw_only=True, slots=True)
 class Load:
-    """Load a model; the fields are the options of ``mlx-mtp serve``."""
+    """Load a model; the fields are the options of ``mlx-mtp serve``.
+
+    Attributes:
+        chat_template: source that replaces the model's chat template.
+        chat_template_args: arguments of the chat template where a job has none.
+    """
 
     type: Literal["load"] = "load"
     model: str | None = None
@@ -109,6 +114,8 @@ class Load:
     num_draft_tokens: int | None = None
     prefill_step_size: int = 256
     prefix_cache_bytes: int = 2**30
+    chat_template: str | None = None
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -229,7 +229,7 @@ def template_options(*more: Decorator) -> Decorator:
         option(
             "--chat-template-config",
             metavar="JSON",
-            callback=_json_object,
+            callback=json_object,
             help="JSON object with arguments of the chat template.",
         ),
     )
@@ -290,7 +290,7 @@ def _logit_bias(
     return biases or None
 
 
-def _json_object(
+def json_object(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> dict[str, Any]:
     """Parse a JSON object."""

@@ -57,7 +57,8 @@ class Recorder(Engine):
 
 
 RECORDER = Recorder({})
-RECORDER.info = Ready(**READY | {"can_require_tools": True})
+_READY: dict[str, Any] = READY | {"can_require_tools": True}
+RECORDER.info = Ready(**_READY)
 CLIENT = TestClient(create_app(RECORDER, Settings()), base_url="http://localhost")
 
 
