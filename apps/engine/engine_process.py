@@ -105,6 +105,7 @@ def _load(
         sys.modules.setdefault("torch", cast(Any, None))  # transformers would import it
     import mlx.core as mx
 
+    from mlx_mtp.apps.engine.encoding import encode
     from mlx_mtp.apps.engine.grammar import Grammars
     from mlx_mtp.apps.engine.prefix_setup import make_prefix_cache
     from mlx_mtp.apps.engine.preparing import Prepared, prepare
@@ -142,10 +143,11 @@ def _load(
         lookup=load.lookup,
     )
 
-    def prepared(values: dict[str, Any]) -> Prepared:
-        return with_stored_blocks(
-            prepare(Job.from_dict(values), model, tokenizer, grammars), engine
-        )
+    def prepare_job(values: dict[str, Any]) -> Any:
+        job = Job.from_dict(values)
+        if job.only:
+            return encode(job, tokenizer, vocab_size=model.vocab_size)
+        return with_stored_blocks(prepare(job, model, tokenizer, grammars), engine)
 
     def begin(job: Prepared) -> Session:
         prefixes.pause_writing()
@@ -157,31 +159,40 @@ def _load(
 
     send(_ready(model, tokenizer))
     return Scheduler(
-        prepare=prepared,
+        prepare=prepare_job,
         begin=begin,
         group=StepGrouper(model, speculation).groups,
         run=lambda steps: run(model, steps),
         send=send,
         must_wait=lambda job, running: must_wait(job, running, engine),
-        report=lambda: prefixes.counts(),
+        report=lambda: send(prefixes.counts()),
         rest=rest,
     )
 
 
 def _ready(model: Any, tokenizer: Any) -> Ready:
     """The description of the model."""
-    from mlx_mtp.apps.engine.tool_calls import calls_are_json
-
     return Ready(
         model=model.name,
         adapter=model.config is not None,
         num_draft_tokens=model.num_draft_tokens,
         max_context=model.max_context,
         has_chat_template=tokenizer.has_chat_template,
-        has_tools=tokenizer.has_chat_template and tokenizer.has_tool_calling,
-        can_require_tools=tokenizer.has_tool_calling and calls_are_json(tokenizer),
+        has_tools=tokenizer.has_chat_template,
+        can_require_tools=tokenizer.has_chat_template,
+        chat_template=_template(tokenizer),
+        bos_token=tokenizer.bos_token or "",
+        eos_token=tokenizer.eos_token or "",
         facts=_facts(model),
     )
+
+
+def _template(tokenizer: Any) -> str:
+    """The source of the chat template; of several, the one for conversations without tools."""
+    template = tokenizer.chat_template if tokenizer.has_chat_template else ""
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else ""
 
 
 def _facts(model: Any) -> dict[str, Any]:

@@ -102,16 +102,22 @@ class PrefixCache:
         """Number of ids that ``take`` would return."""
         return self._find(ids)[1]
 
-    def put(self, ids: Sequence[int], cache: MTPCache) -> None:
-        """Keep what a cache of the first of ``ids`` has computed; drop other blocks to make room.
+    def put(self, ids: Sequence[int], cache: MTPCache, *, num_prompt: int) -> None:
+        """Keep the rows of an answer's cache; drop other blocks to make room.
 
         A cache with a window has dropped rows: those must have been put before.
+
+        Args:
+            ids: the ids of the text so far.
+            cache: the rows of the first of them.
+            num_prompt: number of ids of the prompt.
         """
         if self._max_bytes == 0:
             return
         parent, path = self._root, []
-        while parent.end < cache.offset:
-            end = min(parent.end + self._block_size, cache.offset)
+        num_rows = self._blocks.num_shared(cache, num_prompt)
+        while parent.end < num_rows:
+            end = min(parent.end + self._block_size, num_rows)
             part = ids[parent.end : end]
             node = self._child(parent, part) or self._cut(parent, part, cache)
             if node is None:
@@ -120,9 +126,9 @@ class PrefixCache:
             parent = node
         self._touch(path)
 
-    def keep(self, ids: Sequence[int], cache: MTPCache) -> None:
-        """Put a cache at the end of an answer, and write its blocks to files."""
-        self.put(ids, cache)
+    def keep(self, ids: Sequence[int], cache: MTPCache, *, num_prompt: int) -> None:
+        """Put a cache at the end of an answer, and write its blocks to files; see ``put``."""
+        self.put(ids, cache, num_prompt=num_prompt)
         path, _ = self._find([*ids[: cache.offset], -1])
         self._use(ids, path)
 

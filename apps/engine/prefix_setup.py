@@ -31,7 +31,7 @@ def make_prefix_cache(model: MTPModel, load: Load, **options: Any) -> PrefixCach
         load: its sizes, the folder of files, and the settings on which rows depend.
         options: options of ``model.make_cache``.
     """
-    blocks = CacheBlocks(model, **options)
+    blocks = CacheBlocks(model, chunk_size=load.prefill_step_size, **options)
     files = None
     if load.prefix_files_bytes and load.prefix_cache_bytes:
         files = PrefixFiles(

@@ -15,7 +15,6 @@ from typing import Any, Protocol
 from mlx_mtp.apps.engine.grammar import GrammarError
 from mlx_mtp.apps.engine.preparing import Prepared, Refusal
 from mlx_mtp.apps.engine.protocol import (
-    CacheCounts,
     Cancel,
     Failed,
     Finished,
@@ -54,27 +53,28 @@ class Scheduler:
     """Runs jobs.
 
     Args:
-        prepare: validates the fields of a job and encodes its prompt; raises ``Refusal``.
+        prepare: validates the fields of a job and encodes its prompt, or returns all messages of a
+            job that generates nothing; raises ``Refusal``.
         begin: starts the answer to what ``prepare`` returned.
         group: groups the next steps of all answers; returns indices of those to run together.
         run: runs a group of steps.
         send: passes a message to the server.
         must_wait: whether a prepared job begins later, given the running answers; never without
             any.
-        report: called when an answer has ended; what it returns is sent, if anything.
+        report: called when an answer has ended.
         rest: called when the last answer has ended.
     """
 
     def __init__(
         self,
         *,
-        prepare: Callable[[dict[str, Any]], Prepared],
+        prepare: Callable[[dict[str, Any]], Prepared | list[JobMessage]],
         begin: Callable[[Prepared], Answer],
         group: Callable[[Sequence[Step]], list[list[int]]],
         run: Callable[[list[Step]], list[Outcome]],
-        send: Callable[[JobMessage | CacheCounts], None],
+        send: Callable[[JobMessage], None],
         must_wait: Callable[[Prepared, Collection[Any]], bool] = lambda job, running: False,
-        report: Callable[[], CacheCounts | None] = lambda: None,
+        report: Callable[[], None] = lambda: None,
         rest: Callable[[], None] = lambda: None,
     ) -> None:
         self._prepare = prepare
@@ -157,8 +157,7 @@ class Scheduler:
 
     def _ended(self) -> None:
         """Report after the end of an answer, and rest after that of the last."""
-        if counts := self._report():
-            self._send(counts)
+        self._report()
         if not self._answers:
             self._rest()
 
@@ -178,8 +177,11 @@ class Scheduler:
                 self._preparing.discard(job)
                 self._admit(job, value)
 
-    def _admit(self, job: int, value: Prepared | Refusal | str) -> None:
-        if isinstance(value, Prepared):
+    def _admit(self, job: int, value: Prepared | list[JobMessage] | Refusal | str) -> None:
+        if isinstance(value, list):
+            for message in value:
+                self._send_for(job, message)
+        elif isinstance(value, Prepared):
             if self._answers and self._must_wait(value, self._answers.values()):
                 self._delayed[job] = value
                 return

@@ -86,7 +86,7 @@ class Session:
         self._text = TextStream(
             tokenizer.detokenizer, stop=config.stop, stop_ids=tokenizer.eos_token_ids
         )
-        self._tools = ToolCallReader(tokenizer, job.tools) if job.tools else None
+        self._tools = ToolCallReader(job.call_format, job.tools) if job.tools else None
         self._meter = StatsMeter(
             prompt_tokens=len(ids) - num_cached,
             cached_tokens=num_cached,
@@ -134,7 +134,9 @@ class Session:
     def close(self) -> None:
         """End it between two steps, where the cache is whole, and keep its rows."""
         if not self._job.fresh:
-            self._engine.prefixes.keep(self._request.ids, self._request.cache)
+            self._engine.prefixes.keep(
+                self._request.ids, self._request.cache, num_prompt=len(self._job.ids)
+            )
         if self.finished:
             store_learned(self._engine.model)
 
@@ -143,7 +145,7 @@ class Session:
         cache, prompt_size = self._request.cache, len(self._job.ids)
         is_due = at_prompt or self._num_kept < prompt_size or cache.drops_rows
         if is_due and not self._job.fresh:
-            self._engine.prefixes.put(self._request.ids, cache)
+            self._engine.prefixes.put(self._request.ids, cache, num_prompt=prompt_size)
             self._num_kept = cache.offset
 
     def _group(self, step: StepResult) -> tuple[Group, str | None]:

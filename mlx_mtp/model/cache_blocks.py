@@ -32,12 +32,17 @@ class CacheBlocks:
 
     Args:
         model: the model.
+        chunk_size: rows per chunk of a prompt.
         options: options of ``model.make_cache``.
     """
 
-    def __init__(self, model: MTPModel, **options: Any) -> None:
+    def __init__(self, model: MTPModel, *, chunk_size: int, **options: Any) -> None:
         self._model = model
+        self._chunk_size = chunk_size
         self._options = options
+        sample = self.make_cache()
+        self._chunks_matter = sample.chunks_matter
+        self._quantised_start = sample.quantized_kv_start
 
     def make_cache(self) -> MTPCache:
         """Make a cache without rows."""
@@ -66,13 +71,27 @@ class CacheBlocks:
         mx.eval(rows)
         return rows
 
+    def num_shared(self, cache: MTPCache, num_prompt: int) -> int:
+        """Number of first rows of a cache that another answer may use.
+
+        Where results depend on the chunks of a prompt, these are the rows of whole chunks.
+
+        Args:
+            cache: the cache.
+            num_prompt: number of ids of the answer's prompt.
+        """
+        if not self._chunks_matter:
+            return cache.offset
+        return min(cache.offset, num_prompt) // self._chunk_size * self._chunk_size
+
     def can_end(self, rows: Rows, position: int) -> bool:
         """Whether a cache may end at ``position``, which is in this block or at its end.
 
-        Quantised rows before the position from which caches are quantised belong to a longer text:
-        a cache that ends there is not quantised yet.
+        A cache that ends before the position from which caches are quantised is not quantised yet.
         """
-        return not _is_quantised(rows) or position >= self.make_cache().quantized_kv_start
+        if self._chunks_matter and position % self._chunk_size:
+            return False
+        return not _is_quantised(rows) or position >= self._quantised_start
 
     def join(self, blocks: Sequence[Rows], num_rows: int) -> MTPCache:
         """Make a cache of the first ``num_rows`` rows of consecutive blocks, the first at 0."""
@@ -84,6 +103,7 @@ class CacheBlocks:
                 self._joined(cache, blocks, f"{index}.{side}", num_rows) for side in _SIDES
             )
             _restore(layer, keys, values, num_rows)
+        cache.begin_step()  # as after the step that computed the last of these rows
         return cache
 
     def signatures(self) -> list[Signature]:

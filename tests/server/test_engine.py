@@ -47,7 +47,7 @@ def engine() -> Engine:
         model=model,
         tokenizer=tokenizer,
         speculation=speculation_for(model),
-        prefixes=PrefixCache(CacheBlocks(model), max_bytes=0),
+        prefixes=PrefixCache(CacheBlocks(model, chunk_size=8), max_bytes=0),
         texts=TokenTexts(tokenizer),
         prefill_step_size=8,
     )
@@ -55,7 +55,9 @@ def engine() -> Engine:
 
 def kept(engine: Engine, max_bytes: int = 2**24) -> Engine:
     """The same engine with a cache of beginnings of its own."""
-    prefixes = PrefixCache(CacheBlocks(engine.model), max_bytes=max_bytes, block_size=16)
+    prefixes = PrefixCache(
+        CacheBlocks(engine.model, chunk_size=8), max_bytes=max_bytes, block_size=16
+    )
     return replace(engine, prefixes=prefixes)
 
 

@@ -58,7 +58,7 @@ def engine_of(
         model=model,
         tokenizer=tokenizer,
         speculation=Speculation.guess(model.num_draft_tokens),
-        prefixes=PrefixCache(CacheBlocks(model), max_bytes=0),
+        prefixes=PrefixCache(CacheBlocks(model, chunk_size=8), max_bytes=0),
         texts=TokenTexts(tokenizer),
         prefill_step_size=8,
     )
@@ -77,7 +77,7 @@ def restarted(
 ) -> Engine:
     """The same engine with nothing in memory."""
     engine.prefixes.close()
-    blocks = CacheBlocks(engine.model, **options)
+    blocks = CacheBlocks(engine.model, chunk_size=8, **options)
     files = folder and PrefixFiles(
         folder, key=key, signatures=blocks.signatures(), max_bytes=file_bytes, block_size=BLOCK,
         log=log,
