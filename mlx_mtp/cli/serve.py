@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import click
 import cloup
 
+from mlx_mtp.apps.engine.prefix_settings import PromptCacheConfig
 from mlx_mtp.apps.server.settings import Settings
 from mlx_mtp.cli.options import (
     EXTRA_EOS_TOKEN,
     MTP,
+    Size,
     field_option,
     field_options,
     json_object,
@@ -20,7 +23,7 @@ from mlx_mtp.cli.options import (
 )
 from mlx_mtp.decoding.config import GenerationConfig
 
-GIB = 2**30
+PROMPT_CACHE = tuple(field.name for field in fields(PromptCacheConfig))
 ENGINE_OPTIONS = (
     "model",
     "adapter_path",
@@ -132,13 +135,17 @@ def _template(context: click.Context, parameter: click.Parameter, value: str | N
 )
 @cloup.option_group(
     "Cache",
-    option(
-        "--prefix-cache-gb",
-        type=click.FloatRange(0),
-        default=1.0,
-        metavar="GIB",
-        help="Memory for the caches of earlier conversations, in GiB; 0 turns it off.",
+    field_option(PromptCacheConfig, "prompt_cache_bytes", type=Size(), metavar="SIZE"),
+    field_option(PromptCacheConfig, "prompt_cache_files"),
+    field_option(
+        PromptCacheConfig,
+        "prompt_cache_files_bytes",
+        type=Size(),
+        metavar="SIZE",
+        show_default="8GB",
     ),
+    field_option(PromptCacheConfig, "prompt_cache_dir", metavar="FOLDER"),
+    option("--prefix-cache-gb", type=click.FloatRange(0), hidden=True),  # the former option
 )
 def serve(**options: Any) -> None:
     """Serve a model over the OpenAI and Anthropic APIs.
@@ -154,12 +161,20 @@ def serve(**options: Any) -> None:
         raise ValueError(f'{error.name} is missing: pip install "mlx-mtp[server]"') from None
     engine = Engine(
         {name: options[name] for name in ENGINE_OPTIONS + TEMPLATE_OPTIONS}
-        | {"prefix_cache_bytes": int(options["prefix_cache_gb"] * GIB)},
+        | _prompt_cache(options).load_fields(),
         max_concurrent=options["max_concurrent"],
         queue_size=options["queue_size"],
         timeout_s=options["engine_timeout"],
     )
     serve_app(create_app(engine, settings), engine, settings)
+
+
+def _prompt_cache(options: dict[str, Any]) -> PromptCacheConfig:
+    """Make the settings of the prompt cache from the options."""
+    config = PromptCacheConfig(**{name: options[name] for name in PROMPT_CACHE})
+    if options["prefix_cache_gb"] is not None:
+        return replace(config, prompt_cache_bytes=int(options["prefix_cache_gb"] * 2**30))
+    return config
 
 
 def _settings(options: dict[str, Any]) -> Settings:

@@ -105,6 +105,11 @@ class LayerCache:
         """Whether that many rows can be dropped exactly."""
         return num_rows <= self.offset
 
+    @property
+    def surplus(self) -> int:
+        """Number of stored rows that no later row can see."""
+        return 0
+
     def begin_step(self) -> None:
         """Drop rows that no later row can see."""
 
@@ -213,9 +218,14 @@ class WindowLayerCache(LayerCache):
             return num_rows <= self.offset
         return self.inner.offset - num_rows - self.keep >= self.window - 1
 
+    @property
+    def surplus(self) -> int:
+        """Number of stored rows that no later row can see."""
+        return self.inner.offset - self.keep - self.window
+
     def begin_step(self) -> None:
         """Drop rows out of sight once there is a block of them."""
-        surplus = self.inner.offset - self.keep - self.window
+        surplus = self.surplus
         if surplus < WINDOW_SLACK:
             return
         keys, values = (
@@ -324,7 +334,16 @@ class MTPCache:
         for layer in self.layers:
             layer.begin_step()
         if self._awaits_quantisation and self.offset >= self.quantized_kv_start:
-            self.layers = [self._quantise(layer) for layer in self.layers]
+            self.quantise()
+
+    def quantise(self) -> None:
+        """Quantise the keys and values now, and all later ones."""
+        self.layers = [self._quantise(layer) for layer in self.layers]
+
+    @property
+    def drops_rows(self) -> bool:
+        """Whether ``begin_step`` will drop rows."""
+        return any(layer.surplus >= WINDOW_SLACK for layer in self.layers)
 
     @property
     def rows_until_change(self) -> int | None:

@@ -253,6 +253,11 @@ def test_models_health_and_metrics(host):
         "time_per_token_seconds_bucket",
     ):  # fmt: skip
         assert f"mlx_mtp_{name}" in text
+    counts = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[:1] != "#")
+    prompts = counts['mlx_mtp_prompt_cache_requests_total{result="memory"}']
+    for source, count in (("memory", 4), ("files", 0), ("computed", 6)):
+        tokens = counts[f'mlx_mtp_prompt_tokens_total{{source="{source}"}}']
+        assert float(tokens) == count * float(prompts)
 
 
 def test_names_of_models_are_checked_if_the_operator_says_so(host):
