@@ -33,6 +33,7 @@ from mlx_mtp.storage.default_model import (
     default_model_path,
 )
 from mlx_mtp.storage.safetensors import read_safetensors
+from mlx_mtp.storage.sidecars import sidecar_template
 from mlx_mtp.terminal import Status, first_line, show
 
 HUB_FILES = (
@@ -259,7 +260,7 @@ def _load_tokenizer(
     try:
         return lm_utils.load_tokenizer(
             folder,
-            {"trust_remote_code": trust_remote_code} | (options or {}),
+            {"trust_remote_code": trust_remote_code} | sidecar_template(folder) | (options or {}),
             eos_token_ids=config.get("eos_token_id"),
         )
     except Exception as error:  # transformers raises many kinds for a broken folder
