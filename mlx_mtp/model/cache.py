@@ -22,6 +22,7 @@ from mlx.utils import tree_map
 from mlx_lm.models import cache as lm_cache
 
 from mlx_mtp.model.layout import StepLayout, StepScope
+from mlx_mtp.model.wrappers import WindowLayer
 
 WINDOW_SLACK = 256
 
@@ -439,9 +440,12 @@ def make_cache(
     if kv_group_size not in (32, 64, 128):
         raise ValueError(f"kv_group_size must be 32, 64 or 128, got {kv_group_size}")
     layers: list[LayerCache] = []
-    for inner in lm_cache.make_prompt_cache(base):
+    modules: Any = base.layers
+    for layer, inner in zip(modules, lm_cache.make_prompt_cache(base), strict=True):
         if isinstance(inner, lm_cache.RotatingKVCache):
             layers.append(WindowLayerCache(window=inner.max_size, scope=scope))
+        elif isinstance(layer, WindowLayer) and kv_bits is None:
+            layers.append(WindowLayerCache(window=layer.window, scope=scope))
         elif max_kv_size is not None:
             layers.append(WindowLayerCache(window=max_kv_size - 4, keep=4, scope=scope))
         else:
