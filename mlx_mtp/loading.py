@@ -25,8 +25,9 @@ from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.backends.metal.setup import set_up_kernels
 from mlx_mtp.model.base import open_base
-from mlx_mtp.model.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_config
+from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
 from mlx_mtp.model.mtp_model import MTPModel, fingerprint
+from mlx_mtp.storage.contents import adapter_problem, look, model_problem
 from mlx_mtp.storage.default_model import (
     DEFAULT_MODEL_NAME,
     default_adapter_path,
@@ -67,14 +68,14 @@ def load(
     Raises:
         ValueError: a file is missing or broken, or the adapter does not fit; one line.
     """
-    folder, adapter = locate(path_or_hf_repo, adapter_path if mtp else None, progress=progress)
+    folder, adapter = locate(path_or_hf_repo, adapter_path, mtp=mtp, progress=progress)
     name = DEFAULT_MODEL_NAME if path_or_hf_repo is None else path_or_hf_repo
     base, config = _open_base(folder, trust_remote_code)
     with ThreadPoolExecutor(1) as pool:  # MLX converts weights while Python loads the tokenizer
         pending = pool.submit(_load_tokenizer, folder, config, tokenizer_config, trust_remote_code)
         _read_weights(base, folder)
         tokenizer = pending.result()
-    if adapter is None or not mtp:
+    if adapter is None:
         model = MTPModel(base, name=name)
     else:
         model = _with_adapter(base, name, adapter, shown=adapter_path or str(adapter))
@@ -113,26 +114,32 @@ def load_with_status(
 
 
 def locate(
-    path_or_hf_repo: str | None, adapter_path: str | None, *, progress: Any = None
+    path_or_hf_repo: str | None,
+    adapter_path: str | None,
+    *,
+    mtp: bool = True,
+    progress: Any = None,
 ) -> tuple[Path, Path | None]:
     """Find the folders of a model and of its adapter, as ``load`` takes them.
 
     Returns:
-        The model's folder and the adapter's, None if there is no adapter.
+        The model's folder and the adapter's, None if there is no adapter or ``mtp`` is false.
 
     Raises:
-        ValueError: one of them does not exist.
+        ValueError: one of them does not exist or has to be converted first.
     """
     if path_or_hf_repo is None:
-        folder = default_model_path(progress=progress)
+        folder, bundled = default_model_path(progress=progress), default_adapter_path()
     else:
         folder = resolve(path_or_hf_repo, kind="model")
-    if adapter_path is not None:
-        return folder, resolve(adapter_path, kind="adapter")
-    if path_or_hf_repo is None:
-        return folder, default_adapter_path()
-    bundled = folder / BUNDLED_ADAPTER
-    return folder, bundled if (bundled / WEIGHTS_FILE).is_file() else None
+        contents = look(folder)
+        is_needed = mtp and adapter_path is None
+        if problem := model_problem(contents, path_or_hf_repo, mtp=is_needed):
+            raise ValueError(problem)
+        bundled = None if contents.adapter is None else contents.adapter.path
+    if adapter_path is None or not mtp:
+        return folder, bundled if mtp else None
+    return folder, resolve_adapter(adapter_path, model=path_or_hf_repo)
 
 
 def resolve(
@@ -152,7 +159,7 @@ def resolve(
     if path.is_dir():
         return path
     if path.exists():
-        raise ValueError(f"{kind} {path_or_hf_repo} is a file, not a folder")
+        raise ValueError(model_problem(look(path), path_or_hf_repo))
     looks_local = path_or_hf_repo.startswith((".", "/", "~")) or path_or_hf_repo.count("/") != 1
     if looks_local:
         raise ValueError(f"{kind} {path_or_hf_repo} does not exist")
@@ -164,6 +171,23 @@ def resolve(
             f"cannot find {kind} {path_or_hf_repo} locally or on the Hugging Face Hub: "
             f"{first_line(error)}"
         ) from None
+
+
+def resolve_adapter(path_or_hf_repo: str, *, model: str | None = None) -> Path:
+    """Find an adapter's folder, or download it.
+
+    Args:
+        path_or_hf_repo: folder or hub id.
+        model: the model that it is used with, for messages.
+
+    Raises:
+        ValueError: it does not exist or is not an adapter of mlx-mtp.
+    """
+    path = Path(path_or_hf_repo).expanduser()
+    folder = path if path.exists() else resolve(path_or_hf_repo, kind="adapter")
+    if problem := adapter_problem(look(folder), path_or_hf_repo, model=model):
+        raise ValueError(problem)
+    return folder
 
 
 def read_adapter(folder: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
@@ -221,9 +245,6 @@ def check_base(base: nn.Module, config: MTPConfig, *, adapter: str, name: str) -
 
 def _open_base(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
     """Build the mlx-lm model of a folder, its weights not read yet, and return its config."""
-    if not (folder / "config.json").is_file():
-        hint = ": it is an adapter" if (folder / CONFIG_FILE).is_file() else ""
-        raise ValueError(f"{folder} is not a model folder{hint} (it has no config.json)")
     try:
         return open_base(folder, trust_remote_code=trust_remote_code)
     except json.JSONDecodeError as error:
