@@ -520,12 +520,15 @@ def _wrapped(inner: Any, like: LayerCache, name: str, scope: StepScope) -> Layer
     rotating = isinstance(inner, lm_cache.RotatingKVCache)
     if not (quantised or rotating or type(inner) is lm_cache.KVCache):
         raise ValueError(f"{name} contains a {type(inner).__name__}, which cannot be rewound")
-    if isinstance(like, WindowLayerCache) and rotating:
-        if (inner.max_size, inner.keep) != (like.window, like.keep):
-            raise ValueError(
-                f"{name} was made with another model: it has a window of {inner.max_size} tokens, "
-                f"this model has one of {like.window}"
-            )
+    if (
+        isinstance(like, WindowLayerCache)
+        and rotating
+        and (inner.max_size, inner.keep) != (like.window, like.keep)
+    ):
+        raise ValueError(
+            f"{name} was made with another model: it has a window of {inner.max_size} tokens, "
+            f"this model has one of {like.window}"
+        )
     if not inner.empty():
         _check_shape(inner, like, name)
     if rotating:
