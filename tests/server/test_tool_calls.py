@@ -24,10 +24,11 @@ _XML = '<{0}invoke name="w">\n<{0}parameter name="t">{1}</{0}parameter>\n</{0}in
 _K3 = '<|open|>call tool="w" index="1"<|sep|>{}<|close|>call<|sep|>'
 # Calls of the function w with the text t, without the outer marks.
 FORMATS = {
-    "json_tools": ['\n{"name": "w", "arguments": {"t": "%s"}}\n', '{"name":"w","parameters":{"t":"%s"}}',
+    "json_tools": ['\n{"name": "w", "arguments": {"t": "%s"}}\n',
+                   '{"name":"w","parameters":{"t":"%s"}}',
                    '{"type": "function", "function": {"name": "w", "arguments": {"t": "%s"}}}'],
-    "mistral": [' [{"name": "w", "arguments": {"t": "%s"}, "id": "123456789"}]', 'w[ARGS]{"t": "%s"}',
-                'w[CALL_ID]abcdefghi[ARGS]{"t": "%s"}'],
+    "mistral": [' [{"name": "w", "arguments": {"t": "%s"}, "id": "123456789"}]',
+                'w[ARGS]{"t": "%s"}', 'w[CALL_ID]abcdefghi[ARGS]{"t": "%s"}'],
     "kimi_k2": ['<|tool_call_begin|>functions.w:0<|tool_call_argument_begin|>{"t": "%s"}'
                 "<|tool_call_end|>"],
     "kimi_k3": [_K3.format('<|open|>argument key="t" type="string"<|sep|>%s'
