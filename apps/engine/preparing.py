@@ -84,7 +84,7 @@ def prepare(
     Raises:
         Refusal: the job is invalid.
     """
-    ids = _encode(job, tokenizer)
+    ids = prompt_ids(job, tokenizer)
     try:
         sampling = Sampling(
             temp=job.temp,
@@ -92,6 +92,7 @@ def prepare(
             min_p=job.min_p,
             top_k=job.top_k,
             repetition_penalty=job.repetition_penalty,
+            repetition_context_size=job.repetition_context_size,
             logit_bias=job.logit_bias,
         )
         config = GenerationConfig(
@@ -172,11 +173,17 @@ def _closed(schema: dict[str, Any] | None) -> dict[str, Any]:
     return schema | ({"additionalProperties": False} if is_plain else {})
 
 
-def _encode(job: Job, tokenizer: TokenizerWrapper) -> list[int]:
+def prompt_ids(job: Job, tokenizer: TokenizerWrapper) -> list[int]:
+    """Encode the prompt of a job.
+
+    Raises:
+        Refusal: the prompt or the conversation is invalid.
+    """
     if job.messages is not None:
         return _encode_chat(job, job.messages, tokenizer)
     try:
-        return encode_prompt(tokenizer, job.prompt or "")
+        prompt, special = job.prompt or "", job.add_special_tokens
+        return encode_prompt(tokenizer, prompt, add_special_tokens=special)
     except ValueError as error:
         raise Refusal(str(error), param="prompt") from None
 
