@@ -237,10 +237,11 @@ def template_options(*more: Decorator) -> Decorator:
 
 def sampling_options() -> Decorator:
     """Add the options that decide how tokens are drawn."""
-    names = ("temp", "top_p", "min_p", "top_k", "min_tokens_to_keep", "repetition_penalty")
+    names = ("temp", "top_p", "min_p", "top_k", "min_tokens_to_keep")
+    more = ("xtc_probability", "xtc_threshold", "repetition_penalty", "repetition_context_size")
     return cloup.option_group(
         "Sampling",
-        *field_options(Sampling, *names, "repetition_context_size"),
+        *field_options(Sampling, *names, *more),
         field_option(
             Sampling,
             "logit_bias",
