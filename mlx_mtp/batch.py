@@ -74,7 +74,8 @@ def batch_generate(
     Raises:
         ValueError: an argument is out of range or does not fit the number of prompts.
     """
-    from mlx_lm.generate import BatchResponse, BatchStats
+    from mlx_lm.generate import BatchResponse
+    from mlx_lm.generate_utils import BatchStats
 
     from mlx_mtp.calibration.stored_costs import speculation_for, store_learned
     from mlx_mtp.decoding.loop import decode_together
@@ -197,7 +198,7 @@ class _Answer:
 
     def caches(self) -> list[Any]:
         """mlx-lm's caches with the prompt and all ids that were emitted."""
-        caches = list(self._cache)
+        caches = [layer.to_mlx_lm() for layer in self._cache.layers]
         finish_list(self._model, self._cache, caches, self._last_id)
         return caches
 

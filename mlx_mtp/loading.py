@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,26 +41,6 @@ HUB_FILES = (
 _BROKEN = (OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError)
 
 
-@overload
-def load(
-    path_or_hf_repo: str | None = None,
-    tokenizer_config: dict[str, Any] | None = None,
-    model_config: dict[str, Any] | None = None,
-    adapter_path: str | None = None,
-    lazy: bool = False,
-    return_config: Literal[False] = False,
-    revision: str | None = None,
-    trust_remote_code: bool = False,
-    **options: Any,
-) -> tuple[MTPModel, TokenizerWrapper]: ...
-
-
-@overload
-def load(
-    *args: Any, return_config: Literal[True], **options: Any
-) -> tuple[MTPModel, TokenizerWrapper, dict[str, Any]]: ...
-
-
 def load(
     path_or_hf_repo: str | None = None,
     tokenizer_config: dict[str, Any] | None = None,
@@ -74,7 +54,7 @@ def load(
     mtp: bool = True,
     kernels: bool = True,
     progress: Any = None,
-) -> Any:
+) -> tuple[MTPModel, TokenizerWrapper]:
     """Load a model with its tokenizer and adapter; the positional arguments are mlx-lm's.
 
     Args:
@@ -111,7 +91,8 @@ def load(
         model = _with_adapter(base, name, adapter, shown=adapter_path or str(adapter))
     if kernels:
         set_up_kernels(model.base, report=progress or (lambda line: None))
-    return (model, tokenizer, config) if return_config else (model, tokenizer)
+    loaded: Any = (model, tokenizer, config) if return_config else (model, tokenizer)
+    return loaded
 
 
 def load_with_status(

@@ -48,10 +48,10 @@ class Sampling:
     top_k: int = setting(0, "Keep only the k most likely tokens; 0 keeps all.")
     min_tokens_to_keep: int = setting(1, "Minimum number of tokens that min-p keeps.")
     xtc_probability: float = setting(
-        0.0, "Probability of XTC for each token: dropping the most likely tokens."
+        0.0, "Probability that XTC drops the most likely tokens, for each token."
     )
     xtc_threshold: float = setting(
-        0.1, "Probability above which XTC drops all tokens but the least likely one."
+        0.1, "Probability above which XTC drops tokens, except for the last of them."
     )
     xtc_special_tokens: tuple[int, ...] | None = setting(None, "Ids that XTC never drops.")
     repetition_penalty: float | None = setting(
