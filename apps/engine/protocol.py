@@ -36,7 +36,8 @@ class Job:
         parallel_tool_calls: whether there may be more than one of the required calls.
         schema: JSON schema that the answer must match.
         schema_param: field of the request that contains the schema, for errors.
-        temp, top_p, min_p, top_k, repetition_penalty, logit_bias: see ``Sampling``.
+        temp, top_p, min_p, top_k, repetition_penalty, repetition_context_size, logit_bias: see
+            ``Sampling``.
         frequency_penalty, presence_penalty: see ``answer_penalty``.
         seed: random seed.
         layout: placement of mask tokens; "plain" decodes without drafts.
@@ -45,6 +46,9 @@ class Job:
         top_logprobs: number of most likely tokens to report per token; None for no logprobs.
         pieces: whether to report the ids and the text of each token.
         fresh: whether to ignore the prefix cache and leave it unchanged.
+        only: generate nothing: report the ids of the prompt, or its text, in a ``group``.
+        add_special_tokens: whether a ``prompt`` of text gets special tokens; None adds them unless
+            it begins with the BOS token.
     """
 
     max_tokens: int
@@ -61,6 +65,7 @@ class Job:
     min_p: float = 0.0
     top_k: int = 0
     repetition_penalty: float | None = None
+    repetition_context_size: int = 20
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
@@ -71,6 +76,8 @@ class Job:
     top_logprobs: int | None = None
     pieces: bool = False
     fresh: bool = False
+    only: Literal["ids", "text"] | None = None
+    add_special_tokens: bool | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Job:
@@ -133,6 +140,8 @@ class Ready:
         has_chat_template: whether it takes conversations.
         has_tools: whether its chat template takes tools.
         can_require_tools: whether it can be forced to call tools.
+        chat_template: source of the chat template.
+        bos_token, eos_token: special tokens, as text.
         facts: device and step costs, for display.
     """
 
@@ -144,6 +153,9 @@ class Ready:
     has_chat_template: bool
     has_tools: bool
     can_require_tools: bool = False
+    chat_template: str = ""
+    bos_token: str = ""
+    eos_token: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
 

@@ -79,7 +79,7 @@ class Session:
         self._text = TextStream(
             tokenizer.detokenizer, stop=config.stop, stop_ids=tokenizer.eos_token_ids
         )
-        self._tools = ToolCallReader(tokenizer, job.tools) if job.tools else None
+        self._tools = ToolCallReader(job.call_format, job.tools) if job.tools else None
         self._meter = StatsMeter(
             prompt_tokens=len(ids) - self._num_cached,
             cached_tokens=self._num_cached,
