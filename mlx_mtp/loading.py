@@ -24,15 +24,17 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.backends.metal.setup import set_up_kernels
-from mlx_mtp.model.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_config
+from mlx_mtp.model.base import open_base
+from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
 from mlx_mtp.model.mtp_model import MTPModel, fingerprint
+from mlx_mtp.storage.contents import adapter_problem, look, model_problem
 from mlx_mtp.storage.default_model import (
     DEFAULT_MODEL_NAME,
     default_adapter_path,
     default_model_path,
 )
-from mlx_mtp.storage.folders import without_wildcards
-from mlx_mtp.storage.safetensors import check_safetensors, read_safetensors
+from mlx_mtp.storage.safetensors import read_safetensors
+from mlx_mtp.storage.sidecars import sidecar_template
 from mlx_mtp.terminal import Status, first_line, show
 
 HUB_FILES = (
@@ -77,7 +79,7 @@ def load(
     path_or_hf_repo = None if path_or_hf_repo is None else str(path_or_hf_repo)
     adapter_path = None if adapter_path is None else str(adapter_path)
     folder, adapter = locate(
-        path_or_hf_repo, adapter_path if mtp else None, progress=progress, revision=revision
+        path_or_hf_repo, adapter_path, mtp=mtp, progress=progress, revision=revision
     )
     name = DEFAULT_MODEL_NAME if path_or_hf_repo is None else path_or_hf_repo
     base, config = _open_base(folder, trust_remote_code, model_config)
@@ -85,7 +87,7 @@ def load(
         pending = pool.submit(_load_tokenizer, folder, config, tokenizer_config, trust_remote_code)
         _read_weights(base, folder, lazy=lazy)
         tokenizer = pending.result()
-    if adapter is None or not mtp:
+    if adapter is None:
         model = MTPModel(base, name=name)
     else:
         model = _with_adapter(base, name, adapter, shown=adapter_path or str(adapter))
@@ -128,27 +130,30 @@ def locate(
     path_or_hf_repo: str | None,
     adapter_path: str | None,
     *,
+    mtp: bool = True,
     progress: Any = None,
     revision: str | None = None,
 ) -> tuple[Path, Path | None]:
     """Find the folders of a model and of its adapter, as ``load`` takes them.
 
     Returns:
-        The model's folder and the adapter's, None if there is no adapter.
+        The model's folder and the adapter's, None if there is no adapter or ``mtp`` is false.
 
     Raises:
-        ValueError: one of them does not exist.
+        ValueError: one of them does not exist or has to be converted first.
     """
     if path_or_hf_repo is None:
-        folder = default_model_path(progress=progress)
+        folder, bundled = default_model_path(progress=progress), default_adapter_path()
     else:
         folder = resolve(path_or_hf_repo, kind="model", revision=revision)
-    if adapter_path is not None:
-        return folder, resolve(adapter_path, kind="adapter")
-    if path_or_hf_repo is None:
-        return folder, default_adapter_path()
-    bundled = folder / BUNDLED_ADAPTER
-    return folder, bundled if (bundled / WEIGHTS_FILE).is_file() else None
+        contents = look(folder)
+        is_needed = mtp and adapter_path is None
+        if problem := model_problem(contents, path_or_hf_repo, mtp=is_needed):
+            raise ValueError(problem)
+        bundled = None if contents.adapter is None else contents.adapter.path
+    if adapter_path is None or not mtp:
+        return folder, bundled if mtp else None
+    return folder, resolve_adapter(adapter_path, model=path_or_hf_repo)
 
 
 def resolve(
@@ -173,7 +178,7 @@ def resolve(
     if path.is_dir():
         return path
     if path.exists():
-        raise ValueError(f"{kind} {path_or_hf_repo} is a file, not a folder")
+        raise ValueError(model_problem(look(path), path_or_hf_repo))
     looks_local = path_or_hf_repo.startswith((".", "/", "~")) or path_or_hf_repo.count("/") != 1
     if looks_local:
         raise ValueError(f"{kind} {path_or_hf_repo} does not exist")
@@ -185,6 +190,23 @@ def resolve(
             f"cannot find {kind} {path_or_hf_repo} locally or on the Hugging Face Hub: "
             f"{first_line(error)}"
         ) from None
+
+
+def resolve_adapter(path_or_hf_repo: str, *, model: str | None = None) -> Path:
+    """Find an adapter's folder, or download it.
+
+    Args:
+        path_or_hf_repo: folder or hub id.
+        model: the model that it is used with, for messages.
+
+    Raises:
+        ValueError: it does not exist or is not an adapter of mlx-mtp.
+    """
+    path = Path(path_or_hf_repo).expanduser()
+    folder = path if path.exists() else resolve(path_or_hf_repo, kind="adapter")
+    if problem := adapter_problem(look(folder), path_or_hf_repo, model=model):
+        raise ValueError(problem)
+    return folder
 
 
 def read_adapter(folder: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
@@ -244,16 +266,8 @@ def _open_base(
     folder: Path, trust_remote_code: bool, model_config: dict[str, Any] | None = None
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Build the mlx-lm model of a folder, its weights not read yet, and return its config."""
-    if not (folder / "config.json").is_file():
-        hint = ": it is an adapter" if (folder / CONFIG_FILE).is_file() else ""
-        raise ValueError(f"{folder} is not a model folder{hint} (it has no config.json)")
     try:
-        for file in sorted(folder.glob("model*.safetensors")):  # the files that mlx-lm will load
-            check_safetensors(file)
-        with without_wildcards(folder) as path:
-            return lm_utils.load_model(
-                path, lazy=True, model_config=model_config, trust_remote_code=trust_remote_code
-            )
+        return open_base(folder, model_config=model_config, trust_remote_code=trust_remote_code)
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder}/config.json is not JSON: {error}") from None
     except _BROKEN as error:
@@ -289,7 +303,7 @@ def _load_tokenizer(
     try:
         return lm_utils.load_tokenizer(
             folder,
-            {"trust_remote_code": trust_remote_code} | (options or {}),
+            {"trust_remote_code": trust_remote_code} | sidecar_template(folder) | (options or {}),
             eos_token_ids=config.get("eos_token_id"),
         )
     except Exception as error:  # transformers raises many kinds for a broken folder

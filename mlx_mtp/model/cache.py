@@ -22,6 +22,7 @@ from mlx.utils import tree_map
 from mlx_lm.models import cache as lm_cache
 
 from mlx_mtp.model.layout import StepLayout, StepScope
+from mlx_mtp.model.wrappers import WindowLayer
 
 WINDOW_SLACK = 256
 
@@ -104,6 +105,11 @@ class LayerCache:
     def can_rewind(self, num_rows: int) -> bool:
         """Whether that many rows can be dropped exactly."""
         return num_rows <= self.offset
+
+    @property
+    def surplus(self) -> int:
+        """Number of stored rows that no later row can see."""
+        return 0
 
     def begin_step(self) -> None:
         """Drop rows that no later row can see."""
@@ -219,9 +225,14 @@ class WindowLayerCache(LayerCache):
             return num_rows <= self.offset
         return self.inner.offset - num_rows - self.keep >= self.window - 1
 
+    @property
+    def surplus(self) -> int:
+        """Number of stored rows that no later row can see."""
+        return self.inner.offset - self.keep - self.window
+
     def begin_step(self) -> None:
         """Drop rows out of sight once there is a block of them."""
-        surplus = self.inner.offset - self.keep - self.window
+        surplus = self.surplus
         if surplus < WINDOW_SLACK:
             return
         keys, values = (
@@ -344,7 +355,16 @@ class MTPCache:
         for layer in self.layers:
             layer.begin_step()
         if self._awaits_quantisation and self.offset >= self.quantized_kv_start:
-            self.layers = [self._quantise(layer) for layer in self.layers]
+            self.quantise()
+
+    def quantise(self) -> None:
+        """Quantise the keys and values now, and all later ones."""
+        self.layers = [self._quantise(layer) for layer in self.layers]
+
+    @property
+    def drops_rows(self) -> bool:
+        """Whether ``begin_step`` will drop rows."""
+        return any(layer.surplus >= WINDOW_SLACK for layer in self.layers)
 
     @property
     def rows_until_change(self) -> int | None:
@@ -440,9 +460,12 @@ def make_cache(
     if kv_group_size not in (32, 64, 128):
         raise ValueError(f"kv_group_size must be 32, 64 or 128, got {kv_group_size}")
     layers: list[LayerCache] = []
-    for inner in lm_cache.make_prompt_cache(base):
+    modules: Any = base.layers
+    for layer, inner in zip(modules, lm_cache.make_prompt_cache(base), strict=True):
         if isinstance(inner, lm_cache.RotatingKVCache):
             layers.append(WindowLayerCache(window=inner.max_size, scope=scope))
+        elif isinstance(layer, WindowLayer) and kv_bits is None:
+            layers.append(WindowLayerCache(window=layer.window, scope=scope))
         elif max_kv_size is not None:
             layers.append(WindowLayerCache(window=max_kv_size - 4, keep=4, scope=scope))
         else:
