@@ -25,6 +25,8 @@ from itertools import count
 from pathlib import Path, PosixPath
 from typing import TYPE_CHECKING, Any
 
+from mlx_mtp.storage.sidecars import sidecar_template
+
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -47,6 +49,8 @@ def load_tokenizer(
 ) -> TokenizerWrapper:
     """Load a tokenizer as mlx-lm does, with a decoder that fits its vocabulary.
 
+    A chat template in ``chat_template.json`` is read too.
+
     Its ``detokenizer`` is a ``Detokenizer``.
 
     Args:
@@ -58,7 +62,7 @@ def load_tokenizer(
 
     tokenizer: Any = tokenizer_utils.load(
         _WithoutTokenizerFile(folder),
-        options,
+        sidecar_template(folder) | (options or {}),
         eos_token_ids=eos_token_ids,
         defaults=utils._tokenizer_defaults(folder),
     )

@@ -27,6 +27,7 @@ from mlx_mtp.converters.tokenizer.sentencepiece import (
 from mlx_mtp.detokenizer import load_tokenizer
 from mlx_mtp.evaluation.prompts import builtin_prompts
 from mlx_mtp.storage.safetensors import read_json_object, shown
+from mlx_mtp.storage.sidecars import sidecar_template
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -235,7 +236,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         values = _read_json(folder / name)
         settings |= {key: value for key, value in values.items() if value is not None}
-    return settings
+    return settings | sidecar_template(folder)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
