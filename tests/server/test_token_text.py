@@ -15,6 +15,7 @@ from mlx_mtp.apps.server.api.openai_completions import _by_token, _Offsets
 from mlx_mtp.calibration.stored_costs import speculation_for
 from mlx_mtp.detokenizer import is_utf8
 from mlx_mtp.generate import stream_generate
+from mlx_mtp.model.cache_blocks import CacheBlocks
 from tests.helpers.tiny import tiny_mtp
 from tests.helpers.tokenizers import make
 from tests.server.sessions import messages_of
@@ -28,7 +29,7 @@ def engine_of(kind: str) -> Engine:
         model=MODEL,
         tokenizer=tokenizer,
         speculation=speculation_for(MODEL),
-        prefixes=PrefixCache(max_bytes=0),
+        prefixes=PrefixCache(CacheBlocks(MODEL, chunk_size=8), max_bytes=0),
         texts=TokenTexts(tokenizer),
         prefill_step_size=8,
     )
