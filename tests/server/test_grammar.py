@@ -297,6 +297,6 @@ def test_ids_without_a_token_are_never_allowed():
     tokenizer = TokenizerWrapper(make("Llama, holes"))
     processor = Grammars(tokenizer).processor(json_grammar({"type": "string"}), num_prompt=0)
     answer = tokenizer.convert_tokens_to_ids(["<0x22>", "a"])
-    row = processor(mx.array(answer), mx.zeros((1, 1200)))[0].tolist()
+    row: Any = processor(mx.array(answer), mx.zeros((1, 1200)))[0].tolist()
     allowed = [index for index, value in enumerate(row) if value == 0]
     assert allowed and all(tokenizer.convert_ids_to_tokens(index) for index in allowed)
