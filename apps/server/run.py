@@ -15,7 +15,9 @@ from starlette.types import ASGIApp
 
 from mlx_mtp.apps.engine.supervisor import Engine
 from mlx_mtp.apps.server.connection import protocol_class
+from mlx_mtp.apps.server.hints import LOG
 from mlx_mtp.apps.server.settings import Settings
+from mlx_mtp.terminal import show
 
 GRACE_S = 1  # for running answers after Ctrl-C
 
@@ -45,12 +47,13 @@ def serve(
         http=protocol_class(settings, engine.metrics),
         ws="none",
         lifespan="on",
-        log_level="warning",
-        access_log=False,
+        log_level=settings.log_level.lower(),
+        access_log=settings.log_level in ("DEBUG", "INFO"),
         server_header=False,
         timeout_graceful_shutdown=GRACE_S,
         timeout_keep_alive=30,
     )
+    LOG.setLevel(settings.log_level)
     server = _Server(config, engine)
     gc.collect()
     gc.freeze()  # objects that exist now stay; collections need not scan them again
@@ -88,7 +91,7 @@ async def _announce(server: _Server, engine: Engine, url: str, settings: Setting
         return
     mode = f"k = {info.num_draft_tokens}" if info.adapter else "no MTP adapter: one token per step"
     mode = "plain layout: one token per step" if settings.layout == "plain" else mode
-    print(f"Serving {info.model} ({mode}) on {url}/v1", flush=True)
+    show(f"Serving {info.model} ({mode}) on {url}/v1")
 
 
 class _Server(uvicorn.Server):
