@@ -271,6 +271,9 @@ def amateur(
     given |= {"norm_eps": "1e-6"} if rms else {}
     given |= {} if alpha_beside or "own_alpha" in layer else {"alpha": str(alpha)}
     given |= {"num_draft_tokens": "5"} if masks == "shared" else {}
+    if masks == "table":
+        first = live.config.vocab_size - 5
+        given["mask_token_ids"] = ",".join(str(first + index) for index in range(5))
     return Project(
         base=base,
         checkpoint=root / file,
