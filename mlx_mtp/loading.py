@@ -24,6 +24,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.backends.metal.setup import set_up_kernels
+from mlx_mtp.model.base import open_base
 from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
 from mlx_mtp.model.mtp_model import MTPModel, fingerprint
 from mlx_mtp.storage.contents import adapter_problem, look, model_problem
@@ -32,8 +33,8 @@ from mlx_mtp.storage.default_model import (
     default_adapter_path,
     default_model_path,
 )
-from mlx_mtp.storage.folders import without_wildcards
-from mlx_mtp.storage.safetensors import check_safetensors, read_safetensors
+from mlx_mtp.storage.safetensors import read_safetensors
+from mlx_mtp.storage.sidecars import sidecar_template
 from mlx_mtp.terminal import Status, first_line, show
 
 HUB_FILES = (
@@ -245,10 +246,7 @@ def check_base(base: nn.Module, config: MTPConfig, *, adapter: str, name: str) -
 def _open_base(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
     """Build the mlx-lm model of a folder, its weights not read yet, and return its config."""
     try:
-        for file in sorted(folder.glob("model*.safetensors")):  # the files that mlx-lm will load
-            check_safetensors(file)
-        with without_wildcards(folder) as path:
-            return lm_utils.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+        return open_base(folder, trust_remote_code=trust_remote_code)
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder}/config.json is not JSON: {error}") from None
     except _BROKEN as error:
@@ -283,7 +281,7 @@ def _load_tokenizer(
     try:
         return lm_utils.load_tokenizer(
             folder,
-            {"trust_remote_code": trust_remote_code} | (options or {}),
+            {"trust_remote_code": trust_remote_code} | sidecar_template(folder) | (options or {}),
             eos_token_ids=config.get("eos_token_id"),
         )
     except Exception as error:  # transformers raises many kinds for a broken folder

@@ -5,6 +5,7 @@ An invalid job is refused here, before any work is done for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +13,9 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.apps.engine.grammar import Grammars, calls_grammar, json_grammar
 from mlx_mtp.apps.engine.penalties import answer_penalty
+from mlx_mtp.apps.engine.prefix_files import StoredBlock
 from mlx_mtp.apps.engine.protocol import Job
+from mlx_mtp.apps.engine.tool_calls import GENERIC, GenericCalls, calls_are_json, reads_tools
 from mlx_mtp.decoding.config import GenerationConfig
 from mlx_mtp.decoding.limits import (
     ContextOverflow,
@@ -25,6 +28,7 @@ from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.terminal import one_line
+from mlx_mtp.tool_prompt import with_tools
 
 
 class Refusal(ValueError):
@@ -52,8 +56,10 @@ class Prepared:
         logits_processors: of penalties and grammars.
         top_logprobs: number of most likely ids to report per id; None for no logprobs.
         tools: tools whose calls are parsed.
+        call_format: format of the calls, as an argument of ``ToolCallReader``.
         pieces: whether the ids of each step and the text of each id are reported.
         fresh: whether caches of earlier prompts are neither used nor added to.
+        stored_blocks: rows of the beginning of the prompt that were read from files.
     """
 
     ids: list[int]
@@ -62,8 +68,10 @@ class Prepared:
     logits_processors: list[LogitsProcessor] = field(default_factory=list)
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
+    call_format: TokenizerWrapper | GenericCalls = GENERIC
     pieces: bool = False
     fresh: bool = False
+    stored_blocks: Sequence[StoredBlock] = ()
 
 
 def prepare(
@@ -80,7 +88,7 @@ def prepare(
     Raises:
         Refusal: the job is invalid.
     """
-    ids = _encode(job, tokenizer)
+    ids = prompt_ids(job, tokenizer)
     try:
         sampling = Sampling(
             temp=job.temp,
@@ -88,6 +96,7 @@ def prepare(
             min_p=job.min_p,
             top_k=job.top_k,
             repetition_penalty=job.repetition_penalty,
+            repetition_context_size=job.repetition_context_size,
             logit_bias=job.logit_bias,
         )
         config = GenerationConfig(
@@ -113,6 +122,7 @@ def prepare(
         logits_processors=_processors(job, len(ids), tokenizer, grammars or Grammars(tokenizer)),
         top_logprobs=job.top_logprobs,
         tools=job.tools or [],
+        call_format=_call_format(job, tokenizer),
         pieces=job.pieces,
         fresh=job.fresh,
     )
@@ -142,6 +152,7 @@ def _grammar(job: Job, tokenizer: TokenizerWrapper) -> str:
     if job.schema is not None:
         return json_grammar(job.schema)
     functions = [tool["function"] for tool in job.tools or ()]
+    form = _call_format(job, tokenizer)
     required = job.required_tools or ()
     return calls_grammar(
         {
@@ -149,16 +160,22 @@ def _grammar(job: Job, tokenizer: TokenizerWrapper) -> str:
             for function in functions
             if function["name"] in required
         },
-        tags=(tokenizer.tool_call_start or "", tokenizer.tool_call_end or ""),
+        tags=(form.tool_call_start or "", form.tool_call_end or ""),
         parallel=job.parallel_tool_calls,
     )
 
 
-def _encode(job: Job, tokenizer: TokenizerWrapper) -> list[int]:
+def prompt_ids(job: Job, tokenizer: TokenizerWrapper) -> list[int]:
+    """Encode the prompt of a job.
+
+    Raises:
+        Refusal: the prompt or the conversation is invalid.
+    """
     if job.messages is not None:
         return _encode_chat(job, job.messages, tokenizer)
     try:
-        return encode_prompt(tokenizer, job.prompt or "")
+        prompt, special = job.prompt or "", job.add_special_tokens
+        return encode_prompt(tokenizer, prompt, add_special_tokens=special)
     except ValueError as error:
         raise Refusal(str(error), param="prompt") from None
 
@@ -170,10 +187,31 @@ def _encode_chat(
     if not tokenizer.has_chat_template:
         raise Refusal("the model has no chat template; use /v1/completions", param="messages")
     config = dict(job.template_config or {})
-    if job.tools:
+    if _is_generic(job, tokenizer):
+        messages = with_tools(messages, job.tools or ())
+    elif job.tools:
         config["tools"] = job.tools
     try:
         text = chat_text(tokenizer, messages, template_config=config)
         return encode_prompt(tokenizer, text, add_special_tokens=False)
-    except Exception as error:  # a template is a program and may raise anything
+    except ValueError as error:
         raise Refusal(one_line(error), param="messages") from None
+
+
+def _is_generic(job: Job, tokenizer: TokenizerWrapper) -> bool:
+    """Whether tools are listed, and calls written, in plain text instead of the template's form.
+
+    Required calls are, too, unless the template's form is JSON, which a grammar can enforce.
+    """
+    if not job.tools or not tokenizer.has_chat_template:
+        return False
+    if job.required_tools is not None and tokenizer.has_tool_calling:
+        return not (calls_are_json(tokenizer) and reads_tools(tokenizer))
+    return not reads_tools(tokenizer)
+
+
+def _call_format(job: Job, tokenizer: TokenizerWrapper) -> TokenizerWrapper | GenericCalls:
+    """The format of calls in the answer."""
+    if not tokenizer.has_tool_calling or _is_generic(job, tokenizer):
+        return GENERIC
+    return tokenizer

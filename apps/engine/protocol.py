@@ -36,7 +36,8 @@ class Job:
         parallel_tool_calls: whether there may be more than one of the required calls.
         schema: JSON schema that the answer must match.
         schema_param: field of the request that contains the schema, for errors.
-        temp, top_p, min_p, top_k, repetition_penalty, logit_bias: see ``Sampling``.
+        temp, top_p, min_p, top_k, repetition_penalty, repetition_context_size, logit_bias: see
+            ``Sampling``.
         frequency_penalty, presence_penalty: see ``answer_penalty``.
         seed: random seed.
         layout: placement of mask tokens; "plain" decodes without drafts.
@@ -45,6 +46,9 @@ class Job:
         top_logprobs: number of most likely tokens to report per token; None for no logprobs.
         pieces: whether to report the ids and the text of each token.
         fresh: whether to ignore the prefix cache and leave it unchanged.
+        only: generate nothing: report the ids of the prompt, or its text, in a ``group``.
+        add_special_tokens: whether a ``prompt`` of text gets special tokens; None adds them unless
+            it begins with the BOS token.
     """
 
     max_tokens: int
@@ -61,6 +65,7 @@ class Job:
     min_p: float = 0.0
     top_k: int = 0
     repetition_penalty: float | None = None
+    repetition_context_size: int = 20
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
@@ -71,6 +76,8 @@ class Job:
     top_logprobs: int | None = None
     pieces: bool = False
     fresh: bool = False
+    only: Literal["ids", "text"] | None = None
+    add_special_tokens: bool | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Job:
@@ -89,7 +96,12 @@ class Job:
 
 @dataclass(kw_only=True, slots=True)
 class Load:
-    """Load a model; the fields are the options of ``mlx-mtp serve``."""
+    """Load a model; the fields are the options of ``mlx-mtp serve``.
+
+    Attributes:
+        chat_template: source that replaces the model's chat template.
+        chat_template_args: arguments of the chat template where a job has none.
+    """
 
     type: Literal["load"] = "load"
     model: str | None = None
@@ -102,6 +114,10 @@ class Load:
     num_draft_tokens: int | None = None
     prefill_step_size: int = 256
     prefix_cache_bytes: int = 2**30
+    prefix_files_bytes: int = 0
+    prefix_files_folder: str | None = None
+    chat_template: str | None = None
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -133,6 +149,8 @@ class Ready:
         has_chat_template: whether it takes conversations.
         has_tools: whether its chat template takes tools.
         can_require_tools: whether it can be forced to call tools.
+        chat_template: source of the chat template.
+        bos_token, eos_token: special tokens, as text.
         facts: device and step costs, for display.
     """
 
@@ -144,6 +162,9 @@ class Ready:
     has_chat_template: bool
     has_tools: bool
     can_require_tools: bool = False
+    chat_template: str = ""
+    bos_token: str = ""
+    eos_token: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -153,6 +174,24 @@ class Broken:
 
     type: Literal["broken"] = "broken"
     message: str
+
+
+@dataclass(kw_only=True, slots=True)
+class CacheCounts:
+    """The state of the prefix cache after an answer.
+
+    Attributes:
+        memory_bytes: size of the blocks in memory.
+        file_bytes: size of all files, as last seen.
+        num_dropped: blocks dropped from memory since the last message.
+        num_removed: files removed to make room since the last message.
+    """
+
+    type: Literal["cache"] = "cache"
+    memory_bytes: int
+    file_bytes: int
+    num_dropped: int
+    num_removed: int
 
 
 @dataclass(kw_only=True, slots=True)
@@ -170,11 +209,18 @@ class JobMessage:
 
 @dataclass(kw_only=True, slots=True)
 class Started(JobMessage):
-    """The prompt is encoded; ``cached_tokens`` of its tokens are in the prefix cache."""
+    """The prompt is encoded.
+
+    Attributes:
+        prompt_tokens: number of its tokens.
+        cached_tokens: number of them in the prefix cache.
+        read_tokens: number of those that were read from files.
+    """
 
     type: Literal["started"] = "started"
     prompt_tokens: int
     cached_tokens: int
+    read_tokens: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -248,7 +294,7 @@ class Failed(JobMessage):
 
 
 Command = Load | Submit | Cancel
-Event = Ready | Broken | Started | Prefill | Group | Finished | Refused | Failed
+Event = Ready | Broken | CacheCounts | Started | Prefill | Group | Finished | Refused | Failed
 _COMMAND = Annotated[Command, Field(discriminator="type")]
 _EVENT = Annotated[Event, Field(discriminator="type")]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_mtp.apps.engine.prefix_cache import PrefixCache
+from mlx_mtp.apps.engine.prefix_cache import Beginning, PrefixCache
+from mlx_mtp.apps.engine.prefix_tree import shared_prefix
 from mlx_mtp.apps.engine.preparing import Prepared
 from mlx_mtp.apps.engine.protocol import Finished, Group, JobMessage, Prefill, Started
 from mlx_mtp.apps.engine.token_text import TokenTexts
@@ -28,7 +30,7 @@ class Engine:
         model: the model.
         tokenizer: its tokenizer.
         speculation: what the model's planner knows.
-        prefixes: caches of finished answers.
+        prefixes: beginnings of texts that need not be computed again.
         texts: text and bytes of ids.
         prefill_step_size: rows of a prompt per forward, between which others have their turn.
         lookup: whether layout "auto" may take drafts from the text so far.
@@ -60,35 +62,53 @@ class Session:
         self._engine = engine
         model, tokenizer = engine.model, engine.tokenizer
         ids = job.ids
-        stored = None if job.fresh else engine.prefixes.take(ids)
-        cache, self._num_cached = stored if stored else (model.make_cache(), 0)
+        self._num_kept = 0  # ids whose rows the prefix cache has seen
+        if job.fresh:
+            self._beginning = Beginning(engine.prefixes.make_cache())
+        else:
+            engine.prefixes.add(ids, job.stored_blocks)
+            self._beginning = engine.prefixes.take(ids)
+        num_cached = self._beginning.num_ids
         config = replace(
             job.config, lookup=engine.lookup, prefill_step_size=engine.prefill_step_size
         )
         self._request = make_request(
             model,
-            ids[self._num_cached :],
+            ids[num_cached:],
             config,
             sampling=job.sampling,
             logits_processors=job.logits_processors,
             stop_ids=tokenizer.eos_token_ids,
-            cache=cache,
-            cached_ids=ids[: self._num_cached],
+            cache=self._beginning.cache,
+            cached_ids=ids[:num_cached],
             speculation=engine.speculation,
         )
         self._text = TextStream(
             tokenizer.detokenizer, stop=config.stop, stop_ids=tokenizer.eos_token_ids
         )
-        self._tools = ToolCallReader(tokenizer, job.tools) if job.tools else None
+        self._tools = ToolCallReader(job.call_format, job.tools) if job.tools else None
         self._meter = StatsMeter(
-            prompt_tokens=len(ids) - self._num_cached,
-            cached_tokens=self._num_cached,
+            prompt_tokens=len(ids) - num_cached,
+            cached_tokens=num_cached,
             mtp=drafts_tokens(model, config),
         )
 
     def started(self) -> Started:
         """The first message."""
-        return Started(prompt_tokens=len(self._job.ids), cached_tokens=self._num_cached)
+        return Started(
+            prompt_tokens=len(self._job.ids),
+            cached_tokens=self._beginning.num_ids,
+            read_tokens=self._beginning.num_read,
+        )
+
+    def num_expected(self, ids: list[int]) -> int:
+        """Number of first ids of another prompt that this answer computes or has computed."""
+        return 0 if self._job.fresh else shared_prefix(self._job.ids, ids[:-1])
+
+    @property
+    def num_computed(self) -> int:
+        """Number of ids of the prompt whose rows are in the prefix cache by now."""
+        return min(self._request.cache.offset, len(self._job.ids))
 
     def plan(self) -> Step:
         """Plan the next step; a step that is not run leaves the cache as it was."""
@@ -104,6 +124,7 @@ class Session:
             Exception: what a logits processor raised in the step.
         """
         step = self._request.commit(outcome)
+        self._put(at_prompt=not step.tokens)
         if not step.tokens:
             return [Prefill(done=self._request.cache.offset)]
         group, reason = self._group(step)
@@ -111,11 +132,21 @@ class Session:
         return [group, self._finished(reason)] if reason else [group]
 
     def close(self) -> None:
-        """End it between two steps, where the cache is whole, and keep the cache."""
+        """End it between two steps, where the cache is whole, and keep its rows."""
         if not self._job.fresh:
-            self._engine.prefixes.put(self._request.ids, self._request.cache)
+            self._engine.prefixes.keep(
+                self._request.ids, self._request.cache, num_prompt=len(self._job.ids)
+            )
         if self.finished:
             store_learned(self._engine.model)
+
+    def _put(self, *, at_prompt: bool) -> None:
+        """Let others share the rows: after each chunk of the prompt, at its end, then rarely."""
+        cache, prompt_size = self._request.cache, len(self._job.ids)
+        is_due = at_prompt or self._num_kept < prompt_size or cache.drops_rows
+        if is_due and not self._job.fresh:
+            self._engine.prefixes.put(self._request.ids, cache, num_prompt=prompt_size)
+            self._num_kept = cache.offset
 
     def _group(self, step: StepResult) -> tuple[Group, str | None]:
         """The message of a step up to a stop string, and why the answer ends with it."""
@@ -148,3 +179,24 @@ class Session:
             tool_calls=calls,
             stats=GenerationStats(**self._meter.counts()).stats_dict(),
         )
+
+
+def with_stored_blocks(job: Prepared, engine: Engine) -> Prepared:
+    """Read the beginning of a prompt from files where memory lacks it; for any thread."""
+    return job if job.fresh else replace(job, stored_blocks=engine.prefixes.read(job.ids))
+
+
+def must_wait(job: Prepared, running: Iterable[Session], engine: Engine) -> bool:
+    """Whether a running answer is computing the beginning of a prompt, which can be taken then.
+
+    There is no waiting for less than a step, nor for rows that the prefix cache has no room for.
+    """
+    if job.fresh:
+        return False
+    num_known = engine.prefixes.num_known(job.ids)
+    for session in running:
+        num_expected = session.num_expected(job.ids)
+        has_room = num_known >= min(session.num_computed, num_expected)
+        if has_room and num_expected - num_known >= engine.prefill_step_size:
+            return True
+    return False

@@ -19,6 +19,7 @@ from typing import Any
 from mlx_mtp.apps.engine.batch import Batch
 from mlx_mtp.apps.engine.protocol import (
     Broken,
+    CacheCounts,
     Cancel,
     Command,
     Event,
@@ -30,6 +31,7 @@ from mlx_mtp.apps.engine.protocol import (
     Load,
     Ready,
     Refused,
+    Started,
     Submit,
     pack,
     read_event,
@@ -40,6 +42,7 @@ from mlx_mtp.apps.server.metrics import Metrics
 COMMAND = (sys.executable, "-P", "-m", "mlx_mtp.apps.engine.engine_process")
 PAUSES_S = (0.0, 0.25, 1.0, 2.0, 4.0)  # before a restart, by number of failures in a row
 STOP_S = 0.5
+WRITE_S = 5.0  # more to write files of prompts
 _BUFFER_BYTES = 2**20
 
 
@@ -76,6 +79,7 @@ class Engine:
         restarts: number of children started after the first.
         begun: number of jobs sent to a child.
         pid: process id of the child.
+        max_concurrent: maximum number of jobs that run at the same time.
     """
 
     def __init__(
@@ -97,13 +101,14 @@ class Engine:
         self.settled = asyncio.Event()
         self.metrics = metrics or Metrics()
         self.load = Load(**options or {})
-        self._max_concurrent = max_concurrent
+        self.max_concurrent = max_concurrent
         self._queue_size = queue_size
         self._timeout_s = timeout_s
         self._command = command
         self._ids = itertools.count(1)
         self._waiting: deque[_QueuedJob] = deque()
         self._running: dict[int, _QueuedJob] = {}
+        self._encoding: dict[int, _QueuedJob] = {}  # jobs that generate nothing, at once
         self._pipe: asyncio.StreamWriter | None = None
         self._last_event = 0.0
         self._answer_s = 2.0  # moving average of the time per answer
@@ -151,7 +156,9 @@ class Engine:
         """
         if self.state != "ok":
             raise engine_down(f"the engine is {self.state}")
-        free = max(0, self._max_concurrent - len(self._running) - len(self._waiting))
+        if all(job.only for job in jobs) and len(self._encoding) < self._queue_size:
+            return self._encode(jobs)
+        free = max(0, self.max_concurrent - len(self._running) - len(self._waiting))
         if len(self._waiting) + len(jobs) - free > self._queue_size:
             raise ApiError(
                 429,
@@ -165,24 +172,34 @@ class Engine:
         self._admit()
         return batch
 
+    def _encode(self, jobs: Sequence[Job]) -> Batch:
+        """Send jobs that generate nothing, which need not wait for others."""
+        batch = Batch(len(jobs), cancel=lambda: None)
+        for index, job in enumerate(jobs):
+            queued = _QueuedJob(next(self._ids), index, job, batch)
+            self._encoding[queued.id] = queued
+            self._send(Submit(id=queued.id, job=job.to_dict()))
+        return batch
+
     def refuse_all(self, reason: str) -> None:
         """Fail all waiting and running jobs, and accept no more."""
         if self.state == "ok":
             self.state = "restarting"
         self._pipe = None
-        jobs = [*self._running.values(), *self._waiting]
+        jobs = [*self._running.values(), *self._encoding.values(), *self._waiting]
         self._running.clear()
+        self._encoding.clear()
         self._waiting.clear()
         for batch in {job.batch for job in jobs if not job.cancelled}:
             batch.put(engine_down(reason))
 
     def _retry_after_s(self) -> int:
-        turns = (len(self._waiting) + 1) / self._max_concurrent
+        turns = (len(self._waiting) + 1) / self.max_concurrent
         return max(1, min(60, round(turns * self._answer_s)))
 
     def _admit(self) -> None:
         """Send waiting jobs to the child while fewer than the maximum are running."""
-        while self._pipe and self._waiting and len(self._running) < self._max_concurrent:
+        while self._pipe and self._waiting and len(self._running) < self.max_concurrent:
             job = self._waiting.popleft()
             if not self._running:
                 self._last_event = time.monotonic()
@@ -237,7 +254,8 @@ class Engine:
             watch.cancel()
             self.pid = None
             self.refuse_all("the engine died; it is being restarted")
-            await _stop_child(child, politely=self.state == "stopped")
+            wait_s = STOP_S + (WRITE_S if self.load.prefix_files_bytes else 0)
+            await _stop_child(child, wait_s=wait_s if self.state == "stopped" else 0.05)
 
     async def _watch(self, child: asyncio.subprocess.Process) -> None:
         """Kill a child that has running jobs and sends nothing."""
@@ -262,16 +280,26 @@ class Engine:
             case Broken():
                 self.error = event.message
                 self.state = "broken" if self.info is None else "restarting"
+            case CacheCounts():
+                self.metrics.cache(event)
             case _:
                 self._deliver(event)
 
     def _deliver(self, message: JobMessage) -> None:
         """Pass a job's message to its batch; the last one makes room for another job."""
+        if encoding := self._encoding.get(message.id):
+            encoding.batch.put(message)
+            if isinstance(message, Finished | Failed | Refused):
+                del self._encoding[message.id]
+            return
         job = self._running.get(message.id)
         if job is None:
             return
         now = time.monotonic()
-        if isinstance(message, Group):
+        if isinstance(message, Started):
+            if not job.job.fresh:
+                self.metrics.started(message)
+        elif isinstance(message, Group):
             self._failures = 0
             since = job.last_group or job.submitted
             self.metrics.group(message, seconds=now - since, first=job.last_group == 0.0)
@@ -287,13 +315,13 @@ class Engine:
             job.batch.put(message)
 
 
-async def _stop_child(child: asyncio.subprocess.Process, *, politely: bool) -> None:
-    """Stop a child by closing its pipe, then by killing it."""
+async def _stop_child(child: asyncio.subprocess.Process, *, wait_s: float) -> None:
+    """Stop a child by closing its pipe, then, after a while, by killing it."""
     assert child.stdin
     with contextlib.suppress(OSError):
         child.stdin.close()
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(child.wait(), STOP_S if politely else 0.05)
+        await asyncio.wait_for(child.wait(), wait_s)
         return
     with contextlib.suppress(ProcessLookupError):
         child.kill()

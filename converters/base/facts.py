@@ -14,12 +14,11 @@ from mlx_lm import utils as lm_utils
 from mlx_mtp.converters.layouts import BaseFacts
 from mlx_mtp.converters.layouts.tables import named_masks
 from mlx_mtp.loading import resolve
+from mlx_mtp.model.base import open_base
 from mlx_mtp.model.lora import linear_dims
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.cards import is_hub_id
 from mlx_mtp.storage.default_model import DEFAULT_MODEL_NAME, default_model_path
-from mlx_mtp.storage.folders import without_wildcards
-from mlx_mtp.storage.safetensors import check_safetensors
 
 DEFAULT_NORM_EPS = 1e-6
 
@@ -67,10 +66,7 @@ def load_base(folder: Path, *, name: str) -> MTPModel:
         ValueError: it cannot be loaded, or mask tokens cannot be added to it.
     """
     try:
-        for file in sorted(folder.glob("model*.safetensors")):
-            check_safetensors(file)
-        with without_wildcards(folder) as path:
-            base, _ = lm_utils.load_model(path, lazy=True)
+        base, _ = open_base(folder)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load the base model in {folder}: {error}") from None
     return MTPModel(base, name=name)

@@ -16,6 +16,7 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
 from mlx_mtp.converters.tokenizer.write import SENTENCEPIECE_FILES
@@ -153,11 +154,14 @@ def weight_files(source: Path) -> list[Path]:
 
 def copy_papers(source: Path, output: Path, *, code: bool) -> None:
     """Copy a model's small files: generation settings, chat template, licence, notice."""
-    patterns = [GENERATION_FILE, "chat_template.jinja", "LICENSE*", "LICENCE*", "NOTICE*"]
+    patterns = [GENERATION_FILE, "LICENSE*", "LICENCE*", "NOTICE*"]
+    patterns += ["chat_template.jinja", f"{CHAT_TEMPLATE_DIR}/*.jinja"]
     for pattern in [*patterns, *(["*.py"] if code else [])]:
         for path in source.glob(pattern):
-            if path.is_file() and not (output / path.name).exists():
-                shutil.copyfile(path, output / path.name)
+            target = output / path.relative_to(source)
+            if path.is_file() and not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
 
 
 def _weights_pattern(repo: str) -> str:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from types import UnionType
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +86,22 @@ class ListOf(click.ParamType):
             if number < self._min:
                 self.fail(f"{number} is less than the minimum, {self._min}", param, ctx)
         return items
+
+
+class Size(click.ParamType):
+    """A number of bytes, with the units of mlx-lm: M, MB, G and GB, or none."""
+
+    name = "size"
+    _units: typing.ClassVar = {"": 1, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse a text; a number is returned unchanged."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", value.strip().upper())
+        if match is None or match[2] not in self._units:
+            self.fail(f"{value!r} is not a size such as 512MB or 4GB", param, ctx)
+        return int(Decimal(match[1]) * self._units[match[2]])
 
 
 def option(*names: str, **attrs: Any) -> Decorator:
@@ -229,7 +247,7 @@ def template_options(*more: Decorator) -> Decorator:
         option(
             "--chat-template-config",
             metavar="JSON",
-            callback=_json_object,
+            callback=json_object,
             help="JSON object with arguments of the chat template.",
         ),
     )
@@ -290,7 +308,7 @@ def _logit_bias(
     return biases or None
 
 
-def _json_object(
+def json_object(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> dict[str, Any]:
     """Parse a JSON object."""

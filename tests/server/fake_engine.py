@@ -2,8 +2,8 @@
 
 Run as a script, so that it starts in a moment; it imports nothing but the standard library.  It
 does what the last message says: ``die`` or ``hang`` after one group, ``refuse``, ``fail``, ``slow``
-takes 20 ms a group for ever, ``flood`` the same after a group of 2 MiB, ``call`` calls a tool;
-everything else comes back in groups of three letters, cut at ``max_tokens`` letters.
+takes 20 ms a group for ever, ``flood`` the same after a group of 2 MiB, ``call`` calls the first
+tool; everything else comes back in groups of three letters, cut at ``max_tokens`` letters.
 """
 
 from __future__ import annotations
@@ -84,6 +84,12 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {"type": "refused", "message": f"{param} is too large", "param": param}
             return
     yield {"type": "started", "prompt_tokens": 10, "cached_tokens": 4}
+    if "only" in job:
+        prompt = job.get("prompt", "")
+        ids = list(prompt.encode()) if isinstance(prompt, str) else prompt
+        yield group("" if isinstance(prompt, str) else bytes(ids).decode(), False) | {"ids": ids}
+        yield {"type": "finished", "reason": "stop"}
+        return
     logprobs = job.get("top_logprobs") is not None
     if text == "fail":
         yield {"type": "failed", "message": "out of luck"}
@@ -98,7 +104,8 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             time.sleep(0.02)
             yield group("...", logprobs)
     if text == "call":
-        call = {"name": "add", "arguments": '{"a": 1}'}
+        tools = job.get("tools") or [{"function": {"name": "add"}}]
+        call = {"name": tools[0]["function"]["name"], "arguments": '{"a": 1}'}
         yield group("", logprobs)
         yield finished("tool_calls", 3, [call])
         return

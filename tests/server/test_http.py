@@ -169,13 +169,13 @@ def test_tool_calls_come_in_every_shape(host):
     ("path", "fields", "param"),
     [
         ("chat/completions", {"messages": []}, "messages"),
-        ("chat/completions", {"best": 1}, "best"),
+        ("chat/completions", {"functions": [{"name": "f"}]}, "functions"),
         ("chat/completions", {"temperature": 3}, "temperature"),
         ("chat/completions", {"temperature": "hot"}, "temperature"),
         ("chat/completions", {"temperature": True}, "temperature"),
         ("chat/completions", {"top_p": -0.1}, "top_p"),
         ("chat/completions", {"min_p": 2}, "min_p"),
-        ("chat/completions", {"top_k": -1}, "top_k"),
+        ("chat/completions", {"top_k": -2}, "top_k"),
         ("chat/completions", {"top_k": 10**12}, "top_k"),
         ("chat/completions", {"seed": 2**63}, "seed"),
         ("chat/completions", {"max_tokens": 0}, "max_tokens"),
@@ -190,7 +190,6 @@ def test_tool_calls_come_in_every_shape(host):
         ("chat/completions", {"logit_bias": {"\u0663": 1}}, "logit_bias"),
         ("chat/completions", {"top_logprobs": 2}, "top_logprobs"),
         ("chat/completions", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
-        ("chat/completions", {"stream_options": {}}, "stream_options"),
         ("chat/completions", {"response_format": {"type": "xml"}}, "response_format.type"),
         ("chat/completions", {"tool_choice": "required"}, "tool_choice"),
         ("chat/completions", {"tool_choice": {"type": "function"}}, "tool_choice"),
@@ -209,7 +208,7 @@ def test_tool_calls_come_in_every_shape(host):
         ("completions", {"prompt": ["a"] * 5, "n": 2}, "n"),
         ("responses", {"previous_response_id": "resp_1"}, "previous_response_id"),
         ("responses", {"text": {"format": {"type": "json_schema"}}}, "text.format.name"),
-        ("responses", {"tools": [{"type": "web_search"}]}, "tools.0"),
+        ("responses", {"tools": [{"type": "function"}]}, "tools.0.name"),
         ("responses", {"input": []}, "input"),
     ],
 )
@@ -226,7 +225,7 @@ def test_bad_fields_are_named(host, path, fields, param):
     [
         ({"max_tokens": None}, "max_tokens"),
         ({"temperature": 1.5}, "temperature"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, "thinking"),
+        ({"thinking": {"type": "sometimes"}}, "thinking"),
         ({"tool_choice": {"type": "any"}}, "tool_choice"),
         ({"messages": [{"role": "user", "content": [{"type": "document"}]}]}, "document"),
     ],
@@ -244,7 +243,7 @@ def test_models_health_and_metrics(host):
     assert [each["id"] for each in listed] == ["fake/model"]
     assert host.client.get("/v1/models/fake/model").json() == listed[0]
     assert host.client.get("/v1/models/gpt-9").status_code == 404
-    assert host.chat("hello", model="gpt-9").json()["error"]["code"] == "model_not_found"
+    assert host.chat("hello", model="gpt-9").json()["model"] == "fake/model"
     assert host.client.get("/health").json()["status"] == "ok"
     host.chat("hello")
     text = host.client.get("/metrics").text
@@ -254,6 +253,69 @@ def test_models_health_and_metrics(host):
         "time_per_token_seconds_bucket",
     ):  # fmt: skip
         assert f"mlx_mtp_{name}" in text
+    counts = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[:1] != "#")
+    prompts = counts['mlx_mtp_prompt_cache_requests_total{result="memory"}']
+    for source, count in (("memory", 4), ("files", 0), ("computed", 6)):
+        tokens = counts[f'mlx_mtp_prompt_tokens_total{{source="{source}"}}']
+        assert float(tokens) == count * float(prompts)
+
+
+def test_names_of_models_are_checked_if_the_operator_says_so(host):
+    for path, body in PATHS.items():
+        assert host.client.post(path, json=body | {"model": "gpt-9"}).status_code == 200
+    with hosted(strict_model=True) as strict:
+        strict.wait_for("ok")
+        for name in ("fake/model", "default_model", None, ""):
+            assert strict.chat("hello", model=name).json()["model"] == "fake/model"
+        for path, body in PATHS.items():
+            reply = strict.client.post(path, json=body | {"model": "gpt-9"})
+            assert reply.status_code == 404 and "gpt-9" in reply.text
+
+
+def test_models_in_the_form_of_anthropic(host):
+    headers = {"anthropic-version": "2023-06-01", "anthropic-beta": "anything-2099-01-01"}
+    listed = host.client.get("/v1/models", headers=headers).json()
+    assert listed["first_id"] == listed["data"][0]["id"] == "fake/model"
+    assert listed["has_more"] is False and listed["data"][0]["type"] == "model"
+    assert host.client.get("/v1/models/fake%2Fmodel", headers=headers).status_code == 200
+    assert host.client.get("/v1/models/gpt-9", headers=headers).json()["type"] == "error"
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/v1/models", "/v1/messages/count_tokens"])
+def test_routes_without_v1(host, path):
+    method = "GET" if path.endswith("models") else "POST"
+    body = PATHS["/v1/messages" if "count" in path else path] if method == "POST" else None
+    replies = [
+        host.client.request(method, start + path.removeprefix("/v1") + "?beta=true", json=body)
+        for start in ("", "/v1")
+    ]
+    assert [reply.status_code for reply in replies] == [200, 200]
+    assert replies[0].json().keys() == replies[1].json().keys()
+
+
+def test_tokens_are_counted_and_converted_while_all_slots_are_taken(host):
+    with hosted(engine={"max_concurrent": 1}) as busy:
+        busy.wait_for("ok")
+        stream = busy.client.stream(
+            "POST", "/v1/completions", json={"prompt": "slow", "stream": True}
+        )
+        with stream as reply:
+            next(reply.iter_bytes())
+            body = {"messages": HI, "system": "x", "tools": [{"name": "a", "input_schema": {}}]}
+            counted = busy.client.post("/v1/messages/count_tokens", json=body)
+            assert counted.json() == {"input_tokens": 10}
+            tokens = busy.client.post("/tokenize", json={"content": "hé"}).json()["tokens"]
+            assert busy.client.post("/detokenize", json={"tokens": tokens}).json() == {
+                "content": "hé"
+            }
+    refused = host.client.post("/v1/messages/count_tokens", json={"messages": []})
+    assert refused.status_code == 400 and refused.json()["type"] == "error"
+
+
+def test_what_the_server_says_about_itself(host):
+    props = host.client.get("/props").json()
+    assert props["total_slots"] == 4 and props["default_generation_settings"]["n_ctx"] == 1000
+    assert host.client.head("/").status_code == 200 and "/v1" in host.client.get("/").text
 
 
 def test_unknown_paths_and_methods_have_the_shape_of_errors(host):
