@@ -9,10 +9,10 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm import utils as lm_utils
 
 from mlx_mtp.converters.layouts import BaseFacts
 from mlx_mtp.converters.layouts.tables import named_masks
+from mlx_mtp.detokenizer import load_tokenizer
 from mlx_mtp.loading import resolve
 from mlx_mtp.model.base import open_base
 from mlx_mtp.model.lora import linear_dims
@@ -107,7 +107,7 @@ def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
 def tokenizer_facts(folder: Path) -> dict[str, Any]:
     """Return what ``BaseFacts`` has about a model's tokenizer."""
     try:
-        tokenizer: Any = lm_utils.load_tokenizer(folder)._tokenizer
+        tokenizer: Any = load_tokenizer(folder)._tokenizer
     except Exception:  # transformers raises many types for a folder without a tokenizer
         return {"num_tokens": None}
     vocabulary = tokenizer.get_vocab()
