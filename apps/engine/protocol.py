@@ -99,6 +99,7 @@ class Load:
     """Load a model; the fields are the options of ``mlx-mtp serve``.
 
     Attributes:
+        cache: fields of ``CacheConfig``; empty for the defaults.
         chat_template: source that replaces the model's chat template.
         chat_template_args: arguments of the chat template where a job has none.
     """
@@ -116,6 +117,7 @@ class Load:
     prefix_cache_bytes: int = 2**30
     prefix_files_bytes: int = 0
     prefix_files_folder: str | None = None
+    cache: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     chat_template_args: dict[str, Any] = field(default_factory=dict)
 
