@@ -20,6 +20,7 @@ from mlx_mtp.cli.options import (
     json_object,
     model_options,
     option,
+    unsupported,
 )
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
 
@@ -112,6 +113,14 @@ def _template(context: click.Context, parameter: click.Parameter, value: str | N
     *field_options(Settings, "temp", "top_p", "top_k", "min_p"),
 )
 @cloup.option_group(
+    "mlx-lm",
+    unsupported("--draft-model", "--adapter-path names the adapter that proposes draft tokens"),
+    unsupported("--pipeline", "the model runs on one device", is_flag=True),
+    unsupported("--prompt-concurrency", "--max-concurrent limits prompts and answers together"),
+    unsupported("--prompt-cache-size", "--prompt-cache-bytes limits the prompt cache"),
+    hidden=True,
+)
+@cloup.option_group(
     "Prompt",
     option(
         "--chat-template",
@@ -119,6 +128,12 @@ def _template(context: click.Context, parameter: click.Parameter, value: str | N
         callback=_template,
         help="Chat template that replaces the model's, as text or file.",
         show_default="the model's own",
+    ),
+    option(
+        "--use-default-chat-template",
+        is_flag=True,
+        expose_value=False,
+        help="Without effect, as in mlx-lm: the chat template is used if there is one.",
     ),
     option(
         "--chat-template-args",
