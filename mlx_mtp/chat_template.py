@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from mlx_mtp.tool_prompt import Message, as_object, calls_as_text, content_text
+from mlx_mtp.tool_prompt import Message, as_object, calls_as_text, content_text, is_result
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -198,10 +198,26 @@ def _join_neighbours(messages: Messages) -> Messages:
     return joined
 
 
+def _without_empty_answers(messages: Messages) -> Messages:
+    """Leave out messages of the assistant that say and call nothing."""
+    kept = [
+        each
+        for each in messages
+        if each["role"] != "assistant"
+        or content_text(each.get("content")).strip()
+        or each.get("tool_calls")
+    ]
+    return kept or messages
+
+
 def _user_first(messages: Messages) -> Messages:
-    """Begin with a message of the user, which may be empty, after the system message."""
+    """Begin with a message of the user, which may be empty, after the system message.
+
+    Results of calls that became text do not count as such a message in Qwen's templates.
+    """
     start = 1 if messages[0]["role"] in _SYSTEM else 0
-    if messages[start:] and messages[start]["role"] == "user":
+    first = messages[start] if messages[start:] else {"role": None}
+    if first["role"] == "user" and not is_result(first):
         return messages
     return [*messages[:start], {"role": "user", "content": ""}, *messages[start:]]
 
@@ -307,7 +323,7 @@ def _marked(message: Message, mark: str) -> Message:
     if calls := message.get("tool_calls"):
         return message | {"tool_calls": [_marked_call(call, mark) for call in calls]}
     content = message.get("content")
-    if message["role"] == "assistant" or not content:
+    if not content:
         return message
     if isinstance(content, str):
         return message | {"content": content + mark}
@@ -324,6 +340,7 @@ def _marked_call(call: Mapping[str, Any], mark: str) -> dict[str, Any]:
 # From the mildest change to the strongest.
 _CHANGES: tuple[Change, ...] = (
     _system_first,
+    _without_empty_answers,
     _join_neighbours,
     _user_first,
     _short_ids,
@@ -337,6 +354,7 @@ _ORDER = (
     _calls_as_text,
     _system_first,
     _system_into_user,
+    _without_empty_answers,
     _results_with_users,
     _single_calls,
     _join_neighbours,
