@@ -5,6 +5,7 @@ An invalid job is refused here, before any work is done for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.apps.engine.grammar import Grammars, calls_grammar, json_grammar
 from mlx_mtp.apps.engine.penalties import answer_penalty
+from mlx_mtp.apps.engine.prefix_files import StoredBlock
 from mlx_mtp.apps.engine.protocol import Job
 from mlx_mtp.apps.engine.tool_calls import GENERIC, GenericCalls, calls_are_json, reads_tools
 from mlx_mtp.decoding.config import GenerationConfig
@@ -57,6 +59,7 @@ class Prepared:
         call_format: format of the calls, as an argument of ``ToolCallReader``.
         pieces: whether the ids of each step and the text of each id are reported.
         fresh: whether caches of earlier prompts are neither used nor added to.
+        stored_blocks: rows of the beginning of the prompt that were read from files.
     """
 
     ids: list[int]
@@ -68,6 +71,7 @@ class Prepared:
     call_format: TokenizerWrapper | GenericCalls = GENERIC
     pieces: bool = False
     fresh: bool = False
+    stored_blocks: Sequence[StoredBlock] = ()
 
 
 def prepare(

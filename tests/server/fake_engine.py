@@ -2,9 +2,9 @@
 
 Run as a script, so that it starts in a moment; it imports nothing but the standard library.  It
 does what the last message says: ``die`` or ``hang`` after one group, ``refuse``, ``fail``, ``slow``
-takes 20 ms a group for ever, ``flood`` the same after a group of 2 MiB, ``call`` calls a tool,
-``reply:`` is followed by the JSON of a text and calls, ``history`` answers with the conversation;
-everything else comes back in groups of three letters, cut at ``max_tokens`` letters.
+takes 20 ms a group for ever, ``flood`` the same after a group of 2 MiB, ``call`` calls the first
+tool, ``reply:`` is followed by the JSON of a text and calls, ``history`` answers with the
+conversation; everything else comes back in groups of three letters, cut at ``max_tokens`` letters.
 """
 
 from __future__ import annotations
@@ -105,7 +105,8 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             time.sleep(0.02)
             yield group("...", logprobs)
     if text == "call":
-        call = {"name": "add", "arguments": '{"a": 1}'}
+        tools = job.get("tools") or [{"function": {"name": "add"}}]
+        call = {"name": tools[0]["function"]["name"], "arguments": '{"a": 1}'}
         yield group("", logprobs)
         yield finished("tool_calls", 3, [call])
         return
@@ -143,7 +144,10 @@ def listen(
     return arrived
 
 
-def main() -> None:
+def main(
+    respond: Callable[[dict[str, Any]], Iterator[dict[str, Any]]] = answer, **ready: Any
+) -> None:
+    """Serve jobs; ``respond`` plays the model, and ``ready`` changes what the engine reports."""
     kind, _, path = (read().get("model") or "").partition(" ")
     while kind == "gate" and not os.path.exists(path):
         time.sleep(0.01)
@@ -152,8 +156,8 @@ def main() -> None:
         return
     cancelled: set[int] = set()
     jobs: dict[int, Iterator[dict[str, Any]]] = {}
-    arrived = listen(jobs, cancelled, answer)
-    send(READY)
+    arrived = listen(jobs, cancelled, respond)
+    send(READY | ready)
     while True:
         if not jobs:
             arrived.wait()

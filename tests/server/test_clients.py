@@ -15,12 +15,19 @@ from typing import Any
 import anthropic
 import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.server.host import Host, hosted
 
 HI: Any = [{"role": "user", "content": "hello"}]
 NPM = Path(__file__).with_name("npm")
 SLOW: Any = [{"role": "user", "content": "slow"}]
+
+
+class Added(BaseModel):
+    """Add one."""
+
+    a: int
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +171,23 @@ def test_llm(host, tmp_path):
         assert run.stdout.strip() == "hello", run.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("responses", [False, True])
+def test_langchain(host, responses):
+    chats = pytest.importorskip("langchain_openai")
+    messages = pytest.importorskip("langchain_core.messages")
+    ways = {"use_responses_api": responses, "base_url": f"{host.url}/v1", "api_key": "none"}
+    model = chats.ChatOpenAI(model="gpt-9", max_tokens=20, **ways)
+    assert model.invoke("hello").text == "hello"
+    assert "".join(piece.text for piece in model.stream("hello")) == "hello"
+    tools = model.bind_tools([Added], strict=True, parallel_tool_calls=False)
+    call = tools.invoke("call")
+    assert call.tool_calls[0]["args"] == {"a": 1}
+    result = messages.ToolMessage("2", tool_call_id=call.tool_calls[0]["id"])
+    assert tools.invoke([messages.HumanMessage("call"), call, result]).text == "2"
+    assert model.with_structured_output(Added).invoke('{"a": 1}') == Added(a=1)
+
+
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
 def test_curl(host):
     url, body = f"{host.url}/v1/chat/completions", {"messages": HI, "stream": True}
@@ -176,16 +200,24 @@ def test_curl(host):
     assert json.loads(run.stdout)["choices"][0]["message"]["content"] == "hello"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+npm = pytest.mark.skipif(
     not (NPM / "node_modules" / "openai").is_dir(),
-    reason="make test installs npm's openai where there is npm",
+    reason="make test installs the packages of npm where there is npm",
 )
-def test_npm_openai(host):
-    command = ["node", str(NPM / "ask.mjs"), host.url]
+
+
+def node(script: str, host: Host) -> Any:
+    """What a script of the folder npm prints about the server."""
+    command = ["node", str(NPM / script), host.url]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout) == {
+    return json.loads(run.stdout)
+
+
+@npm
+@pytest.mark.slow
+def test_npm_openai(host):
+    assert node("ask_openai.mjs", host) == {
         "whole": "hello",
         "streamed": "hello",
         "pieces": 2,
@@ -194,4 +226,17 @@ def test_npm_openai(host):
         "response": "hello",
         "last": "response.completed",
         "refused": {"status": 400, "param": "temperature"},
+    }
+
+
+@npm
+@pytest.mark.slow
+def test_npm_anthropic(host):
+    assert node("ask_claude.mjs", host) == {
+        "model": "fake/model",
+        "whole": "hello",
+        "streamed": "hello",
+        "pieces": 2,
+        "counted": True,
+        "refused": {"status": 400, "type": "invalid_request_error"},
     }

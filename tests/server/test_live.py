@@ -62,6 +62,19 @@ def plain(folder, server) -> list[str]:
     return found
 
 
+def test_counts_are_those_of_the_usage(server):
+    body = {"messages": [{"role": "user", "content": "Hi é"}], "system": "Be brief."}
+    counted = server.client.post("/v1/messages/count_tokens", json=body).json()["input_tokens"]
+    usage = server.client.post("/v1/messages", json=body | {"max_tokens": 3}).json()["usage"]
+    assert counted == usage["input_tokens"] + usage["cache_read_input_tokens"] > 10
+    assert "Be brief" not in server.client.get("/props").json()["chat_template"]
+    text = "Hi é <0x41>"
+    ids = server.client.post("/tokenize", json={"content": text}).json()["tokens"]
+    assert server.client.post("/detokenize", json={"tokens": ids}).json() == {"content": text}
+    bad = server.client.post("/detokenize", json={"tokens": [10**6]})
+    assert bad.status_code == 400 and "1000000" in bad.text
+
+
 @pytest.mark.parametrize("mtp", [True, False])
 def test_eight_clients_at_once_get_the_text_of_generate(server, plain, mtp):
     with ThreadPoolExecutor(8) as pool:
@@ -226,6 +239,23 @@ def test_the_engine_does_not_outlive_a_killed_server(tmp_path):
             time.sleep(0.02)
 
 
+def test_a_long_prompt_comes_back_after_a_restart(tmp_path):
+    text = "".join(f"Line {number} of a long prompt. " for number in range(30))
+    replies, metrics = [], []
+    for arguments in ((), (), ("--no-prompt-cache-files",)):
+        with served(tmp_path, "--max-tokens", "4", *arguments) as server:
+            replies.append(server.chat(text).json())
+            metrics.append(server.client.get("/metrics").text)
+    texts = {reply["choices"][0]["message"]["content"] for reply in replies}
+    cached = [reply["usage"]["prompt_tokens_details"]["cached_tokens"] for reply in replies]
+    size = replies[0]["usage"]["prompt_tokens"]
+    assert len(texts) == 1 and cached == [0, size // 256 * 256, 0]
+    assert f'prompt_tokens_total{{source="files"}} {cached[1]:.1f}' in metrics[1]
+    assert 'prompt_cache_requests_total{result="miss"} 1.0' in metrics[2]
+    folder = tmp_path / "cache" / "prompts"
+    assert len(list(folder.rglob("*.safetensors"))) == size // 256
+
+
 def failure(*arguments: str) -> str:
     """Run a command that must fail politely; return its one line."""
     result = CliRunner().invoke(cli, ["serve", *arguments])
@@ -236,6 +266,7 @@ def failure(*arguments: str) -> str:
 
 def test_bad_options_are_told_in_one_line():
     assert "--api-key" in failure("--host", "0.0.0.0")
+    assert "'4 apples' is not a size" in failure("--prompt-cache-bytes", "4 apples")
     assert "--allowed-origins" in failure("--allowed-origins", "*")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -154,8 +154,8 @@ class ServerContext:
             min_p=_or_default(body.min_p, settings.min_p),
             repetition_penalty=body.repetition_penalty,
             repetition_context_size=_context_size(body.repetition_context_size),
-            frequency_penalty=body.frequency_penalty,
-            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty or None,
+            presence_penalty=body.presence_penalty or None,
             logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()}
             or None,
             seed=None if body.seed is None else body.seed % NUM_SEEDS,
