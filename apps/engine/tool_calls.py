@@ -86,12 +86,14 @@ _NO_ARGUMENTS = regex.compile(r"\s*([\w.-]+)\s*")
 
 @dataclass(frozen=True)
 class GenericCalls:
-    """The format of calls where mlx-lm knows none; the attributes are those of a tokenizer."""
+    """The format of calls where mlx-lm knows none; the attributes are those of a tokenizer.
+
+    A call without marks at the beginning of an answer, as Llama 3 writes it, is read too.
+    """
 
     tool_call_start: str = CALL_START
     tool_call_end: str = CALL_END
-    tool_parser: Any = staticmethod(json_tools.parse_tool_call)
-    bare: bool = True  # a call without marks at the beginning of an answer, as Llama 3 writes it
+    tool_parser: Any = json_tools.parse_tool_call
 
 
 GENERIC = GenericCalls()
