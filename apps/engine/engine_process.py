@@ -126,6 +126,7 @@ def _load(
         adapter_path=load.adapter_path,
         trust_remote_code=load.trust_remote_code,
         mtp=load.mtp,
+        tokenizer_config={"chat_template": load.chat_template} if load.chat_template else None,
         extra_eos_token=load.extra_eos_token,
     )
     max_draft_tokens(model, load.num_draft_tokens)
@@ -145,6 +146,8 @@ def _load(
 
     def prepare_job(values: dict[str, Any]) -> Any:
         job = Job.from_dict(values)
+        if job.messages is not None:
+            job.template_config = load.chat_template_args | (job.template_config or {})
         if job.only:
             return encode(job, tokenizer, vocab_size=model.vocab_size)
         return with_stored_blocks(prepare(job, model, tokenizer, grammars), engine)

@@ -96,7 +96,12 @@ class Job:
 
 @dataclass(kw_only=True, slots=True)
 class Load:
-    """Load a model; the fields are the options of ``mlx-mtp serve``."""
+    """Load a model; the fields are the options of ``mlx-mtp serve``.
+
+    Attributes:
+        chat_template: source that replaces the model's chat template.
+        chat_template_args: arguments of the chat template where a job has none.
+    """
 
     type: Literal["load"] = "load"
     model: str | None = None
@@ -111,6 +116,8 @@ class Load:
     prefix_cache_bytes: int = 2**30
     prefix_files_bytes: int = 0
     prefix_files_folder: str | None = None
+    chat_template: str | None = None
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, slots=True)

@@ -238,6 +238,24 @@ def model_options(*more: Decorator, has_adapter: bool = True) -> Decorator:
     return cloup.option_group("Model", MODEL, *adapter, TRUST_REMOTE_CODE, *more)
 
 
+def unsupported(flag: str, reason: str, *short: str, **attrs: Any) -> Decorator:
+    """Add an option of mlx-lm that is refused in one line; the help text leaves it out.
+
+    Args:
+        flag: its name.
+        reason: what to use in its place.
+        short: more names.
+        attrs: more attributes of the option.
+    """
+
+    def refuse(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        del context, parameter
+        if value:
+            raise ValueError(f"{flag} is not supported: {reason}")
+
+    return option(flag, *short, callback=refuse, expose_value=False, hidden=True, **attrs)
+
+
 def template_options(*more: Decorator) -> Decorator:
     """Add the options of the chat template; ``more`` come first in the group."""
     return cloup.option_group(
@@ -247,7 +265,7 @@ def template_options(*more: Decorator) -> Decorator:
         option(
             "--chat-template-config",
             metavar="JSON",
-            callback=_json_object,
+            callback=json_object,
             help="JSON object with arguments of the chat template.",
         ),
     )
@@ -255,10 +273,11 @@ def template_options(*more: Decorator) -> Decorator:
 
 def sampling_options() -> Decorator:
     """Add the options that decide how tokens are drawn."""
-    names = ("temp", "top_p", "min_p", "top_k", "min_tokens_to_keep", "repetition_penalty")
+    names = ("temp", "top_p", "min_p", "top_k", "min_tokens_to_keep")
+    more = ("xtc_probability", "xtc_threshold", "repetition_penalty", "repetition_context_size")
     return cloup.option_group(
         "Sampling",
-        *field_options(Sampling, *names, "repetition_context_size"),
+        *field_options(Sampling, *names, *more),
         field_option(
             Sampling,
             "logit_bias",
@@ -308,7 +327,7 @@ def _logit_bias(
     return biases or None
 
 
-def _json_object(
+def json_object(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> dict[str, Any]:
     """Parse a JSON object."""

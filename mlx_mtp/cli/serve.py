@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import click
@@ -16,6 +17,7 @@ from mlx_mtp.cli.options import (
     Size,
     field_option,
     field_options,
+    json_object,
     model_options,
     option,
 )
@@ -32,9 +34,11 @@ ENGINE_OPTIONS = (
     "lookup",
     "prefill_step_size",
 )
+TEMPLATE_OPTIONS = ("chat_template", "chat_template_args")
 SETTINGS = (
     "host",
     "port",
+    "log_level",
     "api_key",
     "model_name",
     "strict_model",
@@ -45,6 +49,17 @@ SETTINGS = (
     "min_p",
     "num_draft_tokens",
 )
+
+
+def _template(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Read a template from a file, unless it is the text of one."""
+    del context, parameter
+    if value is None or "{" in value or "\n" in value:
+        return value
+    try:
+        return Path(value).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{value} is neither a template nor a file: {error}") from None
 
 
 @cloup.command()
@@ -60,8 +75,10 @@ SETTINGS = (
     field_option(Settings, "api_key", metavar="KEY", envvar="MLX_MTP_API_KEY", show_envvar=True),
     field_option(Settings, "allowed_origins", multiple=True, metavar="ORIGIN"),
     field_option(Settings, "allowed_hosts", multiple=True, metavar="NAME"),
+    field_option(Settings, "log_level"),
     option(
         "--max-concurrent",
+        former_names=("--decode-concurrency",),
         type=click.IntRange(1, 64),
         default=4,
         help="Maximum number of answers generated at the same time.",
@@ -92,6 +109,24 @@ SETTINGS = (
     "Request defaults",
     field_option(Settings, "max_tokens", "-m"),
     *field_options(Settings, "temp", "top_p", "top_k", "min_p"),
+)
+@cloup.option_group(
+    "Prompt",
+    option(
+        "--chat-template",
+        metavar="TEXT|FILE",
+        callback=_template,
+        help="Chat template that replaces the model's, as text or file.",
+        show_default="the model's own",
+    ),
+    option(
+        "--chat-template-args",
+        metavar="JSON",
+        callback=json_object,
+        former_names=("--chat-template-kwargs", "--chat-template-config"),
+        help="JSON object with arguments of the chat template; requests may set others.",
+        show_default=False,
+    ),
 )
 @cloup.option_group(
     "Decoding",
@@ -125,7 +160,8 @@ def serve(**options: Any) -> None:
     except ImportError as error:
         raise ValueError(f'{error.name} is missing: pip install "mlx-mtp[server]"') from None
     engine = Engine(
-        {name: options[name] for name in ENGINE_OPTIONS} | _prompt_cache(options).load_fields(),
+        {name: options[name] for name in ENGINE_OPTIONS + TEMPLATE_OPTIONS}
+        | _prompt_cache(options).load_fields(),
         max_concurrent=options["max_concurrent"],
         queue_size=options["queue_size"],
         timeout_s=options["engine_timeout"],
