@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -353,6 +354,12 @@ def test_the_identity_sees_every_weight_and_setting():
     identity = model_identity(base)
     assert identity == model_identity(tiny_base())
     assert identity != model_identity(tiny_base(rope_theta=20000.0))
+    base.layers[0].mlp.act = nn.relu
+    assert len({identity, with_relu := model_identity(base)}) == 2
+    base.layers[0].mlp.act = nn.gelu
+    assert len({identity, with_relu, model_identity(base)}) == 3
+    del base.layers[0].mlp.act
+    assert identity == model_identity(base)
     weight = base.layers[1].mlp.up_proj.weight
     base.layers[1].mlp.up_proj.weight = weight.at[3, 5].add(1e-3)
     assert identity != model_identity(base)
