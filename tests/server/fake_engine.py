@@ -87,8 +87,10 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"type": "started", "prompt_tokens": 10, "cached_tokens": 4}
     if "only" in job:
         prompt = job.get("prompt", "")
-        ids = list(prompt.encode()) if isinstance(prompt, str) else prompt
-        yield group("" if isinstance(prompt, str) else bytes(ids).decode(), False) | {"ids": ids}
+        is_text = isinstance(prompt, str)
+        ids = list(prompt.encode()) if is_text else prompt
+        text = "" if is_text else bytes(number % 256 for number in ids).decode(errors="replace")
+        yield group(text, False) | {"ids": ids}
         yield {"type": "finished", "reason": "stop"}
         return
     logprobs = job.get("top_logprobs") is not None
