@@ -143,13 +143,12 @@ def _long_rope(dims: int, rope: Rope) -> LimitedRope:
     scaling = rope.scaling
     assert scaling is not None
     limit = scaling["original_max_position_embeddings"]
-    factor = scaling.get("factor", rope.max_positions / limit)
     attention = scaling.get("attention_factor")
     short, long = (
         rope_utils.SuScaledRoPE(
             dims,
             base=rope.theta,
-            max_position_embeddings=factor * limit,
+            max_position_embeddings=scaling["factor"] * limit,
             original_max_position_embeddings=limit,
             long_factor=scaling[key],
             long_mscale=attention,

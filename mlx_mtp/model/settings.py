@@ -359,15 +359,17 @@ def _scaling(parameters: Mapping[str, Any], known: PreTrainedConfig) -> dict[str
         if value is not None and key not in ("rope_theta", "partial_rotary_factor")
     }
     scaling |= {"rope_type": kind, "type": kind}  # mlx-lm reads the former name, at times only that
-    limit = getattr(known, "max_position_embeddings", None)
+    limit = getattr(known, "max_position_embeddings", None) or 2048
     if kind in _TYPES_WITH_ORIGINAL_LENGTH:
         scaling.setdefault("original_max_position_embeddings", limit)
+    if kind == "longrope":
+        scaling.setdefault("factor", limit / scaling["original_max_position_embeddings"])
     if kind == "yarn":
         _translate_yarn(scaling, limit)
     return scaling
 
 
-def _translate_yarn(scaling: dict[str, Any], limit: int | None) -> None:
+def _translate_yarn(scaling: dict[str, Any], limit: int) -> None:
     """Express transformers' attention factor by ``mscale``, the way in which mlx-lm computes it."""
     factor = scaling.get("factor")
     if factor is None:
