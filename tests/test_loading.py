@@ -123,10 +123,10 @@ def test_a_file_is_no_folder(pair: tuple[Path, Path]) -> None:
 
 def test_folders_in_the_wrong_place(pair: tuple[Path, Path], tmp_path: Path) -> None:
     model_path, adapter_path = pair
-    assert "it is an adapter" in refused(str(adapter_path))
+    assert "is an MTP adapter, not a model: use --model" in refused(str(adapter_path))
     assert "has no config.json" in refused(str(tmp_path))
     found = refused(str(model_path), adapter_path=str(model_path))
-    assert found == f"{model_path} is not an adapter folder: it has no {CONFIG_FILE}"
+    assert found == f"{model_path} is a model, not an adapter: use --model {model_path}"
 
 
 def test_a_hub_id_is_downloaded(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:

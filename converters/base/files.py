@@ -21,6 +21,7 @@ from transformers.utils import CHAT_TEMPLATE_DIR
 from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
 from mlx_mtp.converters.tokenizer.write import SENTENCEPIECE_FILES
 from mlx_mtp.loading import resolve
+from mlx_mtp.storage.contents import look, model_problem
 from mlx_mtp.storage.safetensors import (
     READABLE,
     check_safetensors,
@@ -67,8 +68,9 @@ def read_config(source: Path, *, trust_remote_code: bool = False) -> dict[str, A
         ValueError: it is missing or broken, or the model or its tokenizer needs custom code and
             ``trust_remote_code`` is false.
     """
-    if not (source / CONFIG_FILE).is_file():
-        raise ValueError(f"{source} is not a model folder (it has no {CONFIG_FILE})")
+    contents = look(source)
+    if contents.kind != "model":
+        raise ValueError(model_problem(contents))
     config = read_json_object(source / CONFIG_FILE)
     if not isinstance(config.get("model_type"), str):
         raise ValueError(f"{source / CONFIG_FILE} has no model_type")

@@ -25,11 +25,14 @@ LOG = logging.getLogger(__name__)
 _HEAD = re.compile(r"(^|\.)lm_head\.")
 
 
-def open_base(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.Module, dict[str, Any]]:
+def open_base(
+    folder: Path, *, model_config: dict[str, Any] | None = None, trust_remote_code: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
     """Build the mlx-lm model of a folder lazily: its weights are read when they are first used.
 
     Args:
         folder: the model's folder.
+        model_config: values that replace those of ``config.json``.
         trust_remote_code: whether a ``model_file`` in it may run.
 
     Returns:
@@ -43,7 +46,7 @@ def open_base(folder: Path, *, trust_remote_code: bool = False) -> tuple[nn.Modu
         for file in sorted(folder.glob("model*.safetensors"))
         for name in check_safetensors(file)
     ]
-    config = lm_utils.load_config(folder)
+    config = lm_utils.load_config(folder) | (model_config or {})
     settings = read_settings(config, has_head=any(map(_HEAD.search, names)) if names else None)
     tied = bool(settings.tied and any(map(_HEAD.search, names)))
     if tied:
