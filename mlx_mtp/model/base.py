@@ -102,7 +102,13 @@ def _apply(text: Any, settings: Settings) -> None:
 def _apply_rope(text: Any, rope: Rope) -> None:
     modules = dict(text.named_modules())
     assert rope.scaling is not None
+    kind = rope.scaling["rope_type"]
     if not rope.applied:
+        if kind == "longrope" and any(getattr(x, "traditional", False) for x in modules.values()):
+            raise ValueError(
+                "config.json: rope_type is 'longrope', which mlx-lm has for no interleaved "
+                f"rotary embedding, such as {text.model_type}'s"
+            )
         scaled = {
             path: rope_utils.initialize_rope(
                 module.dims, rope.theta, module.traditional, rope.scaling, rope.max_positions
@@ -112,7 +118,6 @@ def _apply_rope(text: Any, rope: Rope) -> None:
         }
         replace(text, scaled)
         modules |= scaled
-    kind = rope.scaling["rope_type"]
     if kind == "dynamic":
         replace(
             text,

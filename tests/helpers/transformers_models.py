@@ -89,7 +89,8 @@ def rewrite_in_older_keys(folder: Path) -> None:
         if "partial_rotary_factor" in full:
             config["partial_rotary_factor"] = full.pop("partial_rotary_factor")
         kind = full.pop("rope_type")
-        config["rope_scaling"] = None if kind == "default" else {"type": kind, **full}
+        key = "rope_type" if config["model_type"] == "gemma3_text" else "type"
+        config["rope_scaling"] = None if kind == "default" else {key: kind, **full}
     if config["model_type"] == "qwen3_moe":
         config["num_experts"] = config.pop("num_local_experts")
     (folder / "config.json").write_text(json.dumps(config))

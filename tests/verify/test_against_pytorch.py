@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import random
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -149,8 +150,8 @@ def check(kind: str, folder: Path, settings: dict[str, Any]) -> list[str]:
             outcomes.append("equal" if error <= BOUND else f"error {error:.1e}")
         except ValueError as refusal:
             text = str(refusal)
-            named = any(key in text for key in (*settings, *settings["rope_parameters"]))
-            named |= any(key in text for key in ARCHITECTURES[kind])
+            names = set(re.findall(r'"(\w+)":', json.dumps(ARCHITECTURES[kind] | settings)))
+            named = any(key in text for key in names)
             outcomes.append("refused" if named and "\n" not in text else f"unnamed: {text}")
     return outcomes
 
