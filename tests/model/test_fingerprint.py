@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -18,10 +19,11 @@ from tests.helpers.tiny import save_tiny_model, save_tiny_pair, tiny_base, tiny_
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 
-def former(base) -> str:
+def former(base: Any) -> str:
     """The fingerprint of the first version: type and normalisation weights only."""
     digest = hashlib.sha256(base.model_type.encode())
-    for name, value in sorted(tree_flatten(base.parameters())):
+    parameters: Any = tree_flatten(base.parameters())
+    for name, value in sorted(parameters):
         if "norm" in name and value.ndim == 1:
             digest.update(name.encode())
             digest.update(np.array(value.astype(mx.bfloat16).astype(mx.float32)).tobytes())
