@@ -48,6 +48,7 @@ def batch_generate(
     *,
     completion_batch_size: int = 32,
     prefill_batch_size: int = 8,
+    stop_tokens: None = None,
     stream: Any = None,
     **options: Any,
 ) -> BatchResponse:
@@ -65,6 +66,7 @@ def batch_generate(
         return_logprobs: return the log-probabilities of these ids.
         completion_batch_size: maximum number of answers in progress.
         prefill_batch_size: without effect; the prompts are prefilled one after the other.
+        stop_tokens: not supported; the tokenizer's end tokens and ``stop`` end an answer.
         stream: MLX stream for the forwards; the default one if omitted.
         options: see ``stream_generate``.
 
@@ -85,6 +87,8 @@ def batch_generate(
     for name, values in (("max_tokens", limits), ("prompt_caches", caches)):
         if len(values) != len(prompts):
             raise ValueError(f"{name} has {len(values)} values for {len(prompts)} prompts")
+    if stop_tokens is not None:
+        raise ValueError("stop_tokens is not supported: use stop or tokenizer.add_eos_token")
     if completion_batch_size < 1:
         raise ValueError(f"completion_batch_size must be at least 1, got {completion_batch_size}")
     del prefill_batch_size
