@@ -3,8 +3,9 @@
 ``stream_generate`` turns a prompt into ids, passes them to the loop (``decode``), and turns the ids
 that come back into text as soon as they are decided.  What it promises:
 
-- the pieces of text joined are the whole answer; a character of several bytes is never broken, and
-  one that the end of the answer cut off is left out;
+- the pieces of text joined are what ``tokenizer.decode(prompt + answer)`` adds to
+  ``tokenizer.decode(prompt)``, special tokens included, and stop ids left out; a character of
+  several bytes is never broken, and one that the end of the answer cuts off is U+FFFD;
 - text never has a stop string in it, nor what follows it; ids after a stop string are not counted;
 - however it ends, a cache that was passed in has the prompt and the ids that were yielded, except
   the last one, so that the next prompt can continue from there; mlx-lm's caches have that one too,
@@ -26,6 +27,7 @@ from mlx_mtp.chat_template import chat_text
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
 from mlx_mtp.decoding.limits import ContextOverflow
 from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.detokenizer import detokenizer_for
 from mlx_mtp.stats import RULE, GenerationStats, StatsMeter
 from mlx_mtp.terminal import show
 
@@ -77,7 +79,7 @@ class TextStream:
     """Turns ids into text: whole characters only, nothing from a stop string on.
 
     Args:
-        detokenizer: a streaming detokenizer of mlx-lm.
+        detokenizer: one of ``detokenizer_for``, or of mlx-lm.
         stop: strings that end the text.
         stop_ids: ids that end it and have no text.
 
@@ -122,11 +124,11 @@ class TextStream:
         return self._release()
 
     def finish(self) -> str:
-        """Return the pending text; a character that was never completed is dropped."""
+        """Return the pending text; a character that was never completed is U+FFFD."""
         if self.stopped:
             return ""
         self._detokenizer.finalize()
-        self._pending += self._detokenizer.last_segment.rstrip("\ufffd")
+        self._pending += self._detokenizer.last_segment
         text = self._release()
         if not self.stopped:
             text, self._pending = text + self._pending, ""
@@ -227,7 +229,8 @@ def stream_generate(
         speculation=speculation_for(model),
         **options,
     )
-    text = TextStream(tokenizer.detokenizer, stop=settings.stop, stop_ids=tokenizer.eos_token_ids)
+    detokenizer = detokenizer_for(tokenizer, ids, continued=cache.offset > 0)
+    text = TextStream(detokenizer, stop=settings.stop, stop_ids=tokenizer.eos_token_ids)
     meter = StatsMeter(
         prompt_tokens=len(ids), cached_tokens=cache.offset, mtp=drafts_tokens(model, settings)
     )

@@ -18,12 +18,12 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from mlx_lm import utils as lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.backends.metal.setup import set_up_kernels
+from mlx_mtp.detokenizer import load_tokenizer
 from mlx_mtp.model.base import open_base
 from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
 from mlx_mtp.model.mtp_model import MTPModel, fingerprint
@@ -34,7 +34,6 @@ from mlx_mtp.storage.default_model import (
     default_model_path,
 )
 from mlx_mtp.storage.safetensors import read_safetensors
-from mlx_mtp.storage.sidecars import sidecar_template
 from mlx_mtp.terminal import Status, first_line, show
 
 HUB_FILES = (
@@ -301,9 +300,9 @@ def _load_tokenizer(
 ) -> TokenizerWrapper:
     """Load the tokenizer of a model folder."""
     try:
-        return lm_utils.load_tokenizer(
+        return load_tokenizer(
             folder,
-            {"trust_remote_code": trust_remote_code} | sidecar_template(folder) | (options or {}),
+            {"trust_remote_code": trust_remote_code} | (options or {}),
             eos_token_ids=config.get("eos_token_id"),
         )
     except Exception as error:  # transformers raises many kinds for a broken folder

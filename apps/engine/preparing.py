@@ -156,13 +156,25 @@ def _grammar(job: Job, tokenizer: TokenizerWrapper) -> str:
     required = job.required_tools or ()
     return calls_grammar(
         {
-            function["name"]: function.get("parameters") or {}
+            function["name"]: _closed(function.get("parameters"))
             for function in functions
             if function["name"] in required
         },
         tags=(form.tool_call_start or "", form.tool_call_end or ""),
         parallel=job.parallel_tool_calls,
     )
+
+
+def _closed(schema: dict[str, Any] | None) -> dict[str, Any]:
+    """A schema of arguments without those that it does not list, which small models invent.
+
+    A schema that combines others, or says what else is allowed, is returned unchanged.
+    """
+    if not schema:
+        return {"properties": {}, "additionalProperties": False}
+    plain = {"type", "properties", "required", "title", "description", "$schema", "$defs"}
+    is_plain = "properties" in schema and schema.keys() <= plain
+    return schema | ({"additionalProperties": False} if is_plain else {})
 
 
 def prompt_ids(job: Job, tokenizer: TokenizerWrapper) -> list[int]:

@@ -11,11 +11,12 @@ from mlx_mtp.apps.engine.prefix_cache import Beginning, PrefixCache
 from mlx_mtp.apps.engine.prefix_tree import shared_prefix
 from mlx_mtp.apps.engine.preparing import Prepared
 from mlx_mtp.apps.engine.protocol import Finished, Group, JobMessage, Prefill, Started
-from mlx_mtp.apps.engine.token_text import TokenTexts
+from mlx_mtp.apps.engine.token_text import AnswerLogprobs, TokenTexts
 from mlx_mtp.apps.engine.tool_calls import ToolCallReader
 from mlx_mtp.calibration.stored_costs import store_learned
 from mlx_mtp.decoding.setup import make_request
 from mlx_mtp.decoding.step import Outcome, Step, StepResult
+from mlx_mtp.detokenizer import detokenizer_for
 from mlx_mtp.generate import TextStream, drafts_tokens
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
@@ -83,9 +84,13 @@ class Session:
             cached_ids=ids[:num_cached],
             speculation=engine.speculation,
         )
-        self._text = TextStream(
-            tokenizer.detokenizer, stop=config.stop, stop_ids=tokenizer.eos_token_ids
-        )
+        stop_ids = tokenizer.eos_token_ids
+        detokenizer = detokenizer_for(tokenizer, ids)
+        self._text = TextStream(detokenizer, stop=config.stop, stop_ids=stop_ids)
+        self._num_characters = 0
+        self._logprobs: AnswerLogprobs | None = None
+        if job.top_logprobs is not None:
+            self._logprobs = engine.texts.of_answer(ids, top=job.top_logprobs, stop_ids=stop_ids)
         self._tools = ToolCallReader(job.call_format, job.tools) if job.tools else None
         self._meter = StatsMeter(
             prompt_tokens=len(ids) - num_cached,
@@ -153,6 +158,7 @@ class Session:
         pieces = list(self._text.pieces(step, self._meter))
         count, reason = len(pieces), pieces[-1].finish_reason
         text = "".join(piece.text for piece in pieces)
+        self._num_characters += len(text)
         if self._tools:
             text = self._tools.push(text) + (self._tools.finish() if reason else "")
         message = Group(
@@ -165,10 +171,10 @@ class Session:
         if self._job.pieces:
             message.pieces = [piece.text for piece in pieces]
             message.ids = step.tokens[:count]
-        if self._job.top_logprobs is not None:
-            message.logprobs = self._engine.texts.entries(
-                step.tokens[:count], step.logprobs[:count], self._job.top_logprobs
-            )
+        if self._logprobs:
+            self._logprobs.add(step.tokens[:count], step.logprobs[:count])
+            is_end = reason is not None
+            message.logprobs = self._logprobs.take(self._num_characters, is_end=is_end)
         return message, reason
 
     def _finished(self, reason: str) -> Finished:

@@ -9,9 +9,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm import utils as lm_utils
 
 from mlx_mtp.converters.layouts import BaseFacts
+from mlx_mtp.detokenizer import load_tokenizer
 from mlx_mtp.loading import resolve
 from mlx_mtp.model.base import open_base
 from mlx_mtp.model.lora import linear_dims
@@ -108,7 +108,7 @@ def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
 def tokenizer_facts(folder: Path) -> tuple[int | None, int | None]:
     """Return the length of a model's tokenizer and the id of its ``<mask>``; None if missing."""
     try:
-        tokenizer: Any = lm_utils.load_tokenizer(folder)._tokenizer
+        tokenizer: Any = load_tokenizer(folder)._tokenizer
     except Exception:  # transformers raises many types for a folder without a tokenizer
         return None, None
     return len(tokenizer), tokenizer.get_vocab().get("<mask>")

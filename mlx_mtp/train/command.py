@@ -232,8 +232,13 @@ def _adapter_folder(
 def _load(plan: Plan, display: Display) -> tuple[MTPModel, TokenizerWrapper]:
     display.status("Loading ...")
     name = plan.options.get("model")
-    is_new = name is not None and plan.start is None and os.path.isdir(name)
-    if is_new and (unused := unconverted_adapter(look(Path(name)), name)):
+    is_new = plan.start is None
+    if (
+        name
+        and is_new
+        and os.path.isdir(name)
+        and (unused := unconverted_adapter(look(Path(name)), name))
+    ):
         display.log(f"The new adapter starts from the base model: {unused}")
     model, tokenizer = load(
         name,

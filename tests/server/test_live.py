@@ -24,7 +24,7 @@ from click.testing import CliRunner
 from mlx_mtp.cli.main import cli
 from mlx_mtp.generate import chat_text, generate
 from mlx_mtp.loading import load
-from tests.server.command import Served, command, served
+from tests.server.command import Served, command, served, serving
 from tests.server.soak_clients import soak
 from tests.server.soak_kills import kill_often
 from tests.server.soak_requests import fuzz
@@ -109,11 +109,56 @@ def test_sampling_with_a_seed_is_repeatable_over_http(server):
     assert texts[0] != texts[1]
 
 
-def test_tools_are_refused_where_the_template_knows_none(server):
-    tool = {"type": "function", "function": {"name": "add"}}
-    reply = server.chat("hi", tools=[tool])
-    assert reply.status_code == 400 and reply.json()["error"]["param"] == "tools"
-    assert server.chat("hi", tools=[tool], tool_choice="none", max_tokens=2).status_code == 200
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}},
+    "required": ["city"],
+}
+FUNCTION = {"name": "weather", "description": "Weather of a city.", "parameters": WEATHER}
+
+
+def check_required_calls(server: Served) -> None:
+    """Ask for calls in two dialects, with MTP and plainly, streamed and whole."""
+    ways: dict[str, Any] = {
+        "tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "required",
+        "parallel_tool_calls": False, "logprobs": True, "max_tokens": 90,
+    }  # fmt: skip
+    replies = [server.chat("Is it hot in Rome?", mtp=mtp, **ways).json() for mtp in (True, False)]
+    choices = [reply["choices"][0] for reply in replies]
+    tokens = [[each["token"] for each in choice["logprobs"]["content"]] for choice in choices]
+    assert tokens[0] == tokens[1]
+    assert replies[0]["usage"]["completion_tokens_details"]["rejected_prediction_tokens"]
+    assert {choice["finish_reason"] for choice in choices} == {"tool_calls"}
+    [call] = choices[0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+
+    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    tool: Any = {"name": "weather", "description": "Weather of a city.", "input_schema": WEATHER}
+    for mtp in (True, False):
+        with client.messages.stream(
+            model="any", max_tokens=90, tools=[tool], extra_body={"mtp": mtp},
+            messages=[{"role": "user", "content": "Is it hot in Rome?"}],
+            tool_choice={"type": "tool", "name": "weather"},
+        ) as stream:  # fmt: skip
+            reply = stream.get_final_message()
+        [block] = reply.content
+        assert block.type == "tool_use" and reply.stop_reason == "tool_use"
+        assert block.input == json.loads(call["function"]["arguments"])
+    result: Any = {"role": "tool", "tool_call_id": call["id"], "content": "30 degrees"}
+    body = {"messages": [{"role": "user", "content": "Hot?"}, choices[0]["message"], result]}
+    for more in ({}, {"tools": ways["tools"]}):
+        reply = server.client.post("/v1/chat/completions", json=body | {"max_tokens": 2} | more)
+        assert reply.status_code == 200
+
+
+def test_tools_work_where_the_template_knows_none(server):
+    check_required_calls(server)
+
+
+def test_the_default_model_can_be_made_to_call_a_tool(tmp_path):
+    with serving(tmp_path) as server:
+        check_required_calls(server)
 
 
 def test_the_engine_pushes_nobody_aside_and_the_loop_is_watched(server):

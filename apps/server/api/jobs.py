@@ -95,6 +95,7 @@ class ServerContext:
         *,
         stream: bool | None,
         failed: Callable[[ApiError], bytes] = lambda error: event(error.openai()),
+        messages_param: str = "messages",
     ) -> Any:
         """Submit jobs and return the response; its status is known with the first message.
 
@@ -104,6 +105,7 @@ class ServerContext:
             reply: formats the answers.
             stream: whether to stream.
             failed: returns the last event of a stream after an error.
+            messages_param: field of the request that contains the conversation, for errors.
 
         Raises:
             ApiError: the engine refused the first job, or is not running.
@@ -118,6 +120,8 @@ class ServerContext:
             batch.cancel()
             if error.param == "num_draft_tokens":  # in requests it is a field of ``mtp``
                 raise refused(f"mtp.{error}", param=f"mtp.{error.param}") from None
+            if error.param == "messages":
+                error.param = messages_param
             raise
         except BaseException:
             batch.cancel()
