@@ -73,7 +73,7 @@ def test_a_list_of_mlx_lms_caches_goes_on_as_in_mlx_lm(
         assert ids(found) == ids(expected)
         assert [(type(c), c.offset) for c in ours] == [(type(c), c.offset) for c in theirs]
     save_prompt_cache(str(tmp_path / "cache.safetensors"), ours)
-    saved = load_prompt_cache(str(tmp_path / "cache.safetensors"))
+    saved: Any = load_prompt_cache(str(tmp_path / "cache.safetensors"))
     answers = [
         ids(function(what, TOKENIZER, "more", max_tokens=9, prompt_cache=cache, **options))
         for function, what, cache in (
@@ -88,7 +88,8 @@ def test_a_list_of_mlx_lms_caches_goes_on_as_in_mlx_lm(
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
 def test_our_cache_goes_on_as_mlx_lms_and_is_saved_by_mlx_lm(kind: str, tmp_path: Path) -> None:
     base, model = pair(kind)
-    theirs, ours = make_prompt_cache(base), make_prompt_cache(model)
+    theirs = make_prompt_cache(base)
+    ours: Any = make_prompt_cache(model)
     last: list[int] = []
     for turn, count in TURNS:
         last = ids(
@@ -102,7 +103,8 @@ def test_our_cache_goes_on_as_mlx_lms_and_is_saved_by_mlx_lm(kind: str, tmp_path
     save_prompt_cache(path, ours)
     rest = [last[-1], 65, 66]
     want = ids(mlx_lm.stream_generate(base, TOKENIZER, rest[1:], max_tokens=9, prompt_cache=theirs))
-    for cache in (ours.copied(), load_prompt_cache(path)):
+    caches: list[Any] = [ours.copied(), load_prompt_cache(path)]
+    for cache in caches:
         assert ids(mlx_mtp.stream_generate(model, TOKENIZER, rest, 9, prompt_cache=cache)) == want
     assert ids(mlx_mtp.stream_generate(model, TOKENIZER, rest[1:], 9, prompt_cache=ours)) == want
     offset = ours.offset
@@ -193,9 +195,12 @@ def test_arguments_by_position(tmp_path: Path) -> None:
     assert model.base.args.rms_norm_eps == config["rms_norm_eps"] == 0.5
     names = list(inspect.signature(mlx_lm.load).parameters)
     assert list(inspect.signature(mlx_mtp.load).parameters)[: len(names)] == names
-    model, tokenizer = mlx_mtp.load(folder, {}, adapter_path=adapter, lazy=True, revision="main")
+    model, tokenizer = mlx_mtp.load(
+        str(folder), {}, adapter_path=str(adapter), lazy=True, revision="main"
+    )
     assert model.config is not None
-    responses = list(mlx_mtp.stream_generate(model, tokenizer, np.array([72, 105]), 3))
+    prompt: Any = np.array([72, 105])
+    responses = list(mlx_mtp.stream_generate(model, tokenizer, prompt, 3))
     assert len(responses) == 3 and responses[-1].finish_reason == "length"
     text = mlx_mtp.generate(model, tokenizer, [72, 105], False, max_tokens=3)
     assert text == "".join(response.text for response in responses)

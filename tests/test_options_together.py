@@ -124,6 +124,7 @@ def answer(row: dict[str, Any], folder: Path, **changed: Any) -> list[int] | str
 
 def of_mlx_lm(row: dict[str, Any], folder: Path) -> list[int]:
     base, model = models(row["kind"], row["dtype"], row["adapter"])
+    options: dict[str, Any] = row["cache"] | COUNT
     processors = [*make_logits_processors(**row["sampling"]), *([letters] * bool(row["processor"]))]
     stock = mlx_lm.stream_generate(
         base,
@@ -132,8 +133,7 @@ def of_mlx_lm(row: dict[str, Any], folder: Path) -> list[int]:
         prompt_cache=prompt_cache(row, base, model, folder),
         prefill_step_size=row["prefill_step_size"],
         logits_processors=processors,
-        **row["cache"],
-        **COUNT,
+        **options,
     )
     return [response.token for response in stock]
 
