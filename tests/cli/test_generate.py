@@ -303,7 +303,10 @@ def test_a_prompt_cache_names_its_model(loaded, scripted, monkeypatch, tmp_path)
 def test_every_flag_of_mlx_lm_exists(command):
     theirs = importlib.import_module(f"mlx_lm.{command}").setup_arg_parser()
     ours = {name for parameter in cli.commands[command].params for name in parameter.opts}
-    assert {name for action in theirs._actions for name in action.option_strings} <= ours | {"-h", "--help"}
+    assert {name for action in theirs._actions for name in action.option_strings} <= ours | {
+        "-h",
+        "--help",
+    }
 
 
 def test_xtc_keeps_the_line_break_and_the_end_tokens(loaded, scripted):
