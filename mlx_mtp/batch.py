@@ -81,7 +81,7 @@ def batch_generate(
     from mlx_lm.generate_utils import BatchStats
 
     from mlx_mtp.calibration.stored_costs import speculation_for, store_learned
-    from mlx_mtp.decoding.loop import decode_together
+    from mlx_mtp.decoding.together import decode_together
 
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     caches = [None] * len(prompts) if prompt_caches is None else list(prompt_caches)
