@@ -132,7 +132,7 @@ def _load(
     max_draft_tokens(model, load.num_draft_tokens)
     grammars = Grammars(tokenizer)
     speculation = speculation_for(model)
-    prefixes = make_prefix_cache(model, load)
+    prefixes = make_prefix_cache(model, load, **load.cache)
     ending.append(prefixes.close)
     engine = Engine(
         model=model,

@@ -25,7 +25,7 @@ from mlx_mtp.decoding.limits import (
     max_new_tokens,
 )
 from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling
-from mlx_mtp.generate import chat_text, encode_prompt
+from mlx_mtp.generate import chat_text, encode_prompt, with_special_tokens
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.terminal import one_line
 from mlx_mtp.tool_prompt import with_tools
@@ -98,7 +98,10 @@ def prepare(
             repetition_penalty=job.repetition_penalty,
             repetition_context_size=job.repetition_context_size,
             logit_bias=job.logit_bias,
+            xtc_probability=job.xtc_probability,
+            xtc_threshold=job.xtc_threshold,
         )
+        sampling = with_special_tokens(sampling, tokenizer)
         config = GenerationConfig(
             max_tokens=job.max_tokens,
             stop=tuple(job.stop or ()),
