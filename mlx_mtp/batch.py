@@ -49,6 +49,7 @@ def batch_generate(
     *,
     completion_batch_size: int = 32,
     prefill_batch_size: int = 8,
+    stop_tokens: None = None,
     stream: Any = None,
     **options: Any,
 ) -> BatchResponse:
@@ -66,6 +67,7 @@ def batch_generate(
         return_logprobs: return the log-probabilities of these ids.
         completion_batch_size: maximum number of answers in progress.
         prefill_batch_size: without effect; the prompts are prefilled one after the other.
+        stop_tokens: not supported; the tokenizer's end tokens and ``stop`` end an answer.
         stream: MLX stream for the forwards; the default one if omitted.
         options: see ``stream_generate``.
 
@@ -79,13 +81,15 @@ def batch_generate(
     from mlx_lm.generate_utils import BatchStats
 
     from mlx_mtp.calibration.stored_costs import speculation_for, store_learned
-    from mlx_mtp.decoding.loop import decode_together
+    from mlx_mtp.decoding.together import decode_together
 
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     caches = [None] * len(prompts) if prompt_caches is None else list(prompt_caches)
     for name, values in (("max_tokens", limits), ("prompt_caches", caches)):
         if len(values) != len(prompts):
             raise ValueError(f"{name} has {len(values)} values for {len(prompts)} prompts")
+    if stop_tokens is not None:
+        raise ValueError("stop_tokens is not supported: use stop or tokenizer.add_eos_token")
     if completion_batch_size < 1:
         raise ValueError(f"completion_batch_size must be at least 1, got {completion_batch_size}")
     del prefill_batch_size
@@ -163,11 +167,12 @@ class _Answer:
         self._last_id: int | None = None
         self._stop_ids = tokenizer.eos_token_ids
         self._cache = _independent(cache_for(model, _copies(cache), cache_settings))
+        ids = with_next_id(self._cache, ids)
         detokenizer = detokenizer_for(tokenizer, ids, continued=self._cache.offset > 0)
         self._stream = TextStream(detokenizer, stop=settings.stop, stop_ids=self._stop_ids)
         self.request: Request = make_request(
             model,
-            with_next_id(self._cache, ids),
+            ids,
             settings,
             stop_ids=self._stop_ids,
             cache=self._cache,
