@@ -24,6 +24,7 @@ import mlx.core as mx
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
 from mlx_mtp.decoding.limits import ContextOverflow
 from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.reasoning import Reasoning, budget_processors, reasoning_marks
 from mlx_mtp.stats import RULE, GenerationStats, StatsMeter
 
 if TYPE_CHECKING:
@@ -166,6 +167,7 @@ def stream_generate(
     cache_config: CacheConfig | None = None,
     prompt_cache: MTPCache | None = None,
     draft_model: None = None,
+    reasoning: Reasoning | None = None,
     **options: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Answer a prompt, one response per emitted id, as soon as a step has decided it.
@@ -180,6 +182,8 @@ def stream_generate(
         cache_config: size and quantisation of the cache; likewise (``max_kv_size=``).
         prompt_cache: from ``model.make_cache``, in place of a new one; updated in place.
         draft_model: not supported; the adapter proposes the drafts.
+        reasoning: the marks that ``thinking_budget`` applies to; needed where the end of ``prompt``
+            does not show where the answer begins.
         options: fields of ``config`` and ``cache_config``, and these of ``decode``:
             ``sampling`` (how tokens are drawn; greedy by default) or mlx-lm's ``sampler``,
             ``logits_processors``, ``prompt_progress_callback`` (called with the ids prefilled and
@@ -203,6 +207,16 @@ def stream_generate(
     cache_settings = _configured(cache_config or CacheConfig(), options)
     ids = encode_prompt(tokenizer, prompt)
     cache = model.make_cache(**vars(cache_settings)) if prompt_cache is None else prompt_cache
+    if settings.thinking_budget is not None:
+        options["logits_processors"] = [
+            *(options.get("logits_processors") or ()),
+            *budget_processors(
+                tokenizer,
+                reasoning or Reasoning.of(tokenizer, ids),
+                settings.thinking_budget,
+                num_prompt=len(options.get("cached_ids") or ()) + len(ids),
+            ),
+        ]
     steps = decode(
         model,
         ids,
@@ -294,11 +308,14 @@ def encode_prompt(
 
 def chat_text(
     tokenizer: TokenizerWrapper,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     *,
     template_config: Mapping[str, Any] | None = None,
 ) -> str:
     """Render a conversation with the model's chat template, ready for the model's turn.
+
+    The ``reasoning_content`` of messages is there for templates that use it.  A model with marks of
+    reasoning may use them unless ``template_config`` has ``enable_thinking``.
 
     A last message of the assistant is left open, so that the model continues it.  Encode the result
     without special tokens: the template has added them.
@@ -309,13 +326,20 @@ def chat_text(
     import jinja2
 
     resume = messages[-1]["role"] == "assistant"
+    named = [
+        {**message, "reasoning": message["reasoning_content"]}  # some templates' name for it
+        if "reasoning_content" in message
+        else message
+        for message in messages
+    ]
+    config = {"enable_thinking": reasoning_marks(tokenizer) is not None, **(template_config or {})}
     try:
         text = tokenizer.apply_chat_template(
-            list(messages),
+            named,
             tokenize=False,
             continue_final_message=resume,
             add_generation_prompt=not resume,
-            **(template_config or {}),
+            **config,
         )
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refuses the conversation: {error}") from None

@@ -5,7 +5,7 @@ An invalid job is refused here, before any work is done for it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -24,6 +24,7 @@ from mlx_mtp.decoding.limits import (
 from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.reasoning import Reasoning, ReasoningTracker, budget_processors, template_settings
 from mlx_mtp.terminal import one_line
 
 
@@ -49,9 +50,10 @@ class Prepared:
         ids: of the whole prompt.
         config: lengths, seed and layout of the answer, and its stop strings.
         sampling: how tokens are drawn.
-        logits_processors: of penalties and grammars.
+        logits_processors: of penalties, grammars and the budget of reasoning.
         top_logprobs: number of most likely ids to report per id; None for no logprobs.
         tools: tools whose calls are parsed.
+        reasoning: the marks of the reasoning to split off, if there are any.
         pieces: whether the ids of each step and the text of each id are reported.
         fresh: whether caches of earlier prompts are neither used nor added to.
     """
@@ -62,6 +64,7 @@ class Prepared:
     logits_processors: list[LogitsProcessor] = field(default_factory=list)
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
+    reasoning: Reasoning | None = None
     pieces: bool = False
     fresh: bool = False
 
@@ -80,7 +83,15 @@ def prepare(
     Raises:
         Refusal: the job is invalid.
     """
+    settings, budget = template_settings(
+        tokenizer,
+        enable=job.enable_thinking,
+        effort=job.reasoning_effort,
+        budget=job.thinking_budget,
+    )
+    job = replace(job, template_config=settings | (job.template_config or {}))
     ids = _encode(job, tokenizer)
+    reasoning = _reasoning(job, ids, tokenizer)
     try:
         sampling = Sampling(
             temp=job.temp,
@@ -110,16 +121,35 @@ def prepare(
         ids=ids,
         config=config,
         sampling=sampling,
-        logits_processors=_processors(job, len(ids), tokenizer, grammars or Grammars(tokenizer)),
+        logits_processors=[
+            *_processors(job, len(ids), tokenizer, grammars or Grammars(tokenizer), reasoning),
+            *budget_processors(tokenizer, reasoning, budget, num_prompt=len(ids)),
+        ],
         top_logprobs=job.top_logprobs,
         tools=job.tools or [],
+        reasoning=reasoning if job.split_reasoning else None,
         pieces=job.pieces,
         fresh=job.fresh,
     )
 
 
+def _reasoning(job: Job, ids: list[int], tokenizer: TokenizerWrapper) -> Reasoning | None:
+    """The marks of the reasoning; where a grammar follows, nothing else may come before it."""
+    if not job.messages:
+        return None
+    last = job.messages[-1]
+    prefill = last.get("content") if last["role"] == "assistant" else ""
+    reasoning = Reasoning.of(tokenizer, ids, prefill=str(prefill or ""))
+    is_constrained = job.schema is not None or job.required_tools is not None
+    return replace(reasoning, anywhere=not is_constrained) if reasoning else None
+
+
 def _processors(
-    job: Job, num_prompt: int, tokenizer: TokenizerWrapper, grammars: Grammars
+    job: Job,
+    num_prompt: int,
+    tokenizer: TokenizerWrapper,
+    grammars: Grammars,
+    reasoning: Reasoning | None,
 ) -> list[LogitsProcessor]:
     processors: list[LogitsProcessor] = []
     frequency, presence = job.frequency_penalty or 0.0, job.presence_penalty or 0.0
@@ -131,7 +161,11 @@ def _processors(
         param = job.schema_param or "tools"
         try:
             grammar = _grammar(job, tokenizer)
-            processors.append(grammars.processor(grammar, num_prompt=num_prompt))
+            if reasoning is None or reasoning.phase == "after":
+                processors.append(grammars.processor(grammar, num_prompt=num_prompt))
+            else:
+                tracker = ReasoningTracker(tokenizer, reasoning, num_prompt=num_prompt)
+                processors.append(grammars.processor_after_reasoning(grammar, tracker))
         except ValueError as error:
             raise Refusal(f"{param}: {one_line(error)}", param=param) from None
     return processors

@@ -31,6 +31,10 @@ class Job:
         messages: conversation for the chat template; None to continue ``prompt``.
         prompt: text or token ids.
         template_config: more arguments of the chat template.
+        enable_thinking: whether the model is to reason; None is the template's default.
+        reasoning_effort: see ``template_settings``.
+        thinking_budget: maximum number of tokens of reasoning.
+        split_reasoning: whether reasoning is reported apart from the text; for ``messages`` only.
         tools: tools for the chat template, in OpenAI's form.
         required_tools: names of tools; the answer must be calls of these and nothing else.
         parallel_tool_calls: whether there may be more than one of the required calls.
@@ -51,6 +55,10 @@ class Job:
     messages: list[dict[str, Any]] | None = None
     prompt: str | list[int] | None = None
     template_config: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
+    thinking_budget: int | None = None
+    split_reasoning: bool = True
     tools: list[dict[str, Any]] | None = None
     required_tools: list[str] | None = None
     parallel_tool_calls: bool = False
@@ -190,12 +198,15 @@ class Group(JobMessage):
     """One decoding step.
 
     Attributes:
-        text: new text.
+        text: new text, without reasoning.
+        reasoning: new text of the reasoning.
         tokens: number of emitted tokens.
         accepted: accepted draft tokens among them.
         drafted: verified draft tokens.
         source: origin of the drafts: "mask", "lookup" or "".
-        pieces: text of each token, if the job asks for it.
+        pieces: text of each token, with reasoning and marks, if the job asks for it.
+        span: where the reasoning is in all pieces, if the job asks for them and it has changed; see
+            ``ReasoningParser``.
         ids: ids of the tokens, if the job asks for pieces.
         logprobs: logprobs of each token in OpenAI's form, if the job asks for them.
     """
@@ -206,7 +217,9 @@ class Group(JobMessage):
     accepted: int
     drafted: int
     source: str
+    reasoning: str = ""
     pieces: list[str] | None = None
+    span: list[int] | None = None
     ids: list[int] | None = None
     logprobs: list[dict[str, Any]] | None = None
 
@@ -219,6 +232,7 @@ class Finished(JobMessage):
         reason: "stop", "length", "tool_calls" or "cancelled".
         stop_string: stop string that ended the answer.
         tool_calls: ``{"name": str, "arguments": JSON text}`` per call.
+        reasoning_tokens: number of tokens of the reasoning, without its marks.
         stats: ``GenerationStats.stats_dict()``; empty if cancelled.
     """
 
@@ -226,6 +240,7 @@ class Finished(JobMessage):
     reason: str
     stop_string: str | None = None
     tool_calls: list[dict[str, str]] = field(default_factory=list)
+    reasoning_tokens: int = 0
     stats: dict[str, Any] = field(default_factory=dict)
 
 

@@ -17,6 +17,7 @@ from mlx_mtp.decoding.step import Outcome, Step, StepResult
 from mlx_mtp.generate import TextStream, drafts_tokens
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
+from mlx_mtp.reasoning import Parts, ReasoningParser, Span
 from mlx_mtp.stats import GenerationStats, StatsMeter
 
 
@@ -80,6 +81,8 @@ class Session:
             tokenizer.detokenizer, stop=config.stop, stop_ids=tokenizer.eos_token_ids
         )
         self._tools = ToolCallReader(tokenizer, job.tools) if job.tools else None
+        self._reasoning = ReasoningParser(job.reasoning) if job.reasoning else None
+        self._span: Span | None = None
         self._meter = StatsMeter(
             prompt_tokens=len(ids) - self._num_cached,
             cached_tokens=self._num_cached,
@@ -121,11 +124,12 @@ class Session:
         """The message of a step up to a stop string, and why the answer ends with it."""
         pieces = list(self._text.pieces(step, self._meter))
         count, reason = len(pieces), pieces[-1].finish_reason
-        text = "".join(piece.text for piece in pieces)
+        reasoning, text = self._split([piece.text for piece in pieces], is_last=bool(reason))
         if self._tools:
             text = self._tools.push(text) + (self._tools.finish() if reason else "")
         message = Group(
             text=text,
+            reasoning=reasoning,
             tokens=count,
             accepted=min(step.num_accepted, count),
             drafted=step.num_draft_tokens,
@@ -134,11 +138,25 @@ class Session:
         if self._job.pieces:
             message.pieces = [piece.text for piece in pieces]
             message.ids = step.tokens[:count]
+            message.span = self._new_span()
         if self._job.top_logprobs is not None:
             message.logprobs = self._engine.texts.entries(
                 step.tokens[:count], step.logprobs[:count], self._job.top_logprobs
             )
         return message, reason
+
+    def _split(self, pieces: list[str], *, is_last: bool) -> Parts:
+        """Split text into reasoning and the answer proper."""
+        if self._reasoning is None:
+            return Parts("", "".join(pieces))
+        parts = [self._reasoning.push(piece) for piece in pieces]
+        parts += [self._reasoning.finish()] if is_last else []
+        return Parts(*("".join(texts) for texts in zip(*parts, strict=True)))
+
+    def _new_span(self) -> list[int] | None:
+        """Where the reasoning is, if that has changed."""
+        old, self._span = self._span, self._reasoning.span if self._reasoning else None
+        return None if self._span in (old, None) else list(self._span or ())
 
     def _finished(self, reason: str) -> Finished:
         calls = self._tools.calls if self._tools else []
@@ -146,5 +164,6 @@ class Session:
             reason="tool_calls" if calls and reason == "stop" else reason,
             stop_string=self._text.stop_string,
             tool_calls=calls,
+            reasoning_tokens=self._reasoning.num_tokens if self._reasoning else 0,
             stats=GenerationStats(**self._meter.counts()).stats_dict(),
         )

@@ -58,6 +58,32 @@ def byte_tokenizer(*, naive: bool = False, template: str | None = TEMPLATE) -> T
     return TokenizerWrapper(fast, detokenizer)
 
 
+REASONING_TEMPLATE = TEMPLATE.replace(
+    "{{ '<assistant>' }}",
+    "{{ '<assistant><think>\n' + ('' if enable_thinking else '\n</think>\n\n') }}",
+).replace(
+    "+ m['content']",
+    "+ ('<think>' + m['reasoning_content'] + '</think>' if m['reasoning_content'] else '')"
+    " + m['content']",
+)
+
+
+def reasoning_tokenizer(
+    *, single: bool = True, template: str | None = REASONING_TEMPLATE
+) -> TokenizerWrapper:
+    """The byte tokenizer of a reasoning model.
+
+    Args:
+        single: whether the marks are single tokens.
+        template: its chat template, which puts the opening mark into the prompt.
+    """
+    tokenizer = byte_tokenizer(template=template)
+    fast: Any = tokenizer._tokenizer
+    if single:
+        fast.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
+    return TokenizerWrapper(fast, BPEStreamingDetokenizer)
+
+
 def ids_of(text: str) -> list[int]:
     """The byte tokenizer's ids of a text without special tokens."""
     return list(text.encode())

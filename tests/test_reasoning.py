@@ -1,0 +1,243 @@
+"""Reasoning: its marks, the parser, the budget, exact under speculation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+
+from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.generate import chat_text, encode_prompt, stream_generate
+from mlx_mtp.reasoning import (
+    Parts,
+    Reasoning,
+    ReasoningParser,
+    ReasoningTracker,
+    reasoning_marks,
+    split_reasoning,
+    template_settings,
+)
+from tests.helpers.fixtures_generate import EOS, byte_tokenizer, reasoning_tokenizer
+from tests.helpers.tiny import tiny_mtp
+
+THINK = Reasoning(start="<think>", end="</think>")
+INSIDE, AFTER = replace(THINK, phase="inside"), replace(THINK, phase="after")
+FIRST = replace(THINK, anywhere=False)
+VOCAB = 264
+LENGTH = 24
+
+
+@pytest.mark.parametrize(
+    ("reasoning", "text", "parts"),
+    [
+        (THINK, "<think>\nabc\n</think>\n\nHello", ("abc", "Hello")),
+        (THINK, "\n<think>abc</think>Hello\n", ("abc", "Hello\n")),
+        (INSIDE, "abc\n</think>\n\n    return", ("abc", "    return")),
+        (INSIDE, "<think>\nabc\r\n\r\n</think>\r\nHello", ("abc", "Hello")),
+        (INSIDE, "  indented </think> Hello", ("  indented ", " Hello")),
+        (THINK, "    return 1\n", ("", "    return 1\n")),
+        (THINK, "\n\n", ("", "\n\n")),
+        (THINK, "Well.\n<think>a</think>\nb", ("a", "Well.\nb")),
+        (THINK, "`<think>` or '<think>'", ("", "`<think>` or '<think>'")),
+        (THINK, "<think>a</think>b <think>c</think>", ("a", "b <think>c</think>")),
+        (THINK, "<think>a<think>b</think>c</think>", ("a<think>b", "c</think>")),
+        (THINK, "<think>\n\n</think>\n\nHi", ("", "Hi")),
+        (THINK, "<think>\n never closed\n", (" never closed\n", "")),
+        (INSIDE, "cut off</thi", ("cut off</thi", "")),
+        (THINK, "<thi", ("", "<thi")),
+        (AFTER, "\na</think>", ("", "\na</think>")),
+        (Reasoning(start="[THINK]", end="[/THINK]"), "[THINK]a[/THINK]b", ("a", "b")),
+        (FIRST, "{<think>}", ("", "{<think>}")),
+        (FIRST, " <think>a</think>{", ("a", "{")),
+    ],
+)  # fmt: skip
+def test_the_parser_splits(reasoning, text, parts):
+    assert split_reasoning(reasoning, text) == Parts(*parts)
+
+
+_PIECES = st.lists(
+    st.sampled_from(
+        ["<think>", "</think>", "<", "/think>", "\n", "  ", "\r\n", "a", "日", "`", ">"]
+    ),
+    max_size=9,
+)
+
+
+@given(_PIECES, st.sampled_from(["before", "inside", "after"]), st.booleans(), st.data())
+@example(["<think>", "\n", "a", "\n", "</think>", "\n", "a"], "before", True, None)
+def test_cuts_make_no_difference_and_no_text_is_lost(pieces, phase, anywhere, data):
+    reasoning = Reasoning(start="<think>", end="</think>", phase=phase, anywhere=anywhere)
+    text = "".join(pieces)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=9))) if data else [3, 4]
+    parser = ReasoningParser(reasoning)
+    bounds = [0, *cuts, len(text)]
+    parts = [parser.push(text[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts.append(parser.finish())
+    split = Parts("".join(part[0] for part in parts), "".join(part[1] for part in parts))
+    assert split == split_reasoning(reasoning, text)
+    if parser.span is None:
+        assert split == ("", text)
+        return
+    opening, inner, *closed = parser.span
+    end, after = closed or (len(text), len(text))
+    head = text[:opening] if text[:opening].strip() else ""
+    assert split == (text[inner:end], head + text[after:])
+    assert not text[opening:inner].replace("<think>", "").strip()
+    assert text[end:after].strip() in ("", "</think>")
+
+
+@pytest.mark.parametrize(
+    ("template", "marks"),
+    [
+        ("{{ '[THINK]' }}[/THINK]", ("[THINK]", "[/THINK]")),
+        ("<seed:think></seed:think>", ("<seed:think>", "</seed:think>")),
+        ("<thinking> </thinking>", ("<thinking>", "</thinking>")),
+        ("<think> only", None),
+        (None, None),
+    ],
+)
+def test_marks_are_found_in_the_template(template, marks):
+    assert reasoning_marks(byte_tokenizer(template=template)) == marks
+
+
+def test_marks_are_found_in_the_vocabulary():
+    assert reasoning_marks(reasoning_tokenizer(template=None)) == ("<think>", "</think>")
+    tokenizer = byte_tokenizer(template=None)
+    tokenizer.add_tokens([AddedToken("[THINK]"), AddedToken("[/THINK]")])
+    assert reasoning_marks(tokenizer) == ("[THINK]", "[/THINK]")
+
+
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize(
+    ("prompt", "prefill", "phase"),
+    [
+        ("<user>hi<eos><assistant>", "", "before"),
+        ("<user>what is <think>?<eos><assistant>", "", "before"),
+        ("<user>hi<eos><assistant><think>\n", "", "inside"),
+        ("<user>hi<eos><assistant><think>\n\n</think>\n\n", "", "after"),
+        ("<assistant>Sure, ", "Sure, ", "after"),
+        ("<assistant><think>\nWell, ", "<think>\nWell, ", "inside"),
+        ("<assistant><think>\nWell</think>So", "<think>\nWell</think>So", "after"),
+    ],
+)
+def test_the_prompt_shows_where_the_answer_begins(single, prompt, prefill, phase):
+    tokenizer = reasoning_tokenizer(single=single)
+    reasoning = Reasoning.of(tokenizer, tokenizer.encode(prompt), prefill=prefill)
+    assert reasoning is not None and reasoning.phase == phase
+
+
+def test_settings_become_variables_of_the_template_or_a_budget():
+    def settings(template: str, **ways: Any) -> tuple[dict[str, Any], int | None]:
+        ways = {"budget": None} | ways
+        return template_settings(byte_tokenizer(template=template), **ways)
+
+    assert settings("") == ({}, None)
+    assert settings("", budget=5) == ({}, 5)
+    assert settings("", enable=False, budget=5) == ({"enable_thinking": False}, 0)
+    assert settings("{{ thinking }}", enable=True) == (
+        {"enable_thinking": True, "thinking": True}, None,
+    )  # fmt: skip
+    assert settings("{{ reasoning_effort }}", effort="low") == ({"reasoning_effort": "low"}, None)
+    assert settings("", effort="low") == ({}, 1024)
+    assert settings("", effort="high") == ({}, None)
+    assert settings("", effort="low", budget=7) == ({}, 7)
+    assert settings("{{ reasoning_effort }}", effort="none") == ({"enable_thinking": False}, 0)
+    assert settings("{{ thinking_budget }}", budget=7) == ({"thinking_budget": 7}, 7)
+
+
+def test_the_tracker_agrees_with_the_parser_forwards_and_backwards():
+    for single in (True, False):
+        tokenizer = reasoning_tokenizer(single=single)
+        ids = tokenizer.encode("é `<think>` a<think>b 日 </think>c</think>")
+        tracker = ReasoningTracker(tokenizer, THINK, num_prompt=2)
+        for count in (*range(len(ids)), *reversed(range(len(ids)))):
+            parser = ReasoningParser(THINK)
+            parser.push(tokenizer.decode(ids[:count]))
+            phase, _ = tracker.at(mx.array([1, 2, *ids[:count]]))
+            assert phase == parser.phase, count
+
+
+def reference(model: Any, tokenizer: Any, ids: list[int], budget: int, bias: float) -> list[int]:
+    """Plain greedy decoding with a budget: a whole forward per id, marks found in the text."""
+    closing, opening = tokenizer.encode("</think>"), tokenizer.encode("<think>")[0]
+    began = 0 if tokenizer.decode(ids).endswith("<think>\n") else None
+    answer: list[Any] = []
+    while len(answer) < LENGTH:
+        hidden = model(mx.array([[*ids, *answer]]), cache=model.make_cache())
+        logits = model.logits(hidden)[0, -1]
+        logits[opening] += bias
+        if began is None and "<think>" in tokenizer.decode(answer):
+            began = len(answer)
+        is_over = began is not None and len(answer) == began + budget
+        if is_over and "</think>" not in tokenizer.decode(answer[began:]):
+            answer += closing
+            continue
+        answer.append(mx.argmax(logits).tolist())
+    return answer[:LENGTH]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return tiny_mtp(vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("budget", [0, 1, 7, 1000])
+@pytest.mark.parametrize(("prompt", "bias"), [("hi<think>\n", 0.0), ("hi", 9.0)])
+def test_speculation_with_a_budget_equals_plain_and_the_reference(
+    model, single, budget, prompt, bias
+):
+    tokenizer = reasoning_tokenizer(single=single)
+    ids = tokenizer.encode(prompt)
+    ways: Any = {"max_tokens": LENGTH, "thinking_budget": budget}
+    ways["sampling"] = Sampling(logit_bias={tokenizer.encode("<think>")[0]: bias})
+    answers = [
+        [r.token for r in stream_generate(model, tokenizer, ids, layout=layout, **ways)]
+        for layout in ("plain", "linear", "quadratic")
+    ]
+    assert answers == [reference(model, tokenizer, ids, budget, bias)] * 3
+
+
+@pytest.mark.parametrize("single", [True, False])
+@pytest.mark.parametrize("layout", ["plain", "quadratic"])
+@pytest.mark.parametrize("sampler", [None, mx.random.categorical])
+def test_sampled_answers_keep_to_the_budget(model, single, layout, sampler):
+    tokenizer = reasoning_tokenizer(single=single)
+    how: Any = {"sampler": sampler} if sampler else {"sampling": Sampling(temp=2.0), "seed": 3}
+    answer = stream_generate(
+        model, tokenizer, "hi<think>\n", layout=layout, thinking_budget=5, max_tokens=20, **how
+    )
+    ids, closing = [response.token for response in answer], tokenizer.encode("</think>")
+    assert EOS in ids[:5] or ids[5 : 5 + len(closing)] == closing
+
+
+def test_a_prompt_without_marks_has_no_budget(model):
+    tokenizer = reasoning_tokenizer()
+    prompt = chat_text(
+        tokenizer,
+        [{"role": "user", "content": "hi"}],
+        template_config={"enable_thinking": False},
+    )
+    assert prompt.endswith("<think>\n\n</think>\n\n")
+    ids = encode_prompt(tokenizer, prompt, add_special_tokens=False)
+    ways: Any = {"max_tokens": 8, "layout": "quadratic"}
+    plain, limited = (
+        [r.token for r in stream_generate(model, tokenizer, ids, thinking_budget=budget, **ways)]
+        for budget in (None, 0)
+    )
+    assert plain == limited
+
+
+def test_the_template_gets_the_reasoning_of_the_history():
+    turns = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "reasoning_content": "hm"},
+        {"role": "user", "content": "c"},
+    ]
+    assert "<assistant><think>hm</think>b<eos>" in chat_text(reasoning_tokenizer(), turns)
+    assert "<assistant>b<eos>" in chat_text(byte_tokenizer(), turns)
