@@ -99,6 +99,7 @@ def prepare(
             min_p=job.min_p,
             top_k=job.top_k,
             repetition_penalty=job.repetition_penalty,
+            repetition_context_size=job.repetition_context_size,
             logit_bias=job.logit_bias,
         )
         config = GenerationConfig(

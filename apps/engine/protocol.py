@@ -40,7 +40,8 @@ class Job:
         parallel_tool_calls: whether there may be more than one of the required calls.
         schema: JSON schema that the answer must match.
         schema_param: field of the request that contains the schema, for errors.
-        temp, top_p, min_p, top_k, repetition_penalty, logit_bias: see ``Sampling``.
+        temp, top_p, min_p, top_k, repetition_penalty, repetition_context_size, logit_bias: see
+            ``Sampling``.
         frequency_penalty, presence_penalty: see ``answer_penalty``.
         seed: random seed.
         layout: placement of mask tokens; "plain" decodes without drafts.
@@ -69,6 +70,7 @@ class Job:
     min_p: float = 0.0
     top_k: int = 0
     repetition_penalty: float | None = None
+    repetition_context_size: int = 20
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[int, float] | None = None

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from starlette.requests import Request
 
 from mlx_mtp.apps.server.errors import ApiError, refused
+from mlx_mtp.apps.server.hints import Note, unnoted
 from mlx_mtp.apps.server.settings import Settings
 
 MAX_LEVELS = 64
@@ -20,14 +21,23 @@ MAX_VALUES = 2**18  # parsing more would block every other thread
 MAX_CONTAINERS = 2**14  # the same
 MAX_KEYS = 2**12
 _IN_THREAD_BYTES = 2**16  # parsing a longer body would block the event loop
+UNSUPPORTED = "unsupported_field"  # type of a validation error whose message is the field
 _FIELD = re.compile(r"[a-z][a-z0-9_]*")
 _TYPE_LABELS = {"str", "int", "float", "bool", "none"}
 
 Body = TypeVar("Body", bound=BaseModel)
 
 
-async def read_body(request: Request, model: type[Body], settings: Settings) -> Body:
+async def read_body(
+    request: Request, model: type[Body], settings: Settings, *, note: Note = unnoted
+) -> Body:
     """Read a JSON body.
+
+    Args:
+        request: the request.
+        model: the fields of the body.
+        settings: limits of size and time.
+        note: logs fields that are ignored.
 
     Raises:
         ApiError: 400 with the invalid field, 408 for a slow client, 413 for a long body.
@@ -41,11 +51,11 @@ async def read_body(request: Request, model: type[Body], settings: Settings) -> 
             408, f"the request did not arrive within {settings.body_timeout_s:g} s"
         ) from None
     if len(data) > _IN_THREAD_BYTES:
-        return await asyncio.to_thread(parse, data, model)
-    return parse(data, model)
+        return await asyncio.to_thread(parse, data, model, note)
+    return parse(data, model, note)
 
 
-def parse(data: bytes, model: type[Body]) -> Body:
+def parse(data: bytes, model: type[Body], note: Note = unnoted) -> Body:
     """Parse and validate a body.
 
     Raises:
@@ -55,7 +65,7 @@ def parse(data: bytes, model: type[Body]) -> Body:
     if not isinstance(values, dict):
         raise refused("the body must be a JSON object")
     try:
-        return model.model_validate(values)
+        return model.model_validate(values, context=note)
     except ValidationError as error:
         raise _api_error(error) from None
     except RecursionError:
@@ -164,9 +174,10 @@ def _api_error(error: ValidationError) -> ApiError:
     """Convert the most specific of the errors."""
     details = error.errors(include_url=False, include_input=False, include_context=False)
     detail = max(details, key=lambda detail: len(_place(detail["loc"])))
-    param = ".".join(_place(detail["loc"])) or None
+    name = [detail["msg"]] if detail["type"] == UNSUPPORTED else []
+    param = ".".join([*_place(detail["loc"]), *name]) or None
     match detail["type"]:
-        case "extra_forbidden":
+        case "extra_forbidden" | "unsupported_field":
             return refused(f"{param} is not supported", param=param, code="unsupported_parameter")
         case "missing":
             return refused(f"{param} is missing", param=param, code="missing_parameter")

@@ -41,6 +41,11 @@ class Settings:
         (), "Additional host name of the server; repeatable, or separated by commas."
     )
     model_name: str | None = setting(None, "Name of the model in replies.")
+    strict_model: bool = setting(
+        False,
+        "Refuse requests for other models with status 404; by default, any name is answered.",
+        flag="--strict-model",
+    )
     max_tokens: int = setting(
         512, "Maximum number of tokens to generate when a request does not set it.", min=1
     )

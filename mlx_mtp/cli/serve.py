@@ -34,6 +34,7 @@ SETTINGS = (
     "port",
     "api_key",
     "model_name",
+    "strict_model",
     "max_tokens",
     "temp",
     "top_p",
@@ -48,6 +49,7 @@ SETTINGS = (
     EXTRA_EOS_TOKEN,
     MTP,
     field_option(Settings, "model_name", metavar="NAME", show_default="the model's own name"),
+    field_option(Settings, "strict_model"),
 )
 @cloup.option_group(
     "Server",

@@ -102,7 +102,7 @@ def test_openai_errors(client):
         client.chat.completions.create(model="fake/model", messages=HI, temperature=9)
     assert bad.value.param == "temperature"
     with pytest.raises(openai.NotFoundError):
-        client.chat.completions.create(model="gpt-9", messages=HI)
+        client.models.retrieve("gpt-9")
     with pytest.raises(openai.BadRequestError):
         format: Any = {"type": "xml"}
         client.chat.completions.create(model="fake/model", messages=HI, response_format=format)

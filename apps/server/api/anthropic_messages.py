@@ -13,15 +13,17 @@ from mlx_mtp.apps.engine.batch import Batch, Choice, group_details
 from mlx_mtp.apps.engine.protocol import Group, Job, JobMessage
 from mlx_mtp.apps.server.api.anthropic_schema import (
     MessagesRequest,
+    PromptRequest,
     conversation,
     function_tools,
     openai_choice,
     tool_use,
 )
+from mlx_mtp.apps.server.api.formats import schema_format
 from mlx_mtp.apps.server.api.jobs import ServerContext, new_id
 from mlx_mtp.apps.server.api.reports import mtp_summary, timings, usage
-from mlx_mtp.apps.server.api.tools import Tool, chat_tools
-from mlx_mtp.apps.server.body import read_body
+from mlx_mtp.apps.server.api.schemas import token_limit
+from mlx_mtp.apps.server.api.tool_kinds import job_tools
 from mlx_mtp.apps.server.errors import refused
 from mlx_mtp.apps.server.replies import json_response
 from mlx_mtp.apps.server.streams import event
@@ -32,8 +34,7 @@ _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"
 async def create(request: Request) -> Any:
     """Answer a conversation, streamed or not."""
     context: ServerContext = request.app.state.context
-    body = await read_body(request, MessagesRequest, context.settings)
-    context.check_model(body.model)
+    body = await context.read(request, MessagesRequest)
     return await context.respond(
         request,
         [_job(body, context)],
@@ -46,15 +47,20 @@ async def create(request: Request) -> Any:
 def _job(body: MessagesRequest, context: ServerContext) -> Job:
     if body.temperature is not None and body.temperature > 1:
         raise refused("temperature: should be at most 1", param="temperature")
-    functions = [Tool.model_validate(tool) for tool in function_tools(body.tools)]
+    prompt = _prompt(body, context)
+    where = "output_config.format" if body.output_config else "output_format"
+    format = schema_format(body.format, where, tools=bool(prompt.get("tools")))
+    job = context.job(body, max_tokens=token_limit({"max_tokens": body.max_tokens}))
+    return replace(job, stop=body.stop_sequences, **prompt, **format)
+
+
+def _prompt(body: PromptRequest, context: ServerContext) -> dict[str, Any]:
+    """The fields of ``Job`` that make the prompt: messages and tools."""
+    info, note = context.info, context.hints.note
     choice, parallel = openai_choice(body.tool_choice)
-    tools = chat_tools(functions, choice, context.info, parallel=parallel)
-    return replace(
-        context.job(body, max_tokens=body.max_tokens),
-        stop=body.stop_sequences,
-        messages=conversation(body, has_tools=context.info.has_tools),
-        **tools,
-    )
+    functions = function_tools(body.tools, note)
+    tools = job_tools(functions, choice, info, parallel=parallel, note=note)
+    return {"messages": conversation(body, has_tools=info.has_tools, note=note)} | tools
 
 
 class _Reply:

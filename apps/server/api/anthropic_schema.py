@@ -7,90 +7,133 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from mlx_mtp.apps.server.api.formats import TextFormat
 from mlx_mtp.apps.server.api.schemas import (
     MAX_STOPS,
-    MAX_TOKENS,
+    Fields,
+    Limit,
     Many,
     Sampled,
     StopString,
-    Strict,
     flat_text,
+    thoughts,
 )
+from mlx_mtp.apps.server.api.tool_kinds import left_out
+from mlx_mtp.apps.server.api.tools import Function, Tool
 from mlx_mtp.apps.server.errors import refused
+from mlx_mtp.apps.server.hints import Note, unnoted
+
+BILLING = "x-anthropic-billing-header:"  # a block of Claude Code that is new in every request
 
 
-class Turn(Strict):
+class Turn(Fields):
     """One message: text, or blocks of text, calls and results of calls."""
 
     role: Literal["user", "assistant", "system"]
     content: str | Many[dict[str, Any]]
 
 
-class AnthropicTool(Strict):
-    """A tool that the client runs."""
+class AnthropicTool(Fields):
+    """A tool; only those of no type or of type ``custom`` can be called."""
 
-    name: str = Field(min_length=1, max_length=256)
+    name: str | None = Field(None, min_length=1, max_length=256)
     description: str | None = None
-    input_schema: dict[str, Any]
-    type: Literal["custom"] | None = None
-    cache_control: dict[str, Any] | None = None
+    input_schema: dict[str, Any] | None = None
+    type: str = "custom"
 
 
-class Thinking(Strict):
-    """Extended thinking, which is not supported."""
+class Thinking(Fields):
+    """Extended thinking."""
 
-    type: Literal["disabled"]
+    type: Literal["disabled", "enabled", "adaptive"]
+    budget_tokens: int | None = None
 
 
-class MessagesRequest(Sampled):
-    """The request body; other fields are rejected."""
+class OutputConfig(Fields):
+    """Options of the answer."""
 
-    model: str | None = None
+    effort: str | None = None
+    format: TextFormat | None = None
+
+
+class PromptRequest(Sampled):
+    """What the prompt is made of: the body of ``count_tokens``."""
+
     messages: Many[Turn] = Field(min_length=1)
-    max_tokens: int = Field(ge=1, le=MAX_TOKENS)
     system: str | Many[dict[str, Any]] | None = None
-    stop_sequences: Many[StopString] | None = Field(None, max_length=MAX_STOPS)
-    stream: bool | None = None
     tools: Many[AnthropicTool] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: Thinking | None = None
-    # Accepted without effect: the prefix cache is automatic.
-    metadata: dict[str, Any] | None = None
-    service_tier: str | None = None
-    cache_control: dict[str, Any] | None = None
+    output_config: OutputConfig | None = None
+    output_format: TextFormat | None = None
+    unsupported = ("container",)
 
 
-def conversation(body: MessagesRequest, *, has_tools: bool) -> list[dict[str, Any]]:
+class MessagesRequest(PromptRequest):
+    """The request body."""
+
+    max_tokens: Limit
+    stop_sequences: Many[StopString] | None = Field(None, max_length=MAX_STOPS)
+
+    @property
+    def format(self) -> TextFormat | None:
+        """The format of the answer under either of its two names."""
+        inner = self.output_config.format if self.output_config else None
+        return inner or self.output_format
+
+
+def conversation(
+    body: PromptRequest, *, has_tools: bool, note: Note = unnoted
+) -> list[dict[str, Any]]:
     """Return the messages for the chat template.
+
+    Args:
+        body: the request.
+        has_tools: whether the chat template takes tools.
+        note: logs what is left out.
 
     Raises:
         ApiError: 400 for a block that is not supported.
     """
     messages: list[dict[str, Any]] = []
-    if body.system:
-        messages.append({"role": "system", "content": _text(body.system, "system")})
+    system = body.system if isinstance(body.system, str) else _system_blocks(body.system)
+    if system:
+        text = flat_text(system, where="system", note=note)
+        messages.append({"role": "system", "content": text})
     for index, turn in enumerate(body.messages):
         where = f"messages.{index}.content"
         if isinstance(turn.content, str):
             messages.append({"role": turn.role, "content": turn.content})
         else:
-            messages += _from_blocks(turn.role, turn.content, where, has_tools)
+            messages += _from_blocks(turn.role, turn.content, where, has_tools, note)
     return messages
 
 
-def function_tools(tools: list[AnthropicTool] | None) -> list[dict[str, Any]]:
-    """Return the tools in the form of chat completions."""
-    return [
-        {
-            "type": "function",
-            "function": {
-                "name": tool.name,
-                "description": tool.description,
-                "parameters": tool.input_schema,
-            },
-        }
-        for tool in tools or ()
-    ]
+def _system_blocks(blocks: list[dict[str, Any]] | None) -> list[dict[str, Any]]:
+    """The blocks without the one for billing, with which no prefix would be the same again."""
+    return [block for block in blocks or () if not str(block.get("text", "")).startswith(BILLING)]
+
+
+def function_tools(tools: list[AnthropicTool] | None, note: Note = unnoted) -> list[Tool]:
+    """Return the tools that the client runs, in the form of chat completions.
+
+    Raises:
+        ApiError: 400 for a tool without name or schema.
+    """
+    functions = []
+    for index, tool in enumerate(tools or ()):
+        if tool.type != "custom":
+            left_out(tool.type, note)
+            continue
+        for name in ("name", "input_schema"):
+            if getattr(tool, name) is None:
+                where = f"tools.{index}.{name}"
+                raise refused(f"{where} is missing", param=where, code="missing_parameter")
+        function = Function(
+            name=tool.name or "", description=tool.description, parameters=tool.input_schema
+        )
+        functions.append(Tool(type="function", function=function))
+    return functions
 
 
 def openai_choice(
@@ -114,10 +157,11 @@ def openai_choice(
 
 
 def _from_blocks(
-    role: str, blocks: list[dict[str, Any]], where: str, has_tools: bool
+    role: str, blocks: list[dict[str, Any]], where: str, has_tools: bool, note: Note
 ) -> list[dict[str, Any]]:
     """The messages of one turn; each result of a call is a message of its own."""
     messages, texts, calls = [], [], []
+    is_answer = role == "assistant"
     for index, block in enumerate(blocks):
         place, kind = f"{where}.{index}", block.get("type")
         if kind in ("tool_use", "tool_result") and not has_tools:
@@ -125,25 +169,47 @@ def _from_blocks(
         if kind == "tool_use":
             calls.append(_call(block, place))
         elif kind == "tool_result":
-            content = _text(block.get("content") or None, f"{place}.content")
+            content = _text(block.get("content") or None, f"{place}.content", note)
             call_id = block.get("tool_use_id")
             messages.append({"role": "tool", "content": content, "tool_call_id": call_id})
         else:
-            texts.append(_text([block], where, start=index))
+            texts.append(_text([block], where, note, start=index, is_answer=is_answer))
+    thought = thoughts(blocks)
     if texts or calls:
         message: dict[str, Any] = {"role": role, "content": "".join(texts)}
+        message |= {"reasoning_content": thought} if thought else {}
         messages.append(message | ({"tool_calls": calls} if calls else {}))
-    if not messages:
+    if not messages and not is_answer:
         raise refused(f"{where} is empty", param=where)
     return messages
 
 
-def _text(content: Any, where: str, *, start: int = 0) -> str:
-    return flat_text(content, where=where, types=("text",), start=start)
+def _text(content: Any, where: str, note: Note, *, start: int = 0, is_answer: bool = False) -> str:
+    """The text of blocks, including documents and search results that are given as text."""
+    if isinstance(content, list):
+        content = [_as_text(block) for block in content]
+    return flat_text(content, where=where, note=note, is_answer=is_answer, start=start)
+
+
+def _as_text(block: Any) -> Any:
+    """A block of text for a document or a search result that has its text in the request."""
+    if not isinstance(block, dict):
+        return block
+    source = block.get("source") if block.get("type") == "document" else None
+    inner = block.get("content") if block.get("type") == "search_result" else None
+    if isinstance(source, dict) and source.get("type") in ("text", "content"):
+        inner = source.get("data") if source["type"] == "text" else source.get("content")
+    if isinstance(inner, list) and all(isinstance(part, dict) for part in inner):
+        texts = [part.get("text") for part in inner]
+        inner = "".join(texts) if all(isinstance(text, str) for text in texts) else None
+    if not isinstance(inner, str):
+        return block
+    titles = [block[name] for name in ("title", "source") if isinstance(block.get(name), str)]
+    return {"type": "text", "text": "\n".join([*titles, inner, ""])}
 
 
 def _call(block: dict[str, Any], place: str) -> dict[str, Any]:
-    arguments, name = block.get("input"), block.get("name")
+    arguments, name = block.get("input") or {}, block.get("name")
     if not isinstance(arguments, dict) or not isinstance(name, str):
         raise refused(f"{place} needs a name and an input object", param=place)
     function = {"name": name, "arguments": arguments}

@@ -6,14 +6,14 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from mlx_mtp.apps.server.api.schemas import Strict
+from mlx_mtp.apps.server.api.schemas import Fields
 from mlx_mtp.apps.server.errors import refused
 
 ANY_OBJECT: dict[str, Any] = {"type": "object"}
 Kind = Literal["text", "json_object", "json_schema"]
 
 
-class JsonSchema(Strict):
+class JsonSchema(Fields):
     """OpenAI's ``json_schema``; it is enforced whether or not it is ``strict``."""
 
     name: str = Field(min_length=1, max_length=256)
@@ -22,14 +22,15 @@ class JsonSchema(Strict):
     strict: bool | None = None
 
 
-class ResponseFormat(Strict):
+class ResponseFormat(Fields):
     """OpenAI's ``response_format`` in chat."""
 
     type: Kind
     json_schema: JsonSchema | None = None
+    content: dict[str, Any] | None = Field(None, alias="schema")  # llama.cpp's place for it
 
 
-class TextFormat(Strict):
+class TextFormat(Fields):
     """``text.format`` of Responses."""
 
     type: Kind
@@ -52,16 +53,22 @@ def chat_format(format: ResponseFormat | None, *, tools: bool) -> dict[str, Any]
     if format is None:
         return {}
     schema = format.json_schema.content if format.json_schema else None
+    if schema is None and format.content is not None and format.type != "text":
+        where = "response_format"
+        return _job_fields("json_schema", format.content, where, where, tools)
     return _job_fields(format.type, schema, "response_format", "response_format.json_schema", tools)
 
 
 def responses_format(format: TextFormat | None, *, tools: bool) -> dict[str, Any]:
     """Return the same for Responses."""
-    if format is None:
-        return {}
-    if format.type == "json_schema" and format.name is None:
+    if format is not None and format.type == "json_schema" and format.name is None:
         raise refused("text.format.name is missing", param="text.format.name")
-    return _job_fields(format.type, format.content, "text.format", "text.format", tools)
+    return schema_format(format, "text.format", tools=tools)
+
+
+def schema_format(format: TextFormat | None, where: str, *, tools: bool) -> dict[str, Any]:
+    """Return the same for a format that contains its schema; ``where`` is its place."""
+    return {} if format is None else _job_fields(format.type, format.content, where, where, tools)
 
 
 def _job_fields(

@@ -5,30 +5,39 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
 from mlx_mtp.apps.engine.protocol import Job, Ready
 from mlx_mtp.apps.engine.supervisor import Engine
-from mlx_mtp.apps.server.api.schemas import OpenAISampled, Sampled
+from mlx_mtp.apps.server.api.schemas import MAX_TOKENS, OpenAISampled, Sampled
+from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import ApiError, engine_down, refused
+from mlx_mtp.apps.server.hints import Hints
 from mlx_mtp.apps.server.settings import Settings
 from mlx_mtp.apps.server.streams import EventStream, Reply, event, unless_disconnected
+from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.storage.package import package_version
 
 NUM_SEEDS = 2**63
 MIN_TOP_P = 1e-9  # replaces 0, which mlx-lm reads as no limit and the APIs as the tightest
+FINGERPRINT = f"mlx-mtp-{package_version()}"
+DEFAULT_MODEL = "default_model"  # mlx-lm's name of the served model
 GREEDY_BELOW = 1e-6  # in float32, sampling at lower temperatures equals greedy decoding
+
+Body = TypeVar("Body", bound=Sampled)
 
 
 @dataclass(frozen=True)
 class ServerContext:
-    """State that the routes share: the engine and the operator's settings."""
+    """State that the routes share: the engine, the operator's settings and what was logged."""
 
     engine: Engine
     settings: Settings
+    hints: Hints = field(default_factory=Hints)
 
     @property
     def info(self) -> Ready:
@@ -47,13 +56,29 @@ class ServerContext:
         name = self.settings.model_name or self.info.model
         return Path(name).name if Path(name).is_absolute() or name.startswith(".") else name
 
-    def check_model(self, name: str | None) -> None:
-        """Reject a request for another model.
+    async def read(self, request: Request, model: type[Body]) -> Body:
+        """Read the body of a request; fields that have no effect are logged.
 
         Raises:
-            ApiError: 404.
+            ApiError: the body is invalid, or its model is not available.
+            ClientDisconnect: the client disconnected.
         """
-        if name not in (None, self.model_id, self.info.model):
+        path, note = request.url.path, self.hints.note
+        body = await read_body(
+            request, model, self.settings, note=lambda text: note(f"{path}: {text}")
+        )
+        if self.settings.strict_model:
+            self.check_model(body.model)
+        return body
+
+    def check_model(self, name: str | None) -> None:
+        """Reject the name of another model.
+
+        Raises:
+            ApiError: 404, or 503 until a model is loaded.
+        """
+        known = (None, "", DEFAULT_MODEL, self.model_id, self.info.model)
+        if name not in known:
             raise ApiError(
                 404,
                 f"the model {name[:200]!r} is not available, only {self.model_id!r} is",
@@ -107,9 +132,14 @@ class ServerContext:
             max_tokens=_or_default(max_tokens, settings.max_tokens),
             temp=temp if temp >= GREEDY_BELOW else 0.0,
             top_p=_or_default(body.top_p, settings.top_p) or MIN_TOP_P,
-            top_k=_or_default(body.top_k, settings.top_k),
+            top_k=max(0, _or_default(body.top_k, settings.top_k)),  # -1 is none too
             min_p=_or_default(body.min_p, settings.min_p),
             repetition_penalty=body.repetition_penalty,
+            repetition_context_size=_context_size(body.repetition_context_size),
+            frequency_penalty=body.frequency_penalty,
+            presence_penalty=body.presence_penalty,
+            logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()}
+            or None,
             seed=None if body.seed is None else body.seed % NUM_SEEDS,
             layout=options.layout or settings.layout,
             num_draft_tokens=_or_default(options.num_draft_tokens, settings.num_draft_tokens),
@@ -117,14 +147,7 @@ class ServerContext:
 
     def openai_job(self, body: OpenAISampled, *, max_tokens: int | None) -> Job:
         """Convert the fields that OpenAI's chat and completions share."""
-        bias = {int(token): value for token, value in (body.logit_bias or {}).items()}
-        return replace(
-            self.job(body, max_tokens=max_tokens),
-            frequency_penalty=body.frequency_penalty,
-            presence_penalty=body.presence_penalty,
-            logit_bias=bias or None,
-            stop=body.stops,
-        )
+        return replace(self.job(body, max_tokens=max_tokens), stop=body.stops)
 
 
 def choices_of(job: Job, n: int) -> list[Job]:
@@ -142,6 +165,11 @@ def new_id(prefix: str) -> str:
 def now() -> int:
     """Return the Unix time in seconds."""
     return int(time.time())
+
+
+def _context_size(size: int | None) -> int:
+    """Number of tokens that the repetition penalty covers; in mlx-lm, 0 is all of them."""
+    return MAX_TOKENS if size == 0 else size or Sampling.repetition_context_size
 
 
 def _or_default(value: Any, default: Any) -> Any:

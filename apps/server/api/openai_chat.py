@@ -12,12 +12,21 @@ from starlette.requests import Request
 from mlx_mtp.apps.engine.batch import Batch, Choice, group_details
 from mlx_mtp.apps.engine.protocol import Finished, Group, Job, JobMessage, Started
 from mlx_mtp.apps.server.api.formats import ResponseFormat, chat_format
-from mlx_mtp.apps.server.api.jobs import ServerContext, choices_of, new_id, now
+from mlx_mtp.apps.server.api.jobs import FINGERPRINT, ServerContext, choices_of, new_id, now
 from mlx_mtp.apps.server.api.reports import mtp_summary, timings, usage
-from mlx_mtp.apps.server.api.schemas import MAX_TOKENS, Many, OpenAISampled, Strict, flat_text
-from mlx_mtp.apps.server.api.tools import Tool, ToolCall, chat_tools, new_call, template_calls
-from mlx_mtp.apps.server.body import read_body
+from mlx_mtp.apps.server.api.schemas import (
+    Fields,
+    Limit,
+    Many,
+    OpenAISampled,
+    flat_text,
+    thoughts,
+    token_limit,
+)
+from mlx_mtp.apps.server.api.tool_kinds import AnyTool, chat_functions, job_tools
+from mlx_mtp.apps.server.api.tools import ToolCall, new_call, template_calls
 from mlx_mtp.apps.server.errors import refused
+from mlx_mtp.apps.server.hints import Note
 from mlx_mtp.apps.server.replies import json_response
 from mlx_mtp.apps.server.streams import DONE, event
 
@@ -28,7 +37,7 @@ _RESERVED_KWARGS = {
 }  # fmt: skip
 
 
-class ChatMessage(Strict):
+class ChatMessage(Fields):
     """One message of a conversation; SDKs send the last fields back with an answer."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -36,66 +45,66 @@ class ChatMessage(Strict):
     name: str | None = None
     tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
-    refusal: None = None
-    audio: None = None
-    function_call: None = None
+    refusal: str | None = None
     annotations: list[Any] | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    unsupported = ("audio", "function_call")
 
 
 class ChatRequest(OpenAISampled):
-    """The request body; other fields are rejected."""
+    """The request body."""
 
     messages: Many[ChatMessage] = Field(min_length=1)
-    model: str | None = None
-    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    max_completion_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
+    max_tokens: Limit | None = None
+    max_completion_tokens: Limit | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MAX_TOP_LOGPROBS)
+    top_logprobs: int | None = Field(None, ge=-1, le=MAX_TOP_LOGPROBS)
     response_format: ResponseFormat | None = None
-    tools: Many[Tool] | None = None
+    tools: Many[AnyTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
-    # Accepted without effect: they concern storage and speed at OpenAI.
-    metadata: dict[str, str] | None = None
-    parallel_tool_calls: bool | None = None
-    prediction: dict[str, Any] | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    store: bool | None = None
+    reasoning_effort: str | None = None
+    unsupported = (
+        *OpenAISampled.unsupported,
+        "audio",
+        "chat_template",
+        "documents",
+        "function_call",
+        "functions",
+    )
 
 
 async def create(request: Request) -> Any:
     """Answer a conversation, streamed or not."""
     context: ServerContext = request.app.state.context
-    body = await read_body(request, ChatRequest, context.settings)
-    context.check_model(body.model)
+    body = await context.read(request, ChatRequest)
     jobs = choices_of(_job(body, context), body.n or 1)
     reply = _Reply(body, context, len(jobs))
     return await context.respond(request, jobs, reply, stream=body.stream)
 
 
 def _job(body: ChatRequest, context: ServerContext) -> Job:
-    if body.top_logprobs and not body.logprobs:
+    top_logprobs = max(0, body.top_logprobs or 0)  # mlx-lm has -1 for none
+    if top_logprobs and not body.logprobs:
         raise refused("top_logprobs needs logprobs to be true", param="top_logprobs")
-    if body.stream_options is not None and not body.stream:
-        raise refused("stream_options needs stream to be true", param="stream_options")
-    if body.max_tokens and body.max_completion_tokens:
-        raise refused("set max_tokens or max_completion_tokens, not both", param="max_tokens")
-    tools = chat_tools(
-        body.tools, body.tool_choice, context.info, parallel=body.parallel_tool_calls
+    limits = {name: getattr(body, name) for name in ("max_tokens", "max_completion_tokens")}
+    note = context.hints.note
+    tools = job_tools(
+        chat_functions(body.tools, note),
+        body.tool_choice,
+        context.info,
+        parallel=body.parallel_tool_calls,
+        note=note,
     )
     format = chat_format(body.response_format, tools=bool(tools))
     return replace(
-        context.openai_job(body, max_tokens=body.max_completion_tokens or body.max_tokens),
-        messages=[
-            _template_message(message, f"messages.{index}", context.info.has_tools)
-            for index, message in enumerate(body.messages)
-        ],
+        context.openai_job(body, max_tokens=token_limit(limits)),
+        messages=conversation(body, context),
         template_config=_template_config(body.chat_template_kwargs),
-        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        top_logprobs=top_logprobs if body.logprobs else None,
         **tools,
         **format,
     )
@@ -110,18 +119,35 @@ def _template_config(kwargs: dict[str, Any] | None) -> dict[str, Any]:
     return kwargs or {}
 
 
-def _template_message(message: ChatMessage, where: str, has_tools: bool) -> dict[str, Any]:
+def conversation(body: ChatRequest, context: ServerContext) -> list[dict[str, Any]]:
+    """Return the messages for the chat template.
+
+    Raises:
+        ApiError: 400 for content that is not supported.
+    """
+    has_tools, note = context.info.has_tools, context.hints.note
+    return [
+        _template_message(message, f"messages.{index}", has_tools, note)
+        for index, message in enumerate(body.messages)
+    ]
+
+
+def _template_message(
+    message: ChatMessage, where: str, has_tools: bool, note: Note
+) -> dict[str, Any]:
     """Convert a message to the form that chat templates take."""
     role = "system" if message.role == "developer" else message.role
-    converted: dict[str, Any] = {
-        "role": role,
-        "content": flat_text(message.content, where=f"{where}.content"),
-    }
+    content, is_answer = message.content, role == "assistant"
+    text = flat_text(content, where=f"{where}.content", note=note, is_answer=is_answer)
+    converted: dict[str, Any] = {"role": role, "content": text or message.refusal or ""}
+    thought = message.reasoning_content or message.reasoning or thoughts(content)
+    if thought:
+        converted["reasoning_content"] = thought
     if message.name is not None:
         converted["name"] = message.name
     if message.tool_calls:
         converted["tool_calls"] = template_calls(message.tool_calls, where=f"{where}.tool_calls")
-    elif message.content is None:
+    elif content is None and not is_answer and role != "tool":
         raise refused(f"{where}.content is missing", param=f"{where}.content")
     if message.tool_call_id is not None:
         converted["tool_call_id"] = message.tool_call_id
@@ -142,6 +168,7 @@ class _Reply:
             "id": new_id("chatcmpl-"),
             "created": now(),
             "model": context.model_id,
+            "system_fingerprint": FINGERPRINT,
         }
         self._details = body.speculation.details
         self._logprobs = bool(body.logprobs)

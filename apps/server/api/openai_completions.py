@@ -6,15 +6,21 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Annotated, Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from starlette.requests import Request
 
 from mlx_mtp.apps.engine.batch import Batch, Choice, group_details
 from mlx_mtp.apps.engine.protocol import Finished, Group, Job, JobMessage
-from mlx_mtp.apps.server.api.jobs import ServerContext, choices_of, new_id, now
+from mlx_mtp.apps.server.api.jobs import FINGERPRINT, ServerContext, choices_of, new_id, now
 from mlx_mtp.apps.server.api.reports import mtp_summary, timings, usage
-from mlx_mtp.apps.server.api.schemas import MAX_CHOICES, MAX_TOKENS, Many, OpenAISampled
-from mlx_mtp.apps.server.body import read_body
+from mlx_mtp.apps.server.api.schemas import (
+    MAX_CHOICES,
+    MAX_TOKENS,
+    Limit,
+    Many,
+    OpenAISampled,
+    token_limit,
+)
 from mlx_mtp.apps.server.errors import refused
 from mlx_mtp.apps.server.replies import json_response
 from mlx_mtp.apps.server.streams import DONE, event
@@ -26,22 +32,27 @@ IdLists = Annotated[Many[Ids], Field(min_length=1, max_length=MAX_CHOICES)]
 
 
 class CompletionRequest(OpenAISampled):
-    """The request body; other fields are rejected."""
+    """The request body."""
 
     prompt: str | Texts | Ids | IdLists
-    model: str | None = None
-    max_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    logprobs: int | None = Field(None, ge=0, le=5)
-    echo: bool | None = None
+    max_tokens: Limit | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | bool | None = None
     best_of: int | None = None
-    suffix: str | None = None
+    unsupported = (*OpenAISampled.unsupported, "echo", "prompt_embeds", "suffix")
+
+    @field_validator("logprobs")
+    @classmethod
+    def _number_of_logprobs(cls, logprobs: int | bool | None) -> int | None:
+        """Take mlx-lm's form too: whether there are any."""
+        if isinstance(logprobs, bool):
+            return 0 if logprobs else None
+        return logprobs
 
 
 async def create(request: Request) -> Any:
     """Continue a text, streamed or not."""
     context: ServerContext = request.app.state.context
-    body = await read_body(request, CompletionRequest, context.settings)
-    context.check_model(body.model)
+    body = await context.read(request, CompletionRequest)
     prompts = _prompts(body)
     jobs = _jobs(body, context, prompts)
     reply = _Reply(body, context, len(jobs), len(prompts))
@@ -58,14 +69,11 @@ def _jobs(
     body: CompletionRequest, context: ServerContext, prompts: list[str | list[int]]
 ) -> list[Job]:
     n = body.n or 1
-    for name, allowed in (("echo", (False,)), ("best_of", (n,)), ("suffix", ("",))):
-        if getattr(body, name) not in (None, *allowed):
-            raise refused(f"{name} is not supported", param=name, code="unsupported_parameter")
-    if body.stream_options is not None and not body.stream:
-        raise refused("stream_options needs stream to be true", param="stream_options")
+    if body.best_of not in (None, n):
+        raise refused("best_of is not supported", param="best_of", code="unsupported_parameter")
     if n * len(prompts) > MAX_CHOICES:
         raise refused(f"the number of prompts times n must be at most {MAX_CHOICES}", param="n")
-    job = context.openai_job(body, max_tokens=body.max_tokens)
+    job = context.openai_job(body, max_tokens=token_limit({"max_tokens": body.max_tokens}))
     choices = choices_of(replace(job, top_logprobs=body.logprobs), n)
     return [replace(choice, prompt=prompt) for prompt in prompts for choice in choices]
 
@@ -81,6 +89,7 @@ class _Reply:
             "object": "text_completion",
             "created": now(),
             "model": context.model_id,
+            "system_fingerprint": FINGERPRINT,
         }
         self._details = body.speculation.details
         self._logprobs = body.logprobs is not None

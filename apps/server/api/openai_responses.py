@@ -15,28 +15,36 @@ from mlx_mtp.apps.server.api.formats import TextFormat, responses_format
 from mlx_mtp.apps.server.api.jobs import ServerContext, new_id, now
 from mlx_mtp.apps.server.api.reports import mtp_summary, timings, usage
 from mlx_mtp.apps.server.api.responses_schema import ResponsesRequest, conversation, function_tools
-from mlx_mtp.apps.server.api.tools import Tool, chat_tools
-from mlx_mtp.apps.server.body import read_body
-from mlx_mtp.apps.server.errors import ApiError
+from mlx_mtp.apps.server.api.schemas import token_limit
+from mlx_mtp.apps.server.api.tool_kinds import job_tools
+from mlx_mtp.apps.server.api.tools import Tool
+from mlx_mtp.apps.server.errors import ApiError, refused
 from mlx_mtp.apps.server.replies import json_response
 from mlx_mtp.apps.server.streams import event
+
+LOGPROBS = "message.output_text.logprobs"
 
 
 async def create(request: Request) -> Any:
     """Answer a conversation, streamed or not."""
     context: ServerContext = request.app.state.context
-    body = await read_body(request, ResponsesRequest, context.settings)
-    context.check_model(body.model)
-    job, reply = _job(body, context), _Reply(body, context)
+    body = await context.read(request, ResponsesRequest)
+    functions, places = function_tools(body.tools, context.hints.note)
+    job, reply = _job(body, context, functions), _Reply(body, context, places)
     return await context.respond(request, [job], reply, stream=body.stream, failed=reply.failed)
 
 
-def _job(body: ResponsesRequest, context: ServerContext) -> Job:
-    functions = [Tool.model_validate(tool) for tool in function_tools(body.tools)]
-    tools = chat_tools(functions, body.tool_choice, context.info, parallel=body.parallel_tool_calls)
+def _job(body: ResponsesRequest, context: ServerContext, functions: list[Tool]) -> Job:
+    if LOGPROBS in (body.include or ()):
+        raise refused(f"include: {LOGPROBS} is not supported", param="include")
+    info, note = context.info, context.hints.note
+    max_tokens = token_limit({"max_output_tokens": body.max_output_tokens})
+    tools = job_tools(
+        functions, body.tool_choice, info, parallel=body.parallel_tool_calls, note=note
+    )
     return replace(
-        context.job(body, max_tokens=body.max_output_tokens),
-        messages=conversation(body, has_tools=context.info.has_tools),
+        context.openai_job(body, max_tokens=max_tokens),
+        messages=conversation(body, has_tools=info.has_tools, note=note),
         **tools,
         **responses_format(_format(body), tools=bool(tools)),
     )
@@ -49,8 +57,11 @@ def _format(body: ResponsesRequest) -> TextFormat | None:
 class _Reply:
     """Formats an answer as a response."""
 
-    def __init__(self, body: ResponsesRequest, context: ServerContext) -> None:
+    def __init__(
+        self, body: ResponsesRequest, context: ServerContext, places: dict[str, dict[str, str]]
+    ) -> None:
         self._body = body
+        self._places = places
         self._details = body.speculation.details
         self._model = context.model_id
         self._id = new_id("resp_")
@@ -154,6 +165,7 @@ class _Reply:
                 "status": "completed",
                 "call_id": new_id("call_"),
                 **call,
+                **self._places.get(call["name"], {}),
             }
             for call in self._choice.result.tool_calls
         ]
@@ -182,12 +194,13 @@ class _Reply:
             "output": list(self._output),
             "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": None,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": None, "summary": None}
+            | (body.reasoning.model_dump() if body.reasoning else {}),
             "store": False,
             "temperature": body.temperature,
             "text": {"format": _format_echo(body)},
             "tool_choice": body.tool_choice or "auto",
-            "tools": [tool.model_dump() for tool in body.tools or ()],
+            "tools": [tool.model_dump(exclude_unset=True) for tool in body.tools or ()],
             "top_p": body.top_p,
             "truncation": "disabled",
             "usage": None,

@@ -2,75 +2,102 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any, Literal
 
 from pydantic import Field
 
 from mlx_mtp.apps.server.api.formats import TextFormat
-from mlx_mtp.apps.server.api.schemas import MAX_TOKENS, Many, Sampled, Strict, flat_text
-from mlx_mtp.apps.server.api.tools import CalledFunction, ToolCall, template_calls
+from mlx_mtp.apps.server.api.schemas import (
+    Fields,
+    Limit,
+    Many,
+    OpenAISampled,
+    flat_text,
+    thoughts,
+)
+from mlx_mtp.apps.server.api.tool_kinds import joined_name, left_out
+from mlx_mtp.apps.server.api.tools import CalledFunction, Function, Tool, ToolCall, template_calls
 from mlx_mtp.apps.server.errors import refused
+from mlx_mtp.apps.server.hints import Note, unnoted
+
+ANSWERS = ("_call_output", "_search_output")  # what types of items that answer a call end with
+STATE_TYPES = ("item_reference", "compaction", "compaction_summary", "context_compaction")
 
 
-class ResponseTool(Strict):
-    """A function, the only supported type of tool."""
+class ResponseTool(Fields, extra="allow"):
+    """A tool; only functions, also those of namespaces, can be called."""
 
     type: str
     name: str | None = Field(None, max_length=256)
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    tools: Many[ResponseTool] | None = None
 
 
-class TextOptions(Strict):
+class TextOptions(Fields):
     """Options of the answer's text."""
 
     format: TextFormat | None = None
+    verbosity: str | None = None
 
 
-class InputItem(Strict):
-    """An item of the conversation: a message, a call or the output of a call."""
+class Reasoning(Fields):
+    """Options of reasoning."""
 
-    type: Literal["message", "function_call", "function_call_output"] = "message"
+    effort: str | None = None
+    summary: str | None = None
+
+
+class InputItem(Fields, extra="allow"):
+    """An item of the conversation: a message, a thought, a call or the output of a call."""
+
+    type: str = "message"
     id: str | None = None
-    status: str | None = None
     role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: str | Many[dict[str, Any]] | None = None
+    content: str | Many[Any] | None = None
+    summary: Many[Any] | None = None
     call_id: str | None = None
+    namespace: str | None = None
     name: str | None = None
-    arguments: str | None = None
-    output: str | Many[dict[str, Any]] | None = None
-    phase: str | None = None
+    arguments: str | dict[str, Any] | None = None
+    output: Any = None
 
 
-class ResponsesRequest(Sampled):
-    """The request body; other fields are rejected."""
+class ResponsesRequest(OpenAISampled):
+    """The request body."""
 
     input: str | Many[InputItem]
-    model: str | None = None
     instructions: str | None = None
-    max_output_tokens: int | None = Field(None, ge=1, le=MAX_TOKENS)
-    stream: bool | None = None
+    max_output_tokens: Limit | None = None
     text: TextOptions | None = None
     tools: Many[ResponseTool] | None = None
     tool_choice: str | dict[str, Any] | None = None
-    truncation: Literal["disabled"] | None = None
-    background: Literal[False] | None = None
-    previous_response_id: None = None
-    include: list[Any] | None = Field(None, max_length=0)
-    # Accepted without effect.
-    metadata: dict[str, str] | None = None
     parallel_tool_calls: bool | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    store: bool | None = None
-    user: str | None = None
+    reasoning: Reasoning | None = None
+    include: list[Any] | None = None
+    metadata: dict[str, Any] | None = None
+    n: int | None = Field(None, ge=1, le=1)
+    unsupported = (
+        *OpenAISampled.unsupported,
+        "background",
+        "conversation",
+        "previous_response_id",
+        "prompt",
+        "top_logprobs",
+    )
 
 
-def conversation(body: ResponsesRequest, *, has_tools: bool) -> list[dict[str, Any]]:
+def conversation(
+    body: ResponsesRequest, *, has_tools: bool, note: Note = unnoted
+) -> list[dict[str, Any]]:
     """Return the messages for the chat template.
+
+    Args:
+        body: the request.
+        has_tools: whether the chat template takes tools.
+        note: logs what is left out.
 
     Raises:
         ApiError: 400 for an item that is not supported.
@@ -78,63 +105,143 @@ def conversation(body: ResponsesRequest, *, has_tools: bool) -> list[dict[str, A
     head = [] if body.instructions is None else [_message("system", body.instructions)]
     if isinstance(body.input, str):
         return [*head, _message("user", body.input)]
-    messages = head
+    items = _Items(head, has_tools, note)
+    answered = {item.call_id for item in body.input if item.type.endswith(ANSWERS)}
     for index, item in enumerate(body.input):
-        where = f"input.{index}"
-        if item.type != "message" and not has_tools:
+        items.add(item, f"input.{index}", is_answered=item.call_id in answered)
+    if not items.messages:
+        raise refused("input is empty", param="input")
+    return items.messages
+
+
+class _Items:
+    """Turns items into messages: thoughts and calls are parts of the assistant's message."""
+
+    def __init__(self, messages: list[dict[str, Any]], has_tools: bool, note: Note) -> None:
+        self.messages = messages
+        self._has_tools = has_tools
+        self._note = note
+        self._thought = ""
+
+    def add(self, item: InputItem, where: str, *, is_answered: bool) -> None:
+        """Add the next item; calls other than of functions are kept if they are answered."""
+        is_output = item.type.endswith(ANSWERS)
+        is_call = item.type == "function_call" or (item.type.endswith("_call") and is_answered)
+        if (is_call or is_output) and not self._has_tools:
             raise refused(
                 f"{where}: the model's chat template does not support tools",
                 param=where,
                 code="no_tools",
             )
         if item.type == "message":
-            messages.append(_template_message(item, where))
-        elif item.type == "function_call":
-            _add_call(messages, item, where)
+            self._add_message(item, where)
+        elif item.type == "reasoning":
+            self._thought += thoughts(item.content) or thoughts(item.summary)
+        elif is_call:
+            self._add_call(item, where)
+        elif is_output:
+            output = item.output if isinstance(item.output, str | list) else _as_json(item.output)
+            text = flat_text(output, where=f"{where}.output", note=self._note)
+            self.messages.append(_message("tool", text) | {"tool_call_id": item.call_id})
+        elif item.type in STATE_TYPES:
+            raise refused(
+                f"{where}: items of type {item.type!r} refer to what this server does not store",
+                param=where,
+            )
         else:
-            text = flat_text(item.output, where=f"{where}.output")
-            messages.append(_message("tool", text) | {"tool_call_id": item.call_id})
-    if not messages:
-        raise refused("input is empty", param="input")
-    return messages
+            self._note(f"items of type {item.type[:60]!r} are left out of the prompt")
+
+    def _add_message(self, item: InputItem, where: str) -> None:
+        if item.role is None or (item.content is None and item.role != "assistant"):
+            missing = "role" if item.role is None else "content"
+            raise refused(f"{where}.{missing} is missing", param=f"{where}.{missing}")
+        role = "system" if item.role == "developer" else item.role
+        text = flat_text(
+            item.content,
+            where=f"{where}.content",
+            note=self._note,
+            is_answer=role == "assistant",
+        )
+        self.messages.append(_message(role, text))
+        self._add_thought(thoughts(item.content))
+
+    def _add_call(self, item: InputItem, where: str) -> None:
+        """Add a call to the assistant's turn, which may contain several."""
+        if item.call_id is None or (item.type == "function_call" and item.name is None):
+            raise refused(f"{where} needs call_id and name", param=where)
+        name = item.name or item.type.removesuffix("_call")
+        if item.namespace:
+            name = joined_name(item.namespace, name)
+        arguments = item.arguments if item.type == "function_call" else _other_arguments(item)
+        if not isinstance(arguments, str):
+            arguments = _as_json(arguments or {})
+        call = ToolCall(id=item.call_id, function=CalledFunction(name=name, arguments=arguments))
+        calls = template_calls([call], where=where, item=True)
+        if not self.messages or self.messages[-1]["role"] != "assistant":
+            self.messages.append(_message("assistant", ""))
+        self._add_thought()
+        self.messages[-1].setdefault("tool_calls", []).extend(calls)
+
+    def _add_thought(self, more: str = "") -> None:
+        """Add what was thought since the last message to an assistant's message."""
+        if self.messages[-1]["role"] == "assistant" and (text := self._thought + more):
+            self.messages[-1]["reasoning_content"] = text
+        self._thought = ""
 
 
-def function_tools(tools: list[ResponseTool] | None) -> list[dict[str, Any]]:
-    """Return the tools in the form of chat completions.
+def _other_arguments(item: InputItem) -> Any:
+    """The arguments of a call of another kind, such as a custom tool's text."""
+    values: dict[str, Any] = item.model_extra or {}
+    action = values.get("action") or item.arguments
+    return action if isinstance(action, dict) else {"input": values.get("input", action)}
+
+
+def function_tools(
+    tools: list[ResponseTool] | None, note: Note = unnoted
+) -> tuple[list[Tool], dict[str, dict[str, str]]]:
+    """Return the functions in the form of chat completions.
+
+    Returns:
+        The functions, and for those in a namespace, by name, the fields that their calls have.
 
     Raises:
-        ApiError: 400 for a tool that is not a function.
+        ApiError: 400 for a function without a name.
     """
-    functions = []
+    functions: list[Tool] = []
+    places: dict[str, dict[str, str]] = {}
     for index, tool in enumerate(tools or ()):
-        if tool.type != "function" or not tool.name:
-            raise refused(
-                f"tools.{index}: type {tool.type[:40]!r} is not supported, only 'function' is",
-                param=f"tools.{index}",
-                code="unsupported_parameter",
-            )
-        functions.append({"type": "function", "function": tool.model_dump(exclude={"type"})})
-    return functions
+        where = f"tools.{index}"
+        if tool.type == "namespace":
+            for number, inner in enumerate(tool.tools or ()):
+                if inner.type != "function":
+                    left_out(inner.type, note)
+                    continue
+                function = _function(inner, f"{where}.tools.{number}")
+                place = {"name": function.name, "namespace": tool.name or ""}
+                function.name = joined_name(tool.name or "", function.name)
+                places[function.name] = place
+                functions.append(Tool(type="function", function=function))
+        elif tool.type == "function":
+            functions.append(Tool(type="function", function=_function(tool, where)))
+        else:
+            left_out(tool.type, note)
+    return functions, places
+
+
+def _function(tool: ResponseTool, where: str) -> Function:
+    if not tool.name:
+        raise refused(f"{where}.name is missing", param=f"{where}.name", code="missing_parameter")
+    return Function(
+        name=tool.name,
+        description=tool.description,
+        parameters=tool.parameters,
+        strict=tool.strict,
+    )
 
 
 def _message(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": text}
 
 
-def _template_message(item: InputItem, where: str) -> dict[str, Any]:
-    if item.role is None or item.content is None:
-        missing = "role" if item.role is None else "content"
-        raise refused(f"{where}.{missing} is missing", param=f"{where}.{missing}")
-    role = "system" if item.role == "developer" else item.role
-    return _message(role, flat_text(item.content, where=f"{where}.content"))
-
-
-def _add_call(messages: list[dict[str, Any]], item: InputItem, where: str) -> None:
-    """Add a call to the assistant's turn, which may contain several."""
-    if item.call_id is None or item.name is None or item.arguments is None:
-        raise refused(f"{where} needs call_id, name and arguments", param=where)
-    function = CalledFunction(name=item.name, arguments=item.arguments)
-    calls = template_calls([ToolCall(id=item.call_id, function=function)], where=where)
-    if not messages or messages[-1]["role"] != "assistant":
-        messages.append(_message("assistant", ""))
-    messages[-1].setdefault("tool_calls", []).extend(calls)
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -2,31 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
+from mlx_mtp.apps.server.body import UNSUPPORTED
 from mlx_mtp.apps.server.errors import refused
+from mlx_mtp.apps.server.hints import Note, unnoted
 
 MAX_CHOICES = 8
 MAX_STOPS = 16
 MAX_TOKENS = 2**31 - 1
 MAX_BIAS = 100.0
-TEXT_TYPES = ("text", "input_text", "output_text")
+MIN_PENALTY = 0.01
+UNLIMITED = -1  # as maximum number of tokens: as many as the model's context has room for
+THOUGHT_TYPES = ("thinking", "reasoning", "reasoning_text", "summary_text")
+LEFT_OUT_TYPES = ("redacted_thinking", "encrypted_content", "tool_reference")
+MEDIA = ("image", "audio", "video", "file", "document")
 
 Item = TypeVar("Item")
 Many = Annotated[list[Item], Field(fail_fast=True)]  # reporting a million errors takes seconds
 StopString = Annotated[str, Field(min_length=1, max_length=1000)]
 
 
-class Strict(BaseModel):
-    """A model that rejects other fields and does not convert types."""
+class Fields(BaseModel):
+    """Fields of a request, which do not convert types; null is the same as absent.
 
-    model_config = ConfigDict(extra="forbid", strict=True, protected_namespaces=())
+    Other fields are hints: they are ignored and noted.  Those in ``unsupported`` would change what
+    the answer is about or its form, so values other than empty ones are refused.
+    """
+
+    model_config = ConfigDict(extra="ignore", strict=True, protected_namespaces=())
+    unsupported: ClassVar[tuple[str, ...]] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tidy(cls, values: Any, info: ValidationInfo) -> Any:
+        if not isinstance(values, dict):
+            return values
+        note: Note = info.context or unnoted
+        known = {field.alias or name for name, field in cls.model_fields.items()}
+        for name in values.keys() - known if cls.model_config.get("extra") == "ignore" else ():
+            if values[name] and name in cls.unsupported:
+                raise PydanticCustomError(UNSUPPORTED, "{name}", {"name": name})
+            if values[name] not in (None, False, "", [], {}):
+                note(f"the field {name[:60]!r} has no effect")
+        return {name: _whole(value) for name, value in values.items() if value is not None}
 
 
-class MtpOptions(Strict):
+def _whole(value: Any) -> Any:
+    """An int for a float such as 20.0, which some languages write for whole numbers."""
+    is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**63
+    return int(value) if is_whole else value
+
+
+class MtpOptions(Fields):
     """Options of multi-token prediction.
 
     Attributes:
@@ -40,43 +71,65 @@ class MtpOptions(Strict):
     layout: Literal["auto", "linear", "quadratic", "plain"] | None = None
 
 
-class StreamOptions(Strict):
-    """OpenAI's stream options; ``include_obfuscation``, which pads events, has no effect."""
+class StreamOptions(Fields):
+    """OpenAI's stream options; they have no effect without a stream."""
 
     include_usage: bool = False
-    include_obfuscation: bool = False
 
 
-class Sampled(Strict):
+Limit = Annotated[int, Field(ge=UNLIMITED, le=MAX_TOKENS)]
+
+
+def token_limit(limits: dict[str, int | None]) -> int | None:
+    """Return the maximum number of tokens that a request sets under one or several names.
+
+    Raises:
+        ApiError: 400 for 0 or for different values.
+    """
+    values = {name: limit for name, limit in limits.items() if limit is not None}
+    if len(set(values.values())) > 1:
+        raise refused(f"{' and '.join(values)} differ", param=next(iter(values)))
+    for name, limit in values.items():
+        if limit == 0:
+            raise refused(f"{name} should be at least 1, or -1 for no limit", param=name)
+        return MAX_TOKENS if limit == UNLIMITED else limit
+    return None
+
+
+class Sampled(Fields):
     """Sampling fields of all APIs."""
 
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, ge=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS)
     min_p: float | None = Field(None, ge=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
-    repetition_penalty: float | None = Field(None, ge=0.01, le=10)
-    mtp: bool | MtpOptions | None = None
-
-    @property
-    def speculation(self) -> MtpOptions:
-        """The ``mtp`` field as options."""
-        if isinstance(self.mtp, MtpOptions):
-            return self.mtp
-        return MtpOptions.model_validate({"layout": "plain"} if self.mtp is False else {})
-
-
-class OpenAISampled(Sampled):
-    """Sampling fields of OpenAI's chat and completions."""
-
+    repetition_penalty: float | None = Field(None, ge=0, le=10)
+    repetition_context_size: int | None = Field(None, ge=0, le=MAX_TOKENS)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None
-    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
-    stop: StopString | Annotated[Many[StopString], Field(max_length=MAX_STOPS)] | None = None
+    model: str | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    user: str | None = None
+    mtp: bool | MtpOptions | None = None
+
+    @field_validator("repetition_penalty")
+    @classmethod
+    def _check_penalty(cls, penalty: float | None) -> float | None:
+        if penalty and penalty < MIN_PENALTY:
+            raise ValueError(f"should be 0, which is none, or at least {MIN_PENALTY}")
+        return penalty or None
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _pairs_to_dict(cls, bias: Any) -> Any:
+        """Take llama.cpp's form too: pairs of an id and a bias, or false for a forbidden id."""
+        if not isinstance(bias, list):
+            return bias
+        pairs = [pair for pair in bias if isinstance(pair, list) and len(pair) == 2]
+        if len(pairs) < len(bias):
+            raise ValueError("must be an object, or pairs of an id and a number")
+        return {str(token): -MAX_BIAS if value is False else value for token, value in pairs}
 
     @field_validator("logit_bias")
     @classmethod
@@ -89,20 +142,50 @@ class OpenAISampled(Sampled):
         return bias
 
     @property
+    def speculation(self) -> MtpOptions:
+        """The ``mtp`` field as options."""
+        if isinstance(self.mtp, MtpOptions):
+            return self.mtp
+        return MtpOptions.model_validate({"layout": "plain"} if self.mtp is False else {})
+
+
+class OpenAISampled(Sampled):
+    """Sampling fields of OpenAI's chat and completions."""
+
+    n: int | None = Field(None, ge=1, le=MAX_CHOICES)
+    stop: StopString | Annotated[Many[StopString], Field(max_length=MAX_STOPS)] | None = None
+    stream_options: StreamOptions | None = None
+    unsupported = (
+        "adapters",
+        "allowed_token_ids",
+        "bad_words",
+        "grammar",
+        "guided_choice",
+        "guided_grammar",
+        "guided_json",
+        "guided_regex",
+        "json_schema",
+        "prompt_logprobs",
+        "stop_token_ids",
+        "structured_outputs",
+    )
+
+    @property
     def stops(self) -> list[str]:
         """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
 
 
 def flat_text(
-    content: Any, *, where: str, types: Sequence[str] = TEXT_TYPES, start: int = 0
+    content: Any, *, where: str, note: Note = unnoted, is_answer: bool = False, start: int = 0
 ) -> str:
-    """Return the text of a message's content.
+    """Return the text of a message's content, without thoughts.
 
     Args:
         content: text or a list of parts; None is empty.
         where: the field, for errors.
-        types: types of parts that are text.
+        note: logs parts that are left out.
+        is_answer: whether a model wrote it; parts that are not known are then left out.
         start: index of the first part, for errors.
 
     Raises:
@@ -112,13 +195,37 @@ def flat_text(
         return content or ""
     texts = []
     for index, part in enumerate(content if isinstance(content, list) else [content], start):
-        values = part if isinstance(part, dict) else {"type": type(part).__name__}
-        if values.get("type") not in types or not isinstance(values.get("text"), str):
+        values = {"type": "text", "text": part} if isinstance(part, str) else part
+        kind = str(values.get("type") if isinstance(values, dict) else type(part).__name__)[:40]
+        text = _part_text(values, kind) if isinstance(values, dict) else None
+        is_media = any(word in kind for word in MEDIA)
+        if text is not None and not is_media:
+            texts.append(text)
+        elif kind in THOUGHT_TYPES or kind in LEFT_OUT_TYPES or (is_answer and not is_media):
+            if kind not in THOUGHT_TYPES:
+                note(f"content of type {kind!r} is left out of the prompt")
+        else:
             raise refused(
-                f"{where}.{index}: content of type {str(values.get('type'))[:40]!r} is not "
-                "supported, only text",
+                f"{where}.{index}: content of type {kind!r} is not supported, only text",
                 param=f"{where}.{index}",
                 code="unsupported_content",
             )
-        texts.append(values["text"])
     return "".join(texts)
+
+
+def _part_text(part: dict[str, Any], kind: str) -> str | None:
+    """The text of a part; None if it is not text."""
+    text = part.get("refusal" if kind == "refusal" else "text")
+    return text if isinstance(text, str) and kind not in THOUGHT_TYPES else None
+
+
+def thoughts(content: Any) -> str:
+    """Return the text of the thoughts in a message's content."""
+    parts = content if isinstance(content, list) else []
+    values = [part for part in parts if isinstance(part, dict)]
+    texts = [
+        part.get("thinking") or part.get("text")
+        for part in values
+        if part.get("type") in THOUGHT_TYPES
+    ]
+    return "".join(text for text in texts if isinstance(text, str))

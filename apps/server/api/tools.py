@@ -9,11 +9,11 @@ from pydantic import Field
 
 from mlx_mtp.apps.engine.protocol import Ready
 from mlx_mtp.apps.server.api.jobs import new_id
-from mlx_mtp.apps.server.api.schemas import Strict
+from mlx_mtp.apps.server.api.schemas import Fields
 from mlx_mtp.apps.server.errors import refused
 
 
-class Function(Strict):
+class Function(Fields):
     """A function that the model may call."""
 
     name: str = Field(min_length=1, max_length=256)
@@ -22,24 +22,25 @@ class Function(Strict):
     strict: bool | None = None
 
 
-class Tool(Strict):
+class Tool(Fields):
     """A tool of OpenAI's chat."""
 
     type: Literal["function"]
     function: Function
 
 
-class CalledFunction(Strict):
+class CalledFunction(Fields):
     """A called function; the arguments are JSON text."""
 
     name: str
-    arguments: str
+    arguments: str = "{}"
 
 
-class ToolCall(Strict):
+class ToolCall(Fields):
     """A call in a conversation."""
 
-    id: str
+    id: str = ""
+    index: int | None = None  # of streamed calls, in which SDKs leave it
     type: Literal["function"] = "function"
     function: CalledFunction
 
@@ -74,14 +75,6 @@ def chat_tools(
             param="tools",
             code="unsupported_parameter",
         )
-    for index, tool in enumerate(tools):
-        if tool.function.strict and not is_required:
-            raise refused(
-                "strict tools need tool_choice 'required' or the name of a tool; the schema cannot "
-                "be enforced if the model may also answer with text",
-                param=f"tools.{index}.function.strict",
-                code="unsupported_parameter",
-            )
     fields: dict[str, Any] = {"tools": [tool.model_dump(exclude_none=True) for tool in tools]}
     if is_required:
         several = choice == "required" and parallel is not False
@@ -114,8 +107,15 @@ def _required_tools(
     )
 
 
-def template_calls(calls: list[ToolCall], *, where: str) -> list[dict[str, Any]]:
+def template_calls(
+    calls: list[ToolCall], *, where: str, item: bool = False
+) -> list[dict[str, Any]]:
     """Convert calls to the form that chat templates take, with arguments as an object.
+
+    Args:
+        calls: the calls.
+        where: the field, for errors.
+        item: whether the field is an item of Responses, which is one call.
 
     Raises:
         ApiError: 400 if arguments are not a JSON object.
@@ -127,7 +127,7 @@ def template_calls(calls: list[ToolCall], *, where: str) -> list[dict[str, Any]]
         except (ValueError, RecursionError):
             arguments = None
         if not isinstance(arguments, dict):
-            place = f"{where}.{index}.function.arguments"
+            place = f"{where}.arguments" if item else f"{where}.{index}.function.arguments"
             raise refused(f"{place} is not a JSON object", param=place)
         function = {"name": call.function.name, "arguments": arguments}
         converted.append({"id": call.id, "type": "function", "function": function})
