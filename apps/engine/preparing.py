@@ -83,9 +83,10 @@ def prepare(
     Raises:
         Refusal: the job is invalid.
     """
+    enable = (job.template_config or {}).get("enable_thinking", job.enable_thinking)
     settings, budget = template_settings(
         tokenizer,
-        enable=job.enable_thinking,
+        enable=enable if isinstance(enable, bool) else None,
         effort=job.reasoning_effort,
         budget=job.thinking_budget,
     )

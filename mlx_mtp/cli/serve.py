@@ -40,6 +40,8 @@ SETTINGS = (
     "top_p",
     "top_k",
     "min_p",
+    "thinking_budget",
+    "reasoning_format",
     "num_draft_tokens",
 )
 
@@ -89,6 +91,7 @@ SETTINGS = (
     "Request defaults",
     field_option(Settings, "max_tokens", "-m"),
     *field_options(Settings, "temp", "top_p", "top_k", "min_p"),
+    *field_options(Settings, "thinking_budget", "reasoning_format"),
 )
 @cloup.option_group(
     "Decoding",

@@ -2,7 +2,8 @@
 
 Run as a script, so that it starts in a moment; it imports nothing but the standard library.  It
 does what the last message says: ``die`` or ``hang`` after one group, ``refuse``, ``fail``, ``slow``
-takes 20 ms a group for ever, ``flood`` the same after a group of 2 MiB, ``call`` calls a tool;
+takes 20 ms a group for ever, ``flood`` the same after a group of 2 MiB, ``call`` calls a tool,
+``think X|Y`` reasons X and answers Y, or calls a tool if Y is ``call``, ``job`` shows the job;
 everything else comes back in groups of three letters, cut at ``max_tokens`` letters.
 """
 
@@ -97,15 +98,25 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         while True:
             time.sleep(0.02)
             yield group("...", logprobs)
+    thought = ""
+    if text.startswith("think "):
+        thought, _, text = text.removeprefix("think ").partition("|")
+        thought = thought[: job["max_tokens"]]
+        for at in range(0, len(thought), 3):
+            piece = thought[at : at + 3]
+            yield group("", False) | {"reasoning": piece, "tokens": len(piece)}
+    if text == "job":
+        text = json.dumps(job)
     if text == "call":
         call = {"name": "add", "arguments": '{"a": 1}'}
         yield group("", logprobs)
-        yield finished("tool_calls", 3, [call])
+        yield finished("tool_calls", 3, [call]) | {"reasoning_tokens": len(thought)}
         return
     shown = text[: job["max_tokens"]]
     for at in range(0, len(shown), 3):
         yield group(shown[at : at + 3], logprobs)
-    yield finished("stop" if len(shown) == len(text) else "length", len(shown), [])
+    count, reason = len(thought) + len(shown), "stop" if len(shown) == len(text) else "length"
+    yield finished(reason, count, []) | {"reasoning_tokens": len(thought)}
 
 
 def listen(

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import anthropic
+import openai
 import pytest
 
 from mlx_mtp.apps.engine.prefix_cache import PrefixCache
@@ -16,6 +19,7 @@ from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.calibration.stored_costs import speculation_for
 from tests.helpers.fixtures_generate import reasoning_tokenizer
 from tests.helpers.tiny import tiny_mtp
+from tests.server.host import Host, hosted
 from tests.server.sessions import messages_of
 from tests.server.test_engine import Turns, job
 
@@ -124,3 +128,157 @@ def test_a_prefilled_answer_is_not_reasoning(engine):
 
     assert phase_of("Well, ") == "after"
     assert phase_of("<think>Hm, ") == "inside"
+
+
+# --- replies, over the fake engine -----------------------------------------------------------
+
+THINK: Any = [{"role": "user", "content": "think let me see|hello"}]
+THINK_CALL: Any = [{"role": "user", "content": "think let me see|call"}]
+SHOW: Any = [{"role": "user", "content": "job"}]
+ADD: dict[str, Any] = {"name": "add", "parameters": {"type": "object"}}
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    with hosted(thinking_budget=77) as running:
+        running.wait_for("ok")
+        yield running
+
+
+@pytest.fixture
+def client(host) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{host.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.fixture
+def claude(host) -> Iterator[anthropic.Anthropic]:
+    with anthropic.Anthropic(base_url=host.url, api_key="none", max_retries=0) as made:
+        yield made
+
+
+@pytest.mark.parametrize("details", [False, True])
+def test_chat_has_reasoning_content(client, details):
+    ways: Any = {"model": "m", "messages": THINK, "extra_body": {"mtp": {"details": details}}}
+    reply = client.chat.completions.create(**ways)
+    message = reply.choices[0].message
+    assert (message.reasoning_content, message.content) == ("let me see", "hello")
+    assert reply.usage.completion_tokens_details.reasoning_tokens == 10
+    deltas = [
+        chunk.choices[0].delta for chunk in client.chat.completions.create(stream=True, **ways)
+    ]
+    pieces = [getattr(delta, "reasoning_content", None) for delta in deltas]
+    assert [piece for piece in pieces if piece] == ["let", " me", " se", "e"]
+    assert "".join(delta.content or "" for delta in deltas) == "hello"
+    again = [*THINK, message, {"role": "user", "content": "job"}]
+    sent = json.loads(client.chat.completions.create(model="m", messages=again, max_tokens=9999)
+                      .choices[0].message.content)  # fmt: skip
+    assert sent["messages"][1]["reasoning_content"] == "let me see"
+    with client.chat.completions.stream(model="m", messages=THINK) as stream:
+        assert stream.get_final_completion().choices[0].message.content == "hello"
+
+
+@pytest.mark.parametrize("details", [False, True])
+@pytest.mark.parametrize("summary", [None, "auto"])
+def test_responses_have_a_reasoning_item(client, details, summary):
+    more: dict[str, Any] = {"include": ["reasoning.encrypted_content"], "tools": [
+        {"type": "function", "strict": None, **ADD}], "reasoning": {"summary": summary},
+        "extra_body": {"mtp": {"details": details}}}  # fmt: skip
+    for text, kinds in (
+        (THINK, ["reasoning", "message"]),
+        (THINK_CALL, ["reasoning", "function_call"]),
+    ):
+        whole = client.responses.create(model="m", input=text, **more)
+        with client.responses.stream(model="m", input=text, **more) as stream:
+            events = list(stream)
+            final = stream.get_final_response()
+        for response in (whole, final):
+            assert [item.type for item in response.output] == kinds
+            item = response.output[0]
+            assert item.content[0].text == "let me see" and item.status == "completed"
+            assert [part.text for part in item.summary] == (["let me see"] if summary else [])
+            assert response.usage.output_tokens_details.reasoning_tokens == 10
+        assert (
+            "".join(e.delta for e in events if e.type == "response.reasoning_text.delta")
+            == "let me see"
+        )
+        seen = [e.delta for e in events if e.type == "response.reasoning_summary_text.delta"]
+        assert "".join(seen) == ("let me see" if summary else "")
+        assert [e.sequence_number for e in events if hasattr(e, "sequence_number")] == sorted(
+            {e.sequence_number for e in events if hasattr(e, "sequence_number")}
+        )
+    for hidden in ({"content": None}, {"content": None, "summary": []}):
+        item = whole.output[0].model_dump() | hidden
+        output = {"type": "function_call_output", "call_id": whole.output[1].call_id, "output": "2"}
+        turns: Any = [*text, item, whole.output[1], output, *SHOW]
+        sent = client.responses.create(model="m", input=turns, max_output_tokens=9999)
+        assistant = json.loads(sent.output_text)["messages"][1]
+        assert assistant["reasoning_content"] == "let me see" and assistant["tool_calls"]
+
+
+@pytest.mark.parametrize("details", [False, True])
+def test_messages_have_a_thinking_block(claude, details):
+    tools: Any = [{"name": "add", "input_schema": {"type": "object"}}]
+    ways: Any = {"model": "m", "max_tokens": 9999, "tools": tools}
+    ways["extra_body"] = {"mtp": {"details": details}}
+    for text, kinds in ((THINK, ["thinking", "text"]), (THINK_CALL, ["thinking", "tool_use"])):
+        whole = claude.messages.create(messages=text, **ways)
+        with claude.messages.stream(messages=text, **ways) as stream:
+            events = list(stream)
+            final = stream.get_final_message()
+        for message in (whole, final):
+            assert [block.type for block in message.content] == kinds
+            assert message.content[0].thinking == "let me see"
+        assert whole.content[0].signature == final.content[0].signature != ""
+        pieces = [e.thinking for e in events if e.type == "thinking" and e.thinking]
+        assert pieces == ["let", " me", " se", "e"]
+    result = {"type": "tool_result", "tool_use_id": whole.content[1].id, "content": "2"}
+    turns: Any = [*text, {"role": "assistant", "content": final.content}]
+    turns.append({"role": "user", "content": [result, {"type": "text", "text": "job"}]})
+    sent = json.loads(claude.messages.create(messages=turns, **ways).content[0].text)
+    assert sent["messages"][1]["reasoning_content"] == "let me see"
+
+
+def test_reasoning_may_be_all_there_is(client, claude):
+    only: Any = [{"role": "user", "content": "think on and on|"}]
+    message = client.chat.completions.create(model="m", messages=only).choices[0].message
+    assert (message.reasoning_content, message.content) == ("on and on", "")
+    assert [item.type for item in client.responses.create(model="m", input=only).output] == [
+        "reasoning"
+    ]
+    content = claude.messages.create(model="m", messages=only, max_tokens=99).content
+    assert [block.type for block in content] == ["thinking"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "expected"),
+    [
+        ("chat/completions", {}, {"thinking_budget": 77}),
+        ("chat/completions", {"reasoning_effort": "low"}, {"reasoning_effort": "low"}),
+        ("chat/completions", {"reasoning": {"effort": "high", "max_tokens": 9}},
+         {"reasoning_effort": "high", "thinking_budget": 9}),
+        ("chat/completions", {"enable_thinking": False}, {"enable_thinking": False}),
+        ("chat/completions", {"thinking": {"type": "disabled"}}, {"enable_thinking": False}),
+        ("chat/completions", {"thinking_budget": -1}, {"thinking_budget": None}),
+        ("chat/completions", {"reasoning_format": "none"}, {"split_reasoning": False}),
+        ("chat/completions", {"chat_template_kwargs": {"enable_thinking": False}},
+         {"template_config": {"enable_thinking": False}}),
+        ("responses", {"reasoning": {"effort": "medium"}}, {"reasoning_effort": "medium"}),
+        ("messages", {"thinking": {"type": "enabled", "budget_tokens": 1024}},
+         {"enable_thinking": True, "thinking_budget": 1024}),
+        ("messages", {"thinking": {"type": "adaptive"}, "output_config": {"effort": "high"}},
+         {"enable_thinking": True, "reasoning_effort": "high", "thinking_budget": None}),
+        ("messages", {"thinking": {"type": "disabled"}}, {"enable_thinking": False}),
+    ],
+)  # fmt: skip
+def test_requests_set_reasoning(host, path, body, expected):
+    name = "input" if path == "responses" else "messages"
+    limit = "max_output_tokens" if path == "responses" else "max_tokens"
+    reply = host.client.post(f"/v1/{path}", json={name: SHOW, limit: 9999} | body).json()
+    if path == "chat/completions":
+        text = reply["choices"][0]["message"]["content"]
+    else:
+        content = reply["content"] if path == "messages" else reply["output"][0]["content"]
+        text = content[0]["text"]
+    sent = json.loads(text)
+    assert {name: sent.get(name) for name in expected} == expected
