@@ -89,6 +89,7 @@ def _load(load: Load, send: Callable[[Event | JobMessage], None]) -> Any:
         sys.modules.setdefault("torch", cast(Any, None))  # transformers would import it
     import mlx.core as mx
 
+    from mlx_mtp.apps.engine.encoding import encode
     from mlx_mtp.apps.engine.grammar import Grammars
     from mlx_mtp.apps.engine.prefix_cache import PrefixCache
     from mlx_mtp.apps.engine.preparing import prepare
@@ -123,9 +124,16 @@ def _load(load: Load, send: Callable[[Event | JobMessage], None]) -> Any:
         prefill_step_size=load.prefill_step_size,
         lookup=load.lookup,
     )
+
+    def prepare_job(values: dict[str, Any]) -> Any:
+        job = Job.from_dict(values)
+        if job.only:
+            return encode(job, tokenizer, vocab_size=model.vocab_size)
+        return prepare(job, model, tokenizer, grammars)
+
     send(_ready(model, tokenizer))
     return Scheduler(
-        prepare=lambda job: prepare(Job.from_dict(job), model, tokenizer, grammars),
+        prepare=prepare_job,
         begin=lambda job: Session(job, engine),
         group=StepGrouper(model, speculation).groups,
         run=lambda steps: run(model, steps),
@@ -146,8 +154,19 @@ def _ready(model: Any, tokenizer: Any) -> Ready:
         has_chat_template=tokenizer.has_chat_template,
         has_tools=tokenizer.has_chat_template and tokenizer.has_tool_calling,
         can_require_tools=tokenizer.has_tool_calling and calls_are_json(tokenizer),
+        chat_template=_template(tokenizer),
+        bos_token=tokenizer.bos_token or "",
+        eos_token=tokenizer.eos_token or "",
         facts=_facts(model),
     )
+
+
+def _template(tokenizer: Any) -> str:
+    """The source of the chat template; of several, the one for conversations without tools."""
+    template = tokenizer.chat_template if tokenizer.has_chat_template else ""
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) else ""
 
 
 def _facts(model: Any) -> dict[str, Any]:

@@ -83,16 +83,8 @@ def prepare(
     Raises:
         Refusal: the job is invalid.
     """
-    enable = (job.template_config or {}).get("enable_thinking", job.enable_thinking)
-    settings, budget = template_settings(
-        tokenizer,
-        enable=enable if isinstance(enable, bool) else None,
-        effort=job.reasoning_effort,
-        budget=job.thinking_budget,
-    )
-    job = replace(job, template_config=settings | (job.template_config or {}))
-    ids = _encode(job, tokenizer)
-    reasoning = _reasoning(job, ids, tokenizer)
+    ids = prompt_ids(job, tokenizer)
+    reasoning, (_, budget) = _reasoning(job, ids, tokenizer), _template_settings(job, tokenizer)
     try:
         sampling = Sampling(
             temp=job.temp,
@@ -132,6 +124,17 @@ def prepare(
         reasoning=reasoning if job.split_reasoning else None,
         pieces=job.pieces,
         fresh=job.fresh,
+    )
+
+
+def _template_settings(job: Job, tokenizer: TokenizerWrapper) -> tuple[dict[str, Any], int | None]:
+    """Arguments of the chat template for reasoning, and its budget."""
+    enable = (job.template_config or {}).get("enable_thinking", job.enable_thinking)
+    return template_settings(
+        tokenizer,
+        enable=enable if isinstance(enable, bool) else None,
+        effort=job.reasoning_effort,
+        budget=job.thinking_budget,
     )
 
 
@@ -190,11 +193,17 @@ def _grammar(job: Job, tokenizer: TokenizerWrapper) -> str:
     )
 
 
-def _encode(job: Job, tokenizer: TokenizerWrapper) -> list[int]:
+def prompt_ids(job: Job, tokenizer: TokenizerWrapper) -> list[int]:
+    """Encode the prompt of a job.
+
+    Raises:
+        Refusal: the prompt or the conversation is invalid.
+    """
     if job.messages is not None:
         return _encode_chat(job, job.messages, tokenizer)
     try:
-        return encode_prompt(tokenizer, job.prompt or "")
+        prompt, special = job.prompt or "", job.add_special_tokens
+        return encode_prompt(tokenizer, prompt, add_special_tokens=special)
     except ValueError as error:
         raise Refusal(str(error), param="prompt") from None
 
@@ -205,7 +214,8 @@ def _encode_chat(
     """Apply the chat template to a conversation."""
     if not tokenizer.has_chat_template:
         raise Refusal("the model has no chat template; use /v1/completions", param="messages")
-    config = dict(job.template_config or {})
+    settings, _ = _template_settings(job, tokenizer)
+    config = settings | (job.template_config or {})
     if job.tools:
         config["tools"] = job.tools
     try:

@@ -50,6 +50,9 @@ class Job:
         top_logprobs: number of most likely tokens to report per token; None for no logprobs.
         pieces: whether to report the ids and the text of each token.
         fresh: whether to ignore the prefix cache and leave it unchanged.
+        only: generate nothing: report the ids of the prompt, or its text, in a ``group``.
+        add_special_tokens: whether a ``prompt`` of text gets special tokens; None adds them unless
+            it begins with the BOS token.
     """
 
     max_tokens: int
@@ -81,6 +84,8 @@ class Job:
     top_logprobs: int | None = None
     pieces: bool = False
     fresh: bool = False
+    only: Literal["ids", "text"] | None = None
+    add_special_tokens: bool | None = None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Job:
@@ -143,6 +148,8 @@ class Ready:
         has_chat_template: whether it takes conversations.
         has_tools: whether its chat template takes tools.
         can_require_tools: whether it can be forced to call tools.
+        chat_template: source of the chat template.
+        bos_token, eos_token: special tokens, as text.
         facts: device and step costs, for display.
     """
 
@@ -154,6 +161,9 @@ class Ready:
     has_chat_template: bool
     has_tools: bool
     can_require_tools: bool = False
+    chat_template: str = ""
+    bos_token: str = ""
+    eos_token: str = ""
     facts: dict[str, Any] = field(default_factory=dict)
 
 

@@ -53,7 +53,8 @@ class Scheduler:
     """Runs jobs.
 
     Args:
-        prepare: validates the fields of a job and encodes its prompt; raises ``Refusal``.
+        prepare: validates the fields of a job and encodes its prompt, or returns all messages of a
+            job that generates nothing; raises ``Refusal``.
         begin: starts the answer to what ``prepare`` returned.
         group: groups the next steps of all answers; returns indices of those to run together.
         run: runs a group of steps.
@@ -64,7 +65,7 @@ class Scheduler:
     def __init__(
         self,
         *,
-        prepare: Callable[[dict[str, Any]], Prepared],
+        prepare: Callable[[dict[str, Any]], Prepared | list[JobMessage]],
         begin: Callable[[Prepared], Answer],
         group: Callable[[Sequence[Step]], list[list[int]]],
         run: Callable[[list[Step]], list[Outcome]],
@@ -161,8 +162,11 @@ class Scheduler:
                 self._preparing.discard(job)
                 self._admit(job, value)
 
-    def _admit(self, job: int, value: Prepared | Refusal | str) -> None:
-        if isinstance(value, Prepared):
+    def _admit(self, job: int, value: Prepared | list[JobMessage] | Refusal | str) -> None:
+        if isinstance(value, list):
+            for message in value:
+                self._send_for(job, message)
+        elif isinstance(value, Prepared):
             try:
                 answer = self._begin(value)
             except Exception as error:

@@ -76,6 +76,7 @@ class Engine:
         restarts: number of children started after the first.
         begun: number of jobs sent to a child.
         pid: process id of the child.
+        max_concurrent: maximum number of jobs that run at the same time.
     """
 
     def __init__(
@@ -97,13 +98,14 @@ class Engine:
         self.settled = asyncio.Event()
         self.metrics = metrics or Metrics()
         self.load = Load(**options or {})
-        self._max_concurrent = max_concurrent
+        self.max_concurrent = max_concurrent
         self._queue_size = queue_size
         self._timeout_s = timeout_s
         self._command = command
         self._ids = itertools.count(1)
         self._waiting: deque[_QueuedJob] = deque()
         self._running: dict[int, _QueuedJob] = {}
+        self._encoding: dict[int, _QueuedJob] = {}  # jobs that generate nothing, at once
         self._pipe: asyncio.StreamWriter | None = None
         self._last_event = 0.0
         self._answer_s = 2.0  # moving average of the time per answer
@@ -151,7 +153,9 @@ class Engine:
         """
         if self.state != "ok":
             raise engine_down(f"the engine is {self.state}")
-        free = max(0, self._max_concurrent - len(self._running) - len(self._waiting))
+        if all(job.only for job in jobs) and len(self._encoding) < self._queue_size:
+            return self._encode(jobs)
+        free = max(0, self.max_concurrent - len(self._running) - len(self._waiting))
         if len(self._waiting) + len(jobs) - free > self._queue_size:
             raise ApiError(
                 429,
@@ -165,24 +169,34 @@ class Engine:
         self._admit()
         return batch
 
+    def _encode(self, jobs: Sequence[Job]) -> Batch:
+        """Send jobs that generate nothing, which need not wait for others."""
+        batch = Batch(len(jobs), cancel=lambda: None)
+        for index, job in enumerate(jobs):
+            queued = _QueuedJob(next(self._ids), index, job, batch)
+            self._encoding[queued.id] = queued
+            self._send(Submit(id=queued.id, job=job.to_dict()))
+        return batch
+
     def refuse_all(self, reason: str) -> None:
         """Fail all waiting and running jobs, and accept no more."""
         if self.state == "ok":
             self.state = "restarting"
         self._pipe = None
-        jobs = [*self._running.values(), *self._waiting]
+        jobs = [*self._running.values(), *self._encoding.values(), *self._waiting]
         self._running.clear()
+        self._encoding.clear()
         self._waiting.clear()
         for batch in {job.batch for job in jobs if not job.cancelled}:
             batch.put(engine_down(reason))
 
     def _retry_after_s(self) -> int:
-        turns = (len(self._waiting) + 1) / self._max_concurrent
+        turns = (len(self._waiting) + 1) / self.max_concurrent
         return max(1, min(60, round(turns * self._answer_s)))
 
     def _admit(self) -> None:
         """Send waiting jobs to the child while fewer than the maximum are running."""
-        while self._pipe and self._waiting and len(self._running) < self._max_concurrent:
+        while self._pipe and self._waiting and len(self._running) < self.max_concurrent:
             job = self._waiting.popleft()
             if not self._running:
                 self._last_event = time.monotonic()
@@ -267,6 +281,11 @@ class Engine:
 
     def _deliver(self, message: JobMessage) -> None:
         """Pass a job's message to its batch; the last one makes room for another job."""
+        if encoding := self._encoding.get(message.id):
+            encoding.batch.put(message)
+            if isinstance(message, Finished | Failed | Refused):
+                del self._encoding[message.id]
+            return
         job = self._running.get(message.id)
         if job is None:
             return

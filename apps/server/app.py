@@ -21,6 +21,7 @@ from mlx_mtp.apps.server.api import (
     openai_chat,
     openai_completions,
     openai_responses,
+    tokens,
 )
 from mlx_mtp.apps.server.api.jobs import ServerContext
 from mlx_mtp.apps.server.errors import ApiError
@@ -49,7 +50,7 @@ def create_app(
         public_paths: paths that need no API key, in addition to ``/health``.
     """
     app = Starlette(
-        routes=[*_routes(), *routes],
+        routes=[*_routes(), *routes, Route("/", status.root)],
         middleware=[
             Middleware(_CountRequests, metrics=engine.metrics),
             Middleware(Guard, settings=settings, public_paths=(*PUBLIC_PATHS, *public_paths)),
@@ -82,12 +83,26 @@ def _routes() -> list[Route]:
         Route("/health", status.health),
         Route("/metrics", status.metrics),
         Route("/openapi.json", status.openapi),
-        Route("/v1/models", status.models),
-        Route("/v1/models/{model:path}", status.model),
-        Route("/v1/chat/completions", openai_chat.create, methods=["POST"]),
-        Route("/v1/completions", openai_completions.create, methods=["POST"]),
-        Route("/v1/responses", openai_responses.create, methods=["POST"]),
-        Route("/v1/messages", anthropic_messages.create, methods=["POST"]),
+        Route("/props", status.props),
+        Route("/tokenize", tokens.tokenize, methods=["POST"]),
+        Route("/detokenize", tokens.detokenize, methods=["POST"]),
+        *(route for prefix in ("/v1", "") for route in _api_routes(prefix)),
+    ]
+
+
+def _api_routes(prefix: str) -> list[Route]:
+    """The routes of the APIs; some clients leave out ``/v1``."""
+    posts = {
+        "/chat/completions": openai_chat.create,
+        "/completions": openai_completions.create,
+        "/responses": openai_responses.create,
+        "/messages": anthropic_messages.create,
+        "/messages/count_tokens": anthropic_messages.count_tokens,
+    }
+    return [
+        Route(f"{prefix}/models", status.models),
+        Route(f"{prefix}/models/{{model:path}}", status.model),
+        *(Route(prefix + path, create, methods=["POST"]) for path, create in posts.items()),
     ]
 
 
@@ -114,12 +129,13 @@ class _CountRequests:
 
 
 async def _api_error(request: Request, error: Any) -> Response:
-    return error_response(request.url.path, error)
+    return error_response(request.url.path, error, request.headers)
 
 
 async def _http_error(request: Request, error: Any) -> Response:
     """An error of the router: unknown path or wrong method."""
-    response = error_response(request.url.path, ApiError(error.status_code, error.detail))
+    api_error = ApiError(error.status_code, error.detail)
+    response = error_response(request.url.path, api_error, request.headers)
     response.headers.update(error.headers or {})
     return response
 
@@ -133,4 +149,5 @@ async def _client_disconnected(request: Request, error: Any) -> Response:
 async def _internal_error(request: Request, error: Any) -> Response:
     """A bug; Starlette logs the traceback."""
     kind = type(error).__name__
-    return error_response(request.url.path, ApiError(500, f"internal error ({kind})"))
+    api_error = ApiError(500, f"internal error ({kind})")
+    return error_response(request.url.path, api_error, request.headers)

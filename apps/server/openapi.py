@@ -7,10 +7,11 @@ from typing import Any
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from mlx_mtp.apps.server.api.anthropic_messages import MessagesRequest
+from mlx_mtp.apps.server.api.anthropic_messages import MessagesRequest, PromptRequest
 from mlx_mtp.apps.server.api.openai_chat import ChatRequest
 from mlx_mtp.apps.server.api.openai_completions import CompletionRequest
 from mlx_mtp.apps.server.api.responses_schema import ResponsesRequest
+from mlx_mtp.apps.server.api.tokens import DetokenizeRequest, TokenizeRequest
 from mlx_mtp.storage.package import package_version
 
 _POSTS: dict[str, tuple[type[BaseModel], str]] = {
@@ -18,9 +19,13 @@ _POSTS: dict[str, tuple[type[BaseModel], str]] = {
     "/v1/completions": (CompletionRequest, "Continue a text (OpenAI)."),
     "/v1/responses": (ResponsesRequest, "Answer a conversation (OpenAI's Responses)."),
     "/v1/messages": (MessagesRequest, "Answer a conversation (Anthropic)."),
+    "/v1/messages/count_tokens": (PromptRequest, "Count the tokens of a conversation (Anthropic)."),
+    "/tokenize": (TokenizeRequest, "Return the ids of a text (llama.cpp)."),
+    "/detokenize": (DetokenizeRequest, "Return the text of ids (llama.cpp)."),
 }
 _GETS = {
     "/health": "State of the engine.",
+    "/props": "Properties of the server and its model (llama.cpp).",
     "/metrics": "Prometheus metrics.",
     "/v1/models": "The models.",
     "/v1/models/{model}": "One model.",

@@ -52,7 +52,7 @@ class Guard:
                 self._check_length(headers)
                 response = None
         except ApiError as error:
-            response = error_response(path, error)
+            response = error_response(path, error, headers)
         send = _with_origin(send, origin) if origin in self._settings.allowed_origins else send
         await (response or self._app)(scope, receive, send)
 

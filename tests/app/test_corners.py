@@ -216,6 +216,27 @@ def test_a_conversation_opens_at_its_end_and_back_opens_the_previous_one(page: P
     until(page, is_at_end)
 
 
+@pytest.mark.parametrize("part", ["session", "settings"])
+def test_an_address_that_changes_while_the_page_starts_is_followed(browser, app: AppHost, part):
+    number = imported(app, "opened early", pairs=1)
+    context = browser.new_context()
+    page = context.new_page()
+    opened: list[str] = []
+
+    def change(route: Any) -> None:
+        page.evaluate(f"location.hash = 'c={number}'")
+        route.continue_()
+
+    page.route(f"**/app/api/{part}", change)
+    page.on("request", lambda request: opened.append(request.url))
+    page.goto(app.address)
+    expect(page.locator("header h1")).to_have_text("opened early")
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_enabled()
+    assert page.url.endswith(f"#c={number}")
+    assert sum(url.endswith(f"/conversations/{number}") for url in opened) == 1
+    context.close()
+
+
 def test_a_phone_shows_the_conversation_below_two_rows(browser, app: AppHost):
     app.client.put("/settings", json={"values": {"panel": "settings"}}).raise_for_status()
     context = browser.new_context(

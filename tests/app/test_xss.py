@@ -56,6 +56,7 @@ def test_nothing_runs_and_nothing_leaves(browser, app: AppHost, without_policy):
     page.set_default_timeout(WAIT_MS)
     watch = Watch(page, app.url)
     page.goto(app.address)
+    expect(page.get_by_role("button", name="Send", exact=True)).to_be_enabled(timeout=WAIT_MS)
     for number in imported(app, xss_strings()):
         page.evaluate(f"location.hash = 'c={number}'")
         page.reload()

@@ -85,6 +85,12 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
             yield {"type": "refused", "message": f"{param} is too large", "param": param}
             return
     yield {"type": "started", "prompt_tokens": 10, "cached_tokens": 4}
+    if "only" in job:
+        prompt = job.get("prompt", "")
+        ids = list(prompt.encode()) if isinstance(prompt, str) else prompt
+        yield group("" if isinstance(prompt, str) else bytes(ids).decode(), False) | {"ids": ids}
+        yield {"type": "finished", "reason": "stop"}
+        return
     logprobs = job.get("top_logprobs") is not None
     if text == "fail":
         yield {"type": "failed", "message": "out of luck"}

@@ -11,6 +11,7 @@ import { counted } from "./words";
 
 const NOTICE_MS = 6000;
 let noticeTimer = 0;
+let lastOpened = 0;
 
 /** Run ``work`` and show its error, if any; returns whether it succeeded. */
 export async function attempt(work: () => Promise<unknown>): Promise<boolean> {
@@ -40,7 +41,9 @@ export async function listConversations(): Promise<void> {
 
 /** Show a conversation, and follow its answer if one is being generated. */
 export async function openConversation(id: number): Promise<void> {
+  const opened = ++lastOpened;
   const { messages, ...head } = await ask<Conversation>("GET", `/conversations/${id}`);
+  if (opened !== lastOpened) return; // another one was opened while this one was read
   batch(() => {
     state.conversation.value = head;
     state.messages.value = new Map(messages.map((message) => [message.id, message]));
@@ -53,6 +56,7 @@ export async function openConversation(id: number): Promise<void> {
 
 /** Start a new conversation; it is saved with its first message. */
 export function newConversation(): void {
+  lastOpened++;
   batch(() => {
     state.conversation.value = null;
     state.messages.value = new Map();

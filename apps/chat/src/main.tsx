@@ -17,11 +17,14 @@ import "./styles/dialogs.css";
 import "./styles/narrow.css";
 import "./styles/print.css";
 
+let ready = false;
+
 /** Remove the token from the address, where it is visible, and exchange it for a cookie. */
 async function signIn(): Promise<void> {
   const token = new URLSearchParams(location.hash.slice(1)).get("token");
   if (token === null) return;
-  history.replaceState(null, "", "/");
+  const id = conversationInAddress();
+  history.replaceState(null, "", id ? `/#c=${id}` : "/");
   await attempt(() => openSession(token));
 }
 
@@ -29,14 +32,18 @@ function conversationInAddress(): number {
   return Number(new URLSearchParams(location.hash.slice(1)).get("c"));
 }
 
-function followAddress(): void {
+/** Show the conversation in the address. Until the page is ready, ``start`` reads the address. */
+async function followAddress(): Promise<void> {
+  if (!ready) return;
   const id = conversationInAddress();
-  if (!id) newConversation();
-  else if (id !== state.conversation.value?.id) void attempt(() => openConversation(id));
+  if (!id) return newConversation();
+  if (id === state.conversation.value?.id || (await attempt(() => openConversation(id)))) return;
+  if (!state.conversation.value && id === conversationInAddress()) newConversation();
 }
 
 async function start(): Promise<void> {
-  const id = conversationInAddress();
+  addEventListener("popstate", () => void followAddress());
+  isPhone.addEventListener("change", () => (state.drawer.value = false));
   render(<App />, document.getElementById("app")!);
   await signIn();
   if (state.locked.value) return;
@@ -45,12 +52,10 @@ async function start(): Promise<void> {
     const saved = await ask<Partial<state.Settings>>("GET", "/settings");
     state.settings.value = { ...state.FIRST_SETTINGS, ...saved };
     if (panelCovers.matches) state.settings.value = { ...state.settings.value, panel: "" };
-    if (!id) newConversation();
-    await listConversations();
   });
-  if (id && !(await attempt(() => openConversation(id)))) newConversation();
-  addEventListener("popstate", followAddress);
-  isPhone.addEventListener("change", () => (state.drawer.value = false));
+  // The address is read only now: it may have changed while the page waited.
+  ready = true;
+  await Promise.all([followAddress(), attempt(listConversations)]);
 }
 
 void start();

@@ -45,6 +45,15 @@ async def create(request: Request) -> Any:
     )
 
 
+async def count_tokens(request: Request) -> Any:
+    """Count the tokens of the prompt that a request would have."""
+    context: ServerContext = request.app.state.context
+    body = await context.read(request, PromptRequest)
+    job = Job(max_tokens=1, only="ids", **_prompt(body, context))
+    started, _ = await context.encode(request, job)
+    return json_response({"input_tokens": started.prompt_tokens})
+
+
 def _job(body: MessagesRequest, context: ServerContext) -> Job:
     if body.temperature is not None and body.temperature > 1:
         raise refused("temperature: should be at most 1", param="temperature")

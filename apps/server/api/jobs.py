@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import BaseModel
 from starlette.requests import Request
 
-from mlx_mtp.apps.engine.protocol import Job, Ready
+from mlx_mtp.apps.engine.protocol import Group, Job, Ready, Started
 from mlx_mtp.apps.engine.supervisor import Engine
 from mlx_mtp.apps.server.api.schemas import MAX_TOKENS, OpenAISampled, Sampled
 from mlx_mtp.apps.server.body import read_body
@@ -28,7 +29,7 @@ FINGERPRINT = f"mlx-mtp-{package_version()}"
 DEFAULT_MODEL = "default_model"  # mlx-lm's name of the served model
 GREEDY_BELOW = 1e-6  # in float32, sampling at lower temperatures equals greedy decoding
 
-Body = TypeVar("Body", bound=Sampled)
+Body = TypeVar("Body", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class ServerContext:
             request, model, self.settings, note=lambda text: note(f"{path}: {text}")
         )
         if self.settings.strict_model:
-            self.check_model(body.model)
+            self.check_model(getattr(body, "model", None))
         return body
 
     def check_model(self, name: str | None) -> None:
@@ -123,6 +124,19 @@ class ServerContext:
             raise
         events, ping_s = reply.events(batch, first), self.settings.ping_s
         return EventStream(events, failed=failed, ping_s=ping_s, ended=batch.cancel)
+
+    async def encode(self, request: Request, job: Job) -> tuple[Started, Group]:
+        """Run a job that generates nothing.
+
+        Raises:
+            ApiError: the prompt is invalid, or the engine is not running.
+            ClientDisconnect: the client disconnected.
+        """
+        batch = self.engine.submit([job])
+        started = await unless_disconnected(request.receive, batch.next())
+        group = await unless_disconnected(request.receive, batch.next())
+        assert isinstance(started, Started) and isinstance(group, Group)
+        return started, group
 
     def job(self, body: Sampled, *, max_tokens: int | None) -> Job:
         """Convert the fields that all APIs share; absent ones have the operator's defaults."""
