@@ -26,6 +26,7 @@ from mlx_mtp.decoding.limits import ContextOverflow
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.reasoning import Reasoning, budget_processors, reasoning_marks
 from mlx_mtp.stats import RULE, GenerationStats, StatsMeter
+from mlx_mtp.terminal import show
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -261,7 +262,7 @@ def generate(
     text, last = "", None
     print(RULE)
     for last in responses:
-        print(last.text, end="", flush=True)
+        show(last.text, end="")
         text += last.text
     print(f"\n{RULE}")
     print(stats_text(text, last))

@@ -33,7 +33,7 @@ from mlx_mtp.storage.default_model import (
 )
 from mlx_mtp.storage.folders import without_wildcards
 from mlx_mtp.storage.safetensors import check_safetensors, read_safetensors
-from mlx_mtp.terminal import Status, first_line
+from mlx_mtp.terminal import Status, first_line, show
 
 HUB_FILES = (
     "*.json", "*.safetensors", "*.txt", "*.jsonl", "*.jinja", "tokenizer.model", "*.py"
@@ -104,7 +104,7 @@ def load_with_status(
         tokenizer.add_eos_token(token)
     if options.get("mtp", True) and model.config is None:
         line = f"{model.name} has no MTP adapter: it generates one token per step"
-        print(line, file=sys.stderr)
+        show(line, file=sys.stderr)
     on_cpu = mx.default_device() == mx.Device(mx.DeviceType.cpu)
     if BLAS == "reference" and SWITCH not in os.environ and on_cpu and sys.stderr.isatty():
         print("hint: install OpenBLAS (libopenblas0-pthread) for speed", file=sys.stderr)

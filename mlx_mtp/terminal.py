@@ -1,8 +1,13 @@
-"""What commands do at a terminal: exit codes, one-line errors, Ctrl-C, progress, answers."""
+"""What commands do at a terminal: exit codes, one-line errors, Ctrl-C, progress, answers.
+
+Text from models and files may contain control characters that change a terminal's clipboard, title
+or earlier lines.  Everything that is printed at a terminal goes through ``visible``.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import sys
@@ -20,6 +25,26 @@ INTERRUPTED = 130
 CLOSED_PIPE = 141
 SLOW_S = 2.0  # work that takes longer shows its progress
 _ERASE_LINE = "\r\x1b[K"
+# C0 but tabs and line ends, DEL, C1, and what reorders text (bidirectional embeddings, overrides,
+# isolates).  Each character is replaced alone, so a sequence may be split over several pieces.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def visible(text: str) -> str:
+    r"""Replace control characters other than ``\n`` and ``\t`` by escapes such as ``\x1b``."""
+    return _CONTROL.sub(_escape, text)
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    # JSON escapes C0 itself and knows the second form, so a line of JSON remains valid.
+    return f"\\x{code:02x}" if code < 0x20 else f"\\u{code:04x}"
+
+
+def show(text: str = "", *, end: str = "\n", file: TextIO | None = None) -> None:
+    """Print text on stdout or another stream: ``visible`` at a terminal, elsewhere unchanged."""
+    file = file or sys.stdout
+    print(visible(text) if file.isatty() else text, end=end, file=file, flush=True)
 
 
 class BadInput(click.ClickException):
@@ -27,18 +52,24 @@ class BadInput(click.ClickException):
 
     exit_code = 2
 
+    def format_message(self) -> str:
+        """Return the text without control characters, which names of files may contain."""
+        return visible(super().format_message())
+
 
 def one_line(error: BaseException) -> str:
     """Return an error's whole text as one line, with the file that an OSError is about."""
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        text = f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    else:
+        text = str(error)
+    return visible(" ".join(text.split())) or type(error).__name__
 
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text, or the name of its type if it has none."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    return visible(lines[0]) if lines else type(error).__name__
 
 
 class Interrupt:
@@ -100,6 +131,7 @@ def progress(
     from tqdm import tqdm  # 30 ms, which most commands do not need
 
     defaults: dict[str, Any] = {"leave": False, "disable": None, "dynamic_ncols": True}
+    desc = desc and visible(desc)
     return tqdm(iterable, total=total, desc=desc, unit=unit, delay=delay, **defaults | options)
 
 
@@ -152,7 +184,7 @@ class Status:
 
     def _write(self, text: str) -> None:
         width = shutil.get_terminal_size().columns - 1
-        self._stream.write(_ERASE_LINE + text[:width])
+        self._stream.write(_ERASE_LINE + visible(text)[:width])
         self._stream.flush()
 
 
@@ -174,15 +206,14 @@ class AnswerWriter:
     def write(self, text: str) -> None:
         """Write text of the answer."""
         self._status.stop()
-        sys.stdout.write(text)
-        sys.stdout.flush()
+        show(text, end="")
         if text:
             self._is_mid_line = self._is_shared and not text.endswith("\n")
 
     def log(self, line: str) -> None:
         """Write a line to stderr."""
         self._status.stop()
-        print(f"\n{line}" if self._is_mid_line else line, file=sys.stderr, flush=True)
+        show(f"\n{line}" if self._is_mid_line else line, file=sys.stderr)
         self._is_mid_line = False
 
 
@@ -195,6 +226,8 @@ def _is_same_file(one: TextIO, other: TextIO) -> bool:
 
 
 def dim(text: str) -> str:
-    """Wrap text for stdout in the escape codes for faint text, where a terminal shows them."""
-    plain = not sys.stdout.isatty() or os.environ.get("TERM") == "dumb" or "NO_COLOR" in os.environ
-    return text if plain else f"\x1b[2m{text}\x1b[0m"
+    """Return text for stdout: at a terminal ``visible``, and faint where the terminal shows it."""
+    if not sys.stdout.isatty():
+        return text
+    plain = os.environ.get("TERM") == "dumb" or "NO_COLOR" in os.environ
+    return visible(text) if plain else f"\x1b[2m{visible(text)}\x1b[0m"

@@ -29,6 +29,7 @@ from tests.helpers.fixtures_generate import (
     ids_of,
     scripted,
 )
+from tests.test_terminal import Terminal
 
 __all__ = ["scripted"]
 
@@ -270,10 +271,10 @@ def test_chat_explains_each_step(scripted, monkeypatch):
 class Screen:
     """The program under test at a terminal of its own."""
 
-    def __init__(self, *args: str) -> None:
+    def __init__(self, *args: str, **environment: str) -> None:
         pty = pytest.importorskip("pty")
         self._terminal, inner = pty.openpty()
-        env = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"}
+        env = os.environ | {"TERM": "xterm", "PROMPT_TOOLKIT_NO_CPR": "1"} | environment
         env.pop("NO_COLOR", None)
         self.process = subprocess.Popen(
             [*FAKE_CLI, *args], stdin=inner, stdout=inner, stderr=inner, env=env,
@@ -327,6 +328,38 @@ def test_chat_at_a_terminal():
     screen.wait_for("stopped.*" + PROMPT_SHOWN)
     screen.type("\x04")
     assert screen.process.wait(timeout=60) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_a_terminal_does_not_obey_an_answer(command):
+    screen = Screen("0", command, ANSWER="\x1b]52;c;eA==\x07\x1b[2K\r\u009b1mPassword: \tend")
+    if command == "chat":
+        screen.wait_for("Commands: .*" + PROMPT_SHOWN)
+        screen.type("hey\r")
+    text = screen.wait_for("end").rpartition("begun\r\n")[2]
+    assert text == r"\x1b]52;c;eA==\x07\x1b[2K\x0d\u009b1mPassword: " + "\tend"
+    screen.wait_for("tokens/step" + (".*" + PROMPT_SHOWN if command == "chat" else "\r\n"))
+    if command == "chat":
+        screen.type("\x04")
+    assert screen.process.wait(timeout=60) == 0
+
+
+def test_chat_shows_controls_in_answers_errors_and_prompts(scripted, monkeypatch):
+    scripted.answers = [[*ids_of("a\x1b]0;b\x07\n\tc"), EOS]]
+    for shown in (Terminal(), io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", shown)
+        monkeypatch.setenv("NO_COLOR", "1")
+        scripted.answers *= 2
+        Repl(conversation(scripted)).run(iter(["hi", "/system S\x1b[2K", "/\x1b[1A"]))
+        text = shown.getvalue()
+        assert ("\x1b" in text) is not shown.isatty()
+        if shown.isatty():
+            for line in ("a\\x1b]0;b\\x07\n\tc\n", "prompt: S\\x1b[2K\n", "command /\\x1b[1A;"):
+                assert line in text
+        else:
+            assert "a\x1b]0;b\x07\n\tc\n" in text
 
 
 @pytest.mark.slow

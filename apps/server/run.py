@@ -16,6 +16,7 @@ from starlette.types import ASGIApp
 from mlx_mtp.apps.engine.supervisor import Engine
 from mlx_mtp.apps.server.connection import protocol_class
 from mlx_mtp.apps.server.settings import Settings
+from mlx_mtp.terminal import show
 
 GRACE_S = 1  # for running answers after Ctrl-C
 
@@ -88,7 +89,7 @@ async def _announce(server: _Server, engine: Engine, url: str, settings: Setting
         return
     mode = f"k = {info.num_draft_tokens}" if info.adapter else "no MTP adapter: one token per step"
     mode = "plain layout: one token per step" if settings.layout == "plain" else mode
-    print(f"Serving {info.model} ({mode}) on {url}/v1", flush=True)
+    show(f"Serving {info.model} ({mode}) on {url}/v1")
 
 
 class _Server(uvicorn.Server):

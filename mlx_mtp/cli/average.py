@@ -7,7 +7,7 @@ from pathlib import Path
 import cloup
 
 from mlx_mtp.cli.options import option
-from mlx_mtp.terminal import Status
+from mlx_mtp.terminal import Status, show
 
 
 @cloup.command()
@@ -30,4 +30,4 @@ def average(adapters: tuple[str, ...], adapter_path: str) -> None:
     with Status("Reading the adapters ..."):
         folders = [resolve(adapter, kind="adapter") for adapter in adapters]
         config = save_mean(folders, Path(adapter_path).expanduser(), names=adapters)
-    print(f"wrote {adapter_path}: the mean of {len(adapters)} adapters for {config.base_model}")
+    show(f"wrote {adapter_path}: the mean of {len(adapters)} adapters for {config.base_model}")

@@ -26,7 +26,7 @@ from mlx_mtp.cli.options import (
     option,
 )
 from mlx_mtp.decoding.config import GenerationConfig
-from mlx_mtp.terminal import INTERRUPTED, Interrupt, Status
+from mlx_mtp.terminal import INTERRUPTED, Interrupt, Status, show
 
 if TYPE_CHECKING:
     from mlx_mtp.bench.benchmark import BenchmarkConfig
@@ -227,7 +227,7 @@ def _measure(config: BenchmarkConfig) -> dict[str, Any] | None:
         prepared = prepare(config, on_status=status.update)
     known = SPECULATIONS.get(prepared.model)
     if known is not None and known.costs.curve.source.startswith("measured"):
-        print(f"Layout auto plans with costs {known.costs.curve.source}", file=sys.stderr)
+        show(f"Layout auto plans with costs {known.costs.curve.source}", file=sys.stderr)
     with Interrupt() as interrupt:
         return run(prepared, check=interrupt.check)
 
@@ -238,7 +238,7 @@ def _compare(one: Path, other: Path, *, output_format: str, output_file: Path | 
     reports = [read_report(path.expanduser()) for path in (one, other)]
     rows, notes = compare(*reports), warnings(*reports)
     for note in notes:
-        print(f"warning: {note}", file=sys.stderr)
+        show(f"warning: {note}", file=sys.stderr)
     _write(
         lambda extension: render(rows, notes, extension),
         output_format=output_format,
@@ -255,4 +255,4 @@ def _write(render: Callable[[str], str], *, output_format: str, output_file: Pat
             extension = output_file.suffix.removeprefix(".")
             write_atomically(output_file.expanduser(), render(extension) + "\n")
     finally:  # a full disk must not lose the measurement
-        click.echo(render(output_format))
+        show(render(output_format))

@@ -12,7 +12,7 @@ import click
 import cloup
 
 from mlx_mtp.cli.options import AS_JSON, TRUST_REMOTE_CODE, option
-from mlx_mtp.terminal import Status
+from mlx_mtp.terminal import Status, show
 
 if TYPE_CHECKING:
     from mlx_mtp.converters.convert import AdapterOptions, Converted
@@ -129,7 +129,7 @@ def convert(**options: Any) -> None:
         result = convert_adapter(checkpoint, output, base_model=base_model, **settings)
     if report and result.notes:
         report[-1] += ", if the assumptions above hold"
-    print("\n".join(_summary(output, result, bundle=hf_path is not None) + report))
+    show("\n".join(_summary(output, result, bundle=hf_path is not None) + report))
     if options["upload_repo"] is not None:
         _upload(output, options["upload_repo"])
 
@@ -157,7 +157,7 @@ def export(adapter_path: str, peft_path: str, model: str | None, force: bool) ->
         output = Path(peft_path).expanduser()
         settings = export_adapter(adapter_path, output, base_model=model, force=force)
     masks = settings["alora_invocation_tokens"]
-    print(
+    show(
         f"wrote {peft_path}: PEFT LoRA of rank {settings['r']} for "
         f"{settings['base_model_name_or_path']}, mask tokens {masks[0]} to {masks[-1]}"
     )
@@ -174,7 +174,7 @@ def inspect(path: str, as_json: bool, allow_pickle: bool) -> None:
     with Status("Inspecting ...") as status:
         checkpoint = _checkpoint_path(path, allow_pickle=allow_pickle)
         report = inspect_path(checkpoint, allow_pickle=allow_pickle, say=status.update)
-    print(json.dumps(report.to_dict(), ensure_ascii=False) if as_json else report.text())
+    show(json.dumps(report.to_dict(), ensure_ascii=False) if as_json else report.text())
 
 
 def _check_flags(options: dict[str, Any]) -> None:
@@ -306,4 +306,4 @@ def _upload(folder: Path, repo: str) -> None:
         except ValueError as error:
             hint = f"{folder} was written; upload it with: hf upload {repo} {folder}"
             raise ValueError(f"{error}; {hint}") from None
-    print(f"uploaded to {address}")
+    show(f"uploaded to {address}")

@@ -14,7 +14,7 @@ import click
 import cloup
 
 from mlx_mtp.cli.options import AS_JSON, ListOf, model_options, option
-from mlx_mtp.terminal import Status
+from mlx_mtp.terminal import Status, show
 
 FAILED = 1
 ROWS = (1, 2, 3, 4, 5, 6, 8, 9, 12, 16, 24, 32)
@@ -67,6 +67,6 @@ def doctor(
         report = examine(loaded.base, name=loaded.name, rows=rows, say=status.update)
     text = json.dumps(report, indent=2)
     write_atomically(output_file.expanduser(), text + "\n")
-    click.echo(text if as_json else "\n".join([*table(report), "", f"wrote {output_file}"]))
+    show(text if as_json else "\n".join([*table(report), "", f"wrote {output_file}"]))
     if not report["passed"]:
         sys.exit(FAILED)

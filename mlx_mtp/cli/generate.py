@@ -25,7 +25,7 @@ from mlx_mtp.cli.options import (
     template_options,
 )
 from mlx_mtp.storage.package import package_version
-from mlx_mtp.terminal import INTERRUPTED, AnswerWriter, Interrupt, Status
+from mlx_mtp.terminal import INTERRUPTED, AnswerWriter, Interrupt, Status, show
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -169,7 +169,7 @@ def _answer(
             print(RULE, flush=True)
         text, tokens, last = _consume(stream, interrupt, None if mode == "json" else output)
     finished = last is not None and last.finish_reason is not None
-    print(_as_json(model.name, text, tokens, last) if mode == "json" else "", flush=True)
+    show(_as_json(model.name, text, tokens, last) if mode == "json" else "")
     if mode == "verbose":
         print(RULE)
         if finished or text:

@@ -20,7 +20,7 @@ from mlx_mtp.cli.options import (
     option,
 )
 from mlx_mtp.decoding.config import GenerationConfig
-from mlx_mtp.terminal import Status
+from mlx_mtp.terminal import Status, show
 
 if TYPE_CHECKING:
     from mlx_mtp.simulate.chips import Machine
@@ -123,7 +123,7 @@ def simulate(**options: Any) -> None:
     if options["list_chips"]:
         from mlx_mtp.simulate.report import list_lines
 
-        click.echo("\n".join(list_lines()))
+        show("\n".join(list_lines()))
     elif options["record"]:
         _record(options)
     else:
@@ -149,9 +149,9 @@ def _simulate(options: dict[str, Any]) -> None:
         draw(results, options["plot"])
     if options["as_json"]:
         about = {"about": HEAD, "trace": trace.source, "k": k}
-        click.echo(json.dumps(about | {"machines": [result.to_dict() for result in results]}))
+        show(json.dumps(about | {"machines": [result.to_dict() for result in results]}))
         return
-    click.echo("\n".join(report_lines(results, trace.limited(k), by_kind=options["by_kind"])))
+    show("\n".join(report_lines(results, trace.limited(k), by_kind=options["by_kind"])))
 
 
 def _machines(options: dict[str, Any], k: int) -> list[Machine]:
@@ -238,4 +238,4 @@ def _record(options: dict[str, Any]) -> None:
             progress=lambda done, total: status.update(f"Recorded {done}/{total}"),
         )
     write_trace(trace, options["record"])
-    click.echo(f"{options['record']}: {len(trace.answers)} answers of {trace.source}")
+    show(f"{options['record']}: {len(trace.answers)} answers of {trace.source}")

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 
-import click
 import cloup
 
 from mlx_mtp.cli.options import AS_JSON, model_options
-from mlx_mtp.terminal import Status
+from mlx_mtp.terminal import Status, show
 
 
 @cloup.command()
@@ -34,6 +33,6 @@ def tune(
         )
         costs = calibrate(loaded, again=True, on_status=status.update)
     if as_json:
-        click.echo(json.dumps({"model": loaded.name} | costs.to_dict()))
+        show(json.dumps({"model": loaded.name} | costs.to_dict()))
     else:
-        click.echo("\n".join([f"{loaded.name}, {costs.source}", "", *curve_lines(costs)]))
+        show("\n".join([f"{loaded.name}, {costs.source}", "", *curve_lines(costs)]))

@@ -12,7 +12,6 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
 import cloup
 
 from mlx_mtp.cli.options import (
@@ -27,7 +26,7 @@ from mlx_mtp.cli.options import (
     option,
 )
 from mlx_mtp.evaluation.prompt_sets import BUILTIN
-from mlx_mtp.terminal import Status
+from mlx_mtp.terminal import Status, show
 from mlx_mtp.verify.settings import DEFAULT_SAMPLING, VerifySettings
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def verify(**options: Any) -> None:
         check_writable(target)
     prompts = choose_prompts(options["prompts"], options["kinds"], options["num_prompts"])
     report, receipt = _run(options, prompts, settings)
-    click.echo(receipt_json(receipt) if options["as_json"] else "\n".join(table(report)))
+    show(receipt_json(receipt) if options["as_json"] else "\n".join(table(report)))
     if target is not None:
         write_receipt(receipt, target)
     if not report.passed:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_mtp.loading import load
 from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, read_config
-from mlx_mtp.terminal import Interrupt, one_line
+from mlx_mtp.terminal import Interrupt, one_line, show
 from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.data.pipeline import (
     Prepared,
@@ -117,7 +117,7 @@ def run(options: Mapping[str, Any]) -> bool:
                 display.log(line)
             with folder.locked():
                 return _run_in(folder, plan, model, tokenizer, source, display)
-    print("\n".join(lines))
+    show("\n".join(lines))
     return True
 
 

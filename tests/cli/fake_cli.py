@@ -1,10 +1,12 @@
 """``mlx-mtp`` over a scripted loop, to be run as a program: ``python fake_cli.py STEP_MS ARGS``.
 
-Every answer counts on for 1,889 ids, some per step; stderr says when it begins.  Nothing is loaded.
+Every answer is the environment's ANSWER, or counts on for 1,889 ids, some per step.  stderr says
+when it begins.  Nothing is loaded.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import mlx_mtp.decoding.loop
 import mlx_mtp.loading
 from mlx_mtp.cli.main import main
-from tests.helpers.fixtures_generate import FakeModel, byte_tokenizer, fake_decode, ids_of
+from tests.helpers.fixtures_generate import EOS, FakeModel, byte_tokenizer, fake_decode, ids_of
 
 STEP_S = int(sys.argv.pop(1)) / 1000
-COUNT = " ".join(str(number) for number in range(500))
+COUNT = os.environ.get("ANSWER") or " ".join(str(number) for number in range(500))
 
 
 def slow_decode(*args: Any, **options: Any) -> Any:
@@ -29,7 +31,7 @@ def slow_decode(*args: Any, **options: Any) -> Any:
 
 
 def load(*args: Any, **options: Any) -> tuple[Any, Any]:
-    return FakeModel(answers=[ids_of(COUNT)] * 9, max_context=None), byte_tokenizer()
+    return FakeModel(answers=[[*ids_of(COUNT), EOS]] * 9, max_context=None), byte_tokenizer()
 
 
 if __name__ == "__main__":

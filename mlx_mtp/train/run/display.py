@@ -11,7 +11,7 @@ import time
 from typing import TYPE_CHECKING, Any, TextIO
 
 from mlx_mtp.evaluation.acceptance import Evaluation
-from mlx_mtp.terminal import progress
+from mlx_mtp.terminal import progress, visible
 from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.run.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
 
@@ -62,7 +62,7 @@ class Display:
         if self._is_terminal:
             from tqdm import tqdm
 
-            tqdm.write(text, file=self._stream)
+            tqdm.write(visible(text), file=self._stream)
         else:
             print(text, file=self._stream, flush=True)
 

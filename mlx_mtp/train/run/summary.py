@@ -17,7 +17,7 @@ from mlx_mtp.evaluation.acceptance import Evaluation
 from mlx_mtp.model.config import CONFIG_FILE
 from mlx_mtp.storage.files import write_atomically
 from mlx_mtp.storage.package import package_version
-from mlx_mtp.terminal import one_line
+from mlx_mtp.terminal import one_line, show
 from mlx_mtp.train.run.card import training_card
 from mlx_mtp.train.run.checkpoint import README_FILE
 from mlx_mtp.train.run.curves import draw_curves, terminal_curves
@@ -69,7 +69,7 @@ def finish(
     if not result.finished:
         return
     width, height = CURVES_SIZE
-    print("\n".join(summary_lines(folder, records, result, model=command_model(command))))
+    show("\n".join(summary_lines(folder, records, result, model=command_model(command))))
     if records and sys.stdout.isatty():
         with contextlib.suppress(ValueError):  # without plotext there is still the PNG file
             print(terminal_curves(records, width=width, height=height))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mlx_mtp.terminal import one_line
+from mlx_mtp.terminal import one_line, show
 
 TRACKERS = ("trackio", "wandb")
 
@@ -88,4 +88,4 @@ class _Service(Tracker):
 
 
 def _to_stderr(line: str) -> None:
-    print(line, file=sys.stderr)
+    show(line, file=sys.stderr)
