@@ -14,6 +14,7 @@ Only the first reasoning of an answer counts, and it ends with the first closing
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
@@ -21,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import mlx.core as mx
 
 from mlx_mtp.decoding.sampling import LogitsProcessor
+from mlx_mtp.terminal import AnswerWriter
 
 Phase = Literal["before", "inside", "after"]
 Span = tuple[int, int] | tuple[int, int, int, int]
@@ -119,7 +121,11 @@ def template_text(tokenizer: Any) -> str:
 
 
 def template_settings(
-    tokenizer: Any, *, enable: bool | None = None, effort: str | None = None, budget: int | None
+    tokenizer: Any,
+    *,
+    enable: bool | None = None,
+    effort: str | None = None,
+    budget: int | None = None,
 ) -> tuple[dict[str, Any], int | None]:
     """Turn the settings of a request into arguments of the chat template and a budget.
 
@@ -292,6 +298,39 @@ class ReasoningParser:
         self._previous = taken[-1:] or self._previous
         self._is_blank = self._is_blank and not taken.strip()
         return taken
+
+
+class AnswerPrinter:
+    """Writes an answer; at a terminal its reasoning is faint and without marks.
+
+    Args:
+        output: where to write.
+        reasoning: the marks, if the model has any.
+    """
+
+    def __init__(self, output: AnswerWriter, reasoning: Reasoning | None) -> None:
+        self._output = output
+        is_split = reasoning is not None and sys.stdout.isatty()
+        self._parser = ReasoningParser(reasoning) if reasoning and is_split else None
+        self._is_reasoning = False
+
+    def write(self, text: str) -> None:
+        """Write a piece of text."""
+        self._write(self._parser.push(text) if self._parser else Parts("", text))
+
+    def finish(self) -> None:
+        """Write the pending text."""
+        if self._parser:
+            self._write(self._parser.finish())
+
+    def _write(self, parts: Parts) -> None:
+        if parts.reasoning:
+            self._output.write(parts.reasoning, faint=True)
+            self._is_reasoning = True
+        if parts.content and self._is_reasoning:
+            self._output.write("\n\n")
+            self._is_reasoning = False
+        self._output.write(parts.content)
 
 
 class ReasoningTracker:

@@ -7,13 +7,16 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from click.testing import CliRunner
 from hypothesis import example, given
 from hypothesis import strategies as st
 from tokenizers import AddedToken
 
+from mlx_mtp.cli.main import cli
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.generate import chat_text, encode_prompt, stream_generate
 from mlx_mtp.reasoning import (
+    AnswerPrinter,
     Parts,
     Reasoning,
     ReasoningParser,
@@ -22,8 +25,17 @@ from mlx_mtp.reasoning import (
     split_reasoning,
     template_settings,
 )
-from tests.helpers.fixtures_generate import EOS, byte_tokenizer, reasoning_tokenizer
+from mlx_mtp.terminal import AnswerWriter, Status
+from tests.helpers.fixtures_generate import (
+    EOS,
+    FakeModel,
+    byte_tokenizer,
+    reasoning_tokenizer,
+    scripted,
+)
 from tests.helpers.tiny import tiny_mtp
+
+__all__ = ["scripted"]
 
 THINK = Reasoning(start="<think>", end="</think>")
 INSIDE, AFTER = replace(THINK, phase="inside"), replace(THINK, phase="after")
@@ -241,3 +253,59 @@ def test_the_template_gets_the_reasoning_of_the_history():
     ]
     assert "<assistant><think>hm</think>b<eos>" in chat_text(reasoning_tokenizer(), turns)
     assert "<assistant>b<eos>" in chat_text(byte_tokenizer(), turns)
+
+
+def printed(capsys: Any, pieces: list[str], reasoning: Reasoning | None) -> str:
+    printer = AnswerPrinter(AnswerWriter(Status("")), reasoning)
+    for piece in pieces:
+        printer.write(piece)
+    printer.finish()
+    return capsys.readouterr().out
+
+
+def test_a_terminal_shows_reasoning_faintly_and_a_pipe_gets_the_text(capsys, monkeypatch):
+    pieces = ["<thi", "nk>\nhm\x1b[2J", "\n</think>\n", "\nok"]
+    assert printed(capsys, pieces, THINK) == "".join(pieces)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert printed(capsys, pieces, THINK) == "\x1b[2mhm\\x1b[2J\x1b[0m\n\nok"
+    assert printed(capsys, ["ok", "\n"], THINK) == "ok\n"
+    assert printed(capsys, ["<think>"], None) == "<think>"
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert printed(capsys, pieces, THINK) == "hm\\x1b[2J\n\nok"
+
+
+@pytest.fixture
+def command(scripted: FakeModel, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run a command over the scripted loop; returns stdout and the call of the loop."""
+    tokenizer = reasoning_tokenizer()
+    monkeypatch.setattr("mlx_mtp.loading.load", lambda *_, **__: (scripted, tokenizer))
+
+    def run(*args: str, stdin: str | None = None) -> tuple[str, str, Any]:
+        scripted.answers = [[*tokenizer.encode("hm</think>\n\nok"), EOS] for _ in range(2)]
+        result = CliRunner().invoke(cli, list(args), input=stdin)
+        assert result.exit_code == 0, result.output
+        return result.stdout, tokenizer.decode(scripted.calls[-1].prompt), scripted.calls[-1]
+
+    return run
+
+
+def test_generate_has_options_for_reasoning(command):
+    plain = ("generate", "--prompt", "hi", "--verbose", "False")
+    out, prompt, call = command(*plain)
+    assert out == "hm</think>\n\nok\n" and prompt.endswith("<think>\n")
+    assert not vars(call).get("logits_processors")
+    _, prompt, call = command(*plain, "--thinking-budget", "3")
+    assert prompt.endswith("<think>\n") and len(call.logits_processors) == 1
+    for off in (["--no-enable-thinking"], ["--chat-template-args", '{"enable_thinking": false}']):
+        _, prompt, _ = command(*plain, *off)
+        assert prompt.endswith("</think>\n\n")
+
+
+def test_chat_keeps_reasoning_apart(command):
+    out, prompt, call = command("chat", "--thinking-budget", "9", stdin="a\nb\n")
+    assert out.count("hm</think>\n\nok\n") == 2
+    sent = reasoning_tokenizer().decode([*call.cached, *call.prompt])
+    assert "<assistant><think>hm</think>ok<eos>" in sent and prompt.endswith("<think>\n")
+    assert len(call.logits_processors) == 1
