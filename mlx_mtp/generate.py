@@ -15,16 +15,17 @@ mlx-lm takes seconds to import, so whatever needs it is imported when it is call
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
+from mlx_mtp.chat_template import chat_text
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
 from mlx_mtp.decoding.limits import ContextOverflow
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.reasoning import Reasoning, budget_processors, reasoning_marks
+from mlx_mtp.reasoning import Reasoning, budget_processors
 from mlx_mtp.stats import RULE, GenerationStats, StatsMeter
 from mlx_mtp.terminal import show
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from mlx_mtp.model.cache import MTPCache
     from mlx_mtp.model.mtp_model import MTPModel
 
-__all__ = ["ContextOverflow", "GenerationResponse", "generate", "stream_generate"]
+__all__ = ["ContextOverflow", "GenerationResponse", "chat_text", "generate", "stream_generate"]
 Config = TypeVar("Config", GenerationConfig, CacheConfig)
 NO_TEXT = "No text generated for this prompt"
 
@@ -305,47 +306,6 @@ def encode_prompt(
     if not ids:
         raise ValueError("the prompt is empty")
     return ids
-
-
-def chat_text(
-    tokenizer: TokenizerWrapper,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    template_config: Mapping[str, Any] | None = None,
-) -> str:
-    """Render a conversation with the model's chat template, ready for the model's turn.
-
-    The ``reasoning_content`` of messages is there for templates that use it.  A model with marks of
-    reasoning may use them unless ``template_config`` has ``enable_thinking``.
-
-    A last message of the assistant is left open, so that the model continues it.  Encode the result
-    without special tokens: the template has added them.
-
-    Raises:
-        ValueError: the template refuses the conversation.
-    """
-    import jinja2
-
-    resume = messages[-1]["role"] == "assistant"
-    named = [
-        {**message, "reasoning": message["reasoning_content"]}  # some templates' name for it
-        if "reasoning_content" in message
-        else message
-        for message in messages
-    ]
-    config = {"enable_thinking": reasoning_marks(tokenizer) is not None, **(template_config or {})}
-    try:
-        text = tokenizer.apply_chat_template(
-            named,
-            tokenize=False,
-            continue_final_message=resume,
-            add_generation_prompt=not resume,
-            **config,
-        )
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses the conversation: {error}") from None
-    assert isinstance(text, str)
-    return text
 
 
 def _wrapped(tokenizer: Any) -> TokenizerWrapper:

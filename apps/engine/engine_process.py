@@ -144,16 +144,14 @@ def _load(load: Load, send: Callable[[Event | JobMessage], None]) -> Any:
 
 def _ready(model: Any, tokenizer: Any) -> Ready:
     """The description of the model."""
-    from mlx_mtp.apps.engine.tool_calls import calls_are_json
-
     return Ready(
         model=model.name,
         adapter=model.config is not None,
         num_draft_tokens=model.num_draft_tokens,
         max_context=model.max_context,
         has_chat_template=tokenizer.has_chat_template,
-        has_tools=tokenizer.has_chat_template and tokenizer.has_tool_calling,
-        can_require_tools=tokenizer.has_tool_calling and calls_are_json(tokenizer),
+        has_tools=tokenizer.has_chat_template,
+        can_require_tools=tokenizer.has_chat_template,
         chat_template=_template(tokenizer),
         bos_token=tokenizer.bos_token or "",
         eos_token=tokenizer.eos_token or "",

@@ -13,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_mtp.apps.engine.grammar import Grammars, calls_grammar, json_grammar
 from mlx_mtp.apps.engine.penalties import answer_penalty
 from mlx_mtp.apps.engine.protocol import Job
+from mlx_mtp.apps.engine.tool_calls import GENERIC, GenericCalls, calls_are_json, reads_tools
 from mlx_mtp.decoding.config import GenerationConfig
 from mlx_mtp.decoding.limits import (
     ContextOverflow,
@@ -26,6 +27,7 @@ from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.reasoning import Reasoning, ReasoningTracker, budget_processors, template_settings
 from mlx_mtp.terminal import one_line
+from mlx_mtp.tool_prompt import with_tools
 
 
 class Refusal(ValueError):
@@ -54,6 +56,7 @@ class Prepared:
         top_logprobs: number of most likely ids to report per id; None for no logprobs.
         tools: tools whose calls are parsed.
         reasoning: the marks of the reasoning to split off, if there are any.
+        call_format: format of the calls, as an argument of ``ToolCallReader``.
         pieces: whether the ids of each step and the text of each id are reported.
         fresh: whether caches of earlier prompts are neither used nor added to.
     """
@@ -65,6 +68,7 @@ class Prepared:
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
     reasoning: Reasoning | None = None
+    call_format: TokenizerWrapper | GenericCalls = GENERIC
     pieces: bool = False
     fresh: bool = False
 
@@ -122,6 +126,7 @@ def prepare(
         top_logprobs=job.top_logprobs,
         tools=job.tools or [],
         reasoning=reasoning if job.split_reasoning else None,
+        call_format=_call_format(job, tokenizer),
         pieces=job.pieces,
         fresh=job.fresh,
     )
@@ -181,6 +186,7 @@ def _grammar(job: Job, tokenizer: TokenizerWrapper) -> str:
     if job.schema is not None:
         return json_grammar(job.schema)
     functions = [tool["function"] for tool in job.tools or ()]
+    form = _call_format(job, tokenizer)
     required = job.required_tools or ()
     return calls_grammar(
         {
@@ -188,7 +194,7 @@ def _grammar(job: Job, tokenizer: TokenizerWrapper) -> str:
             for function in functions
             if function["name"] in required
         },
-        tags=(tokenizer.tool_call_start or "", tokenizer.tool_call_end or ""),
+        tags=(form.tool_call_start or "", form.tool_call_end or ""),
         parallel=job.parallel_tool_calls,
     )
 
@@ -216,10 +222,31 @@ def _encode_chat(
         raise Refusal("the model has no chat template; use /v1/completions", param="messages")
     settings, _ = _template_settings(job, tokenizer)
     config = settings | (job.template_config or {})
-    if job.tools:
+    if _is_generic(job, tokenizer):
+        messages = with_tools(messages, job.tools or ())
+    elif job.tools:
         config["tools"] = job.tools
     try:
         text = chat_text(tokenizer, messages, template_config=config)
         return encode_prompt(tokenizer, text, add_special_tokens=False)
-    except Exception as error:  # a template is a program and may raise anything
+    except ValueError as error:
         raise Refusal(one_line(error), param="messages") from None
+
+
+def _is_generic(job: Job, tokenizer: TokenizerWrapper) -> bool:
+    """Whether tools are listed, and calls written, in plain text instead of the template's form.
+
+    Required calls are, too, unless the template's form is JSON, which a grammar can enforce.
+    """
+    if not job.tools or not tokenizer.has_chat_template:
+        return False
+    if job.required_tools is not None and tokenizer.has_tool_calling:
+        return not (calls_are_json(tokenizer) and reads_tools(tokenizer))
+    return not reads_tools(tokenizer)
+
+
+def _call_format(job: Job, tokenizer: TokenizerWrapper) -> TokenizerWrapper | GenericCalls:
+    """The format of calls in the answer."""
+    if not tokenizer.has_tool_calling or _is_generic(job, tokenizer):
+        return GENERIC
+    return tokenizer

@@ -80,7 +80,7 @@ class Session:
         self._text = TextStream(
             tokenizer.detokenizer, stop=config.stop, stop_ids=tokenizer.eos_token_ids
         )
-        self._tools = ToolCallReader(tokenizer, job.tools) if job.tools else None
+        self._tools = ToolCallReader(job.call_format, job.tools) if job.tools else None
         self._reasoning = ReasoningParser(job.reasoning) if job.reasoning else None
         self._span: Span | None = None
         self._meter = StatsMeter(

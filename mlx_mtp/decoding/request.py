@@ -39,6 +39,7 @@ class Request:
         prefill_step_size: maximum rows of a prompt chunk.
         explain: called with a line about every step.
         current: the plan of the step that runs.
+        started: whether a step has been committed.
         finish_reason: ``"stop"`` or ``"length"`` at the end.
     """
 
@@ -55,6 +56,7 @@ class Request:
     prefill_step_size: int
     explain: Callable[[str], None] | None = None
     current: Plan = field(default_factory=lambda: Plan(plain_layout()))
+    started: bool = False
     finish_reason: str | None = None
 
     @property
@@ -64,10 +66,14 @@ class Request:
 
     def plan(self) -> Step:
         """Plan the next step: a chunk of the prompt, or drafts to verify and masks."""
-        self.cache.begin_step()
-        end = len(self.ids) - self.num_prompt_left + self.prefill_step_size
-        if end < len(self.ids):
-            self.current = Plan(plain_layout(num_pending=self.prefill_step_size))
+        if self.started:  # mlx-lm quantises and drops rows after a forward, so not before the first
+            self.cache.begin_step()
+        left, size = self.num_prompt_left, self.prefill_step_size
+        if self.cache.chunks_matter and left > 1:
+            size = min(size, left - 1)  # the last id is on its own, as in mlx-lm
+        if size < left:
+            self.current = Plan(plain_layout(num_pending=size))
+            end = len(self.ids) - left + size
             parts = (self.ids[:end], Drafts.none(), self.target, self.masks, self.key)
             return Step(self.cache, self.current.layout, *parts, is_prompt_chunk=True)
         self.current = plan = self.planner.plan(
@@ -92,6 +98,7 @@ class Request:
         """
         if outcome.error is not None:
             raise outcome.error
+        self.started = True
         layout, tokens = self.current.layout, outcome.tokens
         if self.num_prompt_left:
             self.num_prompt_left -= layout.num_pending

@@ -4,6 +4,9 @@ mlx-lm's caches store the keys and values; a thin wrapper per layer adds the att
 step's layout, and a rewind that is a plain trim because ordinary rows come first.  Sliding-window
 layers store their window plus some slack and drop older rows only between steps, so that no rewind
 needs a row that was dropped.  Caches that cannot be rewound are refused.
+
+``MTPCache`` can also wrap a list of mlx-lm's caches (``from_mlx_lm``), and is itself a sequence of
+them, so that mlx-lm's ``save_prompt_cache`` and ``trim_prompt_cache`` take it.
 """
 
 from __future__ import annotations
@@ -120,6 +123,15 @@ class LayerCache:
         """The arrays, for evaluation."""
         return () if self.inner.empty() else self.inner.keys_and_values()
 
+    def to_mlx_lm(self, into: Any = None) -> Any:
+        """Return the rows as a cache of mlx-lm, which shares them.
+
+        Args:
+            into: the cache that these rows came from, which is updated.
+        """
+        del into
+        return self.inner
+
     def _window_mask(self, stored: mx.array, window: int, *, keep: int) -> mx.array:
         """Mask ``[L, S + L]`` over stored rows at positions ``[S]``, then the step's own rows."""
         layout = self.scope.layout
@@ -148,7 +160,8 @@ class WindowLayerCache(LayerCache):
     """Stores the first ``keep`` rows and the last ``window`` rows, and some slack to rewind into.
 
     Every row sees the first ``keep`` rows and the ``window`` rows up to itself, however rows are
-    grouped into steps.  Rows out of sight are dropped between steps, in blocks.
+    grouped into steps; only the rows of a prompt chunk see what they see in mlx-lm
+    (``_chunk_mask``).  Rows out of sight are dropped between steps, in blocks.
     """
 
     def __init__(self, *, window: int, keep: int = 0, scope: StepScope) -> None:
@@ -171,10 +184,28 @@ class WindowLayerCache(LayerCache):
         stored = mx.where(stored < self.keep, stored, stored + self.dropped)
         if self.scope.has_masks:
             return self._window_mask(stored, self.window, keep=self.keep)
+        layout = self.scope.layout
+        if self.keep and isinstance(layout, StepLayout) and layout.num_pending > 1:
+            return self._chunk_mask(stored, num_rows)
         rows = mx.arange(self.offset, self.offset + num_rows)
         positions = mx.concatenate([stored, rows])[None]
         near = (rows[:, None] - positions < self.window) | (positions < self.keep)
         return near & (positions <= rows[:, None])
+
+    def _chunk_mask(self, stored: mx.array, num_rows: int) -> mx.array:
+        """Mask ``[L, S + L]`` of a prompt chunk, with what its rows see in mlx-lm.
+
+        A ``RotatingKVCache`` joins its first ``keep`` and its last rows, ``size - 1`` in all, with
+        the chunk; a row then sees itself and the ``size - 1`` places before it.
+        """
+        size = self.keep + self.window
+        shift = max(0, self.offset - (size - 1))
+        rows = mx.arange(self.offset, self.offset + num_rows)
+        positions = mx.concatenate([stored, rows])
+        places = mx.where(positions < self.keep, positions, positions - shift)
+        is_stored = (positions < self.keep) | (places >= self.keep)
+        near = rows[:, None] - shift - places[None] < size
+        return is_stored & near & (positions[None] <= rows[:, None])
 
     def can_rewind(self, num_rows: int) -> bool:
         """Whether all rows that the next row would see are still stored."""
@@ -194,9 +225,64 @@ class WindowLayerCache(LayerCache):
         self.inner.state = (keys, values, self.inner.offset - surplus)
         self.dropped += surplus
 
+    @classmethod
+    def from_mlx_lm(cls, inner: Any, *, scope: StepScope) -> WindowLayerCache:
+        """Take over the rows of a ``RotatingKVCache``."""
+        layer = cls(window=inner.max_size - inner.keep, keep=inner.keep, scope=scope)
+        if not inner.empty():
+            rows = (inner._temporal_order(x) for x in (inner.keys, inner.values))
+            keys, values = (x[..., : min(inner.offset, x.shape[2]), :] for x in rows)
+            layer.inner.state = (keys, values, keys.shape[2])
+            layer.dropped = inner.offset - keys.shape[2]
+        return layer
+
+    def to_mlx_lm(self, into: Any = None) -> Any:
+        """Return the first and the last rows as a ``RotatingKVCache``."""
+        cache = RotatingKVCache(self) if into is None else into
+        if not self.inner.empty():
+            size, rows = self.keep + self.window, self.inner.offset
+            surplus = max(0, rows - size)
+            keys, values = (
+                mx.concatenate([x[..., : self.keep, :], x[..., self.keep + surplus :, :]], axis=-2)
+                for x in self.inner.keys_and_values()
+            )
+            cache.state = (keys, values, self.offset, self.keep, size, rows - surplus)
+        return cache
+
+
+class RotatingKVCache(lm_cache.RotatingKVCache):
+    """mlx-lm's cache with the rows of a layer; trimming it rewinds the layer.
+
+    The name is mlx-lm's, because ``save_prompt_cache`` writes the name of the class.
+    """
+
+    def __init__(self, layer: WindowLayerCache) -> None:
+        super().__init__(layer.window + layer.keep, keep=layer.keep)
+        self._layer = layer
+
+    def is_trimmable(self) -> bool:
+        """Whether the layer can drop a row."""
+        return self._layer.can_rewind(1)
+
+    def trim(self, n: int) -> int:
+        """Drop up to ``n`` rows, as many as the layer can; return their number."""
+        count = min(n, self._layer.offset)
+        while not self._layer.can_rewind(count):
+            count -= 1
+        self._layer.rewind(count)
+        self._layer.to_mlx_lm(self)
+        return count
+
 
 class MTPCache:
-    """The caches of all layers of one answer."""
+    """The caches of all layers of one answer.
+
+    As a sequence it has mlx-lm's caches of the layers, so that ``save_prompt_cache`` and
+    ``trim_prompt_cache`` of mlx-lm take it.
+
+    Attributes:
+        next_id: the last id of an answer, which follows the cached rows, as far as it is known.
+    """
 
     def __init__(
         self,
@@ -208,13 +294,25 @@ class MTPCache:
     ) -> None:
         self.layers = list(layers)
         self.kv_bits = kv_bits
-        self.kv_group_size = kv_group_size
-        self.quantized_kv_start = quantized_kv_start
+        self.next_id: int | None = None
+        self.quantise_from(quantized_kv_start, bits=kv_bits, group_size=kv_group_size)
+
+    def quantise_from(self, start: int, *, bits: int | None, group_size: int) -> None:
+        """Quantise before the next step once there are ``start`` rows."""
+        self.kv_bits = bits
+        self.kv_group_size = group_size
+        self.quantized_kv_start = start
 
     @property
     def offset(self) -> int:
         """Number of rows so far, which is the position of the next row."""
         return self.layers[0].offset
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.layers[index].to_mlx_lm()
 
     @property
     def state(self) -> list[Any]:
@@ -236,7 +334,13 @@ class MTPCache:
         """
         if not self._awaits_quantisation:
             return None
-        return max(self.quantized_kv_start - self.offset, 0) or None
+        return max(self.quantized_kv_start - self.offset, 1)
+
+    @property
+    def chunks_matter(self) -> bool:
+        """Whether results depend on where a prompt is cut; it is then cut as mlx-lm does."""
+        keeps = any(isinstance(layer, WindowLayerCache) and layer.keep for layer in self.layers)
+        return self._awaits_quantisation or keeps
 
     def rewind(self, num_rows: int) -> None:
         """Drop the last rows of every layer.
@@ -244,6 +348,7 @@ class MTPCache:
         Raises:
             ValueError: rows that would be needed again were dropped.
         """
+        self.next_id = None
         if num_rows == 0:
             return
         if not self.can_rewind(num_rows):
@@ -353,39 +458,73 @@ def load_prompt_cache(
     except Exception as error:  # mlx raises many kinds for a foreign file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a prompt cache: {reason}") from None
-    if len(saved) != len(sample.layers):
+    if any(isinstance(inner, lm_cache.RotatingKVCache) for inner in saved):
+        raise ValueError(f"{path} contains a RotatingKVCache, which cannot be rewound")
+    if any(inner.empty() for inner in saved):
+        raise ValueError(f"{path} is an empty prompt cache")
+    return from_mlx_lm(saved, sample=sample, scope=scope, name=str(path)), metadata
+
+
+def from_mlx_lm(
+    caches: Sequence[Any], *, sample: MTPCache, scope: StepScope, name: str = "prompt_cache"
+) -> MTPCache:
+    """Wrap mlx-lm's caches, which may be empty; all but rotating ones then share their rows.
+
+    Args:
+        caches: one per layer.
+        sample: caches of this model with at least one row, for their shapes and types.
+        scope: the model's step scope.
+        name: what the caches are called in messages.
+
+    Raises:
+        ValueError: a cache cannot be rewound, or was not made with a model of this shape.
+    """
+    if len(caches) != len(sample.layers):
         raise ValueError(
-            f"{path} was made with another model: it has {len(saved)} layers, "
+            f"{name} was made with another model: it has {len(caches)} layers, "
             f"this model has {len(sample.layers)}"
         )
-    pairs = zip(saved, sample.layers, strict=True)
-    return MTPCache([_from_saved(inner, like, path, scope) for inner, like in pairs]), metadata
+    pairs = zip(caches, sample.layers, strict=True)
+    layers = [_wrapped(inner, like, name, scope) for inner, like in pairs]
+    if len({layer.offset for layer in layers}) > 1:
+        raise ValueError(f"{name} has layers with different numbers of tokens")
+    return MTPCache(layers)
 
 
-def _from_saved(inner: Any, like: LayerCache, path: Path, scope: StepScope) -> LayerCache:
-    """Wrap one layer of a prompt cache file if it has the shape of ``like``."""
-    if isinstance(like, WindowLayerCache) or type(inner) not in _REWINDABLE:
-        raise ValueError(f"{path} contains a {type(inner).__name__}, which cannot be rewound")
-    if inner.empty():
-        raise ValueError(f"{path} is an empty prompt cache")
+def _wrapped(inner: Any, like: LayerCache, name: str, scope: StepScope) -> LayerCache:
+    """Wrap a cache of mlx-lm if it has the shape of ``like``."""
+    quantised = isinstance(inner, lm_cache.QuantizedKVCache)
+    rotating = isinstance(inner, lm_cache.RotatingKVCache)
+    if not (quantised or rotating or type(inner) is lm_cache.KVCache):
+        raise ValueError(f"{name} contains a {type(inner).__name__}, which cannot be rewound")
+    if isinstance(like, WindowLayerCache) and rotating:
+        if (inner.max_size, inner.keep) != (like.window, like.keep):
+            raise ValueError(
+                f"{name} was made with another model: it has a window of {inner.max_size} tokens, "
+                f"this model has one of {like.window}"
+            )
+    if not inner.empty():
+        _check_shape(inner, like, name)
+    if rotating:
+        return WindowLayerCache.from_mlx_lm(inner, scope=scope)
+    return (QuantizedLayerCache if quantised else LayerCache)(inner, scope=scope)
+
+
+def _check_shape(inner: Any, like: LayerCache, name: str) -> None:
+    """Check the rows of a cache of mlx-lm against ``like``, and give them its type."""
     keys, values = like.inner.keys_and_values()
     if isinstance(inner, lm_cache.QuantizedKVCache):
         inner.keys, inner.values = list(inner.keys or ()), list(inner.values or ())
         dims = tuple(x[1].shape[-1] * inner.group_size for x in (inner.keys, inner.values))
-        heads = inner.keys[0].shape[1]
+        batch, heads = inner.keys[0].shape[:2]
     else:
-        dims, heads = (inner.keys.shape[-1], inner.values.shape[-1]), inner.keys.shape[1]
-        rows = inner.offset
-        inner.state = (inner.keys.astype(keys.dtype), inner.values.astype(values.dtype), rows)
+        dims, (batch, heads) = (inner.keys.shape[-1], inner.values.shape[-1]), inner.keys.shape[:2]
+        inner.keys, inner.values = inner.keys.astype(keys.dtype), inner.values.astype(values.dtype)
     expected = (keys.shape[1], keys.shape[-1], values.shape[-1])
+    if batch != 1:
+        raise ValueError(f"{name} has the tokens of {batch} prompts, where one is needed")
     if (heads, *dims) != expected:
         raise ValueError(
-            f"{path} was made with another model: its keys have {heads} heads of {dims[0]}, "
+            f"{name} was made with another model: its keys have {heads} heads of {dims[0]}, "
             f"this model's have {expected[0]} of {expected[1]}"
         )
-    if isinstance(inner, lm_cache.QuantizedKVCache):
-        return QuantizedLayerCache(inner, scope=scope)
-    return LayerCache(inner, scope=scope)
-
-
-_REWINDABLE = (lm_cache.KVCache, lm_cache.QuantizedKVCache)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -117,6 +117,15 @@ class MTPModel(nn.Module):
                     f"kv_group_size {cache.kv_group_size} does not divide the head size {size}"
                 )
         return cache
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """The model's layers; mlx-lm counts them."""
+        return self.base.layers
+
+    def wrap_prompt_cache(self, caches: Sequence[Any]) -> MTPCache:
+        """Wrap a list of mlx-lm's caches; see ``cache.from_mlx_lm``."""
+        return kv_cache.from_mlx_lm(caches, sample=self._sample_cache(), scope=self._scope)
 
     def load_prompt_cache(self, path: Path) -> tuple[MTPCache, dict[str, str]]:
         """Read a file of ``mlx_lm.cache_prompt``; see ``cache.load_prompt_cache``."""

@@ -109,6 +109,7 @@ class TableCache:
     """Counts rows."""
 
     rows_until_change = None
+    chunks_matter = False
 
     def __init__(self) -> None:
         self.offset = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 from pydantic import Field
@@ -19,9 +18,10 @@ from mlx_mtp.apps.server.api.schemas import (
     thoughts,
 )
 from mlx_mtp.apps.server.api.tool_kinds import left_out
-from mlx_mtp.apps.server.api.tools import Function, Tool
+from mlx_mtp.apps.server.api.tools import Function, Tool, template_call
 from mlx_mtp.apps.server.errors import refused
 from mlx_mtp.apps.server.hints import Note, unnoted
+from mlx_mtp.tool_prompt import as_object
 
 BILLING = "x-anthropic-billing-header:"  # a block of Claude Code that is new in every request
 
@@ -210,17 +210,13 @@ def _as_text(block: Any) -> Any:
 
 
 def _call(block: dict[str, Any], place: str) -> dict[str, Any]:
-    arguments, name = block.get("input") or {}, block.get("name")
-    if not isinstance(arguments, dict) or not isinstance(name, str):
-        raise refused(f"{place} needs a name and an input object", param=place)
-    function = {"name": name, "arguments": arguments}
-    return {"id": str(block.get("id")), "type": "function", "function": function}
+    name = block.get("name")
+    if not isinstance(name, str):
+        raise refused(f"{place}.name is missing", param=f"{place}.name")
+    return template_call(str(block.get("id")), name, block.get("input"))
 
 
 def tool_use(call: dict[str, str], block_id: str) -> dict[str, Any]:
     """Return a call of the model as a block."""
-    try:
-        arguments = json.loads(call["arguments"])
-    except (ValueError, RecursionError):
-        arguments = {}
+    arguments = as_object(call["arguments"])
     return {"type": "tool_use", "id": block_id, "name": call["name"], "input": arguments}

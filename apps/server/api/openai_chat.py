@@ -185,7 +185,7 @@ def _template_message(
     if message.name is not None:
         converted["name"] = message.name
     if message.tool_calls:
-        converted["tool_calls"] = template_calls(message.tool_calls, where=f"{where}.tool_calls")
+        converted["tool_calls"] = template_calls(message.tool_calls)
     elif content is None and not is_answer and role != "tool":
         raise refused(f"{where}.content is missing", param=f"{where}.content")
     if message.tool_call_id is not None:

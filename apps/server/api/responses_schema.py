@@ -18,7 +18,7 @@ from mlx_mtp.apps.server.api.schemas import (
     thoughts,
 )
 from mlx_mtp.apps.server.api.tool_kinds import joined_name, left_out
-from mlx_mtp.apps.server.api.tools import CalledFunction, Function, Tool, ToolCall, template_calls
+from mlx_mtp.apps.server.api.tools import Function, Tool, template_call
 from mlx_mtp.apps.server.errors import refused
 from mlx_mtp.apps.server.hints import Note, unnoted
 
@@ -63,7 +63,7 @@ class InputItem(Fields, extra="allow"):
     call_id: str | None = None
     namespace: str | None = None
     name: str | None = None
-    arguments: str | dict[str, Any] | None = None
+    arguments: Any = None
     output: Any = None
 
 
@@ -172,19 +172,17 @@ class _Items:
     def _add_call(self, item: InputItem, where: str) -> None:
         """Add a call to the assistant's turn, which may contain several."""
         if item.call_id is None or (item.type == "function_call" and item.name is None):
-            raise refused(f"{where} needs call_id and name", param=where)
+            missing = f"{where}.{'call_id' if item.call_id is None else 'name'}"
+            raise refused(f"{missing} is missing", param=missing)
         name = item.name or item.type.removesuffix("_call")
         if item.namespace:
             name = joined_name(item.namespace, name)
         arguments = item.arguments if item.type == "function_call" else _other_arguments(item)
-        if not isinstance(arguments, str):
-            arguments = _as_json(arguments or {})
-        call = ToolCall(id=item.call_id, function=CalledFunction(name=name, arguments=arguments))
-        calls = template_calls([call], where=where, item=True)
+        call = template_call(item.call_id, name, arguments)
         if not self.messages or self.messages[-1]["role"] != "assistant":
             self.messages.append(_message("assistant", ""))
         self._add_thought()
-        self.messages[-1].setdefault("tool_calls", []).extend(calls)
+        self.messages[-1].setdefault("tool_calls", []).append(call)
 
     def _add_thought(self, more: str = "") -> None:
         """Add what was thought since the last message to an assistant's message."""

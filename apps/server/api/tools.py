@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 from pydantic import Field
@@ -11,6 +10,7 @@ from mlx_mtp.apps.engine.protocol import Ready
 from mlx_mtp.apps.server.api.jobs import new_id
 from mlx_mtp.apps.server.api.schemas import Fields
 from mlx_mtp.apps.server.errors import refused
+from mlx_mtp.tool_prompt import as_object
 
 
 class Function(Fields):
@@ -30,10 +30,10 @@ class Tool(Fields):
 
 
 class CalledFunction(Fields):
-    """A called function; the arguments are JSON text."""
+    """A called function; the arguments are JSON text, or an object in the form of some clients."""
 
     name: str
-    arguments: str = "{}"
+    arguments: Any = None
 
 
 class ToolCall(Fields):
@@ -107,31 +107,18 @@ def _required_tools(
     )
 
 
-def template_calls(
-    calls: list[ToolCall], *, where: str, item: bool = False
-) -> list[dict[str, Any]]:
+def template_calls(calls: list[ToolCall]) -> list[dict[str, Any]]:
     """Convert calls to the form that chat templates take, with arguments as an object.
 
-    Args:
-        calls: the calls.
-        where: the field, for errors.
-        item: whether the field is an item of Responses, which is one call.
-
-    Raises:
-        ApiError: 400 if arguments are not a JSON object.
+    Arguments that are not an object are accepted: models write them, and clients return them.
     """
-    converted = []
-    for index, call in enumerate(calls):
-        try:
-            arguments = json.loads(call.function.arguments)
-        except (ValueError, RecursionError):
-            arguments = None
-        if not isinstance(arguments, dict):
-            place = f"{where}.arguments" if item else f"{where}.{index}.function.arguments"
-            raise refused(f"{place} is not a JSON object", param=place)
-        function = {"name": call.function.name, "arguments": arguments}
-        converted.append({"id": call.id, "type": "function", "function": function})
-    return converted
+    return [template_call(call.id, call.function.name, call.function.arguments) for call in calls]
+
+
+def template_call(call_id: str, name: str, arguments: Any) -> dict[str, Any]:
+    """Return a call in the form that chat templates take."""
+    function = {"name": name, "arguments": as_object(arguments)}
+    return {"id": call_id, "type": "function", "function": function}
 
 
 def new_call(call: dict[str, str]) -> dict[str, Any]:
