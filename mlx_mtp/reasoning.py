@@ -33,6 +33,9 @@ MARKS = (
     ("[THINK]", "[/THINK]"),
     ("<seed:think>", "</seed:think>"),
     ("<thinking>", "</thinking>"),
+    ("<thought>", "</thought>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
+    ("<|inner_prefix|>", "<|inner_suffix|>"),
 )
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 EFFORT_BUDGETS = {"none": 0, "minimal": 128, "low": 1024, "medium": 4096}
@@ -101,22 +104,38 @@ class Reasoning:
 def reasoning_marks(tokenizer: Any) -> tuple[str, str] | None:
     """Return the opening and the closing mark of a model, or None if it has none.
 
-    They are those of mlx-lm, or a known pair in the vocabulary or in the chat template.
+    They are mlx-lm's or a known pair: one that the chat template names, which may be by one of its
+    marks, or one that is in the vocabulary.
     """
-    if getattr(tokenizer, "think_start", None):
-        return tokenizer.think_start, tokenizer.think_end
-    unknown = (None, getattr(tokenizer, "unk_token_id", None))
+    start, end = getattr(tokenizer, "think_start", None), getattr(tokenizer, "think_end", None)
+    pairs = [(start, end), *MARKS] if start and end else list(MARKS)
     template = template_text(tokenizer)
-    for marks in MARKS:
-        ids = [tokenizer.convert_tokens_to_ids(mark) for mark in marks]
-        if all(token not in unknown for token in ids) or all(mark in template for mark in marks):
+    for marks in pairs:
+        if any(mark in template for mark in marks):
             return marks
-    return None
+    for marks in pairs:
+        if all(_token_of(tokenizer, mark) is not None for mark in marks):
+            return marks
+    return (start, end) if start and end else None
+
+
+def mark_ids(tokenizer: Any, mark: str) -> list[int]:
+    """Encode a mark."""
+    token = _token_of(tokenizer, mark)
+    return tokenizer.encode(mark, add_special_tokens=False) if token is None else [token]
+
+
+def _token_of(tokenizer: Any, mark: str) -> int | None:
+    """The id of a mark that is a single token."""
+    token = tokenizer.convert_tokens_to_ids(mark)
+    return None if token == getattr(tokenizer, "unk_token_id", None) else token
 
 
 def template_text(tokenizer: Any) -> str:
     """Return the source of the chat template; "" if it is not a Jinja template."""
     template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):
+        return "\n".join(map(str, template.values()))
     return template if isinstance(template, str) else ""
 
 
@@ -398,11 +417,12 @@ def budget_processor(tracker: ReasoningTracker, tokenizer: Any, budget: int) -> 
         tokenizer: from ``load``.
         budget: maximum number of ids of reasoning, not counting the marks.
     """
-    closing = tokenizer.encode(tracker.reasoning.end, add_special_tokens=False)
+    closing = mark_ids(tokenizer, tracker.reasoning.end)
+    begins_inside = tracker.reasoning.phase == "inside"
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
         count = tokens.size - tracker.num_prompt
-        if count < budget:
+        if count < budget or (begins_inside and count >= budget + len(closing)):
             return logits
         phase, since = tracker.at(tokens)
         index = count - since - budget

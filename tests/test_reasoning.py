@@ -10,7 +10,6 @@ import pytest
 from click.testing import CliRunner
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tokenizers import AddedToken
 
 from mlx_mtp.cli.main import cli
 from mlx_mtp.decoding.sampling import Sampling
@@ -109,7 +108,8 @@ def test_cuts_make_no_difference_and_no_text_is_lost(pieces, phase, anywhere, da
         ("{{ '[THINK]' }}[/THINK]", ("[THINK]", "[/THINK]")),
         ("<seed:think></seed:think>", ("<seed:think>", "</seed:think>")),
         ("<thinking> </thinking>", ("<thinking>", "</thinking>")),
-        ("<think> only", None),
+        ("{{ messages }}<think>", ("<think>", "</think>")),
+        ("{{ content.split('</think>')[-1] }}", ("<think>", "</think>")),
         (None, None),
     ],
 )
@@ -119,9 +119,16 @@ def test_marks_are_found_in_the_template(template, marks):
 
 def test_marks_are_found_in_the_vocabulary():
     assert reasoning_marks(reasoning_tokenizer(template=None)) == ("<think>", "</think>")
-    tokenizer = byte_tokenizer(template=None)
-    tokenizer.add_tokens([AddedToken("[THINK]"), AddedToken("[/THINK]")])
+    tokenizer = reasoning_tokenizer(template=None, marks=("[THINK]", "[/THINK]"))
     assert reasoning_marks(tokenizer) == ("[THINK]", "[/THINK]")
+
+
+def test_special_tokens_are_marks_too(scripted):
+    tokenizer = reasoning_tokenizer(template=None, marks=("[THINK]", "[/THINK]"), special=True)
+    scripted.answers = [[*tokenizer.encode("[THINK]hm[/THINK]ok"), EOS]]
+    text = "".join(r.text for r in stream_generate(scripted, tokenizer, "hi", max_tokens=-1))
+    reasoning = Reasoning.of(tokenizer, [1])
+    assert split_reasoning(reasoning, text) == Parts("hm", "ok")
 
 
 @pytest.mark.parametrize("single", [True, False])

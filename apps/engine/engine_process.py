@@ -144,6 +144,8 @@ def _load(load: Load, send: Callable[[Event | JobMessage], None]) -> Any:
 
 def _ready(model: Any, tokenizer: Any) -> Ready:
     """The description of the model."""
+    from mlx_mtp.reasoning import reasoning_marks
+
     return Ready(
         model=model.name,
         adapter=model.config is not None,
@@ -151,6 +153,7 @@ def _ready(model: Any, tokenizer: Any) -> Ready:
         max_context=model.max_context,
         has_chat_template=tokenizer.has_chat_template,
         has_tools=tokenizer.has_chat_template,
+        has_reasoning=reasoning_marks(tokenizer) is not None,
         can_require_tools=tokenizer.has_chat_template,
         chat_template=_template(tokenizer),
         bos_token=tokenizer.bos_token or "",

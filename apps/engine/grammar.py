@@ -22,7 +22,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.decoding.sampling import LogitsProcessor
-from mlx_mtp.reasoning import ReasoningTracker
+from mlx_mtp.reasoning import ReasoningTracker, mark_ids
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -141,7 +141,7 @@ class Grammars:
         """
         inner, tokenizer = self.processor(grammar, num_prompt=0), self._tokenizer
         marks = tracker.reasoning
-        opening = tokenizer.encode(marks.start, add_special_tokens=False)
+        opening = mark_ids(tokenizer, marks.start)
         stop_ids, vocabulary = sorted(tokenizer.eos_token_ids), tokenizer.get_vocab()
 
         @cache

@@ -147,6 +147,7 @@ class Ready:
         max_context: maximum number of tokens of prompt and answer; None if unknown.
         has_chat_template: whether it takes conversations.
         has_tools: whether its chat template takes tools.
+        has_reasoning: whether it has marks of reasoning.
         can_require_tools: whether it can be forced to call tools.
         chat_template: source of the chat template.
         bos_token, eos_token: special tokens, as text.
@@ -160,6 +161,7 @@ class Ready:
     max_context: int | None = None
     has_chat_template: bool
     has_tools: bool
+    has_reasoning: bool = False
     can_require_tools: bool = False
     chat_template: str = ""
     bos_token: str = ""

@@ -69,18 +69,24 @@ REASONING_TEMPLATE = TEMPLATE.replace(
 
 
 def reasoning_tokenizer(
-    *, single: bool = True, template: str | None = REASONING_TEMPLATE
+    *,
+    single: bool = True,
+    template: str | None = REASONING_TEMPLATE,
+    marks: tuple[str, str] = ("<think>", "</think>"),
+    special: bool = False,
 ) -> TokenizerWrapper:
     """The byte tokenizer of a reasoning model.
 
     Args:
         single: whether the marks are single tokens.
         template: its chat template, which puts the opening mark into the prompt.
+        marks: the marks.
+        special: whether single tokens are special tokens.
     """
     tokenizer = byte_tokenizer(template=template)
     fast: Any = tokenizer._tokenizer
     if single:
-        fast.add_tokens([AddedToken("<think>"), AddedToken("</think>")])
+        fast.add_tokens([AddedToken(mark, special=special) for mark in marks])
     return TokenizerWrapper(fast, BPEStreamingDetokenizer)
 
 

@@ -25,6 +25,7 @@ READY = {
     "max_context": 1000,
     "has_chat_template": True,
     "has_tools": True,
+    "has_reasoning": True,
 }
 VOCAB_SIZE = 260
 FLOOD_BYTES = 2**21

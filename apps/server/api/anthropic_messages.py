@@ -72,7 +72,7 @@ def _prompt(body: PromptRequest, context: ServerContext) -> dict[str, Any]:
     tools = job_tools(functions, choice, info, parallel=parallel, note=note)
     thinking, output = body.thinking, body.output_config
     reasoning = reasoning_fields(
-        context.settings,
+        context,
         enable=thinking.type != "disabled" if thinking else None,
         effort=output.effort if output else None,
         budget=thinking.budget_tokens if thinking else None,

@@ -47,7 +47,6 @@ class Thinking(Fields):
 
     type: Literal["disabled", "enabled", "adaptive", "between_tools"]
     budget_tokens: int | None = None
-    display: str | None = None
 
 
 class OutputConfig(Fields):

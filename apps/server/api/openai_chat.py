@@ -66,7 +66,6 @@ class Reasoning(Fields):
     effort: str | None = None
     max_tokens: int | None = None
     enabled: bool | None = None
-    exclude: bool | None = None
 
 
 class ChatRequest(OpenAISampled):
@@ -141,7 +140,7 @@ def _reasoning(body: ChatRequest, context: ServerContext) -> dict[str, Any]:
         enable = thinking.type != "disabled"
     budgets = (body.thinking_budget, thinking.budget_tokens, options.max_tokens)
     return reasoning_fields(
-        context.settings,
+        context,
         enable=enable,
         effort=body.reasoning_effort or options.effort,
         budget=next((budget for budget in budgets if budget is not None), None),

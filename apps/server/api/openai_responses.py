@@ -48,9 +48,7 @@ def _job(body: ResponsesRequest, context: ServerContext, functions: list[Tool]) 
     return replace(
         context.openai_job(body, max_tokens=max_tokens),
         messages=conversation(body, has_tools=info.has_tools, note=note),
-        **reasoning_fields(
-            context.settings, effort=body.reasoning.effort if body.reasoning else None
-        ),
+        **reasoning_fields(context, effort=body.reasoning.effort if body.reasoning else None),
         **tools,
         **responses_format(_format(body), tools=bool(tools)),
     )

@@ -9,9 +9,8 @@ from typing import Any, Literal
 
 from mlx_mtp.apps.engine.batch import group_details
 from mlx_mtp.apps.engine.protocol import Group
-from mlx_mtp.apps.server.settings import Settings
+from mlx_mtp.apps.server.api.jobs import ServerContext
 
-UNLIMITED = -1
 _SEAL = "mlx-mtp:"
 
 Kind = Literal["reasoning", "text"]
@@ -19,7 +18,7 @@ Delta = tuple[Kind, str, dict[str, Any]]
 
 
 def reasoning_fields(
-    settings: Settings,
+    context: ServerContext,
     *,
     enable: bool | None = None,
     effort: str | None = None,
@@ -29,12 +28,16 @@ def reasoning_fields(
     """Return the fields of ``Job`` for reasoning; absent values have the operator's defaults.
 
     Args:
-        settings: of the server.
+        context: of the server; logs once if the model has no reasoning that could be set.
         enable: whether the model is to reason.
         effort: "none", "low", "high", ...
         budget: maximum number of tokens of reasoning; negative for no limit.
         format: "none" leaves the reasoning in the text.
     """
+    settings = context.settings
+    is_set = any(value is not None for value in (enable, effort, budget))
+    if is_set and not context.info.has_reasoning:
+        context.hints.note("the model has no marks of reasoning: its settings have no effect")
     if budget is None and effort is None:
         budget = settings.thinking_budget
     return {
