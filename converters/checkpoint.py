@@ -7,7 +7,6 @@ a checkpoint never runs.
 
 from __future__ import annotations
 
-import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,25 +15,23 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_mtp.storage.contents import (
+    ADAPTER_CONFIG,
+    LATEST_FILE,
+    TENSOR_SUFFIXES,
+    checkpoint_folder,
+    tensor_files,
+)
 from mlx_mtp.storage.safetensors import (
-    is_plain_name,
     read_index,
     read_json,
-    read_json_object,
     read_safetensors,
     shown,
 )
 
-ADAPTER_CONFIG = "adapter_config.json"
-LATEST_FILE = "latest.json"
 MAX_FILES = 1000
 
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
-_KINDS = ", ".join(f"*{suffix}" for suffix in _SUFFIXES)
-_TRAINING_STATE = re.compile(
-    r"(optim|sched|lr_sched|rng_state|random_states|training_args|scaler|grad_scaler)|.*optim_states"
-)
-_MAYBE_STATE = re.compile(r"((train(ing|er)?_)?state|global_step\d*)\.(pt|pth|bin|ckpt)")
+_KINDS = ", ".join(f"*{suffix}" for suffix in TENSOR_SUFFIXES)
 _NAMED_SETTINGS = {ADAPTER_CONFIG, "config.json"}
 _NO_SETTINGS = ("tokenizer.json", "vocab.json", "trainer_state.json", LATEST_FILE)
 
@@ -91,10 +88,10 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     """
     try:
         if path.is_dir():
-            folder = _follow(path)
+            folder = checkpoint_folder(path)
             names = _tensor_files(folder)
             configs = _read_configs(folder, _config_names(folder))
-        elif path.suffix in _SUFFIXES and path.exists():
+        elif path.suffix in TENSOR_SUFFIXES and path.exists():
             folder, names = path.parent, [path.name]
             beside = (f"{path.stem}.json", "adapter_config.json", "config.json")
             configs = _read_configs(folder, [name for name in beside if (folder / name).is_file()])
@@ -112,36 +109,13 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     return Checkpoint(path=path, configs=configs, files=files, values=values)
 
 
-def _follow(folder: Path) -> Path:
-    """Return the folder that contains the adapter's files."""
-    if (folder / LATEST_FILE).is_file():
-        name = read_json_object(folder / LATEST_FILE).get("latest")
-        if not is_plain_name(name) or not (folder / str(name)).is_dir():
-            raise ValueError(f"{folder / LATEST_FILE} names no folder next to it: {shown(name)}")
-        return folder / str(name)
-    inner = folder / "adapter"
-    if not (folder / ADAPTER_CONFIG).is_file() and (inner / ADAPTER_CONFIG).is_file():
-        return inner
-    return folder
-
-
 def _tensor_files(folder: Path) -> list[str]:
-    """Name the files of a folder that hold tensors of the checkpoint."""
-    all_names = sorted(p.name for p in folder.iterdir() if p.suffix in _SUFFIXES and p.is_file())
-    names = [name for name in all_names if not _TRAINING_STATE.match(name)]
-    safe = {Path(name).stem for name in names if name.endswith(".safetensors")}
-    whole_model = any(stem == "model" or stem.startswith("model-") for stem in safe)
-    kept = []
-    for name in names:
-        twice = Path(name).stem in safe or (whole_model and name.startswith("pytorch_model"))
-        state = bool(safe) and _MAYBE_STATE.fullmatch(name) is not None
-        if name.endswith(".safetensors") or not (twice or state):
-            kept.append(name)
-    if len(kept) > MAX_FILES:
+    names = tensor_files(folder)
+    if len(names) > MAX_FILES:
         raise ValueError(
-            f"{folder} contains {len(kept)} tensor files, at most {MAX_FILES} are read"
+            f"{folder} contains {len(names)} tensor files, at most {MAX_FILES} are read"
         )
-    return kept
+    return names
 
 
 def _config_names(folder: Path) -> list[str]:

@@ -29,6 +29,7 @@ from mlx_mtp.converters.layouts import (
 from mlx_mtp.model.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig, SamplerKind
 from mlx_mtp.model.mtp_model import MTPModel, fingerprint
 from mlx_mtp.storage.cards import CARD_FILE, read_licence
+from mlx_mtp.storage.contents import look
 from mlx_mtp.storage.folders import new_folder
 from mlx_mtp.storage.safetensors import read_json_object, shown
 from mlx_mtp.terminal import Status
@@ -240,9 +241,9 @@ def _read(checkpoint: Path, options: AdapterOptions) -> Checkpoint:
 
     In published bundles the adapter is in a subfolder of the model.
     """
-    bundled = checkpoint / BUNDLED_ADAPTER
-    if (bundled / CONFIG_FILE).is_file() and not (checkpoint / CONFIG_FILE).is_file():
-        checkpoint = bundled
+    contents = look(checkpoint)
+    if contents.kind == "model" and contents.adapter is not None:
+        checkpoint = contents.adapter.path
     with Status(f"Reading {checkpoint} ..."):
         read = read_checkpoint(checkpoint, allow_pickle=options.allow_pickle)
     recognise(read, layout=options.layout)

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_mtp.converters.base.facts import find_base
 from mlx_mtp.converters.convert import check_output, output_folder
 from mlx_mtp.converters.layouts import to_peft
-from mlx_mtp.loading import read_adapter, resolve
+from mlx_mtp.loading import read_adapter, resolve_adapter
 from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.storage.cards import CARD_FILE, is_hub_id
 
@@ -44,7 +44,7 @@ def export_adapter(
             or written; the message names it.
     """
     check_output(output, force=force, inputs=[adapter_path, base_model])
-    folder = resolve(adapter_path, kind="adapter")
+    folder = resolve_adapter(adapter_path)
     config, tensors = read_adapter(folder)
     _, base = find_base(base_model, named=config.base_model, checkpoint=folder)
     tokenizer, mask_ids = _with_mask_tokens(base, config)

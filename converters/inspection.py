@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from mlx_mtp.converters.base.files import weight_files
 from mlx_mtp.converters.checkpoint import read_checkpoint
 from mlx_mtp.converters.layouts import describe
 from mlx_mtp.converters.pytorch.file_format import pickle_globals
-from mlx_mtp.model.config import BUNDLED_ADAPTER, CONFIG_FILE, MTPConfig, read_config
+from mlx_mtp.model.config import MTPConfig, read_config
+from mlx_mtp.storage.contents import Contents, look, model_problem
 from mlx_mtp.storage.safetensors import check_safetensors, read_json_object, shown
 
 MODEL_CONFIG_FILE = "config.json"
@@ -50,6 +51,7 @@ class Inspection:
         files: the files in it.
         problems: what would be refused and why, one line per item.
         adapter: the adapter of a bundle.
+        use: what other commands say if this is their model; None if they can use it.
     """
 
     path: str
@@ -58,6 +60,7 @@ class Inspection:
     files: tuple[FileFacts, ...]
     problems: tuple[str, ...] = ()
     adapter: Inspection | None = None
+    use: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-ready values."""
@@ -77,6 +80,7 @@ class Inspection:
             for file in self.files
         ]
         lines += [f"  refused: {shown(problem, limit=1000)}" for problem in self.problems]
+        lines += [f"  as a model: {shown(self.use, limit=1000)}"] if self.use else []
         return "\n".join(lines + ([self.adapter.text()] if self.adapter else []))
 
 
@@ -97,16 +101,24 @@ def inspect_path(
         raise ValueError(f"{path} does not exist")
     if not (path.is_dir() or path.is_file()):
         raise ValueError(f"{path} is neither a folder nor a file")
+    contents = look(path)
+    found = _describe(contents, path, allow_pickle=allow_pickle, say=say)
+    return replace(found, use=model_problem(contents, str(path)))
+
+
+def _describe(
+    contents: Contents, path: Path, *, allow_pickle: bool, say: Callable[[str], None] | None
+) -> Inspection:
+    """Describe a folder or file, whose own files are listed."""
     files = tuple(_file_facts(path, file, say) for file in _files(path))
-    if path.is_dir() and _fine_tune_type(path) == "mtp":
-        return _adapter(path, files)
-    if path.is_dir() and "model_type" in _json(path / MODEL_CONFIG_FILE):
-        bundled = path / BUNDLED_ADAPTER
-        adapter = None
-        if (bundled / CONFIG_FILE).is_file():
-            adapter = inspect_path(bundled, allow_pickle=allow_pickle, say=say)
+    if contents.kind == "adapter":
+        return _adapter(contents.path, files)
+    if contents.kind == "model":
+        adapter, inner = None, contents.adapter
+        if inner is not None:
+            adapter = _describe(inner, inner.path, allow_pickle=allow_pickle, say=say)
         return _model(path, files, adapter, allow_pickle)
-    return _checkpoint(path, files, allow_pickle)
+    return _checkpoint(path, files, allow_pickle, kind=contents.kind)
 
 
 def human_bytes(count: float) -> str:
@@ -183,14 +195,16 @@ def _model(
     )
 
 
-def _checkpoint(path: Path, files: tuple[FileFacts, ...], allow_pickle: bool) -> Inspection:
+def _checkpoint(
+    path: Path, files: tuple[FileFacts, ...], allow_pickle: bool, *, kind: str
+) -> Inspection:
     """Describe a checkpoint of another project, or something unknown."""
     try:
         summary = describe(read_checkpoint(path, allow_pickle=allow_pickle))
     except ValueError as error:
         facts = {"pickle_globals": _globals(path)}
         return Inspection(
-            path=str(path), kind="unknown", facts=facts, files=files, problems=(str(error),)
+            path=str(path), kind=kind, facts=facts, files=files, problems=(str(error),)
         )
     return Inspection(
         path=str(path),
@@ -248,10 +262,6 @@ def _json(path: Path) -> dict[str, Any]:
         return read_json_object(path)
     except ValueError:
         return {}
-
-
-def _fine_tune_type(path: Path) -> str | None:
-    return _json(path / CONFIG_FILE).get("fine_tune_type")
 
 
 def _weights_problems(path: Path) -> Iterator[str]:

@@ -12,6 +12,7 @@ seconds to import.
 from typing import TYPE_CHECKING, Any
 
 from mlx_mtp.backends.cpu import blas  # noqa: F401 isort: skip  # loads OpenBLAS, before MLX is
+from mlx_mtp.batch import batch_generate
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.generate import ContextOverflow, GenerationResponse, generate, stream_generate
@@ -30,6 +31,7 @@ __all__ = [
     "GenerationStats",
     "Sampling",
     "__version__",
+    "batch_generate",
     "generate",
     "load",
     "stream_generate",

@@ -3,11 +3,13 @@
 ``stream_generate`` turns a prompt into ids, passes them to the loop (``decode``), and turns the ids
 that come back into text as soon as they are decided.  What it promises:
 
-- the pieces of text joined are the whole answer; a character of several bytes is never broken, and
-  one that the end of the answer cut off is left out;
+- the pieces of text joined are what ``tokenizer.decode(prompt + answer)`` adds to
+  ``tokenizer.decode(prompt)``, special tokens included, and stop ids left out; a character of
+  several bytes is never broken, and one that the end of the answer cuts off is U+FFFD;
 - text never has a stop string in it, nor what follows it; ids after a stop string are not counted;
 - however it ends, a cache that was passed in has the prompt and the ids that were yielded, except
-  the last one, so that the next prompt can continue from there.
+  the last one, so that the next prompt can continue from there; mlx-lm's caches have that one too,
+  as mlx-lm leaves them.
 
 mlx-lm takes seconds to import, so whatever needs it is imported when it is called.
 """
@@ -25,6 +27,7 @@ from mlx_mtp.chat_template import chat_text
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
 from mlx_mtp.decoding.limits import ContextOverflow
 from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.detokenizer import detokenizer_for
 from mlx_mtp.reasoning import Reasoning, budget_processors
 from mlx_mtp.stats import RULE, GenerationStats, StatsMeter
 from mlx_mtp.terminal import show
@@ -77,7 +80,7 @@ class TextStream:
     """Turns ids into text: whole characters only, nothing from a stop string on.
 
     Args:
-        detokenizer: a streaming detokenizer of mlx-lm.
+        detokenizer: one of ``detokenizer_for``, or of mlx-lm.
         stop: strings that end the text.
         stop_ids: ids that end it and have no text.
 
@@ -122,11 +125,11 @@ class TextStream:
         return self._release()
 
     def finish(self) -> str:
-        """Return the pending text; a character that was never completed is dropped."""
+        """Return the pending text; a character that was never completed is U+FFFD."""
         if self.stopped:
             return ""
         self._detokenizer.finalize()
-        self._pending += self._detokenizer.last_segment.rstrip("\ufffd")
+        self._pending += self._detokenizer.last_segment
         text = self._release()
         if not self.stopped:
             text, self._pending = text + self._pending, ""
@@ -164,11 +167,14 @@ def stream_generate(
     model: MTPModel,
     tokenizer: TokenizerWrapper,
     prompt: str | Sequence[int] | mx.array,
-    config: GenerationConfig | None = None,
-    *,
-    cache_config: CacheConfig | None = None,
-    prompt_cache: MTPCache | None = None,
+    max_tokens: int | GenerationConfig | None = None,
     draft_model: None = None,
+    stream: Any = None,
+    *,
+    config: GenerationConfig | None = None,
+    cache_config: CacheConfig | None = None,
+    prompt_cache: MTPCache | list[Any] | None = None,
+    input_embeddings: None = None,
     reasoning: Reasoning | None = None,
     **options: Any,
 ) -> Generator[GenerationResponse, None, None]:
@@ -179,11 +185,17 @@ def stream_generate(
         tokenizer: from ``load``; its ``eos_token_ids`` end an answer.
         prompt: text (no chat template is applied) or ids ``[n]``.  With ``prompt_cache`` it is
             what follows the cached ids.
-        config: lengths, stop strings, layout, seed; its fields may also be given as keywords
-            (``max_tokens=``).
-        cache_config: size and quantisation of the cache; likewise (``max_kv_size=``).
-        prompt_cache: from ``model.make_cache``, in place of a new one; updated in place.
+        max_tokens: a field of ``config``, which may also stand here.
         draft_model: not supported; the adapter proposes the drafts.
+        stream: MLX stream for the forwards; the default one if omitted.
+        config: lengths, stop strings, layout, seed; its fields may also be given as keywords
+            (``seed=``).
+        cache_config: size and quantisation of the cache; likewise (``max_kv_size=``).
+        prompt_cache: caches to continue from, updated in place: of ``model.make_cache``, or a list
+            of mlx-lm's (``make_prompt_cache``, ``load_prompt_cache``).  A list then has the prompt
+            and all ids that were yielded.  Of ours the last id is missing: it comes first in the
+            next prompt, or is put there.  ``kv_bits`` applies to them, ``max_kv_size`` does not.
+        input_embeddings: not supported; prompts are text or ids.
         reasoning: the marks that ``thinking_budget`` applies to; needed where the end of ``prompt``
             does not show where the answer begins.
         options: fields of ``config`` and ``cache_config``, and these of ``decode``:
@@ -197,28 +209,22 @@ def stream_generate(
     """
     from mlx_mtp.calibration.stored_costs import speculation_for, store_learned
     from mlx_mtp.decoding.loop import decode
+    from mlx_mtp.model.cache import MTPCache
 
     if draft_model is not None:
         raise ValueError("draft_model is not supported: load(adapter_path=...) proposes the drafts")
-    if isinstance(prompt_cache, list):
-        raise ValueError("prompt_cache must come from model.make_cache(), not from mlx-lm")
-    for name in options.keys() & {field.name for field in fields(Sampling)}:
-        raise ValueError(f"{name} is a field of Sampling: pass sampling=Sampling({name}=...)")
-    tokenizer = _wrapped(tokenizer)
-    settings = _configured(config or GenerationConfig(), options)
-    cache_settings = _configured(cache_config or CacheConfig(), options)
+    if input_embeddings is not None:
+        raise ValueError("input_embeddings is not supported: pass the prompt as text or ids")
+    if isinstance(max_tokens, GenerationConfig):
+        config = max_tokens
+    elif max_tokens is not None:
+        options["max_tokens"] = max_tokens
+    tokenizer = wrapped(tokenizer)
+    settings, cache_settings = answer_settings(tokenizer, config, cache_config, options)
     ids = encode_prompt(tokenizer, prompt)
-    cache = model.make_cache(**vars(cache_settings)) if prompt_cache is None else prompt_cache
-    if settings.thinking_budget is not None:
-        options["logits_processors"] = [
-            *(options.get("logits_processors") or ()),
-            *budget_processors(
-                tokenizer,
-                reasoning or Reasoning.of(tokenizer, ids),
-                settings.thinking_budget,
-                num_prompt=len(options.get("cached_ids") or ()) + len(ids),
-            ),
-        ]
+    cache = cache_for(model, prompt_cache, cache_settings)
+    ids = with_next_id(cache, ids)
+    limit_reasoning(options, tokenizer, ids, settings.thinking_budget, reasoning)
     steps = decode(
         model,
         ids,
@@ -228,11 +234,126 @@ def stream_generate(
         speculation=speculation_for(model),
         **options,
     )
-    text = TextStream(tokenizer.detokenizer, stop=settings.stop, stop_ids=tokenizer.eos_token_ids)
+    detokenizer = detokenizer_for(tokenizer, ids, continued=cache.offset > 0)
+    text = TextStream(detokenizer, stop=settings.stop, stop_ids=tokenizer.eos_token_ids)
     meter = StatsMeter(
         prompt_tokens=len(ids), cached_tokens=cache.offset, mtp=drafts_tokens(model, settings)
     )
-    return _respond(steps, text, meter, cache, at_end=lambda: store_learned(model))
+
+    def at_end(last_id: int | None) -> None:
+        if isinstance(prompt_cache, list):
+            with on_stream(stream):
+                finish_list(model, cache, prompt_cache, last_id)
+        elif isinstance(cache, MTPCache):
+            cache.next_id = last_id
+        store_learned(model)
+
+    steps = steps if stream is None else _steps_on(stream, steps)
+    return _respond(steps, text, meter, cache, at_end=at_end)
+
+
+def answer_settings(
+    tokenizer: TokenizerWrapper,
+    config: GenerationConfig | None,
+    cache_config: CacheConfig | None,
+    options: dict[str, Any],
+) -> tuple[GenerationConfig, CacheConfig]:
+    """Take the fields of both configurations out of ``options``; complete its ``sampling``.
+
+    Raises:
+        ValueError: a field of ``Sampling`` is among the options.
+    """
+    for name in options.keys() & {field.name for field in fields(Sampling)}:
+        raise ValueError(f"{name} is a field of Sampling: pass sampling=Sampling({name}=...)")
+    sampling = options.get("sampling")
+    if sampling is not None and sampling.xtc_probability and sampling.xtc_special_tokens is None:
+        special = (*tokenizer.encode("\n"), *tokenizer.eos_token_ids)  # mlx-lm's commands keep them
+        options["sampling"] = replace(sampling, xtc_special_tokens=special)
+    settings = _configured(config or GenerationConfig(), options)
+    return settings, _configured(cache_config or CacheConfig(), options)
+
+
+def limit_reasoning(
+    options: dict[str, Any],
+    tokenizer: TokenizerWrapper,
+    ids: Sequence[int],
+    budget: int | None,
+    reasoning: Reasoning | None = None,
+) -> None:
+    """Add the processor of a budget of reasoning to ``options``, if there is a budget."""
+    if budget is not None:
+        num_prompt = len(options.get("cached_ids") or ()) + len(ids)
+        marks = reasoning or Reasoning.of(tokenizer, ids)
+        more = budget_processors(tokenizer, marks, budget, num_prompt=num_prompt)
+        options["logits_processors"] = [*(options.get("logits_processors") or ()), *more]
+
+
+def cache_for(
+    model: MTPModel, prompt_cache: MTPCache | list[Any] | None, settings: CacheConfig
+) -> MTPCache:
+    """Return the cache of an answer: a new one, or ``prompt_cache``.
+
+    Raises:
+        ValueError: ``prompt_cache`` does not fit the model or the settings.
+    """
+    if prompt_cache is None:
+        return model.make_cache(**vars(settings))
+    if isinstance(prompt_cache, list):
+        if not prompt_cache or not all(hasattr(layer, "state") for layer in prompt_cache):
+            raise ValueError(
+                "prompt_cache must come from model.make_cache() or from mlx-lm's make_prompt_cache"
+            )
+        cache = model.wrap_prompt_cache(prompt_cache)
+    else:
+        cache = prompt_cache
+    if settings.kv_bits is not None:
+        like = model.make_cache(**vars(settings))
+        cache.quantise_from(
+            like.quantized_kv_start, bits=like.kv_bits, group_size=like.kv_group_size
+        )
+    return cache
+
+
+def with_next_id(cache: MTPCache, ids: list[int]) -> list[int]:
+    """Put the last id of the answer before, which is not in the cache, in front of a prompt."""
+    pending = getattr(cache, "next_id", None)
+    return ids if pending is None or ids[0] == pending else [pending, *ids]
+
+
+def finish_list(model: MTPModel, cache: MTPCache, caches: list[Any], last_id: int | None) -> None:
+    """Leave a list of mlx-lm's caches as mlx-lm does, with the last id.
+
+    Args:
+        model: the model.
+        cache: wraps the list.
+        caches: the list, updated in place.
+        last_id: the last id that was emitted; None changes nothing else.
+    """
+    if last_id is not None:
+        cache.begin_step()
+        model(mx.array([[last_id]]), cache=cache)
+    cache.begin_step()
+    for index, layer in enumerate(cache.layers):
+        caches[index] = layer.to_mlx_lm(caches[index])
+    mx.eval(cache.state)
+
+
+def on_stream(stream: Any) -> Any:
+    """Make a context in which MLX uses a stream; None changes nothing."""
+    return contextlib.nullcontext() if stream is None else mx.stream(stream)
+
+
+def _steps_on(
+    stream: Any, steps: Generator[StepResult, None, None]
+) -> Generator[StepResult, None, None]:
+    """Run each step on a stream of MLX, which stays the caller's own in between."""
+    with contextlib.closing(steps):
+        while True:
+            with mx.stream(stream):
+                step = next(steps, None)
+            if step is None:
+                return
+            yield step
 
 
 def drafts_tokens(model: MTPModel, config: GenerationConfig) -> bool:
@@ -244,7 +365,6 @@ def generate(
     model: MTPModel,
     tokenizer: TokenizerWrapper,
     prompt: str | Sequence[int] | mx.array,
-    *,
     verbose: bool = False,
     **options: Any,
 ) -> str:
@@ -308,7 +428,7 @@ def encode_prompt(
     return ids
 
 
-def _wrapped(tokenizer: Any) -> TokenizerWrapper:
+def wrapped(tokenizer: Any) -> TokenizerWrapper:
     """Give a bare tokenizer what mlx-lm's wrapper adds: a streaming detokenizer, end tokens."""
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -322,7 +442,7 @@ def _configured(config: Config, options: dict[str, Any]) -> Config:
 
 
 def _checked_ids(prompt: Sequence[int] | mx.array) -> list[int]:
-    values: Any = prompt.tolist() if isinstance(prompt, mx.array) else list(prompt)
+    values: Any = getattr(prompt, "tolist", lambda: list(prompt))()
     if not isinstance(values, list):
         raise ValueError("a prompt of ids must have one dimension, got a single number")
     for value in values:
@@ -337,24 +457,32 @@ def _respond(
     meter: StatsMeter,
     cache: MTPCache,
     *,
-    at_end: Callable[[], object],
+    at_end: Callable[[int | None], object],
 ) -> Generator[GenerationResponse, None, None]:
-    """Yield one response per id, then leave the cache at the last id that was yielded."""
+    """Yield one response per id, then leave the cache at the last id that was yielded.
+
+    ``at_end`` is called with that id, or with None if there is none or a step failed.
+    """
     num_unused = 0
+    last_id = None
     try:
         with contextlib.closing(steps), wired_memory():
             for step in steps:
                 num_unused = len(step.tokens)
                 for index, piece in enumerate(text.pieces(step, meter)):
                     num_unused -= 1
+                    last_id = piece.token
                     yield GenerationResponse(
                         **vars(piece), logprobs=step.logprobs[index], **meter.counts()
                     )
                     if piece.finish_reason:
                         return
+    except (Exception, KeyboardInterrupt):
+        last_id = None
+        raise
     finally:
         cache.rewind(num_unused)
-        at_end()
+        at_end(last_id)
 
 
 @contextlib.contextmanager

@@ -18,21 +18,22 @@ import mlx.core as mx
 import mlx.nn as nn
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from mlx_lm import utils as lm_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.backends.metal.setup import set_up_kernels
-from mlx_mtp.model.config import BUNDLED_ADAPTER, CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_config
+from mlx_mtp.detokenizer import load_tokenizer
+from mlx_mtp.model.base import open_base
+from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
 from mlx_mtp.model.mtp_model import MTPModel, fingerprint
+from mlx_mtp.storage.contents import adapter_problem, look, model_problem
 from mlx_mtp.storage.default_model import (
     DEFAULT_MODEL_NAME,
     default_adapter_path,
     default_model_path,
 )
-from mlx_mtp.storage.folders import without_wildcards
-from mlx_mtp.storage.safetensors import check_safetensors, read_safetensors
+from mlx_mtp.storage.safetensors import read_safetensors
 from mlx_mtp.terminal import Status, first_line, show
 
 HUB_FILES = (
@@ -43,21 +44,29 @@ _BROKEN = (OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeErro
 
 def load(
     path_or_hf_repo: str | None = None,
-    *,
-    adapter_path: str | None = None,
     tokenizer_config: dict[str, Any] | None = None,
+    model_config: dict[str, Any] | None = None,
+    adapter_path: str | None = None,
+    lazy: bool = False,
+    return_config: bool = False,
+    revision: str | None = None,
     trust_remote_code: bool = False,
+    *,
     mtp: bool = True,
     kernels: bool = True,
     progress: Any = None,
 ) -> tuple[MTPModel, TokenizerWrapper]:
-    """Load a model with its tokenizer and adapter.
+    """Load a model with its tokenizer and adapter; the positional arguments are mlx-lm's.
 
     Args:
         path_or_hf_repo: folder or hub id; None selects the embedded default model.
-        adapter_path: adapter folder or hub id; None selects the shipped adapter for the default
-            model, and for others the one in the model's own folder, if there is one.
         tokenizer_config: options for the tokenizer.
+        model_config: values that replace those of the model's ``config.json``.
+        adapter_path: folder or hub id of an MTP adapter; None selects the shipped adapter for the
+            default model, and for others the one in the model's own folder, if there is one.
+        lazy: leave weights on disk until they are used.
+        return_config: return the model's configuration too, as the third value.
+        revision: branch, tag or commit of the model on the hub; folders have none.
         trust_remote_code: allow the tokenizer to run code from its folder.
         mtp: False loads the model without an adapter.
         kernels: False keeps the model's own layers, which training needs.
@@ -66,20 +75,25 @@ def load(
     Raises:
         ValueError: a file is missing or broken, or the adapter does not fit; one line.
     """
-    folder, adapter = locate(path_or_hf_repo, adapter_path if mtp else None, progress=progress)
+    path_or_hf_repo = None if path_or_hf_repo is None else str(path_or_hf_repo)
+    adapter_path = None if adapter_path is None else str(adapter_path)
+    folder, adapter = locate(
+        path_or_hf_repo, adapter_path, mtp=mtp, progress=progress, revision=revision
+    )
     name = DEFAULT_MODEL_NAME if path_or_hf_repo is None else path_or_hf_repo
-    base, config = _open_base(folder, trust_remote_code)
+    base, config = _open_base(folder, trust_remote_code, model_config)
     with ThreadPoolExecutor(1) as pool:  # MLX converts weights while Python loads the tokenizer
         pending = pool.submit(_load_tokenizer, folder, config, tokenizer_config, trust_remote_code)
-        _read_weights(base, folder)
+        _read_weights(base, folder, lazy=lazy)
         tokenizer = pending.result()
-    if adapter is None or not mtp:
+    if adapter is None:
         model = MTPModel(base, name=name)
     else:
         model = _with_adapter(base, name, adapter, shown=adapter_path or str(adapter))
     if kernels:
         set_up_kernels(model.base, report=progress or (lambda line: None))
-    return model, tokenizer
+    loaded: Any = (model, tokenizer, config) if return_config else (model, tokenizer)
+    return loaded
 
 
 def load_with_status(
@@ -112,30 +126,41 @@ def load_with_status(
 
 
 def locate(
-    path_or_hf_repo: str | None, adapter_path: str | None, *, progress: Any = None
+    path_or_hf_repo: str | None,
+    adapter_path: str | None,
+    *,
+    mtp: bool = True,
+    progress: Any = None,
+    revision: str | None = None,
 ) -> tuple[Path, Path | None]:
     """Find the folders of a model and of its adapter, as ``load`` takes them.
 
     Returns:
-        The model's folder and the adapter's, None if there is no adapter.
+        The model's folder and the adapter's, None if there is no adapter or ``mtp`` is false.
 
     Raises:
-        ValueError: one of them does not exist.
+        ValueError: one of them does not exist or has to be converted first.
     """
     if path_or_hf_repo is None:
-        folder = default_model_path(progress=progress)
+        folder, bundled = default_model_path(progress=progress), default_adapter_path()
     else:
-        folder = resolve(path_or_hf_repo, kind="model")
-    if adapter_path is not None:
-        return folder, resolve(adapter_path, kind="adapter")
-    if path_or_hf_repo is None:
-        return folder, default_adapter_path()
-    bundled = folder / BUNDLED_ADAPTER
-    return folder, bundled if (bundled / WEIGHTS_FILE).is_file() else None
+        folder = resolve(path_or_hf_repo, kind="model", revision=revision)
+        contents = look(folder)
+        is_needed = mtp and adapter_path is None
+        if problem := model_problem(contents, path_or_hf_repo, mtp=is_needed):
+            raise ValueError(problem)
+        bundled = None if contents.adapter is None else contents.adapter.path
+    if adapter_path is None or not mtp:
+        return folder, bundled if mtp else None
+    return folder, resolve_adapter(adapter_path, model=path_or_hf_repo)
 
 
 def resolve(
-    path_or_hf_repo: str, *, kind: str, patterns: Callable[[], Sequence[str]] | None = None
+    path_or_hf_repo: str,
+    *,
+    kind: str,
+    patterns: Callable[[], Sequence[str]] | None = None,
+    revision: str | None = None,
 ) -> Path:
     """Find a folder, or download a hub repository.
 
@@ -143,6 +168,7 @@ def resolve(
         path_or_hf_repo: folder or hub id.
         kind: ``model`` or ``adapter``, for messages.
         patterns: returns the files to download; by default those of models and adapters.
+        revision: branch, tag or commit on the hub.
 
     Raises:
         ValueError: neither exists.
@@ -151,18 +177,35 @@ def resolve(
     if path.is_dir():
         return path
     if path.exists():
-        raise ValueError(f"{kind} {path_or_hf_repo} is a file, not a folder")
+        raise ValueError(model_problem(look(path), path_or_hf_repo))
     looks_local = path_or_hf_repo.startswith((".", "/", "~")) or path_or_hf_repo.count("/") != 1
     if looks_local:
         raise ValueError(f"{kind} {path_or_hf_repo} does not exist")
     try:
         names = list(patterns() if patterns else HUB_FILES)
-        return Path(snapshot_download(path_or_hf_repo, allow_patterns=names))
+        return Path(snapshot_download(path_or_hf_repo, revision=revision, allow_patterns=names))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"cannot find {kind} {path_or_hf_repo} locally or on the Hugging Face Hub: "
             f"{first_line(error)}"
         ) from None
+
+
+def resolve_adapter(path_or_hf_repo: str, *, model: str | None = None) -> Path:
+    """Find an adapter's folder, or download it.
+
+    Args:
+        path_or_hf_repo: folder or hub id.
+        model: the model that it is used with, for messages.
+
+    Raises:
+        ValueError: it does not exist or is not an adapter of mlx-mtp.
+    """
+    path = Path(path_or_hf_repo).expanduser()
+    folder = path if path.exists() else resolve(path_or_hf_repo, kind="adapter")
+    if problem := adapter_problem(look(folder), path_or_hf_repo, model=model):
+        raise ValueError(problem)
+    return folder
 
 
 def read_adapter(folder: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
@@ -218,29 +261,26 @@ def check_base(base: nn.Module, config: MTPConfig, *, adapter: str, name: str) -
         )
 
 
-def _open_base(folder: Path, trust_remote_code: bool) -> tuple[nn.Module, dict[str, Any]]:
+def _open_base(
+    folder: Path, trust_remote_code: bool, model_config: dict[str, Any] | None = None
+) -> tuple[nn.Module, dict[str, Any]]:
     """Build the mlx-lm model of a folder, its weights not read yet, and return its config."""
-    if not (folder / "config.json").is_file():
-        hint = ": it is an adapter" if (folder / CONFIG_FILE).is_file() else ""
-        raise ValueError(f"{folder} is not a model folder{hint} (it has no config.json)")
     try:
-        for file in sorted(folder.glob("model*.safetensors")):  # the files that mlx-lm will load
-            check_safetensors(file)
-        with without_wildcards(folder) as path:
-            return lm_utils.load_model(path, lazy=True, trust_remote_code=trust_remote_code)
+        return open_base(folder, model_config=model_config, trust_remote_code=trust_remote_code)
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder}/config.json is not JSON: {error}") from None
     except _BROKEN as error:
         raise ValueError(f"cannot load the model in {folder}: {first_line(error)}") from None
 
 
-def _read_weights(base: nn.Module, folder: Path) -> None:
+def _read_weights(base: nn.Module, folder: Path, *, lazy: bool) -> None:
     """Read the weights of a model; on a CPU device they become float32."""
     try:
         base.eval()
         if mx.default_device().type == mx.cpu:
             to_float32(base)
-        mx.eval(base.parameters())
+        if not lazy:
+            mx.eval(base.parameters())
     except _BROKEN as error:
         raise ValueError(f"cannot load the model in {folder}: {first_line(error)}") from None
 
@@ -260,7 +300,7 @@ def _load_tokenizer(
 ) -> TokenizerWrapper:
     """Load the tokenizer of a model folder."""
     try:
-        return lm_utils.load_tokenizer(
+        return load_tokenizer(
             folder,
             {"trust_remote_code": trust_remote_code} | (options or {}),
             eos_token_ids=config.get("eos_token_id"),

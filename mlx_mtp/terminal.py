@@ -43,8 +43,8 @@ def _escape(match: re.Match[str]) -> str:
 
 def show(text: str = "", *, end: str = "\n", file: TextIO | None = None) -> None:
     """Print text on stdout or another stream: ``visible`` at a terminal, elsewhere unchanged."""
-    file = file or sys.stdout
-    print(visible(text) if file.isatty() else text, end=end, file=file, flush=True)
+    stream: TextIO = sys.stdout if file is None else file
+    print(visible(text) if stream.isatty() else text, end=end, file=stream, flush=True)
 
 
 class BadInput(click.ClickException):

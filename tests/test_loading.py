@@ -15,6 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 
+from mlx_mtp.converters.base.model import convert_base
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.loading import load, read_adapter, read_tensors, resolve
 from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig
@@ -122,10 +123,10 @@ def test_a_file_is_no_folder(pair: tuple[Path, Path]) -> None:
 
 def test_folders_in_the_wrong_place(pair: tuple[Path, Path], tmp_path: Path) -> None:
     model_path, adapter_path = pair
-    assert "it is an adapter" in refused(str(adapter_path))
+    assert "is an MTP adapter, not a model: use --model" in refused(str(adapter_path))
     assert "has no config.json" in refused(str(tmp_path))
     found = refused(str(model_path), adapter_path=str(model_path))
-    assert found == f"{model_path} is not an adapter folder: it has no {CONFIG_FILE}"
+    assert found == f"{model_path} is a model, not an adapter: use --model {model_path}"
 
 
 def test_a_hub_id_is_downloaded(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,3 +361,50 @@ def test_an_adapter_of_another_base_names_both(
     for part in (tmp_path, "other-model", pair[0], fingerprint(other)[:12]):
         assert str(part) in found
     assert fingerprint(tiny_base(**BYTES))[:12] in found
+
+
+TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+
+
+@pytest.mark.parametrize("place", ["sidecar", "jinja", "config", "named", "folder"])
+def test_chat_templates_are_found_wherever_libraries_put_them(tmp_path, place):
+    folder = save_tiny_model(tmp_path / "model")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text())
+    config.pop("chat_template", None)
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    if place == "sidecar":
+        (folder / "chat_template.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    elif place == "config":
+        config["chat_template"] = TEMPLATE
+    elif place == "named":
+        other = {"name": "tool_use", "template": "tools"}
+        config["chat_template"] = [{"name": "default", "template": TEMPLATE}, other]
+    else:
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+    if place == "folder":
+        (folder / "additional_chat_templates").mkdir()
+        (folder / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    path.write_text(json.dumps(config))
+    output = tmp_path / "converted"
+    output.mkdir()
+    convert_base(str(folder), output)
+    for read in (folder, output):
+        tokenizer = load(str(read), mtp=False, kernels=False)[1]
+        assert tokenizer.has_chat_template
+        messages = [{"role": "user", "content": "hi"}]
+        assert tokenizer.apply_chat_template(messages, tokenize=False) == "user: hi\n"
+        if place in ("named", "folder"):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, tools=[])
+            assert text == "tools"
+
+
+def test_a_template_of_the_tokenizer_comes_before_a_processors(tmp_path):
+    folder = save_tiny_model(tmp_path / "model")
+    (folder / "chat_template.json").write_text('{"chat_template": "other"}')
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    assert load(str(folder), mtp=False)[1].chat_template == TEMPLATE
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"chat_template\.json"):
+        load(str(folder), mtp=False)

@@ -46,10 +46,11 @@ def main() -> None:
     if not isinstance(load, Load):
         return
     waiting: list[Submit | Cancel] = []
-    reader = _Reader(commands, waiting.append)
+    ending: list[Callable[[], None]] = []
+    reader = _Reader(commands, waiting.append, ending)
     reader.start()
     try:
-        scheduler = _load(load, send)
+        scheduler = _load(load, send, ending)
     except (ValueError, OSError) as error:
         send(Broken(message=one_line(error)))
         return
@@ -58,10 +59,19 @@ def main() -> None:
 
 
 class _Reader(threading.Thread):
-    """Reads commands; ends the process at the end of the pipe or after an invalid command."""
+    """Reads commands; ends the process at the end of the pipe or after an invalid command.
 
-    def __init__(self, pipe: BinaryIO, receive: Callable[[Any], None]) -> None:
+    Args:
+        pipe: the commands.
+        receive: called with each.
+        ending: called before the end of the process.
+    """
+
+    def __init__(
+        self, pipe: BinaryIO, receive: Callable[[Any], None], ending: list[Callable[[], None]]
+    ) -> None:
         super().__init__(daemon=True, name="commands")
+        self._ending = ending
         self._pipe = pipe
         self._receive = receive
         self._lock = threading.Lock()
@@ -73,7 +83,11 @@ class _Reader(threading.Thread):
                     self._receive(command)
         except ValueError:
             traceback.print_exc()
-        os._exit(0)
+        try:
+            for end in self._ending:
+                end()
+        finally:
+            os._exit(0)
 
     def redirect(self, receive: Callable[[Any], None], waiting: list[Submit | Cancel]) -> None:
         """Pass the waiting commands and all later ones to ``receive``."""
@@ -83,19 +97,21 @@ class _Reader(threading.Thread):
             self._receive = receive
 
 
-def _load(load: Load, send: Callable[[Event | JobMessage], None]) -> Any:
-    """Load the model, send ``Ready`` and return the scheduler."""
+def _load(
+    load: Load, send: Callable[[Event | JobMessage], None], ending: list[Callable[[], None]]
+) -> Any:
+    """Load the model, send ``Ready`` and return the scheduler; add to what ends the process."""
     if not load.trust_remote_code:
         sys.modules.setdefault("torch", cast(Any, None))  # transformers would import it
     import mlx.core as mx
 
     from mlx_mtp.apps.engine.encoding import encode
     from mlx_mtp.apps.engine.grammar import Grammars
-    from mlx_mtp.apps.engine.prefix_cache import PrefixCache
-    from mlx_mtp.apps.engine.preparing import prepare
+    from mlx_mtp.apps.engine.prefix_setup import make_prefix_cache
+    from mlx_mtp.apps.engine.preparing import Prepared, prepare
     from mlx_mtp.apps.engine.protocol import Job
     from mlx_mtp.apps.engine.scheduler import Scheduler
-    from mlx_mtp.apps.engine.session import Engine, Session
+    from mlx_mtp.apps.engine.session import Engine, Session, must_wait, with_stored_blocks
     from mlx_mtp.apps.engine.token_text import TokenTexts
     from mlx_mtp.calibration.stored_costs import speculation_for
     from mlx_mtp.decoding.grouping import StepGrouper
@@ -110,16 +126,19 @@ def _load(load: Load, send: Callable[[Event | JobMessage], None]) -> Any:
         adapter_path=load.adapter_path,
         trust_remote_code=load.trust_remote_code,
         mtp=load.mtp,
+        tokenizer_config={"chat_template": load.chat_template} if load.chat_template else None,
         extra_eos_token=load.extra_eos_token,
     )
     max_draft_tokens(model, load.num_draft_tokens)
     grammars = Grammars(tokenizer)
     speculation = speculation_for(model)
+    prefixes = make_prefix_cache(model, load)
+    ending.append(prefixes.close)
     engine = Engine(
         model=model,
         tokenizer=tokenizer,
         speculation=speculation,
-        prefixes=PrefixCache(max_bytes=load.prefix_cache_bytes),
+        prefixes=prefixes,
         texts=TokenTexts(tokenizer),
         prefill_step_size=load.prefill_step_size,
         lookup=load.lookup,
@@ -127,18 +146,30 @@ def _load(load: Load, send: Callable[[Event | JobMessage], None]) -> Any:
 
     def prepare_job(values: dict[str, Any]) -> Any:
         job = Job.from_dict(values)
+        if job.messages is not None:
+            job.template_config = load.chat_template_args | (job.template_config or {})
         if job.only:
             return encode(job, tokenizer, vocab_size=model.vocab_size)
-        return prepare(job, model, tokenizer, grammars)
+        return with_stored_blocks(prepare(job, model, tokenizer, grammars), engine)
+
+    def begin(job: Prepared) -> Session:
+        prefixes.pause_writing()
+        return Session(job, engine)
+
+    def rest() -> None:
+        mx.clear_cache()
+        prefixes.resume_writing()
 
     send(_ready(model, tokenizer))
     return Scheduler(
         prepare=prepare_job,
-        begin=lambda job: Session(job, engine),
+        begin=begin,
         group=StepGrouper(model, speculation).groups,
         run=lambda steps: run(model, steps),
         send=send,
-        rest=mx.clear_cache,
+        must_wait=lambda job, running: must_wait(job, running, engine),
+        report=lambda: send(prefixes.counts()),
+        rest=rest,
     )
 
 

@@ -1,104 +1,268 @@
-"""Caches of finished answers, so that a prompt with the same beginning is not computed again.
+"""Beginnings of texts whose keys and values are kept, so that they are not computed again.
 
-No two answers ever write to one: a cache that an answer takes is taken out, or copied if much of it
-would be lost, such as another branch of a conversation, or one that began with the same words.
+Texts with the same beginning share the blocks of it, and every answer gets a copy, so that no two
+answers write to one cache.  A block has ``block_size`` ids, or fewer at the end of a text, and an
+answer may use the first part of a block.  Whole blocks can also be kept in files, which survive a
+restart.
 """
 
 from __future__ import annotations
 
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
+from mlx_mtp.apps.engine.prefix_files import PrefixFiles, StoredBlock
+from mlx_mtp.apps.engine.prefix_tree import Node, key_of, shared_prefix
+from mlx_mtp.apps.engine.prefix_writer import PrefixWriter
+from mlx_mtp.apps.engine.protocol import CacheCounts
 from mlx_mtp.model.cache import MTPCache
+from mlx_mtp.model.cache_blocks import CacheBlocks, Rows
 
-MAX_LOST = 32  # ids that a cache may lose when it is taken; a copy is taken if it would lose more
-MIN_SHARED = 8  # with fewer shared ids no cache is taken
+BLOCK_SIZE = 256
+FLUSH_S = 4.0
+MIN_SHARED = 8  # a shorter common beginning is computed again
 
 
 @dataclass(frozen=True)
-class Entry:
-    """A cache that no answer uses.
+class Beginning:
+    """A cache for a new answer.
 
     Attributes:
-        ids: the ids in it.
-        cache: the keys and values.
-        nbytes: the memory they take.
+        cache: the keys and values; nobody else writes to it.
+        num_ids: number of ids in it.
+        num_read: number of them that were read from files for this answer.
     """
 
-    ids: list[int]
     cache: MTPCache
-    nbytes: int
+    num_ids: int = 0
+    num_read: int = 0
 
 
 class PrefixCache:
-    """Keeps the most recently used caches.
+    """Keeps the most recently used beginnings.
+
+    All methods but ``read`` are for the thread that calls MLX.
 
     Args:
+        blocks: cuts and joins the caches of the model.
         max_bytes: maximum memory of all together; 0 keeps none.
-        max_entries: maximum number.
+        files: the files, if there are any.
+        block_size: ids per block.
+
+    Attributes:
+        nbytes: memory of the kept blocks.
     """
 
-    def __init__(self, *, max_bytes: int, max_entries: int = 16) -> None:
+    def __init__(
+        self,
+        blocks: CacheBlocks,
+        *,
+        max_bytes: int,
+        files: PrefixFiles | None = None,
+        block_size: int = BLOCK_SIZE,
+    ) -> None:
+        self.nbytes = 0
+        self._num_dropped = 0
+        self._reported = (0, 0)
+        self.files = files
+        self._writer = PrefixWriter(files) if files else None
+        self._blocks = blocks
         self._max_bytes = max_bytes
-        self._max_entries = max_entries
-        self._entries: list[Entry] = []  # the most recently used one last
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that the kept caches take."""
-        return sum(entry.nbytes for entry in self._entries)
+        self._block_size = block_size
+        self._root = Node([])
+        self._nodes: OrderedDict[Node, None] = OrderedDict()  # the latest used one last
+        self._lock = threading.Lock()  # of the children, which ``read`` looks at
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._nodes)
 
-    def take(self, ids: list[int]) -> tuple[MTPCache, int] | None:
-        """Take the cache that shares most with ``ids``, or a copy of it, rewound to that.
+    def make_cache(self) -> MTPCache:
+        """Make a cache without rows."""
+        return self._blocks.make_cache()
+
+    def take(self, ids: Sequence[int]) -> Beginning:
+        """Copy the longest kept beginning of a text, always without its last id.
 
         Returns:
-            The cache and the number of ids in it, always fewer than ``ids`` has; None if no cache
-            shares enough.
+            A cache with that many ids; an empty one if too few are kept.
         """
-        best: tuple[int, Entry] | None = None
-        for entry in self._entries:
-            shared = shared_prefix(entry.ids, ids[:-1])
-            if shared >= MIN_SHARED and (best is None or shared >= best[0]):
-                surplus = entry.cache.offset - shared
-                best = (shared, entry) if entry.cache.can_rewind(surplus) else best
-        if best is None:
-            return None
-        shared, entry = best
-        self._entries.remove(entry)
-        cache = entry.cache
-        if cache.offset - shared > MAX_LOST:
-            self._entries.append(entry)
-            cache = cache.copied()
-        cache.rewind(cache.offset - shared)
-        return cache, shared
+        path, num_ids = self._find(ids)
+        if num_ids < MIN_SHARED:
+            return Beginning(self._blocks.make_cache())
+        num_read = sum(min(node.end, num_ids) - node.start for node in path if node.was_read)
+        for node in path:
+            node.was_read = False
+        self._use(ids, path)
+        cache = self._blocks.join([node.rows for node in path], num_ids)
+        return Beginning(cache, num_ids, num_read)
 
-    def put(self, ids: list[int], cache: MTPCache) -> None:
-        """Keep a cache of the first of ``ids``; drop the least recently used ones to make room."""
-        ids = ids[: cache.offset]
-        nbytes = cache_bytes(cache)
-        if len(ids) < max(MIN_SHARED, cache.offset) or nbytes > self._max_bytes:
+    def num_known(self, ids: Sequence[int]) -> int:
+        """Number of ids that ``take`` would return."""
+        return self._find(ids)[1]
+
+    def put(self, ids: Sequence[int], cache: MTPCache, *, num_prompt: int) -> None:
+        """Keep the rows of an answer's cache; drop other blocks to make room.
+
+        A cache with a window has dropped rows: those must have been put before.
+
+        Args:
+            ids: the ids of the text so far.
+            cache: the rows of the first of them.
+            num_prompt: number of ids of the prompt.
+        """
+        if self._max_bytes == 0:
             return
-        self._entries = [entry for entry in self._entries if entry.ids != ids[: len(entry.ids)]]
-        self._entries.append(Entry(ids, cache, nbytes))
-        while self.nbytes > self._max_bytes or len(self._entries) > self._max_entries:
-            del self._entries[0]
+        parent, path = self._root, []
+        num_rows = self._blocks.num_shared(cache, num_prompt)
+        while parent.end < num_rows:
+            end = min(parent.end + self._block_size, num_rows)
+            part = ids[parent.end : end]
+            node = self._child(parent, part) or self._cut(parent, part, cache)
+            if node is None:
+                break
+            path.append(node)
+            parent = node
+        self._touch(path)
 
+    def keep(self, ids: Sequence[int], cache: MTPCache, *, num_prompt: int) -> None:
+        """Put a cache at the end of an answer, and write its blocks to files; see ``put``."""
+        self.put(ids, cache, num_prompt=num_prompt)
+        path, _ = self._find([*ids[: cache.offset], -1])
+        self._use(ids, path)
 
-def shared_prefix(one: list[int], other: list[int]) -> int:
-    """How many ids two lists begin with in common."""
-    size = min(len(one), len(other))
-    if one[:size] == other[:size]:
-        return size
-    low, high = 0, size  # the lists agree up to ``low`` and not up to ``high``
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle)
-    return low
+    def read(self, ids: Sequence[int]) -> list[StoredBlock]:
+        """Read from files what memory lacks of the beginning of a text; for any thread."""
+        if self.files is None:
+            return []
+        with self._lock:
+            known = sum(len(node.ids) for node in self._whole_blocks(ids[:-1]))
+        return self.files.read(ids[:-1], known)
 
+    def add(self, ids: Sequence[int], blocks: Sequence[StoredBlock]) -> None:
+        """Add what ``read`` returned for ``ids``."""
+        path = list(self._whole_blocks(ids[:-1]))
+        for block in blocks:
+            parent = path[-1] if path else self._root
+            if block.start == parent.end:
+                node = self._insert(
+                    parent, ids[block.start : block.start + self._block_size], block.to_rows()
+                )
+                node.is_stored = node.was_read = True
+                path.append(node)
+        if blocks:
+            self._touch(path)
 
-def cache_bytes(cache: Any) -> int:
-    """Memory that the keys and values of a cache take."""
-    return sum(layer.inner.nbytes for layer in cache.layers)
+    def counts(self) -> CacheCounts:
+        """Return sizes, and what was dropped and removed since the last call."""
+        num_removed = self.files.num_removed if self.files else 0
+        now = (self._num_dropped, num_removed)
+        before, self._reported = self._reported, now
+        return CacheCounts(
+            memory_bytes=self.nbytes,
+            file_bytes=self.files.nbytes if self.files else 0,
+            num_dropped=now[0] - before[0],
+            num_removed=now[1] - before[1],
+        )
+
+    def pause_writing(self) -> None:
+        """Write files slowly, because an answer is generated."""
+        if self._writer:
+            self._writer.idle.clear()
+
+    def resume_writing(self) -> None:
+        """Write files without pauses."""
+        if self._writer:
+            self._writer.idle.set()
+
+    def close(self) -> None:
+        """Write what waits to be written, within a few seconds; for any thread."""
+        if self._writer:
+            self._writer.flush(timeout_s=FLUSH_S)
+
+    def _find(self, ids: Sequence[int]) -> tuple[list[Node], int]:
+        """The blocks of the longest kept beginning of a text and its length."""
+        ids = ids[:-1]
+        path = list(self._whole_blocks(ids))
+        parent = path[-1] if path else self._root
+        rest, best = ids[parent.end : parent.end + self._block_size], (0, parent)
+        for node in parent.children.values():
+            shared = shared_prefix(node.ids, rest)
+            if shared > best[0] and self._blocks.can_end(node.rows, parent.end + shared):
+                best = (shared, node)
+        num_ids = parent.end + best[0]
+        path += [best[1]] if best[0] else []
+        while path and not self._blocks.can_end(path[-1].rows, num_ids):
+            num_ids = path.pop().start
+        return path, num_ids
+
+    def _whole_blocks(self, ids: Sequence[int]) -> list[Node]:
+        """The whole blocks that a text begins with."""
+        node, path = self._root, []
+        while node.end + self._block_size <= len(ids):
+            child = node.children.get(key_of(ids[node.end : node.end + self._block_size]))
+            if child is None:
+                break
+            path.append(child)
+            node = child
+        return path
+
+    def _child(self, parent: Node, ids: Sequence[int]) -> Node | None:
+        """The block after ``parent`` that begins with these ids and may end after them."""
+        if node := parent.children.get(key_of(ids)):
+            return node
+        for node in parent.children.values() if len(ids) < self._block_size else ():
+            is_longer = shared_prefix(node.ids, ids) == len(ids)
+            if is_longer and self._blocks.can_end(node.rows, parent.end + len(ids)):
+                return node
+        return None
+
+    def _cut(self, parent: Node, ids: Sequence[int], cache: MTPCache) -> Node | None:
+        """Add a block from a cache, in place of a shorter one with the same beginning."""
+        start, end = parent.end, parent.end + len(ids)
+        shorter = [
+            node
+            for node in parent.children.values()
+            if shared_prefix(node.ids, ids) == len(node.ids)
+        ]
+        rows = self._blocks.cut(cache, start, end)
+        for node in shorter if rows is None else ():
+            more = self._blocks.cut(cache, node.end, end)
+            rows = more and self._blocks.extended(node.rows, more)
+        if rows is None:
+            return None
+        for node in shorter:
+            if self._blocks.can_end(rows, node.end):
+                self._remove(node)
+        return self._insert(parent, ids, rows)
+
+    def _insert(self, parent: Node, ids: Sequence[int], rows: Rows) -> Node:
+        node = Node(list(ids), parent.end, parent, rows)
+        with self._lock:
+            parent.children[key_of(ids)] = node
+        self._nodes[node] = None
+        self.nbytes += node.nbytes
+        return node
+
+    def _remove(self, node: Node) -> None:
+        assert node.parent is not None and not node.children
+        with self._lock:
+            del node.parent.children[key_of(node.ids)]
+        del self._nodes[node]
+        self.nbytes -= node.nbytes
+        node.rows = {}
+
+    def _touch(self, path: Sequence[Node]) -> None:
+        """Note that blocks are used, the first as the latest, and drop others to make room."""
+        for node in reversed(path):
+            self._nodes.move_to_end(node)
+        while self.nbytes > self._max_bytes:
+            self._remove(next(iter(self._nodes)))  # children are older than their parent
+            self._num_dropped += 1
+
+    def _use(self, ids: Sequence[int], path: Sequence[Node]) -> None:
+        self._touch(path)
+        if self._writer:
+            whole = [node for node in path if len(node.ids) == self._block_size]
+            self._writer.use(ids, whole)

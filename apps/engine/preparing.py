@@ -5,6 +5,7 @@ An invalid job is refused here, before any work is done for it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.apps.engine.grammar import Grammars, calls_grammar, json_grammar
 from mlx_mtp.apps.engine.penalties import answer_penalty
+from mlx_mtp.apps.engine.prefix_files import StoredBlock
 from mlx_mtp.apps.engine.protocol import Job
 from mlx_mtp.apps.engine.tool_calls import GENERIC, GenericCalls, calls_are_json, reads_tools
 from mlx_mtp.decoding.config import GenerationConfig
@@ -59,6 +61,7 @@ class Prepared:
         call_format: format of the calls, as an argument of ``ToolCallReader``.
         pieces: whether the ids of each step and the text of each id are reported.
         fresh: whether caches of earlier prompts are neither used nor added to.
+        stored_blocks: rows of the beginning of the prompt that were read from files.
     """
 
     ids: list[int]
@@ -71,6 +74,7 @@ class Prepared:
     call_format: TokenizerWrapper | GenericCalls = GENERIC
     pieces: bool = False
     fresh: bool = False
+    stored_blocks: Sequence[StoredBlock] = ()
 
 
 def prepare(
@@ -190,13 +194,25 @@ def _grammar(job: Job, tokenizer: TokenizerWrapper) -> str:
     required = job.required_tools or ()
     return calls_grammar(
         {
-            function["name"]: function.get("parameters") or {}
+            function["name"]: _closed(function.get("parameters"))
             for function in functions
             if function["name"] in required
         },
         tags=(form.tool_call_start or "", form.tool_call_end or ""),
         parallel=job.parallel_tool_calls,
     )
+
+
+def _closed(schema: dict[str, Any] | None) -> dict[str, Any]:
+    """A schema of arguments without those that it does not list, which small models invent.
+
+    A schema that combines others, or says what else is allowed, is returned unchanged.
+    """
+    if not schema:
+        return {"properties": {}, "additionalProperties": False}
+    plain = {"type", "properties", "required", "title", "description", "$schema", "$defs"}
+    is_plain = "properties" in schema and schema.keys() <= plain
+    return schema | ({"additionalProperties": False} if is_plain else {})
 
 
 def prompt_ids(job: Job, tokenizer: TokenizerWrapper) -> list[int]:

@@ -104,7 +104,12 @@ class Job:
 
 @dataclass(kw_only=True, slots=True)
 class Load:
-    """Load a model; the fields are the options of ``mlx-mtp serve``."""
+    """Load a model; the fields are the options of ``mlx-mtp serve``.
+
+    Attributes:
+        chat_template: source that replaces the model's chat template.
+        chat_template_args: arguments of the chat template where a job has none.
+    """
 
     type: Literal["load"] = "load"
     model: str | None = None
@@ -117,6 +122,10 @@ class Load:
     num_draft_tokens: int | None = None
     prefill_step_size: int = 256
     prefix_cache_bytes: int = 2**30
+    prefix_files_bytes: int = 0
+    prefix_files_folder: str | None = None
+    chat_template: str | None = None
+    chat_template_args: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -178,6 +187,24 @@ class Broken:
 
 
 @dataclass(kw_only=True, slots=True)
+class CacheCounts:
+    """The state of the prefix cache after an answer.
+
+    Attributes:
+        memory_bytes: size of the blocks in memory.
+        file_bytes: size of all files, as last seen.
+        num_dropped: blocks dropped from memory since the last message.
+        num_removed: files removed to make room since the last message.
+    """
+
+    type: Literal["cache"] = "cache"
+    memory_bytes: int
+    file_bytes: int
+    num_dropped: int
+    num_removed: int
+
+
+@dataclass(kw_only=True, slots=True)
 class JobMessage:
     """A message about a job.
 
@@ -192,11 +219,18 @@ class JobMessage:
 
 @dataclass(kw_only=True, slots=True)
 class Started(JobMessage):
-    """The prompt is encoded; ``cached_tokens`` of its tokens are in the prefix cache."""
+    """The prompt is encoded.
+
+    Attributes:
+        prompt_tokens: number of its tokens.
+        cached_tokens: number of them in the prefix cache.
+        read_tokens: number of those that were read from files.
+    """
 
     type: Literal["started"] = "started"
     prompt_tokens: int
     cached_tokens: int
+    read_tokens: int = 0
 
 
 @dataclass(kw_only=True, slots=True)
@@ -277,7 +311,7 @@ class Failed(JobMessage):
 
 
 Command = Load | Submit | Cancel
-Event = Ready | Broken | Started | Prefill | Group | Finished | Refused | Failed
+Event = Ready | Broken | CacheCounts | Started | Prefill | Group | Finished | Refused | Failed
 _COMMAND = Annotated[Command, Field(discriminator="type")]
 _EVENT = Annotated[Event, Field(discriminator="type")]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -59,6 +59,9 @@ class Scheduler:
         group: groups the next steps of all answers; returns indices of those to run together.
         run: runs a group of steps.
         send: passes a message to the server.
+        must_wait: whether a prepared job begins later, given the running answers; never without
+            any.
+        report: called when an answer has ended.
         rest: called when the last answer has ended.
     """
 
@@ -70,6 +73,8 @@ class Scheduler:
         group: Callable[[Sequence[Step]], list[list[int]]],
         run: Callable[[list[Step]], list[Outcome]],
         send: Callable[[JobMessage], None],
+        must_wait: Callable[[Prepared, Collection[Any]], bool] = lambda job, running: False,
+        report: Callable[[], None] = lambda: None,
         rest: Callable[[], None] = lambda: None,
     ) -> None:
         self._prepare = prepare
@@ -77,10 +82,13 @@ class Scheduler:
         self._group = group
         self._run = run
         self._send = send
+        self._must_wait = must_wait
+        self._report = report
         self._rest = rest
         self._inbox: queue.SimpleQueue[tuple[str, int, Any]] = queue.SimpleQueue()
         self._preparer = ThreadPoolExecutor(1, thread_name_prefix="prepare")
         self._preparing: set[int] = set()
+        self._delayed: dict[int, Prepared] = {}
         self._answers: dict[int, Answer] = {}  # in the order of their admission
 
     def receive(self, command: Submit | Cancel) -> None:
@@ -96,7 +104,9 @@ class Scheduler:
 
     def turn(self) -> None:
         """Run a step of every answer; wait if there is none."""
-        self._obey(wait=not self._answers)
+        self._obey(wait=not self._answers and not self._delayed)
+        for job in list(self._delayed):
+            self._admit(job, self._delayed.pop(job))
         planned = [(job, step) for job in list(self._answers) if (step := self._plan(job))]
         for group in self._group([step for _, step in planned]) if planned else ():
             self._obey(wait=False)
@@ -143,6 +153,11 @@ class Scheduler:
 
     def _end(self, job: int) -> None:
         del self._answers[job]
+        self._ended()
+
+    def _ended(self) -> None:
+        """Report after the end of an answer, and rest after that of the last."""
+        self._report()
         if not self._answers:
             self._rest()
 
@@ -167,6 +182,9 @@ class Scheduler:
             for message in value:
                 self._send_for(job, message)
         elif isinstance(value, Prepared):
+            if self._answers and self._must_wait(value, self._answers.values()):
+                self._delayed[job] = value
+                return
             try:
                 answer = self._begin(value)
             except Exception as error:
@@ -190,7 +208,8 @@ class Scheduler:
         answer = self._answers.pop(job, None)
         if answer is not None:
             answer.close()
-        elif job not in self._preparing:
+            self._ended()
+        elif job not in self._preparing and self._delayed.pop(job, None) is None:
             return
         self._preparing.discard(job)
         self._send_for(job, Finished(reason="cancelled"))

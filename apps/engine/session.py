@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_mtp.apps.engine.prefix_cache import PrefixCache
+from mlx_mtp.apps.engine.prefix_cache import Beginning, PrefixCache
+from mlx_mtp.apps.engine.prefix_tree import shared_prefix
 from mlx_mtp.apps.engine.preparing import Prepared
 from mlx_mtp.apps.engine.protocol import Finished, Group, JobMessage, Prefill, Started
-from mlx_mtp.apps.engine.token_text import TokenTexts
+from mlx_mtp.apps.engine.token_text import AnswerLogprobs, TokenTexts
 from mlx_mtp.apps.engine.tool_calls import ToolCallReader
 from mlx_mtp.calibration.stored_costs import store_learned
 from mlx_mtp.decoding.setup import make_request
 from mlx_mtp.decoding.step import Outcome, Step, StepResult
+from mlx_mtp.detokenizer import detokenizer_for
 from mlx_mtp.generate import TextStream, drafts_tokens
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
@@ -29,7 +32,7 @@ class Engine:
         model: the model.
         tokenizer: its tokenizer.
         speculation: what the model's planner knows.
-        prefixes: caches of finished answers.
+        prefixes: beginnings of texts that need not be computed again.
         texts: text and bytes of ids.
         prefill_step_size: rows of a prompt per forward, between which others have their turn.
         lookup: whether layout "auto" may take drafts from the text so far.
@@ -61,37 +64,59 @@ class Session:
         self._engine = engine
         model, tokenizer = engine.model, engine.tokenizer
         ids = job.ids
-        stored = None if job.fresh else engine.prefixes.take(ids)
-        cache, self._num_cached = stored if stored else (model.make_cache(), 0)
+        self._num_kept = 0  # ids whose rows the prefix cache has seen
+        if job.fresh:
+            self._beginning = Beginning(engine.prefixes.make_cache())
+        else:
+            engine.prefixes.add(ids, job.stored_blocks)
+            self._beginning = engine.prefixes.take(ids)
+        num_cached = self._beginning.num_ids
         config = replace(
             job.config, lookup=engine.lookup, prefill_step_size=engine.prefill_step_size
         )
         self._request = make_request(
             model,
-            ids[self._num_cached :],
+            ids[num_cached:],
             config,
             sampling=job.sampling,
             logits_processors=job.logits_processors,
             stop_ids=tokenizer.eos_token_ids,
-            cache=cache,
-            cached_ids=ids[: self._num_cached],
+            cache=self._beginning.cache,
+            cached_ids=ids[:num_cached],
             speculation=engine.speculation,
         )
-        self._text = TextStream(
-            tokenizer.detokenizer, stop=config.stop, stop_ids=tokenizer.eos_token_ids
-        )
+        stop_ids = tokenizer.eos_token_ids
+        detokenizer = detokenizer_for(tokenizer, ids)
+        self._text = TextStream(detokenizer, stop=config.stop, stop_ids=stop_ids)
+        self._num_characters = 0
+        self._logprobs: AnswerLogprobs | None = None
+        if job.top_logprobs is not None:
+            self._logprobs = engine.texts.of_answer(ids, top=job.top_logprobs, stop_ids=stop_ids)
         self._tools = ToolCallReader(job.call_format, job.tools) if job.tools else None
         self._reasoning = ReasoningParser(job.reasoning) if job.reasoning else None
         self._span: Span | None = None
         self._meter = StatsMeter(
-            prompt_tokens=len(ids) - self._num_cached,
-            cached_tokens=self._num_cached,
+            prompt_tokens=len(ids) - num_cached,
+            cached_tokens=num_cached,
             mtp=drafts_tokens(model, config),
         )
 
     def started(self) -> Started:
         """The first message."""
-        return Started(prompt_tokens=len(self._job.ids), cached_tokens=self._num_cached)
+        return Started(
+            prompt_tokens=len(self._job.ids),
+            cached_tokens=self._beginning.num_ids,
+            read_tokens=self._beginning.num_read,
+        )
+
+    def num_expected(self, ids: list[int]) -> int:
+        """Number of first ids of another prompt that this answer computes or has computed."""
+        return 0 if self._job.fresh else shared_prefix(self._job.ids, ids[:-1])
+
+    @property
+    def num_computed(self) -> int:
+        """Number of ids of the prompt whose rows are in the prefix cache by now."""
+        return min(self._request.cache.offset, len(self._job.ids))
 
     def plan(self) -> Step:
         """Plan the next step; a step that is not run leaves the cache as it was."""
@@ -107,6 +132,7 @@ class Session:
             Exception: what a logits processor raised in the step.
         """
         step = self._request.commit(outcome)
+        self._put(at_prompt=not step.tokens)
         if not step.tokens:
             return [Prefill(done=self._request.cache.offset)]
         group, reason = self._group(step)
@@ -114,17 +140,29 @@ class Session:
         return [group, self._finished(reason)] if reason else [group]
 
     def close(self) -> None:
-        """End it between two steps, where the cache is whole, and keep the cache."""
+        """End it between two steps, where the cache is whole, and keep its rows."""
         if not self._job.fresh:
-            self._engine.prefixes.put(self._request.ids, self._request.cache)
+            self._engine.prefixes.keep(
+                self._request.ids, self._request.cache, num_prompt=len(self._job.ids)
+            )
         if self.finished:
             store_learned(self._engine.model)
+
+    def _put(self, *, at_prompt: bool) -> None:
+        """Let others share the rows: after each chunk of the prompt, at its end, then rarely."""
+        cache, prompt_size = self._request.cache, len(self._job.ids)
+        is_due = at_prompt or self._num_kept < prompt_size or cache.drops_rows
+        if is_due and not self._job.fresh:
+            self._engine.prefixes.put(self._request.ids, cache, num_prompt=prompt_size)
+            self._num_kept = cache.offset
 
     def _group(self, step: StepResult) -> tuple[Group, str | None]:
         """The message of a step up to a stop string, and why the answer ends with it."""
         pieces = list(self._text.pieces(step, self._meter))
         count, reason = len(pieces), pieces[-1].finish_reason
-        reasoning, text = self._split([piece.text for piece in pieces], is_last=bool(reason))
+        texts = [piece.text for piece in pieces]
+        self._num_characters += sum(map(len, texts))
+        reasoning, text = self._split(texts, is_last=bool(reason))
         if self._tools:
             text = self._tools.push(text) + (self._tools.finish() if reason else "")
         message = Group(
@@ -139,10 +177,10 @@ class Session:
             message.pieces = [piece.text for piece in pieces]
             message.ids = step.tokens[:count]
             message.span = self._new_span()
-        if self._job.top_logprobs is not None:
-            message.logprobs = self._engine.texts.entries(
-                step.tokens[:count], step.logprobs[:count], self._job.top_logprobs
-            )
+        if self._logprobs:
+            self._logprobs.add(step.tokens[:count], step.logprobs[:count])
+            is_end = reason is not None
+            message.logprobs = self._logprobs.take(self._num_characters, is_end=is_end)
         return message, reason
 
     def _split(self, pieces: list[str], *, is_last: bool) -> Parts:
@@ -167,3 +205,24 @@ class Session:
             reasoning_tokens=self._reasoning.num_tokens if self._reasoning else 0,
             stats=GenerationStats(**self._meter.counts()).stats_dict(),
         )
+
+
+def with_stored_blocks(job: Prepared, engine: Engine) -> Prepared:
+    """Read the beginning of a prompt from files where memory lacks it; for any thread."""
+    return job if job.fresh else replace(job, stored_blocks=engine.prefixes.read(job.ids))
+
+
+def must_wait(job: Prepared, running: Iterable[Session], engine: Engine) -> bool:
+    """Whether a running answer is computing the beginning of a prompt, which can be taken then.
+
+    There is no waiting for less than a step, nor for rows that the prefix cache has no room for.
+    """
+    if job.fresh:
+        return False
+    num_known = engine.prefixes.num_known(job.ids)
+    for session in running:
+        num_expected = session.num_expected(job.ids)
+        has_room = num_known >= min(session.num_computed, num_expected)
+        if has_room and num_expected - num_known >= engine.prefill_step_size:
+            return True
+    return False

@@ -19,6 +19,7 @@ from typing import Any
 from mlx_mtp.apps.engine.batch import Batch
 from mlx_mtp.apps.engine.protocol import (
     Broken,
+    CacheCounts,
     Cancel,
     Command,
     Event,
@@ -30,6 +31,7 @@ from mlx_mtp.apps.engine.protocol import (
     Load,
     Ready,
     Refused,
+    Started,
     Submit,
     pack,
     read_event,
@@ -40,6 +42,7 @@ from mlx_mtp.apps.server.metrics import Metrics
 COMMAND = (sys.executable, "-P", "-m", "mlx_mtp.apps.engine.engine_process")
 PAUSES_S = (0.0, 0.25, 1.0, 2.0, 4.0)  # before a restart, by number of failures in a row
 STOP_S = 0.5
+WRITE_S = 5.0  # more to write files of prompts
 _BUFFER_BYTES = 2**20
 
 
@@ -251,7 +254,8 @@ class Engine:
             watch.cancel()
             self.pid = None
             self.refuse_all("the engine died; it is being restarted")
-            await _stop_child(child, politely=self.state == "stopped")
+            wait_s = STOP_S + (WRITE_S if self.load.prefix_files_bytes else 0)
+            await _stop_child(child, wait_s=wait_s if self.state == "stopped" else 0.05)
 
     async def _watch(self, child: asyncio.subprocess.Process) -> None:
         """Kill a child that has running jobs and sends nothing."""
@@ -276,6 +280,8 @@ class Engine:
             case Broken():
                 self.error = event.message
                 self.state = "broken" if self.info is None else "restarting"
+            case CacheCounts():
+                self.metrics.cache(event)
             case _:
                 self._deliver(event)
 
@@ -290,7 +296,10 @@ class Engine:
         if job is None:
             return
         now = time.monotonic()
-        if isinstance(message, Group):
+        if isinstance(message, Started):
+            if not job.job.fresh:
+                self.metrics.started(message)
+        elif isinstance(message, Group):
             self._failures = 0
             since = job.last_group or job.submitted
             self.metrics.group(message, seconds=now - since, first=job.last_group == 0.0)
@@ -306,13 +315,13 @@ class Engine:
             job.batch.put(message)
 
 
-async def _stop_child(child: asyncio.subprocess.Process, *, politely: bool) -> None:
-    """Stop a child by closing its pipe, then by killing it."""
+async def _stop_child(child: asyncio.subprocess.Process, *, wait_s: float) -> None:
+    """Stop a child by closing its pipe, then, after a while, by killing it."""
     assert child.stdin
     with contextlib.suppress(OSError):
         child.stdin.close()
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(child.wait(), STOP_S if politely else 0.05)
+        await asyncio.wait_for(child.wait(), wait_s)
         return
     with contextlib.suppress(ProcessLookupError):
         child.kill()

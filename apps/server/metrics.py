@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from mlx_mtp.apps.engine.protocol import Group
+from mlx_mtp.apps.engine.protocol import CacheCounts, Group, Started
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CHECK_S = 0.1  # interval of the checks of the event loop's delay
@@ -37,6 +37,23 @@ class Metrics:
         self._steps = counter("steps", "Decoding steps.")
         self._drafted = counter("drafts", "Draft tokens verified.", ("source",))
         self._accepted = counter("drafts_accepted", "Draft tokens accepted.", ("source",))
+        self._prompts = counter(
+            "prompt_cache_requests",
+            "Prompts by where the longest part of their beginning was: memory, files, or miss.",
+            ("result",),
+        )
+        self._prompt_tokens = counter(
+            "prompt_tokens", "Tokens of prompts by source: memory, files, or computed.", ("source",)
+        )
+        self._evicted = counter(
+            "prompt_cache_evictions", "Blocks of prompts removed to make room.", ("place",)
+        )
+        self._cached = Gauge(
+            "mlx_mtp_prompt_cache_bytes",
+            "Size of the blocks of prompts in memory and in files.",
+            ("place",),
+            registry=registry,
+        )
         self.restarts = counter("engine_restarts", "Engine restarts.")
         self.stalled = counter(
             "stalled_clients", "Clients disconnected because they stopped reading."
@@ -88,6 +105,22 @@ class Metrics:
             self._first.observe(seconds)
         else:
             self._per_token.observe(seconds / message.tokens)
+
+    def started(self, message: Started) -> None:
+        """Count the tokens of a prompt by their source."""
+        read, cached = message.read_tokens, message.cached_tokens
+        result = "miss" if not cached else "files" if 2 * read > cached else "memory"
+        self._prompts.labels(result).inc()
+        self._prompt_tokens.labels("memory").inc(cached - read)
+        self._prompt_tokens.labels("files").inc(read)
+        self._prompt_tokens.labels("computed").inc(message.prompt_tokens - cached)
+
+    def cache(self, counts: CacheCounts) -> None:
+        """Note the state of the prefix cache."""
+        self._cached.labels("memory").set(counts.memory_bytes)
+        self._cached.labels("files").set(counts.file_bytes)
+        self._evicted.labels("memory").inc(counts.num_dropped)
+        self._evicted.labels("files").inc(counts.num_removed)
 
     def ended(self, reason: str) -> None:
         """Count an answer by the reason of its end."""

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp
 
 from mlx_mtp.apps.engine.supervisor import Engine
 from mlx_mtp.apps.server.connection import protocol_class
+from mlx_mtp.apps.server.hints import LOG
 from mlx_mtp.apps.server.settings import Settings
 from mlx_mtp.terminal import show
 
@@ -46,12 +47,13 @@ def serve(
         http=protocol_class(settings, engine.metrics),
         ws="none",
         lifespan="on",
-        log_level="warning",
-        access_log=False,
+        log_level=settings.log_level.lower(),
+        access_log=settings.log_level in ("DEBUG", "INFO"),
         server_header=False,
         timeout_graceful_shutdown=GRACE_S,
         timeout_keep_alive=30,
     )
+    LOG.setLevel(settings.log_level)
     server = _Server(config, engine)
     gc.collect()
     gc.freeze()  # objects that exist now stay; collections need not scan them again

@@ -40,6 +40,11 @@ class Settings:
     allowed_hosts: tuple[str, ...] = setting(
         (), "Additional host name of the server; repeatable, or separated by commas."
     )
+    log_level: str = setting(
+        "WARNING",
+        "Minimum level of messages to log; INFO includes a line for each request.",
+        choices=("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"),
+    )
     model_name: str | None = setting(None, "Name of the model in replies.")
     strict_model: bool = setting(
         False,

@@ -9,16 +9,15 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm import utils as lm_utils
 
 from mlx_mtp.converters.layouts import BaseFacts
+from mlx_mtp.detokenizer import load_tokenizer
 from mlx_mtp.loading import resolve
+from mlx_mtp.model.base import open_base
 from mlx_mtp.model.lora import linear_dims
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.cards import is_hub_id
 from mlx_mtp.storage.default_model import DEFAULT_MODEL_NAME, default_model_path
-from mlx_mtp.storage.folders import without_wildcards
-from mlx_mtp.storage.safetensors import check_safetensors
 
 DEFAULT_NORM_EPS = 1e-6
 
@@ -66,10 +65,7 @@ def load_base(folder: Path, *, name: str) -> MTPModel:
         ValueError: it cannot be loaded, or mask tokens cannot be added to it.
     """
     try:
-        for file in sorted(folder.glob("model*.safetensors")):
-            check_safetensors(file)
-        with without_wildcards(folder) as path:
-            base, _ = lm_utils.load_model(path, lazy=True)
+        base, _ = open_base(folder)
     except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load the base model in {folder}: {error}") from None
     return MTPModel(base, name=name)
@@ -112,7 +108,7 @@ def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
 def tokenizer_facts(folder: Path) -> tuple[int | None, int | None]:
     """Return the length of a model's tokenizer and the id of its ``<mask>``; None if missing."""
     try:
-        tokenizer: Any = lm_utils.load_tokenizer(folder)._tokenizer
+        tokenizer: Any = load_tokenizer(folder)._tokenizer
     except Exception:  # transformers raises many types for a folder without a tokenizer
         return None, None
     return len(tokenizer), tokenizer.get_vocab().get("<mask>")

@@ -16,10 +16,12 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
+from transformers.utils import CHAT_TEMPLATE_DIR
 
 from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
 from mlx_mtp.converters.tokenizer.write import SENTENCEPIECE_FILES
 from mlx_mtp.loading import resolve
+from mlx_mtp.storage.contents import look, model_problem
 from mlx_mtp.storage.safetensors import (
     READABLE,
     check_safetensors,
@@ -66,8 +68,9 @@ def read_config(source: Path, *, trust_remote_code: bool = False) -> dict[str, A
         ValueError: it is missing or broken, or the model or its tokenizer needs custom code and
             ``trust_remote_code`` is false.
     """
-    if not (source / CONFIG_FILE).is_file():
-        raise ValueError(f"{source} is not a model folder (it has no {CONFIG_FILE})")
+    contents = look(source)
+    if contents.kind != "model":
+        raise ValueError(model_problem(contents))
     config = read_json_object(source / CONFIG_FILE)
     if not isinstance(config.get("model_type"), str):
         raise ValueError(f"{source / CONFIG_FILE} has no model_type")
@@ -151,11 +154,14 @@ def weight_files(source: Path) -> list[Path]:
 
 def copy_papers(source: Path, output: Path, *, code: bool) -> None:
     """Copy a model's small files: generation settings, chat template, licence, notice."""
-    patterns = [GENERATION_FILE, "chat_template.jinja", "LICENSE*", "LICENCE*", "NOTICE*"]
+    patterns = [GENERATION_FILE, "LICENSE*", "LICENCE*", "NOTICE*"]
+    patterns += ["chat_template.jinja", f"{CHAT_TEMPLATE_DIR}/*.jinja"]
     for pattern in [*patterns, *(["*.py"] if code else [])]:
         for path in source.glob(pattern):
-            if path.is_file() and not (output / path.name).exists():
-                shutil.copyfile(path, output / path.name)
+            target = output / path.relative_to(source)
+            if path.is_file() and not target.exists():
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
 
 
 def _weights_pattern(repo: str) -> str:

@@ -27,11 +27,10 @@ from mlx_mtp.converters.base.files import (
     resolve_base,
     stage,
 )
-from mlx_mtp.converters.base.rope import older_rope_keys
 from mlx_mtp.converters.base.shards import write_shards
 from mlx_mtp.converters.tokenizer.write import write_tokenizer
+from mlx_mtp.model.base import open_base
 from mlx_mtp.storage.cards import read_licence
-from mlx_mtp.storage.folders import without_wildcards
 from mlx_mtp.storage.safetensors import shown
 from mlx_mtp.terminal import Status, progress
 
@@ -135,9 +134,7 @@ def convert_base(
             )
         staged = stage(source, config, scratch, allow_pickle=allow_pickle)
         with Status("Loading the model ..."):
-            model, config = _load(
-                source, staged, older_rope_keys(config), trust_remote_code=trust_remote_code
-            )
+            model, config = _load(source, staged, trust_remote_code=trust_remote_code)
         cast = _cast(model, config, dtype)
         if on_model is not None:
             on_model(model)
@@ -209,15 +206,10 @@ def _scratch(output: Path) -> Iterator[Path]:
         yield Path(name)
 
 
-def _load(
-    source: Path, staged: Path, added: dict[str, Any], *, trust_remote_code: bool
-) -> tuple[Any, dict[str, Any]]:
+def _load(source: Path, staged: Path, *, trust_remote_code: bool) -> tuple[Any, dict[str, Any]]:
     """Build the model; its weights are not read until they are written."""
     try:
-        with without_wildcards(staged) as folder:
-            model, config = lm_utils.load_model(
-                folder, lazy=True, model_config=added, trust_remote_code=trust_remote_code
-            )
+        model, config = open_base(staged, trust_remote_code=trust_remote_code)
     except Exception as error:  # a broken file or setting can raise anything
         raise ValueError(f"cannot load the model in {source}: {shown(error)}") from None
     parameters: Any = dict(tree_flatten(model.parameters()))

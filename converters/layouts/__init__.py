@@ -1,6 +1,6 @@
 """Layouts of adapter checkpoints: detection, and conversion to an adapter of mlx-mtp.
 
-``LAYOUTS`` maps names to layouts, in the order of detection.
+``LAYOUTS`` maps names to layouts; ``storage.contents.layout_of`` decides which of them it is.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mlx_mtp.converters.layouts.common import (
 )
 from mlx_mtp.converters.layouts.options import OPTION_KEYS, Options
 from mlx_mtp.converters.layouts.peft_export import to_peft
+from mlx_mtp.storage.contents import layout_of
 
 if TYPE_CHECKING:
     from mlx_mtp.converters.checkpoint import Checkpoint
@@ -42,7 +43,6 @@ LAYOUTS: Mapping[str, Layout] = {
             name="peft-mtp",
             looks_for="adapter_config.json with peft_type and mask tokens or a sampler.mlp",
             options=frozenset({"mask_token_ids", "num_draft_tokens"}),
-            recognise=peft.is_peft_mtp,
             convert=peft.convert_peft_mtp,
             describe=peft.describe_peft_mtp,
         ),
@@ -50,7 +50,6 @@ LAYOUTS: Mapping[str, Layout] = {
             name="peft-lora",
             looks_for="adapter_config.json with peft_type and neither",
             options=frozenset({"num_draft_tokens", "mask_token_ids", "seed"}),
-            recognise=peft.is_peft_lora,
             convert=peft.convert_peft_lora,
             describe=peft.describe_peft_lora,
         ),
@@ -59,7 +58,6 @@ LAYOUTS: Mapping[str, Layout] = {
             looks_for="lora_A.weight with draft_length and lora_rank in config.json, or with "
             "sampler_head.layers",
             options=frozenset({"mask_token_ids", "num_draft_tokens", "alpha", "rank", "norm_eps"}),
-            recognise=glora.is_glora,
             convert=glora.convert_glora,
             describe=glora.describe_glora,
         ),
@@ -67,7 +65,6 @@ LAYOUTS: Mapping[str, Layout] = {
             name="state-dict",
             looks_for="lora_A and lora_B under any name",
             options=frozenset(OPTION_KEYS),
-            recognise=state_dict.is_state_dict,
             convert=state_dict.convert_state_dict,
             describe=state_dict.describe_state_dict,
         ),
@@ -99,9 +96,8 @@ def recognise(checkpoint: Checkpoint, *, layout: str | None = None) -> str:
         return layout
     if any(config.get("fine_tune_type") == "mtp" for config in checkpoint.configs.values()):
         raise ValueError(f"{checkpoint.path} is an adapter of mlx-mtp already")
-    for name, entry in LAYOUTS.items():
-        if entry.recognise(checkpoint):
-            return name
+    if found := layout_of(checkpoint.configs, checkpoint.tensors):
+        return found
     looked_for = "; ".join(f"{name}: {entry.looks_for}" for name, entry in LAYOUTS.items())
     raise ValueError(
         f"{checkpoint.path} has no known layout. Looked for {looked_for}. "

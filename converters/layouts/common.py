@@ -141,7 +141,6 @@ class Layout:
         name: its name for ``--layout``.
         looks_for: what distinguishes it from others, for messages.
         options: keys of the layout options that it accepts.
-        recognise: returns whether a checkpoint has this layout.
         convert: converts a checkpoint; raises ``ValueError`` and does not check its result.
         describe: describes a checkpoint of this layout; never raises ``ValueError``.
     """
@@ -149,7 +148,6 @@ class Layout:
     name: str
     looks_for: str
     options: frozenset[str]
-    recognise: Callable[[Checkpoint], bool]
     convert: Callable[[Checkpoint, BaseFacts, Options], ConvertedAdapter]
     describe: Callable[[Checkpoint], LayoutSummary]
 

@@ -28,6 +28,7 @@ from mlx_mtp.converters.layouts.low_rank import Pair, leaves, pair_up, ranks, re
 from mlx_mtp.converters.layouts.options import Options
 from mlx_mtp.converters.layouts.tables import check_table, token_rows
 from mlx_mtp.model.config import SamplerKind
+from mlx_mtp.storage.contents import GLORA_LORA, GLORA_SAMPLER
 
 if TYPE_CHECKING:
     from mlx_mtp.converters.checkpoint import Checkpoint
@@ -38,8 +39,6 @@ FUSED = {
     "gate_up_proj": ("gate_proj", "up_proj"),
 }
 
-_LORA = re.compile(r"(.+)\.lora_(A|B)\.weight")
-_SAMPLER = re.compile(r"(?:.+\.)?sampler_head\.layers\.([01])\.(linear|norm)\.weight")
 _TABLE = re.compile(r"(?:.+\.)?embed_tokens\.weight")
 _SAMPLER_TENSORS = [f"{part}_{number}.weight" for number in "12" for part in ("linear", "norm")]
 
@@ -62,17 +61,6 @@ class GloraTensors:
     pairs: dict[str, Pair] = field(default_factory=dict)
     sampler: dict[str, mx.array] = field(default_factory=dict)
     table: tuple[str, mx.array] | None = None
-
-
-def is_glora(checkpoint: Checkpoint) -> bool:
-    """Return whether this is a checkpoint of MTP-GLoRA."""
-    config = checkpoint.configs.get(CONFIG, {})
-    names = checkpoint.tensors
-    if not any(_LORA.fullmatch(name) for name in names):
-        return False
-    return {"draft_length", "lora_rank"} <= set(config) or any(
-        _SAMPLER.fullmatch(name) for name in names
-    )
 
 
 def convert_glora(checkpoint: Checkpoint, base: BaseFacts, options: Options) -> ConvertedAdapter:
@@ -150,9 +138,9 @@ def _arguments(config: Mapping[str, Any]) -> tuple[Arguments, list[str]]:
 def _sort(tensors: Mapping[str, mx.array]) -> tuple[GloraTensors, list[str]]:
     groups, halves, problems = GloraTensors(), [], []
     for name, tensor in sorted(tensors.items()):
-        if match := _LORA.fullmatch(name):
+        if match := GLORA_LORA.fullmatch(name):
             halves.append((match[1], match[2], name, tensor))
-        elif match := _SAMPLER.fullmatch(name):
+        elif match := GLORA_SAMPLER.fullmatch(name):
             key = f"{match[2]}_{int(match[1]) + 1}.weight"
             if key in groups.sampler:
                 problems.append(f"tensor {name} exists under two names")

@@ -29,20 +29,15 @@ from mlx_mtp.converters.layouts.options import Options
 from mlx_mtp.converters.layouts.peft_config import EMBEDDING, PeftSettings, read_settings
 from mlx_mtp.converters.layouts.tables import check_table, random_rows, surplus_rows
 from mlx_mtp.model.config import SamplerKind
+from mlx_mtp.storage.contents import ADAPTER_CONFIG, PEFT_ROWS, PEFT_TABLE
 
 if TYPE_CHECKING:
     from mlx_mtp.converters.checkpoint import Checkpoint
 
-PEFT_CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."
 SAMPLER_LAYERS = {"0": "linear_1", "2": "norm_1", "3": "linear_2", "5": "norm_2"}
 
 _LORA = re.compile(r"(.+)\.lora_(A|B)(?:\.default)?\.weight")
-_ROWS = re.compile(rf"(?:.+\.)?({EMBEDDING}|{HEAD})\.token_adapter\.trainable_tokens_delta")
-_TABLE = re.compile(
-    rf"(?:.+\.)?({EMBEDDING}|{HEAD})\.(?:token_adapter\.base_layer\.)?"
-    r"(?:modules_to_save\.|(original_module)\.)?weight"
-)
 _SAMPLER = re.compile(r"(?:.+\.)?sampler\.mlp\.([0235])\.(weight|bias)")
 # Why a tensor is refused, by a part of its name.
 _REASONS = {
@@ -68,28 +63,8 @@ class PeftTensors:
         return [
             (name, table)
             for name, table in self.tables.items()
-            if (match := _TABLE.fullmatch(name)) and match.groups() == (EMBEDDING, None)
+            if (match := PEFT_TABLE.fullmatch(name)) and match.groups() == (EMBEDDING, None)
         ]
-
-
-def is_peft_mtp(checkpoint: Checkpoint) -> bool:
-    """Return whether this is a PEFT checkpoint with mask tokens or a sampler head."""
-    config = checkpoint.configs.get(PEFT_CONFIG, {})
-    if "peft_type" not in config:
-        return False
-    names = checkpoint.tensors
-    return bool(
-        config.get("trainable_token_indices")
-        or config.get("alora_invocation_tokens")
-        or any("sampler." in name or _ROWS.fullmatch(name) for name in names)
-        or any((match := _TABLE.fullmatch(name)) and match[1] == EMBEDDING for name in names)
-    )
-
-
-def is_peft_lora(checkpoint: Checkpoint) -> bool:
-    """Return whether this is a PEFT checkpoint without mask tokens and sampler head."""
-    config = checkpoint.configs.get(PEFT_CONFIG, {})
-    return "peft_type" in config and not is_peft_mtp(checkpoint)
 
 
 def convert_peft_mtp(checkpoint: Checkpoint, base: BaseFacts, options: Options) -> ConvertedAdapter:
@@ -143,7 +118,7 @@ def describe_peft_lora(checkpoint: Checkpoint) -> LayoutSummary:
 
 
 def _describe(checkpoint: Checkpoint, layout: str) -> LayoutSummary:
-    config = checkpoint.configs.get(PEFT_CONFIG, {})
+    config = checkpoint.configs.get(ADAPTER_CONFIG, {})
     settings, problems = read_settings(config)
     tensors, unknown = sort_tensors(checkpoint.tensors)
     problems += unknown + _rank_problems(settings, tensors)
@@ -164,9 +139,9 @@ def _describe(checkpoint: Checkpoint, layout: str) -> LayoutSummary:
 
 
 def _read(checkpoint: Checkpoint) -> tuple[PeftSettings, PeftTensors]:
-    if PEFT_CONFIG not in checkpoint.configs:
-        raise ValueError(f"{PEFT_CONFIG} is missing")
-    settings, problems = read_settings(checkpoint.configs[PEFT_CONFIG])
+    if ADAPTER_CONFIG not in checkpoint.configs:
+        raise ValueError(f"{ADAPTER_CONFIG} is missing")
+    settings, problems = read_settings(checkpoint.configs[ADAPTER_CONFIG])
     tensors, unknown = sort_tensors(checkpoint.tensors)
     refuse(problems + unknown + _rank_problems(settings, tensors))
     return settings, tensors
@@ -178,9 +153,9 @@ def sort_tensors(tensors: Mapping[str, mx.array]) -> tuple[PeftTensors, list[str
     for name, tensor in sorted(tensors.items()):  # so that messages always name the same tensor
         if match := _LORA.fullmatch(name):
             halves.append((match[1].removeprefix(PREFIX), match[2], name, tensor))
-        elif match := _ROWS.fullmatch(name):
+        elif match := PEFT_ROWS.fullmatch(name):
             _put(groups.rows, match[1], name, tensor, problems)
-        elif _TABLE.fullmatch(name):
+        elif PEFT_TABLE.fullmatch(name):
             groups.tables[name] = tensor
         elif match := _SAMPLER.fullmatch(name):
             groups.sampler[f"{SAMPLER_LAYERS[match[1]]}.{match[2]}"] = tensor
@@ -218,7 +193,7 @@ def _rank_problems(settings: PeftSettings, tensors: PeftTensors) -> list[str]:
     layer_ranks, problems = ranks(tensors.pairs)
     for layer, rank in layer_ranks.items():
         if rank != settings.rank_of(layer):
-            problems.append(f"{layer} has rank {rank}, but {PEFT_CONFIG} says "
+            problems.append(f"{layer} has rank {rank}, but {ADAPTER_CONFIG} says "
                             f"{settings.rank_of(layer)}")  # fmt: skip
     return problems
 

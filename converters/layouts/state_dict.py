@@ -40,11 +40,11 @@ from mlx_mtp.converters.layouts.state_settings import (
     is_training_state,
 )
 from mlx_mtp.converters.layouts.tables import check_table, random_rows, surplus_rows
+from mlx_mtp.storage.contents import LORA
 
 if TYPE_CHECKING:
     from mlx_mtp.converters.checkpoint import Checkpoint
 
-_LORA = re.compile(r"(.+)\.lora_([ABab])(?:\.default)?(?:\.weight)?")
 _SCALAR = re.compile(r"(.+)\.(?:lora_)?(alpha|scale|scaling)(?:\.default)?")
 # Names of a frozen layer inside the module that adds low-rank weights to it.
 _FROZEN = r"(?:(?:base|base_layer|linear|orig|original|original_layer|wrapped|inner|embedding)\.)?"
@@ -68,11 +68,6 @@ class StateTensors:
     masks: dict[str, mx.array] = field(default_factory=dict)
     sampler: SamplerParts = field(default_factory=SamplerParts)
     frozen: dict[str, mx.array] = field(default_factory=dict)
-
-
-def is_state_dict(checkpoint: Checkpoint) -> bool:
-    """Return whether there are any low-rank weights."""
-    return any(_LORA.fullmatch(name) for name in checkpoint.tensors)
 
 
 def convert_state_dict(
@@ -129,7 +124,7 @@ def _sort(tensors: Mapping[str, mx.array], *, chosen: str | None) -> tuple[State
     for name, tensor in sorted(tensors.items()):
         if name == chosen:
             groups.masks[name] = tensor
-        elif match := _LORA.fullmatch(name):
+        elif match := LORA.fullmatch(name):
             halves.append((match[1], match[2].upper(), name, tensor))
         elif is_training_state(name):
             continue

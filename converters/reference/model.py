@@ -18,6 +18,7 @@ import numpy as np
 from mlx_mtp.converters.base.files import SAFETENSORS_INDEX, TORCH_INDEX, weight_files
 from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
 from mlx_mtp.converters.reference.adapters import INSTALL, Adapter, Gate, attach
+from mlx_mtp.storage.contents import ADAPTER_CONFIG
 
 if TYPE_CHECKING:
     import torch
@@ -188,13 +189,22 @@ def _load_base(hf_path: Path, *, scratch: Path, allow_pickle: bool) -> Any:
 
 
 def _safe_folder(hf_path: Path, target: Path, *, allow_pickle: bool) -> Path:
-    """Return the folder itself if it has safetensors, else a copy with converted PyTorch files."""
-    if any(hf_path.glob("*.safetensors")):
-        return hf_path
+    """Return the folder itself, or a copy with converted PyTorch files or without an adapter.
+
+    transformers would add a PEFT adapter in the model's folder to the model.
+    """
     shards = weight_files(hf_path)
+    is_safe = shards[0].suffix == ".safetensors"
+    if is_safe and not (hf_path / ADAPTER_CONFIG).is_file():
+        return hf_path
     target.mkdir()
     for file in hf_path.glob("*.json"):
-        (target / file.name).write_bytes(file.read_bytes())
+        if file.name != ADAPTER_CONFIG:
+            (target / file.name).write_bytes(file.read_bytes())
+    if is_safe:
+        for shard in shards:
+            (target / shard.name).symlink_to(shard.resolve())
+        return target
     written = {}
     for shard in shards:
         path, _ = torch_to_safetensors(shard, target, allow_pickle=allow_pickle)

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlx_lm import utils as lm_utils
 from transformers.utils import logging
 
 from mlx_mtp.converters.tokenizer.sentencepiece import (
@@ -25,8 +24,10 @@ from mlx_mtp.converters.tokenizer.sentencepiece import (
     parse,
     user_defined,
 )
+from mlx_mtp.detokenizer import load_tokenizer
 from mlx_mtp.evaluation.prompts import builtin_prompts
 from mlx_mtp.storage.safetensors import read_json_object, shown
+from mlx_mtp.storage.sidecars import sidecar_template
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
@@ -200,7 +201,7 @@ def _load(folder: Path, *, shown_as: Path, trust_remote_code: bool = False) -> A
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()
     try:
-        return lm_utils.load_tokenizer(folder, {"trust_remote_code": trust_remote_code})
+        return load_tokenizer(folder, {"trust_remote_code": trust_remote_code})
     except Exception as error:  # transformers raises many types for a broken folder
         raise ValueError(f"cannot load the tokenizer of {shown_as}: {shown(error)}") from None
     finally:
@@ -235,7 +236,7 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     for name in ("special_tokens_map.json", "tokenizer_config.json"):
         values = _read_json(folder / name)
         settings |= {key: value for key, value in values.items() if value is not None}
-    return settings
+    return settings | sidecar_template(folder)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def _stock_modes(config: BenchmarkConfig, tokenizer: Any, on_status: OnStatus) -
     if not names:
         return []
     on_status("Loading the model with mlx-lm ...")
-    folder, _ = locate(config.model, None)
+    folder, _ = locate(config.model, None, mtp=False)
     trust = config.trust_remote_code
     stock, _ = load_stock(folder, trust_remote_code=trust)
     stop_ids, max_tokens = tokenizer.eos_token_ids, config.max_tokens

@@ -14,12 +14,12 @@ from typing import Any
 import click
 import cloup
 
+from mlx_mtp.apps.engine.prefix_settings import PromptCacheConfig
 from mlx_mtp.apps.server.settings import Settings
 from mlx_mtp.cli.options import field_option, model_options, option
-from mlx_mtp.cli.serve import ENGINE_OPTIONS, GIB
+from mlx_mtp.cli.serve import ENGINE_OPTIONS
 
 PREFILL_ROWS = 256
-PREFIX_CACHE_GB = 1.0
 _CLOSE_S = 5.0
 
 
@@ -36,6 +36,11 @@ _CLOSE_S = 5.0
         metavar="FOLDER",
         help="Folder of the conversation history.",
     ),
+)
+@cloup.option_group(
+    "Cache",
+    # Off by default: a conversation that is deleted should leave nothing behind.
+    field_option(PromptCacheConfig, "prompt_cache_files", default=False),
 )
 @cloup.option_group(
     "Browser",
@@ -104,7 +109,8 @@ def _engine_options(options: dict[str, Any]) -> dict[str, Any]:
         "prefill_step_size": PREFILL_ROWS,
     } | {name: options[name] for name in ("model", "adapter_path", "trust_remote_code")}
     assert set(engine) == set(ENGINE_OPTIONS)
-    return engine | {"prefix_cache_bytes": int(PREFIX_CACHE_GB * GIB)}
+    cache = PromptCacheConfig(prompt_cache_files=options["prompt_cache_files"])
+    return engine | cache.load_fields()
 
 
 def _run_in_window(options: dict[str, Any]) -> None:
@@ -121,6 +127,7 @@ def _run_in_window(options: dict[str, Any]) -> None:
     for name in ("model", "adapter_path", "data_dir"):
         if options[name] is not None:
             command += [f"--{name.replace('_', '-')}", str(options[name])]
+    command += ["--prompt-cache-files"] if options["prompt_cache_files"] else []
     command += ["--trust-remote-code"] if options["trust_remote_code"] else []
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:

@@ -21,7 +21,8 @@ def stream_arguments(options: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: a sampling option is out of range.
     """
-    sampling = Sampling(**{field.name: options[field.name] for field in fields(Sampling)})
+    drawn = [field.name for field in fields(Sampling) if field.name in options]
+    sampling = Sampling(**{name: options[name] for name in drawn})
     names = [field.name for field in (*fields(GenerationConfig), *fields(CacheConfig))]
     layout = options["layout"] if options["mtp"] else "plain"
     chosen = {name: options[name] for name in names if name in options}

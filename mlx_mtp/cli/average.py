@@ -24,10 +24,10 @@ def average(adapters: tuple[str, ...], adapter_path: str) -> None:
     The adapters must be trained from one another. The mean often has a higher acceptance rate than
     any of them. The adapter of a saved state need not be the best of its run.
     """
-    from mlx_mtp.loading import resolve
+    from mlx_mtp.loading import resolve_adapter
     from mlx_mtp.train.average import save_mean
 
     with Status("Reading the adapters ..."):
-        folders = [resolve(adapter, kind="adapter") for adapter in adapters]
+        folders = [resolve_adapter(adapter) for adapter in adapters]
         config = save_mean(folders, Path(adapter_path).expanduser(), names=adapters)
     show(f"wrote {adapter_path}: the mean of {len(adapters)} adapters for {config.base_model}")

@@ -14,7 +14,10 @@ from mlx_mtp.cli.options import (
     model_options,
     sampling_options,
     template_options,
+    unsupported,
 )
+
+_ONE_DEVICE = "the model runs on one device"
 
 
 @cloup.command()
@@ -22,6 +25,7 @@ from mlx_mtp.cli.options import (
 @template_options()
 @decoding_options(max_tokens=256)
 @sampling_options()
+@cloup.option_group("mlx-lm", unsupported("--pipeline", _ONE_DEVICE, is_flag=True), hidden=True)
 def chat(**options: Any) -> None:
     """Chat with a model in the terminal."""
     from mlx_mtp.chat import run

@@ -23,6 +23,7 @@ from mlx_mtp.cli.options import (
     option,
     sampling_options,
     template_options,
+    unsupported,
 )
 from mlx_mtp.storage.package import package_version
 from mlx_mtp.terminal import INTERRUPTED, AnswerWriter, Interrupt, Status, show
@@ -52,7 +53,17 @@ _PROMPT_OPTIONS = (
         is_flag=True,
         help="Use the prompt without the chat template.",
     ),
+    option(
+        "--use-default-chat-template",
+        is_flag=True,
+        help="Without effect, as in mlx-lm: the chat template is used if there is one.",
+    ),
     option("--prefill-response", metavar="TEXT", help="Beginning of the answer."),
+)
+_UNSUPPORTED = (
+    unsupported("--draft-model", "--adapter-path names the adapter that proposes draft tokens"),
+    unsupported("--image", "prompts are text"),
+    unsupported("--quantize-activations", "activations keep the model's type", "-qa", is_flag=True),
 )
 
 
@@ -61,6 +72,7 @@ _PROMPT_OPTIONS = (
 @template_options(*_PROMPT_OPTIONS)
 @decoding_options(max_tokens=100)
 @sampling_options()
+@cloup.option_group("mlx-lm", *_UNSUPPORTED, hidden=True)
 @cloup.option_group(
     "Output",
     option(

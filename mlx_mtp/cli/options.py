@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from types import UnionType
 from typing import TYPE_CHECKING, Any
 
@@ -84,6 +86,22 @@ class ListOf(click.ParamType):
             if number < self._min:
                 self.fail(f"{number} is less than the minimum, {self._min}", param, ctx)
         return items
+
+
+class Size(click.ParamType):
+    """A number of bytes, with the units of mlx-lm: M, MB, G and GB, or none."""
+
+    name = "size"
+    _units: typing.ClassVar = {"": 1, "M": 10**6, "MB": 10**6, "G": 10**9, "GB": 10**9}
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Parse a text; a number is returned unchanged."""
+        if isinstance(value, int):
+            return value
+        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Z]*)", value.strip().upper())
+        if match is None or match[2] not in self._units:
+            self.fail(f"{value!r} is not a size such as 512MB or 4GB", param, ctx)
+        return int(Decimal(match[1]) * self._units[match[2]])
 
 
 def option(*names: str, **attrs: Any) -> Decorator:
@@ -220,6 +238,24 @@ def model_options(*more: Decorator, has_adapter: bool = True) -> Decorator:
     return cloup.option_group("Model", MODEL, *adapter, TRUST_REMOTE_CODE, *more)
 
 
+def unsupported(flag: str, reason: str, *short: str, **attrs: Any) -> Decorator:
+    """Add an option of mlx-lm that is refused in one line; the help text leaves it out.
+
+    Args:
+        flag: its name.
+        reason: what to use in its place.
+        short: more names.
+        attrs: more attributes of the option.
+    """
+
+    def refuse(context: click.Context, parameter: click.Parameter, value: Any) -> None:
+        del context, parameter
+        if value:
+            raise ValueError(f"{flag} is not supported: {reason}")
+
+    return option(flag, *short, callback=refuse, expose_value=False, hidden=True, **attrs)
+
+
 def template_options(*more: Decorator) -> Decorator:
     """Add the options of the chat template; ``more`` come first in the group."""
     return cloup.option_group(
@@ -230,7 +266,7 @@ def template_options(*more: Decorator) -> Decorator:
             "--chat-template-config",
             "--chat-template-args",
             metavar="JSON",
-            callback=_json_object,
+            callback=json_object,
             help="JSON object with arguments of the chat template.",
         ),
         option(
@@ -245,10 +281,11 @@ def template_options(*more: Decorator) -> Decorator:
 
 def sampling_options() -> Decorator:
     """Add the options that decide how tokens are drawn."""
-    names = ("temp", "top_p", "min_p", "top_k", "min_tokens_to_keep", "repetition_penalty")
+    names = ("temp", "top_p", "min_p", "top_k", "min_tokens_to_keep")
+    more = ("xtc_probability", "xtc_threshold", "repetition_penalty", "repetition_context_size")
     return cloup.option_group(
         "Sampling",
-        *field_options(Sampling, *names, "repetition_context_size"),
+        *field_options(Sampling, *names, *more),
         field_option(
             Sampling,
             "logit_bias",
@@ -298,7 +335,7 @@ def _logit_bias(
     return biases or None
 
 
-def _json_object(
+def json_object(
     context: click.Context, parameter: click.Parameter, value: str | None
 ) -> dict[str, Any]:
     """Parse a JSON object."""

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+from pathlib import Path
 from typing import Any
 
 import click
 import cloup
 
+from mlx_mtp.apps.engine.prefix_settings import PromptCacheConfig
 from mlx_mtp.apps.server.settings import Settings
 from mlx_mtp.cli.options import (
     EXTRA_EOS_TOKEN,
     MTP,
+    Size,
     field_option,
     field_options,
+    json_object,
     model_options,
     option,
 )
 from mlx_mtp.decoding.config import GenerationConfig
 
-GIB = 2**30
+PROMPT_CACHE = tuple(field.name for field in fields(PromptCacheConfig))
 ENGINE_OPTIONS = (
     "model",
     "adapter_path",
@@ -29,9 +34,11 @@ ENGINE_OPTIONS = (
     "lookup",
     "prefill_step_size",
 )
+TEMPLATE_OPTIONS = ("chat_template", "chat_template_args")
 SETTINGS = (
     "host",
     "port",
+    "log_level",
     "api_key",
     "model_name",
     "strict_model",
@@ -44,6 +51,17 @@ SETTINGS = (
     "reasoning_format",
     "num_draft_tokens",
 )
+
+
+def _template(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """Read a template from a file, unless it is the text of one."""
+    del context, parameter
+    if value is None or "{" in value or "\n" in value:
+        return value
+    try:
+        return Path(value).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise click.BadParameter(f"{value} is neither a template nor a file: {error}") from None
 
 
 @cloup.command()
@@ -59,8 +77,10 @@ SETTINGS = (
     field_option(Settings, "api_key", metavar="KEY", envvar="MLX_MTP_API_KEY", show_envvar=True),
     field_option(Settings, "allowed_origins", multiple=True, metavar="ORIGIN"),
     field_option(Settings, "allowed_hosts", multiple=True, metavar="NAME"),
+    field_option(Settings, "log_level"),
     option(
         "--max-concurrent",
+        former_names=("--decode-concurrency",),
         type=click.IntRange(1, 64),
         default=4,
         help="Maximum number of answers generated at the same time.",
@@ -94,19 +114,41 @@ SETTINGS = (
     *field_options(Settings, "thinking_budget", "reasoning_format"),
 )
 @cloup.option_group(
+    "Prompt",
+    option(
+        "--chat-template",
+        metavar="TEXT|FILE",
+        callback=_template,
+        help="Chat template that replaces the model's, as text or file.",
+        show_default="the model's own",
+    ),
+    option(
+        "--chat-template-args",
+        metavar="JSON",
+        callback=json_object,
+        former_names=("--chat-template-kwargs", "--chat-template-config"),
+        help="JSON object with arguments of the chat template; requests may set others.",
+        show_default=False,
+    ),
+)
+@cloup.option_group(
     "Decoding",
     *field_options(GenerationConfig, "layout", "num_draft_tokens", "lookup"),
     field_option(GenerationConfig, "prefill_step_size", default=256),
 )
 @cloup.option_group(
     "Cache",
-    option(
-        "--prefix-cache-gb",
-        type=click.FloatRange(0),
-        default=1.0,
-        metavar="GIB",
-        help="Memory for the caches of earlier conversations, in GiB; 0 turns it off.",
+    field_option(PromptCacheConfig, "prompt_cache_bytes", type=Size(), metavar="SIZE"),
+    field_option(PromptCacheConfig, "prompt_cache_files"),
+    field_option(
+        PromptCacheConfig,
+        "prompt_cache_files_bytes",
+        type=Size(),
+        metavar="SIZE",
+        show_default="8GB",
     ),
+    field_option(PromptCacheConfig, "prompt_cache_dir", metavar="FOLDER"),
+    option("--prefix-cache-gb", type=click.FloatRange(0), hidden=True),  # the former option
 )
 def serve(**options: Any) -> None:
     """Serve a model over the OpenAI and Anthropic APIs.
@@ -121,13 +163,21 @@ def serve(**options: Any) -> None:
     except ImportError as error:
         raise ValueError(f'{error.name} is missing: pip install "mlx-mtp[server]"') from None
     engine = Engine(
-        {name: options[name] for name in ENGINE_OPTIONS}
-        | {"prefix_cache_bytes": int(options["prefix_cache_gb"] * GIB)},
+        {name: options[name] for name in ENGINE_OPTIONS + TEMPLATE_OPTIONS}
+        | _prompt_cache(options).load_fields(),
         max_concurrent=options["max_concurrent"],
         queue_size=options["queue_size"],
         timeout_s=options["engine_timeout"],
     )
     serve_app(create_app(engine, settings), engine, settings)
+
+
+def _prompt_cache(options: dict[str, Any]) -> PromptCacheConfig:
+    """Make the settings of the prompt cache from the options."""
+    config = PromptCacheConfig(**{name: options[name] for name in PROMPT_CACHE})
+    if options["prefix_cache_gb"] is not None:
+        return replace(config, prompt_cache_bytes=int(options["prefix_cache_gb"] * 2**30))
+    return config
 
 
 def _settings(options: dict[str, Any]) -> Settings:

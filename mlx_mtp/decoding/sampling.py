@@ -17,6 +17,9 @@ Sampler = Callable[[mx.array], mx.array]
 """mlx-lm's: log-probabilities ``[1, V]`` to a token ``[1]``."""
 
 
+_MAXIMA = {"top_p": 1, "min_p": 1, "xtc_probability": 1, "xtc_threshold": 0.5}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How tokens are drawn; names, defaults and the order of the filters are mlx-lm's.
@@ -27,6 +30,10 @@ class Sampling:
         min_p: drop tokens below this fraction of the most likely one's probability.
         top_k: keep that many tokens (0 keeps all).
         min_tokens_to_keep: tokens that ``min_p`` keeps in any case.
+        xtc_probability: probability, for each token, that XTC drops the most likely tokens.
+        xtc_threshold: XTC drops all tokens above this probability but the least likely of them.
+        xtc_special_tokens: ids that XTC never drops; the text functions take None for a line break
+            and the end tokens.
         repetition_penalty: divide the logits of recent tokens by this (multiply negative ones).
         repetition_context_size: how many tokens are recent.
         logit_bias: added to the logits, by token id.
@@ -40,6 +47,13 @@ class Sampling:
     min_p: float = setting(0.0, "Minimum probability relative to the most likely token.")
     top_k: int = setting(0, "Keep only the k most likely tokens; 0 keeps all.")
     min_tokens_to_keep: int = setting(1, "Minimum number of tokens that min-p keeps.")
+    xtc_probability: float = setting(
+        0.0, "Probability that XTC drops the most likely tokens, for each token."
+    )
+    xtc_threshold: float = setting(
+        0.1, "Probability above which XTC drops tokens, except for the last of them."
+    )
+    xtc_special_tokens: tuple[int, ...] | None = setting(None, "Ids that XTC never drops.")
     repetition_penalty: float | None = setting(
         None, "Penalty for repeating recent tokens; 1 is none."
     )
@@ -51,15 +65,16 @@ class Sampling:
     )
 
     def __post_init__(self) -> None:
-        for name in ("temp", "top_p", "min_p"):
+        for name in ("temp", *_MAXIMA):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
         if self.temp < 0:
             raise ValueError(f"temp must be at least 0, got {self.temp}")
-        if not 0 <= self.top_p <= 1:
-            raise ValueError(f"top_p must be between 0 and 1, got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be between 0 and 1, got {self.min_p}")
+        for name, maximum in _MAXIMA.items():
+            if not 0 <= getattr(self, name) <= maximum:
+                raise ValueError(
+                    f"{name} must be between 0 and {maximum}, got {getattr(self, name)}"
+                )
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0, got {self.top_k}")
         if self.min_tokens_to_keep < 1:
@@ -131,8 +146,9 @@ def process_logits(
 def target_probs(logits: mx.array, sampling: Sampling) -> mx.array:
     """Distribution that plain sampling draws from, float32, ``[..., V]`` to ``[..., V]``.
 
-    The filters see the log-probabilities at temperature 1 in mlx-lm's order (top-p, min-p, top-k);
-    then the temperature is applied and the rest renormalised.
+    The filters see the log-probabilities at temperature 1 in mlx-lm's order (top-p, min-p, XTC,
+    top-k); then the temperature is applied and the rest renormalised.  XTC, which mlx-lm applies
+    after a toss for each token, makes it a mixture of two such distributions.
     """
     logits = logits.astype(mx.float32)
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -140,7 +156,17 @@ def target_probs(logits: mx.array, sampling: Sampling) -> mx.array:
         logprobs = _keep_top_p(logprobs, sampling.top_p)
     if sampling.min_p > 0:
         logprobs = _keep_min_p(logprobs, sampling.min_p, sampling.min_tokens_to_keep)
-    if 0 < sampling.top_k < logits.shape[-1]:
+    share = sampling.xtc_probability
+    probs = _probs(logprobs, sampling) if share < 1 else mx.zeros_like(logprobs)
+    if share > 0:
+        rest = _drop_top(logprobs, sampling.xtc_threshold, sampling.xtc_special_tokens or ())
+        probs = (1 - share) * probs + share * _probs(rest, sampling)
+    return probs
+
+
+def _probs(logprobs: mx.array, sampling: Sampling) -> mx.array:
+    """Apply top-k and the temperature, and renormalise."""
+    if 0 < sampling.top_k < logprobs.shape[-1]:
         logprobs = _keep_top_k(logprobs, sampling.top_k)
     return mx.softmax(logprobs * (1 / sampling.temp), axis=-1, precise=True)
 
@@ -171,3 +197,13 @@ def _keep_top_k(logprobs: mx.array, top_k: int) -> mx.array:
     """Keep exactly ``top_k`` ids."""
     others = mx.argpartition(-logprobs, kth=top_k - 1, axis=-1)[..., top_k:]
     return mx.put_along_axis(logprobs, others, mx.array(-mx.inf), axis=-1)
+
+
+def _drop_top(logprobs: mx.array, threshold: float, special: Sequence[int]) -> mx.array:
+    """Drop ids above a probability, but not the least likely of them or a special id (XTC)."""
+    probs = mx.softmax(logprobs, axis=-1)
+    least = mx.where(probs > threshold, probs, mx.inf).min(axis=-1, keepdims=True)
+    dropped = probs > least
+    if special:
+        dropped[..., list(special)] = False
+    return mx.where(dropped, -mx.inf, logprobs)

@@ -22,6 +22,7 @@ from mlx.utils import tree_map
 from mlx_lm.models import cache as lm_cache
 
 from mlx_mtp.model.layout import StepLayout, StepScope
+from mlx_mtp.model.wrappers import WindowLayer
 
 WINDOW_SLACK = 256
 
@@ -93,7 +94,7 @@ class LayerCache:
         layout = self.scope.layout
         assert isinstance(layout, StepLayout) and layout.num_rows == num_rows
         if window_size is not None:
-            return self._window_mask(mx.arange(self.offset), window_size, keep=0)
+            return self._window_mask(mx.arange(self.offset), num_rows, window_size, keep=0)
         return mx.pad(layout.attention, [(0, 0), (self.offset, 0)], constant_values=True)
 
     def rewind(self, num_rows: int) -> None:
@@ -104,6 +105,11 @@ class LayerCache:
     def can_rewind(self, num_rows: int) -> bool:
         """Whether that many rows can be dropped exactly."""
         return num_rows <= self.offset
+
+    @property
+    def surplus(self) -> int:
+        """Number of stored rows that no later row can see."""
+        return 0
 
     def begin_step(self) -> None:
         """Drop rows that no later row can see."""
@@ -132,14 +138,18 @@ class LayerCache:
         del into
         return self.inner
 
-    def _window_mask(self, stored: mx.array, window: int, *, keep: int) -> mx.array:
-        """Mask ``[L, S + L]`` over stored rows at positions ``[S]``, then the step's own rows."""
-        layout = self.scope.layout
-        assert isinstance(layout, StepLayout)
-        rows = self.offset + layout.positions
+    def _window_mask(self, stored: mx.array, num_rows: int, window: int, *, keep: int) -> mx.array:
+        """Mask ``[L, S + L]`` over stored rows at positions ``[S]``, then the forward's rows."""
+        layout = self.scope.layout if self.scope.has_masks else None
+        if layout is None:
+            places, sees = mx.arange(num_rows), mx.tri(num_rows, dtype=mx.bool_)
+        else:
+            assert isinstance(layout, StepLayout)
+            places, sees = layout.positions, layout.attention
+        rows = self.offset + places
         positions = mx.concatenate([stored, rows])
         near = (rows[:, None] - positions[None] < window) | (positions < keep)
-        return near & mx.pad(layout.attention, [(0, 0), (stored.size, 0)], constant_values=True)
+        return near & mx.pad(sees, [(0, 0), (stored.size, 0)], constant_values=True)
 
 
 class QuantizedLayerCache(LayerCache):
@@ -178,19 +188,21 @@ class WindowLayerCache(LayerCache):
     def make_mask(
         self, num_rows: int, *, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
-        """Attention mask ``[L, S + L]`` with the cache's own window instead of the model's."""
-        del return_array, window_size
+        """Attention mask ``[L, S + L]`` of the cache's window, and of the model's if it has one."""
+        del return_array
         stored = mx.arange(self.inner.offset)
         stored = mx.where(stored < self.keep, stored, stored + self.dropped)
-        if self.scope.has_masks:
-            return self._window_mask(stored, self.window, keep=self.keep)
+        mask = self._window_mask(stored, num_rows, self.window, keep=self.keep)
         layout = self.scope.layout
-        if self.keep and isinstance(layout, StepLayout) and layout.num_pending > 1:
-            return self._chunk_mask(stored, num_rows)
-        rows = mx.arange(self.offset, self.offset + num_rows)
-        positions = mx.concatenate([stored, rows])[None]
-        near = (rows[:, None] - positions < self.window) | (positions < self.keep)
-        return near & (positions <= rows[:, None])
+        if (
+            self.keep
+            and isinstance(layout, StepLayout)
+            and layout.num_rows == layout.num_pending > 1
+        ):
+            mask = self._chunk_mask(stored, num_rows)
+        if window_size is not None and window_size < self.window + self.keep:
+            mask &= self._window_mask(stored, num_rows, window_size, keep=0)
+        return mask
 
     def _chunk_mask(self, stored: mx.array, num_rows: int) -> mx.array:
         """Mask ``[L, S + L]`` of a prompt chunk, with what its rows see in mlx-lm.
@@ -213,9 +225,14 @@ class WindowLayerCache(LayerCache):
             return num_rows <= self.offset
         return self.inner.offset - num_rows - self.keep >= self.window - 1
 
+    @property
+    def surplus(self) -> int:
+        """Number of stored rows that no later row can see."""
+        return self.inner.offset - self.keep - self.window
+
     def begin_step(self) -> None:
         """Drop rows out of sight once there is a block of them."""
-        surplus = self.inner.offset - self.keep - self.window
+        surplus = self.surplus
         if surplus < WINDOW_SLACK:
             return
         keys, values = (
@@ -298,7 +315,21 @@ class MTPCache:
         self.quantise_from(quantized_kv_start, bits=kv_bits, group_size=kv_group_size)
 
     def quantise_from(self, start: int, *, bits: int | None, group_size: int) -> None:
-        """Quantise before the next step once there are ``start`` rows."""
+        """Quantise before the next step once there are ``start`` rows.
+
+        Raises:
+            ValueError: there is a window, or the cache is already quantised in another way.
+        """
+        if bits is not None and any(isinstance(layer, WindowLayerCache) for layer in self.layers):
+            raise ValueError("kv_bits cannot be combined with a sliding window or max_kv_size")
+        layer = self.layers[0]
+        if bits is not None and isinstance(layer, QuantizedLayerCache):
+            actual = f"{layer.bits} bits in groups of {layer.group_size}"
+            if actual != f"{bits} bits in groups of {group_size}":
+                raise ValueError(
+                    f"kv_bits {bits} and kv_group_size {group_size} do not match the cache, which "
+                    f"has {actual}"
+                )
         self.kv_bits = bits
         self.kv_group_size = group_size
         self.quantized_kv_start = start
@@ -324,7 +355,16 @@ class MTPCache:
         for layer in self.layers:
             layer.begin_step()
         if self._awaits_quantisation and self.offset >= self.quantized_kv_start:
-            self.layers = [self._quantise(layer) for layer in self.layers]
+            self.quantise()
+
+    def quantise(self) -> None:
+        """Quantise the keys and values now, and all later ones."""
+        self.layers = [self._quantise(layer) for layer in self.layers]
+
+    @property
+    def drops_rows(self) -> bool:
+        """Whether ``begin_step`` will drop rows."""
+        return any(layer.surplus >= WINDOW_SLACK for layer in self.layers)
 
     @property
     def rows_until_change(self) -> int | None:
@@ -420,15 +460,16 @@ def make_cache(
     if kv_group_size not in (32, 64, 128):
         raise ValueError(f"kv_group_size must be 32, 64 or 128, got {kv_group_size}")
     layers: list[LayerCache] = []
-    for inner in lm_cache.make_prompt_cache(base):
+    modules: Any = base.layers
+    for layer, inner in zip(modules, lm_cache.make_prompt_cache(base), strict=True):
         if isinstance(inner, lm_cache.RotatingKVCache):
             layers.append(WindowLayerCache(window=inner.max_size, scope=scope))
+        elif isinstance(layer, WindowLayer) and kv_bits is None:
+            layers.append(WindowLayerCache(window=layer.window, scope=scope))
         elif max_kv_size is not None:
             layers.append(WindowLayerCache(window=max_kv_size - 4, keep=4, scope=scope))
         else:
             layers.append(LayerCache(inner, scope=scope))
-    if kv_bits is not None and any(isinstance(layer, WindowLayerCache) for layer in layers):
-        raise ValueError("kv_bits cannot be combined with a sliding window or max_kv_size")
     return MTPCache(
         layers,
         kv_bits=kv_bits,
@@ -497,12 +538,12 @@ def _wrapped(inner: Any, like: LayerCache, name: str, scope: StepScope) -> Layer
     rotating = isinstance(inner, lm_cache.RotatingKVCache)
     if not (quantised or rotating or type(inner) is lm_cache.KVCache):
         raise ValueError(f"{name} contains a {type(inner).__name__}, which cannot be rewound")
-    if isinstance(like, WindowLayerCache) and rotating:
-        if (inner.max_size, inner.keep) != (like.window, like.keep):
-            raise ValueError(
-                f"{name} was made with another model: it has a window of {inner.max_size} tokens, "
-                f"this model has one of {like.window}"
-            )
+    own_window = like.window if isinstance(like, WindowLayerCache) else None
+    if rotating and own_window and (inner.max_size, inner.keep) != (own_window, 0):
+        raise ValueError(
+            f"{name} was made with another model: it has a window of {inner.max_size} tokens, "
+            f"this model has one of {own_window}"
+        )
     if not inner.empty():
         _check_shape(inner, like, name)
     if rotating:

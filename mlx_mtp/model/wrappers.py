@@ -1,18 +1,20 @@
 """The one way in which a model is changed: a module is wrapped, and ``replace`` puts it in place.
 
 ``Wrapper`` is the base of modules that compute differently with the parameters and sub-modules of
-the module that they wrap.  The other wrappers here consult the layout of the forward in progress
-(``StepScope``).
+the module that they wrap.  Some wrappers here consult the layout of the forward in progress
+(``StepScope``); the last three apply settings that mlx-lm's class does not (``base``).
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_unflatten
+from mlx_lm.models.base import create_attention_mask
 
 from mlx_mtp.model.layout import StepScope
 
@@ -113,3 +115,58 @@ class StepRope(nn.Module):
             return self.rope(x, offset=offset)
         rows = x.transpose(2, 1, 0, 3)  # [L, H, 1, Dh]
         return self.rope(rows, offset=layout.positions_from(offset)).transpose(2, 1, 0, 3)
+
+
+class LimitedRope(nn.Module):
+    """A rotary embedding that would change all earlier rows once a context exceeds a limit.
+
+    Keys in a cache cannot be rotated again, so a context that is decoded stays within the limit
+    (``max_context``).  A longer sequence is rotated as transformers does if it comes as a whole.
+    """
+
+    def __init__(self, within: nn.Module, beyond: nn.Module, *, limit: int) -> None:
+        super().__init__()
+        self.within = within
+        self.beyond = beyond
+        self.limit = limit
+
+    def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
+        """Rotate ``[B, H, L, Dh]`` from position ``offset``."""
+        whole = isinstance(offset, int) and offset == 0 and x.shape[-2] > self.limit
+        rope: Any = self.beyond if whole else self.within
+        return rope(x, offset=offset)
+
+
+class ExactlyScaled(Wrapper):
+    """The backbone of a Gemma 3, whose embeddings in float32 are scaled by an exact factor.
+
+    mlx-lm rounds sqrt(D) to bfloat16, which is right for bfloat16 only: transformers rounds it to
+    the type of the weights.
+    """
+
+    def __call__(
+        self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None
+    ) -> mx.array:
+        """Call the backbone."""
+        h = self.embed_tokens(inputs) if input_embeddings is None else input_embeddings
+        if h.dtype == mx.float32:
+            factor = self.args.hidden_size**0.5
+            h = h * (factor / mx.array(factor, mx.bfloat16).astype(mx.float32))
+        return self.wrapped(inputs, cache, h)
+
+
+class WindowLayer(Wrapper):
+    """A layer whose rows see the last ``window`` rows only, which its mlx-lm class does not do."""
+
+    def __init__(self, layer: nn.Module, window: int) -> None:
+        super().__init__(layer)
+        self.window = window
+        self._signature = inspect.signature(type(layer).__call__)
+
+    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
+        """Call the layer with a mask of its own."""
+        call = self._signature.bind(self.wrapped, x, *args, **kwargs)
+        cache = call.arguments.get("cache")
+        mask = create_attention_mask(x, cache, window_size=self.window, return_array=True)
+        call.arguments["mask"] = mask
+        return self.wrapped(*call.args[1:], **call.kwargs)

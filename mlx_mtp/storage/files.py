@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,17 +51,29 @@ def append_line(descriptor: int, values: Mapping[str, Any], *, path: Path) -> No
         raise
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a small file completely or not at all.
+def write_atomically(
+    path: Path, content: str | Iterable[bytes | memoryview], *, mode: int = 0o666
+) -> None:
+    """Write a file completely or not at all.
+
+    Args:
+        path: the file.
+        content: text, or pieces of bytes.
+        mode: permissions of the file, before the process's umask.
 
     Raises:
         OSError: it cannot be written; an earlier file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}")
+    pieces = [content.encode()] if isinstance(content, str) else content
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with contextlib.suppress(FileNotFoundError):
+            draft.unlink()  # of a killed process with the same number
+        descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with open(descriptor, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(draft, path)

@@ -15,7 +15,7 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,56 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
         raise ValueError(f"{path} cannot be read: {shown(error)}") from None
     assert isinstance(tensors, dict)
     return tensors
+
+
+def read_raw_tensors(
+    file: Any,
+) -> tuple[dict[str, str], dict[str, tuple[TensorInfo, memoryview]]]:
+    """Read a whole open safetensors file, without MLX.
+
+    Returns:
+        The metadata, and the entry and the bytes of each tensor by name.
+
+    Raises:
+        ValueError: the file is truncated, corrupt or absurd.
+        OSError: it cannot be read.
+    """
+    size = os.fstat(file.fileno()).st_size
+    header, data_start = _read_header(file, size)
+    metadata = header.get("__metadata__") or {}
+    infos = _check_header(header, data_start=data_start, size=size)
+    data = memoryview(file.read(size - data_start))
+    if len(data) != size - data_start:
+        raise ValueError("it became shorter while it was read")
+
+    def part(info: TensorInfo) -> memoryview:
+        start = info.start - data_start
+        return data[start : start + info.num_bytes]
+
+    return metadata, {name: (info, part(info)) for name, info in infos.items()}
+
+
+def safetensors_header(
+    tensors: Mapping[str, tuple[str, Sequence[int], int]], metadata: Mapping[str, str]
+) -> bytes:
+    """Return the header of a safetensors file, for a writer that appends the tensors' bytes.
+
+    Args:
+        tensors: type, shape and number of bytes by name, in the order of the bytes.
+        metadata: the metadata.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (dtype, shape, num_bytes) in tensors.items():
+        header[name] = {
+            "dtype": dtype,
+            "shape": list(shape),
+            "data_offsets": [end, end + num_bytes],
+        }
+        end += num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
 
 
 def read_index(path: Path) -> dict[str, str]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_mtp.loading import load
 from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, read_config
+from mlx_mtp.storage.contents import adapter_problem, look, unconverted_adapter
 from mlx_mtp.terminal import Interrupt, one_line, show
 from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.data.pipeline import (
@@ -140,7 +141,11 @@ def make_plan(options: Mapping[str, Any], folder: RunFolder) -> Plan:
     if (tracker := options.get("report_to")) and importlib.util.find_spec(tracker) is None:
         raise ValueError(f"--report-to {tracker} needs a package: pip install {tracker}")
     adapter = options.get("resume_adapter_file")
-    start = None if adapter is None else _adapter_folder(adapter, folder if resume else None)
+    start = (
+        None
+        if adapter is None
+        else _adapter_folder(adapter, folder if resume else None, model=options.get("model"))
+    )
     return Plan(
         settings=_train_settings(options, start),
         data=_data_settings(options),
@@ -202,7 +207,9 @@ def _full_path(name: str) -> str:
     return os.path.abspath(path) if os.path.exists(path) else name
 
 
-def _adapter_folder(name: str, resumed: RunFolder | None) -> Path | None:
+def _adapter_folder(
+    name: str, resumed: RunFolder | None, *, model: str | None = None
+) -> Path | None:
     """The folder of an adapter, which may be named by its weights.
 
     A resumed run has the weights in its own state, so the adapter may have been removed: the
@@ -211,7 +218,9 @@ def _adapter_folder(name: str, resumed: RunFolder | None) -> Path | None:
     path = Path(name).expanduser()
     if path.name == WEIGHTS_FILE and path.is_file():
         path = path.parent
-    if path.is_dir():
+    if path.is_dir() or look(path).weights:
+        if problem := adapter_problem(look(path), name, model=model):
+            raise ValueError(problem)
         return path
     if resumed is not None:
         return resumed.path if (resumed.path / CONFIG_FILE).is_file() else None
@@ -223,6 +232,14 @@ def _adapter_folder(name: str, resumed: RunFolder | None) -> Path | None:
 def _load(plan: Plan, display: Display) -> tuple[MTPModel, TokenizerWrapper]:
     display.status("Loading ...")
     name = plan.options.get("model")
+    is_new = plan.start is None
+    if (
+        name
+        and is_new
+        and os.path.isdir(name)
+        and (unused := unconverted_adapter(look(Path(name)), name))
+    ):
+        display.log(f"The new adapter starts from the base model: {unused}")
     model, tokenizer = load(
         name,
         trust_remote_code=bool(plan.options.get("trust_remote_code")),

@@ -370,7 +370,7 @@ class TestNames:
     def test_a_checkpoint_is_no_adapter(self, sources: tuple[Path, Path, Path]) -> None:
         model, _, checkpoint = sources
         line = failure("generate", "--model", model, "--adapter-path", checkpoint, "-p", "x")
-        assert "is a PEFT checkpoint, not an adapter folder: convert it first" in line
+        assert "is an unconverted peft-mtp checkpoint, not an adapter: convert it with" in line
 
 
 class TestBaseModel:

@@ -33,6 +33,7 @@ def _addr2line(library: Path, addresses: list[int]) -> list[list[str]]:
 
 def _place(line: str) -> str:
     """`kernel.metal:12` of a line that addr2line or atos printed."""
+    line = line.partition(" (discriminator")[0]  # of addr2line
     if "(" in line:  # atos: function (in library) (kernel.metal:12)
         line = line.rsplit("(", 1)[-1].rstrip(")")
     return line.split(" ")[0].rsplit("/", 1)[-1]

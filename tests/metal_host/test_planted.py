@@ -6,6 +6,7 @@ kernels that look alike and are right.  Clean ones also run in random orders, wi
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +31,15 @@ THREADS, GROUP = 512, 128
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 SIMD_BARRIER = "simdgroup_barrier(mem_flags::mem_threadgroup);"
 DEVICE_BARRIER = "threadgroup_barrier(mem_flags::mem_device);"
+ORDER = "memory_order_relaxed"
+LOADED = f"atomic_load_explicit(c, {ORDER})"
+WAITS = {
+    "wait for a store that never comes": f"while ({LOADED} == 0) {{}} y[gid]=1;",
+    "wait before a barrier": f"if (lid == 3) while ({LOADED} == 0) {{}}\n {BARRIER} y[gid]=1;",
+    "lock that stays closed": f"while (atomic_exchange_explicit(c, 1u, {ORDER})) {{}} y[gid]=1;",
+    "wait for a later threadgroup": f"if (tg == 3) atomic_store_explicit(c, 1u, {ORDER});\n"
+    f"while ({LOADED} == 0) {{}} y[gid]=1;",
+}
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,9 @@ SEEN = [
          "int g(int n) { return f(n-1) + f(n-2); }"),
     Case("static counter", "static int cnt = 0; y[gid]=cnt++;", "GLOBAL-WRITE"),
     Case("program-scope variable", "g = x[gid]; y[gid]=g;", "GLOBAL-WRITE", before="float g;"),
+    *(Case(f"{name}, mode {mode}", body, "WAIT", mode=mode)
+      for name, body in WAITS.items() for mode in ("check", "fast")),
+    Case("wait without atomics", "while (*(volatile device uint*)c == 0) {} y[gid]=1;", "WAIT"),
     Case("too much threadgroup memory",
          "threadgroup float big[8200]; big[lid]=x[gid]; y[gid]=big[lid];", "TGMEM"),
 ]  # fmt: skip
@@ -148,6 +161,10 @@ CLEAN = [
          f"atomic_store_explicit(&t, 0u, memory_order_relaxed); {BARRIER} "
          f"atomic_fetch_add_explicit(&t, 1u, memory_order_relaxed); {BARRIER} "
          "y[gid]=float(atomic_load_explicit(&t, memory_order_relaxed));"),
+    Case("wait for another simdgroup", f"if (lid == 127) atomic_store_explicit(c, 1u, {ORDER});\n"
+         f"while ({LOADED} == 0) {{}} y[gid]=1;"),
+    Case("lock that is opened", f"while (atomic_exchange_explicit(c, 1u, {ORDER})) {{}} y[gid]=1;"
+         f"atomic_store_explicit(c, 0u, {ORDER});"),
     Case("guarded load", "y[gid]=gid + 1 < n ? x[gid+1] : 0;"),
     Case("aligned vector",
          "device const float4* p = (device const float4*)x; y[gid]=p[gid/4][gid%4];"),
@@ -200,6 +217,14 @@ def test_a_bug_stays_seen_in_every_order():
             assert any(text.startswith("RACE") for text in report.errors)
 
 
+def test_a_wait_is_reported_with_its_threads_line_and_place():
+    errors = launch(Case("", WAITS["wait before a barrier"])).errors
+    assert len(errors) == 2
+    what = r"WAIT: 1 of 128 threads wait .* for byte 0 of buffer\(2\) 'c' .*thread \(3,0,0\)"
+    assert re.match(what + ".* at kernel.metal:11", errors[0])
+    assert re.match("WAIT: 127 .* in threadgroup_barrier at kernel.metal:12", errors[1])
+
+
 def test_too_many_threads_are_refused():
     case = Case("", "y[gid]=1;")
     text = TEXT.replace("BEFORE", "").replace("BODY", case.body)
@@ -214,5 +239,5 @@ def test_every_detector_is_planted():
     assert detectors >= {
         *("RACE", "SAME-VALUE", "UNINIT", "OOB", "RO-WRITE", "BOUNDS", "ALIGN", "DIV"),
         *("DIVERGENT", "DIVERGENT-BARRIER", "BARRIER-AFTER-EXIT", "PARTIAL", "INACTIVE-LANE"),
-        *("NONUNIFORM", "RECURSION", "GLOBAL-WRITE", "TGMEM"),
+        *("NONUNIFORM", "RECURSION", "GLOBAL-WRITE", "TGMEM", "WAIT"),
     }

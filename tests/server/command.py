@@ -75,10 +75,15 @@ def served(folder: Path, *arguments: str) -> Iterator[Served]:
         arguments: more of the command line.
     """
     model, adapter = save_tiny_pair(folder)
-    given = command(
-        "--model", str(model), "--adapter-path", str(adapter), "--model-name", "tiny",
-        "--port", "0", "--layout", "quadratic", *arguments,
-    )  # fmt: skip
+    pair = ("--model", str(model), "--adapter-path", str(adapter), "--model-name", "tiny")
+    with serving(folder, *pair, *arguments) as server:
+        yield server
+
+
+@contextlib.contextmanager
+def serving(folder: Path, *arguments: str) -> Iterator[Served]:
+    """Run ``mlx-mtp serve`` on the model of the arguments, by default the default model."""
+    given = command("--port", "0", "--layout", "quadratic", *arguments)
     environment = os.environ | {"MLX_MTP_CACHE": str(folder / "cache"), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(given, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

@@ -2,9 +2,11 @@
 
 Run as a script, so that it starts in a moment; it imports nothing but the standard library.  It
 does what the last message says: ``die`` or ``hang`` after one group, ``refuse``, ``fail``, ``slow``
-takes 20 ms a group for ever, ``flood`` the same after a group of 2 MiB, ``call`` calls a tool,
-``think X|Y`` reasons X and answers Y, or calls a tool if Y is ``call``, ``job`` shows the job;
-everything else comes back in groups of three letters, cut at ``max_tokens`` letters.
+takes 20 ms a group for ever, ``flood`` the same after a group of 2 MiB, ``call`` calls the first
+tool, ``reply:`` is followed by the JSON of a text and calls, ``history`` answers with the
+conversation and ``job`` with the whole job, ``think X|Y`` reasons X and answers Y, or calls a tool
+if Y is ``call``; everything else comes back in groups of three letters, cut at ``max_tokens``
+letters.
 """
 
 from __future__ import annotations
@@ -115,10 +117,18 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if text == "job":
         text = json.dumps(job)
     if text == "call":
-        call = {"name": "add", "arguments": '{"a": 1}'}
+        tools = job.get("tools") or [{"function": {"name": "add"}}]
+        call = {"name": tools[0]["function"]["name"], "arguments": '{"a": 1}'}
         yield group("", logprobs)
         yield finished("tool_calls", 3, [call]) | {"reasoning_tokens": len(thought)}
         return
+    if text.startswith("reply:"):
+        text, calls = json.loads(text.removeprefix("reply:"))
+        yield group(text, logprobs)
+        yield finished("tool_calls" if calls else "stop", 3, calls)
+        return
+    if text == "history":
+        text = json.dumps(job["messages"])
     shown = text[: job["max_tokens"]]
     for at in range(0, len(shown), 3):
         yield group(shown[at : at + 3], logprobs)

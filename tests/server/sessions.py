@@ -7,13 +7,14 @@ from typing import Any
 
 from mlx_mtp.apps.engine.preparing import prepare
 from mlx_mtp.apps.engine.protocol import Event, Job, JobMessage, pack
-from mlx_mtp.apps.engine.session import Engine, Session
+from mlx_mtp.apps.engine.session import Engine, Session, with_stored_blocks
 from mlx_mtp.decoding import step
 
 
 def messages_of(engine: Engine, job: dict[str, Any]) -> list[dict[str, Any]]:
     """All messages of one job."""
-    session = Session(prepare(Job.from_dict(job), engine.model, engine.tokenizer), engine)
+    prepared = prepare(Job.from_dict(job), engine.model, engine.tokenizer)
+    session = Session(with_stored_blocks(prepared, engine), engine)
     messages: list[JobMessage] = [session.started()]
     while not session.finished:
         [outcome] = step.run(engine.model, [session.plan()])

@@ -15,12 +15,19 @@ from typing import Any
 import anthropic
 import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.server.host import Host, hosted
 
 HI: Any = [{"role": "user", "content": "hello"}]
 NPM = Path(__file__).with_name("npm")
 SLOW: Any = [{"role": "user", "content": "slow"}]
+
+
+class Added(BaseModel):
+    """Add one."""
+
+    a: int
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +169,23 @@ def test_llm(host, tmp_path):
         command = [sys.executable, "-m", "llm", "prompt", "-m", "mine", "hello", *more]
         run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert run.stdout.strip() == "hello", run.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("responses", [False, True])
+def test_langchain(host, responses):
+    chats = pytest.importorskip("langchain_openai")
+    messages = pytest.importorskip("langchain_core.messages")
+    ways = {"use_responses_api": responses, "base_url": f"{host.url}/v1", "api_key": "none"}
+    model = chats.ChatOpenAI(model="gpt-9", max_tokens=20, **ways)
+    assert model.invoke("hello").text == "hello"
+    assert "".join(piece.text for piece in model.stream("hello")) == "hello"
+    tools = model.bind_tools([Added], strict=True, parallel_tool_calls=False)
+    call = tools.invoke("call")
+    assert call.tool_calls[0]["args"] == {"a": 1}
+    result = messages.ToolMessage("2", tool_call_id=call.tool_calls[0]["id"])
+    assert tools.invoke([messages.HumanMessage("call"), call, result]).text == "2"
+    assert model.with_structured_output(Added).invoke('{"a": 1}') == Added(a=1)
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")

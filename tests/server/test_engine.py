@@ -12,11 +12,12 @@ import mlx.core as mx
 import pytest
 
 from mlx_mtp.apps.engine.penalties import answer_penalty
-from mlx_mtp.apps.engine.prefix_cache import PrefixCache, shared_prefix
+from mlx_mtp.apps.engine.prefix_cache import PrefixCache
+from mlx_mtp.apps.engine.prefix_tree import shared_prefix
 from mlx_mtp.apps.engine.preparing import Refusal, prepare
 from mlx_mtp.apps.engine.protocol import Cancel, Job, Submit
 from mlx_mtp.apps.engine.scheduler import Scheduler
-from mlx_mtp.apps.engine.session import Engine, Session
+from mlx_mtp.apps.engine.session import Engine, Session, must_wait
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.apps.engine.tool_calls import ToolCallReader
 from mlx_mtp.calibration.stored_costs import (
@@ -28,6 +29,7 @@ from mlx_mtp.calibration.stored_costs import (
 from mlx_mtp.decoding import step
 from mlx_mtp.decoding.grouping import StepGrouper
 from mlx_mtp.generate import chat_text, generate
+from mlx_mtp.model.cache_blocks import CacheBlocks
 from mlx_mtp.planning.costs import GPU_GUESS
 from tests.helpers.fixtures_generate import EOS, TEMPLATE, byte_tokenizer, ids_of
 from tests.helpers.tiny import BYTE_VOCAB, tiny_mtp
@@ -45,7 +47,7 @@ def engine() -> Engine:
         model=model,
         tokenizer=tokenizer,
         speculation=speculation_for(model),
-        prefixes=PrefixCache(max_bytes=0),
+        prefixes=PrefixCache(CacheBlocks(model, chunk_size=8), max_bytes=0),
         texts=TokenTexts(tokenizer),
         prefill_step_size=8,
     )
@@ -53,7 +55,9 @@ def engine() -> Engine:
 
 def kept(engine: Engine, max_bytes: int = 2**24) -> Engine:
     """The same engine with a cache of beginnings of its own."""
-    prefixes = PrefixCache(max_bytes=max_bytes)
+    prefixes = PrefixCache(
+        CacheBlocks(engine.model, chunk_size=8), max_bytes=max_bytes, block_size=16
+    )
     return replace(engine, prefixes=prefixes)
 
 
@@ -84,6 +88,7 @@ class Turns:
             group=StepGrouper(engine.model, engine.speculation).groups,
             run=lambda steps: step.run(engine.model, steps),
             send=lambda message: self.messages.append(as_sent(message)),
+            must_wait=lambda job, running: must_wait(job, running, engine),
         )
 
     def submit(self, number: int, values: dict[str, Any]) -> None:
@@ -225,13 +230,14 @@ def test_what_several_begin_with_is_computed_once(engine):
 def test_the_cache_of_beginnings_has_a_bound(engine):
     engine = kept(engine)
     one = messages_of(engine, job(PROMPTS[0]))
-    assert one and len(engine.prefixes) == 1
+    assert one and len(engine.prefixes) > 1
     size = engine.prefixes.nbytes
     small = kept(engine, int(2.5 * size))
     for text in PROMPTS + ["z" * 30, "w" * 30]:
         messages_of(small, job(text))
         assert small.prefixes.nbytes <= 2.5 * size
-    assert len(small.prefixes) == 2
+    again = messages_of(small, job("w" * 30))
+    assert again[0]["cached_tokens"] == again[0]["prompt_tokens"] - 1
     none = kept(engine, 0)
     messages_of(none, job(PROMPTS[0]))
     assert len(none.prefixes) == 0
@@ -325,7 +331,7 @@ def test_refusals_and_failures_leave_the_others_alone(engine, monkeypatch):
     assert turns.of(2)[-1]["type"] == "failed"
 
 
-def test_a_forward_that_fails_ends_those_in_it_and_keeps_nothing(engine, monkeypatch):
+def test_a_forward_that_fails_ends_those_in_it(engine, monkeypatch):
     engine = kept(engine)
     turns = Turns(engine)
     for at in range(2):
@@ -337,10 +343,11 @@ def test_a_forward_that_fails_ends_those_in_it_and_keeps_nothing(engine, monkeyp
         patch.setattr("mlx_mtp.decoding.step._outcome", lambda *_: 1 / 0)
         turns.run(2)
     assert [turns.of(at)[-1]["type"] for at in range(2)] == ["failed", "failed"]
-    assert len(engine.prefixes) == 0
-    turns.submit(2, job("Why?"))
-    turns.run(3)
-    assert text_of(turns.of(2)) == expected(engine, "Why?")
+    for at in range(2):
+        turns.submit(2 + at, job(PROMPTS[at]))
+    turns.run(4)
+    for at in range(2):
+        assert text_of(turns.of(2 + at)) == expected(engine, PROMPTS[at])
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])

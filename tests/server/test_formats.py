@@ -33,6 +33,7 @@ from mlx_mtp.apps.engine.tool_calls import calls_are_json
 from mlx_mtp.apps.server.api.anthropic_schema import openai_choice
 from mlx_mtp.apps.server.api.tools import Tool, chat_tools
 from mlx_mtp.apps.server.errors import ApiError
+from mlx_mtp.model.cache_blocks import CacheBlocks
 from mlx_mtp.planning.auto import Speculation
 from tests.helpers.fixtures_generate import byte_tokenizer
 from tests.helpers.tiny import BYTE_VOCAB, tiny_mtp
@@ -227,7 +228,7 @@ def engine() -> Engine:
         model=model,
         tokenizer=tokenizer,
         speculation=Speculation.guess(model.num_draft_tokens),
-        prefixes=PrefixCache(max_bytes=0),
+        prefixes=PrefixCache(CacheBlocks(model, chunk_size=8), max_bytes=0),
         texts=TokenTexts(tokenizer),
         prefill_step_size=64,
     )

@@ -253,6 +253,69 @@ def test_models_health_and_metrics(host):
         "time_per_token_seconds_bucket",
     ):  # fmt: skip
         assert f"mlx_mtp_{name}" in text
+    counts = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[:1] != "#")
+    prompts = counts['mlx_mtp_prompt_cache_requests_total{result="memory"}']
+    for source, count in (("memory", 4), ("files", 0), ("computed", 6)):
+        tokens = counts[f'mlx_mtp_prompt_tokens_total{{source="{source}"}}']
+        assert float(tokens) == count * float(prompts)
+
+
+def test_names_of_models_are_checked_if_the_operator_says_so(host):
+    for path, body in PATHS.items():
+        assert host.client.post(path, json=body | {"model": "gpt-9"}).status_code == 200
+    with hosted(strict_model=True) as strict:
+        strict.wait_for("ok")
+        for name in ("fake/model", "default_model", None, ""):
+            assert strict.chat("hello", model=name).json()["model"] == "fake/model"
+        for path, body in PATHS.items():
+            reply = strict.client.post(path, json=body | {"model": "gpt-9"})
+            assert reply.status_code == 404 and "gpt-9" in reply.text
+
+
+def test_models_in_the_form_of_anthropic(host):
+    headers = {"anthropic-version": "2023-06-01", "anthropic-beta": "anything-2099-01-01"}
+    listed = host.client.get("/v1/models", headers=headers).json()
+    assert listed["first_id"] == listed["data"][0]["id"] == "fake/model"
+    assert listed["has_more"] is False and listed["data"][0]["type"] == "model"
+    assert host.client.get("/v1/models/fake%2Fmodel", headers=headers).status_code == 200
+    assert host.client.get("/v1/models/gpt-9", headers=headers).json()["type"] == "error"
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/v1/models", "/v1/messages/count_tokens"])
+def test_routes_without_v1(host, path):
+    method = "GET" if path.endswith("models") else "POST"
+    body = PATHS["/v1/messages" if "count" in path else path] if method == "POST" else None
+    replies = [
+        host.client.request(method, start + path.removeprefix("/v1") + "?beta=true", json=body)
+        for start in ("", "/v1")
+    ]
+    assert [reply.status_code for reply in replies] == [200, 200]
+    assert replies[0].json().keys() == replies[1].json().keys()
+
+
+def test_tokens_are_counted_and_converted_while_all_slots_are_taken(host):
+    with hosted(engine={"max_concurrent": 1}) as busy:
+        busy.wait_for("ok")
+        stream = busy.client.stream(
+            "POST", "/v1/completions", json={"prompt": "slow", "stream": True}
+        )
+        with stream as reply:
+            next(reply.iter_bytes())
+            body = {"messages": HI, "system": "x", "tools": [{"name": "a", "input_schema": {}}]}
+            counted = busy.client.post("/v1/messages/count_tokens", json=body)
+            assert counted.json() == {"input_tokens": 10}
+            tokens = busy.client.post("/tokenize", json={"content": "hé"}).json()["tokens"]
+            assert busy.client.post("/detokenize", json={"tokens": tokens}).json() == {
+                "content": "hé"
+            }
+    refused = host.client.post("/v1/messages/count_tokens", json={"messages": []})
+    assert refused.status_code == 400 and refused.json()["type"] == "error"
+
+
+def test_what_the_server_says_about_itself(host):
+    props = host.client.get("/props").json()
+    assert props["total_slots"] == 4 and props["default_generation_settings"]["n_ctx"] == 1000
+    assert host.client.head("/").status_code == 200 and "/v1" in host.client.get("/").text
 
 
 def test_unknown_paths_and_methods_have_the_shape_of_errors(host):

@@ -24,7 +24,7 @@ from click.testing import CliRunner
 from mlx_mtp.cli.main import cli
 from mlx_mtp.generate import chat_text, generate
 from mlx_mtp.loading import load
-from tests.server.command import Served, command, served
+from tests.server.command import Served, command, served, serving
 from tests.server.soak_clients import soak
 from tests.server.soak_kills import kill_often
 from tests.server.soak_requests import fuzz
@@ -62,6 +62,19 @@ def plain(folder, server) -> list[str]:
     return found
 
 
+def test_counts_are_those_of_the_usage(server):
+    body = {"messages": [{"role": "user", "content": "Hi é"}], "system": "Be brief."}
+    counted = server.client.post("/v1/messages/count_tokens", json=body).json()["input_tokens"]
+    usage = server.client.post("/v1/messages", json=body | {"max_tokens": 3}).json()["usage"]
+    assert counted == usage["input_tokens"] + usage["cache_read_input_tokens"] > 10
+    assert "Be brief" not in server.client.get("/props").json()["chat_template"]
+    text = "Hi é <0x41>"
+    ids = server.client.post("/tokenize", json={"content": text}).json()["tokens"]
+    assert server.client.post("/detokenize", json={"tokens": ids}).json() == {"content": text}
+    bad = server.client.post("/detokenize", json={"tokens": [10**6]})
+    assert bad.status_code == 400 and "1000000" in bad.text
+
+
 @pytest.mark.parametrize("mtp", [True, False])
 def test_eight_clients_at_once_get_the_text_of_generate(server, plain, mtp):
     with ThreadPoolExecutor(8) as pool:
@@ -96,11 +109,56 @@ def test_sampling_with_a_seed_is_repeatable_over_http(server):
     assert texts[0] != texts[1]
 
 
-def test_tools_are_refused_where_the_template_knows_none(server):
-    tool = {"type": "function", "function": {"name": "add"}}
-    reply = server.chat("hi", tools=[tool])
-    assert reply.status_code == 400 and reply.json()["error"]["param"] == "tools"
-    assert server.chat("hi", tools=[tool], tool_choice="none", max_tokens=2).status_code == 200
+WEATHER = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Paris", "Rome"]}},
+    "required": ["city"],
+}
+FUNCTION = {"name": "weather", "description": "Weather of a city.", "parameters": WEATHER}
+
+
+def check_required_calls(server: Served) -> None:
+    """Ask for calls in two dialects, with MTP and plainly, streamed and whole."""
+    ways: dict[str, Any] = {
+        "tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "required",
+        "parallel_tool_calls": False, "logprobs": True, "max_tokens": 90,
+    }  # fmt: skip
+    replies = [server.chat("Is it hot in Rome?", mtp=mtp, **ways).json() for mtp in (True, False)]
+    choices = [reply["choices"][0] for reply in replies]
+    tokens = [[each["token"] for each in choice["logprobs"]["content"]] for choice in choices]
+    assert tokens[0] == tokens[1]
+    assert replies[0]["usage"]["completion_tokens_details"]["rejected_prediction_tokens"]
+    assert {choice["finish_reason"] for choice in choices} == {"tool_calls"}
+    [call] = choices[0]["message"]["tool_calls"]
+    assert call["function"]["name"] == "weather"
+    assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+
+    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    tool: Any = {"name": "weather", "description": "Weather of a city.", "input_schema": WEATHER}
+    for mtp in (True, False):
+        with client.messages.stream(
+            model="any", max_tokens=90, tools=[tool], extra_body={"mtp": mtp},
+            messages=[{"role": "user", "content": "Is it hot in Rome?"}],
+            tool_choice={"type": "tool", "name": "weather"},
+        ) as stream:  # fmt: skip
+            reply = stream.get_final_message()
+        [block] = reply.content
+        assert block.type == "tool_use" and reply.stop_reason == "tool_use"
+        assert block.input == json.loads(call["function"]["arguments"])
+    result: Any = {"role": "tool", "tool_call_id": call["id"], "content": "30 degrees"}
+    body = {"messages": [{"role": "user", "content": "Hot?"}, choices[0]["message"], result]}
+    for more in ({}, {"tools": ways["tools"]}):
+        reply = server.client.post("/v1/chat/completions", json=body | {"max_tokens": 2} | more)
+        assert reply.status_code == 200
+
+
+def test_tools_work_where_the_template_knows_none(server):
+    check_required_calls(server)
+
+
+def test_the_default_model_can_be_made_to_call_a_tool(tmp_path):
+    with serving(tmp_path) as server:
+        check_required_calls(server)
 
 
 def test_the_engine_pushes_nobody_aside_and_the_loop_is_watched(server):
@@ -181,6 +239,23 @@ def test_the_engine_does_not_outlive_a_killed_server(tmp_path):
             time.sleep(0.02)
 
 
+def test_a_long_prompt_comes_back_after_a_restart(tmp_path):
+    text = "".join(f"Line {number} of a long prompt. " for number in range(30))
+    replies, metrics = [], []
+    for arguments in ((), (), ("--no-prompt-cache-files",)):
+        with served(tmp_path, "--max-tokens", "4", *arguments) as server:
+            replies.append(server.chat(text).json())
+            metrics.append(server.client.get("/metrics").text)
+    texts = {reply["choices"][0]["message"]["content"] for reply in replies}
+    cached = [reply["usage"]["prompt_tokens_details"]["cached_tokens"] for reply in replies]
+    size = replies[0]["usage"]["prompt_tokens"]
+    assert len(texts) == 1 and cached == [0, size // 256 * 256, 0]
+    assert f'prompt_tokens_total{{source="files"}} {cached[1]:.1f}' in metrics[1]
+    assert 'prompt_cache_requests_total{result="miss"} 1.0' in metrics[2]
+    folder = tmp_path / "cache" / "prompts"
+    assert len(list(folder.rglob("*.safetensors"))) == size // 256
+
+
 def failure(*arguments: str) -> str:
     """Run a command that must fail politely; return its one line."""
     result = CliRunner().invoke(cli, ["serve", *arguments])
@@ -191,6 +266,7 @@ def failure(*arguments: str) -> str:
 
 def test_bad_options_are_told_in_one_line():
     assert "--api-key" in failure("--host", "0.0.0.0")
+    assert "'4 apples' is not a size" in failure("--prompt-cache-bytes", "4 apples")
     assert "--allowed-origins" in failure("--allowed-origins", "*")
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

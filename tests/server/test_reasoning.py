@@ -17,6 +17,7 @@ from mlx_mtp.apps.engine.protocol import Job
 from mlx_mtp.apps.engine.session import Engine
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.calibration.stored_costs import speculation_for
+from mlx_mtp.model.cache_blocks import CacheBlocks
 from tests.helpers.fixtures_generate import reasoning_tokenizer
 from tests.helpers.tiny import tiny_mtp
 from tests.server.host import Host, hosted
@@ -42,7 +43,7 @@ def engine(request: pytest.FixtureRequest) -> Engine:
         model=model,
         tokenizer=tokenizer,
         speculation=speculation_for(model),
-        prefixes=PrefixCache(max_bytes=0),
+        prefixes=PrefixCache(CacheBlocks(model, chunk_size=64), max_bytes=0),
         texts=TokenTexts(tokenizer),
         prefill_step_size=64,
     )

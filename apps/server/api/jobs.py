@@ -95,6 +95,7 @@ class ServerContext:
         *,
         stream: bool | None,
         failed: Callable[[ApiError], bytes] = lambda error: event(error.openai()),
+        messages_param: str = "messages",
     ) -> Any:
         """Submit jobs and return the response; its status is known with the first message.
 
@@ -104,6 +105,7 @@ class ServerContext:
             reply: formats the answers.
             stream: whether to stream.
             failed: returns the last event of a stream after an error.
+            messages_param: field of the request that contains the conversation, for errors.
 
         Raises:
             ApiError: the engine refused the first job, or is not running.
@@ -118,6 +120,8 @@ class ServerContext:
             batch.cancel()
             if error.param == "num_draft_tokens":  # in requests it is a field of ``mtp``
                 raise refused(f"mtp.{error}", param=f"mtp.{error.param}") from None
+            if error.param == "messages":
+                error.param = messages_param
             raise
         except BaseException:
             batch.cancel()
@@ -150,8 +154,8 @@ class ServerContext:
             min_p=_or_default(body.min_p, settings.min_p),
             repetition_penalty=body.repetition_penalty,
             repetition_context_size=_context_size(body.repetition_context_size),
-            frequency_penalty=body.frequency_penalty,
-            presence_penalty=body.presence_penalty,
+            frequency_penalty=body.frequency_penalty or None,
+            presence_penalty=body.presence_penalty or None,
             logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()}
             or None,
             seed=None if body.seed is None else body.seed % NUM_SEEDS,

@@ -47,7 +47,6 @@ class ChatMessage(Fields):
     tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
-    annotations: list[Any] | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
     unsupported = ("audio", "function_call")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Annotated, Any
@@ -96,6 +97,7 @@ class _Reply:
         self._usage = bool(body.stream_options and body.stream_options.include_usage)
         self._num_prompts = num_prompts
         self._choices = [Choice() for _ in range(count)]
+        self._offsets = [_Offsets() for _ in range(count)]
 
     async def whole(self, batch: Batch, first: JobMessage) -> Any:
         """Return the whole response."""
@@ -107,7 +109,7 @@ class _Reply:
             more = {}
             if self._details:
                 more["mtp"] = mtp_summary(choice) | {"groups": choice.groups}
-            logprobs = self._logprobs_of(choice.logprobs, 0)
+            logprobs = self._logprobs_of(index, choice.logprobs)
             choices.append(_choice(index, choice.text, logprobs, choice.result.reason) | more)
         return json_response(self._head | {"choices": choices} | self._costs())
 
@@ -124,7 +126,6 @@ class _Reply:
     def _events_of(self, message: JobMessage) -> list[bytes]:
         index = message.index
         choice = self._choices[index]
-        offset = len(choice.text)
         choice.add(message)
         more: dict[str, Any] = {"usage": None} if self._usage else {}
         if isinstance(message, Group):
@@ -132,7 +133,7 @@ class _Reply:
                 return []
             if self._details:
                 more["mtp"] = group_details(message)
-            logprobs = self._logprobs_of(message.logprobs or [], offset)
+            logprobs = self._logprobs_of(index, message.logprobs or [])
             content = _choice(index, message.text, logprobs, None)
         elif isinstance(message, Finished):
             more["timings"] = timings(choice)
@@ -149,22 +150,42 @@ class _Reply:
             "timings": timings(self._choices[0]),
         }
 
-    def _logprobs_of(self, entries: list[dict[str, Any]], offset: int) -> dict[str, Any] | None:
-        """Convert to columns, the form of OpenAI's completions."""
+    def _logprobs_of(self, index: int, entries: list[dict[str, Any]]) -> dict[str, Any] | None:
+        """Convert the next entries of a choice to columns, the form of OpenAI's completions."""
         if not self._logprobs:
             return None
-        offsets = []
-        for entry in entries:
-            offsets.append(offset)
-            offset += len(entry["token"])
         return {
             "tokens": [entry["token"] for entry in entries],
             "token_logprobs": [entry["logprob"] for entry in entries],
-            "top_logprobs": [
-                {top["token"]: top["logprob"] for top in entry["top_logprobs"]} for entry in entries
-            ],
-            "text_offset": offsets,
+            "top_logprobs": [_by_token(entry["top_logprobs"]) for entry in entries],
+            "text_offset": [self._offsets[index].next(entry["bytes"]) for entry in entries],
         }
+
+
+class _Offsets:
+    """Counts the characters of a text before each token.
+
+    A token that continues a character has the offset of that character.
+    """
+
+    def __init__(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def next(self, token: list[int]) -> int:
+        """Take the bytes of the next token; return its offset."""
+        offset = self._offset
+        self._offset += len(self._utf8.decode(bytes(token)))
+        return offset
+
+
+def _by_token(top: list[dict[str, Any]]) -> dict[str, float]:
+    """Return logprobs by token; of several tokens with one text, the first one has its name."""
+    named: dict[str, float] = {}
+    for entry in top:
+        name = entry["token"]
+        named[f"token_id:{entry['id']}" if name in named else name] = entry["logprob"]
+    return named
 
 
 def _choice(

@@ -34,7 +34,14 @@ async def create(request: Request) -> Any:
     body = await context.read(request, ResponsesRequest)
     functions, places = function_tools(body.tools, context.hints.note)
     job, reply = _job(body, context, functions), _Reply(body, context, places)
-    return await context.respond(request, [job], reply, stream=body.stream, failed=reply.failed)
+    return await context.respond(
+        request,
+        [job],
+        reply,
+        stream=body.stream,
+        failed=reply.failed,
+        messages_param="input",
+    )
 
 
 def _job(body: ResponsesRequest, context: ServerContext, functions: list[Tool]) -> Job:

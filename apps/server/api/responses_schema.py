@@ -79,7 +79,7 @@ class ResponsesRequest(OpenAISampled):
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
     include: list[Any] | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Any = None
     n: int | None = Field(None, ge=1, le=1)
     unsupported = (
         *OpenAISampled.unsupported,

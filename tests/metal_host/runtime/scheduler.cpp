@@ -30,6 +30,7 @@ static void fibre_main() {
   const msl_launch* launch = this_worker()->launch;
   launch->entry(launch->args);
   this_worker()->current->state = LaneState::done;
+  note_progress(this_worker());
   this_worker()->leave();
   __builtin_trap();
 }
@@ -59,6 +60,7 @@ static void place_lane(Worker* worker, uint32_t i, const uint32_t* group, const 
   lane.state = LaneState::running;
   lane.wait = Wait{};
   lane.num_ops = lane.depth = 0;
+  lane.num_idle = 0;
   uint32_t position[3] = {i % size[0], i / size[0] % size[1], i / (size[0] * size[1])};
   msl_builtins& at = lane.at;
   for (int k = 0; k < 3; k++) {
@@ -91,6 +93,7 @@ static void prepare(Worker* worker, uint32_t ordinal) {
   reserve_stacks(worker, worker->num_threads);
   worker->group = ordinal + 1;
   worker->epochs = Epochs{};
+  worker->num_idle = 0;
   worker->simd_epochs.assign(worker->num_simdgroups, Epochs{});
   worker->variables.clear();
   worker->arena_used = worker->arena_total = 0;
@@ -124,14 +127,16 @@ static bool run_simdgroup(Worker* worker, uint32_t simdgroup) {
   uint32_t first = simdgroup * kSimd, end = std::min(worker->num_threads, first + kSimd);
   uint64_t turns = worker->launch->seed ? 1 + worker->random() % 4 : ~0ull;
   bool progress = false;
+  worker->waited = false;
   while (turns-- > 0 && !worker->fatal) {
     progress |= enter_lanes(worker, first, end);
-    if (worker->fatal) break;
+    if (worker->fatal || worker->waited) break;  // what it waits for may come from elsewhere
     bool runnable = false;
     for (uint32_t i = first; i < end; i++)
       runnable |= worker->lanes[i].state == LaneState::running;
     if (runnable) continue;
     if (!resolve_simdgroup(worker, simdgroup)) break;
+    note_progress(worker);
     progress = true;
   }
   return progress;
@@ -147,6 +152,7 @@ void run_threadgroup(Worker* worker, uint32_t ordinal) {
     for (uint32_t s : order)
       if (!worker->fatal) progress |= run_simdgroup(worker, s);
     if (worker->fatal || (!progress && !release_threadgroup(worker))) break;
+    if (!progress) note_progress(worker);
   }
   worker->totals.threadgroup_bytes =
       std::max<uint64_t>(worker->totals.threadgroup_bytes, worker->arena_total);

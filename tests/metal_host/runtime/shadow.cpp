@@ -250,6 +250,7 @@ void check_access(const void* at, size_t bytes, bool is_write, bool is_atomic, c
   if (worker->pending.on) report_pending_store(worker);
   if (a.at - worker->current->stack < worker->launch->stack_bytes) return;
   worker->totals.accesses++;
+  if (!is_atomic) note_plain_access(worker, a.at, a.pc, is_write);
   Target target = is_plain_load(worker, a) ? Target{} : find(worker, a);
   for (size_t i = 0; target.cells && i < bytes; i++)
     if (!check_byte(worker, a, target, i)) break;

@@ -49,6 +49,8 @@ struct Lane {
   uint64_t num_ops;  // simdgroup operations so far: lanes that meet must agree
   uint32_t depth;
   uintptr_t frames[64];
+  uint64_t num_idle;  // accesses that may be a wait: they changed nothing
+  uintptr_t idle_at, idle_pc;
 };
 
 struct Cell {  // shadow of one byte: who wrote and read it last, and in which epochs
@@ -120,6 +122,8 @@ struct Worker {  // one host thread; runs one threadgroup at a time
   std::vector<Epochs> simd_epochs;
   uint32_t num_threads = 0, num_simdgroups = 0;
   bool fatal = false;
+  bool waited = false;    // a lane left because it may wait for another one
+  uint64_t num_idle = 0;  // as of a lane, of all lanes since one of them made progress
   PendingStore pending;
   size_t last_region = 0;
   uint64_t random_state = 1;
@@ -150,6 +154,10 @@ void report_pending_store(Worker* worker);
 // collectives.cpp: true when a lane of the simdgroup can go on
 bool resolve_simdgroup(Worker* worker, uint32_t simdgroup);
 bool release_threadgroup(Worker* worker);  // false: finished, or an error
+// waits.cpp
+void note_progress(Worker* worker);
+void note_idle_access(Worker* worker, uintptr_t at, uintptr_t pc);
+void note_plain_access(Worker* worker, uintptr_t at, uintptr_t pc, bool is_write);
 // scheduler.cpp
 void run_threadgroup(Worker* worker, uint32_t ordinal);
 // shadow.cpp

@@ -1,0 +1,66 @@
+"""Texts as a tree of blocks: the children of a block continue its text."""
+
+from __future__ import annotations
+
+import array
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from mlx_mtp.model.cache_blocks import Rows, num_bytes
+
+
+@dataclass(eq=False, slots=True)
+class Node:
+    """A block of a text.
+
+    Attributes:
+        ids: its ids.
+        start: position of the first.
+        parent: the block before; None for the root, which has no ids.
+        rows: keys and values; empty once they were dropped from memory.
+        children: blocks that continue the text, by ``key_of`` their ids.
+        is_stored: whether there is a file of it.
+        was_read: whether its rows were read from a file and not used since.
+    """
+
+    ids: list[int]
+    start: int = 0
+    parent: Node | None = None
+    rows: Rows = field(default_factory=dict)
+    children: dict[bytes, Node] = field(default_factory=dict)
+    is_stored: bool = False
+    was_read: bool = False
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the rows."""
+        return num_bytes(self.rows)
+
+    @property
+    def end(self) -> int:
+        """Position after the last id."""
+        return self.start + len(self.ids)
+
+    def path(self) -> Iterator[Node]:
+        """This block and those before it, without the root."""
+        node = self
+        while node.parent is not None:
+            yield node
+            node = node.parent
+
+
+def key_of(ids: Sequence[int]) -> bytes:
+    """Return the key of a block among the children of another."""
+    return array.array("q", ids).tobytes()
+
+
+def shared_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two lists begin with in common."""
+    size = min(len(one), len(other))
+    if one[:size] == other[:size]:
+        return size
+    low, high = 0, size  # the lists agree up to ``low`` and not up to ``high``
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if one[low:middle] == other[low:middle] else (low, middle)
+    return low

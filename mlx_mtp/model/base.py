@@ -1,0 +1,162 @@
+"""A base model from its folder: mlx-lm's class, with the settings that ``settings`` reads.
+
+What mlx-lm's class does not compute itself is put in place here: sliding windows, and rotary
+scaling that depends on the length of the context.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm import utils as lm_utils
+from mlx_lm.models import rope_utils
+
+from mlx_mtp.model.settings import Rope, Settings, read_settings
+from mlx_mtp.model.wrappers import ExactlyScaled, LimitedRope, WindowLayer, replace
+from mlx_mtp.storage.folders import without_wildcards
+from mlx_mtp.storage.safetensors import check_safetensors
+
+LOG = logging.getLogger(__name__)
+_HEAD = re.compile(r"(^|\.)lm_head\.")
+
+
+def open_base(
+    folder: Path, *, model_config: dict[str, Any] | None = None, trust_remote_code: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the mlx-lm model of a folder lazily: its weights are read when they are first used.
+
+    Args:
+        folder: the model's folder.
+        model_config: values that replace those of ``config.json``.
+        trust_remote_code: whether a ``model_file`` in it may run.
+
+    Returns:
+        The model and its configuration, in keys that mlx-lm and transformers read alike.
+
+    Raises:
+        ValueError: a file is broken, or a setting cannot be obeyed.
+    """
+    names = [
+        name
+        for file in sorted(folder.glob("model*.safetensors"))
+        for name in check_safetensors(file)
+    ]
+    config = lm_utils.load_config(folder) | (model_config or {})
+    settings = read_settings(config, has_head=any(map(_HEAD.search, names)) if names else None)
+    tied = bool(settings.tied and any(map(_HEAD.search, names)))
+    if tied:
+        LOG.warning("%s: lm_head is not used, because tie_word_embeddings is set", folder)
+    replaced = set(config) - set(settings.config)  # by keys that mlx-lm reads
+    with without_wildcards(folder) as path:
+        model, config = lm_utils.load_model(
+            path,
+            lazy=True,
+            model_config=dict.fromkeys(replaced) | settings.config | settings.overrides,
+            get_model_classes=_without_head if tied else lm_utils._get_classes,
+            trust_remote_code=trust_remote_code,
+        )
+    for key in {*replaced, *settings.overrides}:
+        config.pop(key)
+    _apply(getattr(model, "language_model", model), settings)
+    return model, {**settings.config, **config}
+
+
+def _without_head(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
+    """Return mlx-lm's classes for weights whose output head is not used.
+
+    A tied model may have a head in its files: PyTorch files keep both names of a shared tensor.
+    Some classes refuse it as a surplus tensor, and gemma3_text would use it.
+    """
+    model_class, args_class = lm_utils._get_classes(config)
+
+    def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
+        weights = {name: value for name, value in weights.items() if not _HEAD.search(name)}
+        inherited = getattr(model_class, "sanitize", None)
+        return weights if inherited is None else inherited(self, weights)
+
+    return type(model_class.__name__, (model_class,), {"sanitize": sanitize}), args_class
+
+
+def _apply(text: Any, settings: Settings) -> None:
+    """Put modules in place for settings that mlx-lm's class does not apply."""
+    if text.model_type == "gemma3_text":
+        replace(text, {"model": ExactlyScaled(text.model)})
+    if settings.rope is not None and settings.rope.scaling is not None:
+        _apply_rope(text, settings.rope)
+    if settings.windows:
+        layers = {
+            f"model.layers.{index}": WindowLayer(layer, window)
+            for index, (layer, window) in enumerate(
+                zip(text.model.layers, settings.windows, strict=True)
+            )
+            if window is not None
+        }
+        replace(text, layers)
+
+
+def _apply_rope(text: Any, rope: Rope) -> None:
+    modules = dict(text.named_modules())
+    assert rope.scaling is not None
+    if not rope.applied:
+        scaled = {
+            path: rope_utils.initialize_rope(
+                module.dims, rope.theta, module.traditional, rope.scaling, rope.max_positions
+            )
+            for path, module in modules.items()
+            if type(module) is nn.RoPE
+        }
+        replace(text, scaled)
+        modules |= scaled
+    kind = rope.scaling["rope_type"]
+    if kind == "dynamic":
+        replace(
+            text,
+            {
+                path: LimitedRope(
+                    nn.RoPE(module.dims, traditional=module.traditional, base=rope.theta),
+                    module,
+                    limit=rope.max_positions,
+                )
+                for path, module in modules.items()
+                if isinstance(module, rope_utils.DynamicNTKScalingRoPE)
+            },
+        )
+    elif kind == "longrope":
+        dims = {
+            path: module.dim
+            for path, module in modules.items()
+            if isinstance(module, rope_utils.SuScaledRoPE)
+        }
+        replace(text, {path: _long_rope(size, rope) for path, size in dims.items()})
+        limit = rope.scaling["original_max_position_embeddings"]
+        if rope.scaling["short_factor"] != rope.scaling["long_factor"]:
+            text.args.max_position_embeddings = min(limit, rope.max_positions)
+
+
+def _long_rope(dims: int, rope: Rope) -> LimitedRope:
+    """Make a rotary embedding whose factors depend on the length, as transformers' do.
+
+    mlx-lm's has the factors of long contexts at all lengths.
+    """
+    scaling = rope.scaling
+    assert scaling is not None
+    limit = scaling["original_max_position_embeddings"]
+    factor = scaling.get("factor", rope.max_positions / limit)
+    attention = scaling.get("attention_factor")
+    short, long = (
+        rope_utils.SuScaledRoPE(
+            dims,
+            base=rope.theta,
+            max_position_embeddings=factor * limit,
+            original_max_position_embeddings=limit,
+            long_factor=scaling[key],
+            long_mscale=attention,
+        )
+        for key in ("short_factor", "long_factor")
+    )
+    return LimitedRope(short, long, limit=limit)
