@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from mlx_mtp.detokenizer import detokenizer_for
 from mlx_mtp.generate import (
     TextStream,
     answer_settings,
@@ -162,11 +163,10 @@ class _Answer:
         self._rows: list[mx.array] = []
         self._last_id: int | None = None
         self._stop_ids = tokenizer.eos_token_ids
-        self._stream = TextStream(
-            tokenizer.detokenizer, stop=settings.stop, stop_ids=self._stop_ids
-        )
         self._cache = _independent(cache_for(model, _copies(cache), cache_settings))
         ids = with_next_id(self._cache, ids)
+        detokenizer = detokenizer_for(tokenizer, ids, continued=self._cache.offset > 0)
+        self._stream = TextStream(detokenizer, stop=settings.stop, stop_ids=self._stop_ids)
         limit_reasoning(options, tokenizer, ids, settings.thinking_budget)
         self.request: Request = make_request(
             model,

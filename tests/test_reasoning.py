@@ -11,9 +11,10 @@ from click.testing import CliRunner
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from mlx_mtp.batch import batch_generate
 from mlx_mtp.cli.main import cli
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.generate import chat_text, encode_prompt, stream_generate
+from mlx_mtp.generate import chat_text, encode_prompt, generate, stream_generate
 from mlx_mtp.reasoning import (
     AnswerPrinter,
     Parts,
@@ -234,6 +235,15 @@ def test_sampled_answers_keep_to_the_budget(model, single, layout, sampler):
     mx.random.seed(0)
     ids, closing = [response.token for response in answer], tokenizer.encode("</think>")
     assert EOS in ids[:5] or "</think>" in tokenizer.decode(ids[: 5 + len(closing)])
+
+
+def test_answers_of_a_batch_have_a_budget_each(model):
+    tokenizer = reasoning_tokenizer()
+    prompts = [tokenizer.encode(text) for text in ("hi<think>\n", "hi", "yes<think>\n")]
+    ways: Any = {"thinking_budget": 3, "max_tokens": 12}
+    together = batch_generate(model, tokenizer, prompts, layout="quadratic", **ways).texts
+    assert together == [generate(model, tokenizer, ids, layout="plain", **ways) for ids in prompts]
+    assert [split_reasoning(INSIDE, text).content != "" for text in together] == [True, False, True]
 
 
 def test_a_prompt_without_marks_has_no_budget(model):
