@@ -170,16 +170,25 @@ def test_settings_become_variables_of_the_template_or_a_budget():
     assert settings("{{ thinking_budget }}", budget=7) == ({"thinking_budget": 7}, 7)
 
 
-def test_the_tracker_agrees_with_the_parser_forwards_and_backwards():
-    for single in (True, False):
-        tokenizer = reasoning_tokenizer(single=single)
-        ids = tokenizer.encode("é `<think>` a<think>b 日 </think>c</think>")
-        tracker = ReasoningTracker(tokenizer, THINK, num_prompt=2)
-        for count in (*range(len(ids)), *reversed(range(len(ids)))):
-            parser = ReasoningParser(THINK)
+@pytest.mark.parametrize("single", [True, False])
+def test_the_tracker_agrees_with_the_parser_forwards_and_backwards(single):
+    tokenizer = reasoning_tokenizer(single=single)
+
+    @given(_PIECES, st.sampled_from([THINK, FIRST, INSIDE]), st.data())
+    @example(
+        ["é `", "<think>", "` a", "<think>", "b 日 ", "</think>", "c", "</think>"], THINK, None
+    )
+    def check(pieces, reasoning, data):
+        ids = tokenizer.encode("".join(pieces))
+        tracker = ReasoningTracker(tokenizer, reasoning, num_prompt=2)
+        counts = [*range(len(ids) + 1), *reversed(range(len(ids)))]
+        counts += data.draw(st.lists(st.integers(0, len(ids)), max_size=3)) if data else []
+        for count in counts:
+            parser = ReasoningParser(reasoning)
             parser.push(tokenizer.decode(ids[:count]))
-            phase, _ = tracker.at(mx.array([1, 2, *ids[:count]]))
-            assert phase == parser.phase, count
+            assert tracker.at(mx.array([1, 2, *ids[:count]]))[0] == parser.phase, count
+
+    check()
 
 
 def reference(model: Any, tokenizer: Any, ids: list[int], budget: int, bias: float) -> list[int]:
