@@ -25,6 +25,7 @@ from mlx_mtp.storage.contents import (
 from mlx_mtp.storage.safetensors import (
     read_index,
     read_json,
+    read_json_object,
     read_safetensors,
     shown,
 )
@@ -45,12 +46,14 @@ class Checkpoint:
         configs: JSON objects next to the tensors, by file name.
         files: tensors by file name, then by tensor name; read when first used.
         values: plain values in PyTorch files, by dotted name (``config.lora_rank``).
+        added_tokens: ids by text of the tokens that were added to the tokenizer next to them.
     """
 
     path: Path
     files: Mapping[str, Mapping[str, mx.array]]
     configs: Mapping[str, dict[str, Any]] = field(default_factory=dict)
     values: Mapping[str, Any] = field(default_factory=dict)
+    added_tokens: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, mx.array]:
@@ -106,7 +109,9 @@ def read_checkpoint(path: Path, *, allow_pickle: bool = False) -> Checkpoint:
     files, values = _read_files(folder, names, allow_pickle=allow_pickle)
     if path.is_dir():
         _check_indexes(folder, files)
-    return Checkpoint(path=path, configs=configs, files=files, values=values)
+    return Checkpoint(
+        path=path, configs=configs, files=files, values=values, added_tokens=_added_tokens(folder)
+    )
 
 
 def _tensor_files(folder: Path) -> list[str]:
@@ -130,6 +135,30 @@ def _read_configs(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
         if (key := _odd_key(values[name])) is not None:
             raise ValueError(f"{folder / name}: {shown(repr(key))} is not a valid setting name")
     return {name: value for name, value in values.items() if isinstance(value, dict)}
+
+
+def _added_tokens(folder: Path) -> dict[str, int]:
+    """Return the added tokens of a tokenizer, from whichever of its files lists them."""
+
+    def read(name: str, key: str | None = None) -> Any:
+        try:
+            values = read_json_object(folder / name)
+        except ValueError:
+            return {}
+        return values if key is None else values.get(key)
+
+    pairs: list[tuple[Any, Any]] = list(read("added_tokens.json").items())
+    decoder, entries = read("tokenizer_config.json", "added_tokens_decoder"), []
+    if isinstance(decoder, dict):
+        entries += [(token, entry) for token, entry in decoder.items() if token.isdecimal()]
+    if isinstance(listed := read("tokenizer.json", "added_tokens"), list):
+        entries += [(entry.get("id"), entry) for entry in listed if isinstance(entry, dict)]
+    pairs += [(entry.get("content"), id_) for id_, entry in entries if isinstance(entry, dict)]
+    return {
+        text: int(token)
+        for text, token in pairs
+        if isinstance(text, str) and str(token).isdecimal() and len(str(token)) < 10
+    }
 
 
 def _odd_key(value: Any) -> str | None:

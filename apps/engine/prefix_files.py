@@ -30,6 +30,7 @@ from filelock import FileLock, Timeout
 from mlx_mtp.model.cache_blocks import Rows, Signature
 from mlx_mtp.storage.files import remove_drafts, write_atomically
 from mlx_mtp.storage.safetensors import read_raw_tensors, safetensors_header, shown
+from mlx_mtp.terminal import show
 
 FORMAT = "mlx-mtp prompt cache 1"
 LOCK_S = 5.0  # how long a writer waits for another process
@@ -112,7 +113,7 @@ class PrefixFiles:
         ]
         self._max_bytes = max_bytes
         self._block_size = block_size
-        self._log_line = log or (lambda line: print(line, file=sys.stderr, flush=True))
+        self._log_line = log or (lambda line: show(line, file=sys.stderr))
         self._logged: set[str] = set()
         self._unusable: set[Path] = set()  # to be replaced
         self._lock = threading.Lock()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
+from mlx_mtp.terminal import visible
+
 LOG = logging.getLogger("mlx_mtp.server")
 MAX_KINDS = 1000  # names of fields are the client's: neither the log nor this set may grow on
 MAX_LENGTH = 200
@@ -27,4 +29,4 @@ class Hints:
         text = text[:MAX_LENGTH]
         if text not in self._seen and len(self._seen) < MAX_KINDS:
             self._seen.add(text)
-            LOG.warning("%s", text)
+            LOG.warning("%s", visible(text))

@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_mtp.converters.layouts import BaseFacts
+from mlx_mtp.converters.layouts.tables import named_masks
 from mlx_mtp.detokenizer import load_tokenizer
 from mlx_mtp.loading import resolve
 from mlx_mtp.model.base import open_base
@@ -73,7 +74,6 @@ def load_base(folder: Path, *, name: str) -> MTPModel:
 
 def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
     """Describe the base model to a layout."""
-    num_tokens, mask_token = tokenizer_facts(folder)
     linears = {
         path: linear_dims(module)
         for path, module in model.base.named_modules()
@@ -93,8 +93,7 @@ def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
         num_layers=len(model.base.layers),
         vocab_size=model.vocab_size,
         norm_eps=float(getattr(model.base.args, "rms_norm_eps", DEFAULT_NORM_EPS)),
-        num_tokens=num_tokens,
-        mask_token=mask_token,
+        **tokenizer_facts(folder),
         linears=linears,
         embed=embed,
         unembed=unembed if "lm_head" in model.base else None,
@@ -105,10 +104,15 @@ def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
     )
 
 
-def tokenizer_facts(folder: Path) -> tuple[int | None, int | None]:
-    """Return the length of a model's tokenizer and the id of its ``<mask>``; None if missing."""
+def tokenizer_facts(folder: Path) -> dict[str, Any]:
+    """Return what ``BaseFacts`` has about a model's tokenizer."""
     try:
         tokenizer: Any = load_tokenizer(folder)._tokenizer
     except Exception:  # transformers raises many types for a folder without a tokenizer
-        return None, None
-    return len(tokenizer), tokenizer.get_vocab().get("<mask>")
+        return {"num_tokens": None}
+    vocabulary = tokenizer.get_vocab()
+    return {
+        "num_tokens": len(tokenizer),
+        "mask_token": vocabulary.get("<mask>"),
+        "named_masks": named_masks(vocabulary),
+    }

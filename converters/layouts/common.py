@@ -37,6 +37,7 @@ class BaseFacts:
         norm_eps: epsilon of its normalisations.
         num_tokens: length of its tokenizer, None if it has none.
         mask_token: id of ``<mask>`` in its tokenizer, None if it has no such token.
+        named_masks: ids of its tokens ``<mask_1>``, ``<mask_2>``, ..., in this order.
         linears: (in, out) of its linear layers by mlx-lm's module path.
         embed: rows ``[n, D]`` of its token embedding.
         unembed: rows ``[n, D]`` of its unembedding, if that is a separate table and available;
@@ -56,6 +57,7 @@ class BaseFacts:
     unembed: Callable[[Sequence[int]], mx.array] | None = None
     quantised: bool = False
     mask_token: int | None = None
+    named_masks: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -27,7 +27,13 @@ from mlx_mtp.converters.layouts.common import (
 from mlx_mtp.converters.layouts.low_rank import Pair, leaves, pair_up, ranks, resolve_layers
 from mlx_mtp.converters.layouts.options import Options
 from mlx_mtp.converters.layouts.peft_config import EMBEDDING, PeftSettings, read_settings
-from mlx_mtp.converters.layouts.tables import check_table, random_rows, surplus_rows
+from mlx_mtp.converters.layouts.tables import (
+    ask_for_masks,
+    check_table,
+    mask_rows,
+    named_masks,
+    random_rows,
+)
 from mlx_mtp.model.config import SamplerKind
 from mlx_mtp.storage.contents import ADAPTER_CONFIG, PEFT_ROWS, PEFT_TABLE
 
@@ -70,7 +76,7 @@ class PeftTensors:
 def convert_peft_mtp(checkpoint: Checkpoint, base: BaseFacts, options: Options) -> ConvertedAdapter:
     """Convert the layout of PEFT pull request 3541."""
     settings, tensors = _read(checkpoint)
-    masks, notes = _masks(settings, tensors, base, options)
+    masks, notes = _masks(settings, tensors, base, options, checkpoint.added_tokens)
     return assemble(
         _layers(settings, tensors, base),
         layout="peft-mtp",
@@ -122,7 +128,11 @@ def _describe(checkpoint: Checkpoint, layout: str) -> LayoutSummary:
     settings, problems = read_settings(config)
     tensors, unknown = sort_tensors(checkpoint.tensors)
     problems += unknown + _rank_problems(settings, tensors)
-    ids = settings.order or settings.trained
+    ids = settings.order
+    try:
+        ids = _order(settings, tensors, named_masks(checkpoint.added_tokens))
+    except ValueError as error:
+        problems.append(str(error))
     sampler = "mlp, LayerNorm, residual hidden" if tensors.sampler else None
     if any(_RECURRENT.search(name) for name in checkpoint.tensors):
         sampler = "recurrent"
@@ -212,15 +222,20 @@ def _layers(settings: PeftSettings, tensors: PeftTensors, base: BaseFacts) -> li
 
 
 def _masks(
-    settings: PeftSettings, tensors: PeftTensors, base: BaseFacts, options: Options
+    settings: PeftSettings,
+    tensors: PeftTensors,
+    base: BaseFacts,
+    options: Options,
+    added: Mapping[str, int],
 ) -> tuple[mx.array, list[str]]:
     """Return mask embeddings ``[k, D]`` in drafting order, and notes."""
-    order, notes = options.mask_token_ids or settings.order or settings.trained, []
+    named = named_masks(added) or base.named_masks
+    order, notes = options.mask_token_ids or _order(settings, tensors, named), []
     tables = tensors.embeddings
     if order is None:
         if not tables:
             raise ValueError("neither trainable_token_indices nor alora_invocation_tokens is set")
-        order, note = surplus_rows(*tables[0], base, options)
+        order, note = mask_rows(*tables[0], base, options, added)
         notes.append(note)
     if EMBEDDING in tensors.rows:
         masks = _trained_rows(settings, tensors, order)
@@ -233,6 +248,24 @@ def _masks(
     for name, table in tensors.tables.items():
         notes += check_table(name, table, base, mask_ids=order)
     return masks, notes
+
+
+def _order(
+    settings: PeftSettings, tensors: PeftTensors, named: tuple[int, ...]
+) -> tuple[int, ...] | None:
+    """Return the mask tokens that the settings name, None if they name none.
+
+    Raises:
+        ValueError: tokens were trained, but nothing says that they are mask tokens.
+    """
+    if settings.order is not None or settings.trained is None:
+        return settings.order
+    if set(named) == set(settings.trained):
+        return named
+    if tensors.sampler:  # only a checkpoint for drafts has a sampler
+        return settings.trained
+    found = f"the trainable_token_indices {list(settings.trained)}"
+    raise ValueError(ask_for_masks(found, settings.trained))
 
 
 def _trained_rows(settings: PeftSettings, tensors: PeftTensors, order: tuple[int, ...]) -> mx.array:

@@ -39,7 +39,7 @@ from mlx_mtp.converters.layouts.state_settings import (
     find_settings,
     is_training_state,
 )
-from mlx_mtp.converters.layouts.tables import check_table, random_rows, surplus_rows
+from mlx_mtp.converters.layouts.tables import check_table, mask_rows, random_rows
 from mlx_mtp.storage.contents import LORA
 
 if TYPE_CHECKING:
@@ -80,8 +80,8 @@ def convert_state_dict(
         problems += settings.problems
     refuse(problems)
     layers, notes = _layers(tensors, settings, base, options)
-    masks, more = _masks(tensors, base, options)
-    notes += more + _check_frozen(tensors.frozen, base, options)
+    masks, ids, more = _masks(tensors, base, options, checkpoint.added_tokens)
+    notes += more + _check_frozen(tensors.frozen, base, ids)
     kind, sampler, more = convert_sampler(tensors.sampler, options, base_eps=base.norm_eps)
     return assemble(
         layers,
@@ -165,15 +165,16 @@ def _is_frozen(name: str, words: set[str]) -> bool:
     return match is not None and set(match["prefix"].split(".")) - {""} <= words
 
 
-def _check_frozen(frozen: Mapping[str, mx.array], base: BaseFacts, options: Options) -> list[str]:
-    """Check that the omitted tensors are the base model's; return notes."""
+def _check_frozen(
+    frozen: Mapping[str, mx.array], base: BaseFacts, mask_ids: tuple[int, ...]
+) -> list[str]:
+    """Check that the omitted tensors, but for rows of masks, are the base model's; return notes."""
     notes = []
     for name, tensor in frozen.items():
         match = _LAYER.fullmatch(name)
         if "embed_tokens" in name or HEAD in name:
             if tensor.ndim == 2:
-                ids = options.mask_token_ids or range(base.vocab_size, max(tensor.shape))
-                notes += check_table(name, tensor, base, mask_ids=ids)
+                notes += check_table(name, tensor, base, mask_ids=mask_ids)
         elif match is not None and not _fits_layer(match["path"], tensor, base):
             raise ValueError(f"tensor {name} is unknown and not part of {base.name}")
     if frozen:
@@ -252,8 +253,10 @@ def _axes(
     return possible[0], [note.format(order)]
 
 
-def _masks(tensors: StateTensors, base: BaseFacts, options: Options) -> tuple[mx.array, list[str]]:
-    """Return mask embeddings ``[k, D]`` and notes."""
+def _masks(
+    tensors: StateTensors, base: BaseFacts, options: Options, added: Mapping[str, int]
+) -> tuple[mx.array, tuple[int, ...], list[str]]:
+    """Return mask embeddings ``[k, D]``, their rows if they are from a table, and notes."""
     if options.masks is not None and options.masks not in tensors.masks:
         raise ValueError(f"layout option masks: there is no tensor {options.masks}")
     if len(tensors.masks) > 1:
@@ -262,21 +265,22 @@ def _masks(tensors: StateTensors, base: BaseFacts, options: Options) -> tuple[mx
             "layout option masks"
         )
     if tensors.masks:
-        return _mask_tensor(*next(iter(tensors.masks.items())), base, options)
+        rows, notes = _mask_tensor(*next(iter(tensors.masks.items())), base, options)
+        return rows, (), notes
     tables = [
         (name, tensor)
         for name, tensor in tensors.frozen.items()
         if "embed_tokens" in name and tensor.ndim == 2
     ]
     has_ids = options.mask_token_ids is not None
-    if tables and (has_ids or tables[0][1].shape[0] > base.vocab_size):
-        ids, note = surplus_rows(*tables[0], base, options)
-        return tables[0][1][mx.array(ids)], [note]
+    if tables and options.seed is None:
+        ids, note = mask_rows(*tables[0], base, options, added)
+        return tables[0][1][mx.array(ids)], ids, [note]
     if has_ids or options.seed is not None:
         rows, note = random_rows(
             base, options, why="no tensor shows how many mask tokens there are"
         )
-        return rows, [note]
+        return rows, (), [note]
     raise ValueError(
         "no mask embeddings were found: no tensor with 'mask' in its name, no embed_tokens table "
         f"with more rows than the {base.vocab_size} of {base.name}; specify layout option masks, "

@@ -6,7 +6,8 @@ An adapter cannot replace rows of the base model, so all of these must be equal 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import mlx.core as mx
 import numpy as np
@@ -15,6 +16,8 @@ from mlx_mtp.converters.layouts.common import FLOATS, HEAD, BaseFacts
 from mlx_mtp.converters.layouts.options import Options
 
 _ROWS_AT_ONCE = 4096
+_MOST_LISTED = 16
+_NAMED = re.compile(r"[<\[]\|?(?:mtp[_-]?)?mask[_-]?(\d{1,4})\|?[>\]]", re.IGNORECASE)
 # Relative root-mean-square error of 2-bit weights is about 0.5, that of a foreign table 1.4.
 _QUANTISED_ERROR = 0.6
 
@@ -139,16 +142,43 @@ def _check_rows(
         )
 
 
-def surplus_rows(
-    name: str, table: mx.array, base: BaseFacts, options: Options
+def named_masks(tokens: Mapping[str, int]) -> tuple[int, ...]:
+    """Return the ids of tokens such as ``<mask_0>``, in the order of their numbers.
+
+    The numbers must be consecutive and begin at 0 or 1; otherwise no token is a mask token.
+    """
+    ids = {int(m[1]): token for text, token in tokens.items() if (m := _NAMED.fullmatch(text))}
+    numbers = sorted(ids)
+    is_complete = numbers in (list(range(len(ids))), list(range(1, len(ids) + 1)))
+    return tuple(ids[number] for number in numbers) if is_complete else ()
+
+
+def ask_for_masks(found: str, ids: Sequence[int]) -> str:
+    """Return the error for tokens that may be mask tokens, or just tokens of a fine-tune."""
+    listed = ",".join(map(str, ids[:_MOST_LISTED])) + (",..." if len(ids) > _MOST_LISTED else "")
+    return (
+        f"{found} may be mask tokens or tokens that a fine-tune added: name the mask tokens by "
+        f"--checkpoint-option mask_token_ids={listed}"
+    )
+
+
+def mask_rows(
+    name: str, table: mx.array, base: BaseFacts, options: Options, added: Mapping[str, int]
 ) -> tuple[tuple[int, ...], str]:
-    """Return the mask tokens of an enlarged table: the chosen ids, or the rows after the base's.
+    """Return the mask tokens of an embedding table: the chosen ids, or those with such names.
+
+    Args:
+        name: name of the tensor.
+        table: the table ``[rows, D]``.
+        base: the base model.
+        options: ``mask_token_ids``.
+        added: ids by text of the tokens that the checkpoint's tokenizer adds.
 
     Returns:
         The ids in drafting order and a note.
 
     Raises:
-        ValueError: the table has no additional rows, or not as many as specified.
+        ValueError: nothing names the mask tokens, or the table has no such rows.
     """
     rows = table.shape[0] if table.ndim else 0
     if options.mask_token_ids is not None:
@@ -156,15 +186,13 @@ def surplus_rows(
         if max(ids) >= rows:
             raise ValueError(f"mask_token_ids: {name} has {rows} rows, no row {max(ids)}")
         return ids, f"mask rows: rows {', '.join(map(str, ids))} of {name}, as specified"
-    ids = tuple(range(base.vocab_size, rows))
-    if not ids:
-        raise ValueError(
-            f"{name} has {rows} rows and {base.name} {base.vocab_size}: specify the mask tokens by "
-            "layout option mask_token_ids"
-        )
-    if options.num_draft_tokens not in (None, len(ids)):
-        raise ValueError(
-            f"{name} has {len(ids)} rows more than {base.name}, but num_draft_tokens is "
-            f"{options.num_draft_tokens}"
-        )
-    return ids, f"mask rows: the {len(ids)} rows of {name} after the base model's"
+    ids = named_masks(added) or base.named_masks
+    if ids and max(ids) < rows:
+        return ids, f"mask rows: rows {', '.join(map(str, ids))} of {name}, named <mask_i>"
+    if rows > base.vocab_size:
+        found = f"the {rows - base.vocab_size} rows of {name} after those of {base.name}"
+        raise ValueError(ask_for_masks(found, range(base.vocab_size, rows)))
+    raise ValueError(
+        f"{name} has {rows} rows and {base.name} {base.vocab_size}: name the mask tokens by "
+        "--checkpoint-option mask_token_ids=ID,..."
+    )

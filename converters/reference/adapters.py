@@ -22,8 +22,10 @@ import numpy as np
 from mlx_mtp.converters.base.facts import DEFAULT_NORM_EPS, tokenizer_facts
 from mlx_mtp.converters.checkpoint import Checkpoint, read_checkpoint
 from mlx_mtp.converters.layouts import BaseFacts, convert_layout, recognise
+from mlx_mtp.converters.layouts.tables import named_masks
 from mlx_mtp.model.config import SamplerKind
 from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS
+from mlx_mtp.storage.contents import PEFT_TABLE
 
 if TYPE_CHECKING:
     import torch
@@ -84,7 +86,9 @@ def attach(
     layout = recognise(checkpoint, layout=layout)
     if layout.startswith("peft"):
         folder = scratch / "peft"
-        return _attach_peft(model, checkpoint, folder, gate, options, written_rows)
+        ids = _peft_mask_ids(checkpoint, base, options)
+        has_masks = layout == "peft-mtp"
+        return _attach_peft(model, checkpoint, folder, gate, ids, has_masks, written_rows)
     if layout == "mtp-glora":
         return _attach_glora(model, checkpoint, gate=gate, base=base, options=options)
     facts = _base_facts(model, base)
@@ -136,7 +140,8 @@ def _attach_peft(
     checkpoint: Checkpoint,
     folder: Path,
     gate: Gate,
-    options: Mapping[str, str],
+    ids: list[int],
+    has_masks: bool,
     written_rows: np.ndarray | None,
 ) -> Adapter:
     """Let PEFT load its adapter as ordinary LoRA, then gate every layer."""
@@ -154,8 +159,7 @@ def _attach_peft(
         for name, value in checkpoint.tensors.items()
         if ".lora_" in name or "embed_tokens" in name or "lm_head" in name
     }
-    tables = [name for name in tensors if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
-    ids = _peft_mask_ids(config, options)
+    tables = [name for name in tensors if PEFT_TABLE.fullmatch(name)]
     num_rows = max([max(ids, default=0) + 1, *(tensors[name].shape[0] for name in tables)])
     if num_rows > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(num_rows, mean_resizing=False)
@@ -177,29 +181,34 @@ def _attach_peft(
             if isinstance(module, LoraLayer):
                 module.register_forward_hook(hook)  # type: ignore[union-attr]
         mask_rows = model.get_input_embeddings()(torch.tensor(ids))
-    has_mask_tokens = config.get("alora_invocation_tokens") or config.get("trainable_token_indices")
     return Adapter(
         mask_rows=mask_rows,
         sampler=_peft_sampler(checkpoint),
-        mask_ids=tuple(ids) if has_mask_tokens else (),
+        mask_ids=tuple(ids) if has_masks else (),
     )
 
 
-def _peft_mask_ids(config: Mapping[str, Any], options: Mapping[str, str]) -> list[int]:
+def _peft_mask_ids(checkpoint: Checkpoint, base: Path, options: Mapping[str, str]) -> list[int]:
     """Ids of the mask tokens in drafting order; empty if the checkpoint has no mask tokens."""
     if "mask_token_ids" in options:
         return _parse_ids(options["mask_token_ids"])
+    config = checkpoint.configs["adapter_config.json"]
+    if config.get("alora_invocation_tokens"):
+        return list(config["alora_invocation_tokens"])
     trained = config.get("trainable_token_indices")
     if isinstance(trained, Mapping):
         trained = next(iter(trained.values()))
-    return list(config.get("alora_invocation_tokens") or trained or [])
+    named = named_masks(checkpoint.added_tokens) or tokenizer_facts(base).get("named_masks", ())
+    if any("embed_tokens" in name for name in checkpoint.tensors):
+        return list(named if named and set(named) == set(trained or named) else trained or [])
+    return list(trained or [])
 
 
 def _with_base_rows(model: Any, name: str, table: mx.array, ids: Sequence[int]) -> mx.array:
-    """Return a saved table with the base model's own rows, which saving may have rounded."""
+    """Return a saved table with the model's own rows, of which it may have lost or rounded some."""
     is_head = "lm_head" in name
     own = model.get_output_embeddings() if is_head else model.get_input_embeddings()
-    merged = _as_mlx(own.weight)[: table.shape[0]]
+    merged = _as_mlx(own.weight)
     if ids := [token for token in ids if token < table.shape[0]]:
         rows = mx.array(ids)
         merged[rows] = table[rows].astype(mx.float32)
@@ -362,7 +371,6 @@ def _base_facts(model: Any, folder: Path) -> BaseFacts:
     from torch import nn
 
     table = model.get_input_embeddings().weight
-    num_tokens, mask_token = tokenizer_facts(folder)
     return BaseFacts(
         name=folder.name,
         model_type=model.config.model_type,
@@ -370,8 +378,7 @@ def _base_facts(model: Any, folder: Path) -> BaseFacts:
         num_layers=model.config.num_hidden_layers,
         vocab_size=table.shape[0],
         norm_eps=float(getattr(model.config, "rms_norm_eps", DEFAULT_NORM_EPS)),
-        num_tokens=num_tokens,
-        mask_token=mask_token,
+        **tokenizer_facts(folder),
         linears={
             path: (module.in_features, module.out_features)
             for path, module in model.named_modules()

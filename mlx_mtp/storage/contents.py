@@ -225,7 +225,8 @@ def _of_folder(folder: Path) -> Contents:
             with contextlib.suppress(ValueError):
                 inner = checkpoint_folder(folder)
                 here = None if inner == folder else _adapter_in(inner, is_model=False)
-        return here or Contents(path=folder)
+        pickled = next((n for n in tensor_files(folder) if n.endswith(TORCH_SUFFIXES)), None)
+        return here or Contents(path=folder, base=_base_in([config]), weights=pickled)
     weights = _model_weights(folder)
     if here is not None and (weights is None or weights == here.weights):
         return here  # a checkpoint next to the settings of its base model, or inside its tensors
@@ -348,15 +349,19 @@ def _unknown(contents: Contents, name: str, *, kind: str) -> str:
         lacks = f"it has no {ADAPTER_CONFIG if kind == 'adapter' else MODEL_CONFIG}"
         if kind == "model" and (path / MODEL_CONFIG).is_file():
             lacks = f"its {MODEL_CONFIG} has no model_type"
-        return f"{name} is not {needed} folder ({lacks})"
-    what = f"{kind} {name} is a file, not a folder"
+        what = f"{name} is not {needed} folder ({lacks})"
+    else:
+        what = f"{kind} {name} is a file, not a folder"
     if path.suffix == ".gguf":
         return f"{what}: GGUF is not read, use the Hugging Face model that it was made from"
-    folder = look(path.parent) if path.suffix in TENSOR_SUFFIXES else None
-    if folder is not None and folder.kind in ("model", "adapter"):
+    is_part = path.is_file() and path.suffix in TENSOR_SUFFIXES
+    folder = look(path.parent) if is_part else Contents(path=path)
+    is_whole = path.name == folder.weights or _MODEL_FILE.match(path.name)
+    if is_whole and folder.kind in ("model", "adapter"):
         flag = "--model" if folder.kind == "model" else "--adapter-path"
         return f"{what}: use its folder, {flag} {shlex.quote(str(path.parent))}"
-    if contents.weights is not None and contents.is_pickled:
-        command = _command(checkpoint=contents, name=name, model="MODEL")
+    if contents.is_pickled:
+        model = str(path.parent) if folder.kind == "model" else contents.base or "MODEL"
+        command = _command(checkpoint=contents, name=name, model=model)
         return f"{what}: if it is an MTP checkpoint, convert it with {command}"
     return what

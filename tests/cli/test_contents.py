@@ -197,12 +197,18 @@ def test_other_things_in_place_of_a_model(sources: Path, tmp_path: Path) -> None
     torch.save({"a": torch.ones(2)}, tmp_path / "mtp.pt")
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     (tmp_path / "empty").mkdir()
+    (tmp_path / "run").mkdir()
+    both = Path(shutil.copytree(model, tmp_path / "both"))
+    for folder in (tmp_path / "run", both):
+        torch.save({"a": torch.ones(2)}, folder / "mtp.pth")
     lines = {
         adapter: f"use --model tiny-llama --adapter-path {adapter}",
         adapter / "adapters.safetensors": f"use its folder, --adapter-path {adapter}",
         model / "model.safetensors": f"use its folder, --model {model}",
-        bare: "it has no weights",
+        tmp_path / "run": f"--mtp-path {tmp_path}/run --allow-pickle --mlx-path run-mlx",
         pickled: f"mlx-mtp convert --hf-path {pickled} --allow-pickle --mlx-path pickled-mlx",
+        bare: "it has no weights",
+        both / "mtp.pth": f"--hf-path {both} --mtp-path {both}/mtp.pth --allow-pickle",
         tmp_path / "mtp.pt": f"--mtp-path {tmp_path}/mtp.pt --allow-pickle --mlx-path mtp-mlx",
         tmp_path / "x.gguf": "GGUF is not read",
         tmp_path / "empty": "is not a model folder (it has no config.json)",

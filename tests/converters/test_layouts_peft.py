@@ -191,14 +191,18 @@ class TestTables:
     def test_mask_rows_that_nobody_names(self) -> None:
         name = "base_model.model.model.embed_tokens.weight"
         config = {"trainable_token_indices": None, "alora_invocation_tokens": None}
-        found = self.convert({name: self.table()}, facts(), alone=True, config=config)
-        assert found.num_draft_tokens == 3
-        assert found.notes == (f"mask rows: the 3 rows of {name} after the base model's",)
         shrunk = {name: mx.array(TABLE)[:TOKENS_AND_MASKS]}
-        with pytest.raises(
-            ValueError, match="specify the mask tokens by layout option mask_token_ids"
-        ):
-            self.convert(shrunk, facts(), alone=True, config=config)
+        for tables, ids in (({name: self.table()}, "40,41,42"), (shrunk, "ID,...")):
+            message = f"name the mask tokens by --checkpoint-option mask_token_ids={ids}"
+            for options in ({}, {"num_draft_tokens": "3"}):
+                with pytest.raises(ValueError, match=message):
+                    self.convert(tables, facts(), alone=True, config=config, **options)
+        tables, ids = {name: self.table()}, "42,40,41"
+        found = self.convert(tables, facts(), alone=True, config=config, mask_token_ids=ids)
+        assert found.num_draft_tokens == 3 and found.notes == ()
+        base = facts(named_masks=(41, 42, 40))
+        found = self.convert(tables, base, alone=True, config=config)
+        assert found.notes == (f"mask rows: rows 41, 42, 40 of {name}, named <mask_i>",)
 
     def test_a_shrunken_table(self) -> None:
         """Enlarging by the tokenizer's length cuts a padded table; mask rows lie in the padding."""

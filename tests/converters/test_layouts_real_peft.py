@@ -136,4 +136,7 @@ def test_tables_saved_on_request(tmp_path: Path) -> None:
     train(live, whole=False)
     live.save_pretrained(str(tmp_path / "out"), save_embedding_layers=True)
     assert len(load_file(tmp_path / "out" / "adapter_model.safetensors")) == 8
-    assert convert_layout(read_checkpoint(tmp_path / "out"), base).num_draft_tokens == 2
+    read = read_checkpoint(tmp_path / "out")
+    with pytest.raises(ValueError, match=r"\[3, 1\] may be mask tokens .* mask_token_ids=3,1"):
+        convert_layout(read, base)
+    assert convert_layout(read, base, options={"mask_token_ids": "1,3"}).num_draft_tokens == 2

@@ -183,7 +183,9 @@ class TestMasks:
     def test_surplus_rows_of_the_embedding(self) -> None:
         table = np.concatenate([TABLE, 2 * np.ones((2, DIMS), np.float32)])
         source = state_tensors(masks=None) | {"model.embed_tokens.weight": mx.array(table)}
-        found = convert_layout(read(source), facts())
+        with pytest.raises(ValueError, match="--checkpoint-option mask_token_ids=40,41"):
+            convert_layout(read(source), facts(), options={"num_draft_tokens": "2"})
+        found = convert_layout(read(source), facts(named_masks=(40, 41)))
         assert np.array(found.tensors["mask_embeddings"]).tolist() == [[2.0] * DIMS] * 2
         chosen = convert_layout(read(source), facts(), options={"mask_token_ids": "41,39,40"})
         assert np.array_equal(np.array(chosen.tensors["mask_embeddings"]), table[[41, 39, 40]])

@@ -48,7 +48,9 @@ def peft_mtp(
 ) -> Project:
     """A PEFT model that gates by itself: LoRA is active from the first mask token on."""
     size = VOCAB_SIZE if resize else PADDED_VOCAB
-    live = parts.tiny_causal_lm(kind, tied=tied, vocab_size=size, rope=rope)
+    context = {k: v for k, v in rope.items() if k == "original_max_position_embeddings"}
+    context = context if rope["rope_type"] == "longrope" else {}
+    live = parts.tiny_causal_lm(kind, tied=tied, vocab_size=size, rope=rope, **context)
     base = parts.save_model(live, root / "base")
     live = parts.load_model(base)
     if resize:
@@ -271,6 +273,9 @@ def amateur(
     given |= {"norm_eps": "1e-6"} if rms else {}
     given |= {} if alpha_beside or "own_alpha" in layer else {"alpha": str(alpha)}
     given |= {"num_draft_tokens": "5"} if masks == "shared" else {}
+    if masks == "table":
+        first = live.config.vocab_size - 5
+        given["mask_token_ids"] = ",".join(str(first + index) for index in range(5))
     return Project(
         base=base,
         checkpoint=root / file,
@@ -329,6 +334,10 @@ PROJECTS: dict[str, tuple[Callable[..., Project], dict[str, Any]]] = {
     "peft-mtp-qwen2": (peft_mtp, {"kind": "qwen2", "sampler": False}),
     "peft-mtp-rope-scaling": (peft_mtp, {"rope": parts.LLAMA3_ROPE}),
     "peft-mtp-phi3": (peft_mtp, {"kind": "phi3", "target_modules": "all-linear"}),
+    "peft-mtp-phi3-longrope": (
+        peft_mtp,
+        {"kind": "phi3", "target_modules": "all-linear", "rope": parts.LONG_ROPE},
+    ),
     "peft-mtp-few-targets": (peft_mtp, {"target_modules": r".*layers\.1.*\.(q|o|up)_proj"}),
     "peft-mtp-bfloat16": (peft_mtp, {"dtype": torch.bfloat16}),
     "peft-mtp-whole-bfloat16": (

@@ -157,7 +157,10 @@ def listen(
     return arrived
 
 
-def main() -> None:
+def main(
+    respond: Callable[[dict[str, Any]], Iterator[dict[str, Any]]] = answer, **ready: Any
+) -> None:
+    """Serve jobs; ``respond`` plays the model, and ``ready`` changes what the engine reports."""
     kind, _, path = (read().get("model") or "").partition(" ")
     while kind == "gate" and not os.path.exists(path):
         time.sleep(0.01)
@@ -166,8 +169,8 @@ def main() -> None:
         return
     cancelled: set[int] = set()
     jobs: dict[int, Iterator[dict[str, Any]]] = {}
-    arrived = listen(jobs, cancelled, answer)
-    send(READY)
+    arrived = listen(jobs, cancelled, respond)
+    send(READY | ready)
     while True:
         if not jobs:
             arrived.wait()

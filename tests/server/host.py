@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,18 +32,45 @@ PATHS = {
 }
 
 
+class Recorder:
+    """An ASGI application that records the replies of another one.
+
+    Attributes:
+        replies: method, path, status, and the start of the body of replies of 400 and more.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self.replies: list[tuple[str, str, int, str]] = []
+        self._app = app
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        status = 0
+
+        async def record(message: Any) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            if message["type"] == "http.response.body" and not message.get("more_body"):
+                error = message.get("body", b"").decode()[:300] if status >= 400 else ""
+                self.replies.append((scope["method"], scope["path"], status, error))
+            await send(message)
+
+        await self._app(scope, receive, record if scope["type"] == "http" else send)
+
+
 class Host:
     """A running server.
 
     Attributes:
         url: where it is.
         engine: its engine.
+        recorder: the replies so far.
         client: an HTTP client for it.
     """
 
-    def __init__(self, url: str, engine: Engine) -> None:
+    def __init__(self, url: str, engine: Engine, recorder: Recorder) -> None:
         self.url = url
         self.engine = engine
+        self.recorder = recorder
         self.client = httpx.Client(base_url=url, timeout=20)
 
     @property
@@ -107,20 +134,26 @@ def listening(app: Any, **options: Any) -> Iterator[int]:
 
 @contextlib.contextmanager
 def hosted(
-    *, model: str | None = None, engine: dict[str, Any] | None = None, **settings: Any
+    *,
+    model: str | None = None,
+    engine: dict[str, Any] | None = None,
+    command: Sequence[str] = FAKE,
+    **settings: Any,
 ) -> Iterator[Host]:
     """Run a server.
 
     Args:
         model: what the fake engine loads.
         engine: arguments of ``Engine``.
+        command: the program that plays the engine.
         settings: fields of ``Settings``.
     """
     chosen = Settings(**settings)
-    made = Engine({"model": model}, command=FAKE, **(engine or {}))
+    made = Engine({"model": model}, command=command, **(engine or {}))
     app, http = create_app(made, chosen), protocol_class(chosen, made.metrics)
-    with listening(app, http=http) as port:
-        host = Host(f"http://127.0.0.1:{port}", made)
+    recorder = Recorder(app)
+    with listening(recorder, http=http) as port:
+        host = Host(f"http://127.0.0.1:{port}", made, recorder)
         try:
             yield host
         finally:

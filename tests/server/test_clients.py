@@ -200,16 +200,24 @@ def test_curl(host):
     assert json.loads(run.stdout)["choices"][0]["message"]["content"] == "hello"
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+npm = pytest.mark.skipif(
     not (NPM / "node_modules" / "openai").is_dir(),
-    reason="make test installs npm's openai where there is npm",
+    reason="make test installs the packages of npm where there is npm",
 )
-def test_npm_openai(host):
-    command = ["node", str(NPM / "ask.mjs"), host.url]
+
+
+def node(script: str, host: Host) -> Any:
+    """What a script of the folder npm prints about the server."""
+    command = ["node", str(NPM / script), host.url]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout) == {
+    return json.loads(run.stdout)
+
+
+@npm
+@pytest.mark.slow
+def test_npm_openai(host):
+    assert node("ask_openai.mjs", host) == {
         "whole": "hello",
         "streamed": "hello",
         "pieces": 2,
@@ -218,4 +226,17 @@ def test_npm_openai(host):
         "response": "hello",
         "last": "response.completed",
         "refused": {"status": 400, "param": "temperature"},
+    }
+
+
+@npm
+@pytest.mark.slow
+def test_npm_anthropic(host):
+    assert node("ask_claude.mjs", host) == {
+        "model": "fake/model",
+        "whole": "hello",
+        "streamed": "hello",
+        "pieces": 2,
+        "counted": True,
+        "refused": {"status": 400, "type": "invalid_request_error"},
     }

@@ -49,7 +49,7 @@ class Display:
 
     def status(self, text: str) -> None:
         """Show a line until the next one; at a terminal only."""
-        self._show("status", bar_format="{desc}").set_description_str(text)
+        self._show("status", bar_format="{desc}").set_description_str(visible(text))
 
     def clear(self) -> None:
         """Remove the bar or the status line."""

@@ -1,0 +1,156 @@
+"""Claude Code and Codex run a task against the server: read files, call tools, answer."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.server.host import Host, hosted
+
+BIN = Path(__file__).with_name("npm") / "node_modules" / ".bin"
+ENGINE = (sys.executable, "-S", str(Path(__file__).with_name("agent_engine.py")))
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        shutil.which("node") is None or not (BIN / "claude").exists(),
+        reason="make test installs the agents where there is npm",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def host() -> Iterator[Host]:
+    with hosted(command=ENGINE) as running:
+        running.wait_for("ok")
+        yield running
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """A folder with two files to read."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    (folder / "note.txt").write_text("The first number is [forty two].\n")
+    (folder / "other.txt").write_text("The second number is [seven].\n")
+    return folder
+
+
+def prompt(*rounds: list[dict[str, Any]], more: str = "") -> str:
+    return f"Which numbers are in the files?\ncalls: {json.dumps(rounds)}\n{more}"
+
+
+def claude(host: Host, work: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start Claude Code in a folder, with a home of its own."""
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(work.parent),
+        "ANTHROPIC_BASE_URL": host.url,
+        "ANTHROPIC_AUTH_TOKEN": "none",
+        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+    }
+    command = [str(BIN / "claude"), *arguments, "--output-format", "json"]
+    return started([*command, "--allowedTools", "Read,Bash"], environment, work)
+
+
+def codex(host: Host, work: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start Codex in a folder, with the configuration of docs/agents.md."""
+    home = work.parent / ".codex"
+    home.mkdir(exist_ok=True)
+    (home / "config.toml").write_text(
+        'model = "local"\nmodel_provider = "mlx-mtp"\n[model_providers.mlx-mtp]\n'
+        f'name = "mlx-mtp"\nbase_url = "{host.url}/v1"\n'
+    )
+    environment = {"PATH": os.environ["PATH"], "HOME": str(work.parent), "CODEX_HOME": str(home)}
+    options = ("--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox", "--json")
+    return started([str(BIN / "codex"), "exec", *options, *arguments], environment, work)
+
+
+def started(command: list[str], environment: dict[str, str], folder: Path) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        command, env=environment, cwd=folder, text=True, start_new_session=True,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def output(run: subprocess.Popen[str]) -> str:
+    out, error = run.communicate(timeout=120)
+    assert run.returncode == 0, out + error
+    return out
+
+
+def replies(host: Host) -> list[tuple[str, str, int, str]]:
+    """The replies since the last call; none of them is an error."""
+    seen, host.recorder.replies = host.recorder.replies, []
+    assert [reply for reply in seen if reply[2] >= 400] == []
+    return seen
+
+
+def read(path: Path) -> dict[str, Any]:
+    return {"name": "Read", "arguments": {"file_path": str(path)}}
+
+
+def shell(command: str, *, name: str = "exec_command", field: str = "cmd") -> dict[str, Any]:
+    return {"name": name, "arguments": {field: command}}
+
+
+def test_claude_code_calls_tools_and_answers(host, work):
+    first = [read(work / "note.txt"), shell("cat other.txt", name="Bash", field="command")]
+    run = claude(host, work, "-p", prompt(first, [read(work / "other.txt")]))
+    assert json.loads(output(run))["result"] == "The results: forty two, seven, seven"
+    assert len(replies(host)) == 3
+    run = claude(host, work, "-p", "--continue", prompt([read(work / "note.txt")]))
+    assert json.loads(output(run))["result"] == "The results: forty two, seven, seven"
+    assert len(replies(host)) == 1
+
+
+def test_claude_code_goes_on_after_a_tool_fails(host, work):
+    run = claude(host, work, "-p", prompt([read(work / "missing.txt"), read(work / "note.txt")]))
+    assert json.loads(output(run))["result"] == "The results: forty two"
+    replies(host)
+
+
+def test_claude_code_counts_tokens(host, work):
+    assert "Tokens" in json.loads(output(claude(host, work, "-p", "/context")))["result"]
+    assert {path for _, path, _, _ in replies(host)} == {"/v1/messages/count_tokens"}
+
+
+def answers(lines: str) -> list[str]:
+    """The messages of Codex."""
+    events = [json.loads(line) for line in lines.splitlines()]
+    items = [event["item"] for event in events if event["type"] == "item.completed"]
+    return [item["text"] for item in items if item["type"] == "agent_message"]
+
+
+def test_codex_calls_tools_and_answers(host, work):
+    rounds = [[shell("cat note.txt"), shell("cat other.txt")], [shell("cat note.txt")]]
+    run = codex(host, work, prompt(*rounds))
+    assert answers(output(run))[-1] == "The results: forty two, seven, forty two"
+    assert len(replies(host)) == 3
+    run = codex(host, work, "resume", "--last", prompt([shell("cat other.txt")]))
+    assert answers(output(run))[-1] == "The results: forty two, seven, forty two"
+    replies(host)
+
+
+@pytest.mark.parametrize("start", [claude, codex])
+def test_stopping_an_agent_cancels_its_answer(host, work, start):
+    options = ["-p"] if start is claude else []
+    run = start(host, work, *options, prompt(more="wait"))
+    deadline = time.monotonic() + 60
+    while not host.engine.running and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(run.pid, signal.SIGINT)
+    run.communicate(timeout=60)
+    while host.engine.running and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not host.engine.running
