@@ -265,10 +265,8 @@ def answer_settings(
     """
     for name in options.keys() & {field.name for field in fields(Sampling)}:
         raise ValueError(f"{name} is a field of Sampling: pass sampling=Sampling({name}=...)")
-    sampling = options.get("sampling")
-    if sampling is not None and sampling.xtc_probability and sampling.xtc_special_tokens is None:
-        special = (*tokenizer.encode("\n"), *tokenizer.eos_token_ids)  # mlx-lm's commands keep them
-        options["sampling"] = replace(sampling, xtc_special_tokens=special)
+    if options.get("sampling") is not None:
+        options["sampling"] = with_special_tokens(options["sampling"], tokenizer)
     settings = _configured(config or GenerationConfig(), options)
     return settings, _configured(cache_config or CacheConfig(), options)
 
@@ -286,6 +284,14 @@ def limit_reasoning(
         marks = reasoning or Reasoning.of(tokenizer, ids)
         more = budget_processors(tokenizer, marks, budget, num_prompt=num_prompt)
         options["logits_processors"] = [*(options.get("logits_processors") or ()), *more]
+
+
+def with_special_tokens(sampling: Sampling, tokenizer: TokenizerWrapper) -> Sampling:
+    """Add the ids that XTC never drops: line breaks and end tokens, as in mlx-lm's commands."""
+    if not sampling.xtc_probability or sampling.xtc_special_tokens is not None:
+        return sampling
+    special = (*tokenizer.encode("\n"), *tokenizer.eos_token_ids)
+    return replace(sampling, xtc_special_tokens=special)
 
 
 def cache_for(

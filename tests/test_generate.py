@@ -364,6 +364,16 @@ def test_the_real_model_stops_at_a_string_and_goes_on_from_there(real):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("prompt", ["The capital of France is", "1, 2, 3,"])
+def test_the_real_model_continues_a_text_with_its_first_space(real, prompt):
+    model, tokenizer = real
+    responses = list(stream_generate(model, tokenizer, prompt, max_tokens=8))
+    ids = [*encode_prompt(tokenizer, prompt), *(response.token for response in responses)]
+    text = "".join(response.text for response in responses)
+    assert prompt + text == tokenizer.decode(ids) and text.startswith(" ")
+
+
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_text(real):
     from mlx_mtp import Sampling
 

@@ -250,6 +250,9 @@ class _GrammarProcessor:
         return count == len(rest)
 
 
+_EXACT = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+
+
 def _vocabulary(tokenizer: TokenizerWrapper) -> LLTokenizer:
     """The tokenizer in llguidance's form."""
     try:
@@ -258,6 +261,11 @@ def _vocabulary(tokenizer: TokenizerWrapper) -> LLTokenizer:
     except AttributeError:
         raise ValueError("the model's tokenizer is not a fast tokenizer") from None
     values = json.loads(text) | {"padding": None, "truncation": None}
+    ids = set(backend.get_vocab().values())
+    for index in set(range(max(ids, default=0))) - ids:  # llguidance fails at ids without a token
+        name = f"<|no token {index}|>"
+        values["model"]["vocab"][name] = index
+        values["added_tokens"].append({"id": index, "content": name, "special": True} | _EXACT)
     return _llguidance().LLTokenizer(json.dumps(values), eos_token=tokenizer.eos_token_id)
 
 

@@ -5,7 +5,7 @@ An invalid job is refused here, before any work is done for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from mlx_mtp.decoding.limits import (
     max_new_tokens,
 )
 from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling
-from mlx_mtp.generate import chat_text, encode_prompt
+from mlx_mtp.generate import chat_text, encode_prompt, with_special_tokens
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.reasoning import Reasoning, ReasoningTracker, budget_processors, template_settings
 from mlx_mtp.terminal import one_line
@@ -102,7 +102,10 @@ def prepare(
             repetition_penalty=job.repetition_penalty,
             repetition_context_size=job.repetition_context_size,
             logit_bias=job.logit_bias,
+            xtc_probability=job.xtc_probability,
+            xtc_threshold=job.xtc_threshold,
         )
+        sampling = with_special_tokens(sampling, tokenizer)
         config = GenerationConfig(
             max_tokens=job.max_tokens,
             stop=tuple(job.stop or ()),
@@ -134,6 +137,14 @@ def prepare(
         pieces=job.pieces,
         fresh=job.fresh,
     )
+
+
+def template_config(
+    job: Job, tokenizer: TokenizerWrapper, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of the chat template: the operator's where the request sets none."""
+    settings, _ = _template_settings(job, tokenizer)
+    return {**defaults, **settings, **(job.template_config or {})}
 
 
 def _template_settings(job: Job, tokenizer: TokenizerWrapper) -> tuple[dict[str, Any], int | None]:
@@ -236,8 +247,7 @@ def _encode_chat(
     """Apply the chat template to a conversation."""
     if not tokenizer.has_chat_template:
         raise Refusal("the model has no chat template; use /v1/completions", param="messages")
-    settings, _ = _template_settings(job, tokenizer)
-    config = settings | (job.template_config or {})
+    config = template_config(job, tokenizer, {})
     if _is_generic(job, tokenizer):
         messages = with_tools(messages, job.tools or ())
     elif job.tools:

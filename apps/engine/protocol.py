@@ -40,8 +40,8 @@ class Job:
         parallel_tool_calls: whether there may be more than one of the required calls.
         schema: JSON schema that the answer must match.
         schema_param: field of the request that contains the schema, for errors.
-        temp, top_p, min_p, top_k, repetition_penalty, repetition_context_size, logit_bias: see
-            ``Sampling``.
+        temp, top_p, min_p, top_k, repetition_penalty, repetition_context_size, xtc_probability,
+            xtc_threshold, logit_bias: see ``Sampling``.
         frequency_penalty, presence_penalty: see ``answer_penalty``.
         seed: random seed.
         layout: placement of mask tokens; "plain" decodes without drafts.
@@ -74,6 +74,8 @@ class Job:
     top_k: int = 0
     repetition_penalty: float | None = None
     repetition_context_size: int = 20
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
@@ -107,6 +109,7 @@ class Load:
     """Load a model; the fields are the options of ``mlx-mtp serve``.
 
     Attributes:
+        cache: fields of ``CacheConfig``; empty for the defaults.
         chat_template: source that replaces the model's chat template.
         chat_template_args: arguments of the chat template where a job has none.
     """
@@ -124,6 +127,7 @@ class Load:
     prefix_cache_bytes: int = 2**30
     prefix_files_bytes: int = 0
     prefix_files_folder: str | None = None
+    cache: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     chat_template_args: dict[str, Any] = field(default_factory=dict)
 

@@ -319,6 +319,12 @@ def test_jobs_that_cannot_be_done_are_refused(engine, values, param, word):
     assert refusal.value.param == param
 
 
+def test_xtc_drops_neither_line_breaks_nor_end_tokens(engine):
+    values = {"prompt": "x", "temp": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.001}
+    prepared = prepare(Job(max_tokens=5, **values), engine.model, engine.tokenizer)
+    assert {EOS, *ids_of("\n")} <= set(prepared.sampling.xtc_special_tokens or ())
+
+
 def test_refusals_and_failures_leave_the_others_alone(engine, monkeypatch):
     turns = Turns(engine)
     turns.submit(0, job("x" * 600))

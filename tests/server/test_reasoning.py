@@ -12,7 +12,7 @@ import openai
 import pytest
 
 from mlx_mtp.apps.engine.prefix_cache import PrefixCache
-from mlx_mtp.apps.engine.preparing import prepare
+from mlx_mtp.apps.engine.preparing import prepare, template_config
 from mlx_mtp.apps.engine.protocol import Job
 from mlx_mtp.apps.engine.session import Engine
 from mlx_mtp.apps.engine.token_text import TokenTexts
@@ -119,6 +119,18 @@ def test_a_schema_allows_the_model_to_open_the_reasoning_first(engine):
     json.loads(joined(messages, "text"))
     messages = ask(engine, logit_bias={opening[0]: -50.0}, **ways)
     assert not joined(messages, "reasoning") and json.loads(joined(messages, "text"))
+
+
+def test_a_request_overrides_the_arguments_of_the_operator(engine):
+    defaults = {"enable_thinking": False, "more": 1}
+
+    def config(**fields: Any) -> dict[str, Any]:
+        made = Job(max_tokens=4, messages=[], **fields)
+        return template_config(made, engine.tokenizer, defaults)
+
+    assert config() == defaults
+    assert config(enable_thinking=True)["enable_thinking"] is True
+    assert config(template_config={"enable_thinking": True})["enable_thinking"] is True
 
 
 def test_a_prefilled_answer_is_not_reasoning(engine):
