@@ -159,7 +159,7 @@ class Ready:
         num_draft_tokens: the adapter's k; 0 without an adapter.
         max_context: maximum number of tokens of prompt and answer; None if unknown.
         has_chat_template: whether it takes conversations.
-        has_tools: whether its chat template takes tools.
+        has_tools: whether it takes tools, in the form of its chat template or as text.
         has_reasoning: whether it has marks of reasoning.
         can_require_tools: whether it can be forced to call tools.
         chat_template: source of the chat template.

@@ -60,7 +60,7 @@ class Session:
 
     def __init__(self, job: Prepared, engine: Engine) -> None:
         self.finished = False
-        self._job = job
+        self._job = replace(job, stored_blocks=())  # they would take memory until the end
         self._engine = engine
         model, tokenizer = engine.model, engine.tokenizer
         ids = job.ids
