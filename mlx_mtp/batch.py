@@ -20,6 +20,7 @@ from mlx_mtp.generate import (
     cache_for,
     encode_prompt,
     finish_list,
+    limit_reasoning,
     on_stream,
     wired_memory,
     with_next_id,
@@ -170,6 +171,7 @@ class _Answer:
         ids = with_next_id(self._cache, ids)
         detokenizer = detokenizer_for(tokenizer, ids, continued=self._cache.offset > 0)
         self._stream = TextStream(detokenizer, stop=settings.stop, stop_ids=self._stop_ids)
+        limit_reasoning(options, tokenizer, ids, settings.thinking_budget)
         self.request: Request = make_request(
             model,
             ids,

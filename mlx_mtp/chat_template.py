@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
+from mlx_mtp.reasoning import reasoning_marks
 from mlx_mtp.tool_prompt import Message, as_object, calls_as_text, content_text, is_result
 
 if TYPE_CHECKING:
@@ -42,14 +43,17 @@ def chat_text(
 
     Args:
         tokenizer: from ``load``.
-        messages: the conversation in OpenAI's form.  Contents may be text or lists of text parts,
+        messages: the conversation in OpenAI's form.  Earlier reasoning, ``reasoning_content``, is
+            there for templates that use it.  Contents may be text or lists of text parts,
             arguments of calls objects or JSON text.
-        template_config: more variables of the template, such as ``tools``.
+        template_config: more variables of the template, such as ``tools``; a model with marks of
+            reasoning may use them unless ``enable_thinking`` is false.
 
     Raises:
         ValueError: the template refuses the conversation in every form.
     """
-    return _Fitting(tokenizer, template_config or {}, _with_objects(messages)).text()
+    config = {"enable_thinking": reasoning_marks(tokenizer) is not None, **(template_config or {})}
+    return _Fitting(tokenizer, config, _with_objects(messages)).text()
 
 
 def lists_tools(tokenizer: TokenizerWrapper) -> bool:
@@ -137,7 +141,7 @@ class _Fitting:
         resume = last["role"] == "assistant" and not last.get("tool_calls")
         try:
             text = self._tokenizer.apply_chat_template(
-                messages,
+                [_with_reasoning(message) for message in messages],
                 tokenize=False,
                 continue_final_message=resume,
                 add_generation_prompt=not resume,
@@ -147,6 +151,12 @@ class _Fitting:
             raise ValueError(f"the chat template refuses the conversation: {error}") from None
         assert isinstance(text, str)
         return text
+
+
+def _with_reasoning(message: Message) -> Message:
+    """Offer earlier reasoning under both of the names that templates have for it."""
+    thought = message.get("reasoning_content")
+    return message | {"reasoning": thought} if thought else message
 
 
 def _with_objects(messages: Sequence[Mapping[str, Any]]) -> Messages:

@@ -31,6 +31,10 @@ class Job:
         messages: conversation for the chat template; None to continue ``prompt``.
         prompt: text or token ids.
         template_config: more arguments of the chat template.
+        enable_thinking: whether the model is to reason; None is the template's default.
+        reasoning_effort: see ``template_settings``.
+        thinking_budget: maximum number of tokens of reasoning.
+        split_reasoning: whether reasoning is reported apart from the text; for ``messages`` only.
         tools: tools for the chat template, in OpenAI's form.
         required_tools: names of tools; the answer must be calls of these and nothing else.
         parallel_tool_calls: whether there may be more than one of the required calls.
@@ -55,6 +59,10 @@ class Job:
     messages: list[dict[str, Any]] | None = None
     prompt: str | list[int] | None = None
     template_config: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
+    thinking_budget: int | None = None
+    split_reasoning: bool = True
     tools: list[dict[str, Any]] | None = None
     required_tools: list[str] | None = None
     parallel_tool_calls: bool = False
@@ -152,6 +160,7 @@ class Ready:
         max_context: maximum number of tokens of prompt and answer; None if unknown.
         has_chat_template: whether it takes conversations.
         has_tools: whether it takes tools, in the form of its chat template or as text.
+        has_reasoning: whether it has marks of reasoning.
         can_require_tools: whether it can be forced to call tools.
         chat_template: source of the chat template.
         bos_token, eos_token: special tokens, as text.
@@ -165,6 +174,7 @@ class Ready:
     max_context: int | None = None
     has_chat_template: bool
     has_tools: bool
+    has_reasoning: bool = False
     can_require_tools: bool = False
     chat_template: str = ""
     bos_token: str = ""
@@ -240,12 +250,15 @@ class Group(JobMessage):
     """One decoding step.
 
     Attributes:
-        text: new text.
+        text: new text, without reasoning.
+        reasoning: new text of the reasoning.
         tokens: number of emitted tokens.
         accepted: accepted draft tokens among them.
         drafted: verified draft tokens.
         source: origin of the drafts: "mask", "lookup" or "".
-        pieces: text of each token, if the job asks for it.
+        pieces: text of each token, with reasoning and marks, if the job asks for it.
+        span: where the reasoning is in all pieces, if the job asks for them and it has changed; see
+            ``ReasoningParser``.
         ids: ids of the tokens, if the job asks for pieces.
         logprobs: logprobs of each token in OpenAI's form, if the job asks for them.
     """
@@ -256,7 +269,9 @@ class Group(JobMessage):
     accepted: int
     drafted: int
     source: str
+    reasoning: str = ""
     pieces: list[str] | None = None
+    span: list[int] | None = None
     ids: list[int] | None = None
     logprobs: list[dict[str, Any]] | None = None
 
@@ -269,6 +284,7 @@ class Finished(JobMessage):
         reason: "stop", "length", "tool_calls" or "cancelled".
         stop_string: stop string that ended the answer.
         tool_calls: ``{"name": str, "arguments": JSON text}`` per call.
+        reasoning_tokens: number of tokens of the reasoning, without its marks.
         stats: ``GenerationStats.stats_dict()``; empty if cancelled.
     """
 
@@ -276,6 +292,7 @@ class Finished(JobMessage):
     reason: str
     stop_string: str | None = None
     tool_calls: list[dict[str, str]] = field(default_factory=list)
+    reasoning_tokens: int = 0
     stats: dict[str, Any] = field(default_factory=dict)
 
 

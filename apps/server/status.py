@@ -101,4 +101,5 @@ def _model(context: ServerContext) -> dict[str, Any]:
         "num_draft_tokens": info.num_draft_tokens,
         "adapter": info.adapter,
         "tools": info.has_tools,
+        "reasoning": info.has_reasoning,
     }

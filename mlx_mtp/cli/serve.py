@@ -49,6 +49,8 @@ SETTINGS = (
     "top_p",
     "top_k",
     "min_p",
+    "thinking_budget",
+    "reasoning_format",
     "num_draft_tokens",
 )
 
@@ -111,6 +113,7 @@ def _template(context: click.Context, parameter: click.Parameter, value: str | N
     "Request defaults",
     field_option(Settings, "max_tokens", "-m"),
     *field_options(Settings, "temp", "top_p", "top_k", "min_p"),
+    *field_options(Settings, "thinking_budget", "reasoning_format"),
 )
 @cloup.option_group(
     "mlx-lm",

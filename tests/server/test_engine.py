@@ -203,7 +203,7 @@ def test_a_cancelled_answer_leaves_a_whole_cache(engine):
     turns.submit(1, job("y" * 100))
     turns.run(2)
     last = {"type": "finished", "id": 0, "reason": "cancelled"}
-    assert turns.of(0)[-1] == last | {"tool_calls": [], "stats": {}}
+    assert turns.of(0)[-1] == last | {"tool_calls": [], "reasoning_tokens": 0, "stats": {}}
     assert turns.of(1)[0]["cached_tokens"] > 8
     assert text_of(turns.of(1)) == expected(engine, "y" * 100)
 

@@ -45,7 +45,7 @@ class AnthropicTool(Fields):
 class Thinking(Fields):
     """Extended thinking."""
 
-    type: Literal["disabled", "enabled", "adaptive"]
+    type: Literal["disabled", "enabled", "adaptive", "between_tools"]
     budget_tokens: int | None = None
 
 

@@ -2,6 +2,7 @@ import { useEffect, useMemo, useRef, useState } from "preact/hooks";
 
 import { Marks, canMark } from "../marks";
 import { renderBlocks } from "../markdown";
+import { splitReasoning } from "../reasoning";
 import { settings } from "../state";
 import { describeStep, describeToken, indexAt, stepEnds } from "../steps";
 import type { Group, Message } from "../types";
@@ -17,10 +18,11 @@ export function Answer({ message }: { message: Message }) {
   const root = useRef<HTMLDivElement>(null);
   const marks = useMemo(() => new Marks(), []);
   const [tip, setTip] = useState<Tip | null>(null);
-  const blocks = useMemo(() => renderBlocks(message.text), [message.text]);
+  const parts = useMemo(() => splitReasoning(message), [message.text, message.groups]);
+  const blocks = useMemo(() => renderBlocks(parts.content), [parts.content]);
   const marked = canMark && settings.value.marks && message.groups.length > 0;
   useEffect(() => {
-    if (marked && root.current) marks.show(root.current, message.text, message.groups);
+    if (marked && root.current) marks.show(root.current, message.text, message.groups, parts.from);
     else marks.clear();
   }, [message.text, message.groups, marked]);
   useEffect(() => () => marks.clear(), []);
@@ -31,6 +33,12 @@ export function Answer({ message }: { message: Message }) {
   };
   return (
     <div onMouseMove={point} onMouseLeave={() => setTip(null)}>
+      {(parts.reasoning || parts.open) && (
+        <details class="reasoning">
+          <summary>{parts.open && message.state === "streaming" ? "Reasoning …" : "Reasoning"}</summary>
+          <div class="reasoning-text">{parts.reasoning}</div>
+        </details>
+      )}
       <div class="text" ref={root}>
         {blocks.map((html, index) => (
           <div key={index} dangerouslySetInnerHTML={{ __html: html }} />
