@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_mtp.detokenizer import detokenizer_for
+from mlx_mtp.text.detokenizer import detokenizer_for
 from mlx_mtp.generate import (
     TextStream,
     answer_settings,

@@ -27,7 +27,7 @@ from mlx_mtp.generate import (
     encode_prompt,
     stream_generate,
 )
-from mlx_mtp.reasoning import AnswerPrinter, Reasoning, split_reasoning
+from mlx_mtp.text.reasoning import AnswerPrinter, Reasoning, split_reasoning
 from mlx_mtp.terminal import AnswerWriter, Interrupt, Status, dim, one_line
 
 if TYPE_CHECKING:

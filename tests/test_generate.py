@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
-from mlx_mtp.detokenizer import detokenizer_for
+from mlx_mtp.text.detokenizer import detokenizer_for
 from mlx_mtp.generate import (
     NO_TEXT,
     ContextOverflow,

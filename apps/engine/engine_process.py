@@ -175,7 +175,7 @@ def _load(
 
 def _ready(model: Any, tokenizer: Any) -> Ready:
     """The description of the model."""
-    from mlx_mtp.reasoning import reasoning_marks
+    from mlx_mtp.text.reasoning import reasoning_marks
 
     return Ready(
         model=model.name,

@@ -22,7 +22,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.decoding.sampling import LogitsProcessor
-from mlx_mtp.reasoning import ReasoningTracker, mark_ids
+from mlx_mtp.text.reasoning import ReasoningTracker, mark_ids
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer

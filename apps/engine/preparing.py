@@ -27,9 +27,9 @@ from mlx_mtp.decoding.limits import (
 from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling
 from mlx_mtp.generate import chat_text, encode_prompt, with_special_tokens
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.reasoning import Reasoning, ReasoningTracker, budget_processors, template_settings
+from mlx_mtp.text.reasoning import Reasoning, ReasoningTracker, budget_processors, template_settings
 from mlx_mtp.terminal import one_line
-from mlx_mtp.tool_prompt import with_tools
+from mlx_mtp.text.tool_prompt import with_tools
 
 
 class Refusal(ValueError):

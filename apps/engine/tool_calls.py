@@ -16,8 +16,8 @@ import regex
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tool_parsers import gemma4, json_tools
 
-from mlx_mtp.chat_template import chat_text, lists_tools
-from mlx_mtp.tool_prompt import CALL_END, CALL_START, as_object, valid_unicode
+from mlx_mtp.text.chat_template import chat_text, lists_tools
+from mlx_mtp.text.tool_prompt import CALL_END, CALL_START, as_object, valid_unicode
 
 _STRING = r'"(?:[^"\\]++|\\.)*+"'
 _OBJECT = rf'(?P<object>\{{(?:[^"{{}}]++|{_STRING}|(?&object))*+\}})'
@@ -290,7 +290,7 @@ _BARE_FORM = regex.compile(_BARE, regex.DOTALL)
 def reads_tools(tokenizer: TokenizerWrapper) -> bool:
     """Whether tools can be passed to the chat template, because calls in its form can be read.
 
-    Where they cannot, tools and calls are plain text (``mlx_mtp.tool_prompt``).
+    Where they cannot, tools and calls are plain text (``mlx_mtp.text.tool_prompt``).
     """
     if not lists_tools(tokenizer):
         return False

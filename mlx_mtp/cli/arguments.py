@@ -36,7 +36,7 @@ def reasoning_arguments(
 
     A line on stderr says so if the model has no marks to which a budget could apply.
     """
-    from mlx_mtp.reasoning import reasoning_marks, template_settings
+    from mlx_mtp.text.reasoning import reasoning_marks, template_settings
 
     config, limit = options["chat_template_config"], options["thinking_budget"]
     if limit is not None and reasoning_marks(tokenizer) is None:

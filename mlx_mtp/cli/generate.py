@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from mlx_mtp.generate import GenerationResponse
-    from mlx_mtp.reasoning import AnswerPrinter
+    from mlx_mtp.text.reasoning import AnswerPrinter
 
 _QUERY = "@@mlx-mtp-query@@"
 _PROMPT_OPTIONS = (
@@ -85,7 +85,7 @@ _UNSUPPORTED = (
 )
 def generate(verbose: str, as_json: bool, prompt_cache_file: str | None, **options: Any) -> None:
     """Generate an answer to a prompt."""
-    from mlx_mtp.reasoning import Reasoning
+    from mlx_mtp.text.reasoning import Reasoning
 
     prompt = _read_prompt(options["prompt"])
     arguments = stream_arguments(options)
@@ -166,7 +166,7 @@ def _answer(
     end.
     """
     from mlx_mtp.generate import stats_text, stream_generate
-    from mlx_mtp.reasoning import AnswerPrinter
+    from mlx_mtp.text.reasoning import AnswerPrinter
     from mlx_mtp.stats import RULE
 
     with Interrupt() as interrupt, Status(f"Prompt: {len(ids)} tokens ...") as status:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from mlx_mtp.apps.engine import tool_calls
 from mlx_mtp.apps.engine.tool_calls import GENERIC, ToolCallReader, reads_tools
-from mlx_mtp.tool_prompt import as_object, with_tools
+from mlx_mtp.text.tool_prompt import as_object, with_tools
 from tests.helpers.chat_templates import LLAMA_3, MINISTRAL_3, QWEN_35, TEMPLATES
 from tests.helpers.fixtures_generate import byte_tokenizer
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp.chat_template import chat_text, lists_tools
+from mlx_mtp.text.chat_template import chat_text, lists_tools
 from tests.helpers.chat_templates import TEMPLATES
 from tests.helpers.fixtures_generate import byte_tokenizer
 

@@ -15,7 +15,7 @@ from mlx_mtp.batch import batch_generate
 from mlx_mtp.cli.main import cli
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.generate import chat_text, encode_prompt, generate, stream_generate
-from mlx_mtp.reasoning import (
+from mlx_mtp.text.reasoning import (
     AnswerPrinter,
     Parts,
     Reasoning,

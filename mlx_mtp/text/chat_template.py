@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from mlx_mtp.reasoning import reasoning_marks
-from mlx_mtp.tool_prompt import Message, as_object, calls_as_text, content_text, is_result
+from mlx_mtp.text.reasoning import reasoning_marks
+from mlx_mtp.text.tool_prompt import Message, as_object, calls_as_text, content_text, is_result
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
