@@ -252,6 +252,26 @@ def test_messages_have_a_thinking_block(claude, details):
     assert sent["messages"][1]["reasoning_content"] == "let me see"
 
 
+def test_thinking_may_be_omitted_and_comes_back(claude):
+    tools: Any = [{"name": "add", "input_schema": {"type": "object"}}]
+    thinking: Any = {"type": "adaptive", "display": "omitted"}
+    ways: Any = {"model": "m", "max_tokens": 9999, "tools": tools, "thinking": thinking}
+    whole = claude.messages.create(messages=THINK_CALL, **ways)
+    with claude.messages.stream(messages=THINK_CALL, **ways) as stream:
+        deltas = [e.delta.type for e in stream if e.type == "content_block_delta"]
+        final = stream.get_final_message()
+    assert deltas == ["signature_delta", "input_json_delta"]
+    for message in (whole, final):
+        block, call = message.content
+        assert (block.type, block.thinking) == ("thinking", "") and block.signature
+        assert "let me see" not in message.model_dump_json()
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": "2"}
+        turns: Any = [*THINK_CALL, {"role": "assistant", "content": message.content}]
+        turns.append({"role": "user", "content": [result, {"type": "text", "text": "job"}]})
+        sent = json.loads(claude.messages.create(messages=turns, **ways).content[0].text)
+        assert sent["messages"][1]["reasoning_content"] == "let me see"
+
+
 def test_reasoning_may_be_all_there_is(client, claude):
     only: Any = [{"role": "user", "content": "think on and on|"}]
     message = client.chat.completions.create(model="m", messages=only).choices[0].message
