@@ -272,6 +272,14 @@ def test_thinking_may_be_omitted_and_comes_back(claude):
         assert sent["messages"][1]["reasoning_content"] == "let me see"
 
 
+def test_a_stop_string_after_a_call_leaves_the_call_to_be_run(claude):
+    tools: Any = [{"name": "add", "input_schema": {"type": "object"}}]
+    message = claude.messages.create(
+        model="m", messages=THINK_CALL, max_tokens=99, tools=tools, stop_sequences=["</tool_call>"]
+    )
+    assert (message.stop_reason, message.stop_sequence) == ("tool_use", None)
+
+
 def test_reasoning_may_be_all_there_is(client, claude):
     only: Any = [{"role": "user", "content": "think on and on|"}]
     message = client.chat.completions.create(model="m", messages=only).choices[0].message

@@ -188,9 +188,7 @@ def _from_blocks(
 
 def _with_thinking(block: dict[str, Any]) -> dict[str, Any]:
     """A block with the text that was omitted from it, which its signature contains."""
-    return (
-        block if block.get("thinking") else block | {"thinking": unsealed(block.get("signature"))}
-    )
+    return block | {"thinking": block.get("thinking") or unsealed(block.get("signature"))}
 
 
 def _text(content: Any, where: str, note: Note, *, start: int = 0, is_answer: bool = False) -> str:
