@@ -88,6 +88,8 @@ export function align(root: HTMLElement, source: string): Run[] {
   let from = 0;
   for (let node = walker.nextNode() as Text | null; node; node = walker.nextNode() as Text | null) {
     const parent = node.parentElement;
+    // Of a rendered formula only the source is in the text.
+    if (parent?.closest(".katex") && parent.localName !== "annotation") continue;
     if (parent?.closest(".code-head") || (!node.data.trim() && !parent?.closest("pre"))) continue;
     from = alignNode(node, source, from, runs);
   }

@@ -1,5 +1,6 @@
-import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 
+import { ready, typeset } from "../formulas";
 import { Marks, canMark } from "../marks";
 import { renderBlocks } from "../markdown";
 import { settings } from "../state";
@@ -17,12 +18,14 @@ export function Answer({ message }: { message: Message }) {
   const root = useRef<HTMLDivElement>(null);
   const marks = useMemo(() => new Marks(), []);
   const [tip, setTip] = useState<Tip | null>(null);
-  const blocks = useMemo(() => renderBlocks(message.text), [message.text]);
+  const streaming = message.state === "streaming";
+  const blocks = useMemo(() => renderBlocks(message.text, streaming), [message.text, streaming]);
   const marked = canMark && settings.value.marks && message.groups.length > 0;
+  useLayoutEffect(() => typeset(root.current!), [blocks, ready.value]);
   useEffect(() => {
     if (marked && root.current) marks.show(root.current, message.text, message.groups);
     else marks.clear();
-  }, [message.text, message.groups, marked]);
+  }, [blocks, message.groups, marked, ready.value]);
   useEffect(() => () => marks.clear(), []);
   const point = (event: MouseEvent) => {
     const offset = marked ? marks.offsetAt(event.clientX, event.clientY) : null;
