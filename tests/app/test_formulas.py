@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 
 import pytest
 
@@ -76,12 +77,35 @@ TEXTS: list[tuple[str, str]] = [
     (r"$\includegraphics{https://x.example/a.png}$", r"$\includegraphics{https://x.example/a.png}$"),
     (r"\(\def\a{\a\a}\a\)", r"\(\def\a{\a\a}\a\)"),
     (f"${'{' * 5000}$", f"${'{' * 5000}$"),
-    ("\\begin{eqnarray}\n- a *b* \\\\\n\\end{eqnarray}", "\\begin{eqnarray}\n- a *b* \\\\\n\\end{eqnarray}"),
+    *[("\\begin{eqnarray}\n- a *b*\n\\end{eqnarray}",) * 2],
 ]  # fmt: skip
 SHOWN = """() => [...document.querySelectorAll("article.assistant")].map((article) => ({
     sources: [...article.querySelectorAll("annotation")].map((each) => each.textContent),
-    text: [...article.querySelectorAll(".text > div")].map((block) => block.textContent.trim()).join("|"),
+    text: [...article.querySelectorAll(".text > div")]
+        .map((block) => block.textContent.trim()).join("|"),
 }))"""
+
+STREAMED = r"""Let \(x_1 = *a*\), $y*b*$:
+
+$$
+a_1 = b
+- c
+=
+d
+$$
+
+1. slowly \[
+   - e \] and **$5 or $6**."""
+# Every state of the answer: its formulas, its elements that Markdown must not make, and its text.
+RECORD = """() => {
+    window.states = [];
+    new MutationObserver(() => {
+        const text = document.querySelector("article.assistant .text");
+        if (text) states.push([text.querySelectorAll(".katex").length,
+            text.querySelectorAll("em, h3, h4, ul, li li").length]);
+    }).observe(document.querySelector("main"), {childList: true, subtree: true});
+}"""
+MARKS = "() => [...CSS.highlights.values()].reduce((sum, marks) => sum + marks.size, 0)"
 
 
 def opened(page: Page, app: AppHost, texts: list[str]) -> None:
@@ -104,7 +128,7 @@ def test_markdown_changes_no_formula(page: Page, app: AppHost):
     opened(page, app, [text for text, _, _ in FORMULAS])
     shown = page.evaluate(SHOWN)
     assert [each["sources"] for each in shown] == [sources for _, sources, _ in FORMULAS]
-    for (text, _, selector), answer in zip(FORMULAS, answers(page).all()):
+    for (text, _, selector), answer in zip(FORMULAS, answers(page).all(), strict=True):
         assert answer.locator(f".text {selector} .katex").count(), text
 
 
@@ -117,3 +141,57 @@ def test_what_is_no_formula_stays_text(page: Page, app: AppHost):
         if each["text"] != right or each["sources"]
     ]
     assert wrong == []
+
+
+def test_formulas_stream_without_flicker_and_load_katex_once(page: Page):
+    loaded: list[str] = []
+    page.on("request", lambda request: "/assets/" in request.url and loaded.append(request.url))
+    page.evaluate(RECORD)
+    send(page, "no formula: $5 and $6")
+    finished(page)
+    assert loaded == []
+    page.get_by_role("button", name="New conversation").click()
+    send(page, STREAMED)
+    finished(page)
+    expect(answers(page).locator(".katex")).to_have_count(4)
+    expect(answers(page).locator("strong")).to_have_text("$5 or $6")
+    states = page.evaluate("states")
+    assert len(states) > 6 and not any(made for _, made in states)
+    counts = [count for count, _ in states]
+    assert all(old <= new or new == 0 for old, new in pairwise(counts)), counts
+    assert len([url for url in loaded if url.endswith((".js", ".css"))]) == 2
+    assert {url.rpartition(".")[2] for url in loaded} == {"js", "css", "woff2"}
+
+
+def test_copies_contain_the_sources(page: Page):
+    text = r"the *root* \(\sqrt{x_1}\) of $$y*z*$$"
+    send(page, text)
+    finished(page)
+    expect(answers(page).locator(".katex")).to_have_count(2)
+    answers(page).get_by_role("button", name="Copy").click()
+    expect(page.get_by_role("status").first).to_contain_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == text
+    page.evaluate("getSelection().selectAllChildren(document.querySelector('.assistant .text'))")
+    page.keyboard.press("Control+c")
+    copied = page.evaluate("navigator.clipboard.readText()")
+    assert r"the root $\sqrt{x_1}$ of" in copied and "$$y*z*$$" in copied
+    expect(answers(page).locator("math")).to_have_count(2)
+    answers(page).get_by_text("root").hover()
+    expect(page.get_by_role("tooltip")).to_contain_text("Step")
+
+
+def test_underlines_can_be_switched_off_and_stay_off(page: Page, app: AppHost):
+    send(page, "An answer with several steps, as usual.")
+    finished(page)
+    until(page, lambda: page.evaluate(MARKS) > 0)
+    page.get_by_role("button", name="Settings", exact=True).click()
+    page.get_by_label("Underline steps").uncheck()
+    until(page, lambda: page.evaluate(MARKS) == 0)
+    until(page, lambda: app.client.get("/settings").json()["marks"] is False)
+    page.reload()
+    expect(page.get_by_label("Underline steps")).not_to_be_checked()
+    answers(page).get_by_role("button", name="Regenerate").click()
+    finished(page)
+    assert page.evaluate(MARKS) == 0
+    page.get_by_label("Underline steps").check()
+    until(page, lambda: page.evaluate(MARKS) > 0)
