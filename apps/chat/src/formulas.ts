@@ -42,7 +42,7 @@ const PATTERN = new RegExp(
       String.raw`(?<![A-Za-z0-9$])(?<dollar>\$)(?![\s$])(?:\\[\s\S]|[^\\$\n]|${PLAIN_BREAK})${LENGTH}(?<!\s)\$(?![\dA-Z_{$])`,
     ].join("|")})`,
     String.raw`(?<open>(?:\$\$|\\[([]|\\begin\{${ENVIRONMENT}\})(?:\\[^([\n]|[^\\\n$]|\\?\$(?!\$)|${BREAK}){0,${MAX_CHARACTERS}}\\?\$?\n?$(?![\s\S]))`,
-    String.raw`(?<![A-Za-z0-9$])(?<started>\$(?![\s\d$])[^$\n]{0,200}\$?$(?![\s\S]))`,
+    String.raw`(?<![A-Za-z0-9$])(?<started>\$(?![\s\d$])(?:\\[^([\n]|[^\\$\n]){0,200}\\?\$?$(?![\s\S]))`,
     String.raw`\\[\s\S]`,
   ].join("|"),
   "gm",
@@ -66,25 +66,31 @@ export type Masked = {
 };
 
 /** Replace the formulas in a text by marks; while it streams, a formula may have no end yet. */
-export function mask(text: string, streaming: boolean, escape: (text: string) => string): Masked {
+export function mask(original: string, streaming: boolean, escape: (text: string) => string): Masked {
+  const text = original.replace(/\r\n?/g, "\n");
   const sources: { source: string; kind: string }[] = [];
-  // A character for private use that the text does not contain.
-  let code = 0xe000;
-  while (text.includes(String.fromCharCode(code))) code += 1;
-  const mark = String.fromCharCode(code);
-  const hide = (source: string, kind: string) => `${mark}${sources.push({ source, kind }) - 1}${mark}`;
+  // Markdown takes the first for a letter and the second for punctuation.
+  const mark = unused(text, 0xe000);
+  const edge = unused(text, 0x2800);
   const masked = text.replace(PATTERN, (whole: string, ...rest) => {
     const { lead = "", info, closed, formula, dollar, open, started } = rest.at(-1) as Record<string, string>;
     const offset = rest.at(-3) as number;
+    const end = offset + whole.length;
+    const hide = (source: string, kind: string) => {
+      // Next to a letter Markdown ends no emphasis after punctuation, as in **Note:**$x$, and begins none before it.
+      const left = /(?![*_~])[\p{P}\p{S}](?:\*+|_+|~~)$/u.test(text.slice(Math.max(0, offset - 6), offset)) ? edge : "";
+      const right = /^(?:\*+|_+|~~)(?![*_~])[\p{P}\p{S}]/u.test(text.slice(end, end + 6)) ? edge : "";
+      return `${left}${mark}${sources.push({ source, kind }) - 1}${mark}${right}`;
+    };
     // The next character decides whether the last dollar closes a formula.
-    const undecided = streaming && (started || (dollar && offset + whole.length === text.length));
+    const undecided = streaming && (started || (dollar && end === text.length));
     if (open || undecided) return hide(whole, "source");
     if (closed && info?.trim() === "math") return lead + hide(unquoted(whole, lead).slice(lead.length), "math display");
     if (!formula) return whole;
     const before = text.slice(text.lastIndexOf("\n", offset - 1) + 1, offset);
     return hide(unquoted(whole, before), /^(\\\(|\$[^$])/.test(whole) ? "math" : "math display");
   });
-  const each = new RegExp(`${mark}(\\d+)${mark}`, "g");
+  const each = new RegExp(`${edge}?${mark}(\\d+)${mark}${edge}?`, "g");
   return {
     text: masked,
     restore: (part) => part.replace(each, (_, index) => sources[index]!.source),
@@ -94,6 +100,12 @@ export function mask(text: string, streaming: boolean, escape: (text: string) =>
         return `<span class="${kind}"${kind === "math display" ? ' tabindex="0"' : ""}>${escape(source)}</span>`;
       }),
   };
+}
+
+/** The first character from a code point on that a text does not contain. */
+function unused(text: string, code: number): string {
+  while (text.includes(String.fromCharCode(code))) code += 1;
+  return String.fromCharCode(code);
 }
 
 /** Remove the marks of a blockquote from the later lines of a formula. */
