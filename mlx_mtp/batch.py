@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from mlx_mtp.text.detokenizer import detokenizer_for
 from mlx_mtp.generate import (
     TextStream,
     answer_settings,
     cache_for,
     encode_prompt,
     finish_list,
+    limit_reasoning,
     on_stream,
     wired_memory,
     with_next_id,
@@ -48,6 +50,7 @@ def batch_generate(
     *,
     completion_batch_size: int = 32,
     prefill_batch_size: int = 8,
+    stop_tokens: None = None,
     stream: Any = None,
     **options: Any,
 ) -> BatchResponse:
@@ -65,6 +68,7 @@ def batch_generate(
         return_logprobs: return the log-probabilities of these ids.
         completion_batch_size: maximum number of answers in progress.
         prefill_batch_size: without effect; the prompts are prefilled one after the other.
+        stop_tokens: not supported; the tokenizer's end tokens and ``stop`` end an answer.
         stream: MLX stream for the forwards; the default one if omitted.
         options: see ``stream_generate``.
 
@@ -78,13 +82,15 @@ def batch_generate(
     from mlx_lm.generate_utils import BatchStats
 
     from mlx_mtp.calibration.stored_costs import speculation_for, store_learned
-    from mlx_mtp.decoding.loop import decode_together
+    from mlx_mtp.decoding.together import decode_together
 
     limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
     caches = [None] * len(prompts) if prompt_caches is None else list(prompt_caches)
     for name, values in (("max_tokens", limits), ("prompt_caches", caches)):
         if len(values) != len(prompts):
             raise ValueError(f"{name} has {len(values)} values for {len(prompts)} prompts")
+    if stop_tokens is not None:
+        raise ValueError("stop_tokens is not supported: use stop or tokenizer.add_eos_token")
     if completion_batch_size < 1:
         raise ValueError(f"completion_batch_size must be at least 1, got {completion_batch_size}")
     del prefill_batch_size
@@ -161,13 +167,14 @@ class _Answer:
         self._rows: list[mx.array] = []
         self._last_id: int | None = None
         self._stop_ids = tokenizer.eos_token_ids
-        self._stream = TextStream(
-            tokenizer.detokenizer, stop=settings.stop, stop_ids=self._stop_ids
-        )
         self._cache = _independent(cache_for(model, _copies(cache), cache_settings))
+        ids = with_next_id(self._cache, ids)
+        detokenizer = detokenizer_for(tokenizer, ids, continued=self._cache.offset > 0)
+        self._stream = TextStream(detokenizer, stop=settings.stop, stop_ids=self._stop_ids)
+        limit_reasoning(options, tokenizer, ids, settings.thinking_budget)
         self.request: Request = make_request(
             model,
-            with_next_id(self._cache, ids),
+            ids,
             settings,
             stop_ids=self._stop_ids,
             cache=self._cache,

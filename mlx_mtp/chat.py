@@ -27,6 +27,7 @@ from mlx_mtp.generate import (
     encode_prompt,
     stream_generate,
 )
+from mlx_mtp.text.reasoning import AnswerPrinter, Reasoning, split_reasoning
 from mlx_mtp.terminal import AnswerWriter, Interrupt, Status, dim, one_line
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Conversation:
         system_prompt: may be changed at any time.
         messages: of user and assistant in turn, without the system prompt.
         last: the last response of the last answer.
+        reasoning: the marks of its reasoning, if the model has any.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class Conversation:
         self.system_prompt = system_prompt
         self.messages: list[dict[str, str]] = []
         self.last: GenerationResponse | None = None
+        self.reasoning: Reasoning | None = None
         self._model = model
         self._tokenizer = tokenizer
         self._template_config = template_config
@@ -157,6 +160,7 @@ class Conversation:
         """Stream the answer to the last message, then add both to the conversation."""
         pieces, emitted = [], []
         ids = self._encode(messages)
+        self.reasoning = Reasoning.of(self._tokenizer, ids)
         prompt = self._rewind_to_common(ids)
         options = self._options
         if self._seed is not None:
@@ -167,6 +171,7 @@ class Conversation:
                 self._tokenizer,
                 prompt,
                 prompt_cache=self._cache,
+                reasoning=self.reasoning,
                 prompt_progress_callback=progress,
                 explain=explain,
                 **options,
@@ -183,7 +188,10 @@ class Conversation:
         finally:
             self._cached_ids = [*ids, *emitted][: self._cache.offset]
             if emitted:
-                answer = {"role": "assistant", "content": "".join(pieces)}
+                parts = split_reasoning(self.reasoning, "".join(pieces))
+                answer = {"role": "assistant", "content": parts.content}
+                if parts.reasoning:
+                    answer["reasoning_content"] = parts.reasoning
                 self.messages = [*messages, answer]
 
     def _encode(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -258,7 +266,7 @@ class Repl:
         """Print an answer while it is generated; Ctrl-C stops it."""
         try:
             with Interrupt() as interrupt, Status("Reading ...") as status:
-                last = _print_answer(answer, interrupt, status, explain=self._explain)
+                last = self._write(answer, interrupt, status)
         except ContextOverflow as error:
             self._note(f"{one_line(error)}: /reset starts a new conversation")
         except ValueError as error:
@@ -270,6 +278,36 @@ class Repl:
                 self._note(_summary(last))
                 if self._conversation.is_full:
                     self._note("the context is full: /reset starts a new conversation")
+
+    def _write(
+        self,
+        answer: Callable[..., Generator[GenerationResponse, None, None]],
+        interrupt: Interrupt,
+        status: Status,
+    ) -> GenerationResponse | None:
+        """Print the answer; return its last response, or None if Ctrl-C came before the first."""
+        output = AnswerWriter(status)
+        printer: AnswerPrinter | None = None
+
+        def on_prefill(done: int, total: int) -> None:
+            status.update(f"Reading {done}/{total} tokens ...")
+            interrupt.check()
+
+        last = None
+        stream = answer(progress=on_prefill, explain=output.log if self._explain else None)
+        try:
+            for last in stream:
+                printer = printer or AnswerPrinter(output, self._conversation.reasoning)
+                printer.write(last.text)
+                interrupt.check()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            stream.close()
+        if printer:
+            printer.finish()
+        print(flush=True)
+        return last
 
     def _note(self, *lines: str) -> None:
         for line in lines:
@@ -316,34 +354,6 @@ def _edited_lines() -> Iterator[str]:
             continue
         except EOFError:
             return
-
-
-def _print_answer(
-    answer: Callable[..., Generator[GenerationResponse, None, None]],
-    interrupt: Interrupt,
-    status: Status,
-    *,
-    explain: bool,
-) -> GenerationResponse | None:
-    """Print the answer; return its last response, or None if Ctrl-C came before the first."""
-    output = AnswerWriter(status)
-
-    def on_prefill(done: int, total: int) -> None:
-        status.update(f"Reading {done}/{total} tokens ...")
-        interrupt.check()
-
-    last = None
-    stream = answer(progress=on_prefill, explain=output.log if explain else None)
-    try:
-        for last in stream:
-            output.write(last.text)
-            interrupt.check()
-    except KeyboardInterrupt:
-        pass
-    finally:
-        stream.close()
-    print(flush=True)
-    return last
 
 
 def _summary(last: GenerationResponse) -> str:

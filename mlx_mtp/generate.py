@@ -23,11 +23,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
-from mlx_mtp.chat_template import chat_text
+from mlx_mtp.text.chat_template import chat_text
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
 from mlx_mtp.decoding.limits import ContextOverflow
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.detokenizer import detokenizer_for
+from mlx_mtp.text.detokenizer import detokenizer_for
+from mlx_mtp.text.reasoning import Reasoning, budget_processors
 from mlx_mtp.stats import RULE, GenerationStats, StatsMeter
 from mlx_mtp.terminal import show
 
@@ -174,6 +175,7 @@ def stream_generate(
     cache_config: CacheConfig | None = None,
     prompt_cache: MTPCache | list[Any] | None = None,
     input_embeddings: None = None,
+    reasoning: Reasoning | None = None,
     **options: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Answer a prompt, one response per emitted id, as soon as a step has decided it.
@@ -194,6 +196,8 @@ def stream_generate(
             and all ids that were yielded.  Of ours the last id is missing: it comes first in the
             next prompt, or is put there.  ``kv_bits`` applies to them, ``max_kv_size`` does not.
         input_embeddings: not supported; prompts are text or ids.
+        reasoning: the marks that ``thinking_budget`` applies to; needed where the end of ``prompt``
+            does not show where the answer begins.
         options: fields of ``config`` and ``cache_config``, and these of ``decode``:
             ``sampling`` (how tokens are drawn; greedy by default) or mlx-lm's ``sampler``,
             ``logits_processors``, ``prompt_progress_callback`` (called with the ids prefilled and
@@ -220,6 +224,7 @@ def stream_generate(
     ids = encode_prompt(tokenizer, prompt)
     cache = cache_for(model, prompt_cache, cache_settings)
     ids = with_next_id(cache, ids)
+    limit_reasoning(options, tokenizer, ids, settings.thinking_budget, reasoning)
     steps = decode(
         model,
         ids,
@@ -260,12 +265,33 @@ def answer_settings(
     """
     for name in options.keys() & {field.name for field in fields(Sampling)}:
         raise ValueError(f"{name} is a field of Sampling: pass sampling=Sampling({name}=...)")
-    sampling = options.get("sampling")
-    if sampling is not None and sampling.xtc_probability and sampling.xtc_special_tokens is None:
-        special = (*tokenizer.encode("\n"), *tokenizer.eos_token_ids)  # mlx-lm's commands keep them
-        options["sampling"] = replace(sampling, xtc_special_tokens=special)
+    if options.get("sampling") is not None:
+        options["sampling"] = with_special_tokens(options["sampling"], tokenizer)
     settings = _configured(config or GenerationConfig(), options)
     return settings, _configured(cache_config or CacheConfig(), options)
+
+
+def limit_reasoning(
+    options: dict[str, Any],
+    tokenizer: TokenizerWrapper,
+    ids: Sequence[int],
+    budget: int | None,
+    reasoning: Reasoning | None = None,
+) -> None:
+    """Add the processor of a budget of reasoning to ``options``, if there is a budget."""
+    if budget is not None:
+        num_prompt = len(options.get("cached_ids") or ()) + len(ids)
+        marks = reasoning or Reasoning.of(tokenizer, ids)
+        more = budget_processors(tokenizer, marks, budget, num_prompt=num_prompt)
+        options["logits_processors"] = [*(options.get("logits_processors") or ()), *more]
+
+
+def with_special_tokens(sampling: Sampling, tokenizer: TokenizerWrapper) -> Sampling:
+    """Add the ids that XTC never drops: line breaks and end tokens, as in mlx-lm's commands."""
+    if not sampling.xtc_probability or sampling.xtc_special_tokens is not None:
+        return sampling
+    special = (*tokenizer.encode("\n"), *tokenizer.eos_token_ids)
+    return replace(sampling, xtc_special_tokens=special)
 
 
 def cache_for(

@@ -23,10 +23,11 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.backends.metal.setup import set_up_kernels
-from mlx_mtp.detokenizer import load_tokenizer
+from mlx_mtp.text.detokenizer import load_tokenizer
 from mlx_mtp.model.base import open_base
 from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
-from mlx_mtp.model.mtp_model import MTPModel, fingerprint
+from mlx_mtp.model.fingerprint import fingerprint, is_fingerprint_of
+from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.contents import adapter_problem, look, model_problem
 from mlx_mtp.storage.default_model import (
     DEFAULT_MODEL_NAME,
@@ -252,8 +253,8 @@ def check_base(base: nn.Module, config: MTPConfig, *, adapter: str, name: str) -
     Raises:
         ValueError: the fingerprints differ; the message names both models.
     """
-    actual = fingerprint(base)
-    if actual != config.base_fingerprint:
+    if not is_fingerprint_of(base, config.base_fingerprint):
+        actual = fingerprint(base)
         raise ValueError(
             f"adapter {adapter} is for {config.base_model} "
             f"(fingerprint {config.base_fingerprint[:12]}), not for {name} "

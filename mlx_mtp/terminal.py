@@ -203,10 +203,13 @@ class AnswerWriter:
         self._is_shared = _is_same_file(sys.stdout, sys.stderr)
         self._is_mid_line = False
 
-    def write(self, text: str) -> None:
-        """Write text of the answer."""
+    def write(self, text: str, *, faint: bool = False) -> None:
+        """Write text of the answer; ``faint`` where the terminal shows it."""
         self._status.stop()
-        show(text, end="")
+        if faint and text:
+            print(dim(text), end="", flush=True)
+        else:
+            show(text, end="")
         if text:
             self._is_mid_line = self._is_shared and not text.endswith("\n")
 

@@ -11,7 +11,7 @@ import pytest
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
-from mlx_mtp.detokenizer import detokenizer_for
+from mlx_mtp.text.detokenizer import detokenizer_for
 from mlx_mtp.generate import (
     NO_TEXT,
     ContextOverflow,
@@ -361,6 +361,16 @@ def test_the_real_model_stops_at_a_string_and_goes_on_from_there(real):
     resumed = generate(model, tokenizer, rest, max_tokens=12, prompt_cache=cache)
     fresh = generate(model, tokenizer, [*ids, *emitted[:-1], *rest], max_tokens=12)
     assert resumed == fresh
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prompt", ["The capital of France is", "1, 2, 3,"])
+def test_the_real_model_continues_a_text_with_its_first_space(real, prompt):
+    model, tokenizer = real
+    responses = list(stream_generate(model, tokenizer, prompt, max_tokens=8))
+    ids = [*encode_prompt(tokenizer, prompt), *(response.token for response in responses)]
+    text = "".join(response.text for response in responses)
+    assert prompt + text == tokenizer.decode(ids) and text.startswith(" ")
 
 
 @pytest.mark.slow

@@ -408,3 +408,62 @@ def test_a_template_of_the_tokenizer_comes_before_a_processors(tmp_path):
     (folder / "chat_template.json").write_text("[]")
     with pytest.raises(ValueError, match=r"chat_template\.json"):
         load(str(folder), mtp=False)
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONG = {"type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 4.0]}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("mistral", {"sliding_window": 6}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1}),
+        ("qwen3_moe", {"rope_scaling": YARN}),
+        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}),
+        ("phi3", {"rope_scaling": LONG, "original_max_position_embeddings": 64}),
+    ],
+)
+def test_settings_that_mlx_lm_ignores_hold_for_every_way_to_decode(tmp_path, kind, changes):
+    model_folder, adapter = save_tiny_pair(tmp_path, kind)
+    path = model_folder / "config.json"
+    former = json.loads(path.read_text())
+    ids = [i % 250 for i in range(30)]
+    before = load(str(model_folder), mtp=False, kernels=False)[0].base(mx.array([ids]))
+    path.write_text(json.dumps(former | changes))
+    old = json.loads((adapter / CONFIG_FILE).read_text())
+    base = load(str(model_folder), mtp=False, kernels=False)[0].base
+    if kind not in ("llama", "phi3"):  # theirs differ beyond the limits only, which are not reached
+        assert not mx.allclose(base(mx.array([ids])), before).item()
+    new = old | {"base_fingerprint": fingerprint(base)}
+    (adapter / CONFIG_FILE).write_text(json.dumps(new))
+    model = load(str(model_folder), adapter_path=str(adapter))[0]
+    full: list[Any] = list(ids)
+    for _ in range(12):
+        full.append(mx.argmax(model.base(mx.array([full]))[0, -1]).item())
+    for layout in ("plain", "linear", "quadratic"):
+        steps = decode(model, ids, max_tokens=12, layout=layout)
+        assert [token for step in steps for token in step.tokens] == full[30:]
+    assert model.max_context == (64 if kind == "phi3" else 4096)
+
+
+def test_a_head_next_to_a_tied_embedding_is_not_used(tmp_path, caplog):
+    for kind in ("llama", "gemma3_text", "olmo2"):
+        folder = save_tiny_model(tmp_path / kind, kind, tie_word_embeddings=True)
+        ids = mx.array([[1, 2, 3]])
+        before = load(str(folder), mtp=False, kernels=False)[0].base(ids)
+        path = folder / "model.safetensors"
+        tensors = read_tensors(path)
+        tensors["lm_head.weight"] = mx.ones_like(tensors["model.embed_tokens.weight"])
+        mx.save_safetensors(str(path), tensors, {"format": "mlx"})
+        after = load(str(folder), mtp=False, kernels=False)[0].base(ids)
+        assert mx.array_equal(before, after).item()
+        assert "lm_head" in caplog.text
+        config = json.loads((folder / "config.json").read_text())
+        del tensors["lm_head.weight"]
+        mx.save_safetensors(str(path), tensors, {"format": "mlx"})
+        untied = config | {"tie_word_embeddings": False}
+        (folder / "config.json").write_text(json.dumps(untied))
+        with pytest.raises(ValueError, match="tie_word_embeddings") as caught:
+            load(str(folder), mtp=False)
+        assert "\n" not in str(caught.value)

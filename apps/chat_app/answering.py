@@ -182,7 +182,8 @@ class Answers:
 
 def group_of(message: Group, *, ms: float) -> Row:
     """Return a step as the page and the history store it: token texts and draft counts."""
-    return {
+    span = {"span": message.span} if message.span else {}
+    return span | {
         "tokens": message.pieces or [],
         "accepted": message.accepted,
         "drafted": message.drafted,

@@ -13,6 +13,7 @@ from mlx_mtp.apps.chat_app.answering import Answers
 from mlx_mtp.apps.chat_app.archive import Archive
 from mlx_mtp.apps.chat_app.bodies import AnswerOptions
 from mlx_mtp.apps.engine.protocol import Job
+from mlx_mtp.apps.history.store import Row, split_reasoning
 from mlx_mtp.apps.server.api.jobs import ServerContext
 from mlx_mtp.apps.server.errors import ApiError, refused
 from mlx_mtp.apps.server.streams import EventStream, event
@@ -109,7 +110,11 @@ def job_for(
     return job
 
 
-def chat_messages(system_prompt: str, path: list[dict[str, Any]]) -> list[dict[str, str]]:
-    """Return a branch as messages for the chat template."""
+def chat_messages(system_prompt: str, path: list[Row]) -> list[dict[str, str]]:
+    """Return a branch as messages for the chat template, which decides about earlier reasoning."""
     head = [{"role": "system", "content": system_prompt}] if system_prompt.strip() else []
-    return head + [{"role": message["role"], "content": message["text"]} for message in path]
+    for message in path:
+        reasoning, text = split_reasoning(message)
+        more = {"reasoning_content": reasoning} if reasoning else {}
+        head.append({"role": message["role"], "content": text} | more)
+    return head

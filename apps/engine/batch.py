@@ -62,7 +62,8 @@ class Choice:
     """The answer of one job so far.
 
     Attributes:
-        text: all text.
+        text: all text, without reasoning.
+        reasoning: all text of the reasoning.
         logprobs: logprobs of all tokens.
         groups: counts of each step, for ``mtp`` details.
         prompt_tokens: number of tokens of the prompt.
@@ -72,6 +73,7 @@ class Choice:
 
     def __init__(self) -> None:
         self.text = ""
+        self.reasoning = ""
         self.logprobs: list[dict[str, Any]] = []
         self.groups: list[dict[str, Any]] = []
         self.prompt_tokens = 0
@@ -86,6 +88,7 @@ class Choice:
                 self.cached_tokens = message.cached_tokens
             case Group():
                 self.text += message.text
+                self.reasoning += message.reasoning
                 self.logprobs += message.logprobs or ()
                 self.groups.append(group_details(message))
             case Finished():

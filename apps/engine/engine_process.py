@@ -108,7 +108,7 @@ def _load(
     from mlx_mtp.apps.engine.encoding import encode
     from mlx_mtp.apps.engine.grammar import Grammars
     from mlx_mtp.apps.engine.prefix_setup import make_prefix_cache
-    from mlx_mtp.apps.engine.preparing import Prepared, prepare
+    from mlx_mtp.apps.engine.preparing import Prepared, prepare, template_config
     from mlx_mtp.apps.engine.protocol import Job
     from mlx_mtp.apps.engine.scheduler import Scheduler
     from mlx_mtp.apps.engine.session import Engine, Session, must_wait, with_stored_blocks
@@ -132,7 +132,7 @@ def _load(
     max_draft_tokens(model, load.num_draft_tokens)
     grammars = Grammars(tokenizer)
     speculation = speculation_for(model)
-    prefixes = make_prefix_cache(model, load)
+    prefixes = make_prefix_cache(model, load, **load.cache)
     ending.append(prefixes.close)
     engine = Engine(
         model=model,
@@ -147,7 +147,7 @@ def _load(
     def prepare_job(values: dict[str, Any]) -> Any:
         job = Job.from_dict(values)
         if job.messages is not None:
-            job.template_config = load.chat_template_args | (job.template_config or {})
+            job.template_config = template_config(job, tokenizer, load.chat_template_args)
         if job.only:
             return encode(job, tokenizer, vocab_size=model.vocab_size)
         return with_stored_blocks(prepare(job, model, tokenizer, grammars), engine)
@@ -175,6 +175,8 @@ def _load(
 
 def _ready(model: Any, tokenizer: Any) -> Ready:
     """The description of the model."""
+    from mlx_mtp.text.reasoning import reasoning_marks
+
     return Ready(
         model=model.name,
         adapter=model.config is not None,
@@ -182,6 +184,7 @@ def _ready(model: Any, tokenizer: Any) -> Ready:
         max_context=model.max_context,
         has_chat_template=tokenizer.has_chat_template,
         has_tools=tokenizer.has_chat_template,
+        has_reasoning=reasoning_marks(tokenizer) is not None,
         can_require_tools=tokenizer.has_chat_template,
         chat_template=_template(tokenizer),
         bos_token=tokenizer.bos_token or "",

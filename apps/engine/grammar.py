@@ -13,6 +13,7 @@ import json
 import subprocess
 import sys
 import threading
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.decoding.sampling import LogitsProcessor
+from mlx_mtp.text.reasoning import ReasoningTracker, mark_ids
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -127,6 +129,44 @@ class Grammars:
             num_prompt=num_prompt,
         )
 
+    def processor_after_reasoning(self, grammar: str, tracker: ReasoningTracker) -> LogitsProcessor:
+        """Return a processor for an answer that may begin with reasoning, which is free text.
+
+        Args:
+            grammar: what follows the closing mark, or what the answer is without reasoning.
+            tracker: follows the reasoning.
+
+        Raises:
+            ValueError: see ``processor``.
+        """
+        inner, tokenizer = self.processor(grammar, num_prompt=0), self._tokenizer
+        marks = tracker.reasoning
+        opening = mark_ids(tokenizer, marks.start)
+        stop_ids, vocabulary = sorted(tokenizer.eos_token_ids), tokenizer.get_vocab()
+
+        @cache
+        def forbidden(rest: str, num_ids: int) -> mx.array:
+            """Ids that end the answer, or go beyond the closing mark that they complete."""
+            longer = [
+                token
+                for text, token in vocabulary.items()
+                if text[:-1].startswith(rest) or marks.end in text[:-1]
+            ]
+            return mx.array([[token for token in (*stop_ids, *longer) if token < num_ids]])
+
+        def process(tokens: mx.array, logits: mx.array) -> mx.array:
+            phase, since = tracker.at(tokens)
+            answer = tokens[tracker.num_prompt :]
+            if phase == "inside":  # without a closing mark there would be no valid answer
+                ids = forbidden(tracker.unclosed(), logits.shape[-1])
+                return mx.put_along_axis(logits, ids, mx.array(-mx.inf, logits.dtype), axis=-1)
+            allowed = inner(answer[since:] if phase == "after" else answer, logits)
+            if phase == "before" and not answer.size and len(opening) == 1:
+                allowed[..., opening[0]] = logits[..., opening[0]]
+            return allowed
+
+        return process
+
     def _check(self, grammar: str) -> None:
         """Check a grammar that has not been checked before."""
         if grammar in self._tried:
@@ -210,6 +250,9 @@ class _GrammarProcessor:
         return count == len(rest)
 
 
+_EXACT = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+
+
 def _vocabulary(tokenizer: TokenizerWrapper) -> LLTokenizer:
     """The tokenizer in llguidance's form."""
     try:
@@ -218,6 +261,11 @@ def _vocabulary(tokenizer: TokenizerWrapper) -> LLTokenizer:
     except AttributeError:
         raise ValueError("the model's tokenizer is not a fast tokenizer") from None
     values = json.loads(text) | {"padding": None, "truncation": None}
+    ids = set(backend.get_vocab().values())
+    for index in set(range(max(ids, default=0))) - ids:  # llguidance fails at ids without a token
+        name = f"<|no token {index}|>"
+        values["model"]["vocab"][name] = index
+        values["added_tokens"].append({"id": index, "content": name, "special": True} | _EXACT)
     return _llguidance().LLTokenizer(json.dumps(values), eos_token=tokenizer.eos_token_id)
 
 

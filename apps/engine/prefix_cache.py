@@ -94,7 +94,7 @@ class PrefixCache:
         num_read = sum(min(node.end, num_ids) - node.start for node in path if node.was_read)
         for node in path:
             node.was_read = False
-        self._use(ids, path)
+        self._use(path)
         cache = self._blocks.join([node.rows for node in path], num_ids)
         return Beginning(cache, num_ids, num_read)
 
@@ -130,7 +130,7 @@ class PrefixCache:
         """Put a cache at the end of an answer, and write its blocks to files; see ``put``."""
         self.put(ids, cache, num_prompt=num_prompt)
         path, _ = self._find([*ids[: cache.offset], -1])
-        self._use(ids, path)
+        self._use(path)
 
     def read(self, ids: Sequence[int]) -> list[StoredBlock]:
         """Read from files what memory lacks of the beginning of a text; for any thread."""
@@ -149,7 +149,7 @@ class PrefixCache:
                 node = self._insert(
                     parent, ids[block.start : block.start + self._block_size], block.to_rows()
                 )
-                node.is_stored = node.was_read = True
+                node.was_read = True
                 path.append(node)
         if blocks:
             self._touch(path)
@@ -242,6 +242,8 @@ class PrefixCache:
         with self._lock:
             parent.children[key_of(ids)] = node
         self._nodes[node] = None
+        for each in node.path():  # a block is older than those before it
+            self._nodes.move_to_end(each)
         self.nbytes += node.nbytes
         return node
 
@@ -261,8 +263,7 @@ class PrefixCache:
             self._remove(next(iter(self._nodes)))  # children are older than their parent
             self._num_dropped += 1
 
-    def _use(self, ids: Sequence[int], path: Sequence[Node]) -> None:
+    def _use(self, path: Sequence[Node]) -> None:
         self._touch(path)
         if self._writer:
-            whole = [node for node in path if len(node.ids) == self._block_size]
-            self._writer.use(ids, whole)
+            self._writer.use([node for node in path if len(node.ids) == self._block_size])

@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import mlx.core as mx
 import numpy as np
@@ -116,6 +117,7 @@ class PrefixFiles:
         self._log_line = log or (lambda line: show(line, file=sys.stderr))
         self._logged: set[str] = set()
         self._unusable: set[Path] = set()  # to be replaced
+        self._recent: WeakValueDictionary[Path, StoredBlock] = WeakValueDictionary()
         self._lock = threading.Lock()
 
     def paths(self, ids: Sequence[int]) -> Iterator[Path]:
@@ -137,7 +139,9 @@ class PrefixFiles:
                 continue
             try:
                 end = (index + 1) * self._block_size
-                blocks.append(StoredBlock(end - self._block_size, self._read(path, ids[:end])))
+                block = self._recent.get(path) or self._read(path, ids[:end])
+                self._recent[path] = block
+                blocks.append(block)
             except (FileNotFoundError, NotADirectoryError):
                 break
             except (OSError, ValueError) as error:
@@ -149,13 +153,16 @@ class PrefixFiles:
                 break
         return blocks
 
-    def write(self, ids: Sequence[int], start: int, rows: Rows) -> bool:
-        """Write the block of ``ids`` from ``start``, after making room; not where it exists.
+    def has(self, path: Path) -> bool:
+        """Whether there is such a file, as far as is known without reading it."""
+        return path.is_file() and not path.is_symlink() and path not in self._unusable
+
+    def write(self, path: Path, ids: Sequence[int], start: int, rows: Rows) -> bool:
+        """Write the block of ``ids`` from ``start``, after making room.
 
         Returns:
             Whether the file exists now.
         """
-        path = list(self.paths(ids))[-1]
         parts: dict[str, Part] = {
             name: (_NAMES[value.dtype], value.shape, memoryview(cast(Any, value)))
             for name, value in rows.items()
@@ -169,7 +176,7 @@ class PrefixFiles:
         size = sum(memoryview(piece).nbytes for piece in pieces)
         try:
             with self._writing():
-                if path.is_file() and not path.is_symlink() and path not in self._unusable:
+                if self.has(path):
                     return True
                 if self._make_room(size):
                     write_atomically(path, pieces, mode=0o600)
@@ -203,7 +210,6 @@ class PrefixFiles:
             self.folder.chmod(0o700)
         try:
             with self._lock, FileLock(self._root / _LOCK_FILE, timeout=LOCK_S, mode=0o600):
-                remove_drafts(self.folder)
                 yield
         except Timeout:
             raise OSError(f"{self._root / _LOCK_FILE} is taken by another process") from None
@@ -213,6 +219,7 @@ class PrefixFiles:
         files = []
         for folder in os.scandir(self._root):
             if _FOLDER.fullmatch(folder.name) and folder.is_dir(follow_symlinks=False):
+                remove_drafts(Path(folder.path))  # of killed processes, as others do not write now
                 for entry in os.scandir(folder):
                     if _FILE.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
                         about = entry.stat(follow_symlinks=False)
@@ -228,7 +235,7 @@ class PrefixFiles:
             self.num_removed += 1
         return True
 
-    def _read(self, path: Path, ids: Sequence[int]) -> Mapping[str, Part]:
+    def _read(self, path: Path, ids: Sequence[int]) -> StoredBlock:
         """Read and check one file.
 
         Raises:
@@ -261,7 +268,7 @@ class PrefixFiles:
         start = len(ids) - self._block_size
         if metadata != self._metadata(start) or not self._fits(parts):
             raise DamagedFile("its tensors are not those of this model")
-        return parts
+        return StoredBlock(start, parts)
 
     def _metadata(self, start: int) -> dict[str, str]:
         return {"format": FORMAT, "key": self._key, "start": str(start)}

@@ -19,7 +19,6 @@ class Node:
         parent: the block before; None for the root, which has no ids.
         rows: keys and values; empty once they were dropped from memory.
         children: blocks that continue the text, by ``key_of`` their ids.
-        is_stored: whether there is a file of it.
         was_read: whether its rows were read from a file and not used since.
     """
 
@@ -28,7 +27,6 @@ class Node:
     parent: Node | None = None
     rows: Rows = field(default_factory=dict)
     children: dict[bytes, Node] = field(default_factory=dict)
-    is_stored: bool = False
     was_read: bool = False
 
     @property
@@ -42,7 +40,7 @@ class Node:
         return self.start + len(self.ids)
 
     def path(self) -> Iterator[Node]:
-        """This block and those before it, without the root."""
+        """This block and those before it, the last first, without the root."""
         node = self
         while node.parent is not None:
             yield node

@@ -43,13 +43,9 @@ class PrefixWriter:
         self._hurries = threading.Event()
         threading.Thread(target=self._run, daemon=True, name="prompt cache files").start()
 
-    def use(self, ids: Sequence[int], nodes: Sequence[Node]) -> None:
-        """Write the blocks of a text that have no file, and note that all are in use.
-
-        Args:
-            ids: the text.
-            nodes: its whole blocks, from the first.
-        """
+    def use(self, nodes: Sequence[Node]) -> None:
+        """Write the whole blocks of a text that have no file, and note that all are in use."""
+        ids = [token for node in nodes for token in node.ids]
         text = _Text(ids, list(nodes), time.time_ns())
         while nodes:
             try:
@@ -87,13 +83,12 @@ class PrefixWriter:
                 self._texts.task_done()
 
     def _write(self, text: _Text) -> None:
-        for node in text.nodes:
-            rows = node.rows
-            if node.is_stored or not rows:
+        for node, path in zip(text.nodes, self._files.paths(text.ids), strict=False):
+            if not node.rows or self._files.has(path):
                 continue
             if not self._hurries.is_set():
                 self.idle.wait(BUSY_PAUSE_S)
-            node.is_stored = self._files.write(text.ids[: node.end], node.start, rows)
-            if not node.is_stored:
+            rows = node.rows  # empty if it was dropped meanwhile
+            if rows and not self._files.write(path, text.ids[: node.end], node.start, rows):
                 break
         self._files.mark_used(text.ids[: text.nodes[-1].end], text.time_ns)

@@ -5,8 +5,8 @@ An invalid job is refused here, before any work is done for it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -25,10 +25,11 @@ from mlx_mtp.decoding.limits import (
     max_new_tokens,
 )
 from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling
-from mlx_mtp.generate import chat_text, encode_prompt
+from mlx_mtp.generate import chat_text, encode_prompt, with_special_tokens
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.text.reasoning import Reasoning, ReasoningTracker, budget_processors, template_settings
 from mlx_mtp.terminal import one_line
-from mlx_mtp.tool_prompt import with_tools
+from mlx_mtp.text.tool_prompt import with_tools
 
 
 class Refusal(ValueError):
@@ -53,9 +54,10 @@ class Prepared:
         ids: of the whole prompt.
         config: lengths, seed and layout of the answer, and its stop strings.
         sampling: how tokens are drawn.
-        logits_processors: of penalties and grammars.
+        logits_processors: of penalties, grammars and the budget of reasoning.
         top_logprobs: number of most likely ids to report per id; None for no logprobs.
         tools: tools whose calls are parsed.
+        reasoning: the marks of the reasoning to split off, if there are any.
         call_format: format of the calls, as an argument of ``ToolCallReader``.
         pieces: whether the ids of each step and the text of each id are reported.
         fresh: whether caches of earlier prompts are neither used nor added to.
@@ -68,6 +70,7 @@ class Prepared:
     logits_processors: list[LogitsProcessor] = field(default_factory=list)
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
+    reasoning: Reasoning | None = None
     call_format: TokenizerWrapper | GenericCalls = GENERIC
     pieces: bool = False
     fresh: bool = False
@@ -89,6 +92,7 @@ def prepare(
         Refusal: the job is invalid.
     """
     ids = prompt_ids(job, tokenizer)
+    reasoning, (_, budget) = _reasoning(job, ids, tokenizer), _template_settings(job, tokenizer)
     try:
         sampling = Sampling(
             temp=job.temp,
@@ -98,7 +102,10 @@ def prepare(
             repetition_penalty=job.repetition_penalty,
             repetition_context_size=job.repetition_context_size,
             logit_bias=job.logit_bias,
+            xtc_probability=job.xtc_probability,
+            xtc_threshold=job.xtc_threshold,
         )
+        sampling = with_special_tokens(sampling, tokenizer)
         config = GenerationConfig(
             max_tokens=job.max_tokens,
             stop=tuple(job.stop or ()),
@@ -119,17 +126,55 @@ def prepare(
         ids=ids,
         config=config,
         sampling=sampling,
-        logits_processors=_processors(job, len(ids), tokenizer, grammars or Grammars(tokenizer)),
+        logits_processors=[
+            *_processors(job, len(ids), tokenizer, grammars or Grammars(tokenizer), reasoning),
+            *budget_processors(tokenizer, reasoning, budget, num_prompt=len(ids)),
+        ],
         top_logprobs=job.top_logprobs,
         tools=job.tools or [],
+        reasoning=reasoning if job.split_reasoning else None,
         call_format=_call_format(job, tokenizer),
         pieces=job.pieces,
         fresh=job.fresh,
     )
 
 
+def template_config(
+    job: Job, tokenizer: TokenizerWrapper, defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of the chat template: the operator's where the request sets none."""
+    settings, _ = _template_settings(job, tokenizer)
+    return {**defaults, **settings, **(job.template_config or {})}
+
+
+def _template_settings(job: Job, tokenizer: TokenizerWrapper) -> tuple[dict[str, Any], int | None]:
+    """Arguments of the chat template for reasoning, and its budget."""
+    enable = (job.template_config or {}).get("enable_thinking", job.enable_thinking)
+    return template_settings(
+        tokenizer,
+        enable=enable if isinstance(enable, bool) else None,
+        effort=job.reasoning_effort,
+        budget=job.thinking_budget,
+    )
+
+
+def _reasoning(job: Job, ids: list[int], tokenizer: TokenizerWrapper) -> Reasoning | None:
+    """The marks of the reasoning; where a grammar follows, nothing else may come before it."""
+    if not job.messages:
+        return None
+    last = job.messages[-1]
+    prefill = last.get("content") if last["role"] == "assistant" else ""
+    reasoning = Reasoning.of(tokenizer, ids, prefill=str(prefill or ""))
+    is_constrained = job.schema is not None or job.required_tools is not None
+    return replace(reasoning, anywhere=not is_constrained) if reasoning else None
+
+
 def _processors(
-    job: Job, num_prompt: int, tokenizer: TokenizerWrapper, grammars: Grammars
+    job: Job,
+    num_prompt: int,
+    tokenizer: TokenizerWrapper,
+    grammars: Grammars,
+    reasoning: Reasoning | None,
 ) -> list[LogitsProcessor]:
     processors: list[LogitsProcessor] = []
     frequency, presence = job.frequency_penalty or 0.0, job.presence_penalty or 0.0
@@ -141,7 +186,11 @@ def _processors(
         param = job.schema_param or "tools"
         try:
             grammar = _grammar(job, tokenizer)
-            processors.append(grammars.processor(grammar, num_prompt=num_prompt))
+            if reasoning is None or reasoning.phase == "after":
+                processors.append(grammars.processor(grammar, num_prompt=num_prompt))
+            else:
+                tracker = ReasoningTracker(tokenizer, reasoning, num_prompt=num_prompt)
+                processors.append(grammars.processor_after_reasoning(grammar, tracker))
         except ValueError as error:
             raise Refusal(f"{param}: {one_line(error)}", param=param) from None
     return processors
@@ -198,7 +247,7 @@ def _encode_chat(
     """Apply the chat template to a conversation."""
     if not tokenizer.has_chat_template:
         raise Refusal("the model has no chat template; use /v1/completions", param="messages")
-    config = dict(job.template_config or {})
+    config = template_config(job, tokenizer, {})
     if _is_generic(job, tokenizer):
         messages = with_tools(messages, job.tools or ())
     elif job.tools:

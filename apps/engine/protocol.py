@@ -31,13 +31,17 @@ class Job:
         messages: conversation for the chat template; None to continue ``prompt``.
         prompt: text or token ids.
         template_config: more arguments of the chat template.
+        enable_thinking: whether the model is to reason; None is the template's default.
+        reasoning_effort: see ``template_settings``.
+        thinking_budget: maximum number of tokens of reasoning.
+        split_reasoning: whether reasoning is reported apart from the text; for ``messages`` only.
         tools: tools for the chat template, in OpenAI's form.
         required_tools: names of tools; the answer must be calls of these and nothing else.
         parallel_tool_calls: whether there may be more than one of the required calls.
         schema: JSON schema that the answer must match.
         schema_param: field of the request that contains the schema, for errors.
-        temp, top_p, min_p, top_k, repetition_penalty, repetition_context_size, logit_bias: see
-            ``Sampling``.
+        temp, top_p, min_p, top_k, repetition_penalty, repetition_context_size, xtc_probability,
+            xtc_threshold, logit_bias: see ``Sampling``.
         frequency_penalty, presence_penalty: see ``answer_penalty``.
         seed: random seed.
         layout: placement of mask tokens; "plain" decodes without drafts.
@@ -55,6 +59,10 @@ class Job:
     messages: list[dict[str, Any]] | None = None
     prompt: str | list[int] | None = None
     template_config: dict[str, Any] | None = None
+    enable_thinking: bool | None = None
+    reasoning_effort: str | None = None
+    thinking_budget: int | None = None
+    split_reasoning: bool = True
     tools: list[dict[str, Any]] | None = None
     required_tools: list[str] | None = None
     parallel_tool_calls: bool = False
@@ -66,6 +74,8 @@ class Job:
     top_k: int = 0
     repetition_penalty: float | None = None
     repetition_context_size: int = 20
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
     frequency_penalty: float | None = None
     presence_penalty: float | None = None
     logit_bias: dict[int, float] | None = None
@@ -99,6 +109,7 @@ class Load:
     """Load a model; the fields are the options of ``mlx-mtp serve``.
 
     Attributes:
+        cache: fields of ``CacheConfig``; empty for the defaults.
         chat_template: source that replaces the model's chat template.
         chat_template_args: arguments of the chat template where a job has none.
     """
@@ -116,6 +127,7 @@ class Load:
     prefix_cache_bytes: int = 2**30
     prefix_files_bytes: int = 0
     prefix_files_folder: str | None = None
+    cache: dict[str, Any] = field(default_factory=dict)
     chat_template: str | None = None
     chat_template_args: dict[str, Any] = field(default_factory=dict)
 
@@ -147,7 +159,8 @@ class Ready:
         num_draft_tokens: the adapter's k; 0 without an adapter.
         max_context: maximum number of tokens of prompt and answer; None if unknown.
         has_chat_template: whether it takes conversations.
-        has_tools: whether its chat template takes tools.
+        has_tools: whether it takes tools, in the form of its chat template or as text.
+        has_reasoning: whether it has marks of reasoning.
         can_require_tools: whether it can be forced to call tools.
         chat_template: source of the chat template.
         bos_token, eos_token: special tokens, as text.
@@ -161,6 +174,7 @@ class Ready:
     max_context: int | None = None
     has_chat_template: bool
     has_tools: bool
+    has_reasoning: bool = False
     can_require_tools: bool = False
     chat_template: str = ""
     bos_token: str = ""
@@ -236,12 +250,15 @@ class Group(JobMessage):
     """One decoding step.
 
     Attributes:
-        text: new text.
+        text: new text, without reasoning.
+        reasoning: new text of the reasoning.
         tokens: number of emitted tokens.
         accepted: accepted draft tokens among them.
         drafted: verified draft tokens.
         source: origin of the drafts: "mask", "lookup" or "".
-        pieces: text of each token, if the job asks for it.
+        pieces: text of each token, with reasoning and marks, if the job asks for it.
+        span: where the reasoning is in all pieces, if the job asks for them and it has changed; see
+            ``ReasoningParser``.
         ids: ids of the tokens, if the job asks for pieces.
         logprobs: logprobs of each token in OpenAI's form, if the job asks for them.
     """
@@ -252,7 +269,9 @@ class Group(JobMessage):
     accepted: int
     drafted: int
     source: str
+    reasoning: str = ""
     pieces: list[str] | None = None
+    span: list[int] | None = None
     ids: list[int] | None = None
     logprobs: list[dict[str, Any]] | None = None
 
@@ -265,6 +284,7 @@ class Finished(JobMessage):
         reason: "stop", "length", "tool_calls" or "cancelled".
         stop_string: stop string that ended the answer.
         tool_calls: ``{"name": str, "arguments": JSON text}`` per call.
+        reasoning_tokens: number of tokens of the reasoning, without its marks.
         stats: ``GenerationStats.stats_dict()``; empty if cancelled.
     """
 
@@ -272,6 +292,7 @@ class Finished(JobMessage):
     reason: str
     stop_string: str | None = None
     tool_calls: list[dict[str, str]] = field(default_factory=list)
+    reasoning_tokens: int = 0
     stats: dict[str, Any] = field(default_factory=dict)
 
 

@@ -16,10 +16,11 @@ from mlx_mtp.apps.engine.tool_calls import ToolCallReader
 from mlx_mtp.calibration.stored_costs import store_learned
 from mlx_mtp.decoding.setup import make_request
 from mlx_mtp.decoding.step import Outcome, Step, StepResult
-from mlx_mtp.detokenizer import detokenizer_for
+from mlx_mtp.text.detokenizer import detokenizer_for
 from mlx_mtp.generate import TextStream, drafts_tokens
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
+from mlx_mtp.text.reasoning import Parts, ReasoningParser, Span
 from mlx_mtp.stats import GenerationStats, StatsMeter
 
 
@@ -59,7 +60,7 @@ class Session:
 
     def __init__(self, job: Prepared, engine: Engine) -> None:
         self.finished = False
-        self._job = job
+        self._job = replace(job, stored_blocks=())  # they would take memory until the end
         self._engine = engine
         model, tokenizer = engine.model, engine.tokenizer
         ids = job.ids
@@ -92,6 +93,8 @@ class Session:
         if job.top_logprobs is not None:
             self._logprobs = engine.texts.of_answer(ids, top=job.top_logprobs, stop_ids=stop_ids)
         self._tools = ToolCallReader(job.call_format, job.tools) if job.tools else None
+        self._reasoning = ReasoningParser(job.reasoning) if job.reasoning else None
+        self._span: Span | None = None
         self._meter = StatsMeter(
             prompt_tokens=len(ids) - num_cached,
             cached_tokens=num_cached,
@@ -157,12 +160,14 @@ class Session:
         """The message of a step up to a stop string, and why the answer ends with it."""
         pieces = list(self._text.pieces(step, self._meter))
         count, reason = len(pieces), pieces[-1].finish_reason
-        text = "".join(piece.text for piece in pieces)
-        self._num_characters += len(text)
+        texts = [piece.text for piece in pieces]
+        self._num_characters += sum(map(len, texts))
+        reasoning, text = self._split(texts, is_last=bool(reason))
         if self._tools:
             text = self._tools.push(text) + (self._tools.finish() if reason else "")
         message = Group(
             text=text,
+            reasoning=reasoning,
             tokens=count,
             accepted=min(step.num_accepted, count),
             drafted=step.num_draft_tokens,
@@ -171,11 +176,25 @@ class Session:
         if self._job.pieces:
             message.pieces = [piece.text for piece in pieces]
             message.ids = step.tokens[:count]
+            message.span = self._new_span()
         if self._logprobs:
             self._logprobs.add(step.tokens[:count], step.logprobs[:count])
             is_end = reason is not None
             message.logprobs = self._logprobs.take(self._num_characters, is_end=is_end)
         return message, reason
+
+    def _split(self, pieces: list[str], *, is_last: bool) -> Parts:
+        """Split text into reasoning and the answer proper."""
+        if self._reasoning is None:
+            return Parts("", "".join(pieces))
+        parts = [self._reasoning.push(piece) for piece in pieces]
+        parts += [self._reasoning.finish()] if is_last else []
+        return Parts(*("".join(texts) for texts in zip(*parts, strict=True)))
+
+    def _new_span(self) -> list[int] | None:
+        """Where the reasoning is, if that has changed."""
+        old, self._span = self._span, self._reasoning.span if self._reasoning else None
+        return None if self._span in (old, None) else list(self._span or ())
 
     def _finished(self, reason: str) -> Finished:
         calls = self._tools.calls if self._tools else []
@@ -183,6 +202,7 @@ class Session:
             reason="tool_calls" if calls and reason == "stop" else reason,
             stop_string=self._text.stop_string,
             tool_calls=calls,
+            reasoning_tokens=self._reasoning.num_tokens if self._reasoning else 0,
             stats=GenerationStats(**self._meter.counts()).stats_dict(),
         )
 

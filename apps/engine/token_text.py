@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from mlx_mtp.detokenizer import Detokenizer, detokenizer_for, is_utf8
+from mlx_mtp.text.detokenizer import Detokenizer, detokenizer_for, is_utf8
 
 MIN_LOGPROB = -9999.0  # OpenAI's value for impossible tokens; JSON has no infinity
 

@@ -16,15 +16,16 @@ import regex
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tool_parsers import gemma4, json_tools
 
-from mlx_mtp.chat_template import chat_text, lists_tools
-from mlx_mtp.tool_prompt import CALL_END, CALL_START, as_object, valid_unicode
+from mlx_mtp.text.chat_template import chat_text, lists_tools
+from mlx_mtp.text.tool_prompt import CALL_END, CALL_START, as_object, valid_unicode
 
 _STRING = r'"(?:[^"\\]++|\\.)*+"'
 _OBJECT = rf'(?P<object>\{{(?:[^"{{}}]++|{_STRING}|(?&object))*+\}})'
 _JSON_CALL = rf'\s*+(?P<json>(?=\{{\s*+"){_OBJECT}|\[\s*+(?&object)(?:\s*+,\s*+(?&object))*+\s*+\])'
 _PYTHON = r"""(?P<list>\[(?:[^"'\[\]]++|"(?:[^"\\]++|\\.)*+"|'(?:[^'\\]++|\\.)*+'|(?&list))*+\])"""
 _ATTRIBUTE = r"""(?:"[^"]*+"|'[^']*+'|[^\s"'<>]++)\s*+>"""
-_MAX_RETRIED = 1024  # characters; a longer call is only looked at again where it may be complete
+_SURPLUS = " \t\r\n}]"  # that small models write between a call and the closing mark
+_MAX_RETRIED = 1024  # characters; a longer call is only looked at where it may be complete
 
 
 def _value(closing: str) -> str:
@@ -85,12 +86,14 @@ _NO_ARGUMENTS = regex.compile(r"\s*([\w.-]+)\s*")
 
 @dataclass(frozen=True)
 class GenericCalls:
-    """The format of calls where mlx-lm knows none; the attributes are those of a tokenizer."""
+    """The format of calls where mlx-lm knows none; the attributes are those of a tokenizer.
+
+    A call without marks at the beginning of an answer, as Llama 3 writes it, is read too.
+    """
 
     tool_call_start: str = CALL_START
     tool_call_end: str = CALL_END
-    tool_parser: Any = staticmethod(json_tools.parse_tool_call)
-    bare: bool = True  # a call without marks at the beginning of an answer, as Llama 3 writes it
+    tool_parser: Any = json_tools.parse_tool_call
 
 
 GENERIC = GenericCalls()
@@ -123,18 +126,17 @@ class ToolCallReader:
         self._form = regex.compile(form, regex.DOTALL) if form else None
         self._is_bare = bool(tools) and isinstance(tokenizer, GenericCalls)
         self._pending = ""
-        self._waiting = False  # for the rest of what may be a call
+        self._waiting_at = 0  # length of what may become a call, when it was looked at
         self._space: str | None = ""  # since the beginning or the last call, while it is all
 
     def push(self, text: str) -> str:
         """Add a piece of text; return text that cannot be part of a tool call."""
+        tail = len(self._pending) - len(self._end)
         self._pending += text
-        if (
-            self._waiting
-            and len(self._pending) > _MAX_RETRIED
-            and not any(each in text for each in "}])>")
-        ):
-            return ""
+        if self._waiting_at > _MAX_RETRIED:  # looking at it each time takes quadratic time
+            is_closed = bool(self._end) and self._pending.find(self._end, max(0, tail)) >= 0
+            if not is_closed and len(self._pending) < self._waiting_at * 17 // 16:
+                return ""
         return self._read(is_all=False)
 
     def finish(self) -> str:
@@ -145,12 +147,12 @@ class ToolCallReader:
         return text + space
 
     def _read(self, *, is_all: bool) -> str:
-        self._waiting = False
+        self._waiting_at = 0
         text_out = ""
         if self._is_bare:
             size = self._calls(_BARE_FORM, 0, is_all=is_all)
-            self._waiting = size is None
             if size is None:
+                self._waiting_at = len(self._pending)
                 return ""
             self._is_bare = False
             self._pending = self._pending[size:]
@@ -163,8 +165,8 @@ class ToolCallReader:
                 break
             text_out += self._text(start)
             size = self._marked_calls(is_all=is_all)
-            self._waiting = size is None
             if size is None:
+                self._waiting_at = len(self._pending)
                 break
             if size:
                 self._pending = self._pending[size:]
@@ -205,7 +207,7 @@ class ToolCallReader:
             position = match.end()
         if not calls:
             return 0
-        rest = self._pending[position:].lstrip()
+        rest = self._pending[position:].lstrip(_SURPLUS if "json" in form.groupindex else None)
         end = "" if start == 0 or "body" in form.groupindex else self._end
         if end and rest.startswith(end):
             position = len(self._pending) - len(rest) + len(end)
@@ -288,7 +290,7 @@ _BARE_FORM = regex.compile(_BARE, regex.DOTALL)
 def reads_tools(tokenizer: TokenizerWrapper) -> bool:
     """Whether tools can be passed to the chat template, because calls in its form can be read.
 
-    Where they cannot, tools and calls are plain text (``mlx_mtp.tool_prompt``).
+    Where they cannot, tools and calls are plain text (``mlx_mtp.text.tool_prompt``).
     """
     if not lists_tools(tokenizer):
         return False

@@ -217,16 +217,16 @@ class History:
             KeyError: there is no such message.
         """
         rows = self._all(
-            "WITH RECURSIVE up(id, parent, role, text, state, depth) AS ("
-            "SELECT id, parent, role, text, state, 0 FROM messages WHERE id = ? UNION ALL "
-            "SELECT m.id, m.parent, m.role, m.text, m.state, depth + 1 FROM messages m "
+            "WITH RECURSIVE up(id, parent, role, text, state, groups, depth) AS ("
+            "SELECT id, parent, role, text, state, groups, 0 FROM messages WHERE id = ? UNION ALL "
+            "SELECT m.id, m.parent, m.role, m.text, m.state, m.groups, depth + 1 FROM messages m "
             "JOIN up ON m.id = up.parent) "
-            "SELECT id, parent, role, text, state FROM up ORDER BY depth DESC",
+            "SELECT id, parent, role, text, state, groups FROM up ORDER BY depth DESC",
             number,
         )
         if not rows:
             raise KeyError(number)
-        return rows
+        return [row | {"groups": _groups(row)} for row in rows]
 
     def settings(self) -> Row:
         """Return the settings of the page."""
@@ -280,9 +280,23 @@ class History:
         return rows[0]
 
 
+def split_reasoning(message: Row) -> tuple[str, str]:
+    """Return the reasoning in a message's text, and the text without it and its marks."""
+    text = message["text"]
+    spans = [group["span"] for group in message.get("groups", ()) if "span" in group]
+    if not spans:
+        return "", text
+    opening, inner, *closed = spans[-1]
+    end, after = closed or (len(text), len(text))
+    return text[inner:end], (text[:opening].lstrip() and text[:opening]) + text[after:]
+
+
 def _message(row: Row) -> Row:
-    groups = [json.loads(line) for line in row["groups"].splitlines()]
-    return row | {"groups": groups, "stats": json.loads(row["stats"])}
+    return row | {"groups": _groups(row), "stats": json.loads(row["stats"])}
+
+
+def _groups(row: Row) -> list[Row]:
+    return [json.loads(line) for line in row["groups"].splitlines()]
 
 
 def _checked(values: Mapping[str, Any]) -> Row:

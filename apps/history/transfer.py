@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_mtp.apps.history.store import MAX_TEXT, STATES, History, Row
+from mlx_mtp.apps.history.store import MAX_TEXT, STATES, History, Row, split_reasoning
 
 FORMAT = "mlx-mtp conversations"
 VERSION = 1
@@ -44,7 +44,12 @@ def to_markdown(history: History, number: int) -> str:
     if conversation["leaf"] is not None:
         for message in history.path(conversation["leaf"]):
             head = "You" if message["role"] == "user" else "Assistant"
-            lines += [f"## {head}", "", message["text"].rstrip(), ""]
+            reasoning, text = split_reasoning(message)
+            lines += [f"## {head}", ""]
+            if reasoning:
+                summary = "<details><summary>Reasoning</summary>"
+                lines += [summary, "", reasoning, "", "</details>", ""]
+            lines += [text.rstrip(), ""]
     return "\n".join(lines)
 
 
@@ -156,7 +161,8 @@ def _group_lines(groups: Any) -> str:
     for group in groups:
         if not _is_group(group):
             return ""
-        fields = {name: group[name] for name in ("tokens", "accepted", "drafted", "source", "ms")}
+        names = ("tokens", "accepted", "drafted", "source", "ms", "span")
+        fields = {name: group[name] for name in names if name in group}
         lines.append(json.dumps(fields, separators=(",", ":"), allow_nan=False) + "\n")
     text = "".join(lines)
     return text if len(text) <= 8 * MAX_TEXT else ""
@@ -172,6 +178,18 @@ def _is_group(group: Any) -> bool:
         and isinstance(group.get("source"), str)
         and type(group.get("ms")) in (int, float)
         and math.isfinite(group["ms"])
+        and _is_span(group.get("span", [0, 0]))
+    )
+
+
+def _is_span(span: Any) -> bool:
+    """Whether a value is the place of reasoning in a text: two or four ascending offsets."""
+    return (
+        isinstance(span, list)
+        and len(span) in (2, 4)
+        and all(type(offset) is int for offset in span)
+        and span[0] >= 0
+        and span == sorted(span)
     )
 
 

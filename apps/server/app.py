@@ -50,7 +50,7 @@ def create_app(
         public_paths: paths that need no API key, in addition to ``/health``.
     """
     app = Starlette(
-        routes=[*_routes(), *routes, Route("/", status.root)],
+        routes=[*_routes(), *routes, Route("/", status.root), Route("/api/hello", status.root)],
         middleware=[
             Middleware(_CountRequests, metrics=engine.metrics),
             Middleware(Guard, settings=settings, public_paths=(*PUBLIC_PATHS, *public_paths)),

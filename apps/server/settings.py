@@ -57,6 +57,14 @@ class Settings:
     temp: float = setting(0.0, "Sampling temperature when a request does not set it.")
     top_p: float = setting(1.0, "Value of top-p when a request does not set it.")
     top_k: int = setting(0, "Value of top-k when a request does not set it; 0 keeps all tokens.")
+    thinking_budget: int | None = setting(
+        None, "Maximum number of tokens of reasoning when a request does not set it.", min=0
+    )
+    reasoning_format: str = setting(
+        "auto",
+        "Report reasoning apart from the text of answers, or leave it there.",
+        choices=("auto", "none"),
+    )
     min_p: float = setting(0.0, "Value of min-p when a request does not set it.")
     layout: str = "auto"
     num_draft_tokens: int | None = None

@@ -36,7 +36,7 @@ async def metrics(request: Request) -> Response:
 
 
 async def root(request: Request) -> Response:
-    """A line for people; Claude Code asks for the headers to see whether there is a server."""
+    """A line for people; Claude Code asks for its headers at ``/`` or ``/api/hello``."""
     context: ServerContext = request.app.state.context
     text = f"{FINGERPRINT}: the engine is {context.engine.state}. The API is at /v1.\n"
     return Response(text, media_type="text/plain")
@@ -101,4 +101,5 @@ def _model(context: ServerContext) -> dict[str, Any]:
         "num_draft_tokens": info.num_draft_tokens,
         "adapter": info.adapter,
         "tools": info.has_tools,
+        "reasoning": info.has_reasoning,
     }

@@ -12,7 +12,7 @@ import mlx.nn as nn
 
 from mlx_mtp.converters.layouts import BaseFacts
 from mlx_mtp.converters.layouts.tables import named_masks
-from mlx_mtp.detokenizer import load_tokenizer
+from mlx_mtp.text.detokenizer import load_tokenizer
 from mlx_mtp.loading import resolve
 from mlx_mtp.model.base import open_base
 from mlx_mtp.model.lora import linear_dims

@@ -16,7 +16,6 @@ from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError
-from transformers.utils import CHAT_TEMPLATE_DIR
 
 from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
 from mlx_mtp.converters.tokenizer.write import SENTENCEPIECE_FILES
@@ -155,7 +154,7 @@ def weight_files(source: Path) -> list[Path]:
 def copy_papers(source: Path, output: Path, *, code: bool) -> None:
     """Copy a model's small files: generation settings, chat template, licence, notice."""
     patterns = [GENERATION_FILE, "LICENSE*", "LICENCE*", "NOTICE*"]
-    patterns += ["chat_template.jinja", f"{CHAT_TEMPLATE_DIR}/*.jinja"]
+    patterns += ["chat_template.jinja", "additional_chat_templates/*.jinja"]
     for pattern in [*patterns, *(["*.py"] if code else [])]:
         for path in source.glob(pattern):
             target = output / path.relative_to(source)

@@ -171,8 +171,10 @@ def _load_base(hf_path: Path, *, scratch: Path, allow_pickle: bool) -> Any:
     quiet = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loader: Any = AutoModelForCausalLM
+        model, loaded = loader.from_pretrained(
             folder,
+            output_loading_info=True,
             dtype=torch.float32,
             attn_implementation="eager",
             use_safetensors=True,
@@ -185,6 +187,8 @@ def _load_base(hf_path: Path, *, scratch: Path, allow_pickle: bool) -> Any:
     finally:
         if quiet:
             logging.enable_progress_bar()
+    if missing := sorted(loaded["missing_keys"]):  # it would draw them at random
+        raise ValueError(f"transformers finds no {missing[0]} in {hf_path}")
     return model.eval()
 
 

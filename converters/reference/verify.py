@@ -136,7 +136,7 @@ def verify_conversion(
         raise ValueError("a checkpoint and its adapter are verified together")
     written = read_adapter(adapter) if adapter is not None else None
     rows = None if written is None else _as_numpy(written[1][MASK_EMBEDDINGS])
-    with tempfile.TemporaryDirectory(prefix="mlx-mtp-verify-") as name, _on_cpu():
+    with tempfile.TemporaryDirectory(prefix="mlx-mtp-verify-") as name, on_cpu():
         scratch = Path(name)
         with Status("Running the original in PyTorch ..."):
             reference = load_reference(
@@ -171,7 +171,7 @@ def verify_conversion(
 
 
 @contextmanager
-def _on_cpu() -> Iterator[None]:
+def on_cpu() -> Iterator[None]:
     """Run MLX on the CPU, where float32 arithmetic is the same on every machine."""
     device = mx.default_device()
     mx.set_default_device(mx.Device(mx.cpu))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,24 @@ def stream_arguments(options: dict[str, Any]) -> dict[str, Any]:
     layout = options["layout"] if options["mtp"] else "plain"
     chosen = {name: options[name] for name in names if name in options}
     return chosen | {"sampling": sampling, "layout": layout}
+
+
+def reasoning_arguments(
+    options: dict[str, Any], tokenizer: TokenizerWrapper
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the arguments of the chat template, and those of ``stream_generate`` for reasoning.
+
+    A line on stderr says so if the model has no marks to which a budget could apply.
+    """
+    from mlx_mtp.text.reasoning import reasoning_marks, template_settings
+
+    config, limit = options["chat_template_config"], options["thinking_budget"]
+    if limit is not None and reasoning_marks(tokenizer) is None:
+        print("--thinking-budget: the model has no marks of reasoning", file=sys.stderr, flush=True)
+    enable = config.get("enable_thinking", options["enable_thinking"])
+    enable = enable if isinstance(enable, bool) else None
+    settings, budget = template_settings(tokenizer, enable=enable, budget=limit)
+    return settings | config, {"thinking_budget": budget}
 
 
 def load_model(

@@ -6,7 +6,7 @@ from typing import Any
 
 import cloup
 
-from mlx_mtp.cli.arguments import load_model, stream_arguments
+from mlx_mtp.cli.arguments import load_model, reasoning_arguments, stream_arguments
 from mlx_mtp.cli.options import (
     EXTRA_EOS_TOKEN,
     MTP,
@@ -32,11 +32,12 @@ def chat(**options: Any) -> None:
 
     arguments = stream_arguments(options)
     model, tokenizer = load_model(options)
+    template_config, more = reasoning_arguments(options, tokenizer)
     run(
         model,
         tokenizer,
         system_prompt=options["system_prompt"],
-        template_config=options["chat_template_config"],
-        options=arguments,
+        template_config=template_config,
+        options=arguments | more,
         explain=options["explain"],
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import cloup
 
-from mlx_mtp.cli.arguments import load_model, stream_arguments
+from mlx_mtp.cli.arguments import load_model, reasoning_arguments, stream_arguments
 from mlx_mtp.cli.options import (
     AS_JSON,
     EXTRA_EOS_TOKEN,
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from mlx_mtp.generate import GenerationResponse
+    from mlx_mtp.text.reasoning import AnswerPrinter
 
 _QUERY = "@@mlx-mtp-query@@"
 _PROMPT_OPTIONS = (
@@ -84,6 +85,8 @@ _UNSUPPORTED = (
 )
 def generate(verbose: str, as_json: bool, prompt_cache_file: str | None, **options: Any) -> None:
     """Generate an answer to a prompt."""
+    from mlx_mtp.text.reasoning import Reasoning
+
     prompt = _read_prompt(options["prompt"])
     arguments = stream_arguments(options)
     metadata: dict[str, Any] = {}
@@ -95,7 +98,10 @@ def generate(verbose: str, as_json: bool, prompt_cache_file: str | None, **optio
         metadata = _cache_metadata(prompt_cache_file)
         options["model"] = _cached_model(options["model"], metadata["model"], prompt_cache_file)
     model, tokenizer = load_model(options, tokenizer_config=metadata.get("tokenizer_config"))
+    options["chat_template_config"], more = reasoning_arguments(options, tokenizer)
     ids = _prompt_ids(tokenizer, prompt, options, is_suffix=bool(metadata))
+    reasoning = Reasoning.of(tokenizer, ids, prefill=options["prefill_response"] or "")
+    arguments |= more | {"reasoning": reasoning}
     if prompt_cache_file is not None:
         arguments["prompt_cache"], _ = model.load_prompt_cache(Path(prompt_cache_file))
     mode = "json" if as_json else "plain" if verbose.lower() in ("false", "f") else "verbose"
@@ -160,6 +166,7 @@ def _answer(
     end.
     """
     from mlx_mtp.generate import stats_text, stream_generate
+    from mlx_mtp.text.reasoning import AnswerPrinter
     from mlx_mtp.stats import RULE
 
     with Interrupt() as interrupt, Status(f"Prompt: {len(ids)} tokens ...") as status:
@@ -179,7 +186,8 @@ def _answer(
         )
         if mode == "verbose":
             print(RULE, flush=True)
-        text, tokens, last = _consume(stream, interrupt, None if mode == "json" else output)
+        printer = None if mode == "json" else AnswerPrinter(output, arguments["reasoning"])
+        text, tokens, last = _consume(stream, interrupt, printer)
     finished = last is not None and last.finish_reason is not None
     show(_as_json(model.name, text, tokens, last) if mode == "json" else "")
     if mode == "verbose":
@@ -192,7 +200,7 @@ def _answer(
 def _consume(
     stream: Generator[GenerationResponse, None, None],
     interrupt: Interrupt,
-    output: AnswerWriter | None,
+    output: AnswerPrinter | None,
 ) -> tuple[str, list[int], GenerationResponse | None]:
     """Write text as it is generated, until Ctrl-C; return text, ids and last response."""
     pieces: list[str] = []
@@ -205,6 +213,8 @@ def _consume(
             if output:
                 output.write(last.text)
             interrupt.check()
+    if output:
+        output.finish()
     return "".join(pieces), tokens, last
 
 

@@ -89,10 +89,11 @@ def _hide_torch(args: list[str]) -> None:
     """Hide PyTorch from transformers, which imports it wherever it is installed.
 
     The import takes over two seconds at every start, and commands that decode do not need it.  Code
-    in a model's own folder may.
+    in a model's own folder may, and so does a comparison with PyTorch.
     """
     names = [command.name for command in WITHOUT_TORCH]
-    if args and args[0] in names and "--trust-remote-code" not in args:
+    needs_torch = {"--trust-remote-code", "--against-pytorch"} & set(args)
+    if args and args[0] in names and not needs_torch:
         sys.modules.setdefault("torch", cast(Any, None))
 
 

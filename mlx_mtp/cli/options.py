@@ -264,10 +264,18 @@ def template_options(*more: Decorator) -> Decorator:
         option("--system-prompt", metavar="TEXT", help="System prompt for the chat template."),
         option(
             "--chat-template-config",
+            "--chat-template-args",
             metavar="JSON",
             callback=json_object,
             help="JSON object with arguments of the chat template.",
         ),
+        option(
+            "--enable-thinking/--no-enable-thinking",
+            default=None,
+            help="Whether a reasoning model is to reason.",
+            show_default="as the chat template does",
+        ),
+        field_option(GenerationConfig, "thinking_budget"),
     )
 
 

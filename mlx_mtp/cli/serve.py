@@ -20,9 +20,11 @@ from mlx_mtp.cli.options import (
     json_object,
     model_options,
     option,
+    unsupported,
 )
-from mlx_mtp.decoding.config import GenerationConfig
+from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
 
+CACHE_OPTIONS = tuple(field.name for field in fields(CacheConfig))
 PROMPT_CACHE = tuple(field.name for field in fields(PromptCacheConfig))
 ENGINE_OPTIONS = (
     "model",
@@ -47,6 +49,8 @@ SETTINGS = (
     "top_p",
     "top_k",
     "min_p",
+    "thinking_budget",
+    "reasoning_format",
     "num_draft_tokens",
 )
 
@@ -109,6 +113,15 @@ def _template(context: click.Context, parameter: click.Parameter, value: str | N
     "Request defaults",
     field_option(Settings, "max_tokens", "-m"),
     *field_options(Settings, "temp", "top_p", "top_k", "min_p"),
+    *field_options(Settings, "thinking_budget", "reasoning_format"),
+)
+@cloup.option_group(
+    "mlx-lm",
+    unsupported("--draft-model", "--adapter-path names the adapter that proposes draft tokens"),
+    unsupported("--pipeline", "the model runs on one device", is_flag=True),
+    unsupported("--prompt-concurrency", "--max-concurrent limits prompts and answers together"),
+    unsupported("--prompt-cache-size", "--prompt-cache-bytes limits the prompt cache"),
+    hidden=True,
 )
 @cloup.option_group(
     "Prompt",
@@ -118,6 +131,12 @@ def _template(context: click.Context, parameter: click.Parameter, value: str | N
         callback=_template,
         help="Chat template that replaces the model's, as text or file.",
         show_default="the model's own",
+    ),
+    option(
+        "--use-default-chat-template",
+        is_flag=True,
+        expose_value=False,
+        help="Without effect, as in mlx-lm: the chat template is used if there is one.",
     ),
     option(
         "--chat-template-args",
@@ -145,6 +164,7 @@ def _template(context: click.Context, parameter: click.Parameter, value: str | N
         show_default="8GB",
     ),
     field_option(PromptCacheConfig, "prompt_cache_dir", metavar="FOLDER"),
+    *field_options(CacheConfig, *CACHE_OPTIONS),
     option("--prefix-cache-gb", type=click.FloatRange(0), hidden=True),  # the former option
 )
 def serve(**options: Any) -> None:
@@ -161,12 +181,19 @@ def serve(**options: Any) -> None:
         raise ValueError(f'{error.name} is missing: pip install "mlx-mtp[server]"') from None
     engine = Engine(
         {name: options[name] for name in ENGINE_OPTIONS + TEMPLATE_OPTIONS}
+        | {"cache": _cache_options(options)}
         | _prompt_cache(options).load_fields(),
         max_concurrent=options["max_concurrent"],
         queue_size=options["queue_size"],
         timeout_s=options["engine_timeout"],
     )
     serve_app(create_app(engine, settings), engine, settings)
+
+
+def _cache_options(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of the key-value caches; none if they are neither limited nor quantised."""
+    values = {name: options[name] for name in CACHE_OPTIONS}
+    return values if options["max_kv_size"] or options["kv_bits"] else {}
 
 
 def _prompt_cache(options: dict[str, Any]) -> PromptCacheConfig:

@@ -6,6 +6,7 @@ A table on stdout (or JSON), progress on stderr if that is a terminal.  Exit cod
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from collections.abc import Collection, Sequence
@@ -60,6 +61,12 @@ _SHOWN = 10
         show_default="1, 2 and the adapter's maximum",
     ),
     field_option(VerifySettings, "against_stock"),
+    option(
+        "--against-pytorch",
+        is_flag=True,
+        help="Only compare the base model's logits with those of transformers (needs the extra "
+        "'convert').",
+    ),
     option("--sampling/--no-sampling", default=True, help="Also test sampled tokens."),
     field_option(VerifySettings, "num_draws", former_names=("--draws",)),
     field_option(VerifySettings, "seed"),
@@ -78,15 +85,35 @@ def verify(**options: Any) -> None:
     """Verify that the output equals that of plain decoding."""
     from mlx_mtp.verify.receipt import check_writable, receipt_json, write_receipt
 
-    settings = _settings(options)
     target = None if options["output_file"] is None else Path(options["output_file"]).expanduser()
     if target is not None:
         check_writable(target)
+    if options["against_pytorch"]:
+        _verify_logits(options, target)
+        return
+    settings = _settings(options)
     prompts = choose_prompts(options["prompts"], options["kinds"], options["num_prompts"])
     report, receipt = _run(options, prompts, settings)
     show(receipt_json(receipt) if options["as_json"] else "\n".join(table(report)))
     if target is not None:
         write_receipt(receipt, target)
+    if not report.passed:
+        sys.exit(MISMATCH)
+
+
+def _verify_logits(options: dict[str, Any], target: Path | None) -> None:
+    """Compare the base model with transformers; print and write the outcome."""
+    from mlx_mtp.converters.reference.folder import compare_with_pytorch
+    from mlx_mtp.loading import locate
+    from mlx_mtp.verify.receipt import receipt_json, write_receipt
+
+    if importlib.util.find_spec("torch") is None:
+        raise ValueError('--against-pytorch needs torch: pip install "mlx-mtp[convert]"')
+    report = compare_with_pytorch(locate(options["model"], None)[0])
+    values = {"passed": report.passed, "against_pytorch": report.to_dict()}
+    show(receipt_json(values) if options["as_json"] else "\n".join(report.lines()))
+    if target is not None:
+        write_receipt(values, target)
     if not report.passed:
         sys.exit(MISMATCH)
 

@@ -23,6 +23,8 @@ class GenerationConfig:
 
     Attributes:
         max_tokens: maximum number of ids to emit; -1 sets no limit but the model's context.
+        thinking_budget: maximum number of ids of reasoning, after which the closing mark is forced;
+            used by the text functions only, and without effect where a model has no such marks.
         stop: strings that end the answer and are not part of it; used by the text functions only.
         seed: random seed; None draws one from mlx's global state.
         layout: ``"auto"``, ``"linear"``, ``"quadratic"`` or ``"plain"``.
@@ -35,6 +37,9 @@ class GenerationConfig:
     """
 
     max_tokens: int = setting(256, "Maximum number of tokens to generate; -1 for no limit.")
+    thinking_budget: int | None = setting(
+        None, "Maximum number of tokens of reasoning, which is closed there.", min=0
+    )
     stop: tuple[str, ...] = setting((), "Text that ends the answer; repeatable.")
     seed: int | None = setting(
         None, "Random seed; makes sampling repeatable.", min=0, max=2**63 - 1
@@ -57,7 +62,7 @@ class GenerationConfig:
             raise ValueError(
                 f"max_tokens must be at least 1, or -1 for no limit, got {self.max_tokens}"
             )
-        for name in ("num_draft_tokens", "prefill_step_size"):
+        for name in ("num_draft_tokens", "prefill_step_size", "thinking_budget"):
             limit = _LIMITS[name]["min"]
             value = getattr(self, name)
             if value is not None and value < limit:

@@ -39,7 +39,6 @@ class Request:
         prefill_step_size: maximum rows of a prompt chunk.
         explain: called with a line about every step.
         current: the plan of the step that runs.
-        started: whether a step has been committed.
         finish_reason: ``"stop"`` or ``"length"`` at the end.
     """
 
@@ -56,7 +55,6 @@ class Request:
     prefill_step_size: int
     explain: Callable[[str], None] | None = None
     current: Plan = field(default_factory=lambda: Plan(plain_layout()))
-    started: bool = False
     finish_reason: str | None = None
 
     @property
@@ -66,15 +64,11 @@ class Request:
 
     def plan(self) -> Step:
         """Plan the next step: a chunk of the prompt, or drafts to verify and masks."""
-        if self.started:  # mlx-lm quantises and drops rows after a forward, so not before the first
-            self.cache.begin_step()
-        left, size = self.num_prompt_left, self.prefill_step_size
-        if self.cache.chunks_matter and left > 1:
-            size = min(size, left - 1)  # the last id is on its own, as in mlx-lm
-        if size < left:
-            self.current = Plan(plain_layout(num_pending=size))
-            end = len(self.ids) - left + size
-            parts = (self.ids[:end], Drafts.none(), self.target, self.masks, self.key)
+        self.cache.begin_step()
+        rest = self.cache.rest_after_chunk(self.num_prompt_left, self.prefill_step_size)
+        if rest:
+            self.current = Plan(plain_layout(num_pending=self.num_prompt_left - rest))
+            parts = (self.ids[:-rest], Drafts.none(), self.target, self.masks, self.key)
             return Step(self.cache, self.current.layout, *parts, is_prompt_chunk=True)
         self.current = plan = self.planner.plan(
             num_pending=self.num_prompt_left or 1,
@@ -98,7 +92,6 @@ class Request:
         """
         if outcome.error is not None:
             raise outcome.error
-        self.started = True
         layout, tokens = self.current.layout, outcome.tokens
         if self.num_prompt_left:
             self.num_prompt_left -= layout.num_pending

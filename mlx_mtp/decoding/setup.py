@@ -20,6 +20,23 @@ from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.planning.planner import make_planner
 
+Progress = Callable[[int, int], None]
+
+
+def progress_of(callback: Progress | None) -> Progress:
+    """Return a callback that also reports the last id but one, which mlx-lm computes apart."""
+    reported = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal reported
+        if callback is not None:
+            if done == total > 1 and reported < total - 1:
+                callback(total - 1, total)
+            callback(done, total)
+        reported = done
+
+    return report
+
 
 def make_request(
     model: MTPModel,
@@ -70,6 +87,7 @@ def make_request(
     if explain and layout == "auto" and known.costs.curve.doubt:
         explain(f"costs: {known.costs.curve.doubt}")
     cache = model.make_cache() if cache is None else cache
+    cache.begin_answer()
     room = max_new_tokens(model, cache.offset + len(prompt), config.max_tokens)
     seed = config.seed
     if seed is None:

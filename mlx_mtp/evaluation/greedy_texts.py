@@ -20,7 +20,8 @@ import mlx.core as mx
 from mlx_mtp.evaluation.batch_generation import generate_batch
 from mlx_mtp.evaluation.prompts import Prompt
 from mlx_mtp.evaluation.sequences import TokenSequence
-from mlx_mtp.model.mtp_model import MTPModel, fingerprint
+from mlx_mtp.model.fingerprint import fingerprint, is_fingerprint_of
+from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.files import write_atomically
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def greedy_texts(
         ValueError: the file is damaged, or was made with another model or ``max_tokens``.
     """
     header = {"fingerprint": fingerprint(model.base), "max_tokens": max_tokens}
-    done = _read(path, header) if path and path.exists() else {}
+    done = _read(path, header, model) if path and path.exists() else {}
     ids = {prompt.id: encode(tokenizer, prompt.text) for prompt in prompts}
     missing = [
         prompt
@@ -140,7 +141,7 @@ def _likeliest(model: MTPModel, ids: list[int], stops: list[int]) -> int:
     return stops[cast(int, mx.argmax(logits).item())]
 
 
-def _read(path: Path, header: dict[str, Any]) -> dict[str, GreedyText]:
+def _read(path: Path, header: dict[str, Any], model: MTPModel) -> dict[str, GreedyText]:
     try:
         first, *lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
         texts = [GreedyText(**line) for line in lines]
@@ -148,7 +149,8 @@ def _read(path: Path, header: dict[str, Any]) -> dict[str, GreedyText]:
     except (ValueError, KeyError, TypeError):
         raise ValueError(f"{path} is damaged, or is not a file of greedy texts") from None
     for key, value in header.items():
-        if values[key] != value:
+        former = key == "fingerprint" and is_fingerprint_of(model.base, values[key])
+        if values[key] != value and not former:
             raise ValueError(f"{path} was made with {key} {values[key]!r}, not {value!r}")
     return {text.id: text for text in texts}
 

@@ -102,7 +102,13 @@ def _apply(text: Any, settings: Settings) -> None:
 def _apply_rope(text: Any, rope: Rope) -> None:
     modules = dict(text.named_modules())
     assert rope.scaling is not None
+    kind = rope.scaling["rope_type"]
     if not rope.applied:
+        if kind == "longrope" and any(getattr(x, "traditional", False) for x in modules.values()):
+            raise ValueError(
+                "config.json: rope_type is 'longrope', which mlx-lm has for no interleaved "
+                f"rotary embedding, such as {text.model_type}'s"
+            )
         scaled = {
             path: rope_utils.initialize_rope(
                 module.dims, rope.theta, module.traditional, rope.scaling, rope.max_positions
@@ -112,7 +118,6 @@ def _apply_rope(text: Any, rope: Rope) -> None:
         }
         replace(text, scaled)
         modules |= scaled
-    kind = rope.scaling["rope_type"]
     if kind == "dynamic":
         replace(
             text,
@@ -146,13 +151,12 @@ def _long_rope(dims: int, rope: Rope) -> LimitedRope:
     scaling = rope.scaling
     assert scaling is not None
     limit = scaling["original_max_position_embeddings"]
-    factor = scaling.get("factor", rope.max_positions / limit)
     attention = scaling.get("attention_factor")
     short, long = (
         rope_utils.SuScaledRoPE(
             dims,
             base=rope.theta,
-            max_position_embeddings=factor * limit,
+            max_position_embeddings=scaling["factor"] * limit,
             original_max_position_embeddings=limit,
             long_factor=scaling[key],
             long_mscale=attention,

@@ -312,6 +312,7 @@ class MTPCache:
         self.layers = list(layers)
         self.kv_bits = kv_bits
         self.next_id: int | None = None
+        self._first_offset: int | None = None
         self.quantise_from(quantized_kv_start, bits=kv_bits, group_size=kv_group_size)
 
     def quantise_from(self, start: int, *, bits: int | None, group_size: int) -> None:
@@ -350,8 +351,15 @@ class MTPCache:
         """All arrays, for evaluation."""
         return [layer.state for layer in self.layers]
 
+    def begin_answer(self) -> None:
+        """Leave the cache as it is until a step has added rows, as mlx-lm does."""
+        self._first_offset = self.offset
+
     def begin_step(self) -> None:
         """Drop rows that are out of sight; quantise once the context is long enough."""
+        if self.offset == self._first_offset:
+            return
+        self._first_offset = None
         for layer in self.layers:
             layer.begin_step()
         if self._awaits_quantisation and self.offset >= self.quantized_kv_start:
@@ -381,6 +389,13 @@ class MTPCache:
         """Whether results depend on where a prompt is cut; it is then cut as mlx-lm does."""
         keeps = any(isinstance(layer, WindowLayerCache) and layer.keep for layer in self.layers)
         return self._awaits_quantisation or keeps
+
+    def rest_after_chunk(self, num_left: int, limit: int) -> int:
+        """Return how many of ``num_left`` ids of a prompt are left after its next chunk.
+
+        If chunks matter, the last id is on its own.
+        """
+        return max(num_left - limit, int(num_left > 1 and self.chunks_matter))
 
     def rewind(self, num_rows: int) -> None:
         """Drop the last rows of every layer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -40,7 +41,7 @@ def model_identity(model: nn.Module) -> str:
 
 
 def _parts(value: Any) -> Iterator[mx.array | str]:
-    """What counts of an attribute; other objects, such as submodules and streams, do not."""
+    """What counts of an attribute: of functions the name, of other objects the type."""
     if isinstance(value, mx.array):
         yield value
     elif value is None or isinstance(value, bool | int | float | str):
@@ -56,6 +57,10 @@ def _parts(value: Any) -> Iterator[mx.array | str]:
         for key in sorted(value, key=str):
             yield str(key)
             yield from _parts(value[key])
+    elif isinstance(value, functools.partial):
+        yield from _parts([value.func, value.args, value.keywords])
+    else:
+        yield f"{type(value).__qualname__} {getattr(value, '__qualname__', '')}"
 
 
 def _hashed(array: mx.array) -> bytes:

@@ -15,20 +15,18 @@ is wrapped and the model decodes plainly.
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_mtp.model import cache as kv_cache
 from mlx_mtp.model.attention import AttentionSeam, attention_blocks
 from mlx_mtp.model.cache import Caches, MTPCache
 from mlx_mtp.model.config import MTPConfig
+from mlx_mtp.model.fingerprint import fingerprint as fingerprint
 from mlx_mtp.model.layout import RowLayout, StepScope, quadratic_layout
 from mlx_mtp.model.lora import GatedLoRALinear
 from mlx_mtp.model.sampler_head import SamplerHead
@@ -311,22 +309,6 @@ class MTPModel(nn.Module):
                 f"{self.name} ({self.base.model_type}) cannot take mask rows: "
                 "its ordinary rows would change"
             )
-
-
-def fingerprint(base: Any) -> str:
-    """Hash that identifies a base model, whatever its quantisation.
-
-    Normalisation weights are never quantised, differ between trained models and are published in
-    bfloat16 or wider, so they are hashed, rounded to bfloat16, with the model type and the names.
-    """
-    base = base.language_model if hasattr(base, "language_model") else base
-    digest = hashlib.sha256(base.model_type.encode())
-    for name, value in sorted(cast(list[tuple[str, mx.array]], tree_flatten(base.parameters()))):
-        if "norm" in name and value.ndim == 1:
-            digest.update(name.encode())
-            rounded = value.astype(mx.bfloat16).astype(mx.float32)
-            digest.update(np.array(rounded).tobytes())
-    return digest.hexdigest()
 
 
 def embedding_dims(embedding: Any) -> int:

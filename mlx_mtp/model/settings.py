@@ -140,8 +140,11 @@ def _read_flat(
     if known is None or classes is None:
         return Settings(_older_keys(config), tied=config.get("tie_word_embeddings"))
     reads, usual_head = _keys_read(*classes)
-    _check_fixed(config, known, reads)
+    _check_fixed(config, known, reads, classes[1])
     tied = _is_tied(config, known, has_head if usual_head else None)
+    if has_head and not tied and not usual_head and "tie_word_embeddings" not in reads:
+        why = f"but mlx-lm's {config['model_type']} has no output head"
+        raise _refuse("tie_word_embeddings", tied, why)
     named = _fields(known) | set(known.attribute_map)
     values = {
         key: getattr(known, key)
@@ -232,7 +235,9 @@ def _refuse(key: str, value: Any, why: str) -> ValueError:
     return ValueError(f"config.json: {key} is {value!r}, {why}")
 
 
-def _check_fixed(config: dict[str, Any], known: PreTrainedConfig, reads: frozenset[str]) -> None:
+def _check_fixed(
+    config: dict[str, Any], known: PreTrainedConfig, reads: frozenset[str], args_class: Any
+) -> None:
     """Refuse settings that mlx-lm's class does not read and that are not what it computes.
 
     mlx-lm's classes are ports of models whose settings are the defaults of transformers' class, so
@@ -251,6 +256,10 @@ def _check_fixed(config: dict[str, Any], known: PreTrainedConfig, reads: frozens
             continue
         if not _same(value, default):
             raise _refuse(key, value, f"{why}: it computes with {default!r}")
+    for field in dataclasses.fields(args_class):
+        read = field.name in (reads & set(fields)) - _TRANSLATED
+        if read and getattr(known, field.name) is None and field.default is not None:
+            raise _refuse(field.name, None, why)
     heads = getattr(known, "num_attention_heads", None)
     head_dim = getattr(known, "head_dim", None)
     computed = known.hidden_size // heads if heads else None
@@ -297,6 +306,10 @@ def _rope(
     keys: dict[str, Any] = {}
     main = nested.get(_FULL) or next(iter(nested.values()), parameters)
     local = nested.get(_SLIDING)
+    for value in nested.values():
+        if value.get("type", value.get("rope_type")) != value.get("rope_type"):
+            why = f"which transformers' {model_type} does not read: it needs rope_type"
+            raise _refuse("type of rope_scaling", value["type"], why)
     if local is not None and _plain(local) != _plain(main):
         theta = local.get("rope_theta")
         scaled = local.get("rope_type", "default") != "default"
@@ -359,15 +372,17 @@ def _scaling(parameters: Mapping[str, Any], known: PreTrainedConfig) -> dict[str
         if value is not None and key not in ("rope_theta", "partial_rotary_factor")
     }
     scaling |= {"rope_type": kind, "type": kind}  # mlx-lm reads the former name, at times only that
-    limit = getattr(known, "max_position_embeddings", None)
+    limit = getattr(known, "max_position_embeddings", None) or 2048
     if kind in _TYPES_WITH_ORIGINAL_LENGTH:
         scaling.setdefault("original_max_position_embeddings", limit)
+    if kind == "longrope":
+        scaling.setdefault("factor", limit / scaling["original_max_position_embeddings"])
     if kind == "yarn":
         _translate_yarn(scaling, limit)
     return scaling
 
 
-def _translate_yarn(scaling: dict[str, Any], limit: int | None) -> None:
+def _translate_yarn(scaling: dict[str, Any], limit: int) -> None:
     """Express transformers' attention factor by ``mscale``, the way in which mlx-lm computes it."""
     factor = scaling.get("factor")
     if factor is None:

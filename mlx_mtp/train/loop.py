@@ -24,6 +24,7 @@ import numpy as np
 
 from mlx_mtp.evaluation.acceptance import Evaluation, evaluate
 from mlx_mtp.evaluation.sequences import TokenSequence
+from mlx_mtp.model.fingerprint import is_fingerprint_of
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.files import remove_drafts
 from mlx_mtp.train.gradient.adapter import adapter_tensors, trainable
@@ -194,6 +195,8 @@ class _Run:
             return 0
         saved = state.values["identity"]
         changed = [key for key in identity if saved.get(key) != identity[key]]
+        if is_fingerprint_of(self.model.base, saved.get("base_fingerprint")):  # a former one
+            changed = [key for key in changed if key != "base_fingerprint"]
         if changed == ["processes"]:
             raise ValueError(
                 f"the run in {self.output} began with --workers {saved['processes']}, on which its "

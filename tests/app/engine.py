@@ -2,7 +2,8 @@
 
 It runs as a script, so that it starts quickly.  Special messages: ``fail``, ``die`` after two
 steps, ``slow`` forever in steps of 20 ms, ``flood`` the same after a step of half a MiB.  Any other
-message is echoed, with "slowly" in it in steps of 0.2 s.  A plain job emits one token of four
+message is echoed, the first part of ``think X|Y`` as reasoning, with "slowly" in it in steps of
+0.2 s.  A plain job emits one token of four
 characters per step, others up to ``num_draft_tokens`` + 1; a step takes 4 ms.
 """
 
@@ -102,9 +103,18 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if text == "die":
         yield from list(steps("last words, and more", most))[:2]
         os._exit(9)
+    is_split = text.startswith("think ")
+    thought, _, rest = text.removeprefix("think ").partition("|")
+    if is_split:
+        text = f"{thought}\n</think>\n\n{rest}"
     shown = text[: 4 * job["max_tokens"]]
     pause = 0.2 if "slowly" in text else STEP_S
-    yield from (step | {"pause": pause} for step in steps(shown, most))
+    done, content = 0, len(text) - len(rest)
+    for step in steps(shown, most):
+        done += len(step["text"])
+        closed = [len(thought), content] if done >= content else []
+        span = {"span": [0, 0, *closed]} if is_split else {}
+        yield step | span | {"pause": pause}
     yield finished("stop" if shown == text else "length", len(shown) // 4, [])
 
 

@@ -256,3 +256,24 @@ def test_everything_by_keyboard(page: Page):
     expect(page.get_by_role("dialog")).to_be_visible()
     press("Escape")
     expect(page.get_by_role("dialog")).to_have_count(0)
+
+
+def test_reasoning_is_folded_and_not_copied(page: Page):
+    send(page, "think Let *me* see: \U0001d4b3, slowly, step by step|The **answer** is ready")
+    details = answers(page).locator("details.reasoning")
+    expect(details.locator("summary")).to_have_text("Reasoning …")
+    finished(page)
+    expect(details.locator("summary")).to_have_text("Reasoning")
+    shown = details.locator(".reasoning-text")
+    expect(shown).to_be_hidden()
+    expect(answers(page).locator(".text")).to_have_text("The answer is ready")
+    details.locator("summary").click()
+    expect(shown).to_have_text("Let *me* see: \U0001d4b3, slowly, step by step")
+    answers(page).locator("strong").hover()
+    expect(page.get_by_role("tooltip")).to_contain_text("Step")
+    answers(page).locator("footer").get_by_role("button", name="Copy").click()
+    expect(page.get_by_role("status").first).to_contain_text("Copied")
+    assert page.evaluate("navigator.clipboard.readText()") == "The **answer** is ready"
+    page.reload()
+    expect(answers(page).locator(".text")).to_have_text("The answer is ready")
+    assert "</think>" not in answers(page).inner_text()

@@ -65,6 +65,7 @@ TEXTS: list[tuple[str, str]] = [
     (r"\$a\$ and \\$", r"$a$ and \$"),
     ("$ a $ and $a $", "$ a $ and $a $"),
     ("`$a$` and `\\(b\\)` and ``$`c$``", r"$a$ and \(b\) and $`c$"),
+    ("$5, `$a$` and $6, `b`$", "$5, $a$ and $6, b$"),
     ("`$a` and `$b`", "$a and $b"),
     ("echo $HOME and *$PATH", "echo $HOME and *$PATH"),
     ("```sh\necho $a $b\n\\[ -f x \\]\n```", "shCopyecho $a $b\n\\[ -f x \\]"),
@@ -165,6 +166,21 @@ def test_formulas_stream_without_flicker_and_load_katex_once(page: Page):
     assert all(old <= new or new == 0 for old, new in pairwise(counts)), counts
     assert len([url for url in loaded if url.endswith((".js", ".css"))]) == 2
     assert {url.rpartition(".")[2] for url in loaded} == {"js", "css", "woff2"}
+
+
+def test_folded_reasoning_shows_formulas_and_no_markdown(page: Page):
+    send(page, "think so *a* is \\(x*y*\\)\n\n$$\na\n- b\n$$\n\nfor $5 and `$z$`|It is $x$.")
+    finished(page)
+    expect(answers(page).locator(".katex")).to_have_count(3)
+    text = page.evaluate("""() => {
+        const copy = document.querySelector(".reasoning-text").cloneNode(true);
+        copy.querySelectorAll(".math").forEach((each) => each.replaceWith(
+            `[${each.querySelector("annotation").textContent}]`));
+        return copy.textContent;
+    }""")
+    assert text == "so *a* is [x*y*]\n\n[\na\n- b\n]\n\nfor $5 and `$z$`"
+    answers(page).locator("summary").click()
+    expect(answers(page).locator(".reasoning-text .katex-html").first).to_be_visible()
 
 
 def test_copies_contain_the_sources(page: Page):

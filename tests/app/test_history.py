@@ -11,8 +11,9 @@ import time
 
 import pytest
 
+from mlx_mtp.apps.chat_app.context import chat_messages
 from mlx_mtp.apps.history import schema
-from mlx_mtp.apps.history.store import History
+from mlx_mtp.apps.history.store import History, split_reasoning
 from mlx_mtp.apps.history.transfer import from_json, to_json, to_markdown
 from mlx_mtp.storage.paths import data_dir
 
@@ -197,13 +198,42 @@ def _good() -> list[dict]:
 
 def test_invalid_steps_are_omitted(history):
     data = _export()
-    for wrong in ({"ms": "<b>"}, {"drafted": 10**9}, {"accepted": -1}, {"tokens": [1]}):
+    for wrong in (
+        {"ms": "<b>"},
+        {"drafted": 10**9},
+        {"accepted": -1},
+        {"tokens": [1]},
+        {"span": [3, 1]},
+    ):
         values = {"groups": [GROUP | wrong], "stats": {"error": {"a": 1}, "num_steps": 2}}
         data["conversations"][0]["messages"][0].update(values)
         [number] = from_json(history, json.dumps(data).encode())
         [message] = history.conversation(number)["messages"]
         assert message["groups"] == [] and message["text"] == "y"
         assert message["stats"] == {"num_steps": 2}
+
+
+@pytest.mark.parametrize(
+    ("span", "parts"),
+    [
+        ([0, 0], ("hm</think>ok", "")),
+        ([0, 0, 2, 10], ("hm", "ok")),
+        ([1, 2, 3, 4], ("<", "hthink>ok")),
+        (None, ("", "hm</think>ok")),
+    ],
+)
+def test_reasoning_is_kept_apart(history, span, parts):
+    number = history.create()["id"]
+    answer = history.add(number, None, "assistant", state="streaming")["id"]
+    history.append(answer, "hm</think>ok", [GROUP, GROUP | ({"span": span} if span else {})])
+    [message] = history.path(answer)
+    assert split_reasoning(message) == parts
+    sent = chat_messages("", [message])[0]
+    assert (sent.get("reasoning_content", ""), sent["content"]) == parts
+    assert ("<details>" in to_markdown(history, number)) == bool(parts[0])
+    [copied] = from_json(history, to_json(history, [number]).encode())
+    leaf = history.conversation(copied)["leaf"]
+    assert split_reasoning(history.path(leaf)[0]) == parts
 
 
 def test_settings_are_saved(history):

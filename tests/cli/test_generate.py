@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import re
 import signal
@@ -214,6 +215,10 @@ def test_help_and_version_need_no_model():
         (["--prompt-cache-file", "no-such-file"], "no-such-file does not exist"),
         (["--prompt-cache-file", __file__], "test_generate.py is not a prompt cache"),
         (["--prompt-cache-file", "f", "--kv-bits", "4"], "--kv-bits cannot be combined"),
+        (["--draft-model", "M"], "--draft-model is not supported: --adapter-path names"),
+        (["--image", "a.png"], "--image is not supported: prompts are text"),
+        (["-qa"], "--quantize-activations is not supported: activations keep"),
+        (["--xtc-threshold", "0.7"], "xtc_threshold must be between 0 and 0.5, got 0.7"),
         (["--tempo", "3"], "--tempo"),
     ],
 )
@@ -292,6 +297,25 @@ def test_a_prompt_cache_names_its_model(loaded, scripted, monkeypatch, tmp_path)
     assert scripted.calls[0].prompt == [*ids_of(" text"), EOS, ASSISTANT]
     line = failure("generate", "--prompt-cache-file", path, "--model", "N")
     assert line == f"Error: {path} was made with M, not with N"
+
+
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_every_flag_of_mlx_lm_exists(command):
+    theirs = importlib.import_module(f"mlx_lm.{command}").setup_arg_parser()
+    ours = {name for parameter in cli.commands[command].params for name in parameter.opts}
+    assert {name for action in theirs._actions for name in action.option_strings} <= ours | {
+        "-h",
+        "--help",
+    }
+
+
+def test_xtc_keeps_the_line_break_and_the_end_tokens(loaded, scripted):
+    scripted.answers = [[EOS]]
+    flags = ("--temp", "1", "--xtc-probability", "0.5", "--use-default-chat-template")
+    assert invoke("generate", "-p", "hi", *flags).exit_code == 0
+    sampling = scripted.calls[0].sampling
+    assert (sampling.xtc_probability, sampling.xtc_threshold) == (0.5, 0.1)
+    assert sampling.xtc_special_tokens == (ord("\n"), EOS)
 
 
 def prompt_cache_file(folder: Path, *, model: str) -> str:

@@ -34,6 +34,7 @@ VARIANTS = {
     "--plot": "format of the file",
     "--port": "the default",
     "--seed": "of sampling, of the bootstrap, of training, of the draws",
+    "--thinking-budget": "serve: where a request sets none",
     "--temp": "serve: where a request sets none",
     "--top-k": "serve: where a request sets none",
     "--top-p": "serve: where a request sets none",

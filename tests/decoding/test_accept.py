@@ -16,6 +16,7 @@ from mlx_lm import sample_utils
 from mlx_mtp.decoding.accept import accept_greedy, accept_sampled, count_accepted
 from mlx_mtp.decoding.sampling import (
     Sampling,
+    _drop_top,
     _keep_min_p,
     _keep_top_k,
     _keep_top_p,
@@ -39,6 +40,11 @@ SETTINGS = {
     "hot min-p, some kept": Sampling(temp=1.3, min_p=0.4, min_tokens_to_keep=4),
     "top-p, min-p": Sampling(temp=0.9, top_p=0.95, min_p=0.05),
     "all filters": Sampling(temp=1.1, top_p=0.9, min_p=0.03, top_k=5),
+    "xtc": Sampling(temp=1.0, xtc_probability=0.5, xtc_threshold=0.08),
+    "xtc, all filters": Sampling(
+        temp=0.9, top_p=0.95, min_p=0.02, top_k=4, xtc_probability=0.7, xtc_special_tokens=(3,)
+    ),
+    "xtc, always": Sampling(temp=1.2, xtc_probability=1.0, xtc_threshold=0.2),
     "penalty": Sampling(temp=1.0, repetition_penalty=1.6),
     "short penalty, top-p": Sampling(
         temp=1.0, top_p=0.9, repetition_penalty=1.8, repetition_context_size=2
@@ -149,7 +155,7 @@ def triple_p_values(triples: np.ndarray, sampling: Sampling) -> dict[str, float]
 
 
 @pytest.mark.parametrize("draws", [FEW_DRAWS, pytest.param(MANY_DRAWS, marks=pytest.mark.soak)])
-def test_fifteen_settings_draw_from_the_exact_distribution(draws: int, seed: int) -> None:
+def test_all_settings_draw_from_the_exact_distribution(draws: int, seed: int) -> None:
     found = {
         (name, what): p
         for name, sampling in SETTINGS.items()
@@ -318,6 +324,9 @@ def test_the_same_key_gives_the_same_tokens() -> None:
         ("min_p", 1.01),
         ("min_p", float("nan")),
         ("top_k", -1),
+        ("xtc_probability", 1.1),
+        ("xtc_threshold", 0.6),
+        ("xtc_threshold", -0.1),
         ("min_tokens_to_keep", 0),
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
@@ -352,3 +361,8 @@ def test_the_filters_keep_what_those_of_mlx_lm_keep(spread):
     for top_k in (1, 7, 49):
         expected = sample_utils.apply_top_k(logprobs, top_k)
         assert mx.array_equal(_keep_top_k(logprobs, top_k), expected)
+    for threshold, special in ((0.01, []), (0.05, [3, 7]), (0.5, [])):
+        expected = sample_utils.apply_xtc(logprobs, 1.0, threshold, special)
+        rows = [sample_utils.apply_xtc(row[None], 1.0, threshold, special) for row in logprobs]
+        assert mx.array_equal(mx.concatenate(rows), expected)
+        assert mx.array_equal(_drop_top(logprobs, threshold, special), expected)

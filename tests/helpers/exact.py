@@ -29,7 +29,10 @@ def processed(logits: np.ndarray, context: Sequence[int], sampling: Sampling) ->
 
 
 def filtered(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
-    """Probabilities ``[V]``: top-p, min-p, top-k at temperature 1, then the temperature."""
+    """Probabilities ``[V]``: top-p, min-p, XTC, top-k at temperature 1, then the temperature.
+
+    XTC is tossed for: what is drawn from is the mean of both outcomes.
+    """
     probs = np.exp(logits - logits.max())
     probs /= probs.sum()
     order = np.argsort(-probs)
@@ -41,10 +44,21 @@ def filtered(logits: np.ndarray, sampling: Sampling) -> np.ndarray:
         likely = probs >= sampling.min_p * probs.max()
         likely[order[: sampling.min_tokens_to_keep]] = True
         kept &= likely
-    if sampling.top_k > 0:
-        kept[[token for token in order if kept[token]][sampling.top_k :]] = False
-    weights = np.where(kept, np.exp((logits - logits.max()) / sampling.temp), 0.0)
-    return weights / weights.sum()
+    left = np.where(kept, probs, 0) / probs[kept].sum()
+    above = [token for token in order if left[token] > sampling.xtc_threshold]
+    dropped = np.zeros_like(kept)
+    dropped[[token for token in above[:-1] if left[token] > left[above[-1]]]] = True
+    dropped[list(sampling.xtc_special_tokens or ())] = False
+    share = sampling.xtc_probability
+
+    def drawn(kept: np.ndarray) -> np.ndarray:
+        if sampling.top_k > 0:
+            kept = kept.copy()
+            kept[[token for token in order if kept[token]][sampling.top_k :]] = False
+        weights = np.where(kept, np.exp((logits - logits.max()) / sampling.temp), 0.0)
+        return weights / weights.sum()
+
+    return (1 - share) * drawn(kept) + share * drawn(kept & ~dropped)
 
 
 def exact_probs(logits: np.ndarray, context: Sequence[int], sampling: Sampling) -> np.ndarray:

@@ -58,6 +58,39 @@ def byte_tokenizer(*, naive: bool = False, template: str | None = TEMPLATE) -> T
     return TokenizerWrapper(fast, detokenizer)
 
 
+REASONING_TEMPLATE = TEMPLATE.replace(
+    "{{ '<assistant>' }}",
+    "{{ '<assistant><think>\n' + ('' if enable_thinking else '\n</think>\n\n') }}",
+).replace(
+    "+ m['content']",
+    "+ ('<think>' + m['reasoning_content'] + '</think>' if m['reasoning_content'] else '')"
+    " + m['content']",
+)
+
+
+def reasoning_tokenizer(
+    *,
+    single: bool = True,
+    template: str | None = REASONING_TEMPLATE,
+    marks: tuple[str, str] = ("<think>", "</think>"),
+    special: bool = False,
+) -> TokenizerWrapper:
+    """The byte tokenizer of a reasoning model.
+
+    Args:
+        single: whether the marks are single tokens.
+        template: its chat template, which puts the opening mark into the prompt.
+        marks: the marks.
+        special: whether single tokens are special tokens.
+    """
+    tokenizer = byte_tokenizer(template=template)
+    fast: Any = tokenizer._tokenizer
+    if single:
+        fast.add_tokens([AddedToken(mark, special=special) for mark in marks])
+    detokenizer: Any = BPEStreamingDetokenizer
+    return TokenizerWrapper(fast, detokenizer)
+
+
 def ids_of(text: str) -> list[int]:
     """The byte tokenizer's ids of a text without special tokens."""
     return list(text.encode())

@@ -109,7 +109,6 @@ class TableCache:
     """Counts rows."""
 
     rows_until_change = None
-    chunks_matter = False
 
     def __init__(self) -> None:
         self.offset = 0
@@ -117,6 +116,12 @@ class TableCache:
 
     def begin_step(self) -> None:
         """Nothing to forget."""
+
+    begin_answer = begin_step
+
+    def rest_after_chunk(self, num_left: int, limit: int) -> int:
+        """Chunks are as long as they may be."""
+        return max(num_left - limit, 0)
 
     def rewind(self, num_rows: int) -> None:
         """Forget the last rows."""

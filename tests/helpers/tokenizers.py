@@ -95,6 +95,9 @@ KINDS = {
     "Unigram, both ends": lambda: unigram(
         decoder=decoders.Sequence([*SPM, decoders.Strip(" ", 1, 1)]), byte_fallback=True
     ),
+    "Unigram, bytes, clean-up": lambda: unigram(
+        decoder=decoders.Sequence([*SPM, STRIP]), byte_fallback=True
+    ),
     "WordPiece": lambda: words(_wordpiece, decoder=decoders.WordPiece(), prefix="##"),
     "WordPiece, clean-up": lambda: words(
         _wordpiece, decoder=decoders.WordPiece(cleanup=False), prefix="##"

@@ -4,7 +4,9 @@ Run as a script, so that it starts in a moment; it imports nothing but the stand
 does what the last message says: ``die`` or ``hang`` after one group, ``refuse``, ``fail``, ``slow``
 takes 20 ms a group for ever, ``flood`` the same after a group of 2 MiB, ``call`` calls the first
 tool, ``reply:`` is followed by the JSON of a text and calls, ``history`` answers with the
-conversation; everything else comes back in groups of three letters, cut at ``max_tokens`` letters.
+conversation and ``job`` with the whole job, ``think X|Y`` reasons X and answers Y, or calls a tool
+if Y is ``call``; everything else comes back in groups of three letters, cut at ``max_tokens``
+letters.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ READY = {
     "max_context": 1000,
     "has_chat_template": True,
     "has_tools": True,
+    "has_reasoning": True,
 }
 VOCAB_SIZE = 260
 FLOOD_BYTES = 2**21
@@ -87,8 +90,10 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     yield {"type": "started", "prompt_tokens": 10, "cached_tokens": 4}
     if "only" in job:
         prompt = job.get("prompt", "")
-        ids = list(prompt.encode()) if isinstance(prompt, str) else prompt
-        yield group("" if isinstance(prompt, str) else bytes(ids).decode(), False) | {"ids": ids}
+        is_text = isinstance(prompt, str)
+        ids = list(prompt.encode()) if is_text else prompt
+        text = "" if is_text else bytes(number % 256 for number in ids).decode(errors="replace")
+        yield group(text, False) | {"ids": ids}
         yield {"type": "finished", "reason": "stop"}
         return
     logprobs = job.get("top_logprobs") is not None
@@ -104,11 +109,20 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         while True:
             time.sleep(0.02)
             yield group("...", logprobs)
+    thought = ""
+    if text.startswith("think "):
+        thought, _, text = text.removeprefix("think ").partition("|")
+        thought = thought[: job["max_tokens"]]
+        for at in range(0, len(thought), 3):
+            piece = thought[at : at + 3]
+            yield group("", False) | {"reasoning": piece, "tokens": len(piece)}
+    if text == "job":
+        text = json.dumps(job)
     if text == "call":
         tools = job.get("tools") or [{"function": {"name": "add"}}]
         call = {"name": tools[0]["function"]["name"], "arguments": '{"a": 1}'}
         yield group("", logprobs)
-        yield finished("tool_calls", 3, [call])
+        yield finished("tool_calls", 3, [call]) | {"reasoning_tokens": len(thought)}
         return
     if text.startswith("reply:"):
         text, calls = json.loads(text.removeprefix("reply:"))
@@ -120,7 +134,8 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     shown = text[: job["max_tokens"]]
     for at in range(0, len(shown), 3):
         yield group(shown[at : at + 3], logprobs)
-    yield finished("stop" if len(shown) == len(text) else "length", len(shown), [])
+    count, reason = len(thought) + len(shown), "stop" if len(shown) == len(text) else "length"
+    yield finished(reason, count, []) | {"reasoning_tokens": len(thought)}
 
 
 def listen(

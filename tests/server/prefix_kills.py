@@ -15,6 +15,7 @@ from tests.helpers.processes import ForkServer
 
 BLOCK, SHAPE = 16, (1, 2, 16, 512)
 MAX_BYTES = 4_000_000
+NUM_TEXTS = 20
 _SOURCE = """
 import sys
 from pathlib import Path
@@ -63,11 +64,11 @@ def values_of(ids: list[int]) -> np.ndarray:
 def write_texts(folder: Path, seed: int) -> None:
     """Write the blocks of some texts, over and over in another order."""
     files = files_in(folder, [])
-    for each in range(seed, seed + 50):
+    for each in range(seed, seed + NUM_TEXTS):
         ids = text_of(each)
-        for end in range(BLOCK, len(ids) + 1, BLOCK):
+        for end, path in zip(range(BLOCK, len(ids) + 1, BLOCK), files.paths(ids), strict=True):
             rows: Rows = {"0.keys": mx.array(values_of(ids[:end]))}
-            files.write(ids[:end], end - BLOCK, rows)
+            files.write(path, ids[:end], end - BLOCK, rows)
 
 
 def kill_writers(folder: Path, *, kills: int, seed: int) -> Report:
@@ -79,7 +80,7 @@ def kill_writers(folder: Path, *, kills: int, seed: int) -> Report:
             code = server.run(str(number), kill_after_s=chance.uniform(0.02, 0.4))
             killed += code == -9
             files = files_in(folder, lines)
-            for each in range(number + 51):
+            for each in range(number + NUM_TEXTS):
                 ids = text_of(each)
                 for block in files.read(ids, 0):
                     rows = np.array(block.to_rows()["0.keys"])

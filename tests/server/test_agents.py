@@ -1,4 +1,7 @@
-"""Claude Code and Codex run a task against the server: read files, call tools, answer."""
+"""Claude Code and Codex run a task against the server: read files, call tools, answer.
+
+An engine without a model plays the model, except in the last test, where it is a tiny one.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,13 @@ from typing import Any
 
 import pytest
 
+from mlx_mtp.storage.default_model import default_model_path
+from tests.helpers.default_folder import cache
+from tests.helpers.tiny import save_tiny_pair
+from tests.server.command import serving
 from tests.server.host import Host, hosted
+
+__all__ = ["cache"]
 
 BIN = Path(__file__).with_name("npm") / "node_modules" / ".bin"
 ENGINE = (sys.executable, "-S", str(Path(__file__).with_name("agent_engine.py")))
@@ -50,15 +59,14 @@ def prompt(*rounds: list[dict[str, Any]], more: str = "") -> str:
     return f"Which numbers are in the files?\ncalls: {json.dumps(rounds)}\n{more}"
 
 
-def claude(host: Host, work: Path, *arguments: str) -> subprocess.Popen[str]:
-    """Start Claude Code in a folder, with a home of its own."""
+def claude(host: Any, work: Path, *arguments: str, **more: str) -> subprocess.Popen[str]:
+    """Start Claude Code in a folder, with a home of its own and more of its environment."""
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(work.parent),
         "ANTHROPIC_BASE_URL": host.url,
         "ANTHROPIC_AUTH_TOKEN": "none",
-        "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-    }
+    } | more
     command = [str(BIN / "claude"), *arguments, "--output-format", "json"]
     return started([*command, "--allowedTools", "Read,Bash"], environment, work)
 
@@ -90,10 +98,10 @@ def output(run: subprocess.Popen[str]) -> str:
 
 
 def replies(host: Host) -> list[tuple[str, str, int, str]]:
-    """The replies since the last call; none of them is an error."""
+    """The replies to requests with a body since the last call; no reply is an error."""
     seen, host.recorder.replies = host.recorder.replies, []
     assert [reply for reply in seen if reply[2] >= 400] == []
-    return seen
+    return [reply for reply in seen if reply[0] == "POST"]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -154,3 +162,20 @@ def test_stopping_an_agent_cancels_its_answer(host, work, start):
     while host.engine.running and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not host.engine.running
+
+
+def test_a_session_reuses_its_long_beginning(cache, tmp_path, work):
+    model, adapter = save_tiny_pair(tmp_path, vocab_size=49152, max_position_embeddings=65536)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLX_MTP_CACHE", str(cache))
+        for file in default_model_path().glob("*token*"):
+            shutil.copy(file, model)
+    usages = []
+    with serving(tmp_path, "--model", str(model), "--adapter-path", str(adapter)) as server:
+        for arguments in (["-p", "Hello."], ["-p", "--continue", "More."]):
+            run = claude(server, work, *arguments, CLAUDE_CODE_MAX_OUTPUT_TOKENS="16")
+            usages.append(json.loads(run.communicate(timeout=300)[0])["usage"])
+    first, second = usages
+    assert first["input_tokens"] > 5000, first
+    assert second["cache_read_input_tokens"] > 0.9 * first["input_tokens"], second
+    assert second["input_tokens"] < 0.2 * first["input_tokens"], second  # computed in any request

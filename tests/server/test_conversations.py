@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_mtp.apps.engine.tool_calls import GENERIC, ToolCallReader
-from mlx_mtp.chat_template import chat_text
+from mlx_mtp.text.chat_template import chat_text
 from tests.helpers.chat_templates import TEMPLATES
 from tests.helpers.fixtures_generate import byte_tokenizer
 from tests.server.host import Host, hosted

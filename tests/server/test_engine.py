@@ -203,7 +203,7 @@ def test_a_cancelled_answer_leaves_a_whole_cache(engine):
     turns.submit(1, job("y" * 100))
     turns.run(2)
     last = {"type": "finished", "id": 0, "reason": "cancelled"}
-    assert turns.of(0)[-1] == last | {"tool_calls": [], "stats": {}}
+    assert turns.of(0)[-1] == last | {"tool_calls": [], "reasoning_tokens": 0, "stats": {}}
     assert turns.of(1)[0]["cached_tokens"] > 8
     assert text_of(turns.of(1)) == expected(engine, "y" * 100)
 
@@ -317,6 +317,12 @@ def test_jobs_that_cannot_be_done_are_refused(engine, values, param, word):
     with pytest.raises(Refusal, match=word) as refusal:
         prepare(Job(max_tokens=5, **values), engine.model, engine.tokenizer)
     assert refusal.value.param == param
+
+
+def test_xtc_drops_neither_line_breaks_nor_end_tokens(engine):
+    values = {"prompt": "x", "temp": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.001}
+    prepared = prepare(Job(max_tokens=5, **values), engine.model, engine.tokenizer)
+    assert {EOS, *ids_of("\n")} <= set(prepared.sampling.xtc_special_tokens or ())
 
 
 def test_refusals_and_failures_leave_the_others_alone(engine, monkeypatch):

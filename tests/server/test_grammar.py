@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.apps.engine.grammar import (
     GrammarError,
@@ -27,6 +28,7 @@ from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.model.mtp_model import MTPModel
 from tests.helpers.fixtures_generate import EOS, USER, byte_tokenizer, ids_of
 from tests.helpers.tiny import tiny_mtp
+from tests.helpers.tokenizers import make
 from tests.server.hostile_schemas import EITHER, REFUSED
 
 VOCAB = 272  # more than the tokenizer has
@@ -289,3 +291,12 @@ def test_calls_are_held_to_their_schemas(model, many):
 def test_calls_know_no_settings():
     with pytest.raises(ValueError, match="x-guidance"):
         calls_grammar({"add": {"x-guidance": {}}}, tags=MARKS, parallel=False)
+
+
+def test_ids_without_a_token_are_never_allowed():
+    tokenizer = TokenizerWrapper(make("Llama, holes"))
+    processor = Grammars(tokenizer).processor(json_grammar({"type": "string"}), num_prompt=0)
+    answer = tokenizer.convert_tokens_to_ids(["<0x22>", "a"])
+    row: Any = processor(mx.array(answer), mx.zeros((1, 1200)))[0].tolist()
+    allowed = [index for index, value in enumerate(row) if value == 0]
+    assert allowed and all(tokenizer.convert_ids_to_tokens(index) for index in allowed)

@@ -137,6 +137,8 @@ BECOMES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (TEXT, {"logit_bias": [[5, 2], [6, False]]}, {"logit_bias": {5: 2, 6: -100}}),
     (TEXT, {"repetition_penalty": 1.5, "repetition_context_size": 0},
      {"repetition_penalty": 1.5, "repetition_context_size": MAX_TOKENS}),
+    (CHAT, {"xtc_probability": 0.5, "xtc_threshold": 1.0},
+     {"xtc_probability": 0.5, "xtc_threshold": 0.5}),
     (RESPONSES, {"stop": "x", "presence_penalty": 1}, {"stop": ["x"], "presence_penalty": 1}),
     (CHAT, {"response_format": {"type": "json_object", "schema": EMPTY}}, {"schema": EMPTY}),
     (MESSAGES, {"output_config": {"format": {"type": "json_schema", "schema": EMPTY}}},

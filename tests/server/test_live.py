@@ -75,6 +75,37 @@ def test_counts_are_those_of_the_usage(server):
     assert bad.status_code == 400 and "1000000" in bad.text
 
 
+def test_options_of_templates_and_caches(tmp_path):
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for message in messages %}{{ mark }}{{ message.content }}{% endfor %}{{ end }}"
+    )
+    marks = json.dumps({"mark": "<one>", "end": "."})
+    options = ("--chat-template", str(template), "--chat-template-args", marks)
+    sizes = ("--max-kv-size", "16", "--prefill-step-size", "8", "--max-tokens", "24")
+    with served(tmp_path, *options, *sizes) as running:
+        assert running.client.get("/props").json()["chat_template"] == template.read_text()
+        text = "Tell nothing about the number seven."
+        both = [running.chat(text).json(), running.chat(text).json()]
+        other = running.chat(text, chat_template_kwargs={"mark": ""}).json()
+    model, tokenizer = load(str(tmp_path / "model"), mtp=False)
+    lengths = {"max_kv_size": 16, "prefill_step_size": 8, "max_tokens": 24, "layout": "plain"}
+    for reply, prompt in (
+        (both[0], f"<one>{text}."),
+        (both[1], f"<one>{text}."),
+        (other, f"{text}."),
+    ):
+        ids = tokenizer.encode(prompt, add_special_tokens=False)
+        assert reply["usage"]["prompt_tokens"] == len(ids)
+        answer = reply["choices"][0]["message"]["content"]
+        assert answer == generate(model, tokenizer, ids, **lengths)
+    refused = subprocess.run(
+        command("--model", str(tmp_path / "model"), "--port", "0", "--kv-bits", "8"),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert refused.returncode == 2 and "kv_group_size 64 does not divide" in refused.stderr
+
+
 @pytest.mark.parametrize("mtp", [True, False])
 def test_eight_clients_at_once_get_the_text_of_generate(server, plain, mtp):
     with ThreadPoolExecutor(8) as pool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -186,6 +187,21 @@ def test_what_another_answer_is_computing_is_waited_for_and_taken():
     assert turns.of(4)[-1]["reason"] == "length"
 
 
+def test_a_block_that_is_used_in_part_keeps_its_own_file(tmp_path):
+    chance = random.Random(10)
+    one = text(chance, 4 * BLOCK + 1)
+    other = one[: BLOCK + BLOCK // 2] + text(chance, 2 * BLOCK)
+    engine = engine_of(folder=tmp_path)
+    for ids in (one, other):
+        answer(engine, ids)
+    for ids in (other, one):
+        engine = restarted(engine, tmp_path)
+        tokens, logprobs, *cached = answer(engine, ids)
+        expected = answer(engine, ids, fresh=True)
+        assert tokens == expected[0] and cached == [len(ids) // BLOCK * BLOCK] * 2
+        np.testing.assert_allclose(logprobs, expected[1], atol=2e-5)
+
+
 def test_private_answers_leave_nothing(tmp_path):
     engine = engine_of(folder=tmp_path)
     answer(engine, text(random.Random(5), 60), fresh=True)
@@ -338,6 +354,12 @@ def test_the_identity_sees_every_weight_and_setting():
     identity = model_identity(base)
     assert identity == model_identity(tiny_base())
     assert identity != model_identity(tiny_base(rope_theta=20000.0))
+    base.layers[0].mlp.act = nn.relu
+    assert len({identity, with_relu := model_identity(base)}) == 2
+    base.layers[0].mlp.act = nn.gelu
+    assert len({identity, with_relu, model_identity(base)}) == 3
+    del base.layers[0].mlp.act
+    assert identity == model_identity(base)
     weight = base.layers[1].mlp.up_proj.weight
     base.layers[1].mlp.up_proj.weight = weight.at[3, 5].add(1e-3)
     assert identity != model_identity(base)

@@ -7,14 +7,16 @@ import json
 import pkgutil
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import mlx_lm.tool_parsers
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_mtp.apps.engine import tool_calls
 from mlx_mtp.apps.engine.tool_calls import GENERIC, ToolCallReader, reads_tools
-from mlx_mtp.tool_prompt import as_object, with_tools
+from mlx_mtp.text.tool_prompt import as_object, with_tools
 from tests.helpers.chat_templates import LLAMA_3, MINISTRAL_3, QWEN_35, TEMPLATES
 from tests.helpers.fixtures_generate import byte_tokenizer
 
@@ -137,6 +139,11 @@ def test_arguments_are_always_an_object(text, expected):
     assert read(GENERIC, f"<tool_call>{text}</tool_call>") == ("", [("w", expected)])
 
 
+def test_surplus_braces_before_the_closing_mark_are_no_text():
+    assert read(GENERIC, *'<tool_call>{"name": "w"}}\n</tool_call>') == ("", [("w", {})])
+    assert read(GENERIC, *'<tool_call>{"name": "w"} } so') == (" } so", [("w", {})])
+
+
 def test_arguments_that_are_nested_too_deep_become_text():
     deep = '{"a": ' * 200 + "1" + "}" * 200
     assert as_object(deep) == {"arguments": deep}
@@ -176,9 +183,10 @@ def cut_texts(draw: Any) -> tuple[Any, list[str]]:
 def check_pieces(case: tuple[Any, list[str]]) -> None:
     form, pieces = case
     whole = "".join(pieces)
-    for tools in (TOOLS, []):
+    for tools, limit in ((TOOLS, 1024), ([], 1024), (TOOLS, 8)):
         expected = read(form, whole, tools=tools)
-        assert read(form, *pieces, tools=tools) == expected == read(form, *whole, tools=tools)
+        with patch.object(tool_calls, "_MAX_RETRIED", limit):
+            assert read(form, *pieces, tools=tools) == expected == read(form, *whole, tools=tools)
         assert len(expected[0]) + len(expected[1]) <= len(whole)
 
 

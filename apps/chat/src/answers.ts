@@ -17,6 +17,7 @@ export async function watchAnswer(id: number): Promise<void> {
   const announcer = new Announcer();
   const groups: Group[] = [];
   let timer = 0;
+  let reasoning = false;
   const show = () => {
     timer = 0;
     update(id, { groups: [...groups], text: textOf(groups) });
@@ -35,7 +36,8 @@ export async function watchAnswer(id: number): Promise<void> {
           const { type: _, ...group } = event;
           state.waiting.value = "";
           groups.push(group);
-          announcer.add(group.tokens.join(""));
+          reasoning = group.span ? group.span.length === 2 : reasoning;
+          if (!reasoning) announcer.add(group.tokens.join(""));
           timer ||= window.setTimeout(show, SHOW_MS);
           break;
         }

@@ -39,7 +39,7 @@ const PATTERN = new RegExp(
       String.raw`\\\[(?:\\[^[\]]|[^\\\n]|${BREAK})${LENGTH}\\\]`,
       String.raw`\\\((?:\\[^()]|[^\\\n]|${BREAK})${LENGTH}\\\)`,
       String.raw`\\begin\{(?<name>${ENVIRONMENT})\}[\s\S]${LENGTH}\\end\{\k<name>\}`,
-      String.raw`(?<![A-Za-z0-9$])(?<dollar>\$)(?![\s$])(?:\\[\s\S]|[^\\$\n]|${PLAIN_BREAK})${LENGTH}(?<!\s)\$(?![\dA-Z_{$])`,
+      String.raw`(?<![A-Za-z0-9$])(?<dollar>\$)(?![\s$])(?:\\[\s\S]|[^\\$\n\x60]|${PLAIN_BREAK})${LENGTH}(?<!\s)\$(?![\dA-Z_{$])`,
     ].join("|")})`,
     String.raw`(?<open>(?:\$\$|\\[([]|\\begin\{${ENVIRONMENT}\})(?:\\[^([\n]|[^\\\n$]|\\?\$(?!\$)|${BREAK}){0,${MAX_CHARACTERS}}\\?\$?\n?$(?![\s\S]))`,
     String.raw`(?<![A-Za-z0-9$])(?<started>\$(?![\s\d$])(?:\\[^([\n]|[^\\$\n]){0,200}\\?\$?$(?![\s\S]))`,

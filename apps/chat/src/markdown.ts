@@ -110,6 +110,12 @@ export function renderBlocks(text: string, streaming: boolean): string[] {
   return blocks;
 }
 
+/** Render only the formulas of a text; returns safe HTML per paragraph. */
+export function renderPlain(text: string, streaming: boolean): string[] {
+  const masked = mask(text, streaming, markdown.utils.escapeHtml);
+  return masked.text.split(/(?<=\n\n)(?!\n)/).map((part) => safe(masked.show(part)));
+}
+
 function safe(html: string): string {
   let clean = cache.get(html);
   if (clean === undefined) {

@@ -35,10 +35,10 @@ export class Marks {
   #ranges: [string, AbstractRange][] = [];
 
   /** Underline the steps, and remove earlier underlines. */
-  show(root: HTMLElement, source: string, groups: readonly Group[]): void {
+  show(root: HTMLElement, source: string, groups: readonly Group[], from = 0): void {
     this.clear();
     this.#ends = stepEnds(groups);
-    this.#runs = align(root, source);
+    this.#runs = align(root, source, from);
     for (const run of this.#runs) this.#underline(run, groups);
     for (const [name, range] of this.#ranges) highlightOf(name).add(range);
   }
@@ -81,11 +81,10 @@ export class Marks {
   }
 }
 
-/** Align the shown text with the source. */
-export function align(root: HTMLElement, source: string): Run[] {
+/** Align the shown text with the source, which begins at ``from``. */
+export function align(root: HTMLElement, source: string, from = 0): Run[] {
   const runs: Run[] = [];
   const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
-  let from = 0;
   for (let node = walker.nextNode() as Text | null; node; node = walker.nextNode() as Text | null) {
     const parent = node.parentElement;
     // Of a rendered formula only the source is in the text.

@@ -7,6 +7,8 @@ export interface Group {
   drafted: number;
   source: string;
   ms: number;
+  /** Where the reasoning is in the text so far, if that has changed; see reasoning.ts. */
+  span?: [number, number] | [number, number, number, number];
 }
 
 export type MessageState = "streaming" | "done" | "length" | "stopped" | "interrupted" | "failed";
@@ -32,6 +34,7 @@ export interface Options {
   repetition_penalty?: number | null;
   max_tokens?: number;
   seed?: number | null;
+  thinking_budget?: number | null;
   layout?: Layout;
   num_draft_tokens?: number | null;
 }

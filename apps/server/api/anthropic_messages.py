@@ -9,7 +9,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from mlx_mtp.apps.engine.batch import Batch, Choice, group_details
+from mlx_mtp.apps.engine.batch import Batch, Choice
 from mlx_mtp.apps.engine.protocol import Group, Job, JobMessage
 from mlx_mtp.apps.server.api.anthropic_schema import (
     MessagesRequest,
@@ -21,6 +21,7 @@ from mlx_mtp.apps.server.api.anthropic_schema import (
 )
 from mlx_mtp.apps.server.api.formats import schema_format
 from mlx_mtp.apps.server.api.jobs import ServerContext, new_id
+from mlx_mtp.apps.server.api.reasoning import Delta, Deltas, reasoning_fields, signature
 from mlx_mtp.apps.server.api.reports import mtp_summary, timings, usage
 from mlx_mtp.apps.server.api.schemas import token_limit
 from mlx_mtp.apps.server.api.tool_kinds import job_tools
@@ -69,7 +70,15 @@ def _prompt(body: PromptRequest, context: ServerContext) -> dict[str, Any]:
     choice, parallel = openai_choice(body.tool_choice)
     functions = function_tools(body.tools, note)
     tools = job_tools(functions, choice, info, parallel=parallel, note=note)
-    return {"messages": conversation(body, has_tools=info.has_tools, note=note)} | tools
+    thinking, output = body.thinking, body.output_config
+    reasoning = reasoning_fields(
+        context,
+        enable=thinking.type != "disabled" if thinking else None,
+        effort=output.effort if output else None,
+        budget=thinking.budget_tokens if thinking else None,
+    )
+    messages = conversation(body, has_tools=info.has_tools, note=note)
+    return {"messages": messages} | tools | reasoning
 
 
 class _Reply:
@@ -84,6 +93,8 @@ class _Reply:
             "model": context.model_id,
         }
         self._choice = Choice()
+        self._kind = ""  # of the open block
+        self._index = -1
 
     async def whole(self, batch: Batch, first: JobMessage) -> Any:
         """Return the whole response."""
@@ -91,8 +102,9 @@ class _Reply:
         async for message in batch:
             self._choice.add(message)
         calls = self._calls()
-        text = self._choice.text
-        blocks = [{"type": "text", "text": text, "citations": None}] if text or not calls else []
+        text, thought = self._choice.text, self._choice.reasoning
+        blocks: list[Any] = [_block("reasoning", thought)] if thought else []
+        blocks += [_block("text", text)] if text or not (calls or thought) else []
         content = self._head | {"content": [*blocks, *calls]} | self._ending()
         return json_response(content | {"usage": self._usage()} | self._costs())
 
@@ -101,30 +113,48 @@ class _Reply:
         self._choice.add(first)
         head = self._head | {"content": [], "stop_reason": None, "stop_sequence": None}
         yield _event("message_start", message=head | {"usage": self._usage()})
-        begun = False
+        deltas = Deltas(details=self._details)
         async for message in batch:
             self._choice.add(message)
-            if isinstance(message, Group) and (message.text or self._details):
-                if not begun:
-                    yield _block_start(0, {"type": "text", "text": "", "citations": None})
-                begun = True
-                delta = {"type": "text_delta", "text": message.text}
-                more = {"mtp": group_details(message)} if self._details else {}
-                yield _event("content_block_delta", index=0, delta=delta, **more)
-        for data in self._end(begun):
+            for delta in deltas.of(message) if isinstance(message, Group) else ():
+                for data in self._delta(delta):
+                    yield data
+        for delta in deltas.finish():
+            for data in self._delta(delta):
+                yield data
+        for data in self._end():
             yield data
         yield _event("message_delta", delta=self._ending(), usage=self._usage(), **self._costs())
         yield _event("message_stop")
 
-    def _end(self, begun: bool) -> Iterator[bytes]:
+    def _delta(self, delta: Delta) -> Iterator[bytes]:
+        """Add a piece to its block, which is begun where the kind changes."""
+        kind, text, more = delta
+        if kind != self._kind:
+            yield from self._close()
+            self._kind = kind
+            self._index += 1
+            yield _block_start(self._index, _block(kind, ""))
+        field = "thinking" if kind == "reasoning" else "text"
+        piece = {"type": f"{field}_delta", field: text}
+        yield _event("content_block_delta", index=self._index, delta=piece, **more)
+
+    def _close(self) -> Iterator[bytes]:
+        """End the open block."""
+        if self._kind == "reasoning":
+            piece = {"type": "signature_delta", "signature": signature(self._choice.reasoning)}
+            yield _event("content_block_delta", index=self._index, delta=piece)
+        if self._kind:
+            yield _event("content_block_stop", index=self._index)
+
+    def _end(self) -> Iterator[bytes]:
         """Close the text, then yield the calls."""
         calls = self._calls()
-        if not begun and not calls:
-            yield _block_start(0, {"type": "text", "text": "", "citations": None})
-            begun = True
-        if begun:
-            yield _event("content_block_stop", index=0)
-        for index, call in enumerate(calls, start=int(begun)):
+        if not self._kind and not calls:
+            self._kind, self._index = "text", 0
+            yield _block_start(0, _block("text", ""))
+        yield from self._close()
+        for index, call in enumerate(calls, start=self._index + 1):
             arguments = json.dumps(call["input"], ensure_ascii=False)
             yield _block_start(index, call | {"input": {}})
             delta = {"type": "input_json_delta", "partial_json": arguments}
@@ -167,3 +197,10 @@ def _event(kind: str, **more: Any) -> bytes:
 
 def _block_start(index: int, block: dict[str, Any]) -> bytes:
     return _event("content_block_start", index=index, content_block=block)
+
+
+def _block(kind: str, text: str) -> dict[str, Any]:
+    """A block of text or of reasoning; an empty one has no signature yet."""
+    if kind == "text":
+        return {"type": "text", "text": text, "citations": None}
+    return {"type": "thinking", "thinking": text, "signature": signature(text) if text else ""}

@@ -21,7 +21,7 @@ from mlx_mtp.apps.server.api.tool_kinds import left_out
 from mlx_mtp.apps.server.api.tools import Function, Tool, template_call
 from mlx_mtp.apps.server.errors import refused
 from mlx_mtp.apps.server.hints import Note, unnoted
-from mlx_mtp.tool_prompt import as_object
+from mlx_mtp.text.tool_prompt import as_object
 
 BILLING = "x-anthropic-billing-header:"  # a block of Claude Code that is new in every request
 
@@ -45,7 +45,7 @@ class AnthropicTool(Fields):
 class Thinking(Fields):
     """Extended thinking."""
 
-    type: Literal["disabled", "enabled", "adaptive"]
+    type: Literal["disabled", "enabled", "adaptive", "between_tools"]
     budget_tokens: int | None = None
 
 

@@ -27,6 +27,7 @@ NUM_SEEDS = 2**63
 MIN_TOP_P = 1e-9  # replaces 0, which mlx-lm reads as no limit and the APIs as the tightest
 FINGERPRINT = f"mlx-mtp-{package_version()}"
 DEFAULT_MODEL = "default_model"  # mlx-lm's name of the served model
+MAX_XTC_THRESHOLD = 0.5  # no two tokens are above it, so larger values do the same
 GREEDY_BELOW = 1e-6  # in float32, sampling at lower temperatures equals greedy decoding
 
 Body = TypeVar("Body", bound=BaseModel)
@@ -154,6 +155,10 @@ class ServerContext:
             min_p=_or_default(body.min_p, settings.min_p),
             repetition_penalty=body.repetition_penalty,
             repetition_context_size=_context_size(body.repetition_context_size),
+            xtc_probability=_or_default(body.xtc_probability, Sampling.xtc_probability),
+            xtc_threshold=min(
+                MAX_XTC_THRESHOLD, _or_default(body.xtc_threshold, Sampling.xtc_threshold)
+            ),
             frequency_penalty=body.frequency_penalty or None,
             presence_penalty=body.presence_penalty or None,
             logit_bias={int(token): value for token, value in (body.logit_bias or {}).items()}

@@ -13,6 +13,7 @@ from mlx_mtp.apps.engine.batch import Batch, Choice, group_details
 from mlx_mtp.apps.engine.protocol import Finished, Group, Job, JobMessage, Started
 from mlx_mtp.apps.server.api.formats import ResponseFormat, chat_format
 from mlx_mtp.apps.server.api.jobs import FINGERPRINT, ServerContext, choices_of, new_id, now
+from mlx_mtp.apps.server.api.reasoning import reasoning_fields
 from mlx_mtp.apps.server.api.reports import mtp_summary, timings, usage
 from mlx_mtp.apps.server.api.schemas import (
     Fields,
@@ -51,6 +52,21 @@ class ChatMessage(Fields):
     unsupported = ("audio", "function_call")
 
 
+class Thinking(Fields):
+    """Whether to reason, in the form of DeepSeek, Z.ai and LiteLLM."""
+
+    type: str | None = None
+    budget_tokens: int | None = None
+
+
+class Reasoning(Fields):
+    """Options of reasoning in the form of OpenRouter."""
+
+    effort: str | None = None
+    max_tokens: int | None = None
+    enabled: bool | None = None
+
+
 class ChatRequest(OpenAISampled):
     """The request body."""
 
@@ -66,6 +82,11 @@ class ChatRequest(OpenAISampled):
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
     reasoning_effort: str | None = None
+    reasoning: Reasoning | None = None
+    thinking: Thinking | None = None
+    enable_thinking: bool | None = None
+    thinking_budget: int | None = None
+    reasoning_format: str | None = None
     unsupported = (
         *OpenAISampled.unsupported,
         "audio",
@@ -103,9 +124,26 @@ def _job(body: ChatRequest, context: ServerContext) -> Job:
         context.openai_job(body, max_tokens=token_limit(limits)),
         messages=conversation(body, context),
         template_config=_template_config(body.chat_template_kwargs),
+        **_reasoning(body, context),
         top_logprobs=top_logprobs if body.logprobs else None,
         **tools,
         **format,
+    )
+
+
+def _reasoning(body: ChatRequest, context: ServerContext) -> dict[str, Any]:
+    """The fields of ``Job`` for reasoning, which clients set under several names."""
+    options, thinking = body.reasoning or Reasoning(), body.thinking or Thinking()
+    enable = options.enabled if body.enable_thinking is None else body.enable_thinking
+    if enable is None and thinking.type is not None:
+        enable = thinking.type != "disabled"
+    budgets = (body.thinking_budget, thinking.budget_tokens, options.max_tokens)
+    return reasoning_fields(
+        context,
+        enable=enable,
+        effort=body.reasoning_effort or options.effort,
+        budget=next((budget for budget in budgets if budget is not None), None),
+        format=body.reasoning_format,
     )
 
 
@@ -189,9 +227,11 @@ class _Reply:
 
     def _choice(self, index: int, choice: Choice) -> dict[str, Any]:
         calls = [new_call(call) for call in choice.result.tool_calls]
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": choice.text, "refusal": None}
         if calls:
             message |= {"content": choice.text or None, "tool_calls": calls}
+        if choice.reasoning:
+            message["reasoning_content"] = choice.reasoning
         content = {
             "index": index,
             "message": message,
@@ -226,11 +266,14 @@ class _Reply:
         return []
 
     def _group(self, index: int, message: Group) -> list[bytes]:
-        if not (message.text or self._details or self._logprobs):
+        delta = {"reasoning_content": message.reasoning} if message.reasoning else {}
+        if message.text or not message.reasoning:
+            delta["content"] = message.text
+        if not (any(delta.values()) or self._details or self._logprobs):
             return []
         more: dict[str, Any] = {"mtp": group_details(message)} if self._details else {}
         logprobs = self._logprobs_of(message.logprobs or [])
-        return [self._delta(index, {"content": message.text}, logprobs=logprobs, **more)]
+        return [self._delta(index, delta, logprobs=logprobs, **more)]
 
     def _end(self, index: int, choice: Choice) -> list[bytes]:
         calls = [

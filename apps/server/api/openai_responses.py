@@ -9,10 +9,11 @@ from typing import Any
 
 from starlette.requests import Request
 
-from mlx_mtp.apps.engine.batch import Batch, Choice, group_details
+from mlx_mtp.apps.engine.batch import Batch, Choice
 from mlx_mtp.apps.engine.protocol import Group, Job, JobMessage
 from mlx_mtp.apps.server.api.formats import TextFormat, responses_format
 from mlx_mtp.apps.server.api.jobs import ServerContext, new_id, now
+from mlx_mtp.apps.server.api.reasoning import Delta, Deltas, Kind, reasoning_fields, sealed
 from mlx_mtp.apps.server.api.reports import mtp_summary, timings, usage
 from mlx_mtp.apps.server.api.responses_schema import ResponsesRequest, conversation, function_tools
 from mlx_mtp.apps.server.api.schemas import token_limit
@@ -23,6 +24,8 @@ from mlx_mtp.apps.server.replies import json_response
 from mlx_mtp.apps.server.streams import event
 
 LOGPROBS = "message.output_text.logprobs"
+ENCRYPTED = "reasoning.encrypted_content"
+_NAMES: dict[Kind, str] = {"reasoning": "reasoning_text", "text": "output_text"}
 
 
 async def create(request: Request) -> Any:
@@ -52,6 +55,7 @@ def _job(body: ResponsesRequest, context: ServerContext, functions: list[Tool]) 
     return replace(
         context.openai_job(body, max_tokens=max_tokens),
         messages=conversation(body, has_tools=info.has_tools, note=note),
+        **reasoning_fields(context, effort=body.reasoning.effort if body.reasoning else None),
         **tools,
         **responses_format(_format(body), tools=bool(tools)),
     )
@@ -73,7 +77,10 @@ class _Reply:
         self._model = context.model_id
         self._id = new_id("resp_")
         self._created = now()
-        self._message_id = new_id("msg_")
+        self._is_encrypted = ENCRYPTED in (body.include or ())
+        self._is_summarized = bool(body.reasoning and body.reasoning.summary)
+        self._open: dict[str, Any] = {}  # the item that pieces are added to
+        self._text = ""  # of that item
         self._choice = Choice()
         self._numbers = itertools.count()
         self._output: list[dict[str, Any]] = []
@@ -83,9 +90,10 @@ class _Reply:
         self._choice.add(first)
         async for message in batch:
             self._choice.add(message)
-        if self._choice.text or not self._choice.result.tool_calls:
-            self._output.append(self._message(self._choice.text))
-        self._output += self._calls()
+        text, thought, calls = self._choice.text, self._choice.reasoning, self._calls()
+        self._output += [self._item("reasoning", thought)] if thought else []
+        self._output += [self._item("text", text)] if text or not (calls or thought) else []
+        self._output += calls
         return json_response(self._response())
 
     async def events(self, batch: Batch, first: JobMessage) -> AsyncGenerator[bytes, None]:
@@ -93,17 +101,16 @@ class _Reply:
         self._choice.add(first)
         yield self._event("response.created", response=self._response())
         yield self._event("response.in_progress", response=self._response())
-        begun = False
+        deltas = Deltas(details=self._details)
         async for message in batch:
             self._choice.add(message)
-            if isinstance(message, Group) and (message.text or self._details):
-                if not begun:
-                    for data in self._begin():
-                        yield data
-                begun = True
-                more = {"mtp": group_details(message)} if self._details else {}
-                yield self._text_event("delta", delta=message.text, logprobs=[], **more)
-        for data in self._end(begun):
+            for delta in deltas.of(message) if isinstance(message, Group) else ():
+                for data in self._delta(delta):
+                    yield data
+        for delta in deltas.finish():
+            for data in self._delta(delta):
+                yield data
+        for data in self._end():
             yield data
         done = self._response()
         yield self._event(f"response.{done['status']}", response=done)
@@ -112,24 +119,59 @@ class _Reply:
         """The last event after an error."""
         return self._event("error", code=error.code, message=error.message, param=error.param)
 
-    def _begin(self) -> Iterator[bytes]:
-        item = self._message("") | {"status": "in_progress", "content": []}
-        yield self._event("response.output_item.added", output_index=0, item=item)
-        yield self._part_event("added", "")
+    def _delta(self, delta: Delta) -> Iterator[bytes]:
+        """Add a piece to its item, which is begun where the kind changes."""
+        kind, text, more = delta
+        if kind != self._kind:
+            yield from self._close()
+            yield from self._begin(kind)
+        self._text += text
+        logprobs: dict[str, Any] = {"logprobs": []} if kind == "text" else {}
+        yield self._part_event(f"{_NAMES[kind]}.delta", delta=text, **logprobs, **more)
+        if kind == "reasoning" and self._is_summarized and text:
+            yield self._summary_event("text.delta", delta=text)
 
-    def _end(self, begun: bool) -> Iterator[bytes]:
-        """Close the message, then yield the calls."""
-        text = self._choice.text
+    @property
+    def _kind(self) -> Kind | None:
+        """The kind of the open item."""
+        if not self._open:
+            return None
+        return "reasoning" if self._open["type"] == "reasoning" else "text"
+
+    def _begin(self, kind: Kind) -> Iterator[bytes]:
+        self._open, self._text = self._item(kind, ""), ""
+        empty: dict[str, Any] = {"status": "in_progress", "content": []}
+        empty |= {"summary": []} if kind == "reasoning" else {}
+        item, index = self._open | empty, len(self._output)
+        yield self._event("response.output_item.added", output_index=index, item=item)
+        yield self._part_event("content_part.added", part=_part(kind, ""))
+        if kind == "reasoning" and self._is_summarized:
+            yield self._summary_event("part.added", part=_summary(""))
+
+    def _close(self) -> Iterator[bytes]:
+        """End the open item."""
+        kind, text = self._kind, self._text
+        if kind is None:
+            return
+        logprobs: dict[str, Any] = {"logprobs": []} if kind == "text" else {}
+        yield self._part_event(f"{_NAMES[kind]}.done", text=text, **logprobs)
+        yield self._part_event("content_part.done", part=_part(kind, text))
+        if kind == "reasoning" and self._is_summarized:
+            yield self._summary_event("text.done", text=text)
+            yield self._summary_event("part.done", part=_summary(text))
+        item = self._item(kind, text) | {"id": self._open["id"]}
+        if item["status"] == "in_progress":  # another item follows
+            item["status"] = "completed"
+        yield self._event("response.output_item.done", output_index=len(self._output), item=item)
+        self._output.append(item)
+        self._open = {}
+
+    def _end(self) -> Iterator[bytes]:
+        """Close the open item, then yield the calls."""
         calls = self._calls()
-        if not begun and not calls:
-            yield from self._begin()
-            begun = True
-        if begun:
-            item = self._message(text)
-            yield self._text_event("done", text=text, logprobs=[])
-            yield self._part_event("done", text)
-            yield self._event("response.output_item.done", output_index=0, item=item)
-            self._output.append(item)
+        if not (self._open or self._output or calls):
+            yield from self._begin("text")
+        yield from self._close()
         for call in calls:
             index = len(self._output)
             place = {"output_index": index, "item_id": call["id"]}
@@ -147,22 +189,25 @@ class _Reply:
         data = {"type": kind, "sequence_number": next(self._numbers)}
         return event(data | more, name=kind)
 
-    def _text_event(self, what: str, **more: Any) -> bytes:
-        place = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
-        return self._event(f"response.output_text.{what}", **place, **more)
+    def _part_event(self, what: str, **more: Any) -> bytes:
+        place = {"item_id": self._open["id"], "output_index": len(self._output), "content_index": 0}
+        return self._event(f"response.{what}", **place, **more)
 
-    def _part_event(self, what: str, text: str) -> bytes:
-        place = {"item_id": self._message_id, "output_index": 0, "content_index": 0}
-        return self._event(f"response.content_part.{what}", **place, part=_part(text))
+    def _summary_event(self, what: str, **more: Any) -> bytes:
+        place = {"item_id": self._open["id"], "output_index": len(self._output), "summary_index": 0}
+        return self._event(f"response.reasoning_summary_{what}", **place, **more)
 
-    def _message(self, text: str) -> dict[str, Any]:
-        return {
-            "id": self._message_id,
-            "type": "message",
-            "status": self._status(),
-            "role": "assistant",
-            "content": [_part(text)],
-        }
+    def _item(self, kind: Kind, text: str) -> dict[str, Any]:
+        """An item of text or of reasoning."""
+        is_done = kind == "reasoning" and self._choice.text
+        status = "completed" if is_done else self._status()
+        item: dict[str, Any] = {"status": status, "content": [_part(kind, text)]}
+        if kind == "text":
+            return item | {"id": new_id("msg_"), "type": "message", "role": "assistant"}
+        summary = [_summary(text)] if self._is_summarized else []
+        content = sealed(text) if self._is_encrypted else None
+        item |= {"id": new_id("rs_"), "type": "reasoning", "summary": summary}
+        return item | {"encrypted_content": content}
 
     def _calls(self) -> list[dict[str, Any]]:
         return [
@@ -238,5 +283,11 @@ def _format_echo(body: ResponsesRequest) -> dict[str, Any]:
     )
 
 
-def _part(text: str) -> dict[str, Any]:
+def _part(kind: Kind, text: str) -> dict[str, Any]:
+    if kind == "reasoning":
+        return {"type": "reasoning_text", "text": text}
     return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+
+
+def _summary(text: str) -> dict[str, Any]:
+    return {"type": "summary_text", "text": text}

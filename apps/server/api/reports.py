@@ -32,7 +32,7 @@ def usage(choices: Sequence[Choice], *, prompts: int = 1) -> dict[str, Any]:
         "completion_tokens_details": {
             "accepted_prediction_tokens": accepted,
             "rejected_prediction_tokens": drafted - accepted,
-            "reasoning_tokens": 0,
+            "reasoning_tokens": sum(choice.result.reasoning_tokens for choice in choices),
             "audio_tokens": 0,
         },
     }

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mlx_mtp.apps.server.api.formats import TextFormat
+from mlx_mtp.apps.server.api.reasoning import unsealed
 from mlx_mtp.apps.server.api.schemas import (
     Fields,
     Limit,
@@ -58,6 +59,7 @@ class InputItem(Fields, extra="allow"):
     role: Literal["system", "developer", "user", "assistant"] | None = None
     content: str | Many[Any] | None = None
     summary: Many[Any] | None = None
+    encrypted_content: str | None = None
     call_id: str | None = None
     namespace: str | None = None
     name: str | None = None
@@ -136,7 +138,9 @@ class _Items:
         if item.type == "message":
             self._add_message(item, where)
         elif item.type == "reasoning":
-            self._thought += thoughts(item.content) or thoughts(item.summary)
+            self._thought += (
+                thoughts(item.content) or unsealed(item.encrypted_content) or thoughts(item.summary)
+            )
         elif is_call:
             self._add_call(item, where)
         elif is_output:

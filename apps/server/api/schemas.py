@@ -106,6 +106,8 @@ class Sampled(Fields):
     seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
     repetition_penalty: float | None = Field(None, ge=0, le=10)
     repetition_context_size: int | None = Field(None, ge=0, le=MAX_TOKENS)
+    xtc_probability: float | None = Field(None, ge=0, le=1)
+    xtc_threshold: float | None = Field(None, ge=0, le=1)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, float] | None = None

@@ -10,7 +10,7 @@ from mlx_mtp.apps.engine.protocol import Ready
 from mlx_mtp.apps.server.api.jobs import new_id
 from mlx_mtp.apps.server.api.schemas import Fields
 from mlx_mtp.apps.server.errors import refused
-from mlx_mtp.tool_prompt import as_object
+from mlx_mtp.text.tool_prompt import as_object
 
 
 class Function(Fields):

@@ -22,7 +22,8 @@ import mlx.core as mx
 
 from mlx_mtp.evaluation.batch_generation import generate_batch
 from mlx_mtp.generate import chat_text
-from mlx_mtp.model.mtp_model import MTPModel, fingerprint
+from mlx_mtp.model.fingerprint import fingerprint, is_fingerprint_of
+from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.files import write_atomically
 from mlx_mtp.train.data.clean import Seen
 from mlx_mtp.train.data.records import Message, Record, RecordWriter
@@ -286,6 +287,8 @@ class Run:
             return
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
+            if is_fingerprint_of(self.model.base, saved.get("fingerprint")):  # a former one
+                values["fingerprint"] = saved["fingerprint"]
             changed = [key for key in values if saved.get(key) != values[key]]
         except (ValueError, AttributeError):
             raise ValueError(f"{path} is damaged") from None

@@ -1,6 +1,7 @@
 import { useState } from "preact/hooks";
 
 import { chooseBranch, copy, edit, regenerate } from "../actions";
+import { splitReasoning } from "../reasoning";
 import * as state from "../state";
 import { summarise } from "../steps";
 import type { Message, MessageState } from "../types";
@@ -41,7 +42,7 @@ export function MessageView({ message, versions }: { message: Message; versions:
       ) : (
         <footer>
           <Versions id={message.id} all={versions} />
-          <button type="button" class="quiet small" onClick={() => void copy(message.text)}>
+          <button type="button" class="quiet small" onClick={() => void copy(splitReasoning(message).content)}>
             Copy
           </button>
           {mine ? (

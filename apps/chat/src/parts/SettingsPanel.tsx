@@ -3,7 +3,7 @@ import * as state from "../state";
 import type { Layout, Options } from "../types";
 
 interface Field {
-  name: "temp" | "top_p" | "top_k" | "min_p" | "repetition_penalty" | "max_tokens" | "seed";
+  name: "temp" | "top_p" | "top_k" | "min_p" | "repetition_penalty" | "max_tokens" | "thinking_budget" | "seed";
   label: string;
   hint: string;
   initial: number | null;
@@ -19,6 +19,7 @@ const FIELDS: Field[] = [
   { name: "min_p", label: "Min p", hint: "relative to the top token", initial: 0, min: 0, max: 1, step: 0.01 },
   { name: "repetition_penalty", label: "Repetition penalty", hint: "empty to disable", initial: null, min: 0.1, max: 10, step: 0.05 },
   { name: "max_tokens", label: "Max tokens", hint: "per answer", initial: 1024, min: 1, max: 1_000_000, step: 1 },
+  { name: "thinking_budget", label: "Max reasoning tokens", hint: "empty for no limit", initial: null, min: 0, max: 1_000_000, step: 1 },
   { name: "seed", label: "Seed", hint: "empty for random", initial: null, min: 0, max: 2 ** 52, step: 1 },
 ]; // prettier-ignore
 

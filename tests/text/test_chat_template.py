@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_mtp.chat_template import chat_text, lists_tools
+from mlx_mtp.text.chat_template import chat_text, lists_tools
 from tests.helpers.chat_templates import TEMPLATES
 from tests.helpers.fixtures_generate import byte_tokenizer
 
@@ -131,7 +131,7 @@ def conversations(draw: Any) -> list[dict[str, Any]]:
         text = draw(st.sampled_from(["", f"text{at}", f" text{at}\n"]))
         if kind != "c":
             role = {"s": "system", "d": "developer", "u": "user", "a": "assistant"}[kind]
-            messages.append(say(role, text or ("x" if kind != "s" else "")))
+            messages.append(say(role, text))
             continue
         calls = [
             call(f"fn{at}{n}", f"id{at}{n}", {"k": [at]})
@@ -142,9 +142,7 @@ def conversations(draw: Any) -> list[dict[str, Any]]:
     return messages
 
 
-@settings(max_examples=60, deadline=None, database=None, derandomize=True)
-@given(conversations(), st.sampled_from(sorted(TEMPLATES)))
-def test_every_message_of_any_conversation_is_rendered(messages, name):
+def check_rendered(messages: list[dict[str, Any]], name: str) -> None:
     text = chat_text(TOKENIZERS[name], messages)
     calls = [each for message in messages for each in message.get("tool_calls") or ()]
     assert all(each["function"]["name"] in text for each in calls)
@@ -152,3 +150,16 @@ def test_every_message_of_any_conversation_is_rendered(messages, name):
         # Some templates leave out what the assistant writes before its calls.
         if not calls or message["role"] != "assistant":
             assert (message["content"] or "").strip() in text
+
+
+@settings(max_examples=60, deadline=None, database=None, derandomize=True)
+@given(conversations(), st.sampled_from(sorted(TEMPLATES)))
+def test_every_message_of_any_conversation_is_rendered(messages, name):
+    check_rendered(messages, name)
+
+
+@pytest.mark.soak
+@settings(max_examples=3000, deadline=None, database=None)
+@given(conversations(), st.sampled_from(sorted(TEMPLATES)))
+def test_every_message_of_many_conversations_is_rendered(messages, name):
+    check_rendered(messages, name)

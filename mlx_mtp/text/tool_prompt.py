@@ -12,6 +12,7 @@ from typing import Any
 
 CALL_START = "<tool_call>"
 CALL_END = "</tool_call>"
+_RESULT_START = "<tool_response>"
 MAX_LEVELS = 32  # of arguments; bodies of requests, in which calls come back, may have 64
 _PROMPT = """\
 # Tools
@@ -87,10 +88,9 @@ def calls_as_text(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
     converted: list[Message] = []
     follows_result = False
     for message in messages:
-        is_result = message["role"] == "tool"
         text = content_text(message.get("content"))
-        if is_result:
-            text = f"<tool_response>\n{text}\n</tool_response>"
+        if message["role"] == "tool":
+            text = f"{_RESULT_START}\n{text}\n</tool_response>"
             if follows_result:
                 converted[-1]["content"] += f"\n{text}"
             else:
@@ -102,8 +102,13 @@ def calls_as_text(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
             converted.append(rest | {"content": "\n".join(texts)})
         else:
             converted.append(dict(message))
-        follows_result = is_result
+        follows_result = message["role"] == "tool"
     return converted
+
+
+def is_result(message: Mapping[str, Any]) -> bool:
+    """Whether a message is a result of a call that became text."""
+    return content_text(message.get("content")).startswith(_RESULT_START)
 
 
 def _call_text(function: Mapping[str, Any]) -> str:

@@ -315,9 +315,11 @@ class _Window(_Reader):
         self._num_certain = 0
 
     def add(self, token: int) -> str:
-        if self._pieces[token] == b"":
+        piece = self._pieces[token]
+        if piece != b"":
+            self._ids.append(token)
+        if isinstance(piece, bytes):  # a run of byte tokens is decided at its end
             return ""
-        self._ids.append(token)
         text = self._decode(self._ids)
         end = max((match.start() for match in _WORD_END.finditer(text)), default=0)
         certain, self._num_certain = text[self._num_certain : end], max(self._num_certain, end)

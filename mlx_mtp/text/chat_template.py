@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-from mlx_mtp.tool_prompt import Message, as_object, calls_as_text, content_text
+from mlx_mtp.text.reasoning import reasoning_marks
+from mlx_mtp.text.tool_prompt import Message, as_object, calls_as_text, content_text, is_result
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -23,6 +25,9 @@ Messages = list[Message]
 Change = Callable[[Messages], Messages]
 _ID_LENGTH = 9  # of calls in Mistral's templates
 _SYSTEM = ("system", "developer")
+_MARK = re.compile(r"zq(\d+)qz")
+# Templates that expect text print lists and objects in Python's form, not in JSON's.
+_PYTHON_FORM = re.compile(rf"\{{'{_MARK.pattern}|{_MARK.pattern}'\}}\]")
 
 
 def chat_text(
@@ -38,14 +43,17 @@ def chat_text(
 
     Args:
         tokenizer: from ``load``.
-        messages: the conversation in OpenAI's form.  Contents may be text or lists of text parts,
+        messages: the conversation in OpenAI's form.  Earlier reasoning, ``reasoning_content``, is
+            there for templates that use it.  Contents may be text or lists of text parts,
             arguments of calls objects or JSON text.
-        template_config: more variables of the template, such as ``tools``.
+        template_config: more variables of the template, such as ``tools``; a model with marks of
+            reasoning may use them unless ``enable_thinking`` is false.
 
     Raises:
         ValueError: the template refuses the conversation in every form.
     """
-    return _Fitting(tokenizer, template_config or {}, _with_objects(messages)).text()
+    config = {"enable_thinking": reasoning_marks(tokenizer) is not None, **(template_config or {})}
+    return _Fitting(tokenizer, config, _with_objects(messages)).text()
 
 
 def lists_tools(tokenizer: TokenizerWrapper) -> bool:
@@ -76,7 +84,7 @@ class _Fitting:
         self._messages = messages
         self._tried: list[tuple[Messages, str | None]] = []
         self._refusal: ValueError | None = None
-        self._incomplete: str | None = None
+        self._incomplete: tuple[int, str] | None = None  # the fewest messages missing, and the text
 
     def text(self) -> str:
         """Render the conversation with as few changes as possible, the mildest first."""
@@ -95,7 +103,7 @@ class _Fitting:
         if self._incomplete is None:
             assert self._refusal is not None
             raise self._refusal
-        return self._incomplete
+        return self._incomplete[1]
 
     def _try(self, changes: tuple[Change, ...], form: tuple[Change, ...]) -> str | None:
         """Render a changed conversation; None if the template does not render all of it."""
@@ -108,33 +116,32 @@ class _Fitting:
         text = None
         try:
             text = self._render(messages)
-            if not self._is_complete(messages):
-                self._incomplete, text = self._incomplete or text, None
+            if missing := self._num_missing(messages):
+                if self._incomplete is None or missing < self._incomplete[0]:
+                    self._incomplete = (missing, text)
+                text = None
         except ValueError as error:
             self._refusal = self._refusal or error
         self._tried.append((messages, text))
         return text
 
-    def _is_complete(self, messages: Messages) -> bool:
-        """Whether the template renders all that the model is told, found by marks in the texts."""
+    def _num_missing(self, messages: Messages) -> int:
+        """Number of messages that the template leaves out or misprints, found by marks in them."""
         marked = [_marked(message, f"zq{index}qz") for index, message in enumerate(messages)]
         try:
             text = self._render(marked)
         except ValueError:
-            return True
-        marks = [f"zq{at}qz" for at, each in enumerate(marked) if each != messages[at]]
-        # Templates that expect text print lists and objects in Python's form, not in JSON's.
-        python_forms = [form for mark in marks for form in (f"{{'{mark}", f"{mark}'}}]")]
-        return all(mark in text for mark in marks) and not any(
-            form in text for form in python_forms
-        )
+            return 0
+        missing = {str(at) for at, each in enumerate(marked) if each != messages[at]}
+        missing -= set(_MARK.findall(text))
+        return len(missing) + len(_PYTHON_FORM.findall(text))
 
     def _render(self, messages: Messages) -> str:
         last = messages[-1]
         resume = last["role"] == "assistant" and not last.get("tool_calls")
         try:
             text = self._tokenizer.apply_chat_template(
-                messages,
+                [_with_reasoning(message) for message in messages],
                 tokenize=False,
                 continue_final_message=resume,
                 add_generation_prompt=not resume,
@@ -144,6 +151,12 @@ class _Fitting:
             raise ValueError(f"the chat template refuses the conversation: {error}") from None
         assert isinstance(text, str)
         return text
+
+
+def _with_reasoning(message: Message) -> Message:
+    """Offer earlier reasoning under both of the names that templates have for it."""
+    thought = message.get("reasoning_content")
+    return message | {"reasoning": thought} if thought else message
 
 
 def _with_objects(messages: Sequence[Mapping[str, Any]]) -> Messages:
@@ -198,10 +211,26 @@ def _join_neighbours(messages: Messages) -> Messages:
     return joined
 
 
+def _without_empty_answers(messages: Messages) -> Messages:
+    """Leave out messages of the assistant that say and call nothing."""
+    kept = [
+        each
+        for each in messages
+        if each["role"] != "assistant"
+        or content_text(each.get("content")).strip()
+        or each.get("tool_calls")
+    ]
+    return kept or messages
+
+
 def _user_first(messages: Messages) -> Messages:
-    """Begin with a message of the user, which may be empty, after the system message."""
+    """Begin with a message of the user, which may be empty, after the system message.
+
+    Results of calls that became text do not count as such a message in Qwen's templates.
+    """
     start = 1 if messages[0]["role"] in _SYSTEM else 0
-    if messages[start:] and messages[start]["role"] == "user":
+    first = messages[start] if messages[start:] else {"role": None}
+    if first["role"] == "user" and not is_result(first):
         return messages
     return [*messages[:start], {"role": "user", "content": ""}, *messages[start:]]
 
@@ -307,7 +336,7 @@ def _marked(message: Message, mark: str) -> Message:
     if calls := message.get("tool_calls"):
         return message | {"tool_calls": [_marked_call(call, mark) for call in calls]}
     content = message.get("content")
-    if message["role"] == "assistant" or not content:
+    if not content:
         return message
     if isinstance(content, str):
         return message | {"content": content + mark}
@@ -324,6 +353,7 @@ def _marked_call(call: Mapping[str, Any], mark: str) -> dict[str, Any]:
 # From the mildest change to the strongest.
 _CHANGES: tuple[Change, ...] = (
     _system_first,
+    _without_empty_answers,
     _join_neighbours,
     _user_first,
     _short_ids,
@@ -337,6 +367,7 @@ _ORDER = (
     _calls_as_text,
     _system_first,
     _system_into_user,
+    _without_empty_answers,
     _results_with_users,
     _single_calls,
     _join_neighbours,

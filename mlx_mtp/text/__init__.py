@@ -1,0 +1,1 @@
+"""Prompts and answers as text: chat templates, tools, ids to text, reasoning."""
