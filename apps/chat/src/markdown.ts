@@ -113,7 +113,7 @@ export function renderBlocks(text: string, streaming: boolean): string[] {
 /** Render only the formulas of a text; returns safe HTML per paragraph. */
 export function renderPlain(text: string, streaming: boolean): string[] {
   const masked = mask(text, streaming, markdown.utils.escapeHtml);
-  return masked.text.split(/(?<=\n\n)(?!\n)/).map((part) => safe(masked.show(part)));
+  return masked.text.split(/\n{2,}/).map((part) => safe(masked.show(part)));
 }
 
 function safe(html: string): string {
