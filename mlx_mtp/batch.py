@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_mtp.text.detokenizer import detokenizer_for
 from mlx_mtp.generate import (
     TextStream,
     answer_settings,
@@ -26,6 +25,7 @@ from mlx_mtp.generate import (
     with_next_id,
     wrapped,
 )
+from mlx_mtp.text.detokenizer import detokenizer_for
 
 if TYPE_CHECKING:
     from mlx_lm.generate import BatchResponse

@@ -27,8 +27,9 @@ from mlx_mtp.generate import (
     encode_prompt,
     stream_generate,
 )
-from mlx_mtp.text.reasoning import AnswerPrinter, Reasoning, split_reasoning
 from mlx_mtp.terminal import AnswerWriter, Interrupt, Status, dim, one_line
+from mlx_mtp.text.answer_printer import AnswerPrinter
+from mlx_mtp.text.reasoning import Reasoning, split_reasoning
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

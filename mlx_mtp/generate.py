@@ -23,14 +23,15 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import mlx.core as mx
 
-from mlx_mtp.text.chat_template import chat_text
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
 from mlx_mtp.decoding.limits import ContextOverflow
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.text.detokenizer import detokenizer_for
-from mlx_mtp.text.reasoning import Reasoning, budget_processors
+from mlx_mtp.decoding.thinking_budget import budget_processors
 from mlx_mtp.stats import RULE, GenerationStats, StatsMeter
 from mlx_mtp.terminal import show
+from mlx_mtp.text.chat_template import chat_text
+from mlx_mtp.text.detokenizer import detokenizer_for
+from mlx_mtp.text.reasoning import Reasoning
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper

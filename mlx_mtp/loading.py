@@ -23,7 +23,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.backends.metal.setup import set_up_kernels
-from mlx_mtp.text.detokenizer import load_tokenizer
 from mlx_mtp.model.base import open_base
 from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
 from mlx_mtp.model.fingerprint import fingerprint, is_fingerprint_of
@@ -36,6 +35,7 @@ from mlx_mtp.storage.default_model import (
 )
 from mlx_mtp.storage.safetensors import read_safetensors
 from mlx_mtp.terminal import Status, first_line, show
+from mlx_mtp.text.detokenizer import load_tokenizer
 
 HUB_FILES = (
     "*.json", "*.safetensors", "*.txt", "*.jsonl", "*.jinja", "tokenizer.model", "*.py"

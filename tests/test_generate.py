@@ -11,7 +11,6 @@ import pytest
 from mlx_lm.sample_utils import make_sampler
 
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
-from mlx_mtp.text.detokenizer import detokenizer_for
 from mlx_mtp.generate import (
     NO_TEXT,
     ContextOverflow,
@@ -22,6 +21,7 @@ from mlx_mtp.generate import (
     stream_generate,
 )
 from mlx_mtp.stats import GenerationStats, StatsMeter
+from mlx_mtp.text.detokenizer import detokenizer_for
 from tests.helpers.fixtures_generate import (
     ASSISTANT,
     EOS,

@@ -25,10 +25,11 @@ from mlx_mtp.decoding.limits import (
     max_new_tokens,
 )
 from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling
+from mlx_mtp.decoding.thinking_budget import budget_processors
 from mlx_mtp.generate import chat_text, encode_prompt, with_special_tokens
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.text.reasoning import Reasoning, ReasoningTracker, budget_processors, template_settings
 from mlx_mtp.terminal import one_line
+from mlx_mtp.text.reasoning import Reasoning, ReasoningTracker, template_settings
 from mlx_mtp.text.tool_prompt import with_tools
 
 

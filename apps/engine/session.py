@@ -16,12 +16,12 @@ from mlx_mtp.apps.engine.tool_calls import ToolCallReader
 from mlx_mtp.calibration.stored_costs import store_learned
 from mlx_mtp.decoding.setup import make_request
 from mlx_mtp.decoding.step import Outcome, Step, StepResult
-from mlx_mtp.text.detokenizer import detokenizer_for
 from mlx_mtp.generate import TextStream, drafts_tokens
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
-from mlx_mtp.text.reasoning import Parts, ReasoningParser, Span
 from mlx_mtp.stats import GenerationStats, StatsMeter
+from mlx_mtp.text.detokenizer import detokenizer_for
+from mlx_mtp.text.reasoning import Parts, ReasoningParser, Span
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,13 +12,13 @@ import mlx.nn as nn
 
 from mlx_mtp.converters.layouts import BaseFacts
 from mlx_mtp.converters.layouts.tables import named_masks
-from mlx_mtp.text.detokenizer import load_tokenizer
 from mlx_mtp.loading import resolve
 from mlx_mtp.model.base import open_base
 from mlx_mtp.model.lora import linear_dims
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.cards import is_hub_id
 from mlx_mtp.storage.default_model import DEFAULT_MODEL_NAME, default_model_path
+from mlx_mtp.text.detokenizer import load_tokenizer
 
 DEFAULT_NORM_EPS = 1e-6
 

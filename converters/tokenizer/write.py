@@ -24,10 +24,10 @@ from mlx_mtp.converters.tokenizer.sentencepiece import (
     parse,
     user_defined,
 )
-from mlx_mtp.text.detokenizer import load_tokenizer
 from mlx_mtp.evaluation.prompts import builtin_prompts
 from mlx_mtp.storage.safetensors import read_json_object, shown
 from mlx_mtp.storage.sidecars import sidecar_template
+from mlx_mtp.text.detokenizer import load_tokenizer
 
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from mlx_mtp.generate import GenerationResponse
-    from mlx_mtp.text.reasoning import AnswerPrinter
+    from mlx_mtp.text.answer_printer import AnswerPrinter
 
 _QUERY = "@@mlx-mtp-query@@"
 _PROMPT_OPTIONS = (
@@ -166,8 +166,8 @@ def _answer(
     end.
     """
     from mlx_mtp.generate import stats_text, stream_generate
-    from mlx_mtp.text.reasoning import AnswerPrinter
     from mlx_mtp.stats import RULE
+    from mlx_mtp.text.answer_printer import AnswerPrinter
 
     with Interrupt() as interrupt, Status(f"Prompt: {len(ids)} tokens ...") as status:
         output = AnswerWriter(status)

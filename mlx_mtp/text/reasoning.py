@@ -1,12 +1,11 @@
-"""Reasoning models: where the reasoning is in an answer, and how long it may be.
+"""Reasoning models: where the reasoning is in an answer.
 
 A reasoning model writes its reasoning between two marks, such as ``<think>`` and ``</think>``, and
 then the answer.  Some chat templates end the prompt with the opening mark, so that the answer
 begins inside the reasoning, or with an empty pair, so that there is none.
 
 ``ReasoningParser`` splits the text of an answer.  ``ReasoningTracker`` finds the same places in the
-ids, for logits processors.  These are functions of the ids alone, so speculation stays exact: a
-draft beyond the budget is verified by the forced logits and rejected like any other.
+ids, for logits processors.
 
 Only the first reasoning of an answer counts, and it ends with the first closing mark.
 """
@@ -14,15 +13,11 @@ Only the first reasoning of an answer counts, and it ends with the first closing
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import mlx.core as mx
-
-from mlx_mtp.decoding.sampling import LogitsProcessor
-from mlx_mtp.terminal import AnswerWriter
 
 Phase = Literal["before", "inside", "after"]
 Span = tuple[int, int] | tuple[int, int, int, int]
@@ -319,39 +314,6 @@ class ReasoningParser:
         return taken
 
 
-class AnswerPrinter:
-    """Writes an answer; at a terminal its reasoning is faint and without marks.
-
-    Args:
-        output: where to write.
-        reasoning: the marks, if the model has any.
-    """
-
-    def __init__(self, output: AnswerWriter, reasoning: Reasoning | None) -> None:
-        self._output = output
-        is_split = reasoning is not None and sys.stdout.isatty()
-        self._parser = ReasoningParser(reasoning) if reasoning and is_split else None
-        self._is_reasoning = False
-
-    def write(self, text: str) -> None:
-        """Write a piece of text."""
-        self._write(self._parser.push(text) if self._parser else Parts("", text))
-
-    def finish(self) -> None:
-        """Write the pending text."""
-        if self._parser:
-            self._write(self._parser.finish())
-
-    def _write(self, parts: Parts) -> None:
-        if parts.reasoning:
-            self._output.write(parts.reasoning, faint=True)
-            self._is_reasoning = True
-        if parts.content and self._is_reasoning:
-            self._output.write("\n\n")
-            self._is_reasoning = False
-        self._output.write(parts.content)
-
-
 class ReasoningTracker:
     """Tells for the ids of an answer what ``ReasoningParser`` tells for its text.
 
@@ -405,44 +367,6 @@ class ReasoningTracker:
         if find_opening(text, marks.start) >= 0:
             return "inside", count
         return phase, count if marks.start in text else since  # a mention is read once
-
-
-def budget_processor(tracker: ReasoningTracker, tokenizer: Any, budget: int) -> LogitsProcessor:
-    """Return a processor that forces the closing mark when the reasoning has so many ids.
-
-    It must be the last processor, since it leaves only the forced id possible.
-
-    Args:
-        tracker: of this answer.
-        tokenizer: from ``load``.
-        budget: maximum number of ids of reasoning, not counting the marks.
-    """
-    closing = mark_ids(tokenizer, tracker.reasoning.end)
-    begins_inside = tracker.reasoning.phase == "inside"
-
-    def process(tokens: mx.array, logits: mx.array) -> mx.array:
-        count = tokens.size - tracker.num_prompt
-        if count < budget or (begins_inside and count >= budget + len(closing)):
-            return logits
-        phase, since = tracker.at(tokens)
-        index = count - since - budget
-        if phase != "inside" or not 0 <= index < len(closing):
-            return logits
-        forced = mx.full(logits.shape, -mx.inf, logits.dtype)
-        forced[..., closing[index]] = 0
-        return forced
-
-    return process
-
-
-def budget_processors(
-    tokenizer: Any, reasoning: Reasoning | None, budget: int | None, *, num_prompt: int
-) -> list[LogitsProcessor]:
-    """Return the processor of a budget, or none where there is no budget or nothing to limit."""
-    if budget is None or reasoning is None or reasoning.phase == "after":
-        return []
-    tracker = ReasoningTracker(tokenizer, reasoning, num_prompt=num_prompt)
-    return [budget_processor(tracker, tokenizer, budget)]
 
 
 def find_opening(text: str, mark: str, *, previous: str = "") -> int:

@@ -20,10 +20,10 @@ from mlx_lm.tokenizer_utils import (
 
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.text.detokenizer import Detokenizer, is_utf8, load_tokenizer
 from mlx_mtp.generate import generate, stream_generate
 from mlx_mtp.loading import load
 from mlx_mtp.storage.default_model import default_model_path
+from mlx_mtp.text.detokenizer import Detokenizer, is_utf8, load_tokenizer
 from tests.helpers.tiny import save_tiny_model, tiny_mtp
 from tests.helpers.tokenizers import KINDS, make
 

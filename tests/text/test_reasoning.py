@@ -15,8 +15,9 @@ from mlx_mtp.batch import batch_generate
 from mlx_mtp.cli.main import cli
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.generate import chat_text, encode_prompt, generate, stream_generate
+from mlx_mtp.terminal import AnswerWriter, Status
+from mlx_mtp.text.answer_printer import AnswerPrinter
 from mlx_mtp.text.reasoning import (
-    AnswerPrinter,
     Parts,
     Reasoning,
     ReasoningParser,
@@ -25,7 +26,6 @@ from mlx_mtp.text.reasoning import (
     split_reasoning,
     template_settings,
 )
-from mlx_mtp.terminal import AnswerWriter, Status
 from tests.helpers.fixtures_generate import (
     EOS,
     FakeModel,
