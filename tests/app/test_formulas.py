@@ -151,6 +151,13 @@ def test_what_is_no_formula_stays_text(page: Page, app: AppHost):
 def test_formulas_stream_without_flicker_and_load_katex_once(page: Page):
     loaded: list[str] = []
     page.on("request", lambda request: loaded.append(request.url))
+    fonts: list[str] = []
+    page.on(
+        "response",
+        lambda reply: (
+            fonts.append(reply.headers["content-type"]) if reply.url.endswith(".woff2") else None
+        ),
+    )
     page.evaluate(RECORD)
     send(page, "no formula: $5 and $6")
     finished(page)
@@ -164,6 +171,7 @@ def test_formulas_stream_without_flicker_and_load_katex_once(page: Page):
     assert len(states) > 6 and not any(made for _, made in states)
     counts = [count for count, _ in states]
     assert all(old <= new or new == 0 for old, new in pairwise(counts)), counts
+    assert fonts and set(fonts) == {"font/woff2"}
     kinds = [url.rpartition(".")[2] for url in loaded if "/assets/" in url]
     assert (kinds.count("js"), kinds.count("css"), set(kinds)) == (1, 1, {"js", "css", "woff2"})
 
