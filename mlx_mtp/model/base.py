@@ -7,6 +7,7 @@ scaling that depends on the length of the context.
 from __future__ import annotations
 
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from mlx_lm import utils as lm_utils
 from mlx_lm.models import rope_utils
 
 from mlx_mtp.model.settings import Rope, Settings, read_settings
-from mlx_mtp.model.wrappers import ExactlyScaled, LimitedRope, WindowLayer, replace
+from mlx_mtp.model.wrappers import Activated, ExactlyScaled, LimitedRope, WindowLayer, replace
 from mlx_mtp.storage.folders import without_wildcards
 from mlx_mtp.storage.safetensors import check_safetensors
 
@@ -86,6 +87,12 @@ def _apply(text: Any, settings: Settings) -> None:
     """Put modules in place for settings that mlx-lm's class does not apply."""
     if text.model_type == "gemma3_text":
         replace(text, {"model": ExactlyScaled(text.model)})
+    if settings.activation is not None:
+        activation = getattr(nn, settings.activation)
+        modules = [(path, x) for path, x in text.named_modules() if path.endswith(".mlp")]
+        replace(text, {path: Activated(module, activation) for path, module in modules})
+    if settings.rope is not None and settings.rope.partial is not None:
+        _rotate_partly(text, settings.rope.partial)
     if settings.rope is not None and settings.rope.scaling is not None:
         _apply_rope(text, settings.rope)
     if settings.windows:
@@ -97,6 +104,12 @@ def _apply(text: Any, settings: Settings) -> None:
             if window is not None
         }
         replace(text, layers)
+
+
+def _rotate_partly(text: Any, share: float) -> None:
+    for _, module in text.named_modules():
+        if type(module) is nn.RoPE:
+            module.dims = int(module.dims * share)
 
 
 def _apply_rope(text: Any, rope: Rope) -> None:
@@ -118,6 +131,10 @@ def _apply_rope(text: Any, rope: Rope) -> None:
         }
         replace(text, scaled)
         modules |= scaled
+    if kind == "yarn" and not rope.scaling.get("truncate", True):
+        for module in modules.values():
+            if isinstance(module, rope_utils.YarnRoPE):
+                module._freqs = _untruncated(module.dims, rope)
     if kind == "dynamic":
         replace(
             text,
@@ -141,6 +158,26 @@ def _apply_rope(text: Any, rope: Rope) -> None:
         limit = rope.scaling["original_max_position_embeddings"]
         if rope.scaling["short_factor"] != rope.scaling["long_factor"]:
             text.args.max_position_embeddings = min(limit, rope.max_positions)
+
+
+def _untruncated(dims: int, rope: Rope) -> mx.array:
+    """Return YaRN's wavelengths ``[dims / 2]`` with limits between two dimensions.
+
+    mlx-lm rounds the limits to whole dimensions.
+    """
+    scaling = rope.scaling
+    assert scaling is not None
+
+    def dimension(rotations: float) -> float:
+        turns = scaling["original_max_position_embeddings"] / (rotations * 2 * math.pi)
+        return dims * math.log(turns) / (2 * math.log(rope.theta))
+
+    low = max(dimension(scaling.get("beta_fast", 32)), 0)
+    high = min(dimension(scaling.get("beta_slow", 1)), dims - 1)
+    width = 0.001 if low == high else high - low
+    kept = 1 - mx.clip((mx.arange(dims // 2, dtype=mx.float32) - low) / width, 0, 1)
+    plain = rope.theta ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
+    return plain / (kept + (1 - kept) / scaling["factor"])
 
 
 def _long_rope(dims: int, rope: Rope) -> LimitedRope:

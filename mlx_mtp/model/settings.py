@@ -65,6 +65,15 @@ _COMPUTING = {
 }
 _SAME_ACTIVATION = ({"silu", "swish"}, {"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
 
+# Architectures of which mlx-lm's class computes something else than transformers' by default, but
+# has modules that can be exchanged: another GELU, and a rotary embedding of whole heads.
+_OTHER_ACTIVATION = ("gemma", "gpt_neox", "starcoder2")
+_OTHER_ROTARY_DIMS = ("glm",)
+ACTIVATIONS = {
+    **{"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"},
+    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_approx"),
+}
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -75,12 +84,14 @@ class Rope:
         scaling: mlx-lm's ``rope_scaling``; None for none.
         max_positions: ``max_position_embeddings``.
         applied: whether mlx-lm's class reads ``rope_scaling``.
+        partial: rotated share of a head, if mlx-lm's class rotates whole heads only; else None.
     """
 
     theta: float
     scaling: dict[str, Any] | None
     max_positions: int
     applied: bool
+    partial: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +104,7 @@ class Settings:
         windows: by layer, a sliding window that mlx-lm's class does not apply; empty if none.
         rope: None if transformers does not know the model type.
         tied: whether the output head is the embedding table; None if that is left to mlx-lm.
+        activation: function of ``mlx.nn`` that mlx-lm's class does not apply; None if it does.
     """
 
     config: dict[str, Any]
@@ -100,6 +112,7 @@ class Settings:
     windows: tuple[int | None, ...] = ()
     rope: Rope | None = None
     tied: bool | None = None
+    activation: str | None = None
 
 
 def read_settings(config: Mapping[str, Any], *, has_head: bool | None = None) -> Settings:
@@ -138,7 +151,10 @@ def _read_flat(
     """Translate a configuration without a ``text_config``."""
     classes = _classes(config)
     if known is None or classes is None:
-        return Settings(_older_keys(config), tied=config.get("tie_word_embeddings"))
+        config = _older_keys(config)
+        if classes is not None:
+            _check_unknown(config, _keys_read(*classes)[0])
+        return Settings(config, tied=config.get("tie_word_embeddings"))
     reads, usual_head = _keys_read(*classes)
     _check_fixed(config, known, reads, classes[1])
     tied = _is_tied(config, known, has_head if usual_head else None)
@@ -164,12 +180,16 @@ def _read_flat(
         defaults = classes[1].from_dict(copy.deepcopy(config))
     except (TypeError, ValueError, KeyError, AttributeError):
         defaults = None  # a key is missing that transformers writes under another name
+    required = [field.name for field in dataclasses.fields(classes[1]) if _is_required(field)]
     changes = {
         key: value
         for key, value in keys.items()
-        if key in (*config, *_EXPLICIT) or value != getattr(defaults, key, None)
+        if key in (*config, *_EXPLICIT, *required) or value != getattr(defaults, key, None)
     }
-    return Settings(config | changes, overrides, windows, rope, tied)
+    activation = None
+    if config["model_type"] in _OTHER_ACTIVATION:
+        activation = ACTIVATIONS[getattr(known, "hidden_act", None) or "silu"]
+    return Settings(config | changes, overrides, windows, rope, tied, activation)
 
 
 def _classes(config: Mapping[str, Any]) -> tuple[type, type] | None:
@@ -187,6 +207,10 @@ def _fields(kind: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
 
 
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
 def _transformers_config(config: Mapping[str, Any]) -> PreTrainedConfig | None:
     """Read a configuration by transformers' class; None if it does not know the model type."""
     model_type = config.get("model_type")
@@ -195,6 +219,11 @@ def _transformers_config(config: Mapping[str, Any]) -> PreTrainedConfig | None:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
     values = {k: v for k, v in config.items() if k not in ("model_type", "dtype", "torch_dtype")}
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling.get("type") == "su":  # the first name of longrope
+        length = config.get("original_max_position_embeddings")
+        kind = {"type": "longrope", "original_max_position_embeddings": length}
+        values["rope_scaling"] = scaling | kind
     with _quiet():
         try:
             return CONFIG_MAPPING[model_type](**copy.deepcopy(values))
@@ -246,15 +275,18 @@ def _check_fixed(
     why = f"which mlx-lm's {config['model_type']} does not apply"
     fields = {field.name: field for field in dataclasses.fields(known)}
     base = _fields(PreTrainedConfig)
+    aliases = {known.attribute_map.get(key, key) for key in reads}
+    if config["model_type"] in _OTHER_ACTIVATION and known.hidden_act in ACTIVATIONS:
+        aliases.add("hidden_act")
     for key, field in fields.items():
-        handled = base | _TRANSLATED | _HARMLESS | reads | {"head_dim"}
+        handled = base | _TRANSLATED | _HARMLESS | reads | aliases | {"head_dim"}
         if key in handled or key.endswith(_HARMLESS_ENDINGS):
             continue
         value = getattr(known, key)
         default = field.default
         if default is dataclasses.MISSING:
             continue
-        if not _same(value, default):
+        if not _same(value, default) and not (default is None and _is_derived(config, key, value)):
             raise _refuse(key, value, f"{why}: it computes with {default!r}")
     for field in dataclasses.fields(args_class):
         read = field.name in (reads & set(fields)) - _TRANSLATED
@@ -269,6 +301,26 @@ def _check_fixed(
     for key in sorted(_COMPUTING & set(config) - set(fields) - reads - mapped):
         if config[key] not in (None, False, 0, 1, [], {}):
             raise _refuse(key, config[key], why)
+
+
+def _is_derived(config: Mapping[str, Any], key: str, value: Any) -> bool:
+    """Return whether transformers derives a setting's value from the others."""
+    known = _transformers_config({k: v for k, v in config.items() if k != key})
+    return getattr(known, key, None) == value
+
+
+def _check_unknown(config: Mapping[str, Any], reads: frozenset[str]) -> None:
+    """Refuse what mlx-lm's class does not read, if transformers does not know the model type."""
+    window, limit = config.get("sliding_window"), config.get("max_position_embeddings") or 0
+    unused = config.get("use_sliding_window") is False or not window or 0 < limit <= window
+    neutral = {"sliding_window"} if unused else set()
+    for key in sorted((_COMPUTING | {"rope_scaling"} | set(_PARTIAL)) - reads - neutral):
+        value = config.get(key)
+        if isinstance(value, dict) and value.get("rope_type", value.get("type")) == "default":
+            continue
+        if value not in (None, False, 0, 1, [], {}):
+            why = f"which mlx-lm's {config['model_type']} does not apply"
+            raise _refuse(key, value, why)
 
 
 def _same(value: Any, default: Any) -> bool:
@@ -329,7 +381,8 @@ def _rope(
         theta = known.default_theta if isinstance(known.default_theta, float) else 10000.0
     keys |= {key: theta for key in _THETA if key in reads or key == "rope_theta"}
     partial = main.get("partial_rotary_factor")
-    if partial is not None:
+    other = model_type in _OTHER_ROTARY_DIMS
+    if partial is not None and not other:
         if not reads.isdisjoint(_PARTIAL):
             keys |= {key: partial for key in _PARTIAL if key in reads}
         elif partial != 1:
@@ -347,7 +400,7 @@ def _rope(
         keys["rope_parameters"] = _joined(parameters, scaling, theta)
     applied = "rope_scaling" in reads or "rope_parameters" in reads
     limit = getattr(known, "max_position_embeddings", None) or 2048
-    return Rope(theta, scaling, limit, applied), keys
+    return Rope(theta, scaling, limit, applied, partial if other else None), keys
 
 
 def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -387,8 +440,6 @@ def _translate_yarn(scaling: dict[str, Any], limit: int) -> None:
     factor = scaling.get("factor")
     if factor is None:
         factor = scaling["factor"] = limit / scaling["original_max_position_embeddings"]
-    if not scaling.get("truncate", True):
-        raise _refuse("truncate of rope_parameters", False, "which mlx-lm does not apply")
     for key in ("beta_fast", "beta_slow"):
         if not scaling.get(key, True):
             del scaling[key]  # transformers takes its default for 0
