@@ -6,6 +6,7 @@ scaling that depends on the length of the context.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import re
@@ -19,10 +20,12 @@ from mlx_lm.models import rope_utils
 
 from mlx_mtp.model.settings import Rope, Settings, read_settings
 from mlx_mtp.model.wrappers import Activated, ExactlyScaled, LimitedRope, WindowLayer, replace
-from mlx_mtp.storage.folders import without_wildcards
 from mlx_mtp.storage.safetensors import check_safetensors
+from mlx_mtp.storage.weights import for_mlx_lm, safetensors_files
 
 LOG = logging.getLogger(__name__)
+_FREQUENCIES = re.compile(r"rotary_emb\.inv_freq$")
+_EMBEDDING = "embed_tokens.weight"
 _HEAD = re.compile(r"(^|\.)lm_head\.")
 
 
@@ -42,23 +45,23 @@ def open_base(
     Raises:
         ValueError: a file is broken, or a setting cannot be obeyed.
     """
-    names = [
-        name
-        for file in sorted(folder.glob("model*.safetensors"))
-        for name in check_safetensors(file)
-    ]
+    files = safetensors_files(folder)
+    names = [name for file in files for name in check_safetensors(file)]
     config = lm_utils.load_config(folder) | (model_config or {})
     settings = read_settings(config, has_head=any(map(_HEAD.search, names)) if names else None)
     tied = bool(settings.tied and any(map(_HEAD.search, names)))
     if tied:
         LOG.warning("%s: lm_head is not used, because tie_word_embeddings is set", folder)
+    renamed = tied or _EMBEDDING in names or any(map(_FREQUENCIES.search, names))
     replaced = set(config) - set(settings.config)  # by keys that mlx-lm reads
-    with without_wildcards(folder) as path:
+    with for_mlx_lm(folder, files) as path:
         model, config = lm_utils.load_model(
             path,
             lazy=True,
             model_config=dict.fromkeys(replaced) | settings.config | settings.overrides,
-            get_model_classes=_without_head if tied else lm_utils._get_classes,
+            get_model_classes=functools.partial(_classes, tied=tied)
+            if renamed
+            else lm_utils._get_classes,
             trust_remote_code=trust_remote_code,
         )
     for key in {*replaced, *settings.overrides}:
@@ -67,16 +70,27 @@ def open_base(
     return model, {**settings.config, **config}
 
 
-def _without_head(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
-    """Return mlx-lm's classes for weights whose output head is not used.
+def _classes(config: dict[str, Any], *, tied: bool) -> tuple[type[nn.Module], type]:
+    """Return mlx-lm's classes for weights as other libraries name them.
 
     A tied model may have a head in its files: PyTorch files keep both names of a shared tensor.
-    Some classes refuse it as a surplus tensor, and gemma3_text would use it.
+    Some classes refuse it as a surplus tensor, and gemma3_text would use it.  Older files have
+    frequencies of rotary embeddings, which are no weights.  A model that was saved without its head
+    has names without ``model``.
     """
     model_class, args_class = lm_utils._get_classes(config)
 
     def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        weights = {name: value for name, value in weights.items() if not _HEAD.search(name)}
+        weights = {
+            name: value
+            for name, value in weights.items()
+            if not _FREQUENCIES.search(name) and not (tied and _HEAD.search(name))
+        }
+        if _EMBEDDING in weights and hasattr(self, "model"):
+            weights = {
+                name if _HEAD.search(name) else f"model.{name}": value
+                for name, value in weights.items()
+            }
         inherited = getattr(model_class, "sanitize", None)
         return weights if inherited is None else inherited(self, weights)
 

@@ -69,6 +69,7 @@ _SAME_ACTIVATION = ({"silu", "swish"}, {"gelu_pytorch_tanh", "gelu_new", "gelu_f
 # has modules that can be exchanged: another GELU, and a rotary embedding of whole heads.
 _OTHER_ACTIVATION = ("gemma", "gpt_neox", "starcoder2")
 _OTHER_ROTARY_DIMS = ("glm",)
+_USUAL_HEAD_DIM = ("cohere2", "exaone")  # their code fails with others, though it reads head_dim
 ACTIVATIONS = {
     **{"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"},
     **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_approx"),
@@ -155,11 +156,14 @@ def _read_flat(
         if classes is not None:
             _check_unknown(config, _keys_read(*classes)[0])
         return Settings(config, tied=config.get("tie_word_embeddings"))
-    reads, usual_head = _keys_read(*classes)
+    reads, usual_head, ties = _keys_read(*classes)
     _check_fixed(config, known, reads, classes[1])
     tied = _is_tied(config, known, has_head if usual_head else None)
     if has_head and not tied and not usual_head and "tie_word_embeddings" not in reads:
         why = f"but mlx-lm's {config['model_type']} has no output head"
+        raise _refuse("tie_word_embeddings", tied, why)
+    if tied and has_head is False and usual_head and not ties:
+        why = f"but mlx-lm's {config['model_type']} needs an output head (lm_head)"
         raise _refuse("tie_word_embeddings", tied, why)
     named = _fields(known) | set(known.attribute_map)
     values = {
@@ -200,6 +204,9 @@ def _classes(config: Mapping[str, Any]) -> tuple[type, type] | None:
         classes = lm_utils._get_classes(dict(config))
     except (KeyError, ValueError, AttributeError):
         return None
+    except SystemExit:  # of the module of olmo
+        why = "for which mlx-lm needs another package"
+        raise _refuse("model_type", config["model_type"], why) from None
     return classes if dataclasses.is_dataclass(classes[1]) else None
 
 
@@ -244,10 +251,10 @@ def _quiet() -> Iterator[None]:
 
 
 @functools.cache
-def _keys_read(model_class: type, args_class: Any) -> tuple[frozenset[str], bool]:
+def _keys_read(model_class: type, args_class: Any) -> tuple[frozenset[str], bool, bool]:
     """Return the fields of a ``ModelArgs`` that mlx-lm's code uses; it has others for show.
 
-    Also returns whether the model's head is named ``lm_head``.
+    Also returns whether the model's head is named ``lm_head``, and whether it can be left out.
     """
     modules = [inspect.getmodule(cls) for cls in {*args_class.__mro__, model_class}]
     names = set()
@@ -257,7 +264,11 @@ def _keys_read(model_class: type, args_class: Any) -> tuple[frozenset[str], bool
                 names.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 names.add(node.value)  # of getattr
-    return frozenset(_fields(args_class) & names), "lm_head" in names
+    return (
+        frozenset(_fields(args_class) & names),
+        "lm_head" in names,
+        "tie_word_embeddings" in names,
+    )
 
 
 def _refuse(key: str, value: Any, why: str) -> ValueError:
@@ -295,7 +306,8 @@ def _check_fixed(
     heads = getattr(known, "num_attention_heads", None)
     head_dim = getattr(known, "head_dim", None)
     computed = known.hidden_size // heads if heads else None
-    if "head_dim" not in reads and head_dim not in (None, computed):
+    fixed = "head_dim" not in reads or config["model_type"] in _USUAL_HEAD_DIM
+    if fixed and head_dim not in (None, computed):
         raise _refuse("head_dim", head_dim, f"{why}: it computes with {computed}")
     mapped = set(known.attribute_map) | set(known.attribute_map.values())
     for key in sorted(_COMPUTING & set(config) - set(fields) - reads - mapped):

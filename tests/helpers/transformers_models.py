@@ -111,6 +111,10 @@ def rewrite_in_older_keys(folder: Path) -> None:
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     if config["model_type"] in ("ministral3", "olmo3"):  # these had no older keys
         config["rope_parameters"] = rope
+    elif config["model_type"] == "gpt_neox":
+        config["rotary_emb_base"] = full.pop("rope_theta")
+        config["rotary_pct"] = full.pop("partial_rotary_factor")
+        config["rope_scaling"] = full if full["rope_type"] != "default" else None
     elif full:
         config["rope_theta"] = full.pop("rope_theta")
         if "partial_rotary_factor" in full:

@@ -60,6 +60,7 @@ GEMMA = {
     "use_bidirectional_attention": [False, False, False, True],
 }
 BIASES = {"attention_bias": [False, False, True], "mlp_bias": [False, False, True]}
+UNTIED = {"tie_word_embeddings": [False]}
 SOME_LAYERS = {
     "use_sliding_window": [False, True],
     "max_window_layers": [0, 1, 2],
@@ -125,10 +126,11 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
     "gemma": ACT | {"head_dim": [8, 16], "attention_bias": [False, False, True]},
     "starcoder2": ACT | WINDOW | {"use_bias": [True, False], "norm_epsilon": [1e-5, 1e-2]},
     "gpt_neox": ACT
-    | {"use_parallel_residual": [True, False], "attention_bias": [True, True, False]},
+    | {"use_parallel_residual": [True, False], "attention_bias": [True, True, False]}
+    | UNTIED,
     "exaone": ACT | {"head_dim": [8, 16]},
     "cohere2": WINDOW | {"logit_scale": [0.0625, 1.0], "head_dim": [8, 16]},
-    "phi": ACT | {"qk_layernorm": [False, True]},
+    "phi": ACT | UNTIED | {"qk_layernorm": [False, True]},
     "nemotron": {"hidden_act": ["relu2", "relu"], **BIASES, "head_dim": [8, 16]},
 }
 
@@ -171,6 +173,7 @@ def check(kind: str, folder: Path, settings: dict[str, Any]) -> list[str]:
         except ValueError as refusal:
             text = str(refusal)
             names = set(re.findall(r'"(\w+)":', json.dumps(ARCHITECTURES[kind] | settings)))
+            names.add("rope_scaling")
             named = any(key in text for key in names)
             outcomes.append("refused" if named and "\n" not in text else f"unnamed: {text}")
     return outcomes
