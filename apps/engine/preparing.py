@@ -199,19 +199,20 @@ def _processors(
 
 def _grammar(job: Job, tokenizer: TokenizerWrapper) -> str:
     """The grammar that the answer must match."""
-    if job.schema is not None:
+    if job.schema is not None and not job.tools:
         return json_grammar(job.schema)
     functions = [tool["function"] for tool in job.tools or ()]
     form = _call_format(job, tokenizer)
-    required = job.required_tools or ()
+    required = job.required_tools
     return calls_grammar(
         {
             function["name"]: _closed(function.get("parameters"))
             for function in functions
-            if function["name"] in required
+            if required is None or function["name"] in required
         },
         tags=(form.tool_call_start or "", form.tool_call_end or ""),
-        parallel=job.parallel_tool_calls,
+        parallel=job.parallel_tool_calls or required is None,
+        answer=job.schema if required is None else None,
     )
 
 
@@ -263,11 +264,12 @@ def _encode_chat(
 def _is_generic(job: Job, tokenizer: TokenizerWrapper) -> bool:
     """Whether tools are listed, and calls written, in plain text instead of the template's form.
 
-    Required calls are, too, unless the template's form is JSON, which a grammar can enforce.
+    Calls that a grammar enforces are, too, unless the template's form is JSON.
     """
     if not job.tools or not tokenizer.has_chat_template:
         return False
-    if job.required_tools is not None and tokenizer.has_tool_calling:
+    is_constrained = job.required_tools is not None or job.schema is not None
+    if is_constrained and tokenizer.has_tool_calling:
         return not (calls_are_json(tokenizer) and reads_tools(tokenizer))
     return not reads_tools(tokenizer)
 
