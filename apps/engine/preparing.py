@@ -58,6 +58,7 @@ class Prepared:
         logits_processors: of penalties, grammars and the budget of reasoning.
         top_logprobs: number of most likely ids to report per id; None for no logprobs.
         tools: tools whose calls are parsed.
+        parallel_tool_calls: whether calls after the first are reported.
         reasoning: the marks of the reasoning to split off, if there are any.
         call_format: format of the calls, as an argument of ``ToolCallReader``.
         pieces: whether the ids of each step and the text of each id are reported.
@@ -71,6 +72,7 @@ class Prepared:
     logits_processors: list[LogitsProcessor] = field(default_factory=list)
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
+    parallel_tool_calls: bool = True
     reasoning: Reasoning | None = None
     call_format: TokenizerWrapper | GenericCalls = GENERIC
     pieces: bool = False
@@ -133,6 +135,7 @@ def prepare(
         ],
         top_logprobs=job.top_logprobs,
         tools=job.tools or [],
+        parallel_tool_calls=job.parallel_tool_calls,
         reasoning=reasoning if job.split_reasoning else None,
         call_format=_call_format(job, tokenizer),
         pieces=job.pieces,
@@ -211,7 +214,7 @@ def _grammar(job: Job, tokenizer: TokenizerWrapper) -> str:
             if required is None or function["name"] in required
         },
         tags=(form.tool_call_start or "", form.tool_call_end or ""),
-        parallel=job.parallel_tool_calls or required is None,
+        parallel=job.parallel_tool_calls,
         answer=job.schema if required is None else None,
     )
 

@@ -37,7 +37,7 @@ class Job:
         split_reasoning: whether reasoning is reported apart from the text; for ``messages`` only.
         tools: tools for the chat template, in OpenAI's form.
         required_tools: names of tools; the answer must be calls of these and nothing else.
-        parallel_tool_calls: whether there may be more than one of the required calls.
+        parallel_tool_calls: whether there may be more than one call; later ones are left out.
         schema: JSON schema that the answer must match; with ``tools`` it may be calls instead.
         schema_param: field of the request that contains the schema, for errors.
         temp, top_p, min_p, top_k, repetition_penalty, repetition_context_size, xtc_probability,
@@ -65,7 +65,7 @@ class Job:
     split_reasoning: bool = True
     tools: list[dict[str, Any]] | None = None
     required_tools: list[str] | None = None
-    parallel_tool_calls: bool = False
+    parallel_tool_calls: bool = True
     schema: dict[str, Any] | None = None
     schema_param: str | None = None
     temp: float = 0.0

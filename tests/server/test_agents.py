@@ -68,7 +68,7 @@ def claude(host: Any, work: Path, *arguments: str, **more: str) -> subprocess.Po
         "ANTHROPIC_AUTH_TOKEN": "none",
     } | more
     command = [str(BIN / "claude"), *arguments, "--output-format", "json"]
-    return started([*command, "--allowedTools", "Read,Bash"], environment, work)
+    return started([*command, "--allowedTools", "Read,Bash,Edit,Write"], environment, work)
 
 
 def codex(host: Host, work: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -120,6 +120,18 @@ def test_claude_code_calls_tools_and_answers(host, work):
     run = claude(host, work, "-p", "--continue", prompt([read(work / "note.txt")]))
     assert json.loads(output(run))["result"] == "The results: forty two, seven, seven"
     assert len(replies(host)) == 1
+
+
+@pytest.mark.parametrize("start", [claude, codex])
+def test_a_long_task_returns_every_thought(host, work, start):
+    if start is claude:
+        run = claude(host, work, "-p", prompt(*[[read(work / "note.txt")]] * 12, more="thoughts"))
+        answer = json.loads(output(run))["result"]
+    else:
+        run = codex(host, work, prompt(*[[shell("cat note.txt")]] * 12, more="thoughts"))
+        answer = answers(output(run))[-1]
+    assert answer == f"The results: {'forty two, ' * 12}12 thoughts"
+    assert len(replies(host)) == 13
 
 
 def test_claude_code_goes_on_after_a_tool_fails(host, work):

@@ -28,7 +28,7 @@ from mlx_mtp.apps.engine.protocol import (
 from mlx_mtp.apps.engine.scheduler import Scheduler
 from mlx_mtp.apps.engine.session import Engine
 from mlx_mtp.apps.engine.token_text import TokenTexts
-from mlx_mtp.apps.engine.tool_calls import calls_are_json
+from mlx_mtp.apps.engine.tool_calls import ToolCallReader, calls_are_json
 from mlx_mtp.apps.server.api.anthropic_schema import openai_choice
 from mlx_mtp.apps.server.api.tools import Tool, chat_tools
 from mlx_mtp.apps.server.errors import ApiError
@@ -243,6 +243,18 @@ def test_with_tools_and_a_schema_the_answer_is_json_or_calls(engine, start, form
     if not is_call:
         text = "".join(group.get("text", "") for group in groups)
         jsonschema.validate(json.loads(text), SCHEMA)
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_only_the_first_call_counts_without_parallel_calls(engine, several, monkeypatch):
+    calls = [{"name": "add", "arguments": f'{{"a": {number}}}'} for number in (1, 2)]
+    monkeypatch.setattr(ToolCallReader, "finish", lambda self: self.calls.extend(calls) or "")
+    job = {
+        "messages": [{"role": "user", "content": TEXT}], "max_tokens": 2, "tools": TOOLS,
+        "parallel_tool_calls": several,
+    }  # fmt: skip
+    *_, last = messages_of(engine, job)
+    assert last["tool_calls"] == (calls if several else calls[:1])
 
 
 def test_a_bad_schema_of_a_tool_is_refused(engine):

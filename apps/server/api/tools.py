@@ -67,7 +67,7 @@ def chat_tools(
     Args:
         tools: the request's tools.
         choice: "auto", "none", "required" or the name of a tool in one of OpenAI's two forms.
-        parallel: whether several calls are allowed if calls are required.
+        parallel: whether several calls are allowed, unless one tool is required.
 
     Raises:
         ApiError: 400 if a call is required, of no tool or of one that the request does not have.
@@ -79,10 +79,8 @@ def chat_tools(
     if not tools:
         return {}
     fields: dict[str, Any] = {"tools": [tool.model_dump(exclude_none=True) for tool in tools]}
-    if is_required:
-        several = choice in _ANY and parallel is not False
-        fields |= {"required_tools": required, "parallel_tool_calls": several}
-    return fields
+    fields["parallel_tool_calls"] = parallel is not False and choice in (None, "auto", *_ANY)
+    return fields | ({"required_tools": required} if is_required else {})
 
 
 def _required_tools(tools: list[Tool], choice: str | dict[str, Any] | None) -> list[str]:
