@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mlx_mtp.apps.server.api.formats import TextFormat
+from mlx_mtp.apps.server.api.reasoning import unsealed
 from mlx_mtp.apps.server.api.schemas import (
     MAX_STOPS,
     Fields,
@@ -166,12 +167,17 @@ def _from_blocks(
             messages.append({"role": "tool", "content": content, "tool_call_id": call_id})
         else:
             texts.append(_text([block], where, note, start=index, is_answer=is_answer))
-    thought = thoughts(blocks)
+    thought = thoughts([_with_thinking(each) for each in blocks if isinstance(each, dict)])
     if texts or calls:
         message: dict[str, Any] = {"role": role, "content": "".join(texts)}
         message |= {"reasoning_content": thought} if thought else {}
         messages.append(message | ({"tool_calls": calls} if calls else {}))
     return messages or [{"role": role, "content": ""}]
+
+
+def _with_thinking(block: dict[str, Any]) -> dict[str, Any]:
+    """A block with the text that was omitted from it, which its signature contains."""
+    return block | {"thinking": block.get("thinking") or unsealed(block.get("signature"))}
 
 
 def _text(content: Any, where: str, note: Note, **more: Any) -> str:

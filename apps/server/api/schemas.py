@@ -97,10 +97,14 @@ class MtpOptions(Fields):
 
 
 class Thinking(Fields):
-    """Whether to reason, in the form of Anthropic, DeepSeek, Z.ai and LiteLLM."""
+    """Whether to reason, in the form of Anthropic, DeepSeek, Z.ai and LiteLLM.
+
+    In Messages, a display of ``omitted`` leaves the text of the reasoning out of the answer.
+    """
 
     type: str | None = None
     budget_tokens: int | None = None
+    display: str | None = None
 
     @model_validator(mode="before")
     @classmethod
