@@ -99,8 +99,7 @@ class MtpOptions(Fields):
 class Thinking(Fields):
     """Whether to reason, in the form of Anthropic, DeepSeek, Z.ai and LiteLLM.
 
-    Attributes:
-        display: Anthropic's ``omitted`` leaves the text out of the answer.
+    In Messages, a display of ``omitted`` leaves the text of the reasoning out of the answer.
     """
 
     type: str | None = None
