@@ -74,7 +74,7 @@ def host() -> Iterator[Host]:
 @pytest.mark.parametrize(
     ("path", "format", "param"),
     [
-        ("chat/completions", {}, "response_format.type"),
+        ("chat/completions", {"type": "yaml"}, "response_format.type"),
         ("chat/completions", {"type": "json_schema"}, "response_format.json_schema.schema"),
         (
             "chat/completions",

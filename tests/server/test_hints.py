@@ -138,6 +138,9 @@ BECOMES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
      {"temp": 0.5, "max_tokens": 9, "seed": 5, "top_k": 4}),
     (MESSAGES, {"max_tokens": "9"}, {"max_tokens": 9}),
     (CHAT, {"seed": 2**64 + 1}, {"seed": 1}),
+    (CHAT, {"response_format": {}, "logit_bias": {"5": "2"}}, {"logit_bias": {5: 2}}),
+    (RESPONSES, {"reasoning": "high", "tools": [NOW]},
+     {"reasoning_effort": "high", "tools": [function()]}),
     (CHAT, {"stop": ["a", ""]}, {"stop": ["a"]}),
     (MESSAGES, {"stop_sequences": ["", "a"]}, {"stop": ["a"]}),
     (CHAT, {"thinking": False}, {"enable_thinking": False}),
@@ -195,7 +198,14 @@ def test_forms_become_what_they_mean(path, fields, expected):
 
 CALLED = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": {}}}
 RESULT = {"role": "tool", "content": "noon", "tool_call_id": "c1"}
+NO_IMAGE = "[content of type 'image_url' was left out: this model reads only text]"
 HISTORIES: list[tuple[str, list[Any], list[dict[str, Any]]]] = [
+    (CHAT, [{"role": "tool", "content": [{"type": "image_url"}]}],
+     [{"role": "tool", "content": NO_IMAGE}]),
+    (CHAT, [{"role": "function", "name": "now", "content": "noon"}],
+     [{"role": "tool", "name": "now", "content": "noon"}]),
+    (MESSAGES, [USER, {"role": "developer", "content": "b"}],
+     [USER, {"role": "system", "content": "b"}]),
     (CHAT, [{"role": "developer", "content": "a"}], [{"role": "system", "content": "a"}]),
     (CHAT, [{"role": "assistant", "content": "a", "reasoning_content": "m", "refusal": None,
              "audio": None, "annotations": [], "id": "x", "provider_specific_fields": {}}],
@@ -314,10 +324,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"max_tokens": 5.5}, "max_tokens"),
     (CHAT, {"n": 9}, "n"),
     (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0"),
-    (CHAT, {"messages": [{"role": "tool", "content": [IMAGE]}]}, "messages.0.content.0"),
     (CHAT, {"messages": [{"role": "user", "content": [5]}]}, "messages.0.content.0"),
-    (RESPONSES, {"input": [{"type": "computer_call_output", "call_id": "c", "output": {
-        "type": "computer_screenshot", "image_url": "data:"}}]}, "input.0.output.0"),
     (MESSAGES, {"messages": [{"role": "user"}]}, "messages.0.content"),
     (CHAT, {"messages": [USER, {"role": "assistant", "audio": {"id": "a"}}]}, "messages.1.audio"),
     (CHAT, {"audio": {"voice": "x"}}, "audio"),

@@ -31,7 +31,7 @@ BILLING = "x-anthropic-billing-header:"  # a block of Claude Code that is new in
 class Turn(Fields):
     """One message: text, or blocks of text, calls and results of calls."""
 
-    role: Literal["user", "assistant", "system"]
+    role: Literal["user", "assistant", "system", "developer"]
     content: str | Many[Any] | None = None
 
 
@@ -93,13 +93,13 @@ def conversation(body: PromptRequest, note: Note = unnoted) -> list[dict[str, An
         text = flat_text(system, where="system", note=note)
         messages.append({"role": "system", "content": text})
     for index, turn in enumerate(body.messages):
-        where = f"messages.{index}.content"
+        where, role = f"messages.{index}.content", turn.role.replace("developer", "system")
         if turn.content is None and turn.role != "assistant":
             raise refused(f"{where} is missing", param=where, code="missing_parameter")
         if not isinstance(turn.content, list):
-            messages.append({"role": turn.role, "content": turn.content or ""})
+            messages.append({"role": role, "content": turn.content or ""})
         else:
-            messages += _from_blocks(turn.role, turn.content, where, note)
+            messages += _from_blocks(role, turn.content, where, note)
     return messages
 
 

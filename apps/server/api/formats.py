@@ -25,7 +25,7 @@ class JsonSchema(Fields):
 class ResponseFormat(Fields):
     """OpenAI's ``response_format`` in chat."""
 
-    type: Kind
+    type: Kind = "text"
     json_schema: JsonSchema | None = None
     content: dict[str, Any] | None = Field(None, alias="schema")  # llama.cpp's place for it
 
@@ -33,7 +33,7 @@ class ResponseFormat(Fields):
 class TextFormat(Fields):
     """``text.format`` of Responses."""
 
-    type: Kind
+    type: Kind = "text"
     name: str | None = None
     description: str | None = None
     content: dict[str, Any] | None = Field(None, alias="schema")

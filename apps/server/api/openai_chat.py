@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 from starlette.requests import Request
 
 from mlx_mtp.apps.engine.batch import Batch, Choice, group_details
@@ -16,6 +16,7 @@ from mlx_mtp.apps.server.api.jobs import FINGERPRINT, ServerContext, choices_of,
 from mlx_mtp.apps.server.api.reasoning import reasoning_fields
 from mlx_mtp.apps.server.api.reports import mtp_summary, timings, usage
 from mlx_mtp.apps.server.api.schemas import (
+    Effort,
     Fields,
     Limit,
     Many,
@@ -42,7 +43,7 @@ _RESERVED_KWARGS = {
 class ChatMessage(Fields):
     """One message of a conversation; SDKs send the last fields back with an answer."""
 
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Any = None
     name: str | None = None
     tool_calls: Many[ToolCall] | None = None
@@ -53,19 +54,10 @@ class ChatMessage(Fields):
     unsupported = ("audio", "function_call")
 
 
-class Reasoning(Fields):
+class Reasoning(Effort):
     """Options of reasoning in the form of OpenRouter."""
 
-    effort: str | None = None
     max_tokens: int | None = None
-    enabled: bool | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _from_value(cls, value: Any) -> Any:
-        if isinstance(value, bool):
-            return {"enabled": value}
-        return {"effort": value} if isinstance(value, str) else value
 
 
 class ChatRequest(OpenAISampled):
@@ -169,7 +161,7 @@ def conversation(body: ChatRequest, context: ServerContext) -> list[dict[str, An
 
 def _template_message(message: ChatMessage, where: str, note: Note) -> dict[str, Any]:
     """Convert a message to the form that chat templates take."""
-    role = "system" if message.role == "developer" else message.role
+    role = {"developer": "system", "function": "tool"}.get(message.role, message.role)
     content, is_answer = message.content, role == "assistant"
     text = flat_text(
         content,

@@ -9,6 +9,7 @@ from pydantic import Field
 from mlx_mtp.apps.server.api.formats import TextFormat
 from mlx_mtp.apps.server.api.reasoning import unsealed
 from mlx_mtp.apps.server.api.schemas import (
+    Effort,
     Fields,
     Limit,
     Many,
@@ -28,7 +29,7 @@ STATE_TYPES = ("item_reference", "compaction", "compaction_summary", "context_co
 class ResponseTool(Fields, extra="allow"):
     """A tool; only functions, also those of namespaces, can be called."""
 
-    type: str
+    type: str = "function"
     name: str | None = Field(None, max_length=256)
     description: str | None = None
     parameters: dict[str, Any] | None = None
@@ -43,10 +44,9 @@ class TextOptions(Fields):
     verbosity: str | None = None
 
 
-class Reasoning(Fields):
+class Reasoning(Effort):
     """Options of reasoning."""
 
-    effort: str | None = None
     summary: str | None = None
 
 

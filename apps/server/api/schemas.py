@@ -117,6 +117,20 @@ class Thinking(Fields):
         return None if self.type is None else self.type != "disabled"
 
 
+class Effort(Fields):
+    """How much to reason, as an object or just as its effort or switch."""
+
+    effort: str | None = None
+    enabled: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_value(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return {"enabled": value}
+        return {"effort": value} if isinstance(value, str) else value
+
+
 class StreamOptions(Fields):
     """OpenAI's stream options; they have no effect without a stream."""
 
@@ -169,6 +183,8 @@ class Sampled(Fields):
     @classmethod
     def _pairs_to_dict(cls, bias: Any) -> Any:
         """Take llama.cpp's form too: pairs of an id and a bias, or false for a forbidden id."""
+        if isinstance(bias, dict):
+            return {token: _number(value) for token, value in bias.items()}
         if not isinstance(bias, list):
             return bias
         pairs = [pair for pair in bias if isinstance(pair, list) and len(pair) == 2]
@@ -238,7 +254,8 @@ def flat_text(
         where: the field, for errors.
         note: logs parts that are left out.
         is_answer: whether a model wrote it; parts that are not known are then left out.
-        is_result: whether a tool returned it; values that are not parts are then written as JSON.
+        is_result: whether a tool returned it; values that are not parts are then written as JSON,
+            and a line says what was left out, so that the model does not take it for empty.
         start: index of the first part, for errors.
 
     Raises:
@@ -257,9 +274,11 @@ def flat_text(
             text = text if values == {"text": text} else json.dumps(part, ensure_ascii=False)
         if text is not None and not is_media:
             texts.append(text)
-        elif is_known or (is_answer and not is_media):
+        elif is_known or is_result or (is_answer and not is_media):
             if kind not in THOUGHT_TYPES:
                 note(f"content of type {kind!r} is left out of the prompt")
+            if is_media:
+                texts.append(f"[content of type {kind!r} was left out: this model reads only text]")
         else:
             raise refused(
                 f"{where}.{index}: content of type {kind!r} is not supported, only text",
