@@ -26,7 +26,6 @@ READY = {
     "num_draft_tokens": 4,
     "max_context": 1000,
     "has_chat_template": True,
-    "has_tools": True,
     "has_reasoning": True,
 }
 VOCAB_SIZE = 260
@@ -122,7 +121,8 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         tools = job.get("tools") or [{"function": {"name": "add"}}]
         call = {"name": tools[0]["function"]["name"], "arguments": '{"a": 1}'}
         yield group("", logprobs)
-        yield finished("tool_calls", 3, [call]) | {"reasoning_tokens": len(thought)}
+        more = {"reasoning_tokens": len(thought), "stop_string": (job.get("stop") or [None])[0]}
+        yield finished("tool_calls", 3, [call]) | more
         return
     if text.startswith("reply:"):
         text, calls = json.loads(text.removeprefix("reply:"))
