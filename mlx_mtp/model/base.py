@@ -54,16 +54,22 @@ def open_base(
         LOG.warning("%s: lm_head is not used, because tie_word_embeddings is set", folder)
     renamed = tied or _EMBEDDING in names or any(map(_FREQUENCIES.search, names))
     replaced = set(config) - set(settings.config)  # by keys that mlx-lm reads
-    with for_mlx_lm(folder, files) as path:
-        model, config = lm_utils.load_model(
-            path,
-            lazy=True,
-            model_config=dict.fromkeys(replaced) | settings.config | settings.overrides,
-            get_model_classes=functools.partial(_classes, tied=tied)
-            if renamed
-            else lm_utils._get_classes,
-            trust_remote_code=trust_remote_code,
-        )
+    try:
+        with for_mlx_lm(folder, files) as path:
+            model, config = lm_utils.load_model(
+                path,
+                lazy=True,
+                model_config=dict.fromkeys(replaced) | settings.config | settings.overrides,
+                get_model_classes=functools.partial(_classes, tied=tied)
+                if renamed
+                else lm_utils._get_classes,
+                trust_remote_code=trust_remote_code,
+            )
+    except ValueError as error:
+        if settings.tied and re.search(r"(?s)^Missing .*(lm_head|embed_out)\.", str(error)):
+            why = f"but mlx-lm's {settings.config['model_type']} needs an output head"
+            raise ValueError(f"config.json: tie_word_embeddings is True, {why}") from None
+        raise
     for key in {*replaced, *settings.overrides}:
         config.pop(key)
     _apply(getattr(model, "language_model", model), settings)

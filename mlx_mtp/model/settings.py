@@ -156,14 +156,11 @@ def _read_flat(
         if classes is not None:
             _check_unknown(config, _keys_read(*classes)[0])
         return Settings(config, tied=config.get("tie_word_embeddings"))
-    reads, usual_head, ties = _keys_read(*classes)
+    reads, usual_head = _keys_read(*classes)
     _check_fixed(config, known, reads, classes[1])
     tied = _is_tied(config, known, has_head if usual_head else None)
     if has_head and not tied and not usual_head and "tie_word_embeddings" not in reads:
         why = f"but mlx-lm's {config['model_type']} has no output head"
-        raise _refuse("tie_word_embeddings", tied, why)
-    if tied and has_head is False and usual_head and not ties:
-        why = f"but mlx-lm's {config['model_type']} needs an output head (lm_head)"
         raise _refuse("tie_word_embeddings", tied, why)
     named = _fields(known) | set(known.attribute_map)
     values = {
@@ -251,10 +248,10 @@ def _quiet() -> Iterator[None]:
 
 
 @functools.cache
-def _keys_read(model_class: type, args_class: Any) -> tuple[frozenset[str], bool, bool]:
+def _keys_read(model_class: type, args_class: Any) -> tuple[frozenset[str], bool]:
     """Return the fields of a ``ModelArgs`` that mlx-lm's code uses; it has others for show.
 
-    Also returns whether the model's head is named ``lm_head``, and whether it can be left out.
+    Also returns whether the model's head is named ``lm_head``.
     """
     modules = [inspect.getmodule(cls) for cls in {*args_class.__mro__, model_class}]
     names = set()
@@ -264,11 +261,7 @@ def _keys_read(model_class: type, args_class: Any) -> tuple[frozenset[str], bool
                 names.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 names.add(node.value)  # of getattr
-    return (
-        frozenset(_fields(args_class) & names),
-        "lm_head" in names,
-        "tie_word_embeddings" in names,
-    )
+    return frozenset(_fields(args_class) & names), "lm_head" in names
 
 
 def _refuse(key: str, value: Any, why: str) -> ValueError:

@@ -60,7 +60,6 @@ GEMMA = {
     "use_bidirectional_attention": [False, False, False, True],
 }
 BIASES = {"attention_bias": [False, False, True], "mlp_bias": [False, False, True]}
-UNTIED = {"tie_word_embeddings": [False]}
 SOME_LAYERS = {
     "use_sliding_window": [False, True],
     "max_window_layers": [0, 1, 2],
@@ -126,11 +125,10 @@ SETTINGS: dict[str, dict[str, list[Any]]] = {
     "gemma": ACT | {"head_dim": [8, 16], "attention_bias": [False, False, True]},
     "starcoder2": ACT | WINDOW | {"use_bias": [True, False], "norm_epsilon": [1e-5, 1e-2]},
     "gpt_neox": ACT
-    | {"use_parallel_residual": [True, False], "attention_bias": [True, True, False]}
-    | UNTIED,
+    | {"use_parallel_residual": [True, False], "attention_bias": [True, True, False]},
     "exaone": ACT | {"head_dim": [8, 16]},
     "cohere2": WINDOW | {"logit_scale": [0.0625, 1.0], "head_dim": [8, 16]},
-    "phi": ACT | UNTIED | {"qk_layernorm": [False, True]},
+    "phi": ACT | {"qk_layernorm": [False, True]},
     "nemotron": {"hidden_act": ["relu2", "relu"], **BIASES, "head_dim": [8, 16]},
 }
 
