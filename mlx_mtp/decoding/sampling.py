@@ -9,7 +9,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlx_mtp.decoding.config import setting
+from mlx_mtp.decoding.config import check_numbers, setting
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 """mlx-lm's: ``(tokens [n], logits [1, V]) -> [1, V]``."""
@@ -65,6 +65,9 @@ class Sampling:
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        if not isinstance(self.logit_bias, dict | None):
+            raise ValueError(f"logit_bias must be a dict, got {self.logit_bias!r}")
         for name in ("temp", *_MAXIMA):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
