@@ -341,7 +341,7 @@ def cache_for(
         )
     cache = model.wrap_prompt_cache(layers) if is_list else prompt_cache
     if settings.kv_bits is not None:
-        like = model.make_cache(**vars(settings))
+        like = model.make_cache(**vars(settings) | {"max_kv_size": None})  # that of the cache stays
         cache.quantise_from(
             like.quantized_kv_start, bits=like.kv_bits, group_size=like.kv_group_size
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import mlx.core as mx
@@ -102,8 +102,13 @@ class Sampling:
 
     @property
     def distribution(self) -> Callable[[mx.array], mx.array] | None:
-        """Turns logits ``[..., V]`` into the probabilities drawn from; None when greedy."""
-        return None if self.greedy else partial(target_probs, sampling=self)
+        """Turns logits ``[..., S]`` of a shortlist into probabilities; None when greedy.
+
+        XTC's special ids index the vocabulary, so a shortlist has none: MLX does not check bounds.
+        """
+        if self.greedy:
+            return None
+        return partial(target_probs, sampling=replace(self, xtc_special_tokens=None))
 
     def logits_processors(self) -> list[LogitsProcessor]:
         """mlx-lm's processors for the penalty and the bias, in its order."""

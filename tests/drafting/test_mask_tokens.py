@@ -100,6 +100,14 @@ def test_without_a_head_drafts_are_the_base_models_own() -> None:
         assert np.abs(probs - expected[candidates]).max() < 1e-5
 
 
+def test_ids_that_xtc_never_drops_are_no_places_in_a_shortlist() -> None:
+    logits = mx.array([[3.0, 2.9, 2.8, 0.0]])
+    options: dict[str, Any] = {"temp": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.1}
+    plain, special = Sampling(**options), Sampling(**options, xtc_special_tokens=(0, 1))
+    assert plain.distribution and special.distribution
+    assert mx.array_equal(special.distribution(logits), plain.distribution(logits))
+
+
 @pytest.mark.parametrize("size", [1, 5, 64, 256])
 def test_a_shortlist_holds_the_heads_best(size: int) -> None:
     model = tiny_mtp("llama")
