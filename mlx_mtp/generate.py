@@ -30,7 +30,7 @@ from mlx_mtp.stats import RULE, GenerationStats, StatsMeter
 from mlx_mtp.terminal import show
 from mlx_mtp.text.chat_template import chat_text
 from mlx_mtp.text.detokenizer import detokenizer_for
-from mlx_mtp.text.reasoning import Reasoning
+from mlx_mtp.text.reasoning import Reasoning, open_suffix
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -151,19 +151,10 @@ class TextStream:
             end, cut = min(matches)
             self.stop_string = self._pending[cut:end]
         else:
-            cut = len(self._pending) - self._open_suffix()
+            open_sizes = (open_suffix(self._pending, stop) for stop in self._stop)
+            cut = len(self._pending) - max(open_sizes, default=0)
         text, self._pending = self._pending[:cut], self._pending[cut:]
         return text
-
-    def _open_suffix(self) -> int:
-        """Length of the longest suffix of the pending text with which a stop string begins."""
-        longest = 0
-        for stop in self._stop:
-            for size in range(min(len(stop) - 1, len(self._pending)), longest, -1):
-                if self._pending.endswith(stop[:size]):
-                    longest = size
-                    break
-        return longest
 
 
 def stream_generate(

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import mlx.core as mx
@@ -34,7 +35,7 @@ from mlx_mtp.storage.default_model import (
     default_model_path,
 )
 from mlx_mtp.storage.safetensors import read_safetensors
-from mlx_mtp.terminal import Status, first_line, show
+from mlx_mtp.terminal import Status, first_line, show, visible
 from mlx_mtp.text.detokenizer import load_tokenizer
 
 HUB_FILES = (
@@ -271,7 +272,8 @@ def _open_base(
     except json.JSONDecodeError as error:
         raise ValueError(f"{folder}/config.json is not JSON: {error}") from None
     except _BROKEN as error:
-        raise ValueError(f"cannot load the model in {folder}: {first_line(error)}") from None
+        text = shorten(str(error), 300, placeholder=" ...") or type(error).__name__  # many names
+        raise ValueError(f"cannot load the model in {folder}: {visible(text)}") from None
 
 
 def _read_weights(base: nn.Module, folder: Path, *, lazy: bool) -> None:

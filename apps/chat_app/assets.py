@@ -11,7 +11,12 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 _YEAR_S = 31_536_000
-_TYPES = {".js": "text/javascript", ".css": "text/css", ".html": "text/html"}
+_TYPES = {
+    ".js": "text/javascript",
+    ".css": "text/css",
+    ".html": "text/html",
+    ".woff2": "font/woff2",
+}
 
 
 def dist_folder() -> Path:

@@ -17,6 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tool_parsers import gemma4, json_tools
 
 from mlx_mtp.text.chat_template import chat_text, lists_tools
+from mlx_mtp.text.reasoning import open_suffix
 from mlx_mtp.text.tool_prompt import CALL_END, CALL_START, as_object, valid_unicode
 
 _STRING = r'"(?:[^"\\]++|\\.)*+"'
@@ -160,7 +161,7 @@ class ToolCallReader:
             start = self._pending.find(self._start) if self._start else -1
             if start < 0:
                 cut = len(self._pending)
-                cut -= 0 if is_all else _open_suffix(self._pending, self._start)
+                cut -= 0 if is_all else open_suffix(self._pending, self._start)
                 text_out += self._text(cut)
                 break
             text_out += self._text(start)
@@ -349,9 +350,3 @@ def _unmasked(value: Any, mask: str) -> Any:
     if isinstance(value, list | tuple):
         return [_unmasked(each, mask) for each in value]
     return value
-
-
-def _open_suffix(text: str, tag: str) -> int:
-    """Length of the longest suffix of the text that is a prefix of the tag."""
-    sizes = range(min(len(tag) - 1, len(text)), 0, -1)
-    return next((size for size in sizes if text.endswith(tag[:size])), 0)

@@ -7,7 +7,6 @@ folder are not visible to it.
 
 from __future__ import annotations
 
-import re
 import shutil
 from collections.abc import Sequence
 from fnmatch import fnmatch
@@ -29,11 +28,16 @@ from mlx_mtp.storage.safetensors import (
     safe_member,
     shown,
 )
+from mlx_mtp.storage.weights import (
+    SAFETENSORS,
+    SAFETENSORS_INDEX,
+    complete,
+    safetensors_files,
+)
 from mlx_mtp.terminal import Status
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
-SAFETENSORS_INDEX = "model.safetensors.index.json"
 TORCH_INDEX = "pytorch_model.bin.index.json"
 
 _SMALL_FILES = (
@@ -41,7 +45,6 @@ _SMALL_FILES = (
     *SENTENCEPIECE_FILES,
     *("LICENSE*", "LICENCE*", "NOTICE*", "README.md"),
 )
-_SAFETENSORS = "model*.safetensors"
 _TORCH = "pytorch_model*.bin"
 _NO_MODELS = ("adapter*", "sampler*", "training_args*", "optimizer*", "scheduler*", "rng_*")
 _FP8 = {"F8_E4M3", "F8_E5M2", "F8_E8M0"}  # some architectures of mlx-lm unpack them
@@ -128,12 +131,13 @@ def weight_files(source: Path) -> list[Path]:
     Raises:
         ValueError: there are none, an index is broken, or a shard is missing.
     """
-    for index, pattern in ((SAFETENSORS_INDEX, _SAFETENSORS), (TORCH_INDEX, _TORCH)):
-        if (source / index).is_file():
-            names = sorted(set(read_index(source / index).values()))
-            return _complete(source, [safe_member(source, name) for name in names])
-        if files := sorted(path for path in source.glob(pattern) if path.is_file()):
-            return _complete(source, files)
+    if files := safetensors_files(source):
+        return files
+    if (source / TORCH_INDEX).is_file():
+        names = sorted(set(read_index(source / TORCH_INDEX).values()))
+        return complete(source, [safe_member(source, name) for name in names])
+    if files := sorted(path for path in source.glob(_TORCH) if path.is_file()):
+        return complete(source, files)
     others = [
         path
         for path in sorted(source.iterdir())
@@ -146,7 +150,7 @@ def weight_files(source: Path) -> list[Path]:
         names = ", ".join(path.name for path in others[:4])
         raise ValueError(f"{source} has several files that may be the model's: {names}")
     raise ValueError(
-        f"{source} has no weights: looked for {_SAFETENSORS}, {_TORCH}, "
+        f"{source} has no weights: looked for {SAFETENSORS}, {_TORCH}, "
         "and a single .safetensors, .bin, .pt or .pth file"
     )
 
@@ -172,20 +176,7 @@ def _weights_pattern(repo: str) -> str:
     except Exception:  # no network, for which the HTTP library has many types
         folder = Path(snapshot_download(repo, local_files_only=True))
         names = [path.name for path in folder.iterdir()]
-    return _SAFETENSORS if any(fnmatch(name, _SAFETENSORS) for name in names) else _TORCH
-
-
-def _complete(source: Path, files: list[Path]) -> list[Path]:
-    """Refuse shards if, by their names, others are missing."""
-    names = {path.name for path in files}
-    for name in names:
-        match = re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\.\w+)", name)
-        for number in range(1, int(match[3]) + 1 if match else 0):
-            assert match is not None
-            shard = f"{match[1]}{number:05d}-of-{match[3]}{match[4]}"
-            if shard not in names:
-                raise ValueError(f"{source} is incomplete: {shard} is missing")
-    return files
+    return SAFETENSORS if any(fnmatch(name, SAFETENSORS) for name in names) else _TORCH
 
 
 def _from_torch(files: Sequence[Path], scratch: Path, *, allow_pickle: bool) -> list[Path]:
@@ -207,8 +198,9 @@ def _check_weights(source: Path, files: list[Path]) -> int:
             if name in where:
                 raise ValueError(f"{source}: {name} is both in {where[name]} and in {path.name}")
             where[name] = path.name
-    if files[0].parent == source and (source / SAFETENSORS_INDEX).is_file():
-        for name, file in read_index(source / SAFETENSORS_INDEX).items():
+    listed = source / SAFETENSORS_INDEX
+    if files[0].parent == source and listed.is_file() and len(files) > 1:
+        for name, file in read_index(listed).items():
             if where.get(name) != file:
                 raise ValueError(f"{source / file} has no {shown(name)}, which the index lists")
     return len(where)

@@ -182,7 +182,7 @@ def _check_supported(source: Path, config: dict[str, Any]) -> None:
         return
     try:
         lm_utils._get_classes(config)
-    except (ValueError, AttributeError, ImportError, TypeError):
+    except (ValueError, AttributeError, ImportError, TypeError, SystemExit):  # the last: olmo
         raise ValueError(
             f"{source}: mlx-lm does not support model_type {shown(repr(config['model_type']))}"
         ) from None

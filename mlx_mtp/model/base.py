@@ -6,7 +6,9 @@ scaling that depends on the length of the context.
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ from mlx_lm import utils as lm_utils
 from mlx_lm.models import rope_utils
 
 from mlx_mtp.model.settings import Rope, Settings, read_settings
-from mlx_mtp.model.wrappers import ExactlyScaled, LimitedRope, WindowLayer, replace
-from mlx_mtp.storage.folders import without_wildcards
+from mlx_mtp.model.wrappers import Activated, ExactlyScaled, LimitedRope, WindowLayer, replace
 from mlx_mtp.storage.safetensors import check_safetensors
+from mlx_mtp.storage.weights import for_mlx_lm, safetensors_files
 
 LOG = logging.getLogger(__name__)
+_FREQUENCIES = re.compile(r"rotary_emb\.inv_freq$")
+_EMBEDDING = "embed_tokens.weight"
 _HEAD = re.compile(r"(^|\.)lm_head\.")
 
 
@@ -41,23 +45,23 @@ def open_base(
     Raises:
         ValueError: a file is broken, or a setting cannot be obeyed.
     """
-    names = [
-        name
-        for file in sorted(folder.glob("model*.safetensors"))
-        for name in check_safetensors(file)
-    ]
+    files = safetensors_files(folder)
+    names = [name for file in files for name in check_safetensors(file)]
     config = lm_utils.load_config(folder) | (model_config or {})
     settings = read_settings(config, has_head=any(map(_HEAD.search, names)) if names else None)
     tied = bool(settings.tied and any(map(_HEAD.search, names)))
     if tied:
         LOG.warning("%s: lm_head is not used, because tie_word_embeddings is set", folder)
+    renamed = tied or _EMBEDDING in names or any(map(_FREQUENCIES.search, names))
     replaced = set(config) - set(settings.config)  # by keys that mlx-lm reads
-    with without_wildcards(folder) as path:
+    with for_mlx_lm(folder, files) as path:
         model, config = lm_utils.load_model(
             path,
             lazy=True,
             model_config=dict.fromkeys(replaced) | settings.config | settings.overrides,
-            get_model_classes=_without_head if tied else lm_utils._get_classes,
+            get_model_classes=functools.partial(_classes, tied=tied)
+            if renamed
+            else lm_utils._get_classes,
             trust_remote_code=trust_remote_code,
         )
     for key in {*replaced, *settings.overrides}:
@@ -66,16 +70,27 @@ def open_base(
     return model, {**settings.config, **config}
 
 
-def _without_head(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
-    """Return mlx-lm's classes for weights whose output head is not used.
+def _classes(config: dict[str, Any], *, tied: bool) -> tuple[type[nn.Module], type]:
+    """Return mlx-lm's classes for weights as other libraries name them.
 
     A tied model may have a head in its files: PyTorch files keep both names of a shared tensor.
-    Some classes refuse it as a surplus tensor, and gemma3_text would use it.
+    Some classes refuse it as a surplus tensor, and gemma3_text would use it.  Older files have
+    frequencies of rotary embeddings, which are no weights.  A model that was saved without its head
+    has names without ``model``.
     """
     model_class, args_class = lm_utils._get_classes(config)
 
     def sanitize(self: Any, weights: dict[str, mx.array]) -> dict[str, mx.array]:
-        weights = {name: value for name, value in weights.items() if not _HEAD.search(name)}
+        weights = {
+            name: value
+            for name, value in weights.items()
+            if not _FREQUENCIES.search(name) and not (tied and _HEAD.search(name))
+        }
+        if _EMBEDDING in weights and hasattr(self, "model"):
+            weights = {
+                name if _HEAD.search(name) else f"model.{name}": value
+                for name, value in weights.items()
+            }
         inherited = getattr(model_class, "sanitize", None)
         return weights if inherited is None else inherited(self, weights)
 
@@ -86,6 +101,12 @@ def _apply(text: Any, settings: Settings) -> None:
     """Put modules in place for settings that mlx-lm's class does not apply."""
     if text.model_type == "gemma3_text":
         replace(text, {"model": ExactlyScaled(text.model)})
+    if settings.activation is not None:
+        activation = getattr(nn, settings.activation)
+        modules = [(path, x) for path, x in text.named_modules() if path.endswith(".mlp")]
+        replace(text, {path: Activated(module, activation) for path, module in modules})
+    if settings.rope is not None and settings.rope.partial is not None:
+        _rotate_partly(text, settings.rope.partial)
     if settings.rope is not None and settings.rope.scaling is not None:
         _apply_rope(text, settings.rope)
     if settings.windows:
@@ -97,6 +118,12 @@ def _apply(text: Any, settings: Settings) -> None:
             if window is not None
         }
         replace(text, layers)
+
+
+def _rotate_partly(text: Any, share: float) -> None:
+    for _, module in text.named_modules():
+        if type(module) is nn.RoPE:
+            module.dims = int(module.dims * share)
 
 
 def _apply_rope(text: Any, rope: Rope) -> None:
@@ -118,6 +145,10 @@ def _apply_rope(text: Any, rope: Rope) -> None:
         }
         replace(text, scaled)
         modules |= scaled
+    if kind == "yarn" and not rope.scaling.get("truncate", True):
+        for module in modules.values():
+            if isinstance(module, rope_utils.YarnRoPE):
+                module._freqs = _untruncated(module.dims, rope)
     if kind == "dynamic":
         replace(
             text,
@@ -141,6 +172,26 @@ def _apply_rope(text: Any, rope: Rope) -> None:
         limit = rope.scaling["original_max_position_embeddings"]
         if rope.scaling["short_factor"] != rope.scaling["long_factor"]:
             text.args.max_position_embeddings = min(limit, rope.max_positions)
+
+
+def _untruncated(dims: int, rope: Rope) -> mx.array:
+    """Return YaRN's wavelengths ``[dims / 2]`` with limits between two dimensions.
+
+    mlx-lm rounds the limits to whole dimensions.
+    """
+    scaling = rope.scaling
+    assert scaling is not None
+
+    def dimension(rotations: float) -> float:
+        turns = scaling["original_max_position_embeddings"] / (rotations * 2 * math.pi)
+        return dims * math.log(turns) / (2 * math.log(rope.theta))
+
+    low = max(dimension(scaling.get("beta_fast", 32)), 0)
+    high = min(dimension(scaling.get("beta_slow", 1)), dims - 1)
+    width = 0.001 if low == high else high - low
+    kept = 1 - mx.clip((mx.arange(dims // 2, dtype=mx.float32) - low) / width, 0, 1)
+    plain = rope.theta ** (mx.arange(0, dims, 2, dtype=mx.float32) / dims)
+    return plain / (kept + (1 - kept) / scaling["factor"])
 
 
 def _long_rope(dims: int, rope: Rope) -> LimitedRope:

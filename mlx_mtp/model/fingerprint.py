@@ -70,6 +70,8 @@ def _settings(base: Any) -> dict[str, Any]:
     if "llama_4_scaling_beta" in parameters:
         scaling |= _numbers(parameters)
     found |= {f"rope_scaling.{key}": value for key, value in scaling.items()}
+    if kind == "yarn" and not parameters.get("truncate", True):
+        found["rope_scaling.untruncated"] = True
     found["rope_theta"] = args.get("rope_theta") or parameters.get("rope_theta")
     caches = lm_cache.make_prompt_cache(base)
     windows = [_window(args, base.layers[i], i, cache) for i, cache in enumerate(caches)]

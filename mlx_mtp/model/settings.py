@@ -65,6 +65,16 @@ _COMPUTING = {
 }
 _SAME_ACTIVATION = ({"silu", "swish"}, {"gelu_pytorch_tanh", "gelu_new", "gelu_fast"})
 
+# Architectures of which mlx-lm's class computes something else than transformers' by default, but
+# has modules that can be exchanged: another GELU, and a rotary embedding of whole heads.
+_OTHER_ACTIVATION = ("gemma", "gpt_neox", "starcoder2")
+_OTHER_ROTARY_DIMS = ("glm",)
+_USUAL_HEAD_DIM = ("cohere2", "exaone")  # their code fails with others, though it reads head_dim
+ACTIVATIONS = {
+    **{"gelu": "gelu", "relu": "relu", "silu": "silu", "swish": "silu"},
+    **dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "gelu_fast"), "gelu_approx"),
+}
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -75,12 +85,14 @@ class Rope:
         scaling: mlx-lm's ``rope_scaling``; None for none.
         max_positions: ``max_position_embeddings``.
         applied: whether mlx-lm's class reads ``rope_scaling``.
+        partial: rotated share of a head, if mlx-lm's class rotates whole heads only; else None.
     """
 
     theta: float
     scaling: dict[str, Any] | None
     max_positions: int
     applied: bool
+    partial: float | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +105,7 @@ class Settings:
         windows: by layer, a sliding window that mlx-lm's class does not apply; empty if none.
         rope: None if transformers does not know the model type.
         tied: whether the output head is the embedding table; None if that is left to mlx-lm.
+        activation: function of ``mlx.nn`` that mlx-lm's class does not apply; None if it does.
     """
 
     config: dict[str, Any]
@@ -100,6 +113,7 @@ class Settings:
     windows: tuple[int | None, ...] = ()
     rope: Rope | None = None
     tied: bool | None = None
+    activation: str | None = None
 
 
 def read_settings(config: Mapping[str, Any], *, has_head: bool | None = None) -> Settings:
@@ -138,12 +152,18 @@ def _read_flat(
     """Translate a configuration without a ``text_config``."""
     classes = _classes(config)
     if known is None or classes is None:
-        return Settings(_older_keys(config), tied=config.get("tie_word_embeddings"))
-    reads, usual_head = _keys_read(*classes)
+        config = _older_keys(config)
+        if classes is not None:
+            _check_unknown(config, _keys_read(*classes)[0])
+        return Settings(config, tied=config.get("tie_word_embeddings"))
+    reads, usual_head, ties = _keys_read(*classes)
     _check_fixed(config, known, reads, classes[1])
     tied = _is_tied(config, known, has_head if usual_head else None)
     if has_head and not tied and not usual_head and "tie_word_embeddings" not in reads:
         why = f"but mlx-lm's {config['model_type']} has no output head"
+        raise _refuse("tie_word_embeddings", tied, why)
+    if tied and has_head is False and usual_head and not ties:
+        why = f"but mlx-lm's {config['model_type']} needs an output head (lm_head)"
         raise _refuse("tie_word_embeddings", tied, why)
     named = _fields(known) | set(known.attribute_map)
     values = {
@@ -164,12 +184,16 @@ def _read_flat(
         defaults = classes[1].from_dict(copy.deepcopy(config))
     except (TypeError, ValueError, KeyError, AttributeError):
         defaults = None  # a key is missing that transformers writes under another name
+    required = [field.name for field in dataclasses.fields(classes[1]) if _is_required(field)]
     changes = {
         key: value
         for key, value in keys.items()
-        if key in (*config, *_EXPLICIT) or value != getattr(defaults, key, None)
+        if key in (*config, *_EXPLICIT, *required) or value != getattr(defaults, key, None)
     }
-    return Settings(config | changes, overrides, windows, rope, tied)
+    activation = None
+    if config["model_type"] in _OTHER_ACTIVATION:
+        activation = ACTIVATIONS[getattr(known, "hidden_act", None) or "silu"]
+    return Settings(config | changes, overrides, windows, rope, tied, activation)
 
 
 def _classes(config: Mapping[str, Any]) -> tuple[type, type] | None:
@@ -180,11 +204,18 @@ def _classes(config: Mapping[str, Any]) -> tuple[type, type] | None:
         classes = lm_utils._get_classes(dict(config))
     except (KeyError, ValueError, AttributeError):
         return None
+    except SystemExit:  # of the module of olmo
+        why = "for which mlx-lm needs another package"
+        raise _refuse("model_type", config["model_type"], why) from None
     return classes if dataclasses.is_dataclass(classes[1]) else None
 
 
 def _fields(kind: Any) -> set[str]:
     return {field.name for field in dataclasses.fields(kind)}
+
+
+def _is_required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def _transformers_config(config: Mapping[str, Any]) -> PreTrainedConfig | None:
@@ -195,6 +226,11 @@ def _transformers_config(config: Mapping[str, Any]) -> PreTrainedConfig | None:
     if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         return None
     values = {k: v for k, v in config.items() if k not in ("model_type", "dtype", "torch_dtype")}
+    scaling = config.get("rope_scaling")
+    if isinstance(scaling, dict) and scaling.get("type") == "su":  # the first name of longrope
+        length = config.get("original_max_position_embeddings")
+        kind = {"type": "longrope", "original_max_position_embeddings": length}
+        values["rope_scaling"] = scaling | kind
     with _quiet():
         try:
             return CONFIG_MAPPING[model_type](**copy.deepcopy(values))
@@ -215,10 +251,10 @@ def _quiet() -> Iterator[None]:
 
 
 @functools.cache
-def _keys_read(model_class: type, args_class: Any) -> tuple[frozenset[str], bool]:
+def _keys_read(model_class: type, args_class: Any) -> tuple[frozenset[str], bool, bool]:
     """Return the fields of a ``ModelArgs`` that mlx-lm's code uses; it has others for show.
 
-    Also returns whether the model's head is named ``lm_head``.
+    Also returns whether the model's head is named ``lm_head``, and whether it can be left out.
     """
     modules = [inspect.getmodule(cls) for cls in {*args_class.__mro__, model_class}]
     names = set()
@@ -228,7 +264,11 @@ def _keys_read(model_class: type, args_class: Any) -> tuple[frozenset[str], bool
                 names.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 names.add(node.value)  # of getattr
-    return frozenset(_fields(args_class) & names), "lm_head" in names
+    return (
+        frozenset(_fields(args_class) & names),
+        "lm_head" in names,
+        "tie_word_embeddings" in names,
+    )
 
 
 def _refuse(key: str, value: Any, why: str) -> ValueError:
@@ -246,15 +286,18 @@ def _check_fixed(
     why = f"which mlx-lm's {config['model_type']} does not apply"
     fields = {field.name: field for field in dataclasses.fields(known)}
     base = _fields(PreTrainedConfig)
+    aliases = {known.attribute_map.get(key, key) for key in reads}
+    if config["model_type"] in _OTHER_ACTIVATION and known.hidden_act in ACTIVATIONS:
+        aliases.add("hidden_act")
     for key, field in fields.items():
-        handled = base | _TRANSLATED | _HARMLESS | reads | {"head_dim"}
+        handled = base | _TRANSLATED | _HARMLESS | reads | aliases | {"head_dim"}
         if key in handled or key.endswith(_HARMLESS_ENDINGS):
             continue
         value = getattr(known, key)
         default = field.default
         if default is dataclasses.MISSING:
             continue
-        if not _same(value, default):
+        if not _same(value, default) and not (default is None and _is_derived(config, key, value)):
             raise _refuse(key, value, f"{why}: it computes with {default!r}")
     for field in dataclasses.fields(args_class):
         read = field.name in (reads & set(fields)) - _TRANSLATED
@@ -263,12 +306,33 @@ def _check_fixed(
     heads = getattr(known, "num_attention_heads", None)
     head_dim = getattr(known, "head_dim", None)
     computed = known.hidden_size // heads if heads else None
-    if "head_dim" not in reads and head_dim not in (None, computed):
+    fixed = "head_dim" not in reads or config["model_type"] in _USUAL_HEAD_DIM
+    if fixed and head_dim not in (None, computed):
         raise _refuse("head_dim", head_dim, f"{why}: it computes with {computed}")
     mapped = set(known.attribute_map) | set(known.attribute_map.values())
     for key in sorted(_COMPUTING & set(config) - set(fields) - reads - mapped):
         if config[key] not in (None, False, 0, 1, [], {}):
             raise _refuse(key, config[key], why)
+
+
+def _is_derived(config: Mapping[str, Any], key: str, value: Any) -> bool:
+    """Return whether transformers derives a setting's value from the others."""
+    known = _transformers_config({k: v for k, v in config.items() if k != key})
+    return getattr(known, key, None) == value
+
+
+def _check_unknown(config: Mapping[str, Any], reads: frozenset[str]) -> None:
+    """Refuse what mlx-lm's class does not read, if transformers does not know the model type."""
+    window, limit = config.get("sliding_window"), config.get("max_position_embeddings") or 0
+    unused = config.get("use_sliding_window") is False or not window or 0 < limit <= window
+    neutral = {"sliding_window"} if unused else set()
+    for key in sorted((_COMPUTING | {"rope_scaling"} | set(_PARTIAL)) - reads - neutral):
+        value = config.get(key)
+        if isinstance(value, dict) and value.get("rope_type", value.get("type")) == "default":
+            continue
+        if value not in (None, False, 0, 1, [], {}):
+            why = f"which mlx-lm's {config['model_type']} does not apply"
+            raise _refuse(key, value, why)
 
 
 def _same(value: Any, default: Any) -> bool:
@@ -329,7 +393,8 @@ def _rope(
         theta = known.default_theta if isinstance(known.default_theta, float) else 10000.0
     keys |= {key: theta for key in _THETA if key in reads or key == "rope_theta"}
     partial = main.get("partial_rotary_factor")
-    if partial is not None:
+    other = model_type in _OTHER_ROTARY_DIMS
+    if partial is not None and not other:
         if not reads.isdisjoint(_PARTIAL):
             keys |= {key: partial for key in _PARTIAL if key in reads}
         elif partial != 1:
@@ -347,7 +412,7 @@ def _rope(
         keys["rope_parameters"] = _joined(parameters, scaling, theta)
     applied = "rope_scaling" in reads or "rope_parameters" in reads
     limit = getattr(known, "max_position_embeddings", None) or 2048
-    return Rope(theta, scaling, limit, applied), keys
+    return Rope(theta, scaling, limit, applied, partial if other else None), keys
 
 
 def _plain(parameters: Mapping[str, Any]) -> dict[str, Any]:
@@ -387,8 +452,6 @@ def _translate_yarn(scaling: dict[str, Any], limit: int) -> None:
     factor = scaling.get("factor")
     if factor is None:
         factor = scaling["factor"] = limit / scaling["original_max_position_embeddings"]
-    if not scaling.get("truncate", True):
-        raise _refuse("truncate of rope_parameters", False, "which mlx-lm does not apply")
     for key in ("beta_fast", "beta_slow"):
         if not scaling.get(key, True):
             del scaling[key]  # transformers takes its default for 0

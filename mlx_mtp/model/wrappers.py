@@ -2,13 +2,13 @@
 
 ``Wrapper`` is the base of modules that compute differently with the parameters and sub-modules of
 the module that they wrap.  Some wrappers here consult the layout of the forward in progress
-(``StepScope``); the last three apply settings that mlx-lm's class does not (``base``).
+(``StepScope``); the last four apply settings that mlx-lm's class does not (``base``).
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -153,6 +153,23 @@ class ExactlyScaled(Wrapper):
             factor = self.args.hidden_size**0.5
             h = h * (factor / mx.array(factor, mx.bfloat16).astype(mx.float32))
         return self.wrapped(inputs, cache, h)
+
+
+class Activated(Wrapper):
+    """An MLP with another activation than its mlx-lm class applies."""
+
+    _NAMES = (("c_fc", "c_proj"), ("dense_h_to_4h", "dense_4h_to_h"))
+
+    def __init__(self, mlp: nn.Module, activation: Callable[[mx.array], mx.array]) -> None:
+        super().__init__(mlp)
+        self._activation = activation
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map ``[B, L, D]`` to ``[B, L, D]``."""
+        if "gate_proj" in self:
+            return self.down_proj(self._activation(self.gate_proj(x)) * self.up_proj(x))
+        first, second = next(names for names in self._NAMES if names[0] in self)
+        return self[second](self._activation(self[first](x)))
 
 
 class WindowLayer(Wrapper):

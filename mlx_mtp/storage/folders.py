@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import glob
 import os
 import shutil
 import tempfile
@@ -42,21 +41,6 @@ def new_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         draft.mkdir()
         yield draft
         _publish(draft, target, aside=temporary / _OLD if replace else None)
-
-
-@contextlib.contextmanager
-def without_wildcards(folder: Path) -> Iterator[Path]:
-    """Yield a folder with the same files whose path has no wildcards of ``glob``.
-
-    mlx-lm looks for weights by ``glob`` without escaping the path, so brackets would hide them.
-    """
-    if glob.escape(str(folder)) == str(folder):
-        yield folder
-        return
-    with tempfile.TemporaryDirectory(prefix="mlx-mtp-") as name:
-        for path in folder.iterdir():
-            (Path(name) / path.name).symlink_to(path.resolve())
-        yield Path(name)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 CHAT = ROOT / "apps" / "chat"
 MAX_BYTES = 500_000
+MAX_FIRST_BYTES = 180_000
 
 
 @pytest.fixture(scope="module")
@@ -67,10 +68,22 @@ def test_the_page_refers_only_to_its_own_files():
     assert "<style" not in html and not re.search(r"<script(?![^>]*src=)", html)
 
 
-def test_the_styles_load_nothing():
+def test_the_first_load_is_small_and_without_katex():
+    html = (CHAT / "dist" / "index.html").read_text(encoding="utf-8")
+    first = [path for path in _files() if path.name in html and path.suffix in (".css", ".js")]
+    assert len(first) == 2 and not any(b"mathrm{" in path.read_bytes() for path in first)
+    assert sum(len(gzip.compress(path.read_bytes())) for path in first) < MAX_FIRST_BYTES
+    assert any(b"mathrm{" in path.read_bytes() for path in _files())
+
+
+def test_the_styles_load_only_the_fonts_of_katex():
     for path in _files():
         if path.suffix == ".css":
-            assert not re.search(r"url\(|@import", path.read_text(encoding="utf-8"))
+            css = path.read_text(encoding="utf-8")
+            names = re.findall(r"url\(([^)]*)\)", css)
+            assert "@import" not in css and bool(names) == path.name.startswith("katex-")
+            assert all(re.fullmatch(r"/assets/KaTeX_[\w-]+\.woff2", name) for name in names)
+            assert all((CHAT / "dist" / name.lstrip("/")).is_file() for name in names)
 
 
 def _files() -> list[Path]:

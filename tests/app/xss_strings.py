@@ -91,6 +91,32 @@ _CODE = (
     "    {}",
     "~~~<img src=x onerror=alert(1)>\n{}\n~~~",
 )
+_TEX = (
+    r"\href{javascript:alert(1)}{x}",
+    r"\url{javascript:alert(1)}",
+    rf"\href{{{EVIL}}}{{x}}",
+    rf"\includegraphics{{{EVIL}}}",
+    rf"\htmlStyle{{background:url({EVIL})}}{{x}}",
+    r"\htmlData{onclick=alert(1)}{x}",
+    r"\htmlId{app}{x}",
+    r"\htmlClass{notices}{x}",
+    rf"\textcolor{{url({EVIL})}}{{x}}",
+    rf"\colorbox{{red;background:url({EVIL})}}{{x}}",
+    r"\color{red\" onload=\"alert(1)}{x}",
+    rf'\text{{ style="background:url({EVIL})"}}',
+    rf'\text{{ data-style="background:url({EVIL})"}}',
+    r"\text{<img src=x onerror=alert(1)>}",
+    r"x</annotation></semantics></math><img src=x onerror=alert(1)>",
+    r"</span><script>alert(1)</script>",
+    r"\unicode{<script>alert(1)</script>}",
+    r"\rule{99999em}{99999em}",
+    r"\kern-99999em x\raisebox{99999em}{x}",
+    r"\def\a{\a\a}\a",
+    r"\gdef\frac{<script>alert(1)</script>}\frac",
+    "{" * 3000,
+    r"\sqrt{" * 900 + "}" * 900,
+)
+_TEX_FORMS = (r"\({}\)", "$${}$$", "${}$", "```math\n{}\n```", "- **${0}$** | $$ {0} $$", "$${}")
 
 
 def xss_strings() -> list[str]:
@@ -98,4 +124,5 @@ def xss_strings() -> list[str]:
     html = [form.format(text) for text in _HTML for form in _HTML_FORMS]
     links = [form.format(link) for link in _LINKS for form in _LINK_FORMS]
     code = [form.format(text) for text in _HTML[:12] for form in _CODE]
-    return list(dict.fromkeys(html + links + code))
+    formulas = [form.format(text) for text in (*_TEX, *_HTML[:12]) for form in _TEX_FORMS]
+    return list(dict.fromkeys(html + links + code + formulas))

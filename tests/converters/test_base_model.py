@@ -215,7 +215,8 @@ def test_which_files_are_the_weights(tmp_path):
 def test_only_what_is_needed_is_downloaded(tmp_path, monkeypatch, names, pattern):
     asked = []
 
-    def download(repo: str, *, allow_patterns: list[str]) -> str:
+    def download(repo: str, *, allow_patterns: list[str], revision: str | None) -> str:
+        assert revision is None
         asked.append((repo, allow_patterns))
         return str(tmp_path)
 

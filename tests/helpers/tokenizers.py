@@ -12,7 +12,13 @@ from transformers import PreTrainedTokenizerFast
 from tests.helpers.fixtures_generate import _byte_letters
 
 SPECIAL = ("<unk>", "<s>", "</s>")
-ADDED = ("<a b>", " x ", "<é日>", "é", "Ġ", "▁")
+ADDED = [
+    *(AddedToken(text, normalized=False) for text in ("<a b>", " x ", "<é日>", "é", "Ġ", "▁")),
+    *(AddedToken(text, normalized=False) for text in ("<a", "<a><a>", "  ", "##x", "<0xE6>")),
+    AddedToken("<left>", lstrip=True),
+    AddedToken("<right>", rstrip=True, normalized=False),
+    AddedToken("word", single_word=True),
+]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 WORDS = ["don", "n", "'", "t", "'t", "'s", "n't", ".", ",", "?", "é", "日", "\ufffd", "\0", *"ab"]
 PIECES = ["▁", "▁▁", "▁Hello", "▁.", "▁n't", "a▁b", "▁é", " ", *WORDS]
@@ -102,7 +108,9 @@ KINDS = {
     "WordPiece, clean-up": lambda: words(
         _wordpiece, decoder=decoders.WordPiece(cleanup=False), prefix="##"
     ),
+    "WordPiece, added": lambda: words(_wordpiece, decoder=decoders.WordPiece(), prefix="##"),
     "suffixes": lambda: words(_bpe, decoder=decoders.BPEDecoder(), suffix="</w>"),
+    "characters": lambda: words(models.WordLevel, decoder=decoders.Fuse()),
     "no decoder": lambda: words(_wordpiece, decoder=None, prefix="##"),
 }
 
@@ -112,7 +120,7 @@ def make(kind: str) -> PreTrainedTokenizerFast:
     tokenizer = KINDS[kind]()
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in SPECIAL])
     if "added" in kind:
-        tokenizer.add_tokens([AddedToken(text, normalized=False) for text in ADDED])
+        tokenizer.add_tokens(ADDED)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<s>",

@@ -46,6 +46,14 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "cohere": {},
     "ernie4_5": HEADS,
     "helium": HEADS,
+    "gemma": HEADS,
+    "starcoder2": {},
+    "gpt_neox": {"intermediate_size": 128},
+    "glm": HEADS,
+    "exaone": HEADS | {"num_layers": 2},
+    "cohere2": HEADS | {"num_hidden_layers": 4, "sliding_window": 6},
+    "phi": {},
+    "nemotron": HEADS,
 }
 PROMPT = [(7 * i + 3) % 61 for i in range(40)]  # longer than the windows
 
@@ -56,10 +64,29 @@ def build(kind: str, folder: Path, **settings: Any) -> np.ndarray:
     Raises:
         Exception: of any kind, if transformers does not accept the settings.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
     config = AutoConfig.for_model(kind, **{**COMMON, **ARCHITECTURES[kind], **settings})
+    return _save(config, folder)
+
+
+def build_published(config: dict[str, Any], folder: Path) -> np.ndarray:
+    """Save a random model with a ``config.json`` as it was published; return logits as above."""
+    from transformers import AutoConfig
+
+    folder.mkdir(exist_ok=True)
+    path = folder / "config.json"
+    path.write_text(json.dumps(config))
+    logits = _save(AutoConfig.from_pretrained(folder, dtype="float32"), folder)
+    path.rename(folder / "resaved.json")  # of transformers 5
+    path.write_text(json.dumps(config))
+    return logits
+
+
+def _save(config: Any, folder: Path) -> np.ndarray:
+    import torch
+    from transformers import AutoModelForCausalLM
+
     torch.manual_seed(0)
     loader: Any = AutoModelForCausalLM
     model = loader.from_config(config, attn_implementation="eager").float().eval()
@@ -84,6 +111,10 @@ def rewrite_in_older_keys(folder: Path) -> None:
         config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
     if config["model_type"] in ("ministral3", "olmo3"):  # these had no older keys
         config["rope_parameters"] = rope
+    elif config["model_type"] == "gpt_neox":
+        config["rotary_emb_base"] = full.pop("rope_theta")
+        config["rotary_pct"] = full.pop("partial_rotary_factor")
+        config["rope_scaling"] = full if full["rope_type"] != "default" else None
     elif full:
         config["rope_theta"] = full.pop("rope_theta")
         if "partial_rotary_factor" in full:

@@ -17,6 +17,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+LONG_NAMES = ("su", "longrope")
 
 
 def read(kind: str = "llama", *, without: tuple[str, ...] = (), **changes: Any) -> dict[str, Any]:
@@ -85,6 +86,30 @@ def test_an_architecture_that_transformers_does_not_know():
 
 
 @pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("rope_scaling", YARN), ("rope_parameters", YARN), ("sliding_window", 6)),
+        *(("partial_rotary_factor", 0.5), ("attn_logit_softcapping", 30.0)),
+    ],
+)
+def test_unread_settings_of_an_architecture_that_transformers_does_not_know(key, value):
+    config = {"model_type": "qwen", **dict.fromkeys(("hidden_size", "vocab_size"), 8)}
+    assert read_settings(config | {"sliding_window": None}).config
+    with pytest.raises(ValueError, match="rope_scaling" if "rope" in key else key):
+        read_settings(config | {key: value})
+
+
+def test_the_first_name_of_longrope():
+    factors = {"short_factor": [1.0, 1.1], "long_factor": [1.0, 2.0]}
+    config = tiny_config("phi3", original_max_position_embeddings=64)
+    found = [
+        read_settings(config | {"rope_scaling": {"type": kind, **factors}}) for kind in LONG_NAMES
+    ]
+    assert found[0].rope == found[1].rope and found[0].rope is not None
+    assert found[0].config == found[1].config
+
+
+@pytest.mark.parametrize(
     ("kind", "key", "value"),
     [
         ("qwen2", "hidden_act", "gelu"),
@@ -95,7 +120,6 @@ def test_an_architecture_that_transformers_does_not_know():
         ("granite", "head_dim", 16),
         ("llama", "clip_qkv", 8.0),
         ("llama", "partial_rotary_factor", 0.5),
-        ("llama", "rope_parameters", YARN | {"rope_theta": 1e4, "truncate": False}),
         ("phi3", "rope_parameters", YARN | {"rope_type": "linear", "rope_theta": 1e4}),
     ],
 )

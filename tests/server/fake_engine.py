@@ -122,7 +122,8 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         tools = job.get("tools") or [{"function": {"name": "add"}}]
         call = {"name": tools[0]["function"]["name"], "arguments": '{"a": 1}'}
         yield group("", logprobs)
-        yield finished("tool_calls", 3, [call]) | {"reasoning_tokens": len(thought)}
+        more = {"reasoning_tokens": len(thought), "stop_string": (job.get("stop") or [None])[0]}
+        yield finished("tool_calls", 3, [call]) | more
         return
     if text.startswith("reply:"):
         text, calls = json.loads(text.removeprefix("reply:"))

@@ -192,7 +192,7 @@ def test_chat_has_reasoning_content(client, details):
 
 
 @pytest.mark.parametrize("details", [False, True])
-@pytest.mark.parametrize("summary", [None, "auto"])
+@pytest.mark.parametrize("summary", ["none", "auto"])
 def test_responses_have_a_reasoning_item(client, details, summary):
     more: dict[str, Any] = {"include": ["reasoning.encrypted_content"], "tools": [
         {"type": "function", "strict": None, **ADD}], "reasoning": {"summary": summary},
@@ -209,14 +209,16 @@ def test_responses_have_a_reasoning_item(client, details, summary):
             assert [item.type for item in response.output] == kinds
             item = response.output[0]
             assert item.content[0].text == "let me see" and item.status == "completed"
-            assert [part.text for part in item.summary] == (["let me see"] if summary else [])
+            assert [part.text for part in item.summary] == (
+                ["let me see"] if summary == "auto" else []
+            )
             assert response.usage.output_tokens_details.reasoning_tokens == 10
         assert (
             "".join(e.delta for e in events if e.type == "response.reasoning_text.delta")
             == "let me see"
         )
         seen = [e.delta for e in events if e.type == "response.reasoning_summary_text.delta"]
-        assert "".join(seen) == ("let me see" if summary else "")
+        assert "".join(seen) == ("let me see" if summary == "auto" else "")
         assert [e.sequence_number for e in events if hasattr(e, "sequence_number")] == sorted(
             {e.sequence_number for e in events if hasattr(e, "sequence_number")}
         )
@@ -250,6 +252,34 @@ def test_messages_have_a_thinking_block(claude, details):
     turns.append({"role": "user", "content": [result, {"type": "text", "text": "job"}]})
     sent = json.loads(claude.messages.create(messages=turns, **ways).content[0].text)
     assert sent["messages"][1]["reasoning_content"] == "let me see"
+
+
+def test_thinking_may_be_omitted_and_comes_back(claude):
+    tools: Any = [{"name": "add", "input_schema": {"type": "object"}}]
+    thinking: Any = {"type": "adaptive", "display": "omitted"}
+    ways: Any = {"model": "m", "max_tokens": 9999, "tools": tools, "thinking": thinking}
+    whole = claude.messages.create(messages=THINK_CALL, **ways)
+    with claude.messages.stream(messages=THINK_CALL, **ways) as stream:
+        deltas = [e.delta.type for e in stream if e.type == "content_block_delta"]
+        final = stream.get_final_message()
+    assert deltas == ["signature_delta", "input_json_delta"]
+    for message in (whole, final):
+        block, call = message.content
+        assert (block.type, block.thinking) == ("thinking", "") and block.signature
+        assert "let me see" not in message.model_dump_json()
+        result = {"type": "tool_result", "tool_use_id": call.id, "content": "2"}
+        turns: Any = [*THINK_CALL, {"role": "assistant", "content": message.content}]
+        turns.append({"role": "user", "content": [result, {"type": "text", "text": "job"}]})
+        sent = json.loads(claude.messages.create(messages=turns, **ways).content[0].text)
+        assert sent["messages"][1]["reasoning_content"] == "let me see"
+
+
+def test_a_stop_string_after_a_call_leaves_the_call_to_be_run(claude):
+    tools: Any = [{"name": "add", "input_schema": {"type": "object"}}]
+    message = claude.messages.create(
+        model="m", messages=THINK_CALL, max_tokens=99, tools=tools, stop_sequences=["</tool_call>"]
+    )
+    assert (message.stop_reason, message.stop_sequence) == ("tool_use", None)
 
 
 def test_reasoning_may_be_all_there_is(client, claude):

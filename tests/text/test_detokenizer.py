@@ -52,7 +52,7 @@ def byte_ids(kind: str) -> list[list[int]]:
     tokenizer = tokenizer_of(kind)
     pieces = Detokenizer(tokenizer).pieces
     found: list[list[int]] = [[] for _ in range(256)]
-    for index in range(end_of(kind)):
+    for index in range(min(end_of(kind), 2000)):
         if isinstance(piece := pieces[index], bytes) and len(piece) == 1:
             found[piece[0]].append(index)
     return found

@@ -41,7 +41,7 @@ THINK = Reasoning(start="<think>", end="</think>")
 INSIDE, AFTER = replace(THINK, phase="inside"), replace(THINK, phase="after")
 FIRST = replace(THINK, anywhere=False)
 VOCAB = 264
-LENGTH = 24
+LENGTH = 20
 
 
 @pytest.mark.parametrize(
@@ -216,8 +216,10 @@ def model() -> Any:
 
 
 @pytest.mark.parametrize("single", [True, False])
-@pytest.mark.parametrize("budget", [0, 1, 7, 1000])
-@pytest.mark.parametrize(("prompt", "bias"), [("hi<think>\n", 0.0), ("hi", 9.0)])
+@pytest.mark.parametrize("budget", [0, pytest.param(1, marks=pytest.mark.soak), 7, 1000])
+@pytest.mark.parametrize(
+    ("prompt", "bias"), [(f"{'<think>ab</think>c' * 2}<think>\n", 0.0), ("hi", 9.0)]
+)
 def test_speculation_with_a_budget_equals_plain_and_the_reference(
     model, single, budget, prompt, bias
 ):
@@ -227,9 +229,9 @@ def test_speculation_with_a_budget_equals_plain_and_the_reference(
     ways["sampling"] = Sampling(logit_bias={tokenizer.encode("<think>")[0]: bias})
     answers = [
         [r.token for r in stream_generate(model, tokenizer, ids, layout=layout, **ways)]
-        for layout in ("plain", "linear", "quadratic")
+        for layout in ("plain", "linear", "quadratic", "auto")
     ]
-    assert answers == [reference(model, tokenizer, ids, budget, bias)] * 3
+    assert answers == [reference(model, tokenizer, ids, budget, bias)] * 4
 
 
 @pytest.mark.parametrize("single", [True, False])

@@ -158,17 +158,14 @@ def test_topics_are_taken_in_turn(tmp_path):
         assert all(message["role"] != "system" for message in record.messages or ())
 
 
-def test_a_template_without_system_prompts_takes_no_topics(tmp_path):
-    template = TEMPLATE.replace("== 'tool'", "== 'system'")
-    with pytest.raises(ValueError, match="topics need a system prompt"):
-        distil(
-            readable(),
-            byte_tokenizer(template=template),
-            tmp_path / "data.jsonl",
-            num_records=2,
-            topics=["rivers"],
-            **OPTIONS,
-        )
+def test_a_template_without_system_prompts_has_the_topic_in_the_user_turn(tmp_path):
+    tokenizer = byte_tokenizer(template=TEMPLATE.replace("== 'tool'", "== 'system'"))
+    before, after = around_user(tokenizer, "rivers")
+    assert before.startswith("<user>") and "rivers" in before and "<system>" not in before
+    assert after == "<eos><assistant>"
+    path = tmp_path / "data.jsonl"
+    records = distil(readable(), tokenizer, path, num_records=2, topics=["rivers"], **OPTIONS)
+    assert all("rivers" not in record.prompt for record in records)
 
 
 def test_a_model_without_a_template_writes_plain_text(tmp_path):

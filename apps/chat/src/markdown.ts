@@ -9,6 +9,7 @@
 import DOMPurify from "dompurify";
 import MarkdownIt from "markdown-it";
 
+import { type Masked, mask } from "./formulas";
 import { highlight } from "./highlight";
 
 const SAFE_LINK = /^(https?:\/\/|mailto:)/i;
@@ -37,6 +38,20 @@ markdown.renderer.rules.fence = (tokens, index) => {
   return codeBlock(token.content, token.info.trim().split(/\s+/)[0] ?? "");
 };
 markdown.renderer.rules.code_block = (tokens, index) => codeBlock(tokens[index]!.content, "");
+
+markdown.renderer.rules.text = (tokens, index, _options, env) =>
+  (env as Masked).show(tokens[index]!.content);
+// What looked like a formula outside of text is restored.
+markdown.core.ruler.push("formulas", ({ tokens, env }) => {
+  const masked = env as Masked;
+  const restore = (token: (typeof tokens)[number]) => {
+    token.children?.forEach(restore);
+    if (token.type !== "text" && token.type !== "inline") token.content = masked.restore(token.content);
+    token.info = masked.restore(token.info);
+    token.attrs?.forEach((attribute) => (attribute[1] = masked.restore(String(attribute[1]))));
+  };
+  tokens.forEach(restore);
+});
 
 // Checkboxes of task lists are characters: a control that does nothing would mislead.
 markdown.core.ruler.push("tasks", ({ tokens }) => {
@@ -79,9 +94,9 @@ DOMPurify.addHook("afterSanitizeAttributes", (node) => {
 });
 
 /** Render text; returns safe HTML per block, so that unchanged blocks are not rendered again. */
-export function renderBlocks(text: string): string[] {
-  const env = {};
-  const tokens = markdown.parse(text, env);
+export function renderBlocks(text: string, streaming: boolean): string[] {
+  const env = mask(text, streaming, markdown.utils.escapeHtml);
+  const tokens = markdown.parse(env.text, env);
   const blocks: string[] = [];
   let start = 0;
   let depth = 0;
@@ -93,6 +108,12 @@ export function renderBlocks(text: string): string[] {
     start = index + 1;
   });
   return blocks;
+}
+
+/** Render only the formulas of a text; returns safe HTML per paragraph. */
+export function renderPlain(text: string, streaming: boolean): string[] {
+  const masked = mask(text, streaming, markdown.utils.escapeHtml);
+  return masked.text.split(/\n{2,}/).map((part) => safe(masked.show(part)));
 }
 
 function safe(html: string): string {

@@ -87,6 +87,8 @@ export function align(root: HTMLElement, source: string, from = 0): Run[] {
   const walker = document.createTreeWalker(root, NodeFilter.SHOW_TEXT);
   for (let node = walker.nextNode() as Text | null; node; node = walker.nextNode() as Text | null) {
     const parent = node.parentElement;
+    // Of a rendered formula only the source is in the text.
+    if (parent?.closest(".katex") && parent.localName !== "annotation") continue;
     if (parent?.closest(".code-head") || (!node.data.trim() && !parent?.closest("pre"))) continue;
     from = alignNode(node, source, from, runs);
   }

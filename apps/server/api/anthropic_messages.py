@@ -21,7 +21,7 @@ from mlx_mtp.apps.server.api.anthropic_schema import (
 )
 from mlx_mtp.apps.server.api.formats import schema_format
 from mlx_mtp.apps.server.api.jobs import ServerContext, new_id
-from mlx_mtp.apps.server.api.reasoning import Delta, Deltas, reasoning_fields, signature
+from mlx_mtp.apps.server.api.reasoning import Delta, Deltas, reasoning_fields, sealed
 from mlx_mtp.apps.server.api.reports import mtp_summary, timings, usage
 from mlx_mtp.apps.server.api.schemas import token_limit
 from mlx_mtp.apps.server.api.tool_kinds import job_tools
@@ -86,6 +86,7 @@ class _Reply:
 
     def __init__(self, body: MessagesRequest, context: ServerContext) -> None:
         self._details = body.speculation.details
+        self._is_omitted = bool(body.thinking and body.thinking.display == "omitted")
         self._head = {
             "id": new_id("msg_"),
             "type": "message",
@@ -103,7 +104,8 @@ class _Reply:
             self._choice.add(message)
         calls = self._calls()
         text, thought = self._choice.text, self._choice.reasoning
-        blocks: list[Any] = [_block("reasoning", thought)] if thought else []
+        thinking = _block("reasoning", thought) | ({"thinking": ""} if self._is_omitted else {})
+        blocks: list[Any] = [thinking] if thought else []
         blocks += [_block("text", text)] if text or not (calls or thought) else []
         content = self._head | {"content": [*blocks, *calls]} | self._ending()
         return json_response(content | {"usage": self._usage()} | self._costs())
@@ -136,13 +138,17 @@ class _Reply:
             self._index += 1
             yield _block_start(self._index, _block(kind, ""))
         field = "thinking" if kind == "reasoning" else "text"
+        if kind == "reasoning" and self._is_omitted:
+            text = ""
+        if not (text or more):
+            return
         piece = {"type": f"{field}_delta", field: text}
         yield _event("content_block_delta", index=self._index, delta=piece, **more)
 
     def _close(self) -> Iterator[bytes]:
         """End the open block."""
         if self._kind == "reasoning":
-            piece = {"type": "signature_delta", "signature": signature(self._choice.reasoning)}
+            piece = {"type": "signature_delta", "signature": sealed(self._choice.reasoning)}
             yield _event("content_block_delta", index=self._index, delta=piece)
         if self._kind:
             yield _event("content_block_stop", index=self._index)
@@ -166,8 +172,9 @@ class _Reply:
 
     def _ending(self) -> dict[str, Any]:
         result = self._choice.result
-        reason = "stop_sequence" if result.stop_string is not None else _REASONS[result.reason]
-        return {"stop_reason": reason, "stop_sequence": result.stop_string}
+        if result.stop_string is not None and result.reason == "stop":
+            return {"stop_reason": "stop_sequence", "stop_sequence": result.stop_string}
+        return {"stop_reason": _REASONS[result.reason], "stop_sequence": None}
 
     def _usage(self) -> dict[str, Any]:
         """Anthropic's counts: ``input_tokens`` excludes tokens from the prefix cache."""
@@ -203,4 +210,4 @@ def _block(kind: str, text: str) -> dict[str, Any]:
     """A block of text or of reasoning; an empty one has no signature yet."""
     if kind == "text":
         return {"type": "text", "text": text, "citations": None}
-    return {"type": "thinking", "thinking": text, "signature": signature(text) if text else ""}
+    return {"type": "thinking", "thinking": text, "signature": sealed(text) if text else ""}

@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from mlx_mtp.apps.server.api.formats import TextFormat
+from mlx_mtp.apps.server.api.reasoning import unsealed
 from mlx_mtp.apps.server.api.schemas import (
     MAX_STOPS,
     Fields,
@@ -43,10 +44,11 @@ class AnthropicTool(Fields):
 
 
 class Thinking(Fields):
-    """Extended thinking."""
+    """Extended thinking; a display of ``omitted`` leaves its text out of the answer."""
 
     type: Literal["disabled", "enabled", "adaptive", "between_tools"]
     budget_tokens: int | None = None
+    display: str | None = None
 
 
 class OutputConfig(Fields):
@@ -174,7 +176,7 @@ def _from_blocks(
             messages.append({"role": "tool", "content": content, "tool_call_id": call_id})
         else:
             texts.append(_text([block], where, note, start=index, is_answer=is_answer))
-    thought = thoughts(blocks)
+    thought = thoughts([_with_thinking(block) for block in blocks])
     if texts or calls:
         message: dict[str, Any] = {"role": role, "content": "".join(texts)}
         message |= {"reasoning_content": thought} if thought else {}
@@ -182,6 +184,11 @@ def _from_blocks(
     if not messages and not is_answer:
         raise refused(f"{where} is empty", param=where)
     return messages
+
+
+def _with_thinking(block: dict[str, Any]) -> dict[str, Any]:
+    """A block with the text that was omitted from it, which its signature contains."""
+    return block | {"thinking": block.get("thinking") or unsealed(block.get("signature"))}
 
 
 def _text(content: Any, where: str, note: Note, *, start: int = 0, is_answer: bool = False) -> str:

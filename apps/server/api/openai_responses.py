@@ -78,7 +78,8 @@ class _Reply:
         self._id = new_id("resp_")
         self._created = now()
         self._is_encrypted = ENCRYPTED in (body.include or ())
-        self._is_summarized = bool(body.reasoning and body.reasoning.summary)
+        summary = body.reasoning.summary if body.reasoning else None
+        self._is_summarized = summary not in (None, "", "none")
         self._open: dict[str, Any] = {}  # the item that pieces are added to
         self._text = ""  # of that item
         self._choice = Choice()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import hashlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -49,23 +48,18 @@ def reasoning_fields(
 
 
 def sealed(text: str) -> str:
-    """Return reasoning as ``encrypted_content``: encoded, not encrypted."""
+    """Return reasoning as ``encrypted_content`` or ``signature``: encoded, not encrypted."""
     return _SEAL + base64.b64encode(text.encode()).decode()
 
 
 def unsealed(content: Any) -> str:
-    """Return the text of ``encrypted_content``, or "" if another server wrote it."""
+    """Return the text of what ``sealed`` returned, or "" if another server wrote it."""
     if not isinstance(content, str) or not content.startswith(_SEAL):
         return ""
     try:
         return base64.b64decode(content.removeprefix(_SEAL), validate=True).decode()
     except ValueError:
         return ""
-
-
-def signature(text: str) -> str:
-    """Return the signature of a thinking block; clients send it back, and it is not checked."""
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 class Deltas:

@@ -314,15 +314,13 @@ def special_ids(tokenizer: TokenizerWrapper) -> set[int]:
 def around_user(tokenizer: TokenizerWrapper, topic: str | None = None) -> tuple[str, str]:
     """Text of the chat template before and after a user message.
 
+    Where the template takes no system prompt, the topic begins the user message.
+
     Raises:
-        ValueError: it accepts no system prompt for a topic, or changes or repeats the message.
+        ValueError: the chat template refuses, changes or repeats the message.
     """
     system = [] if topic is None else [{"role": "system", "content": _TOPIC.format(topic)}]
-    try:
-        text = chat_text(tokenizer, [*system, {"role": "user", "content": _MARKER}])
-    except ValueError as error:
-        hint = " (topics need a system prompt)" if system else ""
-        raise ValueError(f"{error}{hint}") from None
+    text = chat_text(tokenizer, [*system, {"role": "user", "content": _MARKER}])
     if text.count(_MARKER) != 1:
         raise ValueError("the chat template changes or repeats a user message")
     before, _, after = text.partition(_MARKER)

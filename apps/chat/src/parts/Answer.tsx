@@ -1,7 +1,8 @@
-import { useEffect, useMemo, useRef, useState } from "preact/hooks";
+import { useEffect, useLayoutEffect, useMemo, useRef, useState } from "preact/hooks";
 
+import { ready, typeset } from "../formulas";
 import { Marks, canMark } from "../marks";
-import { renderBlocks } from "../markdown";
+import { renderBlocks, renderPlain } from "../markdown";
 import { splitReasoning } from "../reasoning";
 import { settings } from "../state";
 import { describeStep, describeToken, indexAt, stepEnds } from "../steps";
@@ -15,16 +16,20 @@ interface Tip {
 
 /** An answer as rendered Markdown, with its steps underlined. */
 export function Answer({ message }: { message: Message }) {
+  const whole = useRef<HTMLDivElement>(null);
   const root = useRef<HTMLDivElement>(null);
   const marks = useMemo(() => new Marks(), []);
   const [tip, setTip] = useState<Tip | null>(null);
+  const streaming = message.state === "streaming";
   const parts = useMemo(() => splitReasoning(message), [message.text, message.groups]);
-  const blocks = useMemo(() => renderBlocks(parts.content), [parts.content]);
+  const reasoning = useMemo(() => renderPlain(parts.reasoning, streaming), [parts.reasoning, streaming]);
+  const blocks = useMemo(() => renderBlocks(parts.content, streaming), [parts.content, streaming]);
   const marked = canMark && settings.value.marks && message.groups.length > 0;
+  useLayoutEffect(() => typeset(whole.current!), [reasoning, blocks, ready.value]);
   useEffect(() => {
     if (marked && root.current) marks.show(root.current, message.text, message.groups, parts.from);
     else marks.clear();
-  }, [message.text, message.groups, marked]);
+  }, [blocks, message.groups, marked, ready.value]);
   useEffect(() => () => marks.clear(), []);
   const point = (event: MouseEvent) => {
     const offset = marked ? marks.offsetAt(event.clientX, event.clientY) : null;
@@ -32,21 +37,25 @@ export function Answer({ message }: { message: Message }) {
     setTip(text ? { text, x: event.clientX, y: event.clientY } : null);
   };
   return (
-    <div onMouseMove={point} onMouseLeave={() => setTip(null)}>
+    <div ref={whole} onMouseMove={point} onMouseLeave={() => setTip(null)}>
       {(parts.reasoning || parts.open) && (
         <details class="reasoning">
-          <summary>{parts.open && message.state === "streaming" ? "Reasoning …" : "Reasoning"}</summary>
-          <div class="reasoning-text">{parts.reasoning}</div>
+          <summary>{parts.open && streaming ? "Reasoning …" : "Reasoning"}</summary>
+          <div class="reasoning-text">
+            <Blocks all={reasoning} />
+          </div>
         </details>
       )}
       <div class="text" ref={root}>
-        {blocks.map((html, index) => (
-          <div key={index} dangerouslySetInnerHTML={{ __html: html }} />
-        ))}
+        <Blocks all={blocks} />
       </div>
       {tip && <Tooltip tip={tip} />}
     </div>
   );
+}
+
+function Blocks({ all }: { all: readonly string[] }) {
+  return all.map((html, index) => <div key={index} dangerouslySetInnerHTML={{ __html: html }} />);
 }
 
 function Tooltip({ tip }: { tip: Tip }) {
