@@ -212,6 +212,7 @@ def _drop_top(logprobs: mx.array, threshold: float, special: Sequence[int]) -> m
     probs = mx.softmax(logprobs, axis=-1)
     least = mx.where(probs > threshold, probs, mx.inf).min(axis=-1, keepdims=True)
     dropped = probs > least
-    if special:
-        dropped[..., list(special)] = False
+    known = [token for token in special if 0 <= token < logprobs.shape[-1]]  # MLX does not check
+    if known:
+        dropped[..., known] = False
     return mx.where(dropped, -mx.inf, logprobs)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.decoding.sampling import Sampling, target_probs
 from mlx_mtp.drafting.mask_tokens import Drafts, draft_tokens, shortlisted
 from mlx_mtp.model.config import SamplerKind
 from mlx_mtp.model.mtp_model import SAMPLER_PREFIX, MTPModel
@@ -106,6 +106,9 @@ def test_ids_that_xtc_never_drops_are_no_places_in_a_shortlist() -> None:
     plain, special = Sampling(**options), Sampling(**options, xtc_special_tokens=(0, 1))
     assert plain.distribution and special.distribution
     assert mx.array_equal(special.distribution(logits), plain.distribution(logits))
+    foreign = Sampling(**options, xtc_special_tokens=(4, 10**6, -1))
+    assert mx.array_equal(target_probs(logits, foreign), target_probs(logits, plain))
+    assert not mx.array_equal(target_probs(logits, special), target_probs(logits, plain))
 
 
 @pytest.mark.parametrize("size", [1, 5, 64, 256])
