@@ -246,14 +246,12 @@ def test_every_argument_of_mlx_lm_is_taken_or_refused_in_one_line(ours: Any, the
 def test_arguments_by_position(tmp_path: Path) -> None:
     folder, adapter = save_tiny_pair(tmp_path, "llama")
     model, tokenizer, config = mlx_mtp.load(  # type: ignore[misc]
-        str(folder),
-        {"trust_remote_code": False},
-        {"max_position_embeddings": 77},
-        str(adapter),
-        True,
-        True,
-    )
-    assert model.max_context == config["max_position_embeddings"] == 77
+        str(folder), {"trust_remote_code": False}, {"max_position_embeddings": 99}, str(adapter),
+        True, True,
+    )  # fmt: skip
+    assert model.base.args.max_position_embeddings == config["max_position_embeddings"] == 99
+    with pytest.raises(ValueError, match="fingerprint"):  # the adapter was trained with another one
+        mlx_mtp.load(str(folder), {}, {"rms_norm_eps": 0.5}, str(adapter))
     names = list(inspect.signature(mlx_lm.load).parameters)
     assert list(inspect.signature(mlx_mtp.load).parameters)[: len(names)] == names
     model, tokenizer = mlx_mtp.load(

@@ -56,7 +56,11 @@ def json_grammar(schema: dict[str, Any]) -> str:
 
 
 def calls_grammar(
-    functions: dict[str, dict[str, Any]], *, tags: tuple[str, str], parallel: bool
+    functions: dict[str, dict[str, Any]],
+    *,
+    tags: tuple[str, str],
+    parallel: bool,
+    answer: dict[str, Any] | None = None,
 ) -> str:
     """Return a grammar of calls: JSON objects with ``name`` and ``arguments`` between two tags.
 
@@ -64,22 +68,29 @@ def calls_grammar(
         functions: JSON schema of the arguments by name of the function.
         tags: texts before and after a call.
         parallel: whether to allow more than one call.
+        answer: JSON schema of a text that may be the answer instead of calls.
 
     Raises:
         ValueError: a schema has llguidance's own settings, or llguidance is not installed.
     """
     rules = []
     for index, (name, schema) in enumerate(functions.items()):
-        if "x-guidance" in schema:
-            raise ValueError("x-guidance cannot be set")
-        arguments = {"type": "object", **schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}}
+        arguments = _with_whitespace({"type": "object", **schema})
         head = f'{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": '
         rules.append(f'f{index}: {_quoted(head)} %json {json.dumps(arguments)} "}}"')
     names = " | ".join(f"f{index}" for index in range(len(functions)))
     start = r"start: call (/\n?/ call)*" if parallel else "start: call"
+    if answer is not None:
+        start += f" | %json {json.dumps(_with_whitespace(answer))}"
     call = rf"call: {_quoted(tags[0])} /\n?/ ({names}) /\n?/ {_quoted(tags[1])}"
     lark = "\n".join([start, call, *rules])
     return _llguidance().LLMatcher.grammar_from_lark(lark)
+
+
+def _with_whitespace(schema: dict[str, Any]) -> dict[str, Any]:
+    if "x-guidance" in schema:
+        raise ValueError("x-guidance cannot be set")
+    return {**schema, "x-guidance": {"whitespace_pattern": _WHITESPACE}}
 
 
 def _quoted(text: str) -> str:

@@ -58,6 +58,7 @@ class Prepared:
         logits_processors: of penalties, grammars and the budget of reasoning.
         top_logprobs: number of most likely ids to report per id; None for no logprobs.
         tools: tools whose calls are parsed.
+        parallel_tool_calls: whether calls after the first are reported.
         reasoning: the marks of the reasoning to split off, if there are any.
         call_format: format of the calls, as an argument of ``ToolCallReader``.
         pieces: whether the ids of each step and the text of each id are reported.
@@ -71,6 +72,7 @@ class Prepared:
     logits_processors: list[LogitsProcessor] = field(default_factory=list)
     top_logprobs: int | None = None
     tools: list[dict[str, Any]] = field(default_factory=list)
+    parallel_tool_calls: bool = True
     reasoning: Reasoning | None = None
     call_format: TokenizerWrapper | GenericCalls = GENERIC
     pieces: bool = False
@@ -133,6 +135,7 @@ def prepare(
         ],
         top_logprobs=job.top_logprobs,
         tools=job.tools or [],
+        parallel_tool_calls=job.parallel_tool_calls,
         reasoning=reasoning if job.split_reasoning else None,
         call_format=_call_format(job, tokenizer),
         pieces=job.pieces,
@@ -199,19 +202,20 @@ def _processors(
 
 def _grammar(job: Job, tokenizer: TokenizerWrapper) -> str:
     """The grammar that the answer must match."""
-    if job.schema is not None:
+    if job.schema is not None and not job.tools:
         return json_grammar(job.schema)
     functions = [tool["function"] for tool in job.tools or ()]
     form = _call_format(job, tokenizer)
-    required = job.required_tools or ()
+    required = job.required_tools
     return calls_grammar(
         {
             function["name"]: _closed(function.get("parameters"))
             for function in functions
-            if function["name"] in required
+            if required is None or function["name"] in required
         },
         tags=(form.tool_call_start or "", form.tool_call_end or ""),
         parallel=job.parallel_tool_calls,
+        answer=job.schema if required is None else None,
     )
 
 
@@ -263,11 +267,12 @@ def _encode_chat(
 def _is_generic(job: Job, tokenizer: TokenizerWrapper) -> bool:
     """Whether tools are listed, and calls written, in plain text instead of the template's form.
 
-    Required calls are, too, unless the template's form is JSON, which a grammar can enforce.
+    Calls that a grammar enforces are, too, unless the template's form is JSON.
     """
     if not job.tools or not tokenizer.has_chat_template:
         return False
-    if job.required_tools is not None and tokenizer.has_tool_calling:
+    is_constrained = job.required_tools is not None or job.schema is not None
+    if is_constrained and tokenizer.has_tool_calling:
         return not (calls_are_json(tokenizer) and reads_tools(tokenizer))
     return not reads_tools(tokenizer)
 

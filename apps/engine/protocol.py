@@ -37,8 +37,8 @@ class Job:
         split_reasoning: whether reasoning is reported apart from the text; for ``messages`` only.
         tools: tools for the chat template, in OpenAI's form.
         required_tools: names of tools; the answer must be calls of these and nothing else.
-        parallel_tool_calls: whether there may be more than one of the required calls.
-        schema: JSON schema that the answer must match.
+        parallel_tool_calls: whether there may be more than one call; later ones are left out.
+        schema: JSON schema that the answer must match; with ``tools`` it may be calls instead.
         schema_param: field of the request that contains the schema, for errors.
         temp, top_p, min_p, top_k, repetition_penalty, repetition_context_size, xtc_probability,
             xtc_threshold, logit_bias: see ``Sampling``.
@@ -65,7 +65,7 @@ class Job:
     split_reasoning: bool = True
     tools: list[dict[str, Any]] | None = None
     required_tools: list[str] | None = None
-    parallel_tool_calls: bool = False
+    parallel_tool_calls: bool = True
     schema: dict[str, Any] | None = None
     schema_param: str | None = None
     temp: float = 0.0
@@ -159,9 +159,7 @@ class Ready:
         num_draft_tokens: the adapter's k; 0 without an adapter.
         max_context: maximum number of tokens of prompt and answer; None if unknown.
         has_chat_template: whether it takes conversations.
-        has_tools: whether it takes tools, in the form of its chat template or as text.
         has_reasoning: whether it has marks of reasoning.
-        can_require_tools: whether it can be forced to call tools.
         chat_template: source of the chat template.
         bos_token, eos_token: special tokens, as text.
         facts: device and step costs, for display.
@@ -173,9 +171,7 @@ class Ready:
     num_draft_tokens: int
     max_context: int | None = None
     has_chat_template: bool
-    has_tools: bool
     has_reasoning: bool = False
-    can_require_tools: bool = False
     chat_template: str = ""
     bos_token: str = ""
     eos_token: str = ""

@@ -198,6 +198,7 @@ class Session:
 
     def _finished(self, reason: str) -> Finished:
         calls = self._tools.calls if self._tools else []
+        calls = calls if self._job.parallel_tool_calls else calls[:1]
         return Finished(
             reason="tool_calls" if calls and reason == "stop" else reason,
             stop_string=self._text.stop_string,

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from mlx_mtp.apps.server.errors import ApiError, refused
 from mlx_mtp.apps.server.hints import Note, unnoted
 from mlx_mtp.apps.server.settings import Settings
+from mlx_mtp.text.tool_prompt import valid_unicode
 
 MAX_LEVELS = 64
 MAX_VALUES = 2**18  # parsing more would block every other thread
@@ -84,7 +85,7 @@ async def _read(request: Request, max_bytes: int) -> bytes:
 
 def _parse_json(data: bytes) -> Any:
     try:
-        text = data.decode("utf-8")
+        text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise refused(f"the body is not UTF-8: {error.reason} at byte {error.start}") from None
     _check_count(data)
@@ -100,8 +101,11 @@ def _parse_json(data: bytes) -> Any:
     except ValueError as error:  # ours, or Python's for a number of thousands of digits
         raise refused(f"the body is not JSON: {error}") from None
     _check_levels(values)
-    if "\\u" in text:
-        _check_unicode(values)
+    written = json.dumps(values, ensure_ascii=False) if "\\u" in text else ""
+    try:
+        written.encode()
+    except UnicodeEncodeError:  # clients cut texts between the halves of a character
+        return json.loads(valid_unicode(written))
     return values
 
 
@@ -161,13 +165,6 @@ def _inner(value: Any) -> list[Any]:
     """Lists and objects within a list or an object."""
     values = value.values() if isinstance(value, dict) else value
     return [inner for inner in values if isinstance(inner, dict | list)]
-
-
-def _check_unicode(values: Any) -> None:
-    try:
-        json.dumps(values, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise refused("the body contains an unpaired surrogate") from None
 
 
 def _api_error(error: ValidationError) -> ApiError:

@@ -100,6 +100,6 @@ def _model(context: ServerContext) -> dict[str, Any]:
         **dict.fromkeys(CONTEXT_FIELDS, info.max_context),
         "num_draft_tokens": info.num_draft_tokens,
         "adapter": info.adapter,
-        "tools": info.has_tools,
+        "tools": info.has_chat_template,
         "reasoning": info.has_reasoning,
     }

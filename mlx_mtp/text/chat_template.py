@@ -25,7 +25,7 @@ Messages = list[Message]
 Change = Callable[[Messages], Messages]
 _ID_LENGTH = 9  # of calls in Mistral's templates
 _SYSTEM = ("system", "developer")
-_MARK = re.compile(r"zq(\d+)qz")
+_MARK = re.compile(r"zq(?:\d+x)?\d+qz")
 # Templates that expect text print lists and objects in Python's form, not in JSON's.
 _PYTHON_FORM = re.compile(rf"\{{'{_MARK.pattern}|{_MARK.pattern}'\}}\]")
 
@@ -126,14 +126,13 @@ class _Fitting:
         return text
 
     def _num_missing(self, messages: Messages) -> int:
-        """Number of messages that the template leaves out or misprints, found by marks in them."""
-        marked = [_marked(message, f"zq{index}qz") for index, message in enumerate(messages)]
+        """Number of messages and calls that are left out or misprinted, found by marks in them."""
+        marked = [_marked(message, f"{index}qz") for index, message in enumerate(messages)]
         try:
             text = self._render(marked)
         except ValueError:
             return 0
-        missing = {str(at) for at, each in enumerate(marked) if each != messages[at]}
-        missing -= set(_MARK.findall(text))
+        missing = set(_MARK.findall(json.dumps(marked, default=str))) - set(_MARK.findall(text))
         return len(missing) + len(_PYTHON_FORM.findall(text))
 
     def _render(self, messages: Messages) -> str:
@@ -332,10 +331,11 @@ def _joined_text(first: Message, second: Message, key: str = "content") -> str:
 
 
 def _marked(message: Message, mark: str) -> Message:
-    """Add a mark to a message that every template has to render; others are returned unchanged."""
+    """Add marks to a message that every template has to render; others are returned unchanged."""
     if calls := message.get("tool_calls"):
-        return message | {"tool_calls": [_marked_call(call, mark) for call in calls]}
-    content = message.get("content")
+        marks = (f"zq{at}x{mark}" for at in range(len(calls)))
+        return message | {"tool_calls": list(map(_marked_call, calls, marks))}
+    content, mark = message.get("content"), f"zq{mark}"
     if not content:
         return message
     if isinstance(content, str):

@@ -33,7 +33,6 @@ def ready(options: dict[str, Any]) -> dict[str, Any]:
         "num_draft_tokens": K,
         "max_context": 1000,
         "has_chat_template": True,
-        "has_tools": False,
         "facts": {
             "device": "test bench",
             "runs_on": "cpu",

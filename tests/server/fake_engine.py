@@ -26,7 +26,6 @@ READY = {
     "num_draft_tokens": 4,
     "max_context": 1000,
     "has_chat_template": True,
-    "has_tools": True,
     "has_reasoning": True,
 }
 VOCAB_SIZE = 260

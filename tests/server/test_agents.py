@@ -68,7 +68,7 @@ def claude(host: Any, work: Path, *arguments: str, **more: str) -> subprocess.Po
         "ANTHROPIC_AUTH_TOKEN": "none",
     } | more
     command = [str(BIN / "claude"), *arguments, "--output-format", "json"]
-    return started([*command, "--allowedTools", "Read,Bash"], environment, work)
+    return started([*command, "--allowedTools", "Read,Bash,Edit,Write"], environment, work)
 
 
 def codex(host: Host, work: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -120,6 +120,71 @@ def test_claude_code_calls_tools_and_answers(host, work):
     run = claude(host, work, "-p", "--continue", prompt([read(work / "note.txt")]))
     assert json.loads(output(run))["result"] == "The results: forty two, seven, seven"
     assert len(replies(host)) == 1
+
+
+@pytest.mark.parametrize("start", [claude, codex])
+def test_a_long_task_returns_every_thought(host, work, start):
+    if start is claude:
+        run = claude(host, work, "-p", prompt(*[[read(work / "note.txt")]] * 12, more="thoughts"))
+        answer = json.loads(output(run))["result"]
+    else:
+        run = codex(host, work, prompt(*[[shell("cat note.txt")]] * 12, more="thoughts"))
+        answer = answers(output(run))[-1]
+    assert answer == f"The results: {'forty two, ' * 12}12 thoughts"
+    assert len(replies(host)) == 13
+
+
+PATCH = """apply_patch <<'EOF'
+*** Begin Patch
+*** Update File: note.txt
+@@
+-The first number is [forty two].
++The first number is [nine].
+*** End Patch
+EOF"""
+
+
+@pytest.mark.parametrize("start", [claude, codex])
+def test_agents_edit_files(host, work, start):
+    note = work / "note.txt"
+    edit = {"file_path": str(note), "old_string": "forty two", "new_string": "nine"}
+    if start is claude:
+        rounds = [[read(note)], [{"name": "Edit", "arguments": edit}], [read(note)]]
+        output(claude(host, work, "-p", prompt(*rounds)))
+    else:
+        output(codex(host, work, prompt([shell(PATCH)], [shell("cat note.txt")])))
+    assert note.read_text() == "The first number is [nine].\n"
+    replies(host)
+
+
+def test_claude_code_compacts_its_conversation(host, work):
+    output(claude(host, work, "-p", prompt([read(work / "note.txt")])))
+    run = claude(host, work, "-p", "--continue", "/compact")
+    assert json.loads(output(run))["local_command"] == "compact"
+    replies(host)
+
+
+def test_codex_compacts_its_conversation(host, work):
+    output(codex(host, work, prompt([shell("cat note.txt")])))
+    assert len(replies(host)) == 2
+    limit = ("-c", "model_auto_compact_token_limit=1")
+    output(codex(host, work, *limit, "resume", "--last", prompt()))
+    assert len(replies(host)) > 1  # a summary and the answer
+
+
+def test_several_agents_at_once(host, tmp_path, work):
+    runs = []
+    for number in range(4):
+        folder = tmp_path / str(number) / "work"
+        shutil.copytree(work, folder)
+        (folder / "note.txt").write_text(f"[number {number}]")
+        if number % 2:
+            runs.append(codex(host, folder, prompt([shell("cat note.txt")])))
+        else:
+            runs.append(claude(host, folder, "-p", prompt([read(folder / "note.txt")])))
+    for number, run in enumerate(runs):
+        assert f"The results: number {number}" in output(run)
+    replies(host)
 
 
 def test_claude_code_goes_on_after_a_tool_fails(host, work):

@@ -21,7 +21,6 @@ from mlx_mtp.apps.engine.protocol import (
     Finished,
     Job,
     JobMessage,
-    Ready,
     Refused,
     Started,
     Submit,
@@ -29,7 +28,7 @@ from mlx_mtp.apps.engine.protocol import (
 from mlx_mtp.apps.engine.scheduler import Scheduler
 from mlx_mtp.apps.engine.session import Engine
 from mlx_mtp.apps.engine.token_text import TokenTexts
-from mlx_mtp.apps.engine.tool_calls import calls_are_json
+from mlx_mtp.apps.engine.tool_calls import ToolCallReader, calls_are_json
 from mlx_mtp.apps.server.api.anthropic_schema import openai_choice
 from mlx_mtp.apps.server.api.tools import Tool, chat_tools
 from mlx_mtp.apps.server.errors import ApiError
@@ -76,26 +75,14 @@ def host() -> Iterator[Host]:
     ("path", "format", "param"),
     [
         ("chat/completions", {}, "response_format.type"),
-        ("chat/completions", {"type": "json_schema"}, "response_format.json_schema"),
-        (
-            "chat/completions",
-            {"type": "json_object", "json_schema": {"name": "a", "schema": {}}},
-            "response_format.json_schema",
-        ),
+        ("chat/completions", {"type": "json_schema"}, "response_format.json_schema.schema"),
         (
             "chat/completions",
             {"type": "json_schema", "json_schema": {"name": "a"}},
             "response_format.json_schema.schema",
         ),
-        (
-            "chat/completions",
-            {"type": "json_schema", "json_schema": {"schema": {}}},
-            "response_format.json_schema.name",
-        ),
         ("chat/completions", wanted(True), "response_format.json_schema.schema"),  # type: ignore[arg-type]
-        ("responses", {"type": "json_schema", "schema": {}}, "text.format.name"),
         ("responses", {"type": "json_schema", "name": "a"}, "text.format.schema"),
-        ("responses", {"type": "json_object", "schema": {}}, "text.format"),
     ],
 )
 def test_formats_that_make_no_sense_are_named(host, path, format, param):
@@ -104,13 +91,6 @@ def test_formats_that_make_no_sense_are_named(host, path, format, param):
     assert reply.status_code == 400, reply.text
     error = reply.json()["error"]
     assert error["param"] == param and param in error["message"] and "\n" not in error["message"]
-
-
-def test_tools_and_a_format_do_not_go_together(host):
-    tool = {"type": "function", "function": {"name": "add"}}
-    ways: dict[str, Any] = {"tools": [tool], "response_format": {"type": "json_object"}}
-    assert host.chat("hello", **ways).json()["error"]["param"] == "response_format"
-    assert host.chat("hello", **ways, tool_choice="none").status_code == 200
 
 
 def test_the_format_is_told_in_responses(host):
@@ -249,6 +229,34 @@ def test_calls_that_must_be_made_are_made(engine, names):
     jsonschema.validate(json.loads(call["arguments"]), schemas[call["name"]])
 
 
+@pytest.mark.parametrize("form", [{}, {"required_tools": ["add"]}])
+@pytest.mark.parametrize("start", ["{", "<"])
+def test_with_tools_and_a_schema_the_answer_is_json_or_calls(engine, start, form):
+    other = {"{": "<", "<": "{"}[start]
+    job = {
+        "messages": [{"role": "user", "content": TEXT}], "max_tokens": 200, "tools": TOOLS,
+        "schema": SCHEMA, "logit_bias": {engine.tokenizer.encode(other)[0]: -100}, **form,
+    }  # fmt: skip
+    *groups, last = messages_of(engine, job)
+    is_call = start == "<" or bool(form)
+    assert bool(last["tool_calls"]) == is_call
+    if not is_call:
+        text = "".join(group.get("text", "") for group in groups)
+        jsonschema.validate(json.loads(text), SCHEMA)
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_only_the_first_call_counts_without_parallel_calls(engine, several, monkeypatch):
+    calls = [{"name": "add", "arguments": f'{{"a": {number}}}'} for number in (1, 2)]
+    monkeypatch.setattr(ToolCallReader, "finish", lambda self: self.calls.extend(calls) or "")
+    job = {
+        "messages": [{"role": "user", "content": TEXT}], "max_tokens": 2, "tools": TOOLS,
+        "parallel_tool_calls": several,
+    }  # fmt: skip
+    *_, last = messages_of(engine, job)
+    assert last["tool_calls"] == (calls if several else calls[:1])
+
+
 def test_a_bad_schema_of_a_tool_is_refused(engine):
     tool = {"type": "function", "function": {"name": "add", "parameters": REFUSED["no such type"]}}
     job = {
@@ -260,17 +268,12 @@ def test_a_bad_schema_of_a_tool_is_refused(engine):
     assert told.value.param == "tools"
 
 
-def info(*, required: bool) -> Ready:
-    return Ready(
-        model="m", adapter=True, num_draft_tokens=4, max_context=None,
-        has_chat_template=True, has_tools=True, can_require_tools=required,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("choice", "names", "many"),
     [
         ("required", ["is_it", "add"], True),
+        ("any", ["is_it", "add"], True),
+        ("add", ["add"], False),
         ({"type": "function", "function": {"name": "add"}}, ["add"], False),
         ({"type": "function", "name": "is_it"}, ["is_it"], False),
         (openai_choice({"type": "any"})[0], ["is_it", "add"], True),
@@ -279,13 +282,10 @@ def info(*, required: bool) -> Ready:
 )
 def test_choices_of_all_dialects_become_calls(choice, names, many):
     tools = [Tool.model_validate(tool) for tool in TOOLS]
-    job = chat_tools(tools, choice, info(required=True))
+    job = chat_tools(tools, choice)
     assert (job["required_tools"], job["parallel_tool_calls"]) == (names, many)
     assert len(job["tools"]) == 2
-    assert not chat_tools(tools, choice, info(required=True), parallel=False)["parallel_tool_calls"]
-    with pytest.raises(ApiError, match="cannot be enforced") as told:
-        chat_tools(tools, choice, info(required=False))
-    assert told.value.param == "tool_choice"
+    assert not chat_tools(tools, choice, parallel=False)["parallel_tool_calls"]
 
 
 @pytest.mark.parametrize(
@@ -295,13 +295,13 @@ def test_choices_of_all_dialects_become_calls(choice, names, many):
 def test_choices_that_name_no_tool_are_refused(choice):
     tools = [Tool.model_validate(tool) for tool in TOOLS]
     with pytest.raises(ApiError, match="tool_choice must be"):
-        chat_tools(tools, choice, info(required=True))
+        chat_tools(tools, choice)
 
 
 def test_strict_tools_are_passed_on_whether_or_not_a_call_is_required():
     tools = [Tool.model_validate(tool) for tool in TOOLS]
     for choice in ("auto", "required"):
-        fields = chat_tools(tools, choice, info(required=True))
+        fields = chat_tools(tools, choice)
         assert "strict" in fields["tools"][0]["function"]
 
 

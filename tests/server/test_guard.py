@@ -63,7 +63,6 @@ def test_image_urls_are_refused_and_never_fetched(host):
         (b'"text"', "object"),
         (b"{", "JSON"),
         (b'{"prompt": "\xff"}', "UTF-8"),
-        (b'{"prompt": "\\ud800"}', "surrogate"),
         (b'{"prompt": "a", "temperature": NaN}', "NaN"),
         (b'{"prompt": "a", "temperature": -Infinity}', "Infinity"),
         (b'{"prompt": "a", "temperature": 1e999}', "too large"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -57,14 +58,15 @@ class Recorder(Engine):
 
 
 RECORDER = Recorder({})
-_READY: dict[str, Any] = READY | {"can_require_tools": True}
+_READY: dict[str, Any] = READY
 RECORDER.info = Ready(**_READY)
 CLIENT = TestClient(create_app(RECORDER, Settings()), base_url="http://localhost")
 
 
 def sent(path: str, body: dict[str, Any]) -> Any:
     """The reply to a body, to which the fields of a short one are added."""
-    return CLIENT.post(path, json=PATHS[path] | body)
+    data = json.dumps(PATHS[path] | body)  # in ASCII, so that there may be lone surrogates
+    return CLIENT.post(path, content=data, headers={"content-type": "application/json"})
 
 
 def job_of(path: str, body: dict[str, Any]) -> Job:
@@ -132,6 +134,27 @@ BECOMES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     (TEXT, {"max_tokens": -1}, {"max_tokens": MAX_TOKENS}),
     (RESPONSES, {"max_output_tokens": -1}, {"max_tokens": MAX_TOKENS}),
     (MESSAGES, {"max_tokens": 9.0}, {"max_tokens": 9}),
+    (CHAT, {"temperature": "0.5", "max_tokens": "9", "seed": "5.0", "top_k": 4.0},
+     {"temp": 0.5, "max_tokens": 9, "seed": 5, "top_k": 4}),
+    (MESSAGES, {"max_tokens": "9"}, {"max_tokens": 9}),
+    (CHAT, {"seed": 2**64 + 1}, {"seed": 1}),
+    (CHAT, {"stop": ["a", ""]}, {"stop": ["a"]}),
+    (MESSAGES, {"stop_sequences": ["", "a"]}, {"stop": ["a"]}),
+    (CHAT, {"thinking": False}, {"enable_thinking": False}),
+    (MESSAGES, {"thinking": {"type": "auto"}}, {"enable_thinking": True}),
+    (CHAT, {"reasoning": "high"}, {"reasoning_effort": "high"}),
+    (CHAT, {"tools": [function()], "parallel_tool_calls": False}, {"parallel_tool_calls": False}),
+    (MESSAGES, {"tools": [{"name": "now", "input_schema": EMPTY}],
+                "tool_choice": {"type": "auto", "disable_parallel_tool_use": True}},
+     {"parallel_tool_calls": False}),
+    (CHAT, {"tools": [function()], "tool_choice": "any"}, {"required_tools": ["now"]}),
+    (CHAT, {"tools": [function()], "tool_choice": "now"}, {"required_tools": ["now"]}),
+    (RESPONSES, {"tools": [function()]}, {"tools": [function()]}),
+    (CHAT, {"tools": [function()], "response_format": {"type": "json_object"}},
+     {"tools": [function()], "schema": {"type": "object"}}),
+    (RESPONSES, {"text": {"format": {"type": "json_schema", "schema": EMPTY}}}, {"schema": EMPTY}),
+    (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": EMPTY}}},
+     {"schema": EMPTY}),
     (TEXT, {"logprobs": True}, {"top_logprobs": 0}),
     (TEXT, {"seed": 5.0, "temperature": 1}, {"seed": 5, "temp": 1}),
     (TEXT, {"logit_bias": [[5, 2], [6, False]]}, {"logit_bias": {5: 2, 6: -100}}),
@@ -223,6 +246,35 @@ HISTORIES: list[tuple[str, list[Any], list[dict[str, Any]]]] = [
         {"type": "document", "title": "T", "source": {
             "type": "text", "media_type": "text/plain", "data": "body"}},
         {"type": "text", "text": "hi"}]}], [{"role": "user", "content": "T\nbody\nhi"}]),
+    (CHAT, [{"role": "user", "content": ["a", {"type": "text", "text": None}]},
+            {"role": "user", "content": []}, {"role": "user", "content": "b\ud83d"}],
+     [{"role": "user", "content": text} for text in ("a", "", "b\ufffd")]),
+    (CHAT, [{"role": "assistant", "content": None, "reasoning": {"a": 1}, "tool_calls": [
+        {"id": "c1", "type": "custom", "custom": {"name": "patch", "input": "x"}}]}],
+     [{"role": "assistant", "content": "", "tool_calls": [
+         CALLED | {"function": {"name": "patch", "arguments": {"input": "x"}}}]}]),
+    *((CHAT, [{"role": "tool", "tool_call_id": "c1", "content": content}],
+       [RESULT | {"content": text}])
+      for content, text in (
+          (5, "5"), ([], ""), (None, ""), ({"a": 1}, '{"a": 1}'), ([{"a": 1}, "b"], '{"a": 1}b'),
+          ([{"type": "error", "text": None}], ""),
+          ([{"text": "a", "b": 1}], '{"text": "a", "b": 1}'),
+          ({"type": "weather", "sun": True}, '{"type": "weather", "sun": true}'))),
+    (RESPONSES, [{"type": "shell_call", "id": "c1", "action": {"commands": ["ls"]}},
+                 {"type": "shell_call_output", "call_id": "c1", "output": [{"stdout": "a"}]}],
+     [RESULT | {"content": '{"stdout": "a"}'}]),
+    (RESPONSES, [{"type": "function_call", "id": "c1", "call_id": None, "name": "now",
+                  "arguments": None}, {"type": "function_call_output", "call_id": "c1"}],
+     [{"role": "assistant", "content": "", "tool_calls": [CALLED]}, RESULT | {"content": ""}]),
+    (MESSAGES, [{"role": "user", "content": []}, {"role": "assistant", "content": None},
+                {"role": "user", "content": ["a"]}],
+     [{"role": "user", "content": ""}, {"role": "assistant", "content": ""},
+      {"role": "user", "content": "a"}]),
+    (MESSAGES, [{"role": "user", "content": [
+        {"type": "tool_result", "tool_use_id": "c1", "content": {"a": 1}}]}],
+     [RESULT | {"content": '{"a": 1}'}]),
+    (MESSAGES, [{"role": "assistant", "content": [{"type": "compaction", "content": "a"}]}],
+     [{"role": "assistant", "content": "a"}]),
     (MESSAGES, [USER, {"role": "system", "content": "a"}],
      [USER, {"role": "system", "content": "a"}]),
 ]  # fmt: skip
@@ -262,6 +314,11 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     (CHAT, {"max_tokens": 5.5}, "max_tokens"),
     (CHAT, {"n": 9}, "n"),
     (CHAT, {"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0"),
+    (CHAT, {"messages": [{"role": "tool", "content": [IMAGE]}]}, "messages.0.content.0"),
+    (CHAT, {"messages": [{"role": "user", "content": [5]}]}, "messages.0.content.0"),
+    (RESPONSES, {"input": [{"type": "computer_call_output", "call_id": "c", "output": {
+        "type": "computer_screenshot", "image_url": "data:"}}]}, "input.0.output.0"),
+    (MESSAGES, {"messages": [{"role": "user"}]}, "messages.0.content"),
     (CHAT, {"messages": [USER, {"role": "assistant", "audio": {"id": "a"}}]}, "messages.1.audio"),
     (CHAT, {"audio": {"voice": "x"}}, "audio"),
     (CHAT, {"modalities": ["text", "audio"]}, "modalities.1"),

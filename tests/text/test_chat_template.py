@@ -90,6 +90,16 @@ def test_parallel_calls_are_split_with_their_results_where_one_is_the_limit():
     )
 
 
+def test_parallel_calls_are_split_where_the_template_renders_only_the_first():
+    tokenizer = byte_tokenizer(
+        template="{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.tool_calls %}"
+        "{{ m.tool_calls[0].function | tojson }}{% endif %}{% endfor %}<assistant>"
+    )
+    text = chat_text(tokenizer, CALLS)
+    places = [text.index(each) for each in ("oneone", "first", "twotwo", "second")]
+    assert places == sorted(places)
+
+
 def test_ids_of_calls_are_shortened_for_mistral():
     text = chat_text(TOKENIZERS["mistral 7b"], CALLS)
     assert '"id": "' in text and "call_1" not in text and "[TOOL_RESULTS] first" in text

@@ -59,25 +59,26 @@ def _job(body: MessagesRequest, context: ServerContext) -> Job:
         raise refused("temperature: should be at most 1", param="temperature")
     prompt = _prompt(body, context)
     where = "output_config.format" if body.output_config else "output_format"
-    format = schema_format(body.format, where, tools=bool(prompt.get("tools")))
+    format = schema_format(body.format, where)
     job = context.job(body, max_tokens=token_limit({"max_tokens": body.max_tokens}))
-    return replace(job, stop=body.stop_sequences, **prompt, **format)
+    stops = [stop for stop in body.stop_sequences or () if stop]
+    return replace(job, stop=stops, **prompt, **format)
 
 
 def _prompt(body: PromptRequest, context: ServerContext) -> dict[str, Any]:
     """The fields of ``Job`` that make the prompt: messages and tools."""
-    info, note = context.info, context.hints.note
+    note = context.hints.note
     choice, parallel = openai_choice(body.tool_choice)
     functions = function_tools(body.tools, note)
-    tools = job_tools(functions, choice, info, parallel=parallel, note=note)
+    tools = job_tools(functions, choice, parallel=parallel, note=note)
     thinking, output = body.thinking, body.output_config
     reasoning = reasoning_fields(
         context,
-        enable=thinking.type != "disabled" if thinking else None,
+        enable=thinking.enable if thinking else None,
         effort=output.effort if output else None,
         budget=thinking.budget_tokens if thinking else None,
     )
-    messages = conversation(body, has_tools=info.has_tools, note=note)
+    messages = conversation(body, note)
     return {"messages": messages} | tools | reasoning
 
 

@@ -15,6 +15,7 @@ from mlx_mtp.apps.server.api.schemas import (
     Many,
     Sampled,
     StopString,
+    Thinking,
     flat_text,
     thoughts,
 )
@@ -31,7 +32,7 @@ class Turn(Fields):
     """One message: text, or blocks of text, calls and results of calls."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | Many[dict[str, Any]]
+    content: str | Many[Any] | None = None
 
 
 class AnthropicTool(Fields):
@@ -41,14 +42,6 @@ class AnthropicTool(Fields):
     description: str | None = None
     input_schema: dict[str, Any] | None = None
     type: str = "custom"
-
-
-class Thinking(Fields):
-    """Extended thinking; a display of ``omitted`` leaves its text out of the answer."""
-
-    type: Literal["disabled", "enabled", "adaptive", "between_tools"]
-    budget_tokens: int | None = None
-    display: str | None = None
 
 
 class OutputConfig(Fields):
@@ -84,14 +77,11 @@ class MessagesRequest(PromptRequest):
         return inner or self.output_format
 
 
-def conversation(
-    body: PromptRequest, *, has_tools: bool, note: Note = unnoted
-) -> list[dict[str, Any]]:
+def conversation(body: PromptRequest, note: Note = unnoted) -> list[dict[str, Any]]:
     """Return the messages for the chat template.
 
     Args:
         body: the request.
-        has_tools: whether the chat template takes tools.
         note: logs what is left out.
 
     Raises:
@@ -104,10 +94,12 @@ def conversation(
         messages.append({"role": "system", "content": text})
     for index, turn in enumerate(body.messages):
         where = f"messages.{index}.content"
-        if isinstance(turn.content, str):
-            messages.append({"role": turn.role, "content": turn.content})
+        if turn.content is None and turn.role != "assistant":
+            raise refused(f"{where} is missing", param=where, code="missing_parameter")
+        if not isinstance(turn.content, list):
+            messages.append({"role": turn.role, "content": turn.content or ""})
         else:
-            messages += _from_blocks(turn.role, turn.content, where, has_tools, note)
+            messages += _from_blocks(turn.role, turn.content, where, note)
     return messages
 
 
@@ -159,31 +151,28 @@ def openai_choice(
 
 
 def _from_blocks(
-    role: str, blocks: list[dict[str, Any]], where: str, has_tools: bool, note: Note
+    role: str, blocks: list[dict[str, Any]], where: str, note: Note
 ) -> list[dict[str, Any]]:
     """The messages of one turn; each result of a call is a message of its own."""
     messages, texts, calls = [], [], []
     is_answer = role == "assistant"
     for index, block in enumerate(blocks):
-        place, kind = f"{where}.{index}", block.get("type")
-        if kind in ("tool_use", "tool_result") and not has_tools:
-            raise refused(f"{place}: the model's chat template does not support tools", param=place)
+        block = {"type": "text", "text": block} if isinstance(block, str) else block
+        place, kind = f"{where}.{index}", block.get("type") if isinstance(block, dict) else None
         if kind == "tool_use":
             calls.append(_call(block, place))
         elif kind == "tool_result":
-            content = _text(block.get("content") or None, f"{place}.content", note)
+            content = _text(block.get("content") or None, f"{place}.content", note, is_result=True)
             call_id = block.get("tool_use_id")
             messages.append({"role": "tool", "content": content, "tool_call_id": call_id})
         else:
             texts.append(_text([block], where, note, start=index, is_answer=is_answer))
-    thought = thoughts([_with_thinking(block) for block in blocks])
+    thought = thoughts([_with_thinking(block) for block in blocks if isinstance(block, dict)])
     if texts or calls:
         message: dict[str, Any] = {"role": role, "content": "".join(texts)}
         message |= {"reasoning_content": thought} if thought else {}
         messages.append(message | ({"tool_calls": calls} if calls else {}))
-    if not messages and not is_answer:
-        raise refused(f"{where} is empty", param=where)
-    return messages
+    return messages or [{"role": role, "content": ""}]
 
 
 def _with_thinking(block: dict[str, Any]) -> dict[str, Any]:
@@ -191,11 +180,11 @@ def _with_thinking(block: dict[str, Any]) -> dict[str, Any]:
     return block | {"thinking": block.get("thinking") or unsealed(block.get("signature"))}
 
 
-def _text(content: Any, where: str, note: Note, *, start: int = 0, is_answer: bool = False) -> str:
+def _text(content: Any, where: str, note: Note, **more: Any) -> str:
     """The text of blocks, including documents and search results that are given as text."""
     if isinstance(content, list):
         content = [_as_text(block) for block in content]
-    return flat_text(content, where=where, note=note, is_answer=is_answer, start=start)
+    return flat_text(content, where=where, note=note, **more)
 
 
 def _as_text(block: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import replace
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from starlette.requests import Request
 
 from mlx_mtp.apps.engine.batch import Batch, Choice, group_details
@@ -20,6 +20,7 @@ from mlx_mtp.apps.server.api.schemas import (
     Limit,
     Many,
     OpenAISampled,
+    Thinking,
     flat_text,
     thoughts,
     token_limit,
@@ -42,21 +43,14 @@ class ChatMessage(Fields):
     """One message of a conversation; SDKs send the last fields back with an answer."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Many[dict[str, Any]] | None = None
+    content: Any = None
     name: str | None = None
     tool_calls: Many[ToolCall] | None = None
     tool_call_id: str | None = None
     refusal: str | None = None
-    reasoning_content: str | None = None
-    reasoning: str | None = None
+    reasoning_content: Any = None
+    reasoning: Any = None
     unsupported = ("audio", "function_call")
-
-
-class Thinking(Fields):
-    """Whether to reason, in the form of DeepSeek, Z.ai and LiteLLM."""
-
-    type: str | None = None
-    budget_tokens: int | None = None
 
 
 class Reasoning(Fields):
@@ -65,6 +59,13 @@ class Reasoning(Fields):
     effort: str | None = None
     max_tokens: int | None = None
     enabled: bool | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_value(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return {"enabled": value}
+        return {"effort": value} if isinstance(value, str) else value
 
 
 class ChatRequest(OpenAISampled):
@@ -115,11 +116,10 @@ def _job(body: ChatRequest, context: ServerContext) -> Job:
     tools = job_tools(
         chat_functions(body.tools, note),
         body.tool_choice,
-        context.info,
         parallel=body.parallel_tool_calls,
         note=note,
     )
-    format = chat_format(body.response_format, tools=bool(tools))
+    format = chat_format(body.response_format)
     return replace(
         context.openai_job(body, max_tokens=token_limit(limits)),
         messages=conversation(body, context),
@@ -135,8 +135,7 @@ def _reasoning(body: ChatRequest, context: ServerContext) -> dict[str, Any]:
     """The fields of ``Job`` for reasoning, which clients set under several names."""
     options, thinking = body.reasoning or Reasoning(), body.thinking or Thinking()
     enable = options.enabled if body.enable_thinking is None else body.enable_thinking
-    if enable is None and thinking.type is not None:
-        enable = thinking.type != "disabled"
+    enable = thinking.enable if enable is None else enable
     budgets = (body.thinking_budget, thinking.budget_tokens, options.max_tokens)
     return reasoning_fields(
         context,
@@ -162,23 +161,26 @@ def conversation(body: ChatRequest, context: ServerContext) -> list[dict[str, An
     Raises:
         ApiError: 400 for content that is not supported.
     """
-    has_tools, note = context.info.has_tools, context.hints.note
     return [
-        _template_message(message, f"messages.{index}", has_tools, note)
+        _template_message(message, f"messages.{index}", context.hints.note)
         for index, message in enumerate(body.messages)
     ]
 
 
-def _template_message(
-    message: ChatMessage, where: str, has_tools: bool, note: Note
-) -> dict[str, Any]:
+def _template_message(message: ChatMessage, where: str, note: Note) -> dict[str, Any]:
     """Convert a message to the form that chat templates take."""
     role = "system" if message.role == "developer" else message.role
     content, is_answer = message.content, role == "assistant"
-    text = flat_text(content, where=f"{where}.content", note=note, is_answer=is_answer)
+    text = flat_text(
+        content,
+        where=f"{where}.content",
+        note=note,
+        is_answer=is_answer,
+        is_result=role == "tool",
+    )
     converted: dict[str, Any] = {"role": role, "content": text or message.refusal or ""}
     thought = message.reasoning_content or message.reasoning or thoughts(content)
-    if thought:
+    if thought and isinstance(thought, str):
         converted["reasoning_content"] = thought
     if message.name is not None:
         converted["name"] = message.name
@@ -188,12 +190,6 @@ def _template_message(
         raise refused(f"{where}.content is missing", param=f"{where}.content")
     if message.tool_call_id is not None:
         converted["tool_call_id"] = message.tool_call_id
-    if (role == "tool" or message.tool_calls) and not has_tools:
-        raise refused(
-            f"{where}: the model's chat template does not support tools",
-            param=where,
-            code="no_tools",
-        )
     return converted
 
 

@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from mlx_mtp.apps.engine.batch import Batch, Choice
 from mlx_mtp.apps.engine.protocol import Group, Job, JobMessage
-from mlx_mtp.apps.server.api.formats import TextFormat, responses_format
+from mlx_mtp.apps.server.api.formats import TextFormat, schema_format
 from mlx_mtp.apps.server.api.jobs import ServerContext, new_id, now
 from mlx_mtp.apps.server.api.reasoning import Delta, Deltas, Kind, reasoning_fields, sealed
 from mlx_mtp.apps.server.api.reports import mtp_summary, timings, usage
@@ -47,17 +47,15 @@ async def create(request: Request) -> Any:
 def _job(body: ResponsesRequest, context: ServerContext, functions: list[Tool]) -> Job:
     if LOGPROBS in (body.include or ()):
         raise refused(f"include: {LOGPROBS} is not supported", param="include")
-    info, note = context.info, context.hints.note
+    note = context.hints.note
     max_tokens = token_limit({"max_output_tokens": body.max_output_tokens})
-    tools = job_tools(
-        functions, body.tool_choice, info, parallel=body.parallel_tool_calls, note=note
-    )
+    tools = job_tools(functions, body.tool_choice, parallel=body.parallel_tool_calls, note=note)
     return replace(
         context.openai_job(body, max_tokens=max_tokens),
-        messages=conversation(body, has_tools=info.has_tools, note=note),
+        messages=conversation(body, note),
         **reasoning_fields(context, effort=body.reasoning.effort if body.reasoning else None),
         **tools,
-        **responses_format(_format(body), tools=bool(tools)),
+        **schema_format(_format(body), "text.format"),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Literal
 
 from pydantic import Field
@@ -91,14 +90,11 @@ class ResponsesRequest(OpenAISampled):
     )
 
 
-def conversation(
-    body: ResponsesRequest, *, has_tools: bool, note: Note = unnoted
-) -> list[dict[str, Any]]:
+def conversation(body: ResponsesRequest, note: Note = unnoted) -> list[dict[str, Any]]:
     """Return the messages for the chat template.
 
     Args:
         body: the request.
-        has_tools: whether the chat template takes tools.
         note: logs what is left out.
 
     Raises:
@@ -107,7 +103,7 @@ def conversation(
     head = [] if body.instructions is None else [_message("system", body.instructions)]
     if isinstance(body.input, str):
         return [*head, _message("user", body.input)]
-    items = _Items(head, has_tools, note)
+    items = _Items(head, note)
     answered = {item.call_id for item in body.input if item.type.endswith(ANSWERS)}
     for index, item in enumerate(body.input):
         items.add(item, f"input.{index}", is_answered=item.call_id in answered)
@@ -119,9 +115,8 @@ def conversation(
 class _Items:
     """Turns items into messages: thoughts and calls are parts of the assistant's message."""
 
-    def __init__(self, messages: list[dict[str, Any]], has_tools: bool, note: Note) -> None:
+    def __init__(self, messages: list[dict[str, Any]], note: Note) -> None:
         self.messages = messages
-        self._has_tools = has_tools
         self._note = note
         self._thought = ""
 
@@ -129,12 +124,6 @@ class _Items:
         """Add the next item; calls other than of functions are kept if they are answered."""
         is_output = item.type.endswith(ANSWERS)
         is_call = item.type == "function_call" or (item.type.endswith("_call") and is_answered)
-        if (is_call or is_output) and not self._has_tools:
-            raise refused(
-                f"{where}: the model's chat template does not support tools",
-                param=where,
-                code="no_tools",
-            )
         if item.type == "message":
             self._add_message(item, where)
         elif item.type == "reasoning":
@@ -144,8 +133,8 @@ class _Items:
         elif is_call:
             self._add_call(item, where)
         elif is_output:
-            output = item.output if isinstance(item.output, str | list) else _as_json(item.output)
-            text = flat_text(output, where=f"{where}.output", note=self._note)
+            output, place = item.output, f"{where}.output"
+            text = flat_text(output, where=place, note=self._note, is_result=True)
             self.messages.append(_message("tool", text) | {"tool_call_id": item.call_id})
         elif item.type in STATE_TYPES:
             raise refused(
@@ -171,14 +160,13 @@ class _Items:
 
     def _add_call(self, item: InputItem, where: str) -> None:
         """Add a call to the assistant's turn, which may contain several."""
-        if item.call_id is None or (item.type == "function_call" and item.name is None):
-            missing = f"{where}.{'call_id' if item.call_id is None else 'name'}"
-            raise refused(f"{missing} is missing", param=missing)
+        if item.type == "function_call" and item.name is None:
+            raise refused(f"{where}.name is missing", param=f"{where}.name")
         name = item.name or item.type.removesuffix("_call")
         if item.namespace:
             name = joined_name(item.namespace, name)
         arguments = item.arguments if item.type == "function_call" else _other_arguments(item)
-        call = template_call(item.call_id, name, arguments)
+        call = template_call(item.call_id or item.id or "", name, arguments)
         if not self.messages or self.messages[-1]["role"] != "assistant":
             self.messages.append(_message("assistant", ""))
         self._add_thought()
@@ -231,6 +219,9 @@ def function_tools(
 
 
 def _function(tool: ResponseTool, where: str) -> Function:
+    values: dict[str, Any] = tool.model_extra or {}
+    if isinstance(inner := values.get("function"), dict):  # the form of chat completions
+        tool = ResponseTool.model_validate({"type": tool.type} | inner)
     if not tool.name:
         raise refused(f"{where}.name is missing", param=f"{where}.name", code="missing_parameter")
     return Function(
@@ -243,7 +234,3 @@ def _function(tool: ResponseTool, where: str) -> Function:
 
 def _message(role: str, text: str) -> dict[str, Any]:
     return {"role": role, "content": text}
-
-
-def _as_json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)

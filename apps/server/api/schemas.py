@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+import json
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 from pydantic_core import PydanticCustomError
@@ -19,11 +21,12 @@ MIN_PENALTY = 0.01
 UNLIMITED = -1  # as maximum number of tokens: as many as the model's context has room for
 THOUGHT_TYPES = ("thinking", "reasoning", "reasoning_text", "summary_text")
 LEFT_OUT_TYPES = ("redacted_thinking", "encrypted_content", "tool_reference")
-MEDIA = ("image", "audio", "video", "file", "document")
+MEDIA = ("image", "audio", "video", "file", "document", "screenshot")
 
 Item = TypeVar("Item")
 Many = Annotated[list[Item], Field(fail_fast=True)]  # reporting a million errors takes seconds
-StopString = Annotated[str, Field(min_length=1, max_length=1000)]
+StopString = Annotated[str, Field(max_length=1000)]
+Limit = Annotated[int, Field(ge=UNLIMITED, le=MAX_TOKENS)]
 
 
 class Fields(BaseModel):
@@ -48,13 +51,35 @@ class Fields(BaseModel):
                 raise PydanticCustomError(UNSUPPORTED, "{name}", {"name": name})
             if values[name] not in (None, False, "", [], {}):
                 note(f"the field {name[:60]!r} has no effect")
-        return {name: _whole(value) for name, value in values.items() if value is not None}
+        return {
+            name: _number(value) if name in cls._numbers() else _whole(value)
+            for name, value in values.items()
+            if value is not None
+        }
+
+    @classmethod
+    @cache
+    def _numbers(cls) -> frozenset[str]:
+        """Names of the fields that are numbers and nothing else."""
+        return frozenset(
+            name
+            for name, field in cls.model_fields.items()
+            if not {int, float, Limit}.isdisjoint((field.annotation, *get_args(field.annotation)))
+        )
 
 
 def _whole(value: Any) -> Any:
     """An int for a float such as 20.0, which some languages write for whole numbers."""
     is_whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**63
     return int(value) if is_whole else value
+
+
+def _number(value: Any) -> Any:
+    """A number for its text, which forms and environment variables have; otherwise unchanged."""
+    try:
+        return _whole(float(value)) if isinstance(value, str) else _whole(value)
+    except ValueError:
+        return value
 
 
 class MtpOptions(Fields):
@@ -71,13 +96,32 @@ class MtpOptions(Fields):
     layout: Literal["auto", "linear", "quadratic", "plain"] | None = None
 
 
+class Thinking(Fields):
+    """Whether to reason, in the form of Anthropic, DeepSeek, Z.ai and LiteLLM.
+
+    Attributes:
+        display: Anthropic's ``omitted`` leaves the text out of the answer.
+    """
+
+    type: str | None = None
+    budget_tokens: int | None = None
+    display: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_bool(cls, value: Any) -> Any:
+        return {"type": "enabled" if value else "disabled"} if isinstance(value, bool) else value
+
+    @property
+    def enable(self) -> bool | None:
+        """Whether to reason; None if the request leaves it to the model."""
+        return None if self.type is None else self.type != "disabled"
+
+
 class StreamOptions(Fields):
     """OpenAI's stream options; they have no effect without a stream."""
 
     include_usage: bool = False
-
-
-Limit = Annotated[int, Field(ge=UNLIMITED, le=MAX_TOKENS)]
 
 
 def token_limit(limits: dict[str, int | None]) -> int | None:
@@ -103,7 +147,7 @@ class Sampled(Fields):
     top_p: float | None = Field(None, ge=0, le=1)
     top_k: int | None = Field(None, ge=-1, le=MAX_TOKENS)
     min_p: float | None = Field(None, ge=0, le=1)
-    seed: int | None = Field(None, ge=-(2**63), le=2**63 - 1)
+    seed: int | None = None
     repetition_penalty: float | None = Field(None, ge=0, le=10)
     repetition_context_size: int | None = Field(None, ge=0, le=MAX_TOKENS)
     xtc_probability: float | None = Field(None, ge=0, le=1)
@@ -175,11 +219,18 @@ class OpenAISampled(Sampled):
     @property
     def stops(self) -> list[str]:
         """The stop strings as a list."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
+        stops = [self.stop] if isinstance(self.stop, str) else self.stop or ()
+        return [stop for stop in stops if stop]
 
 
 def flat_text(
-    content: Any, *, where: str, note: Note = unnoted, is_answer: bool = False, start: int = 0
+    content: Any,
+    *,
+    where: str,
+    note: Note = unnoted,
+    is_answer: bool = False,
+    is_result: bool = False,
+    start: int = 0,
 ) -> str:
     """Return the text of a message's content, without thoughts.
 
@@ -188,6 +239,7 @@ def flat_text(
         where: the field, for errors.
         note: logs parts that are left out.
         is_answer: whether a model wrote it; parts that are not known are then left out.
+        is_result: whether a tool returned it; values that are not parts are then written as JSON.
         start: index of the first part, for errors.
 
     Raises:
@@ -201,9 +253,12 @@ def flat_text(
         kind = str(values.get("type") if isinstance(values, dict) else type(part).__name__)[:40]
         text = _part_text(values, kind) if isinstance(values, dict) else None
         is_media = any(word in kind for word in MEDIA)
+        is_known = kind in THOUGHT_TYPES or kind in LEFT_OUT_TYPES
+        if is_result and not (is_media or is_known) and (text is None or "type" not in values):
+            text = text if values == {"text": text} else json.dumps(part, ensure_ascii=False)
         if text is not None and not is_media:
             texts.append(text)
-        elif kind in THOUGHT_TYPES or kind in LEFT_OUT_TYPES or (is_answer and not is_media):
+        elif is_known or (is_answer and not is_media):
             if kind not in THOUGHT_TYPES:
                 note(f"content of type {kind!r} is left out of the prompt")
         else:
@@ -217,7 +272,10 @@ def flat_text(
 
 def _part_text(part: dict[str, Any], kind: str) -> str | None:
     """The text of a part; None if it is not text."""
-    text = part.get("refusal" if kind == "refusal" else "text")
+    name = {"refusal": "refusal", "compaction": "content"}.get(kind, "text")
+    text = part.get(name)
+    if text is None and name in part:
+        return ""
     return text if isinstance(text, str) and kind not in THOUGHT_TYPES else None
 
 

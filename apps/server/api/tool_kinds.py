@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_mtp.apps.engine.protocol import Ready
 from mlx_mtp.apps.server.api.schemas import Fields
 from mlx_mtp.apps.server.api.tools import Function, Tool, chat_tools
 from mlx_mtp.apps.server.errors import refused
@@ -57,7 +56,6 @@ def joined_name(namespace: str, name: str) -> str:
 def job_tools(
     functions: list[Tool],
     choice: Choice,
-    info: Ready,
     *,
     parallel: bool | None = None,
     note: Note = unnoted,
@@ -65,10 +63,10 @@ def job_tools(
     """Return the fields of ``Job`` for tools; see ``chat_tools``.
 
     Raises:
-        ApiError: 400 if the model does not support the request.
+        ApiError: 400 if a call is required, of no tool or of one that the request does not have.
     """
     functions, choice = allowed_functions(functions, choice)
-    fields = chat_tools(functions, choice, info, parallel=parallel)
+    fields = chat_tools(functions, choice, parallel=parallel)
     if "required_tools" not in fields and any(tool.function.strict for tool in functions):
         note("strict tools are enforced only if a call is required")
     return fields
@@ -83,7 +81,7 @@ def allowed_functions(functions: list[Tool], choice: Choice) -> tuple[list[Tool]
     if not isinstance(choice, dict):
         return functions, choice
     kind = choice.get("type")
-    if kind in ("auto", "none", "required"):
+    if kind in ("auto", "none", "required", "any"):
         return functions, kind
     if kind != "allowed_tools":
         return functions, choice

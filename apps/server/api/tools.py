@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from mlx_mtp.apps.engine.protocol import Ready
 from mlx_mtp.apps.server.api.jobs import new_id
 from mlx_mtp.apps.server.api.schemas import Fields
 from mlx_mtp.apps.server.errors import refused
 from mlx_mtp.text.tool_prompt import as_object
+
+_ANY = ("required", "any")  # the second is Mistral's and Anthropic's
 
 
 class Function(Fields):
@@ -41,14 +42,23 @@ class ToolCall(Fields):
 
     id: str = ""
     index: int | None = None  # of streamed calls, in which SDKs leave it
-    type: Literal["function"] = "function"
+    type: str | None = None
     function: CalledFunction
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_custom(cls, value: Any) -> Any:
+        """Take a call of a tool whose input is text, not JSON."""
+        custom = value.get("custom") if isinstance(value, dict) else None
+        if not isinstance(custom, dict):
+            return value
+        arguments = {"input": custom.get("input")}
+        return value | {"function": {"name": custom.get("name"), "arguments": arguments}}
 
 
 def chat_tools(
     tools: list[Tool] | None,
     choice: str | dict[str, Any] | None,
-    info: Ready,
     *,
     parallel: bool | None = None,
 ) -> dict[str, Any]:
@@ -57,46 +67,30 @@ def chat_tools(
     Args:
         tools: the request's tools.
         choice: "auto", "none", "required" or the name of a tool in one of OpenAI's two forms.
-        info: description of the model.
-        parallel: whether several calls are allowed if calls are required.
+        parallel: whether several calls are allowed, unless one tool is required.
 
     Raises:
-        ApiError: 400 if the model does not support the request.
+        ApiError: 400 if a call is required, of no tool or of one that the request does not have.
     """
     if choice == "none":
         return {}
     is_required = choice not in (None, "auto")
-    required = _required_tools(tools or [], choice, info) if is_required else []
+    required = _required_tools(tools or [], choice) if is_required else []
     if not tools:
         return {}
-    if not info.has_tools:
-        raise refused(
-            "the model's chat template does not support tools",
-            param="tools",
-            code="unsupported_parameter",
-        )
     fields: dict[str, Any] = {"tools": [tool.model_dump(exclude_none=True) for tool in tools]}
-    if is_required:
-        several = choice == "required" and parallel is not False
-        fields |= {"required_tools": required, "parallel_tool_calls": several}
-    return fields
+    fields["parallel_tool_calls"] = parallel is not False and choice in (None, "auto", *_ANY)
+    return fields | ({"required_tools": required} if is_required else {})
 
 
-def _required_tools(
-    tools: list[Tool], choice: str | dict[str, Any] | None, info: Ready
-) -> list[str]:
+def _required_tools(tools: list[Tool], choice: str | dict[str, Any] | None) -> list[str]:
     """Names of the tools one of which must be called."""
     names = [tool.function.name for tool in tools]
-    if not info.can_require_tools:
-        raise refused(
-            "tool_choice must be 'auto' or 'none': this model's call format is not JSON between "
-            "tags, so calls cannot be enforced",
-            param="tool_choice",
-            code="unsupported_parameter",
-        )
-    if choice == "required" and names:
+    if choice in _ANY and names:
         return names
-    if isinstance(choice, dict) and choice.get("type") == "function":
+    if choice in names:
+        return [choice]
+    if isinstance(choice, dict) and choice.get("type") in ("function", "tool"):
         function = choice.get("function", choice)
         name = function.get("name") if isinstance(function, dict) else None
         if name in names:
