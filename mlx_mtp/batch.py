@@ -19,10 +19,11 @@ from mlx_mtp.generate import (
     cache_for,
     encode_prompt,
     finish_list,
+    follow,
     limit_reasoning,
     on_stream,
+    usable,
     wired_memory,
-    with_next_id,
     wrapped,
 )
 from mlx_mtp.text.detokenizer import detokenizer_for
@@ -94,7 +95,9 @@ def batch_generate(
     if completion_batch_size < 1:
         raise ValueError(f"completion_batch_size must be at least 1, got {completion_batch_size}")
     del prefill_batch_size
-    tokenizer = wrapped(tokenizer)
+    if isinstance(prompts, str):
+        raise ValueError("prompts must be a list; generate answers a single one")
+    model, tokenizer = usable(model), wrapped(tokenizer)
     answers = [
         _Answer(model, tokenizer, prompt, cache, limit, dict(options))
         for prompt, cache, limit in zip(prompts, caches, limits, strict=True)
@@ -168,7 +171,7 @@ class _Answer:
         self._last_id: int | None = None
         self._stop_ids = tokenizer.eos_token_ids
         self._cache = _independent(cache_for(model, _copies(cache), cache_settings))
-        ids = with_next_id(self._cache, ids)
+        follow(self._cache, prompt, ids)
         detokenizer = detokenizer_for(tokenizer, ids, continued=self._cache.offset > 0)
         self._stream = TextStream(detokenizer, stop=settings.stop, stop_ids=self._stop_ids)
         limit_reasoning(options, tokenizer, ids, settings.thinking_budget)

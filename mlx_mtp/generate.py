@@ -7,9 +7,8 @@ that come back into text as soon as they are decided.  What it promises:
   ``tokenizer.decode(prompt)``, special tokens included, and stop ids left out; a character of
   several bytes is never broken, and one that the end of the answer cuts off is U+FFFD;
 - text never has a stop string in it, nor what follows it; ids after a stop string are not counted;
-- however it ends, a cache that was passed in has the prompt and the ids that were yielded, except
-  the last one, so that the next prompt can continue from there; mlx-lm's caches have that one too,
-  as mlx-lm leaves them.
+- however it ends, the next prompt can continue from a cache that was passed in: it has the prompt
+  and the ids that were yielded (of ours the last one is added on use).
 
 mlx-lm takes seconds to import, so whatever needs it is imported when it is called.
 """
@@ -42,6 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ContextOverflow", "GenerationResponse", "chat_text", "generate", "stream_generate"]
 Config = TypeVar("Config", GenerationConfig, CacheConfig)
+DECODE_OPTIONS = {
+    "sampling", "sampler", "logits_processors", "prompt_progress_callback", "explain", "cached_ids",
+}  # fmt: skip
 NO_TEXT = "No text generated for this prompt"
 
 
@@ -185,8 +187,9 @@ def stream_generate(
         cache_config: size and quantisation of the cache; likewise (``max_kv_size=``).
         prompt_cache: caches to continue from, updated in place: of ``model.make_cache``, or a list
             of mlx-lm's (``make_prompt_cache``, ``load_prompt_cache``).  A list then has the prompt
-            and all ids that were yielded.  Of ours the last id is missing: it comes first in the
-            next prompt, or is put there.  ``kv_bits`` applies to them, ``max_kv_size`` does not.
+            and all ids that were yielded.  Ours takes the last one when it is next used, unless
+            ``prompt`` is ids that begin with it.  ``kv_bits`` applies to both, ``max_kv_size``
+            does not.
         input_embeddings: not supported; prompts are text or ids.
         reasoning: the marks that ``thinking_budget`` applies to; needed where the end of ``prompt``
             does not show where the answer begins.
@@ -211,11 +214,11 @@ def stream_generate(
         config = max_tokens
     elif max_tokens is not None:
         options["max_tokens"] = max_tokens
-    tokenizer = wrapped(tokenizer)
+    model, tokenizer = usable(model), wrapped(tokenizer)
     settings, cache_settings = answer_settings(tokenizer, config, cache_config, options)
     ids = encode_prompt(tokenizer, prompt)
     cache = cache_for(model, prompt_cache, cache_settings)
-    ids = with_next_id(cache, ids)
+    follow(cache, prompt, ids)
     limit_reasoning(options, tokenizer, ids, settings.thinking_budget, reasoning)
     steps = decode(
         model,
@@ -237,7 +240,7 @@ def stream_generate(
             with on_stream(stream):
                 finish_list(model, cache, prompt_cache, last_id)
         elif isinstance(cache, MTPCache):
-            cache.next_id = last_id
+            cache.end_answer(last_id, model)
         store_learned(model)
 
     steps = steps if stream is None else _steps_on(stream, steps)
@@ -253,14 +256,39 @@ def answer_settings(
     """Take the fields of both configurations out of ``options``; complete its ``sampling``.
 
     Raises:
-        ValueError: a field of ``Sampling`` is among the options.
+        ValueError: an option has a wrong type, does not exist, or is a field of ``Sampling``.
     """
+    for value, kind in ((config, GenerationConfig), (cache_config, CacheConfig)):
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"{value!r} is not a {kind.__name__}")
     for name in options.keys() & {field.name for field in fields(Sampling)}:
         raise ValueError(f"{name} is a field of Sampling: pass sampling=Sampling({name}=...)")
+    settings = _configured(config or GenerationConfig(), options)
+    cache_settings = _configured(cache_config or CacheConfig(), options)
+    _check_options(options)
     if options.get("sampling") is not None:
         options["sampling"] = with_special_tokens(options["sampling"], tokenizer)
-    settings = _configured(config or GenerationConfig(), options)
-    return settings, _configured(cache_config or CacheConfig(), options)
+    return settings, cache_settings
+
+
+def _check_options(options: dict[str, Any]) -> None:
+    """Check the arguments of ``decode``; None is the default of all.
+
+    Raises:
+        ValueError: one does not exist or has a wrong type.
+    """
+    for name in options.keys() - DECODE_OPTIONS:
+        raise ValueError(f"{name} is not an argument of stream_generate")
+    sampling, processors = options.get("sampling"), options.get("logits_processors")
+    if sampling is not None and not isinstance(sampling, Sampling):
+        raise ValueError("sampling must be a Sampling; functions are passed as sampler=")
+    if processors is None:
+        options.pop("logits_processors", None)
+    elif not isinstance(processors, list | tuple) or not all(map(callable, processors)):
+        raise ValueError("logits_processors must be a list of functions")
+    for name in ("sampler", "prompt_progress_callback", "explain"):
+        if options.get(name) is not None and not callable(options[name]):
+            raise ValueError(f"{name} must be a function, got {options[name]!r}")
 
 
 def limit_reasoning(
@@ -296,26 +324,26 @@ def cache_for(
     """
     if prompt_cache is None:
         return model.make_cache(**vars(settings))
-    if isinstance(prompt_cache, list):
-        if not prompt_cache or not all(hasattr(layer, "state") for layer in prompt_cache):
-            raise ValueError(
-                "prompt_cache must come from model.make_cache() or from mlx-lm's make_prompt_cache"
-            )
-        cache = model.wrap_prompt_cache(prompt_cache)
-    else:
-        cache = prompt_cache
+    is_list = isinstance(prompt_cache, list)
+    layers = prompt_cache if is_list else [prompt_cache]
+    if not layers or not all(hasattr(it, "state" if is_list else "rewind") for it in layers):
+        raise ValueError(
+            "prompt_cache must come from model.make_cache() or from mlx-lm's make_prompt_cache"
+        )
+    cache = model.wrap_prompt_cache(layers) if is_list else prompt_cache
     if settings.kv_bits is not None:
-        like = model.make_cache(**vars(settings))
+        like = model.make_cache(**vars(settings) | {"max_kv_size": None})  # that of the cache stays
         cache.quantise_from(
             like.quantized_kv_start, bits=like.kv_bits, group_size=like.kv_group_size
         )
     return cache
 
 
-def with_next_id(cache: MTPCache, ids: list[int]) -> list[int]:
-    """Put the last id of the answer before, which is not in the cache, in front of a prompt."""
+def follow(cache: MTPCache, prompt: Any, ids: Sequence[int]) -> None:
+    """Add the last id of the answer before to a cache, unless the ids of a prompt begin with it."""
     pending = getattr(cache, "next_id", None)
-    return ids if pending is None or ids[0] == pending else [pending, *ids]
+    if pending is not None and (isinstance(prompt, str) or ids[0] != pending):
+        cache.add_next()
 
 
 def finish_list(model: MTPModel, cache: MTPCache, caches: list[Any], last_id: int | None) -> None:
@@ -426,10 +454,29 @@ def encode_prompt(
     return ids
 
 
+def usable(model: Any) -> Any:
+    """Return a model that can decode; one of mlx-lm does so plainly.
+
+    Raises:
+        ValueError: it is no model, or one that is not supported.
+    """
+    import mlx.nn as nn
+
+    from mlx_mtp.model.mtp_model import MTPModel
+
+    if isinstance(model, nn.Module) and not isinstance(model, MTPModel) and "model" in model:
+        return MTPModel(model)
+    if not hasattr(model, "make_cache"):
+        raise ValueError(f"the model must come from load, got {type(model).__name__}")
+    return model
+
+
 def wrapped(tokenizer: Any) -> TokenizerWrapper:
     """Give a bare tokenizer what mlx-lm's wrapper adds: a streaming detokenizer, end tokens."""
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    if not hasattr(tokenizer, "decode"):
+        raise ValueError(f"the tokenizer must come from load, got {type(tokenizer).__name__}")
     return tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
 
 
@@ -440,12 +487,14 @@ def _configured(config: Config, options: dict[str, Any]) -> Config:
 
 
 def _checked_ids(prompt: Sequence[int] | mx.array) -> list[int]:
+    if not hasattr(prompt, "__iter__"):
+        raise ValueError(f"a prompt must be text or ids, got {prompt!r}")
     values: Any = getattr(prompt, "tolist", lambda: list(prompt))()
     if not isinstance(values, list):
         raise ValueError("a prompt of ids must have one dimension, got a single number")
     for value in values:
         if isinstance(value, bool) or not isinstance(value, int):
-            raise ValueError(f"a prompt of ids must hold whole numbers, got {value!r}")
+            raise ValueError(f"a prompt of ids must consist of whole numbers, got {value!r}")
     return values
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -101,14 +102,68 @@ def test_our_cache_goes_on_as_mlx_lms_and_is_saved_by_mlx_lm(kind: str, tmp_path
         assert ours.offset == theirs[0].offset - 1  # all but the last id
     path = str(tmp_path / "cache.safetensors")
     save_prompt_cache(path, ours)
-    rest = [last[-1], 65, 66]
-    want = ids(mlx_lm.stream_generate(base, TOKENIZER, rest[1:], max_tokens=9, prompt_cache=theirs))
-    caches: list[Any] = [ours.copied(), load_prompt_cache(path)]
+    assert ours.offset == theirs[0].offset  # the last id was added for the file
+    prompt = [last[-1], 65, 66]
+    want = ids(mlx_lm.stream_generate(base, TOKENIZER, prompt, max_tokens=9, prompt_cache=theirs))
+    caches: list[Any] = [load_prompt_cache(path), ours.copied(), ours]
     for cache in caches:
-        assert ids(mlx_mtp.stream_generate(model, TOKENIZER, rest, 9, prompt_cache=cache)) == want
-    assert ids(mlx_mtp.stream_generate(model, TOKENIZER, rest[1:], 9, prompt_cache=ours)) == want
-    offset = ours.offset
-    assert trim_prompt_cache(ours, 2) == 2 and ours.offset == offset - 2
+        assert ids(mlx_mtp.stream_generate(model, TOKENIZER, prompt, 9, prompt_cache=cache)) == want
+    assert ours.offset == theirs[0].offset - 1
+    assert trim_prompt_cache(ours, 2) == 2 and ours.offset == theirs[0].offset - 2
+    assert all(map(isinstance, ours[1:], map(type, theirs[1:])))
+
+
+@pytest.mark.parametrize("like_ours", [True, False])
+def test_processors_see_what_they_see_in_mlx_lm(like_ours: bool) -> None:
+    base, model = pair()
+    seen: list[list[Any]] = [[], []]
+    for index, (package, what) in enumerate(((mlx_lm, base), (mlx_mtp, model))):
+        cache: Any = make_prompt_cache(what if like_ours else base)
+        for turn in ([1, 2, 3, 4], [5, 6, 7]):
+            note = [lambda ids, logits, to=seen[index]: to.append(ids.tolist()) or logits]
+            options: dict[str, Any] = {"logits_processors": note, "prompt_cache": cache}
+            package.generate(what, TOKENIZER, turn, max_tokens=3, **options)
+            package.generate(what, TOKENIZER, turn, max_tokens=2, logits_processors=None)
+    assert all(history in seen[0] for history in seen[1]) and len(seen[1]) == 6
+
+
+def test_a_model_of_mlx_lm_is_taken() -> None:
+    base, model = pair()
+    want = mlx_lm.generate(base, TOKENIZER, "hi", max_tokens=9)
+    assert mlx_mtp.generate(base, TOKENIZER, "hi", max_tokens=9) == want
+    assert mlx_mtp.batch_generate(base, TOKENIZER, ["hi"], max_tokens=9).texts == [want]
+    for what in (None, TOKENIZER, "llama"):
+        with pytest.raises(ValueError, match="the model must come from load, got"):
+            mlx_mtp.generate(what, TOKENIZER, "hi")  # type: ignore[arg-type]
+    for what in (None, model, "llama"):
+        with pytest.raises(ValueError, match="the tokenizer must come from load, got"):
+            mlx_mtp.generate(model, what, "hi")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="prompts must be a list"):
+        mlx_mtp.batch_generate(model, TOKENIZER, "hi")
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("prompt", 5), ("prompt", None), ("max_tokens", "5"), ("max_tokens", 5.0), ("config", {}),
+        ("cache_config", {}), ("sampler", 3), ("logits_processors", [3]), ("sampling", {}),
+        ("logits_processors", print), ("sampling", greedy_sampler), ("prompt_cache", "x"),
+        ("prompt_cache", (1, 2)), ("max_kv_size", "16"), ("kv_bits", "8"), ("seed", "x"),
+        ("prefill_step_size", "4"), ("stop", 3), ("stop", [3]), ("num_draft_tokens", "3"),
+        ("prompt_progress_callback", 3), ("foo", 1), ("temp", 0.5),
+    ],
+)  # fmt: skip
+def test_an_argument_of_a_wrong_type_is_refused_in_one_line(name: str, value: Any) -> None:
+    message = name.replace("config", "Config").removeprefix("cache_")
+    with pytest.raises(ValueError, match=message) as error:
+        mlx_mtp.generate(pair()[1], TOKENIZER, **{"prompt": "hi", name: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("options", [{"temp": "1"}, {"top_k": 1.5}, {"logit_bias": [1]}])
+def test_sampling_of_a_wrong_type_is_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="must be a"):
+        mlx_mtp.Sampling(**options)
 
 
 def test_a_list_closed_early_has_the_ids_that_were_yielded() -> None:
@@ -161,6 +216,7 @@ VALUES: dict[str, Any] = {
     "return_token_ids": True, "return_logprobs": True, "completion_batch_size": 2,
     "prefill_batch_size": 2, "stop_tokens": [[65]],
 }  # fmt: skip
+BOUNDED = ((8, 7, 100), (16, 2048, 100), (16, 1, 16), (600, 2048, 2))
 SKIPPED = {"model", "tokenizer", "kwargs", "self"}
 
 
@@ -292,9 +348,13 @@ def test_progress_is_reported_as_mlx_lm_does(count: int, size: int) -> None:
     assert calls[1] == calls[0]
 
 
-@pytest.mark.parametrize("size", [8, 16, 600])
-@pytest.mark.parametrize("chunk", [1, 7, 2048])
-@pytest.mark.parametrize("count", [2, 16, 100])
+@pytest.mark.parametrize(
+    ("size", "chunk", "count"),
+    [
+        pytest.param(*values, marks=() if values in BOUNDED else pytest.mark.soak)
+        for values in product((8, 16, 600), (1, 7, 2048), (2, 16, 100))
+    ],
+)
 def test_a_bounded_cache_gives_the_ids_of_mlx_lm(size: int, chunk: int, count: int) -> None:
     base, model = pair("qwen3")
     prompt = np.random.default_rng(count).integers(0, BYTE_VOCAB, count).tolist()

@@ -159,7 +159,7 @@ def check(rows: list[dict[str, Any]], folder: Path) -> tuple[int, int]:
 
 
 def test_some_options_together(tmp_path: Path) -> None:
-    assert check(ROWS[:20], tmp_path)[0] > 10
+    assert check(ROWS[:12], tmp_path)[0] > 5
 
 
 @pytest.mark.soak
@@ -168,8 +168,14 @@ def test_every_pair_of_options(tmp_path: Path, seed: int) -> None:
     assert answers > len(ROWS) and compared > 5
 
 
-@pytest.mark.parametrize(("bits", "start"), [(8, 0), (4, 50), (8, 70)])
-@pytest.mark.parametrize("kind", FACTORS["kind"])
+@pytest.mark.parametrize(
+    ("kind", "bits", "start"),
+    [
+        pytest.param(kind, *ways, marks=() if index % 3 == number else pytest.mark.soak)
+        for index, kind in enumerate(FACTORS["kind"])
+        for number, ways in enumerate(((8, 0), (4, 50), (8, 70)))
+    ],
+)
 def test_a_quantised_cache_gives_the_ids_of_mlx_lm(
     kind: str, bits: int, start: int, tmp_path: Path
 ) -> None:

@@ -62,7 +62,7 @@ _PROMPT_OPTIONS = (
 )
 _UNSUPPORTED = (
     unsupported("--draft-model", "--adapter-path names the adapter that proposes draft tokens"),
-    unsupported("--image", "prompts are text"),
+    unsupported("--image", "prompts are text", multiple=True, takes_words=True),
     unsupported("--quantize-activations", "activations keep the model's type", "-qa", is_flag=True),
 )
 
@@ -91,10 +91,10 @@ def generate(verbose: str, as_json: bool, prompt_cache_file: str | None, **optio
     arguments = stream_arguments(options)
     metadata: dict[str, Any] = {}
     if prompt_cache_file is not None:
-        for name in ("max_kv_size", "kv_bits"):
-            if options[name] is not None:
-                flag = "--" + name.replace("_", "-")
-                raise ValueError(f"{flag} cannot be combined with --prompt-cache-file")
+        if options["max_kv_size"] is not None:
+            print(
+                "--max-kv-size: --prompt-cache-file has its own size", file=sys.stderr, flush=True
+            )
         metadata = _cache_metadata(prompt_cache_file)
         options["model"] = _cached_model(options["model"], metadata["model"], prompt_cache_file)
     model, tokenizer = load_model(options, tokenizer_config=metadata.get("tokenizer_config"))

@@ -34,17 +34,34 @@ CONTEXT = cloup.Context.settings(
 
 
 class Option(cloup.Option):
-    """An option whose former names still work but are not shown in the help text."""
+    """An option whose former names still work but are not shown in the help text.
 
-    def __init__(self, *args: Any, former_names: Sequence[str] = (), **attrs: Any) -> None:
+    Args:
+        args: its names.
+        former_names: the former names.
+        takes_words: whether all words up to the next option are values, as in mlx-lm; for options
+            that are ``multiple``.
+        attrs: more arguments of ``cloup.Option``.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        former_names: Sequence[str] = (),
+        takes_words: bool = False,
+        **attrs: Any,
+    ) -> None:
         super().__init__(*args, **attrs)
         self.former_names = former_names
+        self.takes_words = takes_words
 
     def add_to_parser(self, parser: Any, ctx: click.Context) -> None:
         """Add all names to the parser."""
         shown = self.opts
         self.opts = [*shown, *self.former_names]
         super().add_to_parser(parser, ctx)
+        for name in self.opts if self.takes_words else ():
+            _take_words(parser._long_opt.get(name) or parser._short_opt[name])
         self.opts = shown
 
     def get_help_extra(self, ctx: click.Context) -> Any:
@@ -55,6 +72,18 @@ class Option(cloup.Option):
         if len(extra.get("range", "")) > len("0<=x<=1000000"):
             del extra["range"]
         return extra
+
+
+def _take_words(action: Any) -> None:
+    """Let an option of click's parser take all words up to the next option."""
+    take = action.process
+
+    def process(value: str, state: Any) -> None:
+        take(value, state)
+        while state.rargs and not state.rargs[0].startswith("-"):
+            take(state.rargs.pop(0), state)
+
+    action.process = process
 
 
 class ListOf(click.ParamType):
@@ -179,8 +208,9 @@ TRUST_REMOTE_CODE = option(
 EXTRA_EOS_TOKEN = option(
     "--extra-eos-token",
     multiple=True,
-    metavar="TOKEN",
-    help="Additional end-of-text token, by text or id; repeatable.",
+    takes_words=True,
+    metavar="TOKEN ...",
+    help="Additional end-of-text tokens, by text or id.",
 )
 MTP = option(
     "--mtp/--no-mtp", default=True, help="Generate several tokens per step, or one token per step."

@@ -7,6 +7,7 @@ options can be generated from these classes.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from numbers import Integral, Real
 from typing import Any
 
 from mlx_mtp.planning.plan import LAYOUTS
@@ -15,6 +16,22 @@ from mlx_mtp.planning.plan import LAYOUTS
 def setting(default: Any, help: str, **limits: Any) -> Any:
     """Declare a field: its default, its help text, and its ``choices``, ``min`` or ``max``."""
     return field(default=default, metadata={"help": help, **limits})
+
+
+def check_numbers(settings: Any) -> None:
+    """Check the types of the numbers among the fields of a dataclass.
+
+    Raises:
+        ValueError: one has another type.
+    """
+    for item in fields(settings):
+        value, (kind, *more) = getattr(settings, item.name), str(item.type).split(" | ")
+        if kind not in ("int", "float") or (value is None and "None" in more):
+            continue
+        expected = Integral if kind == "int" else Real
+        if isinstance(value, bool) or not isinstance(value, expected):
+            what = "a whole number" if kind == "int" else "a number"
+            raise ValueError(f"{item.name} must be {what}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,8 +71,13 @@ class GenerationConfig:
     prefill_step_size: int = setting(2048, "Prompt tokens per forward pass.", min=1)
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        if not isinstance(self.stop, str | list | tuple):
+            raise ValueError(f"stop must be text or a list of texts, got {self.stop!r}")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
         object.__setattr__(self, "stop", stop)
+        if not all(isinstance(text, str) for text in stop):
+            raise ValueError(f"stop must be text or a list of texts, got {self.stop!r}")
         if "" in stop:
             raise ValueError("a stop string must not be empty")
         if self.max_tokens < -1 or self.max_tokens == 0:
@@ -86,6 +108,9 @@ class CacheConfig:
     kv_bits: int | None = setting(None, "Quantize the key-value cache to this number of bits.")
     kv_group_size: int = setting(64, "Group size for --kv-bits.")
     quantized_kv_start: int = setting(5000, "Context length from which --kv-bits applies.")
+
+    def __post_init__(self) -> None:
+        check_numbers(self)
 
 
 _LIMITS = {setting.name: setting.metadata for setting in fields(GenerationConfig)}

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import mlx.core as mx
 
-from mlx_mtp.decoding.config import setting
+from mlx_mtp.decoding.config import check_numbers, setting
 
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 """mlx-lm's: ``(tokens [n], logits [1, V]) -> [1, V]``."""
@@ -65,6 +65,9 @@ class Sampling:
     )
 
     def __post_init__(self) -> None:
+        check_numbers(self)
+        if not isinstance(self.logit_bias, dict | None):
+            raise ValueError(f"logit_bias must be a dict, got {self.logit_bias!r}")
         for name in ("temp", *_MAXIMA):
             if not math.isfinite(getattr(self, name)):
                 raise ValueError(f"{name} must be a finite number, got {getattr(self, name)}")
@@ -99,8 +102,13 @@ class Sampling:
 
     @property
     def distribution(self) -> Callable[[mx.array], mx.array] | None:
-        """Turns logits ``[..., V]`` into the probabilities drawn from; None when greedy."""
-        return None if self.greedy else partial(target_probs, sampling=self)
+        """Turns logits ``[..., S]`` of a shortlist into probabilities; None when greedy.
+
+        XTC's special ids index the vocabulary, so a shortlist has none: MLX does not check bounds.
+        """
+        if self.greedy:
+            return None
+        return partial(target_probs, sampling=replace(self, xtc_special_tokens=None))
 
     def logits_processors(self) -> list[LogitsProcessor]:
         """mlx-lm's processors for the penalty and the bias, in its order."""
@@ -204,6 +212,7 @@ def _drop_top(logprobs: mx.array, threshold: float, special: Sequence[int]) -> m
     probs = mx.softmax(logprobs, axis=-1)
     least = mx.where(probs > threshold, probs, mx.inf).min(axis=-1, keepdims=True)
     dropped = probs > least
-    if special:
-        dropped[..., list(special)] = False
+    known = [token for token in special if 0 <= token < logprobs.shape[-1]]  # MLX does not check
+    if known:
+        dropped[..., known] = False
     return mx.where(dropped, -mx.inf, logprobs)

@@ -298,7 +298,8 @@ class MTPCache:
     ``trim_prompt_cache`` of mlx-lm take it.
 
     Attributes:
-        next_id: the last id of an answer, which follows the cached rows, as far as it is known.
+        next_id: the last id of an answer, which follows the cached rows, as far as it is known;
+            added when the layers are used as a sequence.
     """
 
     def __init__(
@@ -312,6 +313,7 @@ class MTPCache:
         self.layers = list(layers)
         self.kv_bits = kv_bits
         self.next_id: int | None = None
+        self._model: Any = None
         self._first_offset: int | None = None
         self.quantise_from(quantized_kv_start, bits=kv_bits, group_size=kv_group_size)
 
@@ -343,8 +345,24 @@ class MTPCache:
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
+        self.add_next()
+        if isinstance(index, slice):
+            return [layer.to_mlx_lm() for layer in self.layers[index]]
         return self.layers[index].to_mlx_lm()
+
+    def end_answer(self, last_id: int | None, model: Any) -> None:
+        """Remember the last id of an answer, and the model that can add it."""
+        self.next_id, self._model = last_id, model
+
+    def add_next(self) -> None:
+        """Add the last id of an answer, as mlx-lm does, if it is known."""
+        if self.next_id is None:
+            return
+        ids, self.next_id = mx.array([[self.next_id]]), None
+        self.begin_step()
+        self._model(ids, cache=self)
+        mx.eval(self.state)
 
     @property
     def state(self) -> list[Any]:
@@ -514,8 +532,6 @@ def load_prompt_cache(
     except Exception as error:  # mlx raises many kinds for a foreign file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a prompt cache: {reason}") from None
-    if any(isinstance(inner, lm_cache.RotatingKVCache) for inner in saved):
-        raise ValueError(f"{path} contains a RotatingKVCache, which cannot be rewound")
     if any(inner.empty() for inner in saved):
         raise ValueError(f"{path} is an empty prompt cache")
     return from_mlx_lm(saved, sample=sample, scope=scope, name=str(path)), metadata

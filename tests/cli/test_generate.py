@@ -120,7 +120,7 @@ def test_options_arrive(loaded, scripted):
         "--num-draft-tokens", "2", "--layout", "linear", "--stop", "!", "--stop", "?",
         "--repetition-penalty", "1.1", "--repetition-context-size", "5", "--trust-remote-code",
         "--logit-bias", "5=-1.5", "--logit-bias", "6=2", "--prefill-response", "Oh ",
-        "--extra-eos-token", "<user>", "--verbose", "False",
+        "--extra-eos-token", "<user>", "258", "--verbose", "False",
     )  # fmt: skip
     assert (result.exit_code, result.stdout, result.stderr) == (0, "yes\n", "")
     assert (loaded["path"], loaded["adapter_path"]) == ("M", "A")
@@ -130,7 +130,11 @@ def test_options_arrive(loaded, scripted):
         SYSTEM, ord("S"), EOS, USER, *ids_of("a\nb"), EOS, ASSISTANT, *ids_of("Oh "),
     ]  # fmt: skip
     assert (call.max_tokens, call.seed, call.prefill_step_size) == (-1, 3, 16)
-    assert (call.layout, call.num_draft_tokens, call.stop_ids) == ("linear", 2, {EOS, USER})
+    assert (call.layout, call.num_draft_tokens, call.stop_ids) == (
+        "linear",
+        2,
+        {EOS, USER, ASSISTANT},
+    )
     sampling = call.sampling
     assert (sampling.temp, sampling.top_p, sampling.min_p, sampling.top_k) == (0.5, 0.9, 0.1, 7)
     assert (sampling.repetition_penalty, sampling.repetition_context_size) == (1.1, 5)
@@ -214,7 +218,7 @@ def test_help_and_version_need_no_model():
         (["-p", "x" * 2000], "the prompt has 2003 tokens, but fake takes fewer than 1000"),
         (["--prompt-cache-file", "no-such-file"], "no-such-file does not exist"),
         (["--prompt-cache-file", __file__], "test_generate.py is not a prompt cache"),
-        (["--prompt-cache-file", "f", "--kv-bits", "4"], "--kv-bits cannot be combined"),
+        (["--image", "a.png", "b.png"], "--image is not supported: prompts are text"),
         (["--draft-model", "M"], "--draft-model is not supported: --adapter-path names"),
         (["--image", "a.png"], "--image is not supported: prompts are text"),
         (["-qa"], "--quantize-activations is not supported: activations keep"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.decoding.sampling import Sampling, target_probs
 from mlx_mtp.drafting.mask_tokens import Drafts, draft_tokens, shortlisted
 from mlx_mtp.model.config import SamplerKind
 from mlx_mtp.model.mtp_model import SAMPLER_PREFIX, MTPModel
@@ -98,6 +98,17 @@ def test_without_a_head_drafts_are_the_base_models_own() -> None:
     ):
         expected = filtered(row.astype(np.float64), sampling)
         assert np.abs(probs - expected[candidates]).max() < 1e-5
+
+
+def test_ids_that_xtc_never_drops_are_no_places_in_a_shortlist() -> None:
+    logits = mx.array([[3.0, 2.9, 2.8, 0.0]])
+    options: dict[str, Any] = {"temp": 1.0, "xtc_probability": 1.0, "xtc_threshold": 0.1}
+    plain, special = Sampling(**options), Sampling(**options, xtc_special_tokens=(0, 1))
+    assert plain.distribution and special.distribution
+    assert mx.array_equal(special.distribution(logits), plain.distribution(logits))
+    foreign = Sampling(**options, xtc_special_tokens=(4, 10**6, -1))
+    assert mx.array_equal(target_probs(logits, foreign), target_probs(logits, plain))
+    assert not mx.array_equal(target_probs(logits, special), target_probs(logits, plain))
 
 
 @pytest.mark.parametrize("size", [1, 5, 64, 256])

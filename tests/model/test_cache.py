@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache, save_prompt_cache
 
 from mlx_mtp.decoding.loop import decode
@@ -275,10 +276,17 @@ def test_a_foreign_prompt_file_is_refused(tmp_path: Path, content: bytes | None)
     assert "\n" not in str(error.value)
 
 
-def test_a_prompt_file_of_a_window_cannot_be_rewound(tmp_path: Path) -> None:
-    path = prompt_file(tmp_path, tiny_base("gemma3_text"), random_ids(5))
-    with pytest.raises(ValueError, match="RotatingKVCache, which cannot be rewound"):
-        tiny_mtp("gemma3_text").load_prompt_cache(path)
+@pytest.mark.parametrize("count", [5, 50])
+def test_a_prompt_file_of_a_window_goes_on_as_in_mlx_lm(tmp_path: Path, count: int) -> None:
+    base, model = tiny_base("gemma3_text"), tiny_mtp("gemma3_text")
+    ids = random_ids(count)
+    cache, _ = model.load_prompt_cache(prompt_file(tmp_path, base, ids))
+    caches = make_prompt_cache(base)
+    base(mx.array([ids]), cache=caches)
+    steps = generate_step(mx.array([7, 8]), base, max_tokens=12, prompt_cache=caches)
+    expected = [int(token) for token, _ in steps]
+    found = decode(model, [7, 8], max_tokens=12, cache=cache, layout="quadratic")
+    assert [token for step in found for token in step.tokens] == expected
 
 
 def test_other_tensors_are_no_prompt_file(tmp_path: Path) -> None:
