@@ -39,7 +39,7 @@ _CLOSE_S = 5.0
 )
 @cloup.option_group(
     "Cache",
-    # Off by default: a conversation that is deleted should leave nothing behind.
+    # Off by default: a conversation that is deleted should leave no copy.
     field_option(PromptCacheConfig, "prompt_cache_files", default=False),
 )
 @cloup.option_group(

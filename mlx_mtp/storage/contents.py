@@ -1,4 +1,4 @@
-"""What a folder or file holds, from names of files, settings and headers; no tensor is read.
+"""What a folder or file contains, from names of files, settings and headers; no tensor is read.
 
 Loading, conversion and inspection all decide by ``look``, and say the same of what cannot be used.
 """
@@ -45,7 +45,7 @@ _LONGEST_NAME = 512  # names are matched by patterns whose time grows with the s
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a folder or file holds.
+    """What a folder or file contains.
 
     Attributes:
         path: the folder or file; the subfolder of a checkpoint in a subfolder, and the folder of a
@@ -55,7 +55,7 @@ class Contents:
         layout: layout of a checkpoint, as far as it can be known without its tensors.
         base: base model that an adapter or checkpoint names.
         weights: name of a file of its weights, None if it has none.
-        adapter: what a model's folder holds next to the model, in itself or in ``adapter/``.
+        adapter: what a model's folder contains next to the model, in itself or in ``adapter/``.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class Contents:
 
 
 def look(path: Path) -> Contents:
-    """Return what a folder or file holds; anything that cannot be read is unknown."""
+    """Return what a folder or file contains; anything that cannot be read is unknown."""
     try:
         return _of_folder(path) if path.is_dir() else _of_file(path)
     except OSError:
@@ -157,7 +157,7 @@ def model_problem(contents: Contents, name: str | None = None, *, mtp: bool = Tr
     Args:
         contents: what ``look`` found.
         name: how the user calls it; by default its path.
-        mtp: whether drafts are wanted, so that an unconverted adapter matters.
+        mtp: whether drafts are to be proposed, so that an unconverted adapter matters.
     """
     name, inner = name or str(contents.path), contents.adapter
     unconverted = inner if inner is not None and inner.kind == "checkpoint" else None
@@ -180,7 +180,7 @@ def model_problem(contents: Contents, name: str | None = None, *, mtp: bool = Tr
 
 
 def unconverted_adapter(contents: Contents, name: str) -> str | None:
-    """Return which checkpoint a model's folder holds and how to convert it, None if it has none."""
+    """Return which checkpoint a model's folder contains and how to convert it, None if it has none."""
     inner = contents.adapter
     if contents.kind != "model" or inner is None or inner.kind != "checkpoint":
         return None

@@ -315,7 +315,7 @@ class ReasoningParser:
 
 
 class ReasoningTracker:
-    """Tells for the ids of an answer what ``ReasoningParser`` tells for its text.
+    """Finds in the ids of an answer what ``ReasoningParser`` finds in its text.
 
     It follows the ids forwards and backwards, as drafts are verified and rejected.
 

@@ -1,4 +1,4 @@
-"""What requests may have besides what changes the answer: hints, nulls, tools of other kinds."""
+"""What requests may contain that does not change the answer: hints, nulls, tools of other kinds."""
 
 from __future__ import annotations
 
