@@ -180,7 +180,7 @@ def model_problem(contents: Contents, name: str | None = None, *, mtp: bool = Tr
 
 
 def unconverted_adapter(contents: Contents, name: str) -> str | None:
-    """Return which checkpoint a model's folder contains and how to convert it, None if it has none."""
+    """Return which checkpoint a model's folder contains and how to convert it, if it has one."""
     inner = contents.adapter
     if contents.kind != "model" or inner is None or inner.kind != "checkpoint":
         return None
