@@ -37,18 +37,6 @@ def host() -> Iterator[Host]:
         yield running
 
 
-@pytest.fixture
-def client(host) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{host.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
-@pytest.fixture
-def claude(host) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=host.url, api_key="none", max_retries=0) as made:
-        yield made
-
-
 def test_openai_chat(client):
     model = client.models.list().data[0].id
     assert client.models.retrieve(model).id == model

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import anthropic
-import openai
 import pytest
 
 from mlx_mtp.apps.engine.prefix_cache import PrefixCache
@@ -156,18 +154,6 @@ def host() -> Iterator[Host]:
     with hosted(thinking_budget=77) as running:
         running.wait_for("ok")
         yield running
-
-
-@pytest.fixture
-def client(host) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{host.url}/v1", api_key="none", max_retries=0) as made:
-        yield made
-
-
-@pytest.fixture
-def claude(host) -> Iterator[anthropic.Anthropic]:
-    with anthropic.Anthropic(base_url=host.url, api_key="none", max_retries=0) as made:
-        yield made
 
 
 @pytest.mark.parametrize("details", [False, True])
