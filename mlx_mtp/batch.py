@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from mlx_mtp.decoding.request import Request
     from mlx_mtp.decoding.step import StepResult
-    from mlx_mtp.model.cache import MTPCache
+    from mlx_mtp.model.caches.mtp_cache import MTPCache
     from mlx_mtp.model.mtp_model import MTPModel
 
 

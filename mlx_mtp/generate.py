@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
     from mlx_mtp.decoding.step import StepResult
-    from mlx_mtp.model.cache import MTPCache
+    from mlx_mtp.model.caches.mtp_cache import MTPCache
     from mlx_mtp.model.mtp_model import MTPModel
 
 __all__ = ["ContextOverflow", "GenerationResponse", "chat_text", "generate", "stream_generate"]
@@ -204,7 +204,7 @@ def stream_generate(
     """
     from mlx_mtp.calibration.stored_costs import speculation_for, store_learned
     from mlx_mtp.decoding.loop import decode
-    from mlx_mtp.model.cache import MTPCache
+    from mlx_mtp.model.caches.mtp_cache import MTPCache
 
     if draft_model is not None:
         raise ValueError("draft_model is not supported: load(adapter_path=...) proposes the drafts")

@@ -28,7 +28,7 @@ import mlx.core as mx
 import numpy as np
 from filelock import FileLock, Timeout
 
-from mlx_mtp.model.cache_blocks import Rows, Signature
+from mlx_mtp.model.caches.blocks import Rows, Signature
 from mlx_mtp.storage.files import remove_drafts, write_atomically
 from mlx_mtp.storage.safetensors import read_raw_tensors, safetensors_header, shown
 from mlx_mtp.terminal import show

@@ -14,7 +14,7 @@ from mlx_mtp.apps.engine.prefix_files import FORMAT, PrefixFiles
 from mlx_mtp.apps.engine.protocol import Load
 from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.device import gpu_info, gpu_marks
-from mlx_mtp.model.cache_blocks import CacheBlocks
+from mlx_mtp.model.caches.blocks import CacheBlocks
 from mlx_mtp.model.identity import model_identity
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.package import versions

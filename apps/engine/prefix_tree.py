@@ -6,7 +6,7 @@ import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from mlx_mtp.model.cache_blocks import Rows, num_bytes
+from mlx_mtp.model.caches.blocks import Rows, num_bytes
 
 
 @dataclass(eq=False, slots=True)

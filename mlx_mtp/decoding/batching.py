@@ -2,7 +2,7 @@
 
 A step of few rows takes little longer than one of a single row, because the weights are read once.
 So the rows of several answers go through the linear layers together; each answer's queries meet its
-own keys and values, with its own mask (``batch_cache``).
+own keys and values, with its own mask (``caches.batch``).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.model.batch_cache import BatchCache
-from mlx_mtp.model.cache import MTPCache
+from mlx_mtp.model.caches.batch import BatchCache
+from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import BatchLayout, StepLayout, plain_layout, quadratic_layout
 from mlx_mtp.model.mtp_model import MTPModel
 

@@ -11,7 +11,7 @@ from mlx_mtp.decoding.accept import Target
 from mlx_mtp.decoding.step import Outcome, Step, StepResult
 from mlx_mtp.drafting.drafter import Drafter, Drafts
 from mlx_mtp.drafting.lookup import LookupDrafter
-from mlx_mtp.model.cache import MTPCache
+from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import plain_layout
 from mlx_mtp.planning.plan import LOOKUP, Plan
 from mlx_mtp.planning.planner import Planner

@@ -15,7 +15,7 @@ from mlx_mtp.decoding.request import Request
 from mlx_mtp.decoding.sampling import LogitsProcessor, Sampler, Sampling
 from mlx_mtp.drafting.lookup import LookupDrafter
 from mlx_mtp.drafting.mask_tokens import MaskTokenDrafter
-from mlx_mtp.model.cache import MTPCache
+from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.planning.planner import make_planner

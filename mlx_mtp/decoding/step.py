@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_mtp.decoding.accept import Target
 from mlx_mtp.decoding.batching import forward, head
 from mlx_mtp.drafting.drafter import Drafter, Drafts
-from mlx_mtp.model.cache import MTPCache
+from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
 

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from mlx_mtp.evaluation.mask_blocks import MaskRows
-from mlx_mtp.model.cache import ForwardLayerCache
+from mlx_mtp.model.caches.layers import ForwardLayerCache
 from mlx_mtp.model.mtp_model import MTPModel
 
 

@@ -130,7 +130,7 @@ def plain_layout(*, num_pending: int = 1) -> StepLayout:
 class BatchLayout:
     """Rows of several answers' steps in one forward: all ordinary rows, then all mask rows.
 
-    The gate is one split index again.  The caches of a batch (``batch_cache``) make sure that no
+    The gate is one split index again.  The caches of a batch (``caches.batch``) make sure that no
     row sees another answer's rows.
 
     Attributes:

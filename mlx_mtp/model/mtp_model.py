@@ -6,7 +6,7 @@ step in progress (``StepScope``):
 - the token embedding turns mask rows into mask embeddings (``MaskEmbedding``);
 - linear layers add low-rank weights on mask rows (``GatedLoRALinear``);
 - the rotary embedding rotates every row by its own position (``StepRope``);
-- the caches return the step's attention mask (``cache.LayerCache``).
+- the caches return the step's attention mask (``caches.layers.LayerCache``).
 
 A fifth one, in attention, is for back-ends and batches (``attention``).  Without an adapter nothing
 is wrapped and the model decodes plainly.
@@ -22,9 +22,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.model import cache as kv_cache
+from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.attention import AttentionSeam, attention_blocks
-from mlx_mtp.model.cache import Caches, MTPCache
+from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
 from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
 from mlx_mtp.model.layout import RowLayout, StepScope, quadratic_layout
@@ -106,7 +106,7 @@ class MTPModel(nn.Module):
         return self.embed(mx.array([0])).dtype
 
     def make_cache(self, **options: Any) -> MTPCache:
-        """Make fresh caches; see ``cache.make_cache`` for the options and errors."""
+        """Make fresh caches; see ``caches.make.make_cache`` for the options and errors."""
         cache = kv_cache.make_cache(self.base, scope=self._scope, **options)
         if cache.kv_bits is not None:
             size = self._sample_cache().layers[0].inner.keys.shape[-1]
@@ -122,11 +122,11 @@ class MTPModel(nn.Module):
         return self.base.layers
 
     def wrap_prompt_cache(self, caches: Sequence[Any]) -> MTPCache:
-        """Wrap a list of mlx-lm's caches; see ``cache.from_mlx_lm``."""
+        """Wrap a list of mlx-lm's caches; see ``caches.make.from_mlx_lm``."""
         return kv_cache.from_mlx_lm(caches, sample=self._sample_cache(), scope=self._scope)
 
     def load_prompt_cache(self, path: Path) -> tuple[MTPCache, dict[str, str]]:
-        """Read a file of ``mlx_lm.cache_prompt``; see ``cache.load_prompt_cache``."""
+        """Read a file of ``mlx_lm.cache_prompt``; see ``caches.make.load_prompt_cache``."""
         return kv_cache.load_prompt_cache(path, sample=self._sample_cache(), scope=self._scope)
 
     def _sample_cache(self) -> MTPCache:

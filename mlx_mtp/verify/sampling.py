@@ -24,7 +24,7 @@ import numpy as np
 
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.decoding.sampling import Sampling, target_probs
-from mlx_mtp.model.cache import MTPCache
+from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.verify.chi_square import MIN_EXPECTED, Group, chi_square, holm, simulated_p_value
 from mlx_mtp.verify.near_tie import near_tie_bound

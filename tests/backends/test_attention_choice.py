@@ -31,7 +31,7 @@ from mlx_mtp.backends.metal.operations import (
 )
 from mlx_mtp.backends.metal.setup import choose_all, set_up_kernels
 from mlx_mtp.model.attention import NAME, AttentionSeam, attention_blocks, inject_attention
-from mlx_mtp.model.cache import QuantizedLayerCache
+from mlx_mtp.model.caches.layers import QuantizedLayerCache
 from mlx_mtp.model.layout import quadratic_layout
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.wrappers import replace

@@ -12,7 +12,7 @@ from mlx_lm.sample_utils import make_logits_processors
 
 from mlx_mtp.decoding.loop import StepResult, decode
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.model import cache as kv_cache
+from mlx_mtp.model.caches import layers
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import Speculation
@@ -227,7 +227,7 @@ def test_a_cache_quantised_on_the_way_gives_the_same_ids(start: int, chunk: int)
 def test_windows_that_wrap_give_the_same_ids(
     kind: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_cache, "WINDOW_SLACK", 8)
+    monkeypatch.setattr(layers, "WINDOW_SLACK", 8)
     model = tiny_mtp(kind)
     bound = {"max_kv_size": 14} if kind == "llama" else {}
     options: dict[str, Any] = {"max_tokens": 60, "prefill_step_size": chunk}

@@ -14,8 +14,9 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache, save_prompt_cache
 
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.model import cache as kv_cache
-from mlx_mtp.model.cache import MTPCache, QuantizedLayerCache, WindowLayerCache
+from mlx_mtp.model.caches import layers
+from mlx_mtp.model.caches.layers import QuantizedLayerCache, WindowLayerCache
+from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
 from tests.helpers.tiny import KINDS, WINDOW, step_ids, tiny_base, tiny_mtp
@@ -136,7 +137,7 @@ class NaiveWindow(KVCache):
 def test_a_bounded_cache_keeps_the_first_and_the_last_rows(
     chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_cache, "WINDOW_SLACK", 5)
+    monkeypatch.setattr(layers, "WINDOW_SLACK", 5)
     model, base = tiny_mtp("llama"), tiny_base("llama")
     ids = random_ids(70)
     naive = [NaiveWindow(window=8, keep=4) for _ in base.layers]
@@ -161,7 +162,7 @@ def test_a_bounded_cache_keeps_the_first_and_the_last_rows(
 def test_steps_with_masks_obey_the_window(
     kind: str, layout: StepLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kv_cache, "WINDOW_SLACK", 4)
+    monkeypatch.setattr(layers, "WINDOW_SLACK", 4)
     model = tiny_mtp(kind)
     options: dict[str, Any] = {"max_kv_size": 10} if kind == "llama" else {}
     ids = random_ids(50)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_mtp.model.cache import MTPCache
+from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import StepLayout, plain_layout
 from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, MTPModel, fingerprint
 from tests.helpers.tiny import (

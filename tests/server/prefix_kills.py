@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.apps.engine.prefix_files import PrefixFiles
-from mlx_mtp.model.cache_blocks import Rows
+from mlx_mtp.model.caches.blocks import Rows
 from tests.helpers.processes import ForkServer
 
 BLOCK, SHAPE = 16, (1, 2, 16, 512)

@@ -29,7 +29,7 @@ from mlx_mtp.calibration.stored_costs import (
 from mlx_mtp.decoding import step
 from mlx_mtp.decoding.grouping import StepGrouper
 from mlx_mtp.generate import chat_text, generate
-from mlx_mtp.model.cache_blocks import CacheBlocks
+from mlx_mtp.model.caches.blocks import CacheBlocks
 from mlx_mtp.planning.costs import GPU_GUESS
 from tests.helpers.fixtures_generate import EOS, TEMPLATE, byte_tokenizer, ids_of
 from tests.helpers.tiny import BYTE_VOCAB, tiny_mtp

@@ -32,7 +32,7 @@ from mlx_mtp.apps.engine.tool_calls import ToolCallReader, calls_are_json
 from mlx_mtp.apps.server.api.anthropic_schema import openai_choice
 from mlx_mtp.apps.server.api.tools import Tool, chat_tools
 from mlx_mtp.apps.server.errors import ApiError
-from mlx_mtp.model.cache_blocks import CacheBlocks
+from mlx_mtp.model.caches.blocks import CacheBlocks
 from mlx_mtp.planning.auto import Speculation
 from tests.helpers.fixtures_generate import byte_tokenizer
 from tests.helpers.tiny import BYTE_VOCAB, tiny_mtp

@@ -22,7 +22,7 @@ from mlx_mtp.apps.engine.prefix_setup import make_prefix_cache
 from mlx_mtp.apps.engine.protocol import Load
 from mlx_mtp.apps.engine.session import Engine
 from mlx_mtp.apps.engine.token_text import TokenTexts
-from mlx_mtp.model.cache_blocks import CacheBlocks
+from mlx_mtp.model.caches.blocks import CacheBlocks
 from mlx_mtp.model.identity import model_identity
 from mlx_mtp.planning.auto import Speculation
 from tests.helpers.fixtures_generate import byte_tokenizer

@@ -15,7 +15,7 @@ from mlx_mtp.apps.engine.protocol import Job
 from mlx_mtp.apps.engine.session import Engine
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.calibration.stored_costs import speculation_for
-from mlx_mtp.model.cache_blocks import CacheBlocks
+from mlx_mtp.model.caches.blocks import CacheBlocks
 from tests.helpers.fixtures_generate import reasoning_tokenizer
 from tests.helpers.tiny import tiny_mtp
 from tests.server.host import Host, hosted

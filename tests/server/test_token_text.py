@@ -14,7 +14,7 @@ from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.apps.server.api.openai_completions import _by_token, _Offsets
 from mlx_mtp.calibration.stored_costs import speculation_for
 from mlx_mtp.generate import stream_generate
-from mlx_mtp.model.cache_blocks import CacheBlocks
+from mlx_mtp.model.caches.blocks import CacheBlocks
 from mlx_mtp.text.detokenizer import is_utf8
 from tests.helpers.tiny import tiny_mtp
 from tests.helpers.tokenizers import make

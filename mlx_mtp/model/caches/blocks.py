@@ -14,7 +14,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.model.cache import LayerCache, MTPCache, WindowLayerCache
+from mlx_mtp.model.caches.layers import LayerCache, WindowLayerCache
+from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
 
 Rows = Mapping[str, mx.array]

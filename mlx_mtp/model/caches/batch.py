@@ -11,7 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.model.cache import LayerCache, MTPCache
+from mlx_mtp.model.caches.layers import LayerCache
+from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import BatchLayout, StepScope
 
 

@@ -1,0 +1,188 @@
+"""The caches of all layers of one answer.
+
+``MTPCache`` can also wrap a list of mlx-lm's caches (``make.from_mlx_lm``), and is itself a
+sequence of them, so that mlx-lm's ``save_prompt_cache`` and ``trim_prompt_cache`` take it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import mlx.core as mx
+
+from mlx_mtp.model.caches.layers import (
+    ForwardLayerCache,
+    LayerCache,
+    QuantizedLayerCache,
+    WindowLayerCache,
+)
+
+
+class Caches(Protocol):
+    """The caches of a forward: one answer's, those of a batch, or those of training."""
+
+    @property
+    def layers(self) -> Sequence[ForwardLayerCache]:
+        """One cache per layer."""
+        ...
+
+
+class MTPCache:
+    """The caches of all layers of one answer.
+
+    As a sequence it has mlx-lm's caches of the layers, so that ``save_prompt_cache`` and
+    ``trim_prompt_cache`` of mlx-lm take it.
+
+    Attributes:
+        next_id: the last id of an answer, which follows the cached rows, as far as it is known;
+            added when the layers are used as a sequence.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerCache],
+        *,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        quantized_kv_start: int = 0,
+    ) -> None:
+        self.layers = list(layers)
+        self.kv_bits = kv_bits
+        self.next_id: int | None = None
+        self._model: Any = None
+        self._first_offset: int | None = None
+        self.quantise_from(quantized_kv_start, bits=kv_bits, group_size=kv_group_size)
+
+    def quantise_from(self, start: int, *, bits: int | None, group_size: int) -> None:
+        """Quantise before the next step once there are ``start`` rows.
+
+        Raises:
+            ValueError: there is a window, or the cache is already quantised in another way.
+        """
+        if bits is not None and any(isinstance(layer, WindowLayerCache) for layer in self.layers):
+            raise ValueError("kv_bits cannot be combined with a sliding window or max_kv_size")
+        layer = self.layers[0]
+        if bits is not None and isinstance(layer, QuantizedLayerCache):
+            actual = f"{layer.bits} bits in groups of {layer.group_size}"
+            if actual != f"{bits} bits in groups of {group_size}":
+                raise ValueError(
+                    f"kv_bits {bits} and kv_group_size {group_size} do not match the cache, which "
+                    f"has {actual}"
+                )
+        self.kv_bits = bits
+        self.kv_group_size = group_size
+        self.quantized_kv_start = start
+
+    @property
+    def offset(self) -> int:
+        """Number of rows so far, which is the position of the next row."""
+        return self.layers[0].offset
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: Any) -> Any:
+        self.add_next()
+        if isinstance(index, slice):
+            return [layer.to_mlx_lm() for layer in self.layers[index]]
+        return self.layers[index].to_mlx_lm()
+
+    def end_answer(self, last_id: int | None, model: Any) -> None:
+        """Remember the last id of an answer, and the model that can add it."""
+        self.next_id, self._model = last_id, model
+
+    def add_next(self) -> None:
+        """Add the last id of an answer, as mlx-lm does, if it is known."""
+        if self.next_id is None:
+            return
+        ids, self.next_id = mx.array([[self.next_id]]), None
+        self.begin_step()
+        self._model(ids, cache=self)
+        mx.eval(self.state)
+
+    @property
+    def state(self) -> list[Any]:
+        """All arrays, for evaluation."""
+        return [layer.state for layer in self.layers]
+
+    def begin_answer(self) -> None:
+        """Leave the cache as it is until a step has added rows, as mlx-lm does."""
+        self._first_offset = self.offset
+
+    def begin_step(self) -> None:
+        """Drop rows that are out of sight; quantise once the context is long enough."""
+        if self.offset == self._first_offset:
+            return
+        self._first_offset = None
+        for layer in self.layers:
+            layer.begin_step()
+        if self._awaits_quantisation and self.offset >= self.quantized_kv_start:
+            self.quantise()
+
+    def quantise(self) -> None:
+        """Quantise the keys and values now, and all later ones."""
+        self.layers = [self._quantise(layer) for layer in self.layers]
+
+    @property
+    def drops_rows(self) -> bool:
+        """Whether ``begin_step`` will drop rows."""
+        return any(layer.surplus >= WINDOW_SLACK for layer in self.layers)
+
+    @property
+    def rows_until_change(self) -> int | None:
+        """Rows that may be added before the cache is quantised; None without a limit.
+
+        A step must not cross that border, or a row's result would depend on its step.
+        """
+        if not self._awaits_quantisation:
+            return None
+        return max(self.quantized_kv_start - self.offset, 1)
+
+    @property
+    def chunks_matter(self) -> bool:
+        """Whether results depend on where a prompt is cut; it is then cut as mlx-lm does."""
+        keeps = any(isinstance(layer, WindowLayerCache) and layer.keep for layer in self.layers)
+        return self._awaits_quantisation or keeps
+
+    def rest_after_chunk(self, num_left: int, limit: int) -> int:
+        """Return how many of ``num_left`` ids of a prompt are left after its next chunk.
+
+        If chunks matter, the last id is on its own.
+        """
+        return max(num_left - limit, int(num_left > 1 and self.chunks_matter))
+
+    def rewind(self, num_rows: int) -> None:
+        """Drop the last rows of every layer.
+
+        Raises:
+            ValueError: rows that would be needed again were dropped.
+        """
+        self.next_id = None
+        if num_rows == 0:
+            return
+        if not self.can_rewind(num_rows):
+            raise ValueError(f"cannot rewind {num_rows} of {self.offset} rows")
+        for layer in self.layers:
+            layer.rewind(num_rows)
+
+    def can_rewind(self, num_rows: int) -> bool:
+        """Whether every layer can drop that many rows exactly."""
+        return all(layer.can_rewind(num_rows) for layer in self.layers)
+
+    def copied(self) -> MTPCache:
+        """Make an independent copy."""
+        other = copy.copy(self)
+        other.layers = [layer.copied() for layer in self.layers]
+        return other
+
+    @property
+    def _awaits_quantisation(self) -> bool:
+        return self.kv_bits is not None and not isinstance(self.layers[0], QuantizedLayerCache)
+
+    def _quantise(self, layer: LayerCache) -> LayerCache:
+        inner = layer.inner.to_quantized(group_size=self.kv_group_size, bits=self.kv_bits)
+        if not inner.empty():
+            inner.keys, inner.values = list(inner.keys), list(inner.values)
+        return QuantizedLayerCache(inner, scope=layer.scope)
