@@ -127,8 +127,8 @@ def main(num_draft_tokens: int) -> None:
     }
     for name, each in found.items():
         print(
-            f"{name}: state {each.state / 1e6:.0f} MB, convolutions {each.conv_state / 1e6:.1f} MB, "
-            f"captured {each.captured_row / 1e6:.2f} MB per row; between steps "
+            f"{name}: state {each.state / 1e6:.0f} MB, convolutions {each.conv_state / 1e6:.1f} "
+            f"MB, captured {each.captured_row / 1e6:.2f} MB per row; between steps "
             f"{each.captured / 1e6:.0f} MB (as snapshots {each.snapshots / 1e6:.0f} MB)\n"
             f"  state traffic per step, of the weights: plain {each.plain:.1%}, mlx-lm linear "
             f"{each.stock_linear:.1%}, mlx-lm quadratic {each.stock_quadratic:.1%}, our kernel "

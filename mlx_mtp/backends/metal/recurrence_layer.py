@@ -19,6 +19,7 @@ from mlx_mtp.backends.metal.recurrence import StepRuns
 from mlx_mtp.backends.metal.recurrence_operations import (
     DeltaKey,
     GatedDeltaOperation,
+    Key,
     RecurrenceInputs,
     RecurrenceOperation,
     SsmKey,
@@ -27,8 +28,6 @@ from mlx_mtp.backends.metal.recurrence_operations import (
 from mlx_mtp.backends.metal.ssm import SsmRows, SsmWeights, ssm_step_kernel
 from mlx_mtp.model.layout import StepLayout, plain_layout
 from mlx_mtp.model.recurrence import RecurrenceCall, RecurrenceSeam, Rows, inject_recurrence
-
-Key = DeltaKey | SsmKey
 
 
 class KernelRecurrence:

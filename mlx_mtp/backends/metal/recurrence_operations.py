@@ -77,6 +77,9 @@ class SsmKey(NamedTuple):
         return f"ssm {heads} {_name(self.dtype)}"
 
 
+Key = DeltaKey | SsmKey
+
+
 class RecurrenceInputs(NamedTuple):
     """Arguments of ``gated_delta_step_kernel`` or, with weights, of ``ssm_step_kernel``."""
 
@@ -96,9 +99,11 @@ class RecurrenceOperation(Operation):
     """The rows of a step, after some kept rows of the step before, through one layer's state.
 
     Attributes:
+        key: the shape.
         is_sequential: whether stock MLX may compute several rows in one call.
     """
 
+    key: Key
     is_sequential: ClassVar[bool]
     row_axis = 0
     check_rows: Sequence[int] = (1, 2, 3, 5, 8, 16, MAX_ROWS)
@@ -200,12 +205,9 @@ class RecurrenceOperation(Operation):
 
 
 class GatedDeltaOperation(RecurrenceOperation):
-    """The gated delta rule of one shape.
+    """The gated delta rule of one shape."""
 
-    Attributes:
-        key: the shape.
-    """
-
+    key: DeltaKey
     is_sequential = True
 
     def __init__(self, key: DeltaKey) -> None:
@@ -251,12 +253,9 @@ class GatedDeltaOperation(RecurrenceOperation):
 
 
 class SsmOperation(RecurrenceOperation):
-    """Mamba2's recurrence of one shape.
+    """Mamba2's recurrence of one shape."""
 
-    Attributes:
-        key: the shape.
-    """
-
+    key: SsmKey
     is_sequential = False
 
     def __init__(self, key: SsmKey) -> None:
