@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models import cache as lm_cache
 
-from mlx_mtp.model.layout import StepLayout, StepScope
+from mlx_mtp.model.layout import RowLayout, StepLayout, StepScope
 
 WINDOW_SLACK = 256
 
@@ -80,6 +80,10 @@ class LayerCache:
         if window_size is not None:
             return self._window_mask(mx.arange(self.offset), num_rows, window_size, keep=0)
         return mx.pad(layout.attention, [(0, 0), (self.offset, 0)], constant_values=True)
+
+    def begin_forward(self, num_rows: int, layout: RowLayout | None) -> None:
+        """Begin a forward of some rows, which are in the model's step scope."""
+        del num_rows, layout
 
     def rewind(self, num_rows: int) -> None:
         """Drop the last rows."""
