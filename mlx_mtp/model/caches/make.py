@@ -119,7 +119,7 @@ def load_prompt_cache(
     except Exception as error:  # mlx raises many kinds for a foreign file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a prompt cache: {reason}") from None
-    if any(inner.empty() for inner in saved):
+    if any(_is_empty(inner) for inner in saved):
         raise ValueError(f"{path} is an empty prompt cache")
     return from_mlx_lm(saved, sample=sample, scope=scope, name=str(path)), metadata
 
@@ -143,11 +143,53 @@ def from_mlx_lm(
             f"{name} was made with another model: it has {len(caches)} layers, "
             f"this model has {len(sample.layers)}"
         )
-    pairs = zip(caches, sample.layers, strict=True)
-    layers = [_wrapped(inner, like, name, scope) for inner, like in pairs]
-    if len({layer.offset for layer in layers}) > 1:
+    offsets = {part.offset for inner in caches for part in _parts(inner) if hasattr(part, "offset")}
+    if len(offsets) > 1:
         raise ValueError(f"{name} has layers with different numbers of tokens")
-    return MTPCache(layers)
+    offset = max(offsets, default=0)  # a purely recurrent model counts from here
+    pairs = zip(caches, sample.layers, strict=True)
+    return MTPCache([_wrapped_layer(inner, like, name, scope, offset) for inner, like in pairs])
+
+
+def _is_empty(inner: Any) -> bool:
+    """Whether a layer has no rows."""
+    return all(part.empty() for part in _parts(inner))
+
+
+def _wrapped_layer(inner: Any, like: Any, name: str, scope: StepScope, offset: int) -> Any:
+    """Wrap the cache or the caches of a layer if they have the shape of ``like``."""
+    pairs = list(zip(_parts(inner), getattr(like, "caches", [like]), strict=False))
+    other = f"{name} was made with another model: "
+    if isinstance(inner, lm_cache.CacheList) != isinstance(like, LayerCacheList):
+        raise ValueError(f"{other}it has a {type(inner).__name__} where this model has another one")
+    parts = []
+    for part, own in pairs:
+        if isinstance(part, lm_cache.ArraysCache) != isinstance(own, RecurrentLayerCache):
+            raise ValueError(f"{other}its recurrent layers are others")
+        if isinstance(own, RecurrentLayerCache):
+            parts.append(_wrapped_slots(part, own, other, offset))
+        else:
+            parts.append(_wrapped(part, own, name, scope))
+    return LayerCacheList(parts) if isinstance(inner, lm_cache.CacheList) else parts[0]
+
+
+def _wrapped_slots(
+    inner: Any, like: RecurrentLayerCache, other: str, offset: int
+) -> RecurrentLayerCache:
+    """Wrap an ``ArraysCache`` if its slots have the shapes of ``like``, and give them its types."""
+    slots = like.slots()
+    if len(inner.cache) != len(slots):
+        raise ValueError(f"{other}its recurrent layers have {len(inner.cache)} states")
+    for index, (value, own) in enumerate(zip(inner.cache, slots, strict=True)):
+        if value is None or own is None:
+            continue
+        if value.shape != own.shape:
+            raise ValueError(
+                f"{other}a recurrent state has shape {tuple(value.shape)}, "
+                f"this model's has {tuple(own.shape)}"
+            )
+        inner.cache[index] = value.astype(own.dtype)
+    return RecurrentLayerCache.from_mlx_lm(inner, offset=offset)
 
 
 def _wrapped(inner: Any, like: LayerCache, name: str, scope: StepScope) -> LayerCache:
