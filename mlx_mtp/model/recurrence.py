@@ -173,9 +173,7 @@ class StateCache(Protocol):
     ``left_padding``, which are None.
     """
 
-    def convolve(
-        self, slot: int, conv: Callable[[mx.array], mx.array], x: mx.array
-    ) -> mx.array:
+    def convolve(self, slot: int, conv: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
         """Convolve the rows of the forward.
 
         Args:

@@ -31,7 +31,7 @@ class RowByRow(Wrapper):
         self._scope = scope
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the mixer; arrays ``[1, L, D]`` among the arguments have the rows."""
+        """Call the mixer; arrays ``[1, L, ...]`` among the arguments have the rows."""
         values = (*args, *kwargs.values())
         cache = next((value for value in values if isinstance(value, RecurrentLayerCache)), None)
         if cache is None:
@@ -43,8 +43,7 @@ class RowByRow(Wrapper):
             def value_of(value: Any) -> Any:
                 if value is cache:
                     return inner
-                is_rows = isinstance(value, mx.array) and value.ndim == 3
-                return rows_of(value) if is_rows else value
+                return rows_of(value) if _has_rows(value) else value
 
             named = {name: value_of(value) for name, value in kwargs.items()}
             y = self.wrapped(*map(value_of, args), **named)
@@ -86,6 +85,11 @@ class RowByRow(Wrapper):
             if states[0][slot] is not value:  # rwkv's layers have two mixers, with own slots
                 cache.capture(slot, lambda kept, slot=slot: states[kept - ends[0]][slot])
         return tuple(mx.concatenate(parts, axis=1) for parts in zip(*ys, strict=True))
+
+
+def _has_rows(value: Any) -> bool:
+    """Whether an argument is ``[1, L, ...]``, and not an attention mask ``[L, S]``."""
+    return isinstance(value, mx.array) and value.ndim > 2
 
 
 def _stacked(states: Sequence[Sequence[mx.array | None]]) -> list[mx.array | None]:

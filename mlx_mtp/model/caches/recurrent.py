@@ -100,9 +100,7 @@ class RecurrentLayerCache:
         """Rows of the forward in progress; None if all of them stay."""
         return None if self._layout.is_plain else self._layout
 
-    def convolve(
-        self, slot: int, conv: Callable[[mx.array], mx.array], x: mx.array
-    ) -> mx.array:
+    def convolve(self, slot: int, conv: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
         """Convolve rows; see ``recurrence.StateCache``."""
         layout = self.layout
         if layout is None:
@@ -118,9 +116,7 @@ class RecurrentLayerCache:
         groups = mx.take(x[0], layout.window_index(num_before), axis=0)  # [G, K - 1 + m, C]
         return mx.concatenate([y, layout.joined_groups(conv(groups))], axis=1)
 
-    def recur(
-        self, call: RecurrenceCall, step: StepRecurrence | None
-    ) -> tuple[mx.array, State]:
+    def recur(self, call: RecurrenceCall, step: StepRecurrence | None) -> tuple[mx.array, State]:
         """Run a recurrence over the rows of the forward; see ``recurrence.StateCache``."""
         slot = len(self._slots) - 1
         if step is not None and self._layout.num_pending == 1:
@@ -150,9 +146,7 @@ class RecurrentLayerCache:
         """Slots that no seam has captured in a forward with drafts."""
         return [slot for slot in range(len(self._slots)) if slot not in self._captured]
 
-    def _recur(
-        self, call: RecurrenceCall, layout: StepLayout, slot: int, state: State
-    ) -> mx.array:
+    def _recur(self, call: RecurrenceCall, layout: StepLayout, slot: int, state: State) -> mx.array:
         """Run ordinary rows in sequence, then mask groups as a batch.
 
         Pending rows are one call, as in mlx-lm's prefill.  After them a recurrence that is
@@ -217,7 +211,9 @@ class RecurrentLayerCache:
     def begin_forward(self, num_rows: int, layout: RowLayout | None) -> None:
         """Begin a forward: keep what is left of the rows of the last one."""
         self._settle()
-        self._layout = layout if isinstance(layout, StepLayout) else plain_layout(num_pending=num_rows)
+        self._layout = (
+            layout if isinstance(layout, StepLayout) else plain_layout(num_pending=num_rows)
+        )
         self._start, self._num_left = list(self._slots), num_rows
         self.offset += num_rows
 
@@ -263,7 +259,11 @@ class RecurrentLayerCache:
         self._settle()
         if self.checkpoints[-1][0] < self.offset:
             first, *others = self.checkpoints
-            self.checkpoints = [first, *others[-(MAX_CHECKPOINTS - 1) :], (self.offset, self.slots())]
+            self.checkpoints = [
+                first,
+                *others[-(MAX_CHECKPOINTS - 1) :],
+                (self.offset, self.slots()),
+            ]
 
     def rewind_points(self) -> list[int]:
         """Offsets that can be rewound to, besides the current one."""
@@ -312,8 +312,6 @@ class RecurrentLayerCache:
         cache = lm_cache.ArraysCache(len(self._slots)) if into is None else into
         cache.cache = self.slots()
         return cache
-
-
 
 
 def _first_captured(layout: StepLayout) -> int:
