@@ -17,7 +17,7 @@ from mlx_mtp.model.caches.recurrent import RecurrentLayerCache
 from mlx_mtp.model.layout import MaskRun, StepLayout, StepScope
 from mlx_mtp.model.wrappers import Wrapper
 
-Outputs = tuple[mx.array, ...]
+Outputs = Sequence[mx.array]
 
 
 class RowByRow(Wrapper):
@@ -47,14 +47,14 @@ class RowByRow(Wrapper):
 
             named = {name: value_of(value) for name, value in kwargs.items()}
             y = self.wrapped(*map(value_of, args), **named)
-            return y if isinstance(y, tuple) else (y,)
+            return y if isinstance(y, tuple) else [y]
 
         if cache.layout is None:
             y = call(lambda x: x)
             cache.store(inner.cache)
         else:
             y = self._call_runs(call, inner, cache, cache.layout)
-        return y if len(y) > 1 else y[0]
+        return tuple(y) if len(y) > 1 else y[0]
 
     def _call_runs(
         self,
@@ -78,13 +78,13 @@ class RowByRow(Wrapper):
                 inner.cache = _stacked([states[anchor] for anchor in layout.group_anchors])
                 self._scope.layout = MaskRun(max(layout.mask_counts))
                 groups = call(lambda x: mx.take(x[0], layout.group_index, axis=0))
-                ys.append(tuple(map(layout.joined_groups, groups)))
+                ys.append([layout.joined_groups(group) for group in groups])
         finally:
             self._scope.layout = step_layout
         for slot, value in enumerate(before):
             if states[0][slot] is not value:  # rwkv's layers have two mixers, with own slots
                 cache.capture(slot, lambda kept, slot=slot: states[kept - ends[0]][slot])
-        return tuple(mx.concatenate(parts, axis=1) for parts in zip(*ys, strict=True))
+        return tuple(mx.concatenate(list(parts), axis=1) for parts in zip(*ys, strict=True))
 
 
 def _has_rows(value: Any) -> bool:

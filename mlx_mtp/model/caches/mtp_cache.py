@@ -14,7 +14,6 @@ import mlx.core as mx
 
 from mlx_mtp.model.caches.cache_list import LayerCacheList
 from mlx_mtp.model.caches.layers import (
-    WINDOW_SLACK,
     LayerCache,
     QuantizedLayerCache,
     WindowLayerCache,

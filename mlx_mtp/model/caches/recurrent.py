@@ -1,11 +1,11 @@
 """The cache of one recurrent layer: the state after any row of a step, and exact rewinding to it.
 
 A recurrent layer sums up a text in a few arrays, its slots: the last inputs of short convolutions,
-and the state of a recurrence.  Unlike keys and values, they do not say what they were some rows ago.
-So during a step with drafts the cache captures the inputs of the ordinary rows.  Rewinding only
-counts; when the next forward begins, the rows that were kept are run again from the state before
-them, in the same calls as in plain decoding, so the state has the bits of plain decoding.  Mask rows
-start from states that are thrown away.
+and the state of a recurrence.  Unlike keys and values, they do not say what they were some rows
+ago.  So during a step with drafts the cache captures the inputs of the ordinary rows.  Rewinding
+only counts; when the next forward begins, the rows that were kept are run again from the state
+before them, in the same calls as in plain decoding, so the state has the bits of plain decoding.
+Mask rows start from states that are thrown away.
 
 Arrays never change in place, so a checkpoint or a copy is a list of references.
 """
@@ -22,10 +22,9 @@ from mlx_lm.models import cache as lm_cache
 from mlx_mtp.model.layout import RowLayout, StepLayout, plain_layout
 from mlx_mtp.model.recurrence import RecurrenceCall, StepRecurrence
 
-MAX_CHECKPOINTS = 8
-
 State = mx.array | None
 Slots = list[State]
+MAX_CHECKPOINTS = 8  # of a cache; each keeps a state alive, which may take 100 MB in a large model
 
 
 class Replay:
@@ -49,6 +48,9 @@ class Replay:
         return self._after
 
 
+Slot = mx.array | Replay | None
+
+
 class RecurrentLayerCache:
     """The slots of one recurrent layer; mlx-lm's mixers take it for an ``ArraysCache``.
 
@@ -59,18 +61,18 @@ class RecurrentLayerCache:
 
     lengths = None  # of mlx-lm's batches
     left_padding = None
-    surplus = 0
+    drops_rows = False
 
     def __init__(self, num_slots: int) -> None:
         self.offset = 0
         self.checkpoints: list[tuple[int, Slots]] = [(0, [None] * num_slots)]
-        self._slots: list[mx.array | Replay | None] = [None] * num_slots
+        self._slots: list[Slot] = [None] * num_slots
         self._layout = plain_layout()
         # Of the last forward: its first slots, its rows that are left, and by slot the state after
         # so many of them.
-        self._start: list[mx.array | Replay | None] = list(self._slots)
+        self._start: list[Slot] = list(self._slots)
         self._num_left = 0
-        self._captured: dict[int, Callable[[int], mx.array | Replay | None]] = {}
+        self._captured: dict[int, Callable[[int], Slot]] = {}
 
     # What mlx-lm's mixers ask.
 
@@ -123,12 +125,13 @@ class RecurrentLayerCache:
             result = self._recur_with(step, call, slot)
             if result is not None:
                 return result
-        state = self._slots[slot] = self._start[slot] = self._settled(slot)
+        state = self._settled(slot)
+        self._slots[slot] = self._start[slot] = state
         if self.layout is None:
             return call.run(state)
         return self._recur(call, self.layout, slot, state), state
 
-    def capture(self, slot: int, after: Callable[[int], mx.array | Replay | None]) -> None:
+    def capture(self, slot: int, after: Callable[[int], Slot]) -> None:
         """Take note of a slot's value after any number of ordinary rows that may be kept."""
         self._captured[slot] = after
 
@@ -189,10 +192,8 @@ class RecurrentLayerCache:
     ) -> tuple[mx.array, State] | None:
         """Let a back-end run the rows, if it takes them."""
         value = self._slots[slot]
-        before, kept = value, None
-        if isinstance(value, Replay):
-            before, kept = value.before, value.call.rows
-        result = step(call, self._layout, before, kept)
+        kept = value.call.rows if isinstance(value, Replay) else None
+        result = step(call, self._layout, self[slot], kept)
         if result is None:
             return None
         y, state = result
@@ -222,7 +223,7 @@ class RecurrentLayerCache:
         self._slots, self._captured = self._values(), {}
         self._start, self._num_left = self._slots, 0
 
-    def _values(self) -> list[mx.array | Replay | None]:
+    def _values(self) -> list[Slot]:
         """The slots after the rows that are left of the last forward."""
         if self._num_left == 0:
             return list(self._start)
@@ -241,7 +242,7 @@ class RecurrentLayerCache:
             return
         slots = dict(self.checkpoints)[self.offset]
         self.checkpoints = [each for each in self.checkpoints if each[0] <= self.offset]
-        self._slots, self._start, self._num_left = list(slots), list(slots), 0
+        self._slots, self._start, self._num_left = [*slots], [*slots], 0
         self._captured = {}
 
     def can_rewind(self, num_rows: int) -> bool:
