@@ -29,11 +29,17 @@ _PROMPT = 100
 _ATTENTION_INTERVAL = 4  # of the hybrid
 
 
-def random_model(*, hidden: int, layers: int, interval: int, seed: int = 0) -> MTPModel:
+def random_model(*, hidden: int, layers: int, interval: int, fast: bool = True) -> MTPModel:
     """Make a random float32 model whose layers other than each ``interval``-th are recurrent.
 
     A recurrent layer's projections are those of an attention layer: to 6 x hidden, and back from
     2 x hidden.
+
+    Args:
+        hidden: width, a multiple of 128.
+        layers: number of layers.
+        interval: every so many layers, one attends.
+        fast: use the functions of the CPU back-end.
     """
     heads = 2 * hidden // _HEAD_DIM
     text = {
@@ -61,7 +67,7 @@ def random_model(*, hidden: int, layers: int, interval: int, seed: int = 0) -> M
         },
     }
     base: Any = Model(ModelArgs.from_dict({"model_type": "qwen3_5", "text_config": text}))
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
 
     def draw(name: str, like: mx.array) -> mx.array:
         if like.ndim < 2:  # norms stay near one, and gates of the state near a half
@@ -72,10 +78,12 @@ def random_model(*, hidden: int, layers: int, interval: int, seed: int = 0) -> M
     flat: Any = tree_flatten(base.parameters())
     base.update(tree_unflatten([(name, draw(name, value)) for name, value in flat]))
     base.eval()
-    to_float32(base)
+    if fast:
+        to_float32(base)
     mx.eval(base.parameters())
     model = MTPModel(base)
-    use_fast_recurrences(model.base)
+    if fast:
+        use_fast_recurrences(model.base)
     return model
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as lm_cache
-from mlx_lm.models.gated_delta import compute_g, compute_lower_bound_g
-from mlx_lm.models.ssm import compute_dt
+from mlx_lm.models.gated_delta import compute_g, compute_lower_bound_g, gated_delta_update
+from mlx_lm.models.ssm import compute_dt, ssm_update
 
 from mlx_mtp.backends.metal import gated_delta, ssm
 from mlx_mtp.backends.metal.choice import KernelChoice
@@ -28,6 +28,8 @@ from mlx_mtp.backends.metal.recurrence_operations import (
 from mlx_mtp.backends.metal.ssm import SsmRows, SsmWeights, ssm_step_kernel
 from mlx_mtp.model.layout import StepLayout, plain_layout
 from mlx_mtp.model.recurrence import RecurrenceCall, RecurrenceSeam, Rows, inject_recurrence
+
+_FUNCTIONS = {"gated_delta_update": gated_delta_update, "ssm_update": ssm_update}
 
 
 class KernelRecurrence:
@@ -54,9 +56,10 @@ def recurrence_inputs(
     call: RecurrenceCall, layout: StepLayout, state: mx.array | None, kept: Rows | None
 ) -> RecurrenceInputs | None:
     """What a kernel takes of the arguments of ``StepRecurrence``; None where there is no kernel."""
-    if call.name not in ("gated_delta_update", "ssm_update"):
+    if call.name not in _FUNCTIONS:
         return None
-    constants = _with_defaults(call)
+    parameters = inspect.signature(_FUNCTIONS[call.name]).parameters
+    constants = {name: each.default for name, each in parameters.items()} | dict(call.constants)
     is_delta = call.name == "gated_delta_update"
     if constants["mask"] is not None or (is_delta and not constants["use_kernel"]):
         return None
@@ -144,11 +147,6 @@ def _key(inputs: RecurrenceInputs) -> Key:
 def _step(inputs: RecurrenceInputs) -> tuple[mx.array, mx.array]:
     step = gated_delta_step_kernel if inputs.weights is None else ssm_step_kernel
     return step(*inputs.arguments)
-
-
-def _with_defaults(call: RecurrenceCall) -> dict[str, Any]:
-    parameters = inspect.signature(call.function).parameters
-    return {name: each.default for name, each in parameters.items()} | dict(call.constants)
 
 
 def _delta_rows(rows: Rows, constants: Mapping[str, Any]) -> DeltaRows:

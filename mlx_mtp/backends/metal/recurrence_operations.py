@@ -276,8 +276,9 @@ class SsmOperation(RecurrenceOperation):
         """MLX's result ``[B, T, H, Dh]`` of rows ``[B, T, ...]`` and the states after them."""
         assert inputs.weights is not None
         A_log, D = inputs.weights
-        no_bias = mx.zeros_like(A_log)
-        return lm_ssm.ssm_update(rows.x, A_log, rows.B, rows.C, D, rows.dt, no_bias, state)
+        # mlx-lm computes step sizes itself; so does our layer, which is not benchmarked here.
+        raw, no_bias = mx.log(mx.expm1(rows.dt)), mx.zeros_like(A_log)
+        return lm_ssm.ssm_update(rows.x, A_log, rows.B, rows.C, D, raw, no_bias, state)
 
     def draw(self, layout: StepLayout, *, num_kept: int, seed: int = 0) -> RecurrenceInputs:
         """Random inputs for the rows of a layout."""
