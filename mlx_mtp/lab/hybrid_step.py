@@ -1,9 +1,9 @@
 """Cost of a hybrid's step next to an attention model's: ``python -m mlx_mtp.lab.hybrid_step``.
 
-Two random models of one family (qwen3_5) have the same projections: in the one all layers attend, in
-the other all layers but every fourth are Gated DeltaNet.  Steps of both take turns, so that other
-programs slow both; a step is a forward, its evaluation, and the rewind.  The last line of the
-output is one JSON line.
+Two random models of one family (qwen3_5) have the same projections: in the one all layers attend,
+in the other all layers but every fourth are Gated DeltaNet.  Steps of both take turns, so that
+other programs slow both; a step is a forward, its evaluation, and the rewind.  The last line of
+the output is one JSON line.
 """
 
 from __future__ import annotations

@@ -317,7 +317,7 @@ def inject_recurrence(base: nn.Module, step: StepRecurrence | None) -> None:
 
 
 def inject_functions(base: nn.Module, functions: Mapping[str, RecurrenceFunction]) -> None:
-    """Let a back-end's functions run the recurrences of a model instead of mlx-lm's of that name."""
+    """Let a back-end's functions run a model's recurrences, by the names of those of mlx-lm."""
     for _, module in base.named_modules():
         if isinstance(module, RecurrenceSeam):
             module.functions = types.MappingProxyType(dict(functions))

@@ -5,9 +5,10 @@ before it is updated, so that a row takes that product and the update:
 
     S_t = g S + d k^T      d = beta (v - (g S) k)      S_t q = (g S) q + (k . q) d
 
-Rows run one after another in operations of the same shapes, so that a row has the same bits whatever
-the number of rows.  Mask rows need no state after them: their results come from the state before
-their group by the same equations, put into each other (the chunked form of Yang et al., 2024).
+Rows run one after another in operations of the same shapes, so that a row has the same bits
+whatever the number of rows.  Mask rows need no state after them: their results come from the state
+before their group by the same equations, put into each other (the chunked form of Yang et al.,
+2024).
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def update(
         read = queries[:, t] @ state.swapaxes(-1, -2)  # [B, Hv, 2, Dv]
         delta = (v[:, t] - read[:, :, 0]) * beta[:, t]
         results.append(read[:, :, 1] + overlaps[:, t] * delta)
-        state = mx.addmm(state * g[:, t], delta[..., None], k[:, t, :, None])
+        state = state * g[:, t] + delta[..., None] * k[:, t, :, None]
     return mx.stack(results, axis=1), state
 
 
