@@ -249,6 +249,19 @@ class MaskRun:
         return mx.arange(self.num_masks) + offset
 
 
+class MaskGroups(Protocol):
+    """Groups of mask rows that run as a batch, short ones padded to the length of the largest."""
+
+    @property
+    def group_index(self) -> mx.array:
+        """Rows of the groups, int32 ``[G, largest group]``."""
+        ...
+
+    def joined_groups(self, y: mx.array) -> mx.array:
+        """Put groups ``[G, largest group, ...]`` into mask rows ``[1, num_masks, ...]``."""
+        ...
+
+
 class RowLayout(Protocol):
     """What wrapped modules ask about the rows of a forward: a step, a batch or mask blocks."""
 

@@ -19,13 +19,13 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import cache as lm_cache
 
-from mlx_mtp.model.layout import RowLayout, StepLayout, plain_layout
+from mlx_mtp.model.layout import MaskRun, RowLayout, StepLayout, plain_layout
 from mlx_mtp.model.recurrence import RecurrenceCall, StepRecurrence
+from mlx_mtp.model.row_by_row import Slots, TakeRows, stacked
 
 MAX_CHECKPOINTS = 8
 
 State = mx.array | None
-Slots = list[State]
 
 
 class Replay:
@@ -100,9 +100,7 @@ class RecurrentLayerCache:
         """Rows of the forward in progress; None if all of them stay."""
         return None if self._layout.is_plain else self._layout
 
-    def convolve(
-        self, slot: int, conv: Callable[[mx.array], mx.array], x: mx.array
-    ) -> mx.array:
+    def convolve(self, slot: int, conv: Callable[[mx.array], mx.array], x: mx.array) -> mx.array:
         """Convolve rows; see ``recurrence.StateCache``."""
         layout = self.layout
         if layout is None:
@@ -118,9 +116,7 @@ class RecurrentLayerCache:
         groups = mx.take(x[0], layout.window_index(num_before), axis=0)  # [G, K - 1 + m, C]
         return mx.concatenate([y, layout.joined_groups(conv(groups))], axis=1)
 
-    def recur(
-        self, call: RecurrenceCall, step: StepRecurrence | None
-    ) -> tuple[mx.array, State]:
+    def recur(self, call: RecurrenceCall, step: StepRecurrence | None) -> tuple[mx.array, State]:
         """Run a recurrence over the rows of the forward; see ``recurrence.StateCache``."""
         slot = len(self._slots) - 1
         if step is not None and self._layout.num_pending == 1:
@@ -136,10 +132,38 @@ class RecurrentLayerCache:
         """Take note of a slot's value after any number of ordinary rows that may be kept."""
         self._captured[slot] = after
 
-    def store(self, slots: Slots) -> None:
-        """Store all slots, unless rows of the forward may be rejected."""
-        for slot, value in enumerate(slots):
-            self[slot] = value
+    def run_mixer(self, call: TakeRows) -> tuple[mx.array, ...]:
+        """Run a mixer that has no seam; see ``row_by_row.MixerCache``.
+
+        Pending rows are one call, each draft and all mask groups are calls of their own.
+        """
+        before, layout = self.slots(), self.layout
+        if layout is None:
+            y, slots = call(lambda x: x, before, None)
+            for slot, value in enumerate(slots):
+                self[slot] = value
+            return y
+        ends = range(layout.num_pending, layout.num_ordinary + 1)
+        ys, states, slots, first = [], [], before, 0
+        for end in ends:
+            y, slots = call(lambda x, first=first, end=end: x[:, first:end], slots, None)
+            ys.append(y)
+            states.append(slots)
+            first = end
+        if layout.num_masks:
+            index, anchors = layout.group_index, layout.group_anchors
+            groups = stacked([states[anchor] for anchor in anchors])
+            y, _ = call(lambda x: mx.take(x[0], index, axis=0), groups, MaskRun(index.shape[1]))
+            ys.append(tuple(map(layout.joined_groups, y)))
+        for slot, value in enumerate(before):
+            if states[0][slot] is not value:  # rwkv's layers have two mixers, with own slots
+                self.capture(slot, lambda kept, slot=slot: states[kept - ends[0]][slot])
+        return tuple(mx.concatenate(parts, axis=1) for parts in zip(*ys, strict=True))
+
+    @property
+    def num_slots(self) -> int:
+        """Number of slots."""
+        return len(self._slots)
 
     def slots(self) -> Slots:
         """All slots as arrays."""
@@ -150,9 +174,7 @@ class RecurrentLayerCache:
         """Slots that no seam has captured in a forward with drafts."""
         return [slot for slot in range(len(self._slots)) if slot not in self._captured]
 
-    def _recur(
-        self, call: RecurrenceCall, layout: StepLayout, slot: int, state: State
-    ) -> mx.array:
+    def _recur(self, call: RecurrenceCall, layout: StepLayout, slot: int, state: State) -> mx.array:
         """Run ordinary rows in sequence, then mask groups as a batch.
 
         Pending rows are one call, as in mlx-lm's prefill.  After them a recurrence that is
@@ -175,8 +197,7 @@ class RecurrentLayerCache:
         self._capture_rows(call, layout, slot, states)
         if layout.num_masks and not in_line:
             starts: Any = [states[anchor] for anchor in anchors]
-            y, _ = call.grouped(layout).run(mx.concatenate(starts))
-            ys.append(mx.moveaxis(layout.joined_groups(mx.moveaxis(y, axis, 1)), 1, axis))
+            ys.append(call.run_groups(layout, mx.concatenate(starts)))
         return mx.concatenate(ys, axis=axis) if len(ys) > 1 else ys[0]
 
     def _capture_rows(
@@ -217,7 +238,9 @@ class RecurrentLayerCache:
     def begin_forward(self, num_rows: int, layout: RowLayout | None) -> None:
         """Begin a forward: keep what is left of the rows of the last one."""
         self._settle()
-        self._layout = layout if isinstance(layout, StepLayout) else plain_layout(num_pending=num_rows)
+        self._layout = (
+            layout if isinstance(layout, StepLayout) else plain_layout(num_pending=num_rows)
+        )
         self._start, self._num_left = list(self._slots), num_rows
         self.offset += num_rows
 
@@ -263,7 +286,11 @@ class RecurrentLayerCache:
         self._settle()
         if self.checkpoints[-1][0] < self.offset:
             first, *others = self.checkpoints
-            self.checkpoints = [first, *others[-(MAX_CHECKPOINTS - 1) :], (self.offset, self.slots())]
+            self.checkpoints = [
+                first,
+                *others[-(MAX_CHECKPOINTS - 1) :],
+                (self.offset, self.slots()),
+            ]
 
     def rewind_points(self) -> list[int]:
         """Offsets that can be rewound to, besides the current one."""
@@ -312,8 +339,6 @@ class RecurrentLayerCache:
         cache = lm_cache.ArraysCache(len(self._slots)) if into is None else into
         cache.cache = self.slots()
         return cache
-
-
 
 
 def _first_captured(layout: StepLayout) -> int:

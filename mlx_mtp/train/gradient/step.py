@@ -245,7 +245,7 @@ class StepGradient:
             return
         ids = mx.array(sequence.ids)
         ordinary = ordinary_rows(self._model, ids)
-        mx.eval(ordinary.hidden, ordinary.keys_and_values)
+        mx.eval(ordinary.arrays)
         for part in chunks(rows, max_rows=self._settings.rows_per_forward):
             targets = make_targets(self._model, ordinary, ids, part, teacher=self._settings.teacher)
             (loss, terms), gradients = self._value_and_grad(
