@@ -28,12 +28,17 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 
+from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, MTPModel
+from mlx_mtp.train.gradient.adapter import new_adapter, trainable
+from mlx_mtp.train.settings import TrainSettings
+
 VOCAB = 64
 WINDOW = 6  # rows that the layers with a window see; the sequences of the checks are longer
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 32
 WIDTH = HEADS * HEAD_DIM
 EXPERTS, EXPERTS_PER_TOKEN = 4, 2
 LAYERS = 4
+SMALLEST_ADAPTED = 16  # rows of a linear layer; fewer are those of a router or of a gate per head
 
 # Kinds of layers, by the names that the files compare with.
 _LAYER_TYPES = (
@@ -52,7 +57,7 @@ _PATTERNS: tuple[tuple[str, Any], ...] = (
     # widths
     (r"hidden_size|hidden_dim|d_model|n_embd|model_dim|block_dim|dim_model_base", WIDTH),
     (r"mamba_d_ssm", WIDTH),
-    (r".*intermediate_size(_mlp)?|.*ffn_hidden_size|mlp_hidden_size|n_inner|block_ff_dim", 64),
+    (r".*intermediate_size(_mlp)?|.*ffn_hidden_size|mlp_hidden_size|n_inner|block_ff_dim", 96),
     (r"share_expert_dim|hidden_size_per_layer_input", 32),
     # heads
     (r"linear_num_key_heads", KV_HEADS),
@@ -69,7 +74,10 @@ _PATTERNS: tuple[tuple[str, Any], ...] = (
     (r"num_(hidden_|transformer_)?layers|n_layers?", LAYERS),
     (r"layer_types|layers_block_type|block_types", lambda file: _layer_types(file)),
     (r"sliding_window_layers|full_attn_idxs|full_attention_idx", [1, 3]),
-    (r"full_attention_interval|layer_group_size|.*sliding_window_pattern|no_rope_layer_interval", 2),
+    (
+        r"full_attention_interval|layer_group_size|.*sliding_window_pattern|no_rope_layer_interval",
+        2,
+    ),
     (r"mamba_step|dense_attention_every_n_layers|attn_layer_period|expert_layer_period", 2),
     (r"attn_layer_offset|expert_layer_offset", 1),
     # windows
@@ -107,18 +115,37 @@ _PATTERNS: tuple[tuple[str, Any], ...] = (
     # switches
     (r"tie_word_embeddings", False),
     (r"(attention|mlp|mamba_proj|conv)_bias|use_bias|bias|qkv_bias|use_qkv_bias|no_bias", False),
-    (r"(use_)?qk_norm|norm_topk_prob|moe_renormalize|use_conv_bias|mamba_conv_bias|post_norm", True),
+    (
+        r"(use_)?qk_norm|norm_topk_prob|moe_renormalize|use_conv_bias|mamba_conv_bias|post_norm",
+        True,
+    ),
     (r"rope_scaling", None),
 )
 
 # What no rule knows, by family: documented values of its configuration.
-_YARN = {"rope_type": "yarn", "type": "yarn", "factor": 2.0, "mscale": 1.0, "mscale_all_dim": 1.0,
-         "original_max_position_embeddings": 2048, "beta_fast": 32, "beta_slow": 1,
-         "rope_theta": 10000.0, "llama_4_scaling_beta": 0.1}
-_ROPES = {kind: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 0.5}
-          for kind, theta in (("full_attention", 10000.0), ("sliding_attention", 1000.0))}
-_KDA = {"num_heads": HEADS, "head_dim": HEAD_DIM, "short_conv_kernel_size": 4,
-        "kda_layers": [1, 3], "full_attn_layers": [2, 4]}
+_YARN = {
+    "rope_type": "yarn",
+    "type": "yarn",
+    "factor": 2.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 2048,
+    "beta_fast": 32,
+    "beta_slow": 1,
+    "rope_theta": 10000.0,
+    "llama_4_scaling_beta": 0.1,
+}
+_ROPES = {
+    kind: {"rope_type": "default", "rope_theta": theta, "partial_rotary_factor": 0.5}
+    for kind, theta in (("full_attention", 10000.0), ("sliding_attention", 1000.0))
+}
+_KDA = {
+    "num_heads": HEADS,
+    "head_dim": HEAD_DIM,
+    "short_conv_kernel_size": 4,
+    "kda_layers": [1, 3],
+    "full_attn_layers": [2, 4],
+}
 _OWN: dict[str, dict[str, Any]] = {
     "dbrx": {
         "attn_config": {"kv_n_heads": KV_HEADS, "clip_qkv": 8.0, "rope_theta": 10000.0},
@@ -128,54 +155,108 @@ _OWN: dict[str, dict[str, Any]] = {
     "exaone4": {"sliding_window_pattern": "LG"},
     "exaone_moe": {},
     "gemma3n": {
-        "num_kv_shared_layers": 2, "final_logit_softcapping": 30.0,
-        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0], "altup_num_inputs": 2,
-        "altup_coef_clip": 120.0, "altup_correct_scale": True, "altup_active_idx": 0,
+        "num_kv_shared_layers": 2,
+        "final_logit_softcapping": 30.0,
+        "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+        "altup_num_inputs": 2,
+        "altup_coef_clip": 120.0,
+        "altup_correct_scale": True,
+        "altup_active_idx": 0,
         "laurel_rank": 32,
     },
-    "glm_moe_dsa": {"index_n_heads": 2, "index_topk": 8, "rope_parameters": {"rope_theta": 10000.0}},
-    "hunyuan": {"use_mixed_mlp_moe": True, "use_cla": True, "cla_share_factor": 2,
-                "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"}},
-    "kimi_k3": {"linear_attn_config": _KDA, "activation_situ_beta": 1.0, "attn_res_block_size": 2,
-                "num_key_value_heads": HEADS},
+    "glm_moe_dsa": {
+        "index_n_heads": 2,
+        "index_topk": 8,
+        "rope_parameters": {"rope_theta": 10000.0},
+    },
+    "hunyuan": {
+        "use_mixed_mlp_moe": True,
+        "use_cla": True,
+        "cla_share_factor": 2,
+        "rope_scaling": {"alpha": 1000.0, "factor": 1.0, "type": "dynamic"},
+    },
+    "kimi_k3": {
+        "linear_attn_config": _KDA,
+        "activation_situ_beta": 1.0,
+        "attn_res_block_size": 2,
+        "num_key_value_heads": HEADS,
+    },
     "kimi_linear": {"linear_attn_config": _KDA, "num_key_value_heads": HEADS},
-    "lfm2": {"block_multiple_of": 8, "block_ffn_dim_multiplier": 1.0,
-             "block_auto_adjust_ff_dim": False},
+    "lfm2": {
+        "block_multiple_of": 8,
+        "block_ffn_dim_multiplier": 1.0,
+        "block_auto_adjust_ff_dim": False,
+    },
     "lfm2_moe": {"use_expert_bias": True},
     "llama4": {"num_experts_per_tok": 1},
     "llama4_text": {"no_rope_layers": [1, 0, 1, 1]},
-    "longcat_flash": {"attention_method": "MLA", "zero_expert_type": "identity",
-                      "mla_scale_q_lora": True, "mla_scale_kv_lora": True},
-    "longcat_flash_ngram": {"mla_scale_q_lora": True, "mla_scale_kv_lora": True,
-                            "ngram_vocab_size_ratio": 2},
+    "longcat_flash": {
+        "attention_method": "MLA",
+        "zero_expert_type": "identity",
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+    },
+    "longcat_flash_ngram": {
+        "mla_scale_q_lora": True,
+        "mla_scale_kv_lora": True,
+        "ngram_vocab_size_ratio": 2,
+    },
     "mellum": {"rope_parameters": _ROPES},
-    "mimo_v2_flash": {"hybrid_layer_pattern": [0, 1, 0, 1], "moe_layer_freq": [0, 1, 1, 1],
-                      "add_swa_attention_sink_bias": True, "add_full_attention_sink_bias": False},
-    "minicpm3": {"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 4096,
-                                  "short_factor": [1.0] * 16, "long_factor": [1.0] * 16}},
+    "mimo_v2_flash": {
+        "hybrid_layer_pattern": [0, 1, 0, 1],
+        "moe_layer_freq": [0, 1, 1, 1],
+        "add_swa_attention_sink_bias": True,
+        "add_full_attention_sink_bias": False,
+    },
+    "minicpm3": {
+        "rope_scaling": {
+            "type": "longrope",
+            "original_max_position_embeddings": 4096,
+            "short_factor": [1.0] * 16,
+            "long_factor": [1.0] * 16,
+        }
+    },
     "ministral3": {"rope_parameters": {**_YARN, "rope_type": "default"}},
     "mistral4": {"rope_parameters": _YARN},
     "muse_glimmer": {"layer_rope_theta": [0, 10000.0, 10000.0, 0]},
-    "muse_spark": {"layer_rope_theta": [0, 10000.0, 10000.0, 0], "moe_hidden_size": WIDTH,
-                   "num_shared_experts": 0, "mlp_layer_types": None, "output_multiplier": 0.2,
-                   "final_logit_softcapping": 20.0, "rope_parameters": {"rope_theta": 10000.0}},
+    "muse_spark": {
+        "layer_rope_theta": [0, 10000.0, 10000.0, 0],
+        "moe_hidden_size": WIDTH,
+        "num_shared_experts": 0,
+        "mlp_layer_types": None,
+        "output_multiplier": 0.2,
+        "final_logit_softcapping": 20.0,
+        "rope_parameters": {"rope_theta": 10000.0},
+    },
     "minimax_m3_vl": {"moe_layer_freq": [0, 1, 1, 1]},
     "nemotron": {"hidden_act": "relu2"},
-    "nemotron-nas": {"block_configs": [
-        {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 1.0}},
-        {"attention": {"replace_with_linear": True}, "ffn": {"ffn_mult": 0.5}},
-        {"attention": {"no_op": True}, "ffn": {"replace_with_linear": True}},
-        {"attention": {"n_heads_in_group": 4}, "ffn": {"no_op": True}},
-    ]},
-    "nemotron_h": {"hybrid_override_pattern": ["M", "*", "E", "M", "-", "*"],
-                   "num_hidden_layers": 6, "layer_types": None, "layers_block_type": None},
+    "nemotron-nas": {
+        "block_configs": [
+            {"attention": {"n_heads_in_group": 2}, "ffn": {"ffn_mult": 1.0}},
+            {"attention": {"replace_with_linear": True}, "ffn": {"ffn_mult": 0.5}},
+            {"attention": {"no_op": True}, "ffn": {"replace_with_linear": True}},
+            {"attention": {"n_heads_in_group": 4}, "ffn": {"no_op": True}},
+        ]
+    },
+    "nemotron_h": {
+        "hybrid_override_pattern": ["M", "*", "E", "M", "-", "*"],
+        "num_hidden_layers": 6,
+        "layer_types": None,
+        "layers_block_type": None,
+    },
     "olmo_hybrid": {"linear_allow_neg_eigval": True},
-    "openelm": {"ffn_dim_divisor": 32, "ffn_multipliers": [0.5, 0.5, 1.0, 1.0],
-                "num_query_heads": [4, 4, 2, 2], "num_kv_heads": [2, 2, 1, 1]},
+    "openelm": {
+        "ffn_dim_divisor": 32,
+        "ffn_multipliers": [0.5, 0.5, 1.0, 1.0],
+        "num_query_heads": [4, 4, 2, 2],
+        "num_kv_heads": [2, 2, 1, 1],
+    },
     "phi3small": {"gegelu_limit": 20.0, "vocab_size": 100352},  # its code writes to such ids
     "plamo": {"n_shared_head": 2},
-    "recurrent_gemma": {"logits_soft_cap": 30.0,
-                        "block_types": ["recurrent", "recurrent", "attention"]},
+    "recurrent_gemma": {
+        "logits_soft_cap": 30.0,
+        "block_types": ["recurrent", "recurrent", "attention"],
+    },
     "spark2_5": {"rope_parameters": _ROPES},
 }
 _PROBED = ("hf_olmo",)  # modules that a file imports to see that they are there, for no use
@@ -190,7 +271,7 @@ def families() -> list[str]:
 
 
 def _is_family(name: str) -> bool:
-    """Whether a file has a model and its arguments; read, as importing all of them takes seconds."""
+    """Whether a file has a model and its arguments; read, as importing all takes seconds."""
     return re.search(r"\bModelArgs\b", _source(name)) is not None
 
 
@@ -273,6 +354,70 @@ def _text_arguments(module: types.ModuleType) -> tuple[type, str]:
     raise ValueError(f"{module.__name__} has a text_config of an unknown class")
 
 
+def tiny_model(
+    family: str,
+    *,
+    seed: int = 0,
+    dtype: mx.Dtype = mx.float32,
+    bits: int | None = None,
+    **overrides: Any,
+) -> Any:
+    """An mlx-lm model of a family; see ``tiny_config`` and ``build``."""
+    return build(tiny_config(family, **overrides), seed=seed, dtype=dtype, bits=bits)
+
+
+def with_adapter(
+    base: Any, *, num_draft_tokens: int = 4, rank: int = 4, sampler: bool = True, seed: int = 1
+) -> MTPModel:
+    """Add a random adapter on every linear layer but head, routers and tiny gates.
+
+    It is the adapter that training would make, with random values in all that is trained.
+
+    Args:
+        base: an mlx-lm model; its modules are wrapped in place.
+        num_draft_tokens: k.
+        rank: rank of the low-rank weights.
+        sampler: whether it has a sampler head.
+        seed: seed of the values.
+
+    Raises:
+        ValueError: the model is refused, or its mask rows are.
+    """
+    model = MTPModel(base)
+    settings = TrainSettings(
+        num_draft_tokens=num_draft_tokens,
+        rank=rank,
+        sampler=sampler,
+        target_modules=_targets(model),
+    )
+    model = new_adapter(model, settings)
+    rng = np.random.default_rng(seed)
+    values = [
+        (name, _random_trainable(rng, name, value)) for name, value in trainable(model).items()
+    ]
+    model.update(tree_unflatten(values))
+    model.set_dtype(model.dtype, lambda kind: mx.issubdtype(kind, mx.floating))
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def _targets(model: MTPModel) -> tuple[str, ...]:
+    """Leaf names of linear layers that an adapter can sit on."""
+    chosen, left_out = set(), set()
+    for path, module in model.base.named_modules():
+        if isinstance(module, nn.Linear | nn.QuantizedLinear):
+            in_layer = re.search(r"\.\d+\.", path) is not None
+            usual = in_layer and module.weight.shape[0] >= SMALLEST_ADAPTED
+            (chosen if usual else left_out).add(path.rpartition(".")[-1])
+    return tuple(sorted(chosen - left_out))
+
+
+def _random_trainable(rng: np.random.Generator, name: str, like: mx.array) -> mx.array:
+    noise = rng.standard_normal(like.shape).astype(np.float32)
+    return mx.array(noise if name.endswith(MASK_EMBEDDINGS) else 0.3 * noise)
+
+
 def build(
     config: dict[str, Any], *, seed: int = 0, dtype: mx.Dtype = mx.float32, bits: int | None = None
 ) -> Any:
@@ -303,7 +448,7 @@ def _quantise(base: Any, bits: int) -> None:
     """Quantise as ``mlx_lm.convert`` does, where the width allows it."""
     wanted = getattr(base, "quant_predicate", lambda path, module: True)
 
-    def chosen(path: str, module: nn.Module) -> bool | dict[str, Any]:
+    def chosen(path: str, module: Any) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized") or module.weight.shape[-1] % 32:
             return False
         value = wanted(path, module)
@@ -329,7 +474,8 @@ def _random(rng: np.random.Generator, name: str, like: mx.array) -> mx.array:
         return mx.array(is_norm + (0.2 if is_norm else 0.05) * noise)
     if "conv" in name and last == "weight" and like.ndim == 3:
         return mx.array(0.6 * noise)
-    scale = 0.1 if re.search("embed|wte|wpe", name) else 1.5 / np.sqrt(like.shape[-1])
+    is_table = re.search("embed|wte|wpe", name) and "per_layer" not in name
+    scale = 0.03 if is_table else 1.5 / np.sqrt(like.shape[-1])
     return mx.array(scale * noise)
 
 
@@ -338,4 +484,5 @@ def _random_integers(rng: np.random.Generator, like: mx.array) -> mx.array:
     if like.dtype != mx.uint8:
         return like
     codes = rng.integers(0, 3, (4, *like.shape))
-    return mx.array(sum(codes[i] << (2 * i) for i in range(4)).astype(np.uint8))
+    packed = np.sum([codes[i] << (2 * i) for i in range(4)], axis=0)
+    return mx.array(packed.astype(np.uint8))
