@@ -133,6 +133,8 @@ def ordinary_rows(model: MTPModel, ids: mx.array, *, gradient: bool = False) -> 
             return [memory(part) for part in cache]
         if isinstance(cache, RecordedRows):
             return cache
+        if cache.empty():  # a layer without attention
+            return []
         return KeysAndValues(*map(detached, cache.keys_and_values()))
 
     return OrdinaryRows(hidden=mx.stop_gradient(hidden), layers=[memory(x) for x in caches])

@@ -45,13 +45,18 @@ class _AfterAnchors:
 
 
 class _NoSlots:
-    """What mlx-lm's mixers ask of a cache without slots of its own."""
+    """What mlx-lm's mixers ask of a cache that keeps no state: its rows start a text."""
 
     lengths = None
     left_padding = None
 
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+
     def __getitem__(self, slot: int) -> None:
-        """Return no state: the rows start a text."""
+        """Return no state."""
+        if slot >= self.num_slots:  # some mixers unpack the slots
+            raise IndexError(slot)
 
     def __setitem__(self, slot: int, value: Any) -> None:
         """Ignore a state."""
@@ -75,7 +80,7 @@ class RecordedRows(_NoSlots):
     offset = 0
 
     def __init__(self, num_slots: int, *, gradient: bool) -> None:
-        self._num_slots = num_slots
+        super().__init__(num_slots)
         self._detached = (lambda x: x) if gradient else mx.stop_gradient
         self._inputs: dict[int, mx.array] = {}
         self.states: Callable[[Sequence[int]], list[Any]] | None = None
@@ -102,11 +107,11 @@ class RecordedRows(_NoSlots):
         """Run a mixer that has no seam; see ``row_by_row.MixerCache``."""
 
         def after(first: int, end: int, slots: Slots | None) -> Slots:
-            before = slots or [None] * self._num_slots
+            before = slots or [None] * self.num_slots
             return call(lambda x: self._detached(x[:, first:end]), before, None)[1]
 
         self.mixers.append(_AfterAnchors(after))
-        return call(lambda x: x, [None] * self._num_slots, None)[0]
+        return call(lambda x: x, [None] * self.num_slots, None)[0]
 
     def last_inputs(self, slot: int, anchors: Sequence[int], count: int) -> mx.array:
         """The inputs of a convolution up to each of some rows, ``[G, count, C]``."""
@@ -129,6 +134,7 @@ class StatesAtAnchors(_NoSlots):
     offset = 0
 
     def __init__(self, recorded: RecordedRows, rows: MaskRows) -> None:
+        super().__init__(recorded.num_slots)
         self._recorded = recorded
         self._rows = rows
         self._mixers = iter(recorded.mixers)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -283,6 +284,20 @@ def inject_recurrence(base: nn.Module, step: StepRecurrence | None) -> None:
     for _, module in base.named_modules():
         if isinstance(module, RecurrenceSeam):
             module.step = step
+
+
+@contextmanager
+def differentiable(base: nn.Module) -> Iterator[None]:
+    """Let mixers call functions that have a gradient; mlx-lm's kernels have none."""
+    seams = [module for module in base.modules() if isinstance(module, RecurrenceSeam)]
+    before = [seam.training for seam in seams]
+    for seam in seams:
+        seam.train()
+    try:
+        yield
+    finally:
+        for seam, mode in zip(seams, before, strict=True):
+            seam.train(mode)
 
 
 def _recurrent_methods(mixer: type) -> Iterator[tuple[str, types.FunctionType]]:
