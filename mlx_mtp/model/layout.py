@@ -237,7 +237,7 @@ class BatchLayout:
 
 @dataclass(frozen=True)
 class MaskRun:
-    """Mask rows only, which follow each other: a ``RowLayout`` of groups run as a batch."""
+    """Mask rows that follow each other and see all rows before: a ``RowLayout`` of one group."""
 
     num_masks: int
 
@@ -301,6 +301,7 @@ class StepScope:
         self.mixer: MixerCall | None = None
 
     @property
-    def has_masks(self) -> bool:
-        """Whether the forward in progress has mask rows."""
-        return self.layout is not None and self.layout.num_masks > 0
+    def step(self) -> StepLayout | None:
+        """The step in progress if it has mask rows."""
+        layout = self.layout
+        return layout if isinstance(layout, StepLayout) and layout.num_masks else None

@@ -22,11 +22,12 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.attention import AttentionSeam, attention_blocks
+from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
 from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
+from mlx_mtp.model.fingerprint import model_args
 from mlx_mtp.model.layout import RowLayout, StepLayout, StepScope, quadratic_layout
 from mlx_mtp.model.lora import GatedLoRALinear
 from mlx_mtp.model.mixers import wrap_mixers
@@ -104,8 +105,7 @@ class MTPModel(nn.Module):
     @property
     def max_context(self) -> int | None:
         """Maximum number of positions, or None if the model's configuration has no such limit."""
-        args = getattr(self.base, "args", None)
-        return getattr(args, "max_position_embeddings", None)
+        return getattr(model_args(self.base), "max_position_embeddings", None)
 
     @property
     def dtype(self) -> mx.Dtype:

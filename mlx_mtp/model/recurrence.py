@@ -25,7 +25,6 @@ import mlx.nn as nn
 
 from mlx_mtp.model.layout import MaskGroups, StepLayout, StepScope
 from mlx_mtp.model.wrappers import Wrapper
-from mlx_mtp.model.wrappers import replace as replace_modules
 
 Rows = Mapping[str, mx.array]
 """Arrays with a row axis by the name that they have as arguments of the recurrence."""

@@ -62,7 +62,7 @@ class RowByRow(Wrapper):
         self._scope = scope
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the mixer; arrays ``[1, L, D]`` among the arguments have the rows."""
+        """Call the mixer; arrays ``[1, L, ...]`` among the arguments have the rows."""
         values = (*args, *kwargs.values())
         cache = next((value for value in values if hasattr(value, "run_mixer")), None)
         if cache is None:
@@ -77,8 +77,7 @@ class RowByRow(Wrapper):
             def value_of(value: Any) -> Any:
                 if value is cache:
                     return inner
-                is_rows = isinstance(value, mx.array) and value.ndim == 3
-                return rows_of(value) if is_rows else value
+                return rows_of(value) if _has_rows(value) else value
 
             named = {name: value_of(value) for name, value in kwargs.items()}
             before, self._scope.layout = self._scope.layout, layout
@@ -90,6 +89,11 @@ class RowByRow(Wrapper):
 
         y = cache.run_mixer(call)
         return y if len(y) > 1 else y[0]
+
+
+def _has_rows(value: Any) -> bool:
+    """Whether an argument is ``[1, L, ...]``, and not an attention mask ``[L, S]``."""
+    return isinstance(value, mx.array) and value.ndim > 2
 
 
 def stacked(states: Sequence[Sequence[mx.array | None]]) -> list[mx.array | None]:

@@ -71,12 +71,12 @@ class LayerCache:
         self, num_rows: int, *, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
         """Attention mask ``[L, S + L]`` of the step in progress, in the form mlx-lm expects."""
-        if not self.scope.has_masks:
+        layout = self.scope.step
+        if layout is None:
             return self.inner.make_mask(
                 num_rows, return_array=return_array, window_size=window_size
             )
-        layout = self.scope.layout
-        assert isinstance(layout, StepLayout) and layout.num_rows == num_rows
+        assert layout.num_rows == num_rows
         if window_size is not None:
             return self._window_mask(mx.arange(self.offset), num_rows, window_size, keep=0)
         return mx.pad(layout.attention, [(0, 0), (self.offset, 0)], constant_values=True)
@@ -98,6 +98,11 @@ class LayerCache:
     def surplus(self) -> int:
         """Number of stored rows that no later row can see."""
         return 0
+
+    @property
+    def drops_rows(self) -> bool:
+        """Whether ``begin_step`` will drop rows."""
+        return self.surplus >= WINDOW_SLACK
 
     def begin_step(self) -> None:
         """Drop rows that no later row can see."""
@@ -128,11 +133,10 @@ class LayerCache:
 
     def _window_mask(self, stored: mx.array, num_rows: int, window: int, *, keep: int) -> mx.array:
         """Mask ``[L, S + L]`` over stored rows at positions ``[S]``, then the forward's rows."""
-        layout = self.scope.layout if self.scope.has_masks else None
+        layout = self.scope.step
         if layout is None:
             places, sees = mx.arange(num_rows), mx.tri(num_rows, dtype=mx.bool_)
         else:
-            assert isinstance(layout, StepLayout)
             places, sees = layout.positions, layout.attention
         rows = self.offset + places
         positions = mx.concatenate([stored, rows])
@@ -220,9 +224,9 @@ class WindowLayerCache(LayerCache):
 
     def begin_step(self) -> None:
         """Drop rows out of sight once there is a block of them."""
-        surplus = self.surplus
-        if surplus < WINDOW_SLACK:
+        if not self.drops_rows:
             return
+        surplus = self.surplus
         keys, values = (
             mx.concatenate([x[..., : self.keep, :], x[..., self.keep + surplus :, :]], axis=-2)
             for x in self.inner.keys_and_values()

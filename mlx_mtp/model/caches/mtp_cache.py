@@ -14,7 +14,6 @@ import mlx.core as mx
 
 from mlx_mtp.model.caches.cache_list import LayerCacheList
 from mlx_mtp.model.caches.layers import (
-    WINDOW_SLACK,
     LayerCache,
     QuantizedLayerCache,
     WindowLayerCache,
@@ -163,7 +162,7 @@ class MTPCache:
     @property
     def drops_rows(self) -> bool:
         """Whether ``begin_step`` will drop rows."""
-        return any(layer.surplus >= WINDOW_SLACK for layer in self.layers)
+        return any(layer.drops_rows for layer in self.layers)
 
     @property
     def rows_until_change(self) -> int | None:
