@@ -84,6 +84,10 @@ class MaskRows:
         steps = np.arange(max(int(self._counts.max()), 2))
         return mx.array(starts[:, None] + np.minimum(steps, self._counts[:, None] - 1))
 
+    def take_groups(self, rows: mx.array) -> mx.array:
+        """Take the rows of the blocks, ``[rows, ...]`` to ``[G, largest block, ...]``."""
+        return mx.take(rows, self.group_index, axis=0)
+
     def joined_groups(self, y: mx.array) -> mx.array:
         """Put blocks ``[G, largest block, ...]`` into rows ``[1, R, ...]``."""
         blocks = np.repeat(np.arange(len(self.anchors)), self._counts)

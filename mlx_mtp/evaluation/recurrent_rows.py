@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.model.layout import MaskRun
 from mlx_mtp.model.recurrence import RecurrenceCall, StepRecurrence
-from mlx_mtp.model.row_by_row import Slots, TakeRows, stacked
+from mlx_mtp.model.row_by_row import Outputs, Slots, TakeRows, stacked
 
 Conv = Callable[[mx.array], mx.array]
 Continue = Callable[[int, int, Any], Any]  # from row, to row, value before; the value after
@@ -103,7 +103,7 @@ class RecordedRows(_NoSlots):
         )
         return call.run(None)
 
-    def run_mixer(self, call: TakeRows) -> tuple[mx.array, ...]:
+    def run_mixer(self, call: TakeRows) -> Outputs:
         """Run a mixer that has no seam; see ``row_by_row.MixerCache``."""
 
         def after(first: int, end: int, slots: Slots | None) -> Slots:
@@ -143,7 +143,7 @@ class StatesAtAnchors(_NoSlots):
         """Convolve mask blocks, each after the inputs up to its anchor."""
         count = x.shape[1] - self._rows.num_rows
         before = self._recorded.last_inputs(slot, self._rows.anchors, count)
-        blocks = mx.take(x[0, count:], self._rows.group_index, axis=0)  # [G, m, C]
+        blocks = self._rows.take_groups(x[0, count:])  # [G, m, C]
         y = conv(mx.concatenate([before.astype(x.dtype), blocks], axis=1))
         return self._rows.joined_groups(y)
 
@@ -156,9 +156,9 @@ class StatesAtAnchors(_NoSlots):
         states = mx.concatenate(self._recorded.states(self._rows.anchors))
         return call.run_groups(self._rows, states), None
 
-    def run_mixer(self, call: TakeRows) -> tuple[mx.array, ...]:
+    def run_mixer(self, call: TakeRows) -> Outputs:
         """Run mask blocks through a mixer that has no seam; see ``RecordedRows``."""
         slots = stacked(next(self._mixers)(self._rows.anchors))
-        index = self._rows.group_index
-        y, _ = call(lambda x: mx.take(x[0], index, axis=0), slots, MaskRun(index.shape[1]))
-        return tuple(map(self._rows.joined_groups, y))
+        layout = MaskRun(self._rows.group_index.shape[1])
+        y, _ = call(lambda x: self._rows.take_groups(x[0]), slots, layout)
+        return [self._rows.joined_groups(group) for group in y]

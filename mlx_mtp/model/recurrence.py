@@ -7,8 +7,8 @@ state after its own prefix, so both are passed on to the cache (``caches.recurre
 the rows of the step.
 
 mlx-lm's mixers call their recurrence by a global name of their own file.  As in ``attention``,
-their code is run with a namespace in which that name is bound anew (``RecurrenceSeam``).  A back-end
-can take over a whole step of a recurrence (``StepRecurrence``, ``inject_recurrence``).
+their code is run with a namespace in which that name is bound anew (``RecurrenceSeam``).  A
+back-end can take over a whole step of a recurrence (``StepRecurrence``, ``inject_recurrence``).
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ class RecurrenceCall:
         groups = {}
         for key, value in self.rows.items():
             rows = mx.moveaxis(value, axis, 1)[0]  # [L, ...]
-            groups[key] = mx.moveaxis(mx.take(rows, layout.group_index, axis=0), 1, axis)
+            groups[key] = mx.moveaxis(layout.take_groups(rows), 1, axis)
         return self.with_rows(groups)
 
     def with_rows(self, rows: Rows) -> RecurrenceCall:
@@ -149,8 +149,9 @@ class StepRecurrence(Protocol):
 
     It first repeats the rows that the last step kept, then runs this step's ordinary rows in
     sequence and each mask group from the state after its own prefix.  So it reads the state once
-    and writes it once, whatever the layout is.  Every ordinary row must have the bits that it has in
-    a call of the same function with one row.
+    and writes it once, whatever the layout is.  Every ordinary row must have the bits that it has
+    in a call of mlx-lm's function with one row.  It is not asked about prompt chunks: a step has
+    one pending row.
     """
 
     def __call__(
@@ -170,9 +171,8 @@ class StepRecurrence(Protocol):
 
         Args:
             call: the rows of this step and the constants; ``call.name`` says which recurrence.
-            layout: the rows: ``num_ordinary`` in sequence, the first ``num_pending`` of which stay
-                whatever is accepted, then groups of ``mask_counts[i]`` masks, each of which follows
-                ordinary row ``num_pending - 1 + i``.
+            layout: the rows: ``num_ordinary`` in sequence, then groups of ``mask_counts[i]`` masks,
+                each of which follows ordinary row ``i``.
             state: the state before the kept rows; None at the start of a text.
             kept: rows as in ``call.rows`` that the last step kept and that are not in the state
                 yet; None without any.

@@ -16,7 +16,7 @@ from mlx_lm.models.cache import ArraysCache
 from mlx_mtp.model.layout import RowLayout, StepScope
 from mlx_mtp.model.wrappers import Wrapper
 
-Outputs = tuple[mx.array, ...]
+Outputs = Sequence[mx.array]
 Slots = list[mx.array | None]
 
 
@@ -85,10 +85,10 @@ class RowByRow(Wrapper):
                 y = self.wrapped(*map(value_of, args), **named)
             finally:
                 self._scope.layout = before
-            return y if isinstance(y, tuple) else (y,), inner.cache
+            return y if isinstance(y, tuple) else [y], inner.cache
 
         y = cache.run_mixer(call)
-        return y if len(y) > 1 else y[0]
+        return tuple(y) if len(y) > 1 else y[0]
 
 
 def _has_rows(value: Any) -> bool:

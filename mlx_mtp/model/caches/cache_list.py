@@ -51,9 +51,9 @@ class LayerCacheList:
         return all(cache.can_rewind(num_rows) for cache in self.caches)
 
     @property
-    def surplus(self) -> int:
-        """Number of stored rows that no later row can see."""
-        return max(cache.surplus for cache in self.caches)
+    def drops_rows(self) -> bool:
+        """Whether ``begin_step`` will drop rows."""
+        return any(cache.drops_rows for cache in self.caches)
 
     def copied(self) -> LayerCacheList:
         """Make an independent copy."""

@@ -1,11 +1,11 @@
 """The cache of one recurrent layer: the state after any row of a step, and exact rewinding to it.
 
 A recurrent layer sums up a text in a few arrays, its slots: the last inputs of short convolutions,
-and the state of a recurrence.  Unlike keys and values, they do not say what they were some rows ago.
-So during a step with drafts the cache captures the inputs of the ordinary rows.  Rewinding only
-counts; when the next forward begins, the rows that were kept are run again from the state before
-them, in the same calls as in plain decoding, so the state has the bits of plain decoding.  Mask rows
-start from states that are thrown away.
+and the state of a recurrence.  Unlike keys and values, they do not say what they were some rows
+ago.  So during a step with drafts the cache captures the inputs of the ordinary rows.  Rewinding
+only counts; when the next forward begins, the rows that were kept are run again from the state
+before them, in the same calls as in plain decoding, so the state has the bits of plain decoding.
+Mask rows start from states that are thrown away.
 
 Arrays never change in place, so a checkpoint or a copy is a list of references.
 """
@@ -13,7 +13,7 @@ Arrays never change in place, so a checkpoint or a copy is a list of references.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -21,11 +21,10 @@ from mlx_lm.models import cache as lm_cache
 
 from mlx_mtp.model.layout import MaskRun, RowLayout, StepLayout, plain_layout
 from mlx_mtp.model.recurrence import RecurrenceCall, StepRecurrence
-from mlx_mtp.model.row_by_row import Slots, TakeRows, stacked
-
-MAX_CHECKPOINTS = 8
+from mlx_mtp.model.row_by_row import Outputs, Slots, TakeRows, stacked
 
 State = mx.array | None
+MAX_CHECKPOINTS = 8  # of a cache; each keeps a state alive, which may take 100 MB in a large model
 
 
 class Replay:
@@ -49,6 +48,9 @@ class Replay:
         return self._after
 
 
+Slot = mx.array | Replay | None
+
+
 class RecurrentLayerCache:
     """The slots of one recurrent layer; mlx-lm's mixers take it for an ``ArraysCache``.
 
@@ -59,18 +61,18 @@ class RecurrentLayerCache:
 
     lengths = None  # of mlx-lm's batches
     left_padding = None
-    surplus = 0
+    drops_rows = False
 
     def __init__(self, num_slots: int) -> None:
         self.offset = 0
         self.checkpoints: list[tuple[int, Slots]] = [(0, [None] * num_slots)]
-        self._slots: list[mx.array | Replay | None] = [None] * num_slots
+        self._slots: list[Slot] = [None] * num_slots
         self._layout = plain_layout()
         # Of the last forward: its first slots, its rows that are left, and by slot the state after
         # so many of them.
-        self._start: list[mx.array | Replay | None] = list(self._slots)
+        self._start: list[Slot] = list(self._slots)
         self._num_left = 0
-        self._captured: dict[int, Callable[[int], mx.array | Replay | None]] = {}
+        self._captured: dict[int, Callable[[int], Slot]] = {}
 
     # What mlx-lm's mixers ask.
 
@@ -123,16 +125,17 @@ class RecurrentLayerCache:
             result = self._recur_with(step, call, slot)
             if result is not None:
                 return result
-        state = self._slots[slot] = self._start[slot] = self._settled(slot)
+        state = self._settled(slot)
+        self._slots[slot] = self._start[slot] = state
         if self.layout is None:
             return call.run(state)
         return self._recur(call, self.layout, slot, state), state
 
-    def capture(self, slot: int, after: Callable[[int], mx.array | Replay | None]) -> None:
+    def capture(self, slot: int, after: Callable[[int], Slot]) -> None:
         """Take note of a slot's value after any number of ordinary rows that may be kept."""
         self._captured[slot] = after
 
-    def run_mixer(self, call: TakeRows) -> tuple[mx.array, ...]:
+    def run_mixer(self, call: TakeRows) -> Outputs:
         """Run a mixer that has no seam; see ``row_by_row.MixerCache``.
 
         Pending rows are one call, each draft and all mask groups are calls of their own.
@@ -151,14 +154,14 @@ class RecurrentLayerCache:
             states.append(slots)
             first = end
         if layout.num_masks:
-            index, anchors = layout.group_index, layout.group_anchors
-            groups = stacked([states[anchor] for anchor in anchors])
-            y, _ = call(lambda x: mx.take(x[0], index, axis=0), groups, MaskRun(index.shape[1]))
-            ys.append(tuple(map(layout.joined_groups, y)))
+            starts = stacked([states[anchor] for anchor in layout.group_anchors])
+            masks = MaskRun(layout.group_index.shape[1])
+            y, _ = call(lambda x: layout.take_groups(x[0]), starts, masks)
+            ys.append([layout.joined_groups(group) for group in y])
         for slot, value in enumerate(before):
             if states[0][slot] is not value:  # rwkv's layers have two mixers, with own slots
                 self.capture(slot, lambda kept, slot=slot: states[kept - ends[0]][slot])
-        return tuple(mx.concatenate(parts, axis=1) for parts in zip(*ys, strict=True))
+        return [mx.concatenate(list(parts), axis=1) for parts in zip(*ys, strict=True)]
 
     @property
     def num_slots(self) -> int:
@@ -216,10 +219,8 @@ class RecurrentLayerCache:
     ) -> tuple[mx.array, State] | None:
         """Let a back-end run the rows, if it takes them."""
         value = self._slots[slot]
-        before, kept = value, None
-        if isinstance(value, Replay):
-            before, kept = value.before, value.call.rows
-        result = step(call, self._layout, before, kept)
+        kept = value.call.rows if isinstance(value, Replay) else None
+        result = step(call, self._layout, self[slot], kept)
         if result is None:
             return None
         y, state = result
@@ -249,7 +250,7 @@ class RecurrentLayerCache:
         self._slots, self._captured = self._values(), {}
         self._start, self._num_left = self._slots, 0
 
-    def _values(self) -> list[mx.array | Replay | None]:
+    def _values(self) -> list[Slot]:
         """The slots after the rows that are left of the last forward."""
         if self._num_left == 0:
             return list(self._start)
@@ -266,9 +267,10 @@ class RecurrentLayerCache:
         if num_rows <= self._num_left:
             self._num_left -= num_rows
             return
-        slots = dict(self.checkpoints)[self.offset]
+        slots: Sequence[Slot] = dict(self.checkpoints)[self.offset]
         self.checkpoints = [each for each in self.checkpoints if each[0] <= self.offset]
-        self._slots, self._start, self._num_left = list(slots), list(slots), 0
+        self._slots, self._start = list[Slot](slots), list[Slot](slots)
+        self._num_left = 0
         self._captured = {}
 
     def can_rewind(self, num_rows: int) -> bool:
