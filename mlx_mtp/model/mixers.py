@@ -64,11 +64,10 @@ def wrap_mixers(base: nn.Module, forward: Forward, *, scope: StepScope) -> None:
 
 
 def _unwrap(base: nn.Module) -> None:
-    """Take out what an earlier call has put in place, which knows another scope."""
-    modules = dict(base.named_modules())
-    replace(base, {path: x.conv for path, x in modules.items() if isinstance(x, StepConv)})
-    mixers = RecurrenceSeam | RowByRow
-    replace(base, {path: x.wrapped for path, x in modules.items() if isinstance(x, mixers)})
+    """Take out the seams of an ``MTPModel`` that was made of the same model before."""
+    for path, module in base.named_modules():
+        if isinstance(module, RecurrenceSeam | RowByRow | StepConv):
+            replace(base, {path: module.wrapped})
 
 
 def _find_mixers(base: nn.Module, forward: Forward) -> tuple[dict[str, _Mixer], MTPCache]:

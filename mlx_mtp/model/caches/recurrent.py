@@ -13,7 +13,7 @@ Arrays never change in place, so a checkpoint or a copy is a list of references.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -267,10 +267,9 @@ class RecurrentLayerCache:
         if num_rows <= self._num_left:
             self._num_left -= num_rows
             return
-        slots: Sequence[Slot] = dict(self.checkpoints)[self.offset]
+        slots: list[Slot] = [*dict(self.checkpoints)[self.offset]]
         self.checkpoints = [each for each in self.checkpoints if each[0] <= self.offset]
-        self._slots, self._start = list[Slot](slots), list[Slot](slots)
-        self._num_left = 0
+        self._slots, self._start, self._num_left = slots, list(slots), 0
         self._captured = {}
 
     def can_rewind(self, num_rows: int) -> bool:
