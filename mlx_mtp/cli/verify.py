@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from mlx_mtp.evaluation.prompts import Prompt
     from mlx_mtp.verify.report import RunResult, Tally, VerifyReport
+    from mlx_mtp.verify.rows import RowTally
 
 DEFAULT_PROMPTS = 12
 MISMATCH = 1
@@ -236,8 +237,7 @@ class _Bar:
 def table(report: VerifyReport) -> list[str]:
     """The report as lines of text."""
     references = [name for name in ("plain", "stock") if name in report.runs[-1].against]
-    head = ["layout", "drafts", "tokens/step", "accepted", "same bits"]
-    head += [f"vs {name}" for name in references]
+    head = ["layout", "drafts", "tokens/step", "accepted", *(f"vs {name}" for name in references)]
     rows = [head, *(_row(run, references) for run in report.runs)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
     requested = report.settings.num_tokens
@@ -264,8 +264,6 @@ def table(report: VerifyReport) -> list[str]:
 def _row(run: RunResult, references: Sequence[str]) -> list[str]:
     accepted = f"{run.num_accepted}/{run.num_drafts}" if run.num_drafts else "-"
     cells = [run.layout, str(run.num_draft_tokens or "-"), f"{run.tokens_per_step:.2f}", accepted]
-    rows = run.rows.get("plain" if run.num_draft_tokens else "stock")
-    cells += ["-" if rows is None else f"{rows.compared - rows.differing}/{rows.compared} rows"]
     return [*cells, *(_outcome(run.against.get(name)) for name in references)]
 
 
@@ -292,25 +290,37 @@ def _divergence_lines(report: VerifyReport) -> list[str]:
 
 def _rows_lines(report: VerifyReport) -> list[str]:
     """Whether rows of several have the bits of rows alone, and how near the ties were."""
+    lines = []
+    if report.steps.verdict is not None:
+        what = "have the same bits as rows computed alone"
+        lines = [f"Steps: {_rows_text(report.steps, what)}."]
     rows, tie = report.rows_against("plain"), report.nearest_tie
     if rows.verdict is None or tie is None:
-        return []
+        return lines
+    diverges = any(run.against["plain"].divergences for run in report.runs[1:])
+    effect = "tokens differ, see above" if diverges else "no token differs"
+    text = _rows_text(rows, "have the same bits as plain decoding")
+    lines.append(f"Answers: {text}; {effect}.")
+    change = max(rows.largest_change, report.steps.largest_change)
+    lines.append(
+        f"Nearest tie: {tie.prompt_id}, token {tie.position + 1}: the best two logits are "
+        f"{tie.margin:.3g} apart"
+        + (f", {tie.relative_margin / change:.3g} times the largest change" if change else "")
+        + "."
+    )
+    return lines
+
+
+def _rows_text(rows: RowTally, same: str) -> str:
     if rows.verdict == "exact":
-        return [f"Rows: exact: all {rows.compared} rows have the same bits as plain decoding."]
-    if rows.verdict == "within rounding":
-        what = "differ in their last bits"
-    else:
-        what = f"differ, {rows.beyond_rounding} of them by more than rounding explains"
-    changed = any(run.against["plain"].divergences for run in report.runs[1:])
-    effect = "tokens differ, see above" if changed else "no token differs"
-    change = rows.largest_change
-    return [
-        f"Rows: {rows.verdict}: {rows.differing} of {rows.compared} rows {what}; {effect}.",
-        f"  largest change of the gap between the best two tokens: {change:.2g} of the largest "
-        f"logit; nearest tie: {tie.prompt_id}, token {tie.position + 1}, a gap of "
-        f"{tie.relative_margin:.2g}"
-        + (f" ({tie.relative_margin / change:.3g} times that)." if change else "."),
-    ]
+        return f"exact: all {rows.compared} rows {same}"
+    text = f"{rows.verdict}: {rows.differing} of {rows.compared} rows differ in their last bits"
+    if rows.beyond_rounding:
+        text = (
+            f"{rows.verdict}: {rows.differing} of {rows.compared} rows differ, "
+            f"{rows.beyond_rounding} of them by more than rounding explains"
+        )
+    return f"{text}, by up to {rows.largest_change:.2g} of the largest logit"
 
 
 def _sampling_lines(report: VerifyReport) -> list[str]:

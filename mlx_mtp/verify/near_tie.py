@@ -69,12 +69,12 @@ class Divergence:
     def __str__(self) -> str:
         kind = "near-tie" if self.near_tie else "MISMATCH"
         gap = "" if self.gap is None else f"gap {self.gap:.3g}, "
-        rows = {True: "; the logits have the same bits", False: "; the logits' bits differ"}
+        rows = {None: "", True: "; the logits have the same bits", False: "; their bits differ"}
         return (
             f"{kind}: {self.prompt_id}, token {self.position + 1}: expected {self.expected}, got "
             f"{self.actual} ({gap}bound {self.bound:.3g}; top two {self.top_two[0]} and "
             f"{self.top_two[1]}, margin {self.margin:.3g}"
-            f"{rows.get(self.same_bits, '')})"
+            f"{rows[self.same_bits]})"
         )
 
 

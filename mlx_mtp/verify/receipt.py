@@ -87,6 +87,7 @@ def _outcome(report: VerifyReport) -> dict[str, Any]:
                 str(dtype).removeprefix("mlx.core."): NEAR_TIE_EPS[dtype] * EPS[dtype]
                 for dtype in EPS
             },
+            "steps": report.steps.to_dict(),
             "rows_against_plain": report.rows_against("plain").to_dict(),
             "nearest_tie": report.nearest_tie and dataclasses.asdict(report.nearest_tie),
             "runs": [run.to_dict() for run in report.runs],

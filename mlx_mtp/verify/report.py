@@ -103,6 +103,7 @@ class VerifyReport:
         prompts: the prompts.
         num_tokens: ids of the plain run, with which every other run was compared.
         runs: the plain run and the speculative ones.
+        steps: rows of single steps, compared with the same rows computed one at a time.
         nearest_tie: where plain decoding's best two tokens were closest; None without any row.
         sampling_prompt: id of the prompt that was sampled; None without a sampling check.
         sampling: the tests of sampled tokens.
@@ -114,6 +115,7 @@ class VerifyReport:
     prompts: list[Prompt]
     num_tokens: int = 0
     runs: list[RunResult] = field(default_factory=list)
+    steps: RowTally = field(default_factory=RowTally)
     nearest_tie: NearestTie | None = None
     sampling_prompt: str | None = None
     sampling: list[SamplingTest] = field(default_factory=list)

@@ -17,9 +17,7 @@ import numpy as np
 
 from mlx_mtp.verify.near_tie import near_tie_bounds
 
-MAX_ROWS = (
-    64  # rows of an answer that are kept for comparison; logits of large vocabularies are big
-)
+MAX_ROWS = 64  # rows of an answer that are kept for comparison; large vocabularies make them big
 
 
 @dataclass(kw_only=True)
@@ -41,7 +39,7 @@ class RowTally:
 
     @property
     def verdict(self) -> str | None:
-        """``"exact"``, ``"within rounding"``, ``"beyond rounding"``; None if nothing was compared."""
+        """``"exact"``, ``"within rounding"``, ``"beyond rounding"``; None without any row."""
         if not self.compared:
             return None
         if self.beyond_rounding:

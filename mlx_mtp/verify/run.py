@@ -24,6 +24,7 @@ from mlx_mtp.verify.report import RunResult, Tally, VerifyReport
 from mlx_mtp.verify.rows import MAX_ROWS, RowTally, compare_rows, have_same_bits, nearest_tie
 from mlx_mtp.verify.sampling import check_sampling
 from mlx_mtp.verify.settings import COPY, VerifySettings, Way
+from mlx_mtp.verify.steps import compare_steps
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -72,6 +73,11 @@ def verify(
         report,
         lambda share: progress("greedy", round(share * greedy_units), units),
     )
+    depth = max(depth for _, depth in ways)
+    shortest = min(ids, key=len)
+    if max_new_tokens(model, len(shortest), depth + 2) == depth + 2:
+        progress("rows", 0, units)
+        report.steps = compare_steps(model, shortest, ways)
     for index in range(len(ids)):
         check.prompt(index, ids[index], last_index=len(ids) - 1)
     if settings.sampling and sampled:

@@ -21,7 +21,7 @@ Way = tuple[str, int]
 DEFAULT_SAMPLING = (Sampling(temp=1.0), Sampling(temp=0.7, top_p=0.9, top_k=40))
 
 QUICK_PROMPTS = 2
-QUICK: dict[str, Any] = {"max_tokens": 16, "num_draws": 20, "sampling": DEFAULT_SAMPLING[:1]}
+QUICK: dict[str, Any] = {"max_tokens": 16, "num_draws": 20, "sampling": DEFAULT_SAMPLING[1:]}
 QUICK_LAYOUT, QUICK_DEPTH = "quadratic", 2  # of the quick check's draws
 
 
@@ -32,7 +32,8 @@ class VerifySettings:
     Attributes:
         layouts: None means all that the model has: linear, quadratic and auto with an adapter,
             else copy.
-        depths: empty means 1, 2 and the adapter's k (the quick check: k alone), 8 for a model without an adapter.
+        depths: empty means 1, 2 and the adapter's k (the quick check: k alone), 8 for a model
+            without an adapter.
         max_tokens: None means 48, or no limit if ``num_tokens`` is set.
         num_tokens: the remaining tokens are divided evenly among the remaining prompts.
         sampling: settings of the sampling check; empty skips it.
@@ -108,7 +109,10 @@ class VerifySettings:
         return [(layout, depth) for layout in layouts for depth in depths]
 
     def sampled_ways(self, ways: Sequence[Way]) -> list[Way]:
-        """Layouts and depths whose draws are tested, one of them in the quick check; drafts from a copy are for greedy answers."""
+        """Layouts and depths whose draws are tested, one in the quick check.
+
+        Drafts from a copy are for greedy answers only.
+        """
         drafting = [way for way in ways if way[0] != COPY] if self.sampling else []
         if not (self.is_quick and drafting):
             return drafting
