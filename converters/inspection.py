@@ -359,9 +359,7 @@ def _usable(path: Path, adapter: dict[str, Any] | None) -> tuple[dict[str, Any],
         return facts, []
     missing = [name for name in adapter.get("targets", ()) if name not in facts["linear_layers"]]
     facts["adapter"] = "in this folder"
-    problems = [
-        f"the model has no linear layer {name}, the adapter's target" for name in missing
-    ]
+    problems = [f"the model has no linear layer {name}, the adapter's target" for name in missing]
     return facts, problems
 
 

@@ -92,12 +92,12 @@ def _num_parameters(text: nn.Module) -> int:
     """Return how many numbers the weights are, quantised ones unpacked."""
     total = 0
     for _, module in text.named_modules():
-        bits: Any = getattr(module, "bits", None)
+        bits = int(getattr(module, "bits", 0))
         for name, value in cast(list[tuple[str, Any]], list(module.items())):
             if not isinstance(value, mx.array) or name.startswith("_"):
                 continue
-            if bits is not None and name in ("scales", "biases"):
+            if bits and name in ("scales", "biases"):
                 continue
-            is_packed = bits is not None and value.dtype == mx.uint32
+            is_packed = bits and value.dtype == mx.uint32
             total += value.size * 32 // bits if is_packed else value.size
     return total

@@ -18,7 +18,7 @@ from mlx_mtp.verify.run import verify
 from mlx_mtp.verify.settings import VerifySettings
 from tests.helpers.tiny import tiny_mtp
 from tests.verify.test_verify import VOCAB, LetterTokenizer
-from tests.verify.verify_faults import accept_first_draft, plant_row_dependence
+from tests.verify.verify_faults import accept_first_draft, make_row_exact, plant_row_dependence
 
 SETTINGS = VerifySettings(layouts=("quadratic", "copy"), depths=(2,), max_tokens=8, sampling=())
 
@@ -35,8 +35,16 @@ def model_with(error: float) -> MTPModel:
     return model
 
 
-def test_equal_bits_are_exact() -> None:
-    report = run(tiny_mtp(vocab_size=VOCAB, k=2))
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> MTPModel:
+    """A model whose rows have the same bits however many there are."""
+    model = tiny_mtp(vocab_size=VOCAB, k=2)
+    make_row_exact(model, monkeypatch)
+    return model
+
+
+def test_equal_bits_are_exact(exact: MTPModel) -> None:
+    report = run(exact)
     assert report.steps.verdict == report.rows_against("plain").verdict == "exact"
     assert report.steps.compared > 2 and report.rows_against("plain").compared == 16
     text = "\n".join(table(report))
@@ -62,13 +70,13 @@ def test_a_larger_difference_is_no_rounding() -> None:
 
 
 def test_a_divergence_says_whether_the_logits_are_the_cause(
-    monkeypatch: pytest.MonkeyPatch,
+    exact: MTPModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     report = run(model_with(-3.0), dataclasses.replace(SETTINGS, against_stock=False))
     found = report.runs[1].against["plain"].divergences[0]
     assert not report.passed and found.same_bits is False and "their bits differ" in str(found)
     accept_first_draft(monkeypatch)
-    report = run(tiny_mtp(vocab_size=VOCAB, k=2))
+    report = run(exact)
     found = report.runs[1].against["plain"].divergences[0]
     assert found.same_bits is True and "the logits have the same bits" in str(found)
 
