@@ -21,7 +21,7 @@ Way = tuple[str, int]
 DEFAULT_SAMPLING = (Sampling(temp=1.0), Sampling(temp=0.7, top_p=0.9, top_k=40))
 
 QUICK_PROMPTS = 2
-QUICK: dict[str, Any] = {"max_tokens": 16, "num_draws": 20, "sampling": DEFAULT_SAMPLING[1:]}
+QUICK: dict[str, Any] = {"max_tokens": 12, "num_draws": 20, "sampling": DEFAULT_SAMPLING[1:]}
 QUICK_LAYOUT, QUICK_DEPTH = "quadratic", 2  # of the quick check's draws
 
 
