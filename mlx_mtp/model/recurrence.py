@@ -16,17 +16,22 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.model.layout import StepLayout, StepScope
+from mlx_mtp.model.layout import MaskGroups, StepLayout, StepScope
 from mlx_mtp.model.wrappers import Wrapper
 
 Rows = Mapping[str, mx.array]
 """Arrays with a row axis by the name that they have as arguments of the recurrence."""
+
+
+States = mx.array | Sequence[mx.array]
+"""States of a batch: ``[B, ...]``, or ``[1, ...]`` for each of it."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +76,7 @@ class RecurrenceFunction:
     Attributes:
         update: takes the arguments of mlx-lm's by name; gives outputs and the state after the rows.
         outputs: gives outputs alone, for mask rows, which may differ from those of ``update`` by
-            rounding; takes a list ``states`` with one state for each of a batch.  None where
-            ``update`` is as good.
+            rounding; takes ``states``, see ``States``.  None where ``update`` is as good.
     """
 
     update: Callable[..., tuple[mx.array, mx.array]]
@@ -120,16 +124,34 @@ class RecurrenceCall:
     def cut(self, first: int, end: int) -> RecurrenceCall:
         """The same call for some rows only."""
         index = (slice(None),) * self.recurrence.axis + (slice(first, end),)
-        return replace(self, rows={key: value[index] for key, value in self.rows.items()})
+        return self.with_rows({key: value[index] for key, value in self.rows.items()})
 
-    def grouped(self, layout: StepLayout) -> RecurrenceCall:
-        """The same call for the mask groups of a step as a batch, ``[G, largest group, ...]``."""
+    def run_groups(self, layout: MaskGroups, states: States) -> mx.array:
+        """Run the mask groups of a forward as a batch.
+
+        Args:
+            layout: the groups.
+            states: the state before each group.
+
+        Returns:
+            Outputs in the order of the mask rows.
+        """
+        axis = self.recurrence.axis
+        y = self._grouped(layout).outputs(states)
+        return mx.moveaxis(layout.joined_groups(mx.moveaxis(y, axis, 1)), 1, axis)
+
+    def _grouped(self, layout: MaskGroups) -> RecurrenceCall:
+        """The same call for the mask groups as a batch, ``[G, largest group, ...]``."""
         axis = self.recurrence.axis
         groups = {}
         for key, value in self.rows.items():
             rows = mx.moveaxis(value, axis, 1)[0]  # [L, ...]
-            groups[key] = mx.moveaxis(mx.take(rows, layout.group_index, axis=0), 1, axis)
-        return replace(self, rows=groups)
+            groups[key] = mx.moveaxis(layout.take_groups(rows), 1, axis)
+        return self.with_rows(groups)
+
+    def with_rows(self, rows: Rows) -> RecurrenceCall:
+        """The same call for other rows."""
+        return replace(self, rows=rows)
 
     def for_state(self) -> RecurrenceCall:
         """The same call without what only its outputs depend on."""
@@ -140,23 +162,19 @@ class RecurrenceCall:
 
     def copied(self) -> RecurrenceCall:
         """The same call with rows that keep no larger arrays alive."""
-        return replace(self, rows={key: mx.contiguous(value) for key, value in self.rows.items()})
+        return self.with_rows({key: mx.contiguous(value) for key, value in self.rows.items()})
 
     def run(self, state: mx.array | None) -> tuple[mx.array, mx.array]:
         """Call the function: outputs in the order of the rows, and the state after them."""
         state_argument = {self.recurrence.state: state}
         return self.function.update(**self.rows, **self.constants, **state_argument)
 
-    def outputs(self, states: Sequence[mx.array]) -> mx.array:
-        """Call the function for a batch each of which has its own state, which is not needed after.
-
-        Args:
-            states: ``[1, ...]`` each.
-        """
+    def outputs(self, states: States) -> mx.array:
+        """Call the function for a batch, whose states after the rows nobody needs."""
         outputs = self.function.outputs
-        if outputs is None:
-            return self.run(mx.concatenate(states))[0]
-        return outputs(**self.rows, **self.constants, states=states)
+        if outputs is not None:
+            return outputs(**self.rows, **self.constants, states=states)
+        return self.run(states if isinstance(states, mx.array) else mx.concatenate(states))[0]
 
     def state_after(self, num_rows: int, state: mx.array | None) -> mx.array | None:
         """The state after the first rows, with the bits of plain decoding."""
@@ -321,6 +339,20 @@ def inject_functions(base: nn.Module, functions: Mapping[str, RecurrenceFunction
     for _, module in base.named_modules():
         if isinstance(module, RecurrenceSeam):
             module.functions = types.MappingProxyType(dict(functions))
+
+
+@contextmanager
+def differentiable(base: nn.Module) -> Iterator[None]:
+    """Let mixers call functions that have a gradient; mlx-lm's kernels have none."""
+    seams = [module for module in base.modules() if isinstance(module, RecurrenceSeam)]
+    before = [seam.training for seam in seams]
+    for seam in seams:
+        seam.train()
+    try:
+        yield
+    finally:
+        for seam, mode in zip(seams, before, strict=True):
+            seam.train(mode)
 
 
 def _recurrent_methods(mixer: type) -> Iterator[tuple[str, types.FunctionType]]:

@@ -58,11 +58,8 @@ class Delta:
         with pytest.MonkeyPatch.context() as patch:
             _make_kernels(patch)
 
-            def call(*inputs: mx.array) -> Any:
-                *inputs, state = inputs
-                return gated_delta.gated_delta_kernel(*inputs, state)
-
-            return _run_stock(call, (q, k, v, g, beta, state[None]), (v.shape, q.dtype), skip=1)
+            inputs = (q, k, v, g, beta, state[None])
+            return _run_stock(gated_delta.gated_delta_kernel, inputs, (v.shape, q.dtype), skip=1)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,14 +13,13 @@ before their group by the same equations, put into each other (the chunked form 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import gated_delta as lm_gated_delta
 
-from mlx_mtp.model.recurrence import RecurrenceFunction, inject_functions
+from mlx_mtp.model.recurrence import RecurrenceFunction, States, inject_functions
 
 
 def use_fast_recurrences(base: nn.Module) -> None:
@@ -55,7 +54,7 @@ def outputs(
     k: mx.array,
     v: mx.array,
     *args: Any,
-    states: Sequence[mx.array],
+    states: States,
     **options: Any,
 ) -> mx.array:
     """Run rows whose state nobody needs; other arguments as in ``update``.
@@ -65,16 +64,16 @@ def outputs(
         k: likewise.
         v: ``[B, L, Hv, Dv]``.
         args: a, b, ``A_log`` and ``dt_bias``.
-        states: before the first row, one ``[1, Hv, Dv, Dk]`` for each of B.
+        states: before the first row, ``[B, Hv, Dv, Dk]`` or ``[1, Hv, Dv, Dk]`` for each of B.
         options: others of ``gated_delta_update``.
 
     Returns:
         ``[B, L, Hv, Dv]``, up to rounding those of ``update``.
     """
     if not _takes(q, options):
-        state = mx.concatenate(states)
+        state = states if isinstance(states, mx.array) else mx.concatenate(states)
         return lm_gated_delta.gated_delta_update(q, k, v, *args, state=state, **options)[0]
-    q, k, g, beta, _ = _prepare(q, k, v, *args, state=states[0], **options)
+    q, k, g, beta, _ = _prepare(q, k, v, *args, state=None, **options)
     q, k, v, beta = (x.swapaxes(1, 2) for x in (q, k, v, beta))  # [B, Hv, L, ...]
     g = g.swapaxes(1, 2)  # [B, Hv, L, 1, 1 or Dk]
     num_rows = q.shape[2]
@@ -83,9 +82,11 @@ def outputs(
     left = mx.cumprod(mx.where(later, g, 1.0), axis=2)
     both = mx.stack([k, q], axis=2)  # [B, Hv, 2, L, Dk]
     queries = (both * left[:, :, None, :, 0]).flatten(2, 3)
-    read = mx.concatenate(
-        [rows[None] @ state.swapaxes(-1, -2) for rows, state in zip(queries, states, strict=True)]
-    )
+    if isinstance(states, mx.array):
+        read = queries @ states.swapaxes(-1, -2)
+    else:  # which are not copied into one array
+        pairs = zip(queries, states, strict=True)
+        read = mx.concatenate([rows[None] @ state.swapaxes(-1, -2) for rows, state in pairs])
     memory, y = mx.split(read, 2, axis=2)  # [B, Hv, L, Dv]
     overlaps = (both[:, :, :, :, None] * (left[:, :, :, 1:] * k[:, :, None])[:, :, None]).sum(-1)
     of_keys, of_queries = overlaps[:, :, 0], mx.tril(overlaps[:, :, 1])  # [B, Hv, L, L]
