@@ -1,7 +1,7 @@
 """Cost of a hybrid's step next to an attention model's: ``python -m mlx_mtp.lab.hybrid_step``.
 
 Two random models of one family (qwen3_5) have the same projections: in the one all layers attend,
-in the other all layers but every fourth are Gated DeltaNet.  Steps of both take turns, so that
+in the other three of four are Gated DeltaNet.  Steps of both take turns, so that
 other programs slow both; a step is a forward, its evaluation, and the rewind.  The last line of
 the output is one JSON line.
 """
@@ -26,7 +26,6 @@ from mlx_mtp.model.mtp_model import MTPModel
 _HEAD_DIM = 128
 _VOCABULARY = 512
 _PROMPT = 100
-_ATTENTION_INTERVAL = 4  # of the hybrid
 
 
 def random_model(*, hidden: int, layers: int, interval: int, fast: bool = True) -> MTPModel:
@@ -115,12 +114,12 @@ class Steps:
 @click.command()
 @click.option("--hidden", default=1024, show_default=True, help="Width of the models.")
 @click.option("--layers", default=8, show_default=True, help="Number of layers.")
+@click.option("--interval", default=4, show_default=True, help="One of so many layers attends.")
 @click.option("--rounds", default=40, show_default=True, help="Number of timed steps of each.")
-def main(hidden: int, layers: int, rounds: int) -> None:
+def main(hidden: int, layers: int, interval: int, rounds: int) -> None:
     """Time steps of a hybrid model against those of an attention model."""
     attention, hybrid = (
-        random_model(hidden=hidden, layers=layers, interval=interval)
-        for interval in (1, _ATTENTION_INTERVAL)
+        random_model(hidden=hidden, layers=layers, interval=every) for every in (1, interval)
     )
     layouts = {
         "plain": plain_layout(),

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -30,7 +30,7 @@ Rows = Mapping[str, mx.array]
 """Arrays with a row axis by the name that they have as arguments of the recurrence."""
 
 
-States = mx.array | Sequence[mx.array]
+States = mx.array | list[mx.array]
 """States of a batch: ``[B, ...]``, or ``[1, ...]`` for each of it."""
 
 

@@ -114,7 +114,9 @@ class ShortConv(nn.Conv1d):
         """Convolve ``[B, K - 1 + L, C]`` to ``[B, L, C]``."""
         taps = self.weight[:, :, 0]  # [C, K]
         num_rows = x.shape[1] - taps.shape[1] + 1
-        y = sum(x[:, i : i + num_rows] * taps[:, i] for i in range(taps.shape[1]))
+        y = x[:, :num_rows] * taps[:, 0]
+        for i in range(1, taps.shape[1]):
+            y = y + x[:, i : i + num_rows] * taps[:, i]
         return y + self.bias if "bias" in self else y
 
     @staticmethod

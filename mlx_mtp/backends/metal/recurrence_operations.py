@@ -103,7 +103,7 @@ class RecurrenceOperation(Operation):
         is_sequential: whether stock MLX may compute several rows in one call.
     """
 
-    key: Key
+    key: Any
     is_sequential: ClassVar[bool]
     row_axis = 0
     check_rows: Sequence[int] = (1, 2, 3, 5, 8, 16, MAX_ROWS)
@@ -207,7 +207,6 @@ class RecurrenceOperation(Operation):
 class GatedDeltaOperation(RecurrenceOperation):
     """The gated delta rule of one shape."""
 
-    key: DeltaKey
     is_sequential = True
 
     def __init__(self, key: DeltaKey) -> None:
@@ -255,7 +254,6 @@ class GatedDeltaOperation(RecurrenceOperation):
 class SsmOperation(RecurrenceOperation):
     """Mamba2's recurrence of one shape."""
 
-    key: SsmKey
     is_sequential = False
 
     def __init__(self, key: SsmKey) -> None:
