@@ -22,13 +22,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_mtp.model.attention import AttentionSeam, attention_blocks, wrap_latent_attention
 from mlx_mtp.model.caches import make as kv_cache
-from mlx_mtp.model.attention import AttentionSeam, attention_blocks
 from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
 from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
 from mlx_mtp.model.layout import RowLayout, StepScope, quadratic_layout
 from mlx_mtp.model.lora import GatedLoRALinear
+from mlx_mtp.model.one_row import wrap_experts
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import HiddenStates, MaskEmbedding, StepRope, replace
 
@@ -67,6 +68,8 @@ class MTPModel(nn.Module):
         self.sampler_head: SamplerHead | None = None
         self._scope = StepScope()
         self._embedding, embedding_path = _find_embedding(base)
+        wrap_experts(base, self._scope)
+        self._has_forms = wrap_latent_attention(base, self._scope)
         if config is not None:
             assert weights is not None
             self._attach(config, weights, embedding_path)
@@ -108,6 +111,7 @@ class MTPModel(nn.Module):
     def make_cache(self, **options: Any) -> MTPCache:
         """Make fresh caches; see ``caches.make.make_cache`` for the options and errors."""
         cache = kv_cache.make_cache(self.base, scope=self._scope, **options)
+        cache.last_id_alone = self._has_forms
         if cache.kv_bits is not None:
             size = self._sample_cache().layers[0].inner.keys.shape[-1]
             if size % cache.kv_group_size:
@@ -132,6 +136,7 @@ class MTPModel(nn.Module):
     def _sample_cache(self) -> MTPCache:
         """Make caches of one row, never evaluated, for their shapes and types."""
         sample = kv_cache.make_cache(self.base, scope=self._scope)
+        sample.last_id_alone = self._has_forms
         self(mx.array([[0]]), cache=sample)
         return sample
 

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as lm_cache
 
@@ -126,7 +125,9 @@ def from_mlx_lm(
     layers = [_wrapped(inner, like, name, scope) for inner, like in pairs]
     if len({layer.offset for layer in layers}) > 1:
         raise ValueError(f"{name} has layers with different numbers of tokens")
-    return MTPCache(layers)
+    cache = MTPCache(layers)
+    cache.last_id_alone = sample.last_id_alone
+    return cache
 
 
 def _wrapped(inner: Any, like: LayerCache, name: str, scope: StepScope) -> LayerCache:
