@@ -21,6 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 
 from mlx_mtp.model.attention import AttentionSeam, attention_blocks, wrap_latent_attention
 from mlx_mtp.model.caches import make as kv_cache
@@ -293,15 +294,17 @@ class MTPModel(nn.Module):
     def _probe(self) -> None:
         """Run one tiny step, so that a model with other seams is refused early.
 
-        Its ordinary rows must agree with the model's own forward.  Where the seams work, the two
-        differ by rounding only, so a coarse bound is enough.
+        Its ordinary rows must agree with the model's own forwards, one row at a time.  Where the
+        seams work, the two differ by rounding only, so a coarse bound is enough.
         """
         layout = quadratic_layout(num_pending=1, num_draft_tokens=1, num_masks=1)
         ids = mx.array([[1, 2, *layout.mask_offsets.tolist()]])
         try:
             hidden = self(ids, cache=self.make_cache(), layout=layout)
             stepped = self.logits(hidden[:, : layout.gate_split]).astype(mx.float32)
-            plain = self.base(ids[:, : layout.gate_split]).astype(mx.float32)
+            alone = make_prompt_cache(self.base)
+            rows = [self.base(ids[:, i : i + 1], cache=alone) for i in range(layout.gate_split)]
+            plain = mx.concatenate(rows, axis=1).astype(mx.float32)
             error = mx.abs(stepped - plain).max() / (mx.abs(plain).max() + 1e-6)
             agrees = bool((error < 0.05).item())
         except (TypeError, ValueError, AttributeError, IndexError) as failure:
