@@ -28,8 +28,10 @@ from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
 from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
-from mlx_mtp.model.layout import RowLayout, StepScope, quadratic_layout
+from mlx_mtp.model.fingerprint import model_args
+from mlx_mtp.model.layout import RowLayout, StepLayout, StepScope, quadratic_layout
 from mlx_mtp.model.lora import GatedLoRALinear
+from mlx_mtp.model.mixers import wrap_mixers
 from mlx_mtp.model.one_row import wrap_experts
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import HiddenStates, MaskEmbedding, StepRope, replace
@@ -71,11 +73,16 @@ class MTPModel(nn.Module):
         self._embedding, embedding_path = _find_embedding(base)
         wrap_experts(base, self._scope)
         self._has_forms = wrap_latent_attention(base, self._scope)
+        self._backbone = "model" if "model" in base else "backbone"
+        self.is_recurrent = bool(self.make_cache().recurrent_layers)
+        if self.is_recurrent:
+            self._wrap_mixers()
         if config is not None:
             assert weights is not None
             self._attach(config, weights, embedding_path)
         self._head = copy.copy(base)
-        self._head.model = HiddenStates(base.model)
+        self._hidden_states = HiddenStates(base[self._backbone])
+        setattr(self._head, self._backbone, self._hidden_states)
         if config is not None:
             self._probe()
 
@@ -102,7 +109,7 @@ class MTPModel(nn.Module):
     @property
     def max_context(self) -> int | None:
         """Maximum number of positions, or None if the model's configuration has no such limit."""
-        return getattr(self.base.args, "max_position_embeddings", None)
+        return getattr(model_args(self.base), "max_position_embeddings", None)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -114,7 +121,8 @@ class MTPModel(nn.Module):
         cache = kv_cache.make_cache(self.base, scope=self._scope, **options)
         cache.last_id_alone = self._has_forms
         if cache.kv_bits is not None:
-            size = self._sample_cache().layers[0].inner.keys.shape[-1]
+            attention = self._sample_cache().attention_layers
+            size = attention[0].inner.keys.shape[-1] if attention else 0
             if size % cache.kv_group_size:
                 raise ValueError(
                     f"kv_group_size {cache.kv_group_size} does not divide the head size {size}"
@@ -159,14 +167,15 @@ class MTPModel(nn.Module):
             Final hidden states ``[1, L, D]``.
         """
         self._scope.layout = layout
+        cache.begin_forward(ids.shape[1], layout)
         try:
-            return self.base.model(ids, cache.layers)
+            return self.base[self._backbone](ids, cache=cache.layers)
         finally:
             self._scope.layout = None
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Turn hidden states ``[B, L, D]`` into logits ``[B, L, V]`` by the base model's head."""
-        return self._head(hidden)
+        return self._hidden_states.head(self._head, hidden)
 
     def embed(self, ids: mx.array) -> mx.array:
         """Look up token embeddings, ``[...]`` to ``[..., D]``."""
@@ -218,10 +227,25 @@ class MTPModel(nn.Module):
             )
         self._attach_sampler(config, cast, dims)
         self._wrap_linears(config, cast)
-        if not self.wrap_ropes():
+        if not (self.wrap_ropes() or self.is_recurrent):
             raise ValueError(f"{self.name} ({self.base.model_type}) has no rotary embedding")
         embedding = MaskEmbedding(self._embedding, masks, scope=self._scope)
         replace(self.base, {embedding_path: embedding})
+
+    def _wrap_mixers(self) -> None:
+        """Let recurrent layers ask their caches, and check that they do."""
+
+        def forward(layout: StepLayout) -> MTPCache:
+            cache = self.make_cache()
+            self(mx.zeros((1, layout.num_rows), mx.int32), cache=cache, layout=layout)
+            return cache
+
+        try:
+            wrap_mixers(self.base, forward, scope=self._scope)
+        except (TypeError, ValueError, AttributeError, IndexError) as failure:
+            raise ValueError(
+                f"{self.name} ({self.base.model_type}) cannot be used: {_first_line(failure)}"
+            ) from None
 
     def wrap_attention(self) -> bool:
         """Let batches attend answer by answer; seams that exist keep their function.
@@ -308,15 +332,20 @@ class MTPModel(nn.Module):
             error = mx.abs(stepped - plain).max() / (mx.abs(plain).max() + 1e-6)
             agrees = bool((error < 0.05).item())
         except (TypeError, ValueError, AttributeError, IndexError) as failure:
-            reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
             raise ValueError(
-                f"{self.name} ({self.base.model_type}) cannot take mask rows: {reason}"
+                f"{self.name} ({self.base.model_type}) cannot take mask rows: "
+                f"{_first_line(failure)}"
             ) from None
         if not agrees:
             raise ValueError(
                 f"{self.name} ({self.base.model_type}) cannot take mask rows: "
                 "its ordinary rows would change"
             )
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def embedding_dims(embedding: Any) -> int:
@@ -333,7 +362,7 @@ def _find_embedding(base: Any) -> tuple[Any, str]:
         for path, module in base.named_modules()
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
     ]
-    if len(embeddings) != 1 or "model" not in base:
+    if len(embeddings) != 1 or not ("model" in base or "backbone" in base):
         raise ValueError(
             f"{base.model_type} models cannot be used: a backbone named 'model' with one token "
             f"embedding is needed, found {[path for _, path in embeddings]}"
