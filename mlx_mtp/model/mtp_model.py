@@ -23,7 +23,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_mtp.model.attention import AttentionSeam, attention_blocks, wrap_latent_attention
+from mlx_mtp.model.attention import AttentionSeam, attention_blocks, wrap_verify_attention
 from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
 from mlx_mtp.model.config import MTPConfig
@@ -33,6 +33,7 @@ from mlx_mtp.model.layout import RowLayout, StepLayout, StepScope, quadratic_lay
 from mlx_mtp.model.lora import GatedLoRALinear
 from mlx_mtp.model.mixers import wrap_mixers
 from mlx_mtp.model.one_row import wrap_experts
+from mlx_mtp.model.recurrence import has_chunks
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import HiddenStates, MaskEmbedding, StepRope, replace
 
@@ -72,11 +73,13 @@ class MTPModel(nn.Module):
         self._scope = StepScope()
         self._embedding, embedding_path = _find_embedding(base)
         wrap_experts(base, self._scope)
-        self._has_forms = wrap_latent_attention(base, self._scope)
+        self._is_latent = wrap_verify_attention(base, self._scope)
+        self._has_forms = self._is_latent  # one for one row and another for several
         self._backbone = "model" if "model" in base else "backbone"
         self.is_recurrent = bool(self.make_cache().recurrent_layers)
         if self.is_recurrent:
             self._wrap_mixers()
+            self._has_forms |= has_chunks(base)
         if config is not None:
             assert weights is not None
             self._attach(config, weights, embedding_path)
@@ -120,6 +123,8 @@ class MTPModel(nn.Module):
         """Make fresh caches; see ``caches.make.make_cache`` for the options and errors."""
         cache = kv_cache.make_cache(self.base, scope=self._scope, **options)
         cache.last_id_alone = self._has_forms
+        if cache.kv_bits is not None and self._is_latent:
+            raise ValueError(f"kv_bits cannot be used with {self.name}: it caches latent vectors")
         if cache.kv_bits is not None:
             attention = self._sample_cache().attention_layers
             size = attention[0].inner.keys.shape[-1] if attention else 0

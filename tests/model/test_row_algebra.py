@@ -114,7 +114,7 @@ def test_a_planted_branch_is_found() -> None:
 
 @pytest.mark.parametrize("family", LATENT)
 def test_stock_latent_attention_is_found(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mtp_model, "wrap_latent_attention", lambda *_: False)
+    monkeypatch.setattr(mtp_model, "wrap_verify_attention", lambda *_: False)
     difference = first_difference(lambda: tiny(family, "bfloat16"), num_rows=7)
     assert "Attention model.layers.0.self_attn by" in str(difference)
 

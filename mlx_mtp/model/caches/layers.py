@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models import cache as lm_cache
 
-from mlx_mtp.model.layout import RowLayout, StepLayout, StepScope
+from mlx_mtp.model.layout import RowLayout, StepScope
 
 WINDOW_SLACK = 256
 
