@@ -91,8 +91,10 @@ class AttentionSeam(Wrapper):
         if one_row is None or self.scope is None or not in_one_row_form(self.scope.layout):
             return self._call(self.wrapped, *args, **kwargs)
         call = self._signature.bind(self.wrapped, *args, **kwargs)
-        if isinstance(call.arguments.get("mask"), str):  # one row has an array or None
-            x, cache = call.arguments["x"], call.arguments["cache"]
+        x, mask, cache = (call.arguments.get(name) for name in ("x", "mask", "cache"))
+        if hasattr(cache, "call_each"):  # its own code multiplies by the keys of all rows
+            return cache.call_each(self, x, mask)
+        if isinstance(mask, str):  # one row has an array or None
             call.arguments["mask"] = create_attention_mask(x, cache, return_array=True)
         return one_row(*call.args, **call.kwargs)
 

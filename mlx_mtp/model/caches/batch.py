@@ -65,6 +65,12 @@ class BatchLayerCache:
         pairs = [layer.update_and_fetch(*pair) for layer, *pair in rows]
         return PerAnswer([keys for keys, _ in pairs]), PerAnswer([values for _, values in pairs])
 
+    def call_each(self, block: Callable[..., mx.array], x: mx.array, mask: PerAnswer) -> mx.array:
+        """Call an attention block for each answer: its rows ``[1, L, D]``, its mask, its cache."""
+        answers = zip(self._layout.unpack(x, axis=1), mask.parts, self._layers, strict=True)
+        turns = zip(answers, self._each_layout(), strict=True)
+        return self._layout.pack([block(*answer) for answer, _ in turns], axis=1)
+
     def attend(
         self,
         attention: Callable[..., mx.array],
