@@ -21,8 +21,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_mtp.model.attention import AttentionSeam, attention_blocks
+from mlx_mtp.model.attention import AttentionSeam, attention_blocks, wrap_verify_attention
 from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
 from mlx_mtp.model.config import MTPConfig
@@ -31,6 +32,8 @@ from mlx_mtp.model.fingerprint import model_args
 from mlx_mtp.model.layout import MaskRun, RowLayout, StepLayout, StepScope
 from mlx_mtp.model.lora import GatedLoRALinear
 from mlx_mtp.model.mixers import wrap_mixers
+from mlx_mtp.model.one_row import wrap_experts
+from mlx_mtp.model.recurrence import has_chunks
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import HiddenStates, MaskEmbedding, StepRope, replace
 
@@ -70,10 +73,14 @@ class MTPModel(nn.Module):
         self.sampler_head: SamplerHead | None = None
         self._scope = StepScope()
         self._embedding, embedding_path = _find_embedding(base)
+        wrap_experts(base, self._scope)
+        self._is_latent = wrap_verify_attention(base, self._scope)
+        self._has_forms = self._is_latent  # one for one row and another for several
         self._backbone = "model" if "model" in base else "backbone"
         self.is_recurrent = bool(self.make_cache().recurrent_layers)
         if self.is_recurrent:
             self._wrap_mixers()
+            self._has_forms |= has_chunks(base)
         if config is not None:
             assert weights is not None
             self._attach(config, weights, embedding_path)
@@ -116,6 +123,9 @@ class MTPModel(nn.Module):
     def make_cache(self, **options: Any) -> MTPCache:
         """Make fresh caches; see ``caches.make.make_cache`` for the options and errors."""
         cache = kv_cache.make_cache(self.base, scope=self._scope, **options)
+        cache.last_id_alone = self._has_forms
+        if cache.kv_bits is not None and self._is_latent:
+            raise ValueError(f"kv_bits cannot be used with {self.name}: it caches latent vectors")
         if cache.kv_bits is not None:
             attention = self._sample_cache().attention_layers
             size = attention[0].inner.keys.shape[-1] if attention else 0
@@ -141,6 +151,7 @@ class MTPModel(nn.Module):
     def _sample_cache(self) -> MTPCache:
         """Make caches of one row, never evaluated, for their shapes and types."""
         sample = kv_cache.make_cache(self.base, scope=self._scope)
+        sample.last_id_alone = self._has_forms
         self(mx.array([[0]]), cache=sample)
         return sample
 
@@ -313,16 +324,19 @@ class MTPModel(nn.Module):
     def _probe(self) -> None:
         """Run a tiny step, so that a model with other seams is refused early.
 
-        Its ordinary rows must agree with the model's own forward.  Its mask row, which follows the
-        first of them, must agree with a forward of that row alone after the step has been rewound.
-        Where the seams work, both differ by rounding only, so a coarse bound is enough.
+        Its ordinary rows must agree with the model's own forwards, one row at a time.  Its mask
+        row, which follows the first of them, must agree with a forward of that row alone after the
+        step has been rewound.  Where the seams work, both differ by rounding only, so a coarse
+        bound is enough.
         """
         layout, cache = StepLayout(1, 1, (1, 0)), self.make_cache()
         try:
             hidden = self(mx.array([[1, 2, 0]]), cache=cache, layout=layout)
             cache.rewind(2)
             alone = self(mx.array([[0]]), cache=cache, layout=MaskRun(1))
-            stepped, plain = self.logits(hidden[:, :2]), self.base(mx.array([[1, 2]]))
+            own: Any = make_prompt_cache(self.base)
+            plain = [self.base(mx.array([[token]]), cache=own) for token in (1, 2)]
+            stepped, plain = self.logits(hidden[:, :2]), mx.concatenate(plain, axis=1)
             errors: Any = [_relative_error(stepped, plain), _relative_error(hidden[:, 2:], alone)]
             agrees: Any = (mx.stack(errors) < _MAX_ERROR).tolist()
         except (TypeError, ValueError, AttributeError, IndexError) as failure:

@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models import cache as lm_cache
 
-from mlx_mtp.model.layout import RowLayout, StepLayout, StepScope
+from mlx_mtp.model.layout import RowLayout, StepScope
 
 WINDOW_SLACK = 256
 
@@ -186,11 +186,7 @@ class WindowLayerCache(LayerCache):
         stored = mx.where(stored < self.keep, stored, stored + self.dropped)
         mask = self._window_mask(stored, num_rows, self.window, keep=self.keep)
         layout = self.scope.layout
-        if (
-            self.keep
-            and isinstance(layout, StepLayout)
-            and layout.num_rows == layout.num_pending > 1
-        ):
+        if self.keep and layout is not None and layout.is_prompt_chunk:
             mask = self._chunk_mask(stored, num_rows)
         if window_size is not None and window_size < self.window + self.keep:
             mask &= self._window_mask(stored, num_rows, window_size, keep=0)

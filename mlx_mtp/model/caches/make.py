@@ -147,7 +147,9 @@ def from_mlx_lm(
         raise ValueError(f"{name} has layers with different numbers of tokens")
     offset = max(offsets, default=0)  # a purely recurrent model counts from here
     pairs = zip(caches, sample.layers, strict=True)
-    return MTPCache([_wrapped_layer(inner, like, name, scope, offset) for inner, like in pairs])
+    cache = MTPCache([_wrapped_layer(inner, like, name, scope, offset) for inner, like in pairs])
+    cache.last_id_alone = sample.last_id_alone
+    return cache
 
 
 def _is_empty(inner: Any) -> bool:
