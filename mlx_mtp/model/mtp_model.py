@@ -14,13 +14,14 @@ is wrapped and the model decodes plainly.
 
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
 
 from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.attention import AttentionSeam, attention_blocks
@@ -29,10 +30,25 @@ from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
 from mlx_mtp.model.layout import RowLayout, StepScope, quadratic_layout
 from mlx_mtp.model.lora import GatedLoRALinear
+from mlx_mtp.model.parts import (
+    embedding_dims,
+    find_parts,
+    module_at,
+    text_model,
+    with_module,
+)
 from mlx_mtp.model.sampler_head import SamplerHead
-from mlx_mtp.model.wrappers import HiddenStates, MaskEmbedding, StepRope, replace
+from mlx_mtp.model.wrappers import (
+    HiddenStates,
+    MaskEmbedding,
+    StepPositions,
+    StepRope,
+    WithoutHead,
+    replace,
+)
 
 MASK_EMBEDDINGS = "mask_embeddings"
+MASK_PER_LAYER_EMBEDDINGS = "mask_per_layer_embeddings"
 SAMPLER_PREFIX = "sampler_head."
 
 
@@ -58,7 +74,7 @@ class MTPModel(nn.Module):
         weights: Mapping[str, mx.array] | None = None,
     ) -> None:
         super().__init__()
-        base = base.language_model if hasattr(base, "language_model") else base
+        base = text_model(base)
         self.name = name or base.model_type
         if reason := kv_cache.unsupported_reason(base):
             raise ValueError(f"{self.name} ({base.model_type}) cannot be used: {reason}")
@@ -66,12 +82,15 @@ class MTPModel(nn.Module):
         self.config = config
         self.sampler_head: SamplerHead | None = None
         self._scope = StepScope()
-        self._embedding, embedding_path = _find_embedding(base)
+        self.parts = find_parts(base)
+        self._embedding = module_at(base, self.parts.embedding)
         if config is not None:
             assert weights is not None
-            self._attach(config, weights, embedding_path)
-        self._head = copy.copy(base)
-        self._head.model = HiddenStates(base.model)
+            self._attach(config, weights)
+        backbone = module_at(base, self.parts.backbone)
+        call = inspect.signature(type(backbone).__call__)
+        self._takes_mask = _requires(call, "mask")
+        self._head = with_module(base, self.parts.backbone, HiddenStates(backbone))
         if config is not None:
             self._probe()
 
@@ -96,8 +115,16 @@ class MTPModel(nn.Module):
         return embedding_dims(self._embedding)
 
     @property
+    def per_layer_size(self) -> int:
+        """Width of the embeddings of a token for all layers; 0 if the model has none."""
+        path = self.parts.per_layer
+        return 0 if path is None else _width(module_at(self.base, path))
+
+    @property
     def max_context(self) -> int | None:
         """Maximum number of positions, or None if the model's configuration has no such limit."""
+        if self.parts.positions:
+            return module_at(self.base, self.parts.positions[0]).weight.shape[0]
         return getattr(self.base.args, "max_position_embeddings", None)
 
     @property
@@ -152,14 +179,26 @@ class MTPModel(nn.Module):
         Returns:
             Final hidden states ``[1, L, D]``.
         """
+        backbone = self._backbone
         self._scope.layout = layout
         try:
-            return self.base.model(ids, cache.layers)
+            if not self._takes_mask:
+                return backbone(ids, cache=cache.layers)
+            mask = create_attention_mask(ids, cache.layers[0])
+            return backbone(ids, mask=mask, cache=cache.layers)
         finally:
             self._scope.layout = None
 
+    @property
+    def _backbone(self) -> Any:
+        backbone = module_at(self.base, self.parts.backbone)
+        head = self.parts.inner_head
+        return backbone if head is None else WithoutHead(backbone, head)
+
     def logits(self, hidden: mx.array) -> mx.array:
         """Turn hidden states ``[B, L, D]`` into logits ``[B, L, V]`` by the base model's head."""
+        if self.parts.inner_head is not None:
+            return self._backbone.logits(hidden)
         return self._head(hidden)
 
     def embed(self, ids: mx.array) -> mx.array:
@@ -169,9 +208,11 @@ class MTPModel(nn.Module):
 
     def unembed_rows(self, ids: mx.array) -> mx.array:
         """Rows of the unembedding, ``[...]`` to ``[..., D]``."""
-        if "lm_head" not in self.base:
+        if self.parts.head is None:
             return self._embedding(ids)
-        head = self.base.lm_head
+        head = module_at(self.base, self.parts.head)
+        if isinstance(head, mx.array):
+            return head[ids]
         if not isinstance(head, nn.QuantizedLinear):
             return head.weight[ids]
         biases = None if head.biases is None else head.biases[ids]
@@ -184,9 +225,7 @@ class MTPModel(nn.Module):
             mode=head.mode,
         )
 
-    def _attach(
-        self, config: MTPConfig, weights: Mapping[str, mx.array], embedding_path: str
-    ) -> None:
+    def _attach(self, config: MTPConfig, weights: Mapping[str, mx.array]) -> None:
         """Check the adapter against the model, then wrap the model's modules."""
         dims = embedding_dims(self._embedding)
         shape = "{}, {} layers of {}, {} tokens".format
@@ -204,18 +243,28 @@ class MTPModel(nn.Module):
             )
         dtype = self.dtype
         cast = {key: value.astype(dtype) for key, value in weights.items()}
-        masks = cast.pop(MASK_EMBEDDINGS, None)
-        if masks is None or masks.shape != (config.num_draft_tokens, dims):
-            shape = None if masks is None else tuple(masks.shape)
-            raise ValueError(
-                f"{MASK_EMBEDDINGS} must be {(config.num_draft_tokens, dims)}, got {shape}"
-            )
+        tables = {self.parts.embedding: MASK_EMBEDDINGS}
+        if self.parts.per_layer is not None:
+            tables[self.parts.per_layer] = MASK_PER_LAYER_EMBEDDINGS
+            if MASK_PER_LAYER_EMBEDDINGS not in cast:
+                size = self.per_layer_size
+                cast[MASK_PER_LAYER_EMBEDDINGS] = mx.zeros((config.num_draft_tokens, size), dtype)
+        embeddings = {}
+        for path, name in tables.items():
+            embedding, masks = module_at(self.base, path), cast.pop(name, None)
+            expected = (config.num_draft_tokens, embedding_dims(embedding))
+            if masks is None or masks.shape != expected:
+                shape = None if masks is None else tuple(masks.shape)
+                raise ValueError(f"{name} must be {expected}, got {shape}")
+            embeddings[path] = MaskEmbedding(embedding, masks, scope=self._scope)
         self._attach_sampler(config, cast, dims)
         self._wrap_linears(config, cast)
         if not self.wrap_ropes():
-            raise ValueError(f"{self.name} ({self.base.model_type}) has no rotary embedding")
-        embedding = MaskEmbedding(self._embedding, masks, scope=self._scope)
-        replace(self.base, {embedding_path: embedding})
+            raise ValueError(
+                f"{self.name} ({self.base.model_type}) cannot take mask rows: it has no embedding "
+                "of positions that could give each row its own"
+            )
+        replace(self.base, embeddings)
 
     def wrap_attention(self) -> bool:
         """Let batches attend answer by answer; seams that exist keep their function.
@@ -229,16 +278,20 @@ class MTPModel(nn.Module):
         return bool(blocks)
 
     def wrap_ropes(self) -> bool:
-        """Let each row have its own position; ropes that are wrapped already stay as they are.
+        """Let each row have its own position; what is wrapped already stays as it is.
 
         Returns:
-            Whether there is a rotary embedding.
+            Whether there is a rotary or a learned embedding of positions.
         """
-        ropes = _find_ropes(self.base)
-        if not any(isinstance(rope, StepRope) for rope in ropes.values()):
-            wrapped = {path: StepRope(rope, scope=self._scope) for path, rope in ropes.items()}
-            replace(self.base, wrapped)
-        return bool(ropes)
+        modules: dict[str, Any] = {path: StepRope for path in _find_ropes(self.base)}
+        modules |= {path: StepPositions for path in self.parts.positions}
+        wrapped = {}
+        for path, kind in modules.items():
+            module = module_at(self.base, path)
+            if not isinstance(module, kind):
+                wrapped[path] = kind(module, scope=self._scope)
+        replace(self.base, wrapped)
+        return bool(modules)
 
     def _attach_sampler(self, config: MTPConfig, weights: dict[str, mx.array], dims: int) -> None:
         """Move the sampler head's tensors out of ``weights``."""
@@ -311,32 +364,19 @@ class MTPModel(nn.Module):
             )
 
 
-def embedding_dims(embedding: Any) -> int:
-    """Width of an embedding, quantised or not."""
-    if isinstance(embedding, nn.QuantizedEmbedding):
-        return embedding.weight.shape[-1] * 32 // embedding.bits
-    return embedding.weight.shape[-1]
+def _width(embedding: Any) -> int:
+    inner = embedding.embedding if isinstance(embedding, MaskEmbedding) else embedding
+    return embedding_dims(inner)
 
 
-def _find_embedding(base: Any) -> tuple[Any, str]:
-    """Find the one token embedding of a model and its path."""
-    embeddings = [
-        (module, path)
-        for path, module in base.named_modules()
-        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
-    ]
-    if len(embeddings) != 1 or "model" not in base:
-        raise ValueError(
-            f"{base.model_type} models cannot be used: a backbone named 'model' with one token "
-            f"embedding is needed, found {[path for _, path in embeddings]}"
-        )
-    return embeddings[0]
+def _requires(call: inspect.Signature, name: str) -> bool:
+    """Whether a function has an argument of that name without a default."""
+    argument = call.parameters.get(name)
+    return argument is not None and argument.default is inspect.Parameter.empty
 
 
-def _find_ropes(base: Any) -> dict[str, nn.Module]:
-    """Find the rotary embeddings of a model by path."""
-    return {
-        path: module
-        for path, module in base.named_modules()
-        if path.rpartition(".")[-1] in ("rope", "rotary_emb")
-    }
+def _find_ropes(base: Any) -> list[str]:
+    """Find the paths of the rotary embeddings of a model, wrapped or not."""
+    names = ("rope", "rotary_emb")
+    paths = [path for path, _ in base.named_modules() if path.rpartition(".")[-1] in names]
+    return [path for path in paths if path.rpartition(".")[0] not in paths]

@@ -8,6 +8,7 @@ the module that they wrap.  Some wrappers here consult the layout of the forward
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -68,10 +69,56 @@ class Wrapper(nn.Module):
 class HiddenStates(Wrapper):
     """A backbone that returns the hidden states ``[B, L, D]`` it is called with."""
 
-    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """Return ``hidden``."""
-        del args, kwargs
-        return hidden
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        """Return the first argument; some models name their arguments."""
+        return args[0] if args else next(iter(kwargs.values()))
+
+
+class WithoutHead(Wrapper):
+    """A backbone whose own code ends in the output head: it returns hidden states instead.
+
+    Args:
+        backbone: the module.
+        head: name of its linear head, or of its embedding if that is the head.
+    """
+
+    def __init__(self, backbone: nn.Module, head: str) -> None:
+        super().__init__(backbone)
+        self._head = head
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up an attribute; the head and the limit of the logits have no effect."""
+        if name == "final_logit_softcapping":
+            return None
+        value = super().__getattr__(name)
+        return _Headless(value) if name == self.__dict__.get("_head") else value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        """Return hidden states ``[B, L, D]``."""
+        out: Any = type(self.wrapped).__call__(self, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out  # olmo returns its caches too
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Turn hidden states ``[B, L, D]`` into logits ``[B, L, V]``."""
+        head = self.wrapped[self._head]
+        out = head.as_linear(hidden) if hasattr(head, "as_linear") else head(hidden)
+        limit = getattr(self.wrapped, "final_logit_softcapping", None)
+        if limit is None:
+            return out
+        return sys.modules[type(self.wrapped).__module__].logit_softcap(limit, out)
+
+
+class _Headless:
+    """An output head that returns its input; an embedding still looks up its rows."""
+
+    def __init__(self, head: Any) -> None:
+        self._head = head
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._head(x) if hasattr(self._head, "as_linear") else x
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return x
 
 
 class MaskEmbedding(nn.Module):
@@ -95,9 +142,37 @@ class MaskEmbedding(nn.Module):
         masks = self.mask_embeddings[ids[:, split:]].astype(ordinary.dtype)
         return mx.concatenate([ordinary, masks], axis=1)
 
+    @property
+    def weight(self) -> mx.array:
+        """The embedding table."""
+        return self.embedding.weight
+
     def as_linear(self, x: mx.array) -> mx.array:
         """Use the embedding table as the unembedding, ``[..., D]`` to ``[..., V]``."""
         return self.embedding.as_linear(x)
+
+
+class StepPositions(nn.Module):
+    """A learned embedding of positions that gives each row of a step its own."""
+
+    def __init__(self, table: Any, *, scope: StepScope) -> None:
+        super().__init__()
+        self.table = table
+        self._scope = scope
+
+    @property
+    def weight(self) -> mx.array:
+        """The table."""
+        return self.table.weight
+
+    def __call__(self, positions: mx.array) -> mx.array:
+        """Map positions ``[..., L]``, which are contiguous, to ``[..., L, D]``."""
+        layout = self._scope.layout
+        if layout is None or layout.is_contiguous:
+            return self.table(positions)
+        rows = layout.positions_from(positions[..., :1])
+        last = self.weight.shape[0] - 1  # masks may reach past the table; their drafts do not
+        return self.table(mx.minimum(rows, last))
 
 
 class StepRope(nn.Module):

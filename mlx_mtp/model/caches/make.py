@@ -60,7 +60,8 @@ def make_cache(
         raise ValueError(f"kv_group_size must be 32, 64 or 128, got {kv_group_size}")
     layers: list[LayerCache] = []
     modules: Any = base.layers
-    for layer, inner in zip(modules, lm_cache.make_prompt_cache(base), strict=True):
+    # Later layers may have no cache of their own and use that of an earlier one.
+    for layer, inner in zip(modules, lm_cache.make_prompt_cache(base), strict=False):
         if isinstance(inner, lm_cache.RotatingKVCache):
             layers.append(WindowLayerCache(window=inner.max_size, scope=scope))
         elif isinstance(layer, WindowLayer) and kv_bits is None:
