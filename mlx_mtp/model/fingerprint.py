@@ -71,7 +71,8 @@ def _settings(base: Any) -> dict[str, Any]:
         found["rope_scaling.untruncated"] = True
     found["rope_theta"] = args.get("rope_theta") or parameters.get("rope_theta")
     caches = lm_cache.make_prompt_cache(base)
-    windows = [_window(args, base.layers[i], i, cache) for i, cache in enumerate(caches)]
+    layers: dict[int, Any] = dict(enumerate(base.layers))
+    windows = [_window(args, layers.get(i), i, cache) for i, cache in enumerate(caches)]
     found["windows"] = windows if any(windows) else None
     return {
         key: value

@@ -21,6 +21,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models import cache as lm_cache
 from mlx_lm.models.base import create_attention_mask
 
 from mlx_mtp.model.caches import make as kv_cache
@@ -37,12 +38,11 @@ from mlx_mtp.model.parts import (
     text_model,
     with_module,
 )
+from mlx_mtp.model.positions import wrap_positions
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import (
     HiddenStates,
     MaskEmbedding,
-    StepPositions,
-    StepRope,
     WithoutHead,
     replace,
 )
@@ -281,17 +281,9 @@ class MTPModel(nn.Module):
         """Let each row have its own position; what is wrapped already stays as it is.
 
         Returns:
-            Whether there is a rotary or a learned embedding of positions.
+            Whether the model knows positions.
         """
-        modules: dict[str, Any] = {path: StepRope for path in _find_ropes(self.base)}
-        modules |= {path: StepPositions for path in self.parts.positions}
-        wrapped = {}
-        for path, kind in modules.items():
-            module = module_at(self.base, path)
-            if not isinstance(module, kind):
-                wrapped[path] = kind(module, scope=self._scope)
-        replace(self.base, wrapped)
-        return bool(modules)
+        return wrap_positions(self.base, self.parts.positions, self._scope)
 
     def _attach_sampler(self, config: MTPConfig, weights: dict[str, mx.array], dims: int) -> None:
         """Move the sampler head's tensors out of ``weights``."""
@@ -349,7 +341,8 @@ class MTPModel(nn.Module):
         try:
             hidden = self(ids, cache=self.make_cache(), layout=layout)
             stepped = self.logits(hidden[:, : layout.gate_split]).astype(mx.float32)
-            plain = self.base(ids[:, : layout.gate_split]).astype(mx.float32)
+            stock = lm_cache.make_prompt_cache(self.base)  # shared ones change what layers do
+            plain = self.base(ids[:, : layout.gate_split], cache=stock).astype(mx.float32)
             error = mx.abs(stepped - plain).max() / (mx.abs(plain).max() + 1e-6)
             agrees = bool((error < 0.05).item())
         except (TypeError, ValueError, AttributeError, IndexError) as failure:
@@ -373,10 +366,3 @@ def _requires(call: inspect.Signature, name: str) -> bool:
     """Whether a function has an argument of that name without a default."""
     argument = call.parameters.get(name)
     return argument is not None and argument.default is inspect.Parameter.empty
-
-
-def _find_ropes(base: Any) -> list[str]:
-    """Find the paths of the rotary embeddings of a model, wrapped or not."""
-    names = ("rope", "rotary_emb")
-    paths = [path for path, _ in base.named_modules() if path.rpartition(".")[-1] in names]
-    return [path for path in paths if path.rpartition(".")[0] not in paths]

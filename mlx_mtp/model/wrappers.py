@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,6 +65,36 @@ class Wrapper(nn.Module):
         if "wrapped" not in self.__dict__:  # while being copied
             raise AttributeError(name)
         return getattr(self.wrapped, name)
+
+
+class Rebound(Wrapper):
+    """A module that runs its own code with other values for some of its global names.
+
+    mlx-lm's modules call functions of their own file by a global name and take no others as an
+    argument.  Rebinding the name in mlx-lm would change every model in the process, so the code is
+    run with a namespace in which it is bound anew.
+    """
+
+    def __init__(self, module: nn.Module, names: Mapping[str, Any]) -> None:
+        super().__init__(module)
+        call = own_call(module)
+        self._call = types.FunctionType(
+            call.__code__,
+            {**call.__globals__, **names},
+            call.__name__,
+            call.__defaults__,
+            call.__closure__,
+        )
+        self._call.__kwdefaults__ = call.__kwdefaults__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own code."""
+        return self._call(self.wrapped, *args, **kwargs)
+
+
+def own_call(module: nn.Module) -> Any:
+    """Return the function with a module's own code, which takes the module and its arguments."""
+    return module._call if isinstance(module, Rebound) else type(module).__call__
 
 
 class HiddenStates(Wrapper):
@@ -150,46 +181,6 @@ class MaskEmbedding(nn.Module):
     def as_linear(self, x: mx.array) -> mx.array:
         """Use the embedding table as the unembedding, ``[..., D]`` to ``[..., V]``."""
         return self.embedding.as_linear(x)
-
-
-class StepPositions(nn.Module):
-    """A learned embedding of positions that gives each row of a step its own."""
-
-    def __init__(self, table: Any, *, scope: StepScope) -> None:
-        super().__init__()
-        self.table = table
-        self._scope = scope
-
-    @property
-    def weight(self) -> mx.array:
-        """The table."""
-        return self.table.weight
-
-    def __call__(self, positions: mx.array) -> mx.array:
-        """Map positions ``[..., L]``, which are contiguous, to ``[..., L, D]``."""
-        layout = self._scope.layout
-        if layout is None or layout.is_contiguous:
-            return self.table(positions)
-        rows = layout.positions_from(positions[..., :1])
-        last = self.weight.shape[0] - 1  # masks may reach past the table; their drafts do not
-        return self.table(mx.minimum(rows, last))
-
-
-class StepRope(nn.Module):
-    """A rotary embedding that rotates each row of a step by its own position."""
-
-    def __init__(self, rope: Any, *, scope: StepScope):
-        super().__init__()
-        self.rope = rope
-        self._scope = scope
-
-    def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
-        """Rotate ``[1, H, L, Dh]``; rows become a batch of length-1 sequences."""
-        layout = self._scope.layout
-        if layout is None or layout.is_contiguous:
-            return self.rope(x, offset=offset)
-        rows = x.transpose(2, 1, 0, 3)  # [L, H, 1, Dh]
-        return self.rope(rows, offset=layout.positions_from(offset)).transpose(2, 1, 0, 3)
 
 
 class LimitedRope(nn.Module):

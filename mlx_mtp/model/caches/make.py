@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as lm_cache
 
-from mlx_mtp.model.caches.layers import LayerCache, QuantizedLayerCache, WindowLayerCache
+from mlx_mtp.model.caches.layers import (
+    ChunkLayerCache,
+    LayerCache,
+    QuantizedLayerCache,
+    WindowLayerCache,
+)
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import StepScope
 from mlx_mtp.model.wrappers import WindowLayer
@@ -19,7 +24,7 @@ from mlx_mtp.model.wrappers import WindowLayer
 def unsupported_reason(base: nn.Module) -> str | None:
     """Return why a model's caches cannot be rewound, or None if they can."""
     for layer in lm_cache.make_prompt_cache(base):
-        if type(layer) is lm_cache.KVCache:
+        if type(layer) in (lm_cache.KVCache, lm_cache.ChunkedKVCache):
             continue
         if type(layer) is lm_cache.RotatingKVCache and layer.keep == 0:
             continue
@@ -59,10 +64,13 @@ def make_cache(
     if kv_group_size not in (32, 64, 128):
         raise ValueError(f"kv_group_size must be 32, 64 or 128, got {kv_group_size}")
     layers: list[LayerCache] = []
-    modules: Any = base.layers
-    # Later layers may have no cache of their own and use that of an earlier one.
-    for layer, inner in zip(modules, lm_cache.make_prompt_cache(base), strict=False):
-        if isinstance(inner, lm_cache.RotatingKVCache):
+    # Some layers use the cache of an earlier one, and some have two.
+    modules: dict[int, Any] = dict(enumerate(cast(Any, base).layers))
+    for index, inner in enumerate(lm_cache.make_prompt_cache(base)):
+        layer = modules.get(index)
+        if isinstance(inner, lm_cache.ChunkedKVCache):
+            layers.append(ChunkLayerCache(window=inner.chunk_size, scope=scope))
+        elif isinstance(inner, lm_cache.RotatingKVCache):
             layers.append(WindowLayerCache(window=inner.max_size, scope=scope))
         elif isinstance(layer, WindowLayer) and kv_bits is None:
             layers.append(WindowLayerCache(window=layer.window, scope=scope))
