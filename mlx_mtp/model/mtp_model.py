@@ -24,8 +24,8 @@ import mlx.nn as nn
 from mlx_lm.models import cache as lm_cache
 from mlx_lm.models.base import create_attention_mask
 
-from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.attention import AttentionSeam, attention_blocks
+from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
 from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
