@@ -27,6 +27,7 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_mtp.model.attention import AttentionSeam, attention_blocks
 from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
+from mlx_mtp.model.chunks import wrap_chunks
 from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
 from mlx_mtp.model.layout import RowLayout, StepScope, quadratic_layout
@@ -50,6 +51,13 @@ from mlx_mtp.model.wrappers import (
 MASK_EMBEDDINGS = "mask_embeddings"
 MASK_PER_LAYER_EMBEDDINGS = "mask_per_layer_embeddings"
 SAMPLER_PREFIX = "sampler_head."
+
+# What mlx-lm's own class computes so that drafts cannot be exact, by type of model.
+_REFUSED = {
+    "phi3small": "its attention adds a mask of booleans to the scores, so rows see later ones",
+    "longcat_flash_ngram": "its embeddings are of n-grams, which mask rows do not have",
+}
+_FAILURES = (TypeError, ValueError, AttributeError, IndexError, RuntimeError)
 
 
 class MTPModel(nn.Module):
@@ -76,7 +84,7 @@ class MTPModel(nn.Module):
         super().__init__()
         base = text_model(base)
         self.name = name or base.model_type
-        if reason := kv_cache.unsupported_reason(base):
+        if reason := _REFUSED.get(base.model_type) or kv_cache.unsupported_reason(base):
             raise ValueError(f"{self.name} ({base.model_type}) cannot be used: {reason}")
         self.base = base
         self.config = config
@@ -91,6 +99,7 @@ class MTPModel(nn.Module):
         call = inspect.signature(type(backbone).__call__)
         self._takes_mask = _requires(call, "mask")
         self._head = with_module(base, self.parts.backbone, HiddenStates(backbone))
+        self._check_caches()
         if config is not None:
             self._probe()
 
@@ -264,6 +273,7 @@ class MTPModel(nn.Module):
                 f"{self.name} ({self.base.model_type}) cannot take mask rows: it has no embedding "
                 "of positions that could give each row its own"
             )
+        wrap_chunks(self.base, self._scope)
         replace(self.base, embeddings)
 
     def wrap_attention(self) -> bool:
@@ -330,6 +340,17 @@ class MTPModel(nn.Module):
             )
         replace(self.base, wrapped)
 
+    def _check_caches(self) -> None:
+        """Refuse a model whose forward fails, or leaves a cache empty, before any work."""
+        prefix = f"{self.name} ({self.base.model_type}) cannot be used"
+        try:
+            layers = self._sample_cache().layers
+        except _FAILURES as failure:
+            raise ValueError(f"{prefix}: {_first_line(failure)}") from None
+        unused = [index for index, layer in enumerate(layers) if layer.inner.empty()]
+        if unused:
+            raise ValueError(f"{prefix}: layer {unused[0]} does not use its cache")
+
     def _probe(self) -> None:
         """Run one tiny step, so that a model with other seams is refused early.
 
@@ -345,16 +366,21 @@ class MTPModel(nn.Module):
             plain = self.base(ids[:, : layout.gate_split], cache=stock).astype(mx.float32)
             error = mx.abs(stepped - plain).max() / (mx.abs(plain).max() + 1e-6)
             agrees = bool((error < 0.05).item())
-        except (TypeError, ValueError, AttributeError, IndexError) as failure:
-            reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+        except _FAILURES as failure:
             raise ValueError(
-                f"{self.name} ({self.base.model_type}) cannot take mask rows: {reason}"
+                f"{self.name} ({self.base.model_type}) cannot take mask rows: "
+                f"{_first_line(failure)}"
             ) from None
         if not agrees:
             raise ValueError(
                 f"{self.name} ({self.base.model_type}) cannot take mask rows: "
                 "its ordinary rows would change"
             )
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _width(embedding: Any) -> int:

@@ -121,8 +121,11 @@ def wrap_positions(base: Any, tables: Sequence[str], scope: StepScope) -> bool:
         if not isinstance(module, kind):
             wrapped[path] = kind(module, scope=scope)
     replace(base, wrapped)
-    blocks = {path: _wrapped(module, scope) for path, module in base.named_modules() if path}
-    replace(base, {path: block for path, block in blocks.items() if block is not None})
+    blocks = {path: module for path, module in base.named_modules() if path}
+    for path in sorted(blocks, key=len, reverse=True):  # one may be inside another
+        block = _wrapped(blocks[path], scope)
+        if block is not None:
+            replace(base, {path: block})
     return bool(modules) or any(map(_is_wrapped, base.modules()))
 
 

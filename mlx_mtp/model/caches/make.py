@@ -141,7 +141,8 @@ def _wrapped(inner: Any, like: LayerCache, name: str, scope: StepScope) -> Layer
     """Wrap a cache of mlx-lm if it has the shape of ``like``."""
     quantised = isinstance(inner, lm_cache.QuantizedKVCache)
     rotating = isinstance(inner, lm_cache.RotatingKVCache)
-    if not (quantised or rotating or type(inner) is lm_cache.KVCache):
+    chunked = isinstance(inner, lm_cache.ChunkedKVCache)
+    if not (quantised or rotating or chunked or type(inner) is lm_cache.KVCache):
         raise ValueError(f"{name} contains a {type(inner).__name__}, which cannot be rewound")
     own_window = like.window if isinstance(like, WindowLayerCache) else None
     if rotating and own_window and (inner.max_size, inner.keep) != (own_window, 0):
@@ -149,8 +150,14 @@ def _wrapped(inner: Any, like: LayerCache, name: str, scope: StepScope) -> Layer
             f"{name} was made with another model: it has a window of {inner.max_size} tokens, "
             f"this model has one of {own_window}"
         )
+    if chunked != isinstance(like, ChunkLayerCache) or (
+        chunked and inner.chunk_size != own_window
+    ):
+        raise ValueError(f"{name} was made with another model: it attends within other chunks")
     if not inner.empty():
         _check_shape(inner, like, name)
+    if chunked:
+        return ChunkLayerCache.from_mlx_lm(inner, scope=scope)
     if rotating:
         return WindowLayerCache.from_mlx_lm(inner, scope=scope)
     return (QuantizedLayerCache if quantised else LayerCache)(inner, scope=scope)
