@@ -15,7 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base as lm_base
 
-from mlx_mtp.model.wrappers import Rebound, own_call, replace
+from mlx_mtp.model.wrappers import Wrapper, own_call, replace
 
 NAME = "scaled_dot_product_attention"
 
@@ -41,11 +41,26 @@ class Attention(Protocol):
         ...
 
 
-class AttentionSeam(Rebound):
-    """An attention block of mlx-lm that calls an injected function."""
+class AttentionSeam(Wrapper):
+    """An attention block of mlx-lm that calls an injected function.
+
+    mlx-lm's blocks call ``scaled_dot_product_attention`` by a global name of their own file and
+    take no other function as an argument.  Rebinding that name in mlx-lm would change every model
+    in the process, so the block's own code is run with a namespace in which it is bound anew.
+    """
 
     def __init__(self, block: nn.Module, attention: Attention | None = None) -> None:
-        super().__init__(block, {NAME: _attend_with(attention)})
+        super().__init__(block)
+        call = own_call(block)
+        names = {**call.__globals__, NAME: _attend_with(attention)}
+        self._call = types.FunctionType(
+            call.__code__, names, call.__name__, call.__defaults__, call.__closure__
+        )
+        self._call.__kwdefaults__ = call.__kwdefaults__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        """Call the block's own code."""
+        return self._call(self.wrapped, *args, **kwargs)
 
 
 def inject_attention(base: nn.Module, attention: Attention | None) -> dict[str, nn.Module]:
