@@ -19,7 +19,7 @@ from mlx_lm.models import cache as lm_cache
 from mlx_mtp.model.lora import linear_dims
 from mlx_mtp.model.wrappers import Wrapper
 
-_PER_LAYER = "embed_tokens_per_layer"
+PER_LAYER_TABLE = "embed_tokens_per_layer"
 _POSITIONS = ("wpe", "embed_positions", "position_embeddings")
 
 
@@ -101,7 +101,7 @@ def find_parts(base: Any) -> Parts:
         for path, module in modules.items()
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding) and "vision" not in path
     ]
-    per_layer = [path for path in tables if _leaf(path) == _PER_LAYER]
+    per_layer = [path for path in tables if _leaf(path) == PER_LAYER_TABLE]
     positions = [path for path in tables if _leaf(path) in _POSITIONS]
     tokens = [path for path in tables if path not in (*per_layer, *positions)]
     if len(tokens) != 1 or "." not in tokens[0]:

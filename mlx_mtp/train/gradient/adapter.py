@@ -8,7 +8,7 @@ embeddings.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -21,10 +21,12 @@ from mlx_mtp.model.config import MTPConfig, read_config
 from mlx_mtp.model.lora import GatedLoRALinear, linear_dims
 from mlx_mtp.model.mtp_model import (
     MASK_EMBEDDINGS,
+    MASK_PER_LAYER_EMBEDDINGS,
     SAMPLER_PREFIX,
     MTPModel,
     fingerprint,
 )
+from mlx_mtp.model.parts import PER_LAYER_TABLE, module_at
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import MaskEmbedding
 from mlx_mtp.train.run.checkpoint import PARAMETERS, read_state, under
@@ -71,12 +73,15 @@ def trainable(model: MTPModel) -> dict[str, mx.array]:
 
 def adapter_tensors(parameters: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Rename the result of ``trainable`` to the tensors of an adapter file."""
-    return {
-        MASK_EMBEDDINGS
-        if name.endswith(MASK_EMBEDDINGS)
-        else name.removeprefix(_BASE_PREFIX): value
-        for name, value in parameters.items()
-    }
+    return {_tensor_name(name): value for name, value in parameters.items()}
+
+
+def _tensor_name(parameter: str) -> str:
+    module, _, name = parameter.rpartition(".")
+    if name != MASK_EMBEDDINGS:
+        return parameter.removeprefix(_BASE_PREFIX)
+    is_per_layer = module.endswith(PER_LAYER_TABLE)
+    return MASK_PER_LAYER_EMBEDDINGS if is_per_layer else MASK_EMBEDDINGS
 
 
 def read_state_adapter(state: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
@@ -123,8 +128,10 @@ def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[st
         base_vocab_size=model.vocab_size,
         base_fingerprint=fingerprint(model.base),
     )
-    keys = iter(mx.random.split(mx.random.key(settings.seed), len(layers) + 2))
-    weights = {MASK_EMBEDDINGS: _mask_embeddings(model, settings.num_draft_tokens, next(keys))}
+    num_keys = len(layers) + 2 + (model.parts.per_layer is not None)
+    keys = iter(mx.random.split(mx.random.key(settings.seed), num_keys))
+    count = settings.num_draft_tokens
+    weights = {MASK_EMBEDDINGS: _mask_embeddings(model.embed, model.vocab_size, count, next(keys))}
     if settings.sampler:
         weights |= _sampler_weights(model.hidden_size, next(keys))
     for path, layer in sorted(layers.items()):
@@ -133,13 +140,18 @@ def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[st
         shape = (dims, settings.rank)
         weights[f"{path}.lora_a"] = mx.random.uniform(-bound, bound, shape, key=next(keys))
         weights[f"{path}.lora_b"] = mx.zeros((settings.rank, out_dims))
+    if model.parts.per_layer is not None:
+        table = module_at(model.base, model.parts.per_layer)
+        size = table.weight.shape[0]
+        weights[MASK_PER_LAYER_EMBEDDINGS] = _mask_embeddings(table, size, count, next(keys))
     return config, weights
 
 
-def _mask_embeddings(model: MTPModel, count: int, key: mx.array) -> mx.array:
-    """Rows near the mean of a sample of the token embeddings, ``[k, D]``."""
-    sample = model.embed(mx.arange(0, model.vocab_size, max(1, model.vocab_size // 4096)))
-    sample = sample.astype(mx.float32)
+def _mask_embeddings(
+    embed: Callable[[mx.array], mx.array], size: int, count: int, key: mx.array
+) -> mx.array:
+    """Rows near the mean of a sample of a table of ``size`` embeddings, ``[k, D]``."""
+    sample = embed(mx.arange(0, size, max(1, size // 4096))).astype(mx.float32)
     noise = mx.random.normal((count, sample.shape[-1]), key=key)
     return sample.mean(axis=0) + _MASK_NOISE * mx.std(sample, axis=0) * noise
 
@@ -162,9 +174,12 @@ def _continued(
 ) -> tuple[MTPConfig, dict[str, mx.array]]:
     config, weights = read_adapter(start)
     check_base(model.base, config, adapter=str(start), name=model.name)
-    masks = weights[MASK_EMBEDDINGS][: settings.num_draft_tokens]
-    missing = settings.num_draft_tokens - masks.shape[0]
-    if missing > 0:
-        masks = mx.concatenate([masks, mx.repeat(masks[-1:], missing, axis=0)])
-    weights[MASK_EMBEDDINGS] = masks
-    return dataclasses.replace(config, num_draft_tokens=masks.shape[0]), weights
+    count = settings.num_draft_tokens
+    for name in (MASK_EMBEDDINGS, MASK_PER_LAYER_EMBEDDINGS):
+        if name in weights:
+            masks = weights[name][:count]
+            missing = count - masks.shape[0]
+            if missing > 0:
+                masks = mx.concatenate([masks, mx.repeat(masks[-1:], missing, axis=0)])
+            weights[name] = masks
+    return dataclasses.replace(config, num_draft_tokens=count), weights
