@@ -231,6 +231,7 @@ class StepScope:
     def __init__(self) -> None:
         self.layout: RowLayout | None = None
         self.gated = True
+        self.adapts_experts = False  # whether the experts in progress have mask rows (``experts``)
 
     @property
     def has_masks(self) -> bool:

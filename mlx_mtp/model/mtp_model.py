@@ -29,6 +29,7 @@ from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
 from mlx_mtp.model.chunks import wrap_chunks
 from mlx_mtp.model.config import MTPConfig
+from mlx_mtp.model.experts import GatedLoRASwitchLinear, is_switch, wrap_gated_experts
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
 from mlx_mtp.model.layout import RowLayout, StepScope, quadratic_layout
 from mlx_mtp.model.lora import GatedLoRALinear
@@ -318,8 +319,9 @@ class MTPModel(nn.Module):
             lora_b = weights.pop(f"{path}.lora_b", None)
             if path not in modules or lora_a is None or lora_b is None:
                 raise ValueError(f"the adapter's tensors for {path!r} do not fit {self.name}")
+            kind: Any = GatedLoRASwitchLinear if is_switch(modules[path]) else GatedLoRALinear
             try:
-                wrapped[path] = GatedLoRALinear.from_base(
+                wrapped[path] = kind.from_base(
                     modules[path],
                     lora_a=lora_a,
                     lora_b=lora_b,
@@ -339,6 +341,8 @@ class MTPModel(nn.Module):
                 f"{', '.join(config.target_modules)}"
             )
         replace(self.base, wrapped)
+        switches = [path for path in paths if isinstance(wrapped[path], GatedLoRASwitchLinear)]
+        wrap_gated_experts(self.base, switches, self._scope)
 
     def _check_caches(self) -> None:
         """Refuse a model whose forward fails, or leaves a cache empty, before any work."""

@@ -8,6 +8,7 @@ embeddings.
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
@@ -18,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_mtp.loading import check_base, read_adapter
 from mlx_mtp.model.config import MTPConfig, read_config
+from mlx_mtp.model.experts import GatedLoRASwitchLinear, is_switch, switch_dims
 from mlx_mtp.model.lora import GatedLoRALinear, linear_dims
 from mlx_mtp.model.mtp_model import (
     MASK_EMBEDDINGS,
@@ -30,9 +32,13 @@ from mlx_mtp.model.parts import PER_LAYER_TABLE, module_at
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import MaskEmbedding
 from mlx_mtp.train.run.checkpoint import PARAMETERS, read_state, under
-from mlx_mtp.train.settings import TrainSettings
+from mlx_mtp.train.settings import PROJECTIONS, TrainSettings
 
 _BASE_PREFIX = "base."
+_ROUTERS = ("gate", "router", "shared_expert_gate")  # names of layers that choose experts
+_SMALLEST = 16  # width of a layer worth an adapter; smaller ones are gates and coefficients
+_FEED_FORWARD = re.compile(r"mlp|moe|ffn|feed_forward|ff_|expert|\.fc\d")
+_LONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")  # of a list of experts, as dbrx has
 _MASK_NOISE = 0.5  # times the standard deviation of the token embeddings
 
 
@@ -56,7 +62,7 @@ def new_adapter(model: MTPModel, settings: TrainSettings, *, start: Path | None 
     adapted = MTPModel(model.base, name=model.name, config=config, weights=weights)
     adapted.freeze()
     for module in adapted.modules():
-        if isinstance(module, GatedLoRALinear):
+        if isinstance(module, GatedLoRALinear | GatedLoRASwitchLinear):
             module.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
         elif isinstance(module, MaskEmbedding):
             module.unfreeze(keys=[MASK_EMBEDDINGS], recurse=False)
@@ -105,21 +111,17 @@ def read_state_adapter(state: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
 
 
 def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[str, mx.array]]:
-    layers = {
-        path: module
-        for path, module in model.base.named_modules()
-        if isinstance(module, nn.Linear | nn.QuantizedLinear)
-        and path.rpartition(".")[-1] in settings.target_modules
-    }
+    layers = target_layers(model.base, settings)
     if not layers:
         names = ", ".join(settings.target_modules)
         raise ValueError(f"{model.name} has no linear layer named {names}")
     present = {path.rpartition(".")[-1] for path in layers}
+    names = [name for name in settings.target_modules if name in present]
     config = MTPConfig(
         num_draft_tokens=settings.num_draft_tokens,
         rank=settings.rank,
         scale=settings.scale,
-        target_modules=tuple(name for name in settings.target_modules if name in present),
+        target_modules=(*names, *sorted(present - set(names))),
         sampler="mlp" if settings.sampler else None,
         base_model=model.name,
         base_model_type=model.base.model_type,
@@ -135,16 +137,51 @@ def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[st
     if settings.sampler:
         weights |= _sampler_weights(model.hidden_size, next(keys))
     for path, layer in sorted(layers.items()):
-        dims, out_dims = linear_dims(layer)
+        *experts, dims, out_dims = switch_dims(layer) if is_switch(layer) else linear_dims(layer)
         bound = dims**-0.5
-        shape = (dims, settings.rank)
+        shape = (*experts, dims, settings.rank)
         weights[f"{path}.lora_a"] = mx.random.uniform(-bound, bound, shape, key=next(keys))
-        weights[f"{path}.lora_b"] = mx.zeros((settings.rank, out_dims))
+        weights[f"{path}.lora_b"] = mx.zeros((*experts, settings.rank, out_dims))
     if model.parts.per_layer is not None:
         table = module_at(model.base, model.parts.per_layer)
         size = table.weight.shape[0]
         weights[MASK_PER_LAYER_EMBEDDINGS] = _mask_embeddings(table, size, count, next(keys))
     return config, weights
+
+
+def target_layers(base: nn.Module, settings: TrainSettings) -> dict[str, nn.Module]:
+    """Find the layers of a model to adapt, by path.
+
+    With the default names these are all linear layers of the model's layers but routers and
+    gates; other names are taken as they are.
+    """
+    layers = {}
+    for path, module in base.named_modules():
+        leaf = path.rpartition(".")[-1]
+        is_expert = is_switch(module)
+        if not (is_expert or isinstance(module, nn.Linear | nn.QuantizedLinear)):
+            continue
+        if leaf not in settings.target_modules and not (
+            settings.target_modules == PROJECTIONS and _is_projection(path, module)
+        ):
+            continue
+        if is_expert and settings.adapt != "all":
+            continue
+        if not is_expert and _LONE_EXPERT.search(path):  # it gets rows without their places
+            continue
+        if settings.adapt == "attention" and _FEED_FORWARD.search(path):
+            continue
+        layers[path] = module
+    return layers
+
+
+def _is_projection(path: str, module: nn.Module) -> bool:
+    """Whether a linear layer is a wide one of a layer of the model, and chooses no experts."""
+    *owners, leaf = path.split(".")
+    in_layer = any(name.isdigit() for name in owners)
+    chooses = leaf in _ROUTERS or "router" in owners
+    dims = switch_dims(module)[1:] if is_switch(module) else linear_dims(module)
+    return in_layer and not chooses and min(dims) >= _SMALLEST
 
 
 def _mask_embeddings(
