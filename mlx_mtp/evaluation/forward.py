@@ -16,6 +16,7 @@ from mlx_lm.models.cache import ChunkedKVCache, KVCache, make_prompt_cache
 
 from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.model.caches.layers import ForwardLayerCache
+from mlx_mtp.model.layout import RowLayout
 from mlx_mtp.model.mtp_model import MTPModel
 
 
@@ -39,6 +40,9 @@ class FixedCaches:
     """The caches of a forward over one sequence, one per layer."""
 
     layers: Sequence[ForwardLayerCache]
+
+    def begin_forward(self, num_rows: int, layout: RowLayout | None) -> None:
+        """Do nothing: the caches know the rows."""
 
 
 class FixedLayerCache:

@@ -33,6 +33,7 @@ class MaskRows:
     masks_per_block: int | tuple[int, ...]
 
     is_contiguous = False
+    is_prompt_chunk = False
 
     @property
     def gate_split(self) -> int:

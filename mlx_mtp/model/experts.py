@@ -69,9 +69,7 @@ class GatedLoRASwitchLinear(nn.Module):
             )
         return cls(linear, lora_a=lora_a, lora_b=lora_b, scale=scale, scope=scope)
 
-    def __call__(
-        self, x: mx.array, indices: mx.array, sorted_indices: bool = False
-    ) -> mx.array:
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
         """Map rows ``[..., 1, in]`` to ``[..., 1, out]`` by the experts at ``indices``."""
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         if not self.scope.adapts_experts:

@@ -45,6 +45,11 @@ def is_fingerprint_of(base: Any, value: Any) -> bool:
     return value == _hash_of_norms(text_model(base)).hexdigest() or value == fingerprint(base)
 
 
+def model_args(base: Any) -> Any:
+    """Return the settings of an mlx-lm model, which most classes call ``args``, some ``config``."""
+    return getattr(base, "args", None) or getattr(base, "config", None)
+
+
 def _hash_of_norms(base: Any) -> Any:
     digest = hashlib.sha256(base.model_type.encode())
     for name, value in sorted(cast(list[tuple[str, mx.array]], tree_flatten(base.parameters()))):
@@ -57,7 +62,7 @@ def _hash_of_norms(base: Any) -> Any:
 
 def _settings(base: Any) -> dict[str, Any]:
     """Return the settings that differ from neutral ones, so that new keys change no fingerprint."""
-    args = vars(base.args)
+    args = vars(model_args(base))
     found = {key: args.get(key) for key in _SETTINGS}
     parameters = args.get("rope_scaling") or args.get("rope_parameters") or {}
     kind = parameters.get("type") or parameters.get("rope_type") or "default"

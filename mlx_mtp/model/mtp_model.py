@@ -21,18 +21,21 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models import cache as lm_cache
 from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_mtp.model.attention import AttentionSeam, attention_blocks
+from mlx_mtp.model.attention import AttentionSeam, attention_blocks, wrap_latent_attention
 from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
 from mlx_mtp.model.chunks import wrap_chunks
 from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.experts import GatedLoRASwitchLinear, is_switch, wrap_gated_experts
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
-from mlx_mtp.model.layout import RowLayout, StepScope, quadratic_layout
+from mlx_mtp.model.fingerprint import model_args
+from mlx_mtp.model.layout import RowLayout, StepLayout, StepScope, quadratic_layout
 from mlx_mtp.model.lora import GatedLoRALinear
+from mlx_mtp.model.mixers import wrap_mixers
+from mlx_mtp.model.one_row import wrap_experts
 from mlx_mtp.model.parts import (
     embedding_dims,
     find_parts,
@@ -93,13 +96,18 @@ class MTPModel(nn.Module):
         self._scope = StepScope()
         self.parts = find_parts(base)
         self._embedding = module_at(base, self.parts.embedding)
+        backbone = module_at(base, self.parts.backbone)
+        self._takes_mask = _requires(inspect.signature(type(backbone).__call__), "mask")
+        wrap_experts(base, self._scope)
+        self._has_forms = wrap_latent_attention(base, self._scope)
+        self.is_recurrent = bool(self.make_cache().recurrent_layers)
+        if self.is_recurrent:
+            self._wrap_mixers()
         if config is not None:
             assert weights is not None
             self._attach(config, weights)
-        backbone = module_at(base, self.parts.backbone)
-        call = inspect.signature(type(backbone).__call__)
-        self._takes_mask = _requires(call, "mask")
-        self._head = with_module(base, self.parts.backbone, HiddenStates(backbone))
+        self._hidden_states = HiddenStates(module_at(base, self.parts.backbone))
+        self._head = with_module(base, self.parts.backbone, self._hidden_states)
         self._check_caches()
         if config is not None:
             self._probe()
@@ -135,7 +143,7 @@ class MTPModel(nn.Module):
         """Maximum number of positions, or None if the model's configuration has no such limit."""
         if self.parts.positions:
             return module_at(self.base, self.parts.positions[0]).weight.shape[0]
-        return getattr(self.base.args, "max_position_embeddings", None)
+        return getattr(model_args(self.base), "max_position_embeddings", None)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -145,8 +153,10 @@ class MTPModel(nn.Module):
     def make_cache(self, **options: Any) -> MTPCache:
         """Make fresh caches; see ``caches.make.make_cache`` for the options and errors."""
         cache = kv_cache.make_cache(self.base, scope=self._scope, **options)
+        cache.last_id_alone = self._has_forms
         if cache.kv_bits is not None:
-            size = self._sample_cache().layers[0].inner.keys.shape[-1]
+            attention = self._sample_cache().attention_layers
+            size = attention[0].inner.keys.shape[-1] if attention else 0
             if size % cache.kv_group_size:
                 raise ValueError(
                     f"kv_group_size {cache.kv_group_size} does not divide the head size {size}"
@@ -169,6 +179,7 @@ class MTPModel(nn.Module):
     def _sample_cache(self) -> MTPCache:
         """Make caches of one row, never evaluated, for their shapes and types."""
         sample = kv_cache.make_cache(self.base, scope=self._scope)
+        sample.last_id_alone = self._has_forms
         self(mx.array([[0]]), cache=sample)
         return sample
 
@@ -191,6 +202,7 @@ class MTPModel(nn.Module):
         """
         backbone = self._backbone
         self._scope.layout = layout
+        cache.begin_forward(ids.shape[1], layout)
         try:
             if not self._takes_mask:
                 return backbone(ids, cache=cache.layers)
@@ -209,7 +221,7 @@ class MTPModel(nn.Module):
         """Turn hidden states ``[B, L, D]`` into logits ``[B, L, V]`` by the base model's head."""
         if self.parts.inner_head is not None:
             return self._backbone.logits(hidden)
-        return self._head(hidden)
+        return self._hidden_states.head(self._head, hidden)
 
     def embed(self, ids: mx.array) -> mx.array:
         """Look up token embeddings, ``[...]`` to ``[..., D]``."""
@@ -269,13 +281,28 @@ class MTPModel(nn.Module):
             embeddings[path] = MaskEmbedding(embedding, masks, scope=self._scope)
         self._attach_sampler(config, cast, dims)
         self._wrap_linears(config, cast)
-        if not self.wrap_ropes():
+        if not (self.wrap_ropes() or self.is_recurrent):
             raise ValueError(
                 f"{self.name} ({self.base.model_type}) cannot take mask rows: it has no embedding "
                 "of positions that could give each row its own"
             )
         wrap_chunks(self.base, self._scope)
         replace(self.base, embeddings)
+
+    def _wrap_mixers(self) -> None:
+        """Let recurrent layers ask their caches, and check that they do."""
+
+        def forward(layout: StepLayout) -> MTPCache:
+            cache = self.make_cache()
+            self(mx.zeros((1, layout.num_rows), mx.int32), cache=cache, layout=layout)
+            return cache
+
+        try:
+            wrap_mixers(self.base, forward, scope=self._scope)
+        except (TypeError, ValueError, AttributeError, IndexError) as failure:
+            raise ValueError(
+                f"{self.name} ({self.base.model_type}) cannot be used: {_first_line(failure)}"
+            ) from None
 
     def wrap_attention(self) -> bool:
         """Let batches attend answer by answer; seams that exist keep their function.
@@ -351,23 +378,25 @@ class MTPModel(nn.Module):
             layers = self._sample_cache().layers
         except _FAILURES as failure:
             raise ValueError(f"{prefix}: {_first_line(failure)}") from None
-        unused = [index for index, layer in enumerate(layers) if layer.inner.empty()]
+        inners = [getattr(layer, "inner", None) for layer in layers]  # none if it is recurrent
+        unused = [i for i, inner in enumerate(inners) if inner is not None and inner.empty()]
         if unused:
             raise ValueError(f"{prefix}: layer {unused[0]} does not use its cache")
 
     def _probe(self) -> None:
         """Run one tiny step, so that a model with other seams is refused early.
 
-        Its ordinary rows must agree with the model's own forward.  Where the seams work, the two
-        differ by rounding only, so a coarse bound is enough.
+        Its ordinary rows must agree with the model's own forwards, one row at a time.  Where the
+        seams work, the two differ by rounding only, so a coarse bound is enough.
         """
         layout = quadratic_layout(num_pending=1, num_draft_tokens=1, num_masks=1)
         ids = mx.array([[1, 2, *layout.mask_offsets.tolist()]])
         try:
             hidden = self(ids, cache=self.make_cache(), layout=layout)
             stepped = self.logits(hidden[:, : layout.gate_split]).astype(mx.float32)
-            stock = lm_cache.make_prompt_cache(self.base)  # shared ones change what layers do
-            plain = self.base(ids[:, : layout.gate_split], cache=stock).astype(mx.float32)
+            alone = make_prompt_cache(self.base)
+            rows = [self.base(ids[:, i : i + 1], cache=alone) for i in range(layout.gate_split)]
+            plain = mx.concatenate(rows, axis=1).astype(mx.float32)
             error = mx.abs(stepped - plain).max() / (mx.abs(plain).max() + 1e-6)
             agrees = bool((error < 0.05).item())
         except _FAILURES as failure:

@@ -114,7 +114,7 @@ def wrap_positions(base: Any, tables: Sequence[str], scope: StepScope) -> bool:
     Returns:
         Whether the model knows positions.
     """
-    modules = {path: StepRope for path in _ropes(base)} | dict.fromkeys(tables, StepPositions)
+    modules = dict.fromkeys(_ropes(base), StepRope) | dict.fromkeys(tables, StepPositions)
     wrapped: dict[str, Any] = {}
     for path, kind in modules.items():
         module = module_at(base, path)

@@ -98,11 +98,20 @@ def own_call(module: nn.Module) -> Any:
 
 
 class HiddenStates(Wrapper):
-    """A backbone that returns the hidden states ``[B, L, D]`` it is called with."""
+    """A backbone that returns given hidden states, so that a model computes its head alone."""
+
+    def head(self, model: Any, hidden: mx.array) -> mx.array:
+        """Turn hidden states ``[B, L, D]`` into logits by calling a model with this backbone."""
+        object.__setattr__(self, "_hidden", hidden)
+        try:
+            return model(mx.zeros(hidden.shape[:2], mx.int32))
+        finally:
+            object.__setattr__(self, "_hidden", None)
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
-        """Return the first argument; some models name their arguments."""
-        return args[0] if args else next(iter(kwargs.values()))
+        """Return the hidden states."""
+        del args, kwargs
+        return self._hidden
 
 
 class WithoutHead(Wrapper):
@@ -181,6 +190,20 @@ class MaskEmbedding(nn.Module):
     def as_linear(self, x: mx.array) -> mx.array:
         """Use the embedding table as the unembedding, ``[..., D]`` to ``[..., V]``."""
         return self.embedding.as_linear(x)
+
+
+class StepConv(nn.Module):
+    """The short convolution of a recurrent layer, whose rows the layer's cache puts in order."""
+
+    def __init__(self, conv: Any, *, scope: StepScope):
+        super().__init__()
+        self.conv = conv
+        self._scope = scope
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Convolve ``[B, K - 1 + L, C]``, the last inputs and the rows, to ``[B, L, C]``."""
+        mixer = self._scope.mixer
+        return self.conv(x) if mixer is None else mixer.convolve(self.conv, x)
 
 
 class LimitedRope(nn.Module):

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models import cache as lm_cache
 
-from mlx_mtp.model.layout import StepLayout, StepScope
+from mlx_mtp.model.layout import RowLayout, StepScope
 
 WINDOW_SLACK = 256
 
@@ -72,15 +72,19 @@ class LayerCache:
         self, num_rows: int, *, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
         """Attention mask ``[L, S + L]`` of the step in progress, in the form mlx-lm expects."""
-        if not self.scope.has_masks:
+        layout = self.scope.step
+        if layout is None:
             return self.inner.make_mask(
                 num_rows, return_array=return_array, window_size=window_size
             )
-        layout = self.scope.layout
-        assert isinstance(layout, StepLayout) and layout.num_rows == num_rows
+        assert layout.num_rows == num_rows
         if window_size is not None:
             return self._window_mask(mx.arange(self.offset), num_rows, window_size, keep=0)
         return mx.pad(layout.attention, [(0, 0), (self.offset, 0)], constant_values=True)
+
+    def begin_forward(self, num_rows: int, layout: RowLayout | None) -> None:
+        """Begin a forward of some rows, which are in the model's step scope."""
+        del num_rows, layout
 
     def rewind(self, num_rows: int) -> None:
         """Drop the last rows."""
@@ -141,11 +145,10 @@ class LayerCache:
         near: Callable[[mx.array, mx.array], mx.array],
     ) -> mx.array:
         """The same, given which positions ``[1, S + L]`` rows at positions ``[L, 1]`` may see."""
-        layout = self.scope.layout if self.scope.has_masks else None
+        layout = self.scope.step
         if layout is None:
             places, sees = mx.arange(num_rows), mx.tri(num_rows, dtype=mx.bool_)
         else:
-            assert isinstance(layout, StepLayout)
             places, sees = layout.positions, layout.attention
         rows = self.offset + places
         positions = mx.concatenate([stored, rows])
@@ -204,11 +207,7 @@ class WindowLayerCache(LayerCache):
         stored = mx.where(stored < self.keep, stored, stored + self.dropped)
         mask = self._window_mask(stored, num_rows, self.window, keep=self.keep)
         layout = self.scope.layout
-        if (
-            self.keep
-            and isinstance(layout, StepLayout)
-            and layout.num_rows == layout.num_pending > 1
-        ):
+        if self.keep and layout is not None and layout.is_prompt_chunk:
             mask = self._chunk_mask(stored, num_rows)
         if window_size is not None and window_size < self.window + self.keep:
             mask &= self._window_mask(stored, num_rows, window_size, keep=0)
