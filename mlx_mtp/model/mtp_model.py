@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_mtp.model.attention import AttentionSeam, attention_blocks, wrap_latent_attention
+from mlx_mtp.model.attention import AttentionSeam, attention_blocks, wrap_verify_attention
 from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
 from mlx_mtp.model.chunks import wrap_chunks
@@ -44,6 +44,7 @@ from mlx_mtp.model.parts import (
     with_module,
 )
 from mlx_mtp.model.positions import wrap_positions
+from mlx_mtp.model.recurrence import has_chunks
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import (
     HiddenStates,
@@ -100,10 +101,12 @@ class MTPModel(nn.Module):
         backbone = module_at(base, self.parts.backbone)
         self._takes_mask = _requires(inspect.signature(type(backbone).__call__), "mask")
         wrap_experts(base, self._scope)
-        self._has_forms = wrap_latent_attention(base, self._scope)
+        self._is_latent = wrap_verify_attention(base, self._scope)
+        self._has_forms = self._is_latent  # one for one row and another for several
         self.is_recurrent = bool(self.make_cache().recurrent_layers)
         if self.is_recurrent:
             self._wrap_mixers()
+            self._has_forms |= has_chunks(base)
         if config is not None:
             assert weights is not None
             self._attach(config, weights)
@@ -155,6 +158,8 @@ class MTPModel(nn.Module):
         """Make fresh caches; see ``caches.make.make_cache`` for the options and errors."""
         cache = kv_cache.make_cache(self.base, scope=self._scope, **options)
         cache.last_id_alone = self._has_forms
+        if cache.kv_bits is not None and self._is_latent:
+            raise ValueError(f"kv_bits cannot be used with {self.name}: it caches latent vectors")
         if cache.kv_bits is not None:
             attention = self._sample_cache().attention_layers
             size = attention[0].inner.keys.shape[-1] if attention else 0
@@ -387,9 +392,9 @@ class MTPModel(nn.Module):
     def _probe(self) -> None:
         """Run a tiny step, so that a model with other seams is refused early.
 
-        Its ordinary rows must agree with the model's own forwards, one row at a time.  Its mask row,
-        which follows the first of them, must agree with a forward of that row alone after the step
-        has been rewound.  Where the seams work, both differ by rounding only, so a coarse bound is
+        Its ordinary rows must agree with the model's own forwards of one row.  Its mask row, which
+        follows the first of them, must agree with a forward of that row alone after the step has
+        been rewound.  Where the seams work, both differ by rounding only, so a coarse bound is
         enough.
         """
         layout, cache = StepLayout(1, 1, (1, 0)), self.make_cache()
