@@ -253,6 +253,7 @@ class MaskRun:
 
     gate_split = 0
     is_contiguous = True
+    is_prompt_chunk = False
 
     def positions_from(self, offset: Any) -> mx.array:
         """Position of each row after ``offset`` cached ones, int32 ``[num_masks]``."""
@@ -312,6 +313,7 @@ class StepScope:
     def __init__(self) -> None:
         self.layout: RowLayout | None = None
         self.gated = True
+        self.adapts_experts = False  # whether the experts in progress have mask rows (``experts``)
         self.mixer: MixerCall | None = None
 
     @property
