@@ -29,7 +29,7 @@ from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
 from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
 from mlx_mtp.model.fingerprint import model_args
-from mlx_mtp.model.layout import RowLayout, StepLayout, StepScope, quadratic_layout
+from mlx_mtp.model.layout import MaskRun, RowLayout, StepLayout, StepScope
 from mlx_mtp.model.lora import GatedLoRALinear
 from mlx_mtp.model.mixers import wrap_mixers
 from mlx_mtp.model.one_row import wrap_experts
@@ -39,6 +39,7 @@ from mlx_mtp.model.wrappers import HiddenStates, MaskEmbedding, StepRope, replac
 
 MASK_EMBEDDINGS = "mask_embeddings"
 SAMPLER_PREFIX = "sampler_head."
+_MAX_ERROR = 0.05  # of the largest value; see ``MTPModel._probe``
 
 
 class MTPModel(nn.Module):
@@ -321,31 +322,38 @@ class MTPModel(nn.Module):
         replace(self.base, wrapped)
 
     def _probe(self) -> None:
-        """Run one tiny step, so that a model with other seams is refused early.
+        """Run a tiny step, so that a model with other seams is refused early.
 
-        Its ordinary rows must agree with the model's own forwards, one row at a time.  Where the
-        seams work, the two differ by rounding only, so a coarse bound is enough.
+        Its ordinary rows must agree with the model's own forwards, one row at a time.  Its mask
+        row, which follows the first of them, must agree with a forward of that row alone after the
+        step has been rewound.
+        Where the seams work, both differ by rounding only, so a coarse bound is enough.
         """
-        layout = quadratic_layout(num_pending=1, num_draft_tokens=1, num_masks=1)
-        ids = mx.array([[1, 2, *layout.mask_offsets.tolist()]])
+        layout, cache = StepLayout(1, 1, (1, 0)), self.make_cache()
         try:
-            hidden = self(ids, cache=self.make_cache(), layout=layout)
-            stepped = self.logits(hidden[:, : layout.gate_split]).astype(mx.float32)
-            alone = make_prompt_cache(self.base)
-            rows = [self.base(ids[:, i : i + 1], cache=alone) for i in range(layout.gate_split)]
-            plain = mx.concatenate(rows, axis=1).astype(mx.float32)
-            error = mx.abs(stepped - plain).max() / (mx.abs(plain).max() + 1e-6)
-            agrees = bool((error < 0.05).item())
+            hidden = self(mx.array([[1, 2, 0]]), cache=cache, layout=layout)
+            cache.rewind(2)
+            alone = self(mx.array([[0]]), cache=cache, layout=MaskRun(1))
+            single, stepped = make_prompt_cache(self.base), self.logits(hidden[:, :2])
+            plain = [self.base(mx.array([[token]]), cache=single) for token in (1, 2)]
+            plain = mx.concatenate(plain, axis=1)
+            errors: Any = [_relative_error(stepped, plain), _relative_error(hidden[:, 2:], alone)]
+            agrees: Any = (mx.stack(errors) < _MAX_ERROR).tolist()
         except (TypeError, ValueError, AttributeError, IndexError) as failure:
-            raise ValueError(
-                f"{self.name} ({self.base.model_type}) cannot take mask rows: "
-                f"{_first_line(failure)}"
-            ) from None
-        if not agrees:
-            raise ValueError(
-                f"{self.name} ({self.base.model_type}) cannot take mask rows: "
-                "its ordinary rows would change"
-            )
+            raise self._no_mask_rows(_first_line(failure)) from None
+        if not agrees[0]:
+            raise self._no_mask_rows("its ordinary rows would change")
+        if not agrees[1]:
+            raise self._no_mask_rows("they would see other rows than those before them")
+
+    def _no_mask_rows(self, reason: str) -> ValueError:
+        return ValueError(f"{self.name} ({self.base.model_type}) cannot take mask rows: {reason}")
+
+
+def _relative_error(values: mx.array, expected: mx.array) -> mx.array:
+    """Largest error relative to the largest value."""
+    values, expected = values.astype(mx.float32), expected.astype(mx.float32)
+    return mx.abs(values - expected).max() / (mx.abs(expected).max() + 1e-6)
 
 
 def _first_line(error: Exception) -> str:
