@@ -36,7 +36,12 @@ _PRODUCTS = ("embed_q", "unembed_out")
 
 
 def is_latent_attention(block: nn.Module) -> bool:
-    """Whether a module is multi-head latent attention with a form of its own for one row."""
+    """Whether a module is multi-head latent attention with a form of its own for one row.
+
+    With an indexer it has more such forms, which are not right for several rows.
+    """
+    if "indexer" in block:
+        return False
     products = [_unwrapped(block.get(name), OneRowProducts) for name in _PRODUCTS]
     return all(isinstance(each, MultiLinear | QuantizedMultiLinear) for each in products)
 
