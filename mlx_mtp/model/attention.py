@@ -24,7 +24,7 @@ from mlx_mtp.model.one_row import (
     part_ends,
     wrap_latent_products,
 )
-from mlx_mtp.model.wrappers import Wrapper, replace
+from mlx_mtp.model.wrappers import Wrapper, own_call, replace
 
 NAME = "scaled_dot_product_attention"
 
@@ -72,7 +72,7 @@ class AttentionSeam(Wrapper):
         scope: StepScope | None = None,
     ) -> None:
         super().__init__(block)
-        call: Any = type(block).__call__
+        call = own_call(block)
         self.attention, self.scope = attention, scope
         names = {**call.__globals__, NAME: _attend_with(attention, scope)}
         self._call = types.FunctionType(
@@ -152,7 +152,7 @@ def attention_blocks(base: nn.Module) -> dict[str, nn.Module]:
 def _has_seam(module: nn.Module) -> bool:
     if isinstance(module, AttentionSeam):
         return True
-    call: Any = type(module).__call__
+    call = own_call(module)
     return (
         isinstance(call, types.FunctionType)
         and NAME in call.__code__.co_names

@@ -313,6 +313,7 @@ class StepScope:
     def __init__(self) -> None:
         self.layout: RowLayout | None = None
         self.gated = True
+        self.adapts_experts = False  # whether the experts in progress have mask rows (``experts``)
         self.mixer: MixerCall | None = None
 
     @property

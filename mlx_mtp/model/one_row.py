@@ -102,8 +102,9 @@ class StepExperts(Wrapper):
         layout, rows = self._scope.layout, indices.ndim - 2
         if layout is None or layout.is_prompt_chunk or indices.size < SORTED_FROM:
             return self.wrapped(x, indices)
-        num_rows = layout.gate_split + layout.num_masks
-        if layout.gate_split == 0 or indices.shape[rows] != num_rows:
+        num_rows = indices.shape[rows]  # all, or without masks, which an adapter keeps apart
+        expected = (layout.gate_split, layout.gate_split + layout.num_masks)
+        if layout.gate_split == 0 or num_rows not in expected:
             return self.wrapped(x, indices)
         limit = max((SORTED_FROM - 1) // indices.shape[-1], 1)
         ends = [end for end in part_ends(layout, limit) if end < num_rows]

@@ -285,14 +285,6 @@ def inject_recurrence(base: nn.Module, step: StepRecurrence | None) -> None:
             module.step = step
 
 
-def has_chunks(base: nn.Module) -> bool:
-    """Whether a recurrence of a model takes several rows in another algebra than one row."""
-    mixers = [type(x.wrapped) for _, x in base.named_modules() if isinstance(x, RecurrenceSeam)]
-    methods = [method for mixer in mixers for _, method in _recurrent_methods(mixer)]
-    names = {name for method in methods for name in _recurrence_names(method)}
-    return not all(RECURRENCES[name].sequential for name in names)
-
-
 @contextmanager
 def differentiable(base: nn.Module) -> Iterator[None]:
     """Let mixers call functions that have a gradient; mlx-lm's kernels have none."""
@@ -305,6 +297,14 @@ def differentiable(base: nn.Module) -> Iterator[None]:
     finally:
         for seam, mode in zip(seams, before, strict=True):
             seam.train(mode)
+
+
+def has_chunks(base: nn.Module) -> bool:
+    """Whether a recurrence of a model takes several rows in another algebra than one row."""
+    mixers = [type(x.wrapped) for _, x in base.named_modules() if isinstance(x, RecurrenceSeam)]
+    methods = [method for mixer in mixers for _, method in _recurrent_methods(mixer)]
+    names = {name for method in methods for name in _recurrence_names(method)}
+    return not all(RECURRENCES[name].sequential for name in names)
 
 
 def _recurrent_methods(mixer: type) -> Iterator[tuple[str, types.FunctionType]]:
