@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ChunkedKVCache, KVCache, make_prompt_cache
+from mlx_lm.models.cache import CacheList, ChunkedKVCache, KVCache, make_prompt_cache
 
 from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.model.caches.layers import ForwardLayerCache
@@ -28,11 +29,13 @@ class OrdinaryRows:
         hidden: final hidden states ``[L, D]``.
         keys_and_values: of every layer with a cache of its own, both ``[1, H, L, Dh]``.
         chunks: number of positions of a chunk of each such layer, None if it has none.
+        sizes: number of caches of each layer that has several, None for other ones.
     """
 
     hidden: mx.array
     keys_and_values: Sequence[tuple[mx.array, mx.array]]
     chunks: Sequence[int | None]
+    sizes: Sequence[int | None]
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,16 @@ class FixedLayerCache:
 def ordinary_rows(model: MTPModel, ids: mx.array, *, gradient: bool = False) -> OrdinaryRows:
     """Run the base model over a sequence ``[L]``; ``gradient`` keeps that of keys and values."""
     stock = make_prompt_cache(model.base)
-    chunks = [cache.chunk_size if isinstance(cache, ChunkedKVCache) else None for cache in stock]
+    sizes = [len(cache.caches) if isinstance(cache, CacheList) else None for cache in stock]
+    parts = [part for cache in stock for part in getattr(cache, "caches", [cache])]
+    chunks = [part.chunk_size if isinstance(part, ChunkedKVCache) else None for part in parts]
     caches = [KVCache() if chunk is None else ChunkedKVCache(chunk) for chunk in chunks]
-    hidden = model(ids[None], cache=FixedCaches(caches))[0]
-    pairs: Any = [layer.keys_and_values() for layer in caches]
+    hidden = model(ids[None], cache=FixedCaches(_by_layer(caches, sizes)))[0]
+    pairs: Any = [cache.keys_and_values() for cache in caches]
     if not gradient:
         pairs = [(mx.stop_gradient(keys), mx.stop_gradient(values)) for keys, values in pairs]
     hidden = mx.stop_gradient(hidden)
-    return OrdinaryRows(hidden=hidden, keys_and_values=pairs, chunks=chunks)
+    return OrdinaryRows(hidden=hidden, keys_and_values=pairs, chunks=chunks, sizes=sizes)
 
 
 def mask_rows(model: MTPModel, ordinary: OrdinaryRows, rows: MaskRows) -> mx.array:
@@ -110,9 +115,15 @@ def mask_rows(model: MTPModel, ordinary: OrdinaryRows, rows: MaskRows) -> mx.arr
         Final hidden states ``[R, D]``, block by block.
     """
     seen = max(rows.anchors) + 1
-    layers = [
+    caches = [
         FixedLayerCache(keys[..., :seen, :], values[..., :seen, :], rows, chunk=chunk)
         for (keys, values), chunk in zip(ordinary.keys_and_values, ordinary.chunks, strict=True)
     ]
     ids = mx.array(rows.mask_offsets[None])
-    return model(ids, cache=FixedCaches(layers), layout=rows)[0]
+    return model(ids, cache=FixedCaches(_by_layer(caches, ordinary.sizes)), layout=rows)[0]
+
+
+def _by_layer(caches: Sequence[Any], sizes: Sequence[int | None]) -> list[Any]:
+    """Group caches by layer, where some layers have several."""
+    rest = iter(caches)
+    return [next(rest) if size is None else tuple(islice(rest, size)) for size in sizes]
