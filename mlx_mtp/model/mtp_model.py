@@ -406,9 +406,9 @@ class MTPModel(nn.Module):
             hidden = self(mx.array([[1, 2, 0]]), cache=cache, layout=layout)
             cache.rewind(2)
             alone = self(mx.array([[0]]), cache=cache, layout=MaskRun(1))
-            stock = make_prompt_cache(self.base)
-            rows = [self.base(mx.array([[token]]), cache=stock) for token in (1, 2)]
-            stepped, plain = self.logits(hidden[:, :2]), mx.concatenate(rows, axis=1)
+            own: Any = make_prompt_cache(self.base)
+            plain = [self.base(mx.array([[token]]), cache=own) for token in (1, 2)]
+            stepped, plain = self.logits(hidden[:, :2]), mx.concatenate(plain, axis=1)
             errors: Any = [_relative_error(stepped, plain), _relative_error(hidden[:, 2:], alone)]
             agrees: Any = (mx.stack(errors) < _MAX_ERROR).tolist()
         except _FAILURES as failure:
