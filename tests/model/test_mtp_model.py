@@ -20,7 +20,6 @@ from tests.helpers.tiny import (
     random_adapter,
     step_ids,
     tiny_base,
-    tiny_config,
     tiny_mtp,
 )
 
