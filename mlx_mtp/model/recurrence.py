@@ -16,13 +16,14 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.model.layout import StepLayout, StepScope
+from mlx_mtp.model.layout import MaskGroups, StepLayout, StepScope
 from mlx_mtp.model.wrappers import Wrapper
 
 Rows = Mapping[str, mx.array]
@@ -97,20 +98,38 @@ class RecurrenceCall:
     def cut(self, first: int, end: int) -> RecurrenceCall:
         """The same call for some rows only."""
         index = (slice(None),) * self.recurrence.axis + (slice(first, end),)
-        return replace(self, rows={key: value[index] for key, value in self.rows.items()})
+        return self.with_rows({key: value[index] for key, value in self.rows.items()})
 
-    def grouped(self, layout: StepLayout) -> RecurrenceCall:
-        """The same call for the mask groups of a step as a batch, ``[G, largest group, ...]``."""
+    def run_groups(self, layout: MaskGroups, states: mx.array) -> mx.array:
+        """Run the mask groups of a forward as a batch.
+
+        Args:
+            layout: the groups.
+            states: the state before each group, ``[G, ...]``.
+
+        Returns:
+            Outputs in the order of the mask rows.
+        """
+        axis = self.recurrence.axis
+        y, _ = self._grouped(layout).run(states)
+        return mx.moveaxis(layout.joined_groups(mx.moveaxis(y, axis, 1)), 1, axis)
+
+    def _grouped(self, layout: MaskGroups) -> RecurrenceCall:
+        """The same call for the mask groups as a batch, ``[G, largest group, ...]``."""
         axis = self.recurrence.axis
         groups = {}
         for key, value in self.rows.items():
             rows = mx.moveaxis(value, axis, 1)[0]  # [L, ...]
-            groups[key] = mx.moveaxis(mx.take(rows, layout.group_index, axis=0), 1, axis)
-        return replace(self, rows=groups)
+            groups[key] = mx.moveaxis(layout.take_groups(rows), 1, axis)
+        return self.with_rows(groups)
+
+    def with_rows(self, rows: Rows) -> RecurrenceCall:
+        """The same call for other rows."""
+        return replace(self, rows=rows)
 
     def copied(self) -> RecurrenceCall:
         """The same call with rows that keep no larger arrays alive."""
-        return replace(self, rows={key: mx.contiguous(value) for key, value in self.rows.items()})
+        return self.with_rows({key: mx.contiguous(value) for key, value in self.rows.items()})
 
     def run(self, state: mx.array | None) -> tuple[mx.array, mx.array]:
         """Call mlx-lm's function: outputs in the order of the rows, and the state after them."""
@@ -264,6 +283,20 @@ def inject_recurrence(base: nn.Module, step: StepRecurrence | None) -> None:
     for _, module in base.named_modules():
         if isinstance(module, RecurrenceSeam):
             module.step = step
+
+
+@contextmanager
+def differentiable(base: nn.Module) -> Iterator[None]:
+    """Let mixers call functions that have a gradient; mlx-lm's kernels have none."""
+    seams = [module for module in base.modules() if isinstance(module, RecurrenceSeam)]
+    before = [seam.training for seam in seams]
+    for seam in seams:
+        seam.train()
+    try:
+        yield
+    finally:
+        for seam, mode in zip(seams, before, strict=True):
+            seam.train(mode)
 
 
 def _recurrent_methods(mixer: type) -> Iterator[tuple[str, types.FunctionType]]:

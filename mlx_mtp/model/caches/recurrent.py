@@ -19,11 +19,11 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import cache as lm_cache
 
-from mlx_mtp.model.layout import RowLayout, StepLayout, plain_layout
+from mlx_mtp.model.layout import MaskRun, RowLayout, StepLayout, plain_layout
 from mlx_mtp.model.recurrence import RecurrenceCall, StepRecurrence
+from mlx_mtp.model.row_by_row import Outputs, Slots, TakeRows, stacked
 
 State = mx.array | None
-Slots = list[State]
 MAX_CHECKPOINTS = 8  # of a cache; each keeps a state alive, which may take 100 MB in a large model
 
 
@@ -135,10 +135,38 @@ class RecurrentLayerCache:
         """Take note of a slot's value after any number of ordinary rows that may be kept."""
         self._captured[slot] = after
 
-    def store(self, slots: Slots) -> None:
-        """Store all slots, unless rows of the forward may be rejected."""
-        for slot, value in enumerate(slots):
-            self[slot] = value
+    def run_mixer(self, call: TakeRows) -> Outputs:
+        """Run a mixer that has no seam; see ``row_by_row.MixerCache``.
+
+        Pending rows are one call, each draft and all mask groups are calls of their own.
+        """
+        before, layout = self.slots(), self.layout
+        if layout is None:
+            y, slots = call(lambda x: x, before, None)
+            for slot, value in enumerate(slots):
+                self[slot] = value
+            return y
+        ends = range(layout.num_pending, layout.num_ordinary + 1)
+        ys, states, slots, first = [], [], before, 0
+        for end in ends:
+            y, slots = call(lambda x, first=first, end=end: x[:, first:end], slots, None)
+            ys.append(y)
+            states.append(slots)
+            first = end
+        if layout.num_masks:
+            starts = stacked([states[anchor] for anchor in layout.group_anchors])
+            masks = MaskRun(layout.group_index.shape[1])
+            y, _ = call(lambda x: layout.take_groups(x[0]), starts, masks)
+            ys.append([layout.joined_groups(group) for group in y])
+        for slot, value in enumerate(before):
+            if states[0][slot] is not value:  # rwkv's layers have two mixers, with own slots
+                self.capture(slot, lambda kept, slot=slot: states[kept - ends[0]][slot])
+        return [mx.concatenate(list(parts), axis=1) for parts in zip(*ys, strict=True)]
+
+    @property
+    def num_slots(self) -> int:
+        """Number of slots."""
+        return len(self._slots)
 
     def slots(self) -> Slots:
         """All slots as arrays."""
@@ -172,8 +200,7 @@ class RecurrentLayerCache:
         self._capture_rows(call, layout, slot, states)
         if layout.num_masks and not in_line:
             starts: Any = [states[anchor] for anchor in anchors]
-            y, _ = call.grouped(layout).run(mx.concatenate(starts))
-            ys.append(mx.moveaxis(layout.joined_groups(mx.moveaxis(y, axis, 1)), 1, axis))
+            ys.append(call.run_groups(layout, mx.concatenate(starts)))
         return mx.concatenate(ys, axis=axis) if len(ys) > 1 else ys[0]
 
     def _capture_rows(
