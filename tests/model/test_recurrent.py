@@ -75,7 +75,12 @@ def slots(cache: MTPCache) -> list[mx.array]:
 
 def largest_error(ours: list[mx.array], theirs: list[mx.array]) -> float:
     pairs = zip(ours, theirs, strict=True)
-    return max(float(mx.abs(a.astype(mx.float32) - b).max().item()) for a, b in pairs)
+    return max(largest(a.astype(mx.float32) - b) for a, b in pairs)
+
+
+def largest(x: mx.array) -> float:
+    value: Any = mx.abs(x).max().item()
+    return value
 
 
 @pytest.mark.parametrize("kind", HYBRIDS)
@@ -152,7 +157,7 @@ def test_random_steps_leave_the_state_of_a_fresh_prefill(kind: str, count: int, 
             cache = cache.copied()
         if number % 25 == 2:
             fresh = prefilled(model, text)
-            scale = max(float(mx.abs(x).max().item()) for x in slots(fresh))
+            scale = max(map(largest, slots(fresh)))
             assert largest_error(slots(cache), slots(fresh)) < 1e-4 * max(scale, 1.0)
     assert cache.offset == len(text)
 
@@ -213,8 +218,8 @@ def test_a_model_without_adapter_decodes_with_lookup(kind: str) -> None:
         ids = drafter[at : at + 4]
         ids[1 + wrong :] = [(token + 1) % 64 for token in ids[1 + wrong :]]
         logits = run_step(model, cache, StepLayout(1, 3, (0, 0, 0, 0)), ids)
-        found = logits.argmax(axis=-1).tolist()[: 1 + wrong]
-        assert found == drafter[at + 1 : at + 2 + wrong]
+        found: Any = logits.argmax(axis=-1).tolist()
+        assert found[: 1 + wrong] == drafter[at + 1 : at + 2 + wrong]
         cache.rewind(3 - wrong)
         at += 1 + wrong
 
