@@ -14,6 +14,7 @@ def prefilled(model: MTPModel, prompt: Sequence[int]) -> MTPCache:
     cache = model.make_cache()
     list(decode(model, prompt, max_tokens=1, layout="plain", cache=cache))
     cache.rewind(1)
+    cache.checkpoint()
     return cache
 
 
