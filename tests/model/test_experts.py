@@ -45,8 +45,8 @@ def test_greedy_ids_are_those_of_mlx_lm(family: str, mode: str | None) -> None:
     count = 12
     base = family_base(family, mode=mode, **OVERRIDES.get(family, {}))
     expected = [int(token) for token, _ in generate_step(mx.array(PROMPT), base, max_tokens=count)]
-    model = mtp(family, mode=mode, adapt="all")
-    drafted = ScriptedModel(model, mixed([*PROMPT, *expected], seed=1))
+    model: Any = mtp(family, mode=mode, adapt="all")
+    drafted: Any = ScriptedModel(model, mixed([*PROMPT, *expected], seed=1))
     runs: list[tuple[str, Any]] = [
         ("linear", drafted),
         ("quadratic", drafted),
