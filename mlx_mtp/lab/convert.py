@@ -26,7 +26,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_mtp.cli.options import option
-from mlx_mtp.converters.base.shards import write_shards
+from mlx_mtp.storage.shards import write_shards
 from mlx_mtp.lab.commands import command, machine_info
 
 MAX_RATIO = 1.5

@@ -1,4 +1,4 @@
-"""The header of a GGUF file, read strictly: no claim in it is believed before the file bears it out.
+"""The header of a GGUF file, read strictly: no claim in it is believed before it was checked.
 
 PyPI's ``gguf`` has a reader too, but it makes several arrays for every token of a vocabulary (a
 minute for 262,144 of them), and loops and allocates as a header's counts say.  Here every count is
