@@ -21,7 +21,7 @@ from mlx_mtp.storage.gguf.families import Description, Slot, describe
 from mlx_mtp.storage.gguf.file import GGUFFile, GGUFTensor
 from mlx_mtp.storage.gguf.quants import FLOATS, GROUP_SIZE, KEPT, dequantise, is_readable, pack
 from mlx_mtp.storage.gguf.source import Source
-from mlx_mtp.storage.gguf.tokenizer import write_tokenizer
+from mlx_mtp.storage.gguf.tokenizer import generation_ids, write_tokenizer
 from mlx_mtp.storage.safetensors import shown
 from mlx_mtp.storage.shards import MAX_SHARD_BYTES, Item, write_items
 
@@ -32,12 +32,6 @@ _DTYPES = {
     "bfloat16": ("BF16", Type.BF16),
 }
 _CHUNK_VALUES = 1 << 22
-# Texts of tokens that end an answer, as in llama.cpp, if the file marks them as control tokens.
-_ENDS = (
-    *("<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>", "<|endoftext|>", "<|eom_id|>"),
-    *("<EOT>", "_<EOT>", "<|end_of_text|>"),
-)
-_CONTROL = 3  # GGUF's type of tokens that are never parts of text
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +83,11 @@ def write_model(
     found = describe(source)
     floats = floats or float_type(file)
     check_types(file, found)
-    special = special_tokens(file)
-    write_tokenizer(file.metadata, folder)
+    special = _special_ids(file)
+    try:
+        write_tokenizer(file.metadata, folder)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
     items = [_item(file, name, slot, floats, keep) for name, slot in found.slots.items()]
     sizes = iter([file.tensors[name].num_bytes for name in found.slots])
     parameters = sum(math.prod(slot.shape) for slot in found.slots.values())
@@ -109,8 +106,8 @@ def write_model(
     }
     if keep and (settings := _quantisation(file, found)):
         config["quantization"] = settings
-    _dump(folder / "generation_config.json", special)
-    _dump(folder / "config.json", config)
+    text = json.dumps(config, indent=2, ensure_ascii=False)
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     return GGUFResult(
         model_type=config["model_type"],
         name=_text(file, "general.name"),
@@ -155,41 +152,18 @@ def check_types(file: GGUFFile, found: Description) -> None:
             raise ValueError(f"{info.path}: tensor {name} has type {info.type.name}, not read")
 
 
-def special_tokens(file: GGUFFile) -> dict[str, Any]:
-    """Return the ids of special tokens, as ``config.json`` has them.
-
-    As in llama.cpp an answer also ends at the ends of turns, messages and texts.
-
-    Raises:
-        ValueError: an id is no token's.
-    """
+def _special_ids(file: GGUFFile) -> dict[str, Any]:
+    """Return the ids of special tokens, as ``config.json`` has them."""
     tokens = file.metadata.get("tokenizer.ggml.tokens")
     if not isinstance(tokens, list):
         raise ValueError(f"{file.path} has no tokenizer.ggml.tokens")
-    table = file.tensors["token_embd.weight"].shape[0]
-    if len(tokens) != table:
-        raise ValueError(f"{file.path} has {len(tokens)} tokens, token_embd.weight {table} rows")
-    ids = {}
-    for name in ("bos", "eos", "eot", "eom", "padding"):
-        key = f"tokenizer.ggml.{name}_token_id"
-        value = file.metadata.get(key)
-        if value is None:
-            continue
-        if type(value) is not int or not 0 <= value < len(tokens):
-            raise ValueError(f"{file.path}: {key} is {shown(repr(value))}, not a token")
-        ids[name] = value
-    ends = [ids[name] for name in ("eos", "eot", "eom") if name in ids]
-    kinds = file.metadata.get("tokenizer.ggml.token_type")
-    if isinstance(kinds, np.ndarray) and len(kinds) == len(tokens):
-        control = np.flatnonzero(kinds == _CONTROL).tolist()
-        ends += [index for index in control if tokens[index] in _ENDS]
-    ends = list(dict.fromkeys(ends))
-    values = {
-        "bos_token_id": ids.get("bos"),
-        "eos_token_id": ends if len(ends) > 1 else next(iter(ends), None),
-        "pad_token_id": ids.get("padding"),
-    }
-    return {key: value for key, value in values.items() if value is not None}
+    rows = file.tensors["token_embd.weight"].shape[0]
+    if len(tokens) != rows:
+        raise ValueError(f"{file.path} has {len(tokens)} tokens, token_embd.weight {rows} rows")
+    try:
+        return generation_ids(file.metadata)
+    except ValueError as error:
+        raise ValueError(f"{file.path}: {error}") from None
 
 
 def _item(file: GGUFFile, name: str, slot: Slot, floats: str, keep: bool) -> Item:
@@ -288,7 +262,3 @@ def _architecture(model_type: str) -> str:
 def _text(file: GGUFFile, key: str) -> str | None:
     value = file.metadata.get(key)
     return shown(value) if isinstance(value, str) and value.strip() else None
-
-
-def _dump(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

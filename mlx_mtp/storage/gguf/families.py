@@ -411,15 +411,16 @@ def _gemma(model: Model, kind: str, usual: float) -> dict[str, Any]:
     model.mlp()
     model.rope()
     scale = source.number("attention.scale", usual**-0.5)
-    if scale <= 0:
-        raise source.refuse("attention.scale", scale, "not above 0")
+    scalar = round(scale**-2) if scale > 0 else 0
+    if not scalar or abs(scalar - scale**-2) > 1e-3:
+        raise source.refuse("attention.scale", scale, "not 1 / sqrt of a whole number")
     capping = source.number("final_logit_softcapping", 0.0)
     return {
         "model_type": kind,
         "head_dim": model.head_dim,
         "hidden_activation": "gelu_pytorch_tanh",
         "attention_bias": False,
-        "query_pre_attn_scalar": float(f"{scale**-2:.6g}"),
+        "query_pre_attn_scalar": scalar,
         "final_logit_softcapping": capping or None,
         "attn_logit_softcapping": None,
     }

@@ -137,17 +137,23 @@ def _llama3(source: Source, *, theta: float, head_dim: int, original: int) -> di
 def _candidates(
     found: np.ndarray, wavelengths: np.ndarray, *, factor: float, original: int
 ) -> Iterator[tuple[float, float]]:
-    """Yield low and high frequency factors to try: the usual ones, then a line through two."""
+    """Yield low and high frequency factors to try, those of published models first."""
     yield 1.0, 4.0
     between = np.flatnonzero((found > 1.0001) & (found < factor * 0.9999))
-    if factor > 1 and len(between) >= 2:
-        first, last = between[0], between[-1]
-        smooth = (1 / found - 1 / factor) / (1 - 1 / factor)
-        slope = (smooth[first] - smooth[last]) / (1 / wavelengths[first] - 1 / wavelengths[last])
-        width = original / slope
-        low = original / wavelengths[first] - smooth[first] * width
-        yield float(f"{low:.3g}"), float(f"{low + width:.3g}")
-        yield float(low), float(low + width)
+    if factor <= 1 or not len(between):
+        return
+    smooth = (1 / found - 1 / factor) / (1 - 1 / factor)
+    frequencies = original / wavelengths
+    first, last = between[0], between[-1]
+    low = frequencies[first] / (1 + 3 * smooth[first])
+    lines = [(low, 4 * low)]  # their usual ratio
+    if first != last:
+        width = (frequencies[first] - frequencies[last]) / (smooth[first] - smooth[last])
+        low = frequencies[first] - smooth[first] * width
+        lines.append((low, low + width))
+    for low, high in lines:
+        yield float(f"{low:.3g}"), float(f"{high:.3g}")
+        yield float(low), float(high)
 
 
 def _llama3_factors(
