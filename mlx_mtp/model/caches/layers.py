@@ -95,6 +95,11 @@ class LayerCache:
         """Number of stored rows that no later row can see."""
         return 0
 
+    @property
+    def drops_rows(self) -> bool:
+        """Whether ``begin_step`` will drop rows."""
+        return self.surplus >= WINDOW_SLACK
+
     def begin_step(self) -> None:
         """Drop rows that no later row can see."""
 
@@ -216,9 +221,9 @@ class WindowLayerCache(LayerCache):
 
     def begin_step(self) -> None:
         """Drop rows out of sight once there is a block of them."""
-        surplus = self.surplus
-        if surplus < WINDOW_SLACK:
+        if not self.drops_rows:
             return
+        surplus = self.surplus
         keys, values = (
             mx.concatenate([x[..., : self.keep, :], x[..., self.keep + surplus :, :]], axis=-2)
             for x in self.inner.keys_and_values()

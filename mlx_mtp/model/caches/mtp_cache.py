@@ -128,7 +128,7 @@ class MTPCache:
     @property
     def drops_rows(self) -> bool:
         """Whether ``begin_step`` will drop rows."""
-        return any(layer.surplus >= WINDOW_SLACK for layer in self.layers)
+        return any(layer.drops_rows for layer in self.layers)
 
     @property
     def rows_until_change(self) -> int | None:
