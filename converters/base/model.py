@@ -27,7 +27,7 @@ from mlx_mtp.converters.base.files import (
     resolve_base,
     stage,
 )
-from mlx_mtp.converters.base.shards import write_shards
+from mlx_mtp.storage.shards import MAX_SHARD_BYTES, write_shards
 from mlx_mtp.converters.tokenizer.write import write_tokenizer
 from mlx_mtp.model.base import open_base
 from mlx_mtp.storage.cards import read_licence
@@ -38,7 +38,6 @@ DTYPES = ("float16", "bfloat16", "float32")
 BITS = (1, 2, 3, 4, 5, 6, 8)  # of mx.quantize in its affine mode
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 64
-MAX_SHARD_BYTES = 5 << 30  # as mlx-lm
 
 
 @dataclass(frozen=True, kw_only=True)
