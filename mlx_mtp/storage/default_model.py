@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from mlx_mtp.storage.data_wheels import SMOLLM2, check_hash, gguf_path
 from mlx_mtp.storage.folders import new_folder
-from mlx_mtp.storage.gguf_tokenizer import build_tokenizer, build_tokenizer_config
+from mlx_mtp.storage.gguf.tokenizer import generation_ids, write_tokenizer
 from mlx_mtp.storage.paths import cache_dir
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ DEFAULT_MODEL_NAME = SMOLLM2.base_model
 _FOLDER = "SmolLM2-135M-Instruct-4bit"
 _ADAPTER = "smollm2-135m-mtp"
 _STAMP_FILE = "mlx_mtp_stamp.json"
-_WRITER_VERSION = 1  # raise it when the written folder changes, so that old copies are rewritten
+_WRITER_VERSION = 2  # raise it when the written folder changes, so that old copies are rewritten
 _GROUP_SIZE = 32
 _HEADS_OF_PERMUTED = {
     "self_attn.q_proj": "llama.attention.head_count",
@@ -142,9 +142,6 @@ def _write(gguf: Path, folder: Path) -> None:
     tensors, metadata = loaded
     texts = {
         "config.json": _dump(_model_config(metadata)),
-        "generation_config.json": _dump(_generation_config(metadata)),
-        "tokenizer_config.json": _dump(build_tokenizer_config(metadata)),
-        "tokenizer.json": build_tokenizer(metadata).to_str(),
         "README.md": _CARD,
     }
     try:
@@ -154,6 +151,7 @@ def _write(gguf: Path, folder: Path) -> None:
             )
             for name, text in texts.items():
                 (draft / name).write_text(text, encoding="utf-8")
+            write_tokenizer(metadata, draft)
             (draft / _STAMP_FILE).write_text(_dump(_stamp(draft)), encoding="utf-8")
     except FileExistsError:
         if not _is_complete(folder):  # otherwise another process wrote the same files meanwhile
@@ -229,23 +227,12 @@ def _model_config(metadata: dict[str, Any]) -> dict[str, Any]:
         "max_position_embeddings": number("context_length"),
         "vocab_size": number("vocab_size"),
         "tie_word_embeddings": True,
-        **_generation_config(metadata),
+        **generation_ids(metadata),
         "quantization": {
             "group_size": _GROUP_SIZE,
             "bits": 4,
             "model.embed_tokens": {"group_size": _GROUP_SIZE, "bits": 8},
         },
-    }
-
-
-def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the special ids; an answer ends at the end of a turn or of a document."""
-    tokens = metadata["tokenizer.ggml.tokens"]
-    end_of_turn = metadata["tokenizer.ggml.eos_token_id"].item()
-    return {
-        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"].item(),
-        "eos_token_id": [end_of_turn, tokens.index("<|endoftext|>")],
-        "pad_token_id": metadata["tokenizer.ggml.padding_token_id"].item(),
     }
 
 
