@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_mtp.storage.gguf import SUFFIX
+from mlx_mtp.storage.gguf.parts import gguf_files, is_gguf
 from mlx_mtp.storage.safetensors import check_safetensors, is_plain_name, read_json_object, shown
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -352,8 +354,12 @@ def _unknown(contents: Contents, name: str, *, kind: str) -> str:
         what = f"{name} is not {needed} folder ({lacks})"
     else:
         what = f"{kind} {name} is a file, not a folder"
-    if path.suffix == ".gguf":
-        return f"{what}: GGUF is not read, use the Hugging Face model that it was made from"
+    if is_gguf(path) and kind == "adapter":
+        return f"{what}: GGUF adapters are not read"
+    if path.suffix == SUFFIX:
+        return f"{what}: it does not begin like a GGUF file"
+    if kind == "model" and (files := gguf_files(path)):
+        return f"{what}: use --model {shlex.quote(str(files[0]))}"
     is_part = path.is_file() and path.suffix in TENSOR_SUFFIXES
     folder = look(path.parent) if is_part else Contents(path=path)
     is_whole = path.name == folder.weights or _MODEL_FILE.match(path.name)
