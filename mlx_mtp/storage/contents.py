@@ -75,7 +75,12 @@ class Contents:
     @property
     def is_readable(self) -> bool:
         """Whether ``load`` can read a model's weights without a conversion."""
-        return bool(self.weights and re.fullmatch(_READABLE, self.weights))
+        return bool(self.weights and re.fullmatch(_READABLE, self.weights)) or self.is_gguf
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether this is a GGUF file, which ``load`` converts into the cache."""
+        return self.kind == "model" and self.weights == self.path.name
 
 
 def look(path: Path) -> Contents:
@@ -208,6 +213,8 @@ def adapter_problem(
         source = _source(contents, name)
         command = _command(checkpoint=contents, name=source, base_model=model)
         return f"{name} is {_described(contents)}, not an adapter: convert it with {command}"
+    if contents.is_gguf:
+        return f"{name} is a GGUF file, not an adapter: adapters in GGUF are not read"
     if contents.kind == "model":
         inner = contents.adapter
         if inner is not None and inner.kind == "adapter":
@@ -238,6 +245,8 @@ def _of_folder(folder: Path) -> Contents:
 
 
 def _of_file(path: Path) -> Contents:
+    if is_gguf(path):
+        return Contents(path=path, kind="model", weights=path.name)
     if path.suffix not in TENSOR_SUFFIXES:
         return Contents(path=path)
     configs = {
@@ -354,8 +363,6 @@ def _unknown(contents: Contents, name: str, *, kind: str) -> str:
         what = f"{name} is not {needed} folder ({lacks})"
     else:
         what = f"{kind} {name} is a file, not a folder"
-    if is_gguf(path) and kind == "adapter":
-        return f"{what}: GGUF adapters are not read"
     if path.suffix == SUFFIX:
         return f"{what}: it does not begin like a GGUF file"
     if kind == "model" and (files := gguf_files(path)):

@@ -68,6 +68,7 @@ def write_gguf(
     choose: Choose | None = None,
     changed: Mapping[str, Any] | None = None,
     prepare: Callable[[GGUFWriter], None] | None = None,
+    squeeze: bool = False,
 ) -> Path:
     """Write a transformers folder as a GGUF file.
 
@@ -76,6 +77,7 @@ def write_gguf(
         path: the file.
         choose: type of each tensor by GGUF name and values; float32 by default.
         changed: keys of the architecture to write with other values; None leaves one out.
+        squeeze: write matrices of one row as vectors, as older converters did.
         prepare: called with the writer at the end, for more keys or tensors.
     """
     from transformers import AutoConfig
@@ -90,6 +92,7 @@ def write_gguf(
             add_key(writer, f"{arch}.{key}", value)
     add_vocabulary(writer, config.vocab_size)
     for name, value in tensors(folder, config, arch).items():
+        value = value[0] if squeeze and value.shape[0] == 1 else value
         kind = Type.F32 if choose is None or value.ndim == 1 else choose(name, value)
         add_tensor(writer, name, value, kind)
     if prepare is not None:
