@@ -7,13 +7,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_mtp.storage.gguf.card import write_card
-from mlx_mtp.storage.gguf.convert import write_model
-from mlx_mtp.storage.gguf.file import part_paths, read_gguf
+from mlx_mtp.storage.gguf import WRITER_VERSION
+from mlx_mtp.storage.gguf.parts import part_paths
 from mlx_mtp.storage.paths import cache_dir
 from mlx_mtp.storage.prepared import is_complete, prepare
 
-WRITER_VERSION = 1  # raise it when the written folder changes, so that old copies are rewritten
 _HEAD_BYTES = 1 << 20
 
 
@@ -41,6 +39,11 @@ def gguf_model_path(
     key = {"gguf": identity, "writer_version": WRITER_VERSION}
     if is_complete(folder, key):
         return folder
+    # Only a first use needs these, and PyPI's gguf takes a third of a second to import.
+    from mlx_mtp.storage.gguf.card import write_card
+    from mlx_mtp.storage.gguf.convert import write_model
+    from mlx_mtp.storage.gguf.file import read_gguf
+
     file = read_gguf(path)
     line = f"Converting {path.name} for MLX (once, in {folder})"
 

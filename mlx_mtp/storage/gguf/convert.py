@@ -17,7 +17,7 @@ import numpy as np
 from gguf import quants as reference
 from gguf.constants import GGMLQuantizationType as Type
 
-from mlx_mtp.storage.gguf.families import Description, Slot, describe
+from mlx_mtp.storage.gguf.families import CLASSES, Description, Slot, describe
 from mlx_mtp.storage.gguf.file import GGUFFile, GGUFTensor
 from mlx_mtp.storage.gguf.quants import FLOATS, GROUP_SIZE, KEPT, dequantise, is_readable, pack
 from mlx_mtp.storage.gguf.source import Source
@@ -99,13 +99,14 @@ def write_model(
         written=None if written is None else lambda _: written(next(sizes)),
     )
     config = {
-        "architectures": [_architecture(found.config["model_type"])],
+        "architectures": [CLASSES[found.config["model_type"]]],
         **found.config,
         **special,
-        "torch_dtype": floats,
     }
     if keep and (settings := _quantisation(file, found)):
         config["quantization"] = settings
+    else:
+        config["torch_dtype"] = floats
     text = json.dumps(config, indent=2, ensure_ascii=False)
     (folder / "config.json").write_text(text + "\n", encoding="utf-8")
     return GGUFResult(
@@ -250,13 +251,6 @@ def _quantisation(file: GGUFFile, found: Description) -> dict[str, Any]:
         if value != usual
     }
     return {"group_size": GROUP_SIZE, "bits": usual, **others}
-
-
-def _architecture(model_type: str) -> str:
-    """Return transformers' class for a model type."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
 
 
 def _text(file: GGUFFile, key: str) -> str | None:

@@ -525,6 +525,16 @@ def _check_usual_head_dim(model: Model) -> None:
         raise model.source.refuse("attention.key_length", model.head_dim, f"not {usual}")
 
 
+# transformers' classes by model type.
+CLASSES = {
+    kind: f"{name}ForCausalLM"
+    for kind, name in {
+        **{"llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "granite": "Granite"},
+        **{"qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"},
+        **{"gemma2": "Gemma2", "gemma3_text": "Gemma3", "phi3": "Phi3", "olmo2": "Olmo2"},
+        **{"smollm3": "SmolLM3", "starcoder2": "Starcoder2"},
+    }.items()
+}
 _BIASES = ("attn_q.bias", "ffn_gate.bias")
 FAMILIES: dict[str, Callable[[Model], None]] = {
     "llama": _llama,

@@ -10,7 +10,6 @@ place.  The tensors stay on disk, mapped into memory.
 from __future__ import annotations
 
 import math
-import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +19,10 @@ from typing import Any
 import numpy as np
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
+from mlx_mtp.storage.gguf import SUFFIX
+from mlx_mtp.storage.gguf.parts import is_part, part_paths
 from mlx_mtp.storage.safetensors import open_regular, shown
 
-SUFFIX = ".gguf"
 VERSIONS = (2, 3)
 MAX_KEYS = 65_536
 MAX_TENSORS = 250_000
@@ -34,7 +34,6 @@ _MAX_EXTENT = 2**31 - 1  # MLX keeps extents as 32-bit numbers
 _MAX_ALIGNMENT = 1 << 20
 _KEY_BYTES, _TENSOR_BYTES = 8 + 4 + 1, 8 + 4 + 8 + 4 + 8  # of the smallest entries
 
-_PART = re.compile(r"(.*-)(\d{5})-of-(\d{5})\.gguf")
 _SCALARS = {
     GGUFValueType.UINT8: "<u1",
     GGUFValueType.INT8: "<i1",
@@ -122,30 +121,10 @@ def read_gguf(path: Path) -> GGUFFile:
     count = first.metadata.get("split.count", 1)
     if count in (0, 1):
         return first
-    return _joined([_read_one(part) for part in _parts(path, count)])
-
-
-def is_gguf(path: Path) -> bool:
-    """Whether a file begins like a GGUF file."""
-    try:
-        with open_regular(path) as file:
-            return file.read(4) == b"GGUF"
-    except (OSError, ValueError):
-        return False
-
-
-def _parts(path: Path, count: Any) -> list[Path]:
-    """Name all parts of a split file."""
-    match = _PART.fullmatch(path.name)
-    if not isinstance(count, int) or match is None or int(match[3]) != count:
-        raise ValueError(
-            f"{path} is one part of {shown(count)}: its name must end in -00001-of-{count:0>5}.gguf"
-        )
-    parts = [path.with_name(f"{match[1]}{i:05d}-of-{match[3]}.gguf") for i in range(1, count + 1)]
-    for part in parts:
-        if not part.is_file():
-            raise ValueError(f"{path} is one part of {count}: {part.name} is missing")
-    return parts
+    if not isinstance(count, int) or not is_part(path, count):
+        name = f"-00001-of-{count:0>5}{SUFFIX}"
+        raise ValueError(f"{path} is one part of {shown(count)}: its name must end in {name}")
+    return _joined([_read_one(part) for part in part_paths(path)])
 
 
 def _joined(files: Sequence[GGUFFile]) -> GGUFFile:
