@@ -22,6 +22,9 @@ from mlx_mtp.converters.layouts import describe
 from mlx_mtp.converters.pytorch.file_format import pickle_globals
 from mlx_mtp.model.config import MTPConfig, read_config
 from mlx_mtp.storage.contents import Contents, look, model_problem
+from mlx_mtp.storage.gguf.card import model_name
+from mlx_mtp.storage.gguf.convert import check_model, float_type, type_lines
+from mlx_mtp.storage.gguf.file import read_gguf
 from mlx_mtp.storage.safetensors import check_safetensors, read_json_object, shown
 
 MODEL_CONFIG_FILE = "config.json"
@@ -103,7 +106,8 @@ def inspect_path(
         raise ValueError(f"{path} is neither a folder nor a file")
     contents = look(path)
     found = _describe(contents, path, allow_pickle=allow_pickle, say=say)
-    return replace(found, use=model_problem(contents, str(path)))
+    use = None if contents.is_gguf else model_problem(contents, str(path))
+    return replace(found, use=use)
 
 
 def _describe(
@@ -113,6 +117,8 @@ def _describe(
     files = tuple(_file_facts(path, file, say) for file in _files(path))
     if contents.kind == "adapter":
         return _adapter(contents.path, files)
+    if contents.is_gguf:
+        return _gguf(path, files)
     if contents.kind == "model":
         adapter, inner = None, contents.adapter
         if inner is not None:
@@ -192,6 +198,45 @@ def _model(
         files=files,
         problems=tuple(problems),
         adapter=adapter,
+    )
+
+
+def _gguf(path: Path, files: tuple[FileFacts, ...]) -> Inspection:
+    """Describe a GGUF file; what is refused is what its conversion would refuse."""
+    try:
+        file = read_gguf(path)
+    except ValueError as error:
+        return Inspection(
+            path=str(path), kind="unknown", facts={}, files=files, problems=(str(error),)
+        )
+    values = file.metadata
+    arch = values.get("general.architecture")
+    tokens = values.get("tokenizer.ggml.tokens")
+    try:
+        check_model(file)
+        kind, problems = "model", ()
+    except ValueError as error:
+        is_model = f"{arch}.block_count" in values and values.get("general.type") in (None, "model")
+        kind, problems = "model" if is_model else "unknown", (str(error),)
+    names = ("tokenizer.ggml.model", "tokenizer.ggml.pre")
+    return Inspection(
+        path=str(path),
+        kind=kind,
+        facts={
+            "format": "GGUF" if len(file.paths) == 1 else f"GGUF in {len(file.paths)} files",
+            "architecture": arch,
+            "name": model_name(file),
+            "license": values.get("general.license"),
+            "layers": values.get(f"{arch}.block_count"),
+            "hidden_size": values.get(f"{arch}.embedding_length"),
+            "vocabulary": len(tokens) if isinstance(tokens, list) else None,
+            "context": values.get(f"{arch}.context_length"),
+            "tokenizer": ", ".join(str(values[name]) for name in names if name in values),
+            "tensors": list(type_lines(file, floats=float_type(file))),
+            "num_bytes": file.num_bytes,
+        },
+        files=files,
+        problems=problems,
     )
 
 

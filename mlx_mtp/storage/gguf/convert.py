@@ -79,11 +79,9 @@ def write_model(
             tensor.
         OSError: the folder cannot be written.
     """
-    source = Source(file)
-    found = describe(source)
-    floats = floats or float_type(file)
-    check_types(file, found)
+    found = check_model(file)
     special = _special_ids(file)
+    floats = floats or float_type(file)
     try:
         write_tokenizer(file.metadata, folder)
     except ValueError as error:
@@ -141,16 +139,19 @@ def type_lines(file: GGUFFile, *, floats: str, keep: bool = True) -> Iterator[st
         yield f"{count} {'tensor' if count == 1 else 'tensors'} {kind.name}: {what}"
 
 
-def check_types(file: GGUFFile, found: Description) -> None:
-    """Refuse tensors of types that are not read.
+def check_model(file: GGUFFile) -> Description:
+    """Check that a file can be converted, as far as that shows without its values.
 
     Raises:
-        ValueError: the message names the tensor.
+        ValueError: one line that names the key or tensor.
     """
+    found = describe(Source(file))
     for name, slot in found.slots.items():
         info = file.tensors[name]
         if not is_readable(info.type) or (len(slot.shape) == 1 and info.type not in FLOATS):
             raise ValueError(f"{info.path}: tensor {name} has type {info.type.name}, not read")
+    _special_ids(file)
+    return found
 
 
 def _special_ids(file: GGUFFile) -> dict[str, Any]:

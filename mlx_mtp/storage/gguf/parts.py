@@ -43,3 +43,12 @@ def is_part(path: Path, count: int) -> bool:
     """Whether a file's name is that of one part of so many."""
     match = _PART.fullmatch(path.name)
     return match is not None and int(match[3]) == count
+
+
+def gguf_files(folder: Path) -> list[Path]:
+    """Return the GGUF files of a folder, of each split one the first part."""
+    if not folder.is_dir():
+        return []
+    found = sorted(path for path in folder.iterdir() if path.suffix == SUFFIX and is_gguf(path))
+    parts = {path: _PART.fullmatch(path.name) for path in found}
+    return [path for path, match in parts.items() if match is None or int(match[2]) == 1]

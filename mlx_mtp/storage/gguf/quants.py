@@ -249,11 +249,11 @@ KEPT = {
     Type.Q4_K: Kept(4, _q4_k, _ROUNDED_SCALES),
     Type.Q5_K: Kept(5, _q5_k, _ROUNDED_SCALES),
     Type.IQ4_XS: Kept(8, _iq4_xs, _ROUNDED_SCALES),
-    Type.Q6_K: Kept(8, _q6_k, "rounded to 8 bits: MLX has no groups of 16"),
-    Type.Q3_K: Kept(6, _q3_k, "rounded to 6 bits: MLX has no groups of 16"),
-    Type.Q2_K: Kept(5, _rounded(Type.Q2_K, 5), "rounded to 5 bits: MLX has no groups of 16"),
+    Type.Q6_K: Kept(8, _q6_k, "rounded to 8 bits, since MLX has no groups of 16"),
+    Type.Q3_K: Kept(6, _q3_k, "rounded to 6 bits, since MLX has no groups of 16"),
+    Type.Q2_K: Kept(5, _rounded(Type.Q2_K, 5), "rounded to 5 bits, since MLX has no groups of 16"),
     **{
-        kind: Kept(6, _rounded(kind, 6), "rounded to 6 bits: MLX has no such codebook")
+        kind: Kept(6, _rounded(kind, 6), "rounded to 6 bits, since MLX has no such codebook")
         for kind in (Type.IQ2_XXS, Type.IQ2_XS, Type.IQ2_S, Type.IQ3_XXS, Type.IQ3_S)
     },
 }
