@@ -1,4 +1,4 @@
-"""A GGUF file as the source of a conversion."""
+"""A GGUF file as the source of a conversion, and its description."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mlx_mtp.storage.gguf.card import facts, model_name, write_card
-from mlx_mtp.storage.gguf.convert import write_model
+from mlx_mtp.storage.gguf.convert import check_model, float_type, type_lines, write_model
 from mlx_mtp.storage.gguf.file import read_gguf
 from mlx_mtp.terminal import progress
 
@@ -61,3 +62,38 @@ def opened_gguf(
         )
     except ValueError as error:
         raise ValueError(str(error).replace(str(folder), str(path))) from None
+
+
+def describe_gguf(path: Path) -> tuple[str, dict[str, Any], tuple[str, ...]]:
+    """Describe a GGUF file; no tensor is read.
+
+    Returns:
+        The kind, ``model`` or ``unknown``; labels and values; what a conversion would refuse.
+    """
+    try:
+        file = read_gguf(path)
+    except ValueError as error:
+        return "unknown", {}, (str(error),)
+    values = file.metadata
+    arch, tokens = values.get("general.architecture"), values.get("tokenizer.ggml.tokens")
+    kind, problems = "model", ()
+    try:
+        check_model(file)
+    except ValueError as error:
+        is_model = f"{arch}.block_count" in values and values.get("general.type") in (None, "model")
+        kind, problems = "model" if is_model else "unknown", (str(error),)
+    tokenizer = (values.get(f"tokenizer.ggml.{name}") for name in ("model", "pre"))
+    found = {
+        "format": "GGUF" if len(file.paths) == 1 else f"GGUF in {len(file.paths)} files",
+        "architecture": arch,
+        "name": model_name(file),
+        "license": values.get("general.license"),
+        "layers": values.get(f"{arch}.block_count"),
+        "hidden_size": values.get(f"{arch}.embedding_length"),
+        "vocabulary": len(tokens) if isinstance(tokens, list) else None,
+        "context": values.get(f"{arch}.context_length"),
+        "tokenizer": ", ".join(name for name in tokenizer if isinstance(name, str)),
+        "tensors": list(type_lines(file, floats=float_type(file))),
+        "num_bytes": file.num_bytes,
+    }
+    return kind, found, problems

@@ -48,6 +48,11 @@ def _text_model(base: Any) -> Any:
     return base.language_model if hasattr(base, "language_model") else base
 
 
+def model_args(base: Any) -> Any:
+    """Return the settings of an mlx-lm model, which most classes call ``args``, some ``config``."""
+    return getattr(base, "args", None) or getattr(base, "config", None)
+
+
 def _hash_of_norms(base: Any) -> Any:
     digest = hashlib.sha256(base.model_type.encode())
     for name, value in sorted(cast(list[tuple[str, mx.array]], tree_flatten(base.parameters()))):
@@ -60,7 +65,7 @@ def _hash_of_norms(base: Any) -> Any:
 
 def _settings(base: Any) -> dict[str, Any]:
     """Return the settings that differ from neutral ones, so that new keys change no fingerprint."""
-    args = vars(base.args)
+    args = vars(model_args(base))
     found = {key: args.get(key) for key in _SETTINGS}
     parameters = args.get("rope_scaling") or args.get("rope_parameters") or {}
     kind = parameters.get("type") or parameters.get("rope_type") or "default"

@@ -27,13 +27,16 @@ from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
 from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
-from mlx_mtp.model.layout import RowLayout, StepScope, quadratic_layout
+from mlx_mtp.model.fingerprint import model_args
+from mlx_mtp.model.layout import MaskRun, RowLayout, StepLayout, StepScope
 from mlx_mtp.model.lora import GatedLoRALinear
+from mlx_mtp.model.mixers import wrap_mixers
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import HiddenStates, MaskEmbedding, StepRope, replace
 
 MASK_EMBEDDINGS = "mask_embeddings"
 SAMPLER_PREFIX = "sampler_head."
+_MAX_ERROR = 0.05  # of the largest value; see ``MTPModel._probe``
 
 
 class MTPModel(nn.Module):
@@ -67,11 +70,16 @@ class MTPModel(nn.Module):
         self.sampler_head: SamplerHead | None = None
         self._scope = StepScope()
         self._embedding, embedding_path = _find_embedding(base)
+        self._backbone = "model" if "model" in base else "backbone"
+        self.is_recurrent = bool(self.make_cache().recurrent_layers)
+        if self.is_recurrent:
+            self._wrap_mixers()
         if config is not None:
             assert weights is not None
             self._attach(config, weights, embedding_path)
         self._head = copy.copy(base)
-        self._head.model = HiddenStates(base.model)
+        self._hidden_states = HiddenStates(base[self._backbone])
+        setattr(self._head, self._backbone, self._hidden_states)
         if config is not None:
             self._probe()
 
@@ -98,7 +106,7 @@ class MTPModel(nn.Module):
     @property
     def max_context(self) -> int | None:
         """Maximum number of positions, or None if the model's configuration has no such limit."""
-        return getattr(self.base.args, "max_position_embeddings", None)
+        return getattr(model_args(self.base), "max_position_embeddings", None)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -109,7 +117,8 @@ class MTPModel(nn.Module):
         """Make fresh caches; see ``caches.make.make_cache`` for the options and errors."""
         cache = kv_cache.make_cache(self.base, scope=self._scope, **options)
         if cache.kv_bits is not None:
-            size = self._sample_cache().layers[0].inner.keys.shape[-1]
+            attention = self._sample_cache().attention_layers
+            size = attention[0].inner.keys.shape[-1] if attention else 0
             if size % cache.kv_group_size:
                 raise ValueError(
                     f"kv_group_size {cache.kv_group_size} does not divide the head size {size}"
@@ -153,14 +162,15 @@ class MTPModel(nn.Module):
             Final hidden states ``[1, L, D]``.
         """
         self._scope.layout = layout
+        cache.begin_forward(ids.shape[1], layout)
         try:
-            return self.base.model(ids, cache.layers)
+            return self.base[self._backbone](ids, cache=cache.layers)
         finally:
             self._scope.layout = None
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Turn hidden states ``[B, L, D]`` into logits ``[B, L, V]`` by the base model's head."""
-        return self._head(hidden)
+        return self._hidden_states.head(self._head, hidden)
 
     def embed(self, ids: mx.array) -> mx.array:
         """Look up token embeddings, ``[...]`` to ``[..., D]``."""
@@ -212,10 +222,25 @@ class MTPModel(nn.Module):
             )
         self._attach_sampler(config, cast, dims)
         self._wrap_linears(config, cast)
-        if not self.wrap_ropes():
+        if not (self.wrap_ropes() or self.is_recurrent):
             raise ValueError(f"{self.name} ({self.base.model_type}) has no rotary embedding")
         embedding = MaskEmbedding(self._embedding, masks, scope=self._scope)
         replace(self.base, {embedding_path: embedding})
+
+    def _wrap_mixers(self) -> None:
+        """Let recurrent layers ask their caches, and check that they do."""
+
+        def forward(layout: StepLayout) -> MTPCache:
+            cache = self.make_cache()
+            self(mx.zeros((1, layout.num_rows), mx.int32), cache=cache, layout=layout)
+            return cache
+
+        try:
+            wrap_mixers(self.base, forward, scope=self._scope)
+        except (TypeError, ValueError, AttributeError, IndexError) as failure:
+            raise ValueError(
+                f"{self.name} ({self.base.model_type}) cannot be used: {_first_line(failure)}"
+            ) from None
 
     def wrap_attention(self) -> bool:
         """Let batches attend answer by answer; seams that exist keep their function.
@@ -286,29 +311,40 @@ class MTPModel(nn.Module):
         replace(self.base, wrapped)
 
     def _probe(self) -> None:
-        """Run one tiny step, so that a model with other seams is refused early.
+        """Run a tiny step, so that a model with other seams is refused early.
 
-        Its ordinary rows must agree with the model's own forward.  Where the seams work, the two
-        differ by rounding only, so a coarse bound is enough.
+        Its ordinary rows must agree with the model's own forward.  Its mask row, which follows the
+        first of them, must agree with a forward of that row alone after the step has been rewound.
+        Where the seams work, both differ by rounding only, so a coarse bound is enough.
         """
-        layout = quadratic_layout(num_pending=1, num_draft_tokens=1, num_masks=1)
-        ids = mx.array([[1, 2, *layout.mask_offsets.tolist()]])
+        layout, cache = StepLayout(1, 1, (1, 0)), self.make_cache()
         try:
-            hidden = self(ids, cache=self.make_cache(), layout=layout)
-            stepped = self.logits(hidden[:, : layout.gate_split]).astype(mx.float32)
-            plain = self.base(ids[:, : layout.gate_split]).astype(mx.float32)
-            error = mx.abs(stepped - plain).max() / (mx.abs(plain).max() + 1e-6)
-            agrees = bool((error < 0.05).item())
+            hidden = self(mx.array([[1, 2, 0]]), cache=cache, layout=layout)
+            cache.rewind(2)
+            alone = self(mx.array([[0]]), cache=cache, layout=MaskRun(1))
+            stepped, plain = self.logits(hidden[:, :2]), self.base(mx.array([[1, 2]]))
+            errors: Any = [_relative_error(stepped, plain), _relative_error(hidden[:, 2:], alone)]
+            agrees: Any = (mx.stack(errors) < _MAX_ERROR).tolist()
         except (TypeError, ValueError, AttributeError, IndexError) as failure:
-            reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
-            raise ValueError(
-                f"{self.name} ({self.base.model_type}) cannot take mask rows: {reason}"
-            ) from None
-        if not agrees:
-            raise ValueError(
-                f"{self.name} ({self.base.model_type}) cannot take mask rows: "
-                "its ordinary rows would change"
-            )
+            raise self._no_mask_rows(_first_line(failure)) from None
+        if not agrees[0]:
+            raise self._no_mask_rows("its ordinary rows would change")
+        if not agrees[1]:
+            raise self._no_mask_rows("they would see other rows than those before them")
+
+    def _no_mask_rows(self, reason: str) -> ValueError:
+        return ValueError(f"{self.name} ({self.base.model_type}) cannot take mask rows: {reason}")
+
+
+def _relative_error(values: mx.array, expected: mx.array) -> mx.array:
+    """Largest error relative to the largest value."""
+    values, expected = values.astype(mx.float32), expected.astype(mx.float32)
+    return mx.abs(values - expected).max() / (mx.abs(expected).max() + 1e-6)
+
+
+def _first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def embedding_dims(embedding: Any) -> int:
@@ -325,7 +361,7 @@ def _find_embedding(base: Any) -> tuple[Any, str]:
         for path, module in base.named_modules()
         if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
     ]
-    if len(embeddings) != 1 or "model" not in base:
+    if len(embeddings) != 1 or not ("model" in base or "backbone" in base):
         raise ValueError(
             f"{base.model_type} models cannot be used: a backbone named 'model' with one token "
             f"embedding is needed, found {[path for _, path in embeddings]}"

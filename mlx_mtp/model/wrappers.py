@@ -66,12 +66,20 @@ class Wrapper(nn.Module):
 
 
 class HiddenStates(Wrapper):
-    """A backbone that returns the hidden states ``[B, L, D]`` it is called with."""
+    """A backbone that returns given hidden states, so that a model computes its head alone."""
 
-    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """Return ``hidden``."""
+    def head(self, model: Any, hidden: mx.array) -> mx.array:
+        """Turn hidden states ``[B, L, D]`` into logits by calling a model with this backbone."""
+        object.__setattr__(self, "_hidden", hidden)
+        try:
+            return model(mx.zeros(hidden.shape[:2], mx.int32))
+        finally:
+            object.__setattr__(self, "_hidden", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        """Return the hidden states."""
         del args, kwargs
-        return hidden
+        return self._hidden
 
 
 class MaskEmbedding(nn.Module):
@@ -115,6 +123,19 @@ class StepRope(nn.Module):
             return self.rope(x, offset=offset)
         rows = x.transpose(2, 1, 0, 3)  # [L, H, 1, Dh]
         return self.rope(rows, offset=layout.positions_from(offset)).transpose(2, 1, 0, 3)
+
+
+class StepConv(Wrapper):
+    """The short convolution of a recurrent layer, whose rows the layer's cache puts in order."""
+
+    def __init__(self, conv: nn.Module, *, scope: StepScope):
+        super().__init__(conv)
+        self._scope = scope
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Convolve ``[B, K - 1 + L, C]``, the last inputs and the rows, to ``[B, L, C]``."""
+        mixer = self._scope.mixer
+        return self.wrapped(x) if mixer is None else mixer.convolve(self.wrapped, x)
 
 
 class LimitedRope(nn.Module):

@@ -83,7 +83,7 @@ def write_gguf(
     from transformers import AutoConfig
 
     config: Any = AutoConfig.from_pretrained(folder)
-    arch = _ARCHITECTURES.get(config.model_type, config.model_type)
+    arch = str(_ARCHITECTURES.get(config.model_type, config.model_type))
     writer = GGUFWriter(path, arch)
     writer.add_type("model")
     keys = _keys(config, arch) | dict(changed or {})

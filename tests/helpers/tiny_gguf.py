@@ -75,6 +75,7 @@ def write_tiny_gguf(
     general: Mapping[str, Any] | None = None,
     left_out: tuple[str, ...] = (),
     arch: str = "llama",
+    scale_of_norms: float = 1.0,
 ) -> Path:
     """Write the model; matrices take the types in turn.
 
@@ -85,6 +86,7 @@ def write_tiny_gguf(
         general: more keys.
         left_out: names of tensors to leave out.
         arch: the architecture that the file claims.
+        scale_of_norms: what norms are multiplied by.
     """
     writer = GGUFWriter(path, arch)
     for key, value in (KEYS | dict(keys or {})).items():
@@ -99,7 +101,7 @@ def write_tiny_gguf(
         if name in left_out:
             continue
         if len(shape) == 1:
-            add_tensor(writer, name, rng.uniform(0.5, 1.5, shape), Type.F32)
+            add_tensor(writer, name, scale_of_norms * rng.uniform(0.5, 1.5, shape), Type.F32)
         elif kind in (Type.F32, Type.F16, Type.BF16):
             add_tensor(writer, name, rng.normal(0, 0.1, shape), kind)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -19,9 +20,10 @@ from mlx_lm import utils as lm_utils
 
 from mlx_mtp.model.config import WEIGHTS_FILE, read_config
 from mlx_mtp.model.mtp_model import fingerprint
-from mlx_mtp.storage import default_model
+from mlx_mtp.storage import default_model, prepared
 from mlx_mtp.storage.data_wheels import SMOLLM2, gguf_path
 from mlx_mtp.storage.default_model import default_adapter_path, default_model_path
+from mlx_mtp.storage.gguf import convert
 from tests.helpers.default_folder import cache, folder
 
 __all__ = ["cache", "folder"]
@@ -90,7 +92,9 @@ class TestWriting:
         if damage == "no stamp":
             stamp.unlink()
         elif damage == "old stamp":
-            stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"writer_version": 0}))
+            values = json.loads(stamp.read_text())
+            values["key"]["writer_version"] = 0
+            stamp.write_text(json.dumps(values))
         elif damage == "truncated":
             with weights.open("r+b") as file:
                 file.truncate(1000)
@@ -125,17 +129,17 @@ class TestWriting:
     def test_without_locks_the_faster_process_wins(
         self, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        build = default_model._weights
+        write, places = convert.write_model, []
 
-        def slow_build(*args: Any) -> Any:
-            monkeypatch.setattr(default_model, "_weights", build)
-            default_model._write(gguf_path(SMOLLM2), folder)
-            return build(*args)
+        def slow_write(*args: Any, **options: Any) -> Any:
+            monkeypatch.setattr(convert, "write_model", write)
+            places.append(default_model_path())
+            return write(*args, **options)
 
-        folder = empty_cache / "SmolLM2-135M-Instruct-4bit"
-        monkeypatch.setattr(default_model, "_weights", slow_build)
-        assert default_model_path() == folder
-        assert default_model._is_complete(folder)
+        monkeypatch.setattr(prepared, "_lock", lambda folder: contextlib.nullcontext())
+        monkeypatch.setattr(convert, "write_model", slow_write)
+        places.append(default_model_path())
+        assert places == [empty_cache / "SmolLM2-135M-Instruct-4bit"] * 2
         assert leftovers(empty_cache) == []
 
 
@@ -222,11 +226,11 @@ class TestRefusals:
     def test_an_interrupt_leaves_nothing(
         self, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def interrupted(path: str, *args: Any) -> None:
-            Path(path).write_bytes(b"half")
+        def interrupted(folder: Path, *args: Any, **options: Any) -> None:
+            (folder / "model.safetensors").write_bytes(b"half")
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(mx, "save_safetensors", interrupted)
+        monkeypatch.setattr(convert, "write_items", interrupted)
         with pytest.raises(KeyboardInterrupt):
             default_model_path()
         assert not (empty_cache / "SmolLM2-135M-Instruct-4bit").exists()
@@ -234,17 +238,6 @@ class TestRefusals:
 
 
 class TestWeights:
-    def test_unpermute_puts_the_rotary_halves_behind_each_other(self) -> None:
-        heads, head_dim = 3, 8
-        rows = np.arange(heads * head_dim * 2).reshape(heads * head_dim, 2)
-        result = np.array(default_model._unpermute(mx.array(rows), heads=heads))
-        for head in range(heads):
-            for i in range(head_dim // 2):
-                for half in range(2):
-                    wanted = rows[head * head_dim + 2 * i + half]
-                    found = result[head * head_dim + half * (head_dim // 2) + i]
-                    assert (found == wanted).all()
-
     def test_values_are_the_ggufs_own(self, folder: Path) -> None:
         source, _ = gguf()
         weights = mx.load(str(folder / "model.safetensors"))
@@ -271,15 +264,7 @@ class TestWeights:
         norms = [value for name, value in source.items() if "norm" in name]
         assert len(norms) == 61
         for norm in norms:
-            for dtype in (mx.float16, mx.float32):
-                cast = default_model._cast_if_exact(norm, dtype)
-                assert cast.dtype == dtype
-                assert mx.array_equal(cast.astype(mx.float32), norm)
-
-    @pytest.mark.parametrize("value", [1e-9, 70000.0, 1 + 2**-20])
-    def test_a_norm_that_would_be_rounded_is_not(self, value: float) -> None:
-        norm = mx.array([1.0, value])
-        assert default_model._cast_if_exact(norm, mx.float16).dtype == mx.float32
+            assert mx.array_equal(norm.astype(mx.float16).astype(mx.float32), norm)
 
 
 class TestStockMlxLm:

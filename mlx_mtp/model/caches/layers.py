@@ -15,7 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models import cache as lm_cache
 
-from mlx_mtp.model.layout import StepLayout, StepScope
+from mlx_mtp.model.layout import RowLayout, StepLayout, StepScope
 
 WINDOW_SLACK = 256
 
@@ -71,15 +71,19 @@ class LayerCache:
         self, num_rows: int, *, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
         """Attention mask ``[L, S + L]`` of the step in progress, in the form mlx-lm expects."""
-        if not self.scope.has_masks:
+        layout = self.scope.step
+        if layout is None:
             return self.inner.make_mask(
                 num_rows, return_array=return_array, window_size=window_size
             )
-        layout = self.scope.layout
-        assert isinstance(layout, StepLayout) and layout.num_rows == num_rows
+        assert layout.num_rows == num_rows
         if window_size is not None:
             return self._window_mask(mx.arange(self.offset), num_rows, window_size, keep=0)
         return mx.pad(layout.attention, [(0, 0), (self.offset, 0)], constant_values=True)
+
+    def begin_forward(self, num_rows: int, layout: RowLayout | None) -> None:
+        """Begin a forward of some rows, which are in the model's step scope."""
+        del num_rows, layout
 
     def rewind(self, num_rows: int) -> None:
         """Drop the last rows."""
@@ -129,11 +133,10 @@ class LayerCache:
 
     def _window_mask(self, stored: mx.array, num_rows: int, window: int, *, keep: int) -> mx.array:
         """Mask ``[L, S + L]`` over stored rows at positions ``[S]``, then the forward's rows."""
-        layout = self.scope.layout if self.scope.has_masks else None
+        layout = self.scope.step
         if layout is None:
             places, sees = mx.arange(num_rows), mx.tri(num_rows, dtype=mx.bool_)
         else:
-            assert isinstance(layout, StepLayout)
             places, sees = layout.positions, layout.attention
         rows = self.offset + places
         positions = mx.concatenate([stored, rows])

@@ -79,8 +79,7 @@ def write_model(
             tensor.
         OSError: the folder cannot be written.
     """
-    found = check_model(file)
-    special = _special_ids(file)
+    found, special = check_model(file)
     floats = floats or float_type(file)
     try:
         write_tokenizer(file.metadata, folder)
@@ -139,8 +138,11 @@ def type_lines(file: GGUFFile, *, floats: str, keep: bool = True) -> Iterator[st
         yield f"{count} {'tensor' if count == 1 else 'tensors'} {kind.name}: {what}"
 
 
-def check_model(file: GGUFFile) -> Description:
+def check_model(file: GGUFFile) -> tuple[Description, dict[str, Any]]:
     """Check that a file can be converted, as far as that shows without its values.
+
+    Returns:
+        What it contains, and the ids of special tokens as ``config.json`` has them.
 
     Raises:
         ValueError: one line that names the key or tensor.
@@ -150,8 +152,7 @@ def check_model(file: GGUFFile) -> Description:
         info = file.tensors[name]
         if not is_readable(info.type) or (len(slot.shape) == 1 and info.type not in FLOATS):
             raise ValueError(f"{info.path}: tensor {name} has type {info.type.name}, not read")
-    _special_ids(file)
-    return found
+    return found, _special_ids(file)
 
 
 def _special_ids(file: GGUFFile) -> dict[str, Any]:
@@ -194,7 +195,7 @@ def _named(info: GGUFTensor, pieces: Iterable[Any]) -> Iterator[Any]:
 
 
 def _packed_pieces(info: GGUFTensor, slot: Slot) -> Iterator[Any]:
-    yield from (memoryview(part).cast("B") for part in pack(info.type, _rows(info, slot)))
+    yield from pack(info.type, _rows(info, slot))
 
 
 def _float_pieces(info: GGUFTensor, slot: Slot, floats: str) -> Iterator[Any]:
@@ -204,9 +205,9 @@ def _float_pieces(info: GGUFTensor, slot: Slot, floats: str) -> Iterator[Any]:
         chunk = np.ascontiguousarray(rows[start : start + step])
         values = dequantise(info.type, chunk)
         if info.type == _DTYPES[floats][1] and not slot.offset:
-            yield memoryview(chunk).cast("B")
+            yield chunk
         else:
-            yield memoryview(_cast(values - np.float32(slot.offset), floats)).cast("B")
+            yield _cast(values - np.float32(slot.offset), floats)
 
 
 def _cast(values: np.ndarray, floats: str) -> np.ndarray:

@@ -183,7 +183,7 @@ class _Scan:
 
     def __init__(self, path: Path, data: np.ndarray) -> None:
         self.path = path
-        self.buffer = memoryview(data)
+        self.buffer = memoryview(data)  # pyright: ignore[reportArgumentType]
         self.size = data.nbytes
         self.offset = 8
 

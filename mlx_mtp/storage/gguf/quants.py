@@ -194,7 +194,9 @@ def _signed(kind: Type, blocks: np.ndarray, *, levels: int, bits: int) -> Codes:
     these values stay exactly as they are, up to the rounding of the scale to float16.
     """
     values = reference.dequantize(blocks, kind).reshape(-1, GROUP_SIZE)
-    steps = np.abs(_sixteenth_scales(kind, blocks)).reshape(-1, 2).max(axis=1, keepdims=True)
+    halves = _sixteenth_scales(kind, blocks).reshape(-1, 2)
+    larger = np.abs(halves).argmax(axis=1, keepdims=True)
+    steps = np.take_along_axis(halves, larger, axis=1)  # with their sign: codes are not symmetric
     scales = steps * (levels / 2**bits)
     scales = scales.astype(np.float16).astype(np.float32)
     return _round_to(values, scales=scales, biases=-(2 ** (bits - 1)) * scales, bits=bits)
