@@ -136,7 +136,7 @@ def _refuse(vocabulary: Vocabulary, metadata: Mapping[str, Any]) -> None:
 
 def _value(metadata: Mapping[str, Any], key: str) -> Any:
     """Return a value without its array library; None if the key is missing."""
-    value = metadata.get(key)
+    value: Any = metadata.get(key)
     return value.tolist() if hasattr(value, "tolist") else value
 
 
