@@ -47,7 +47,12 @@ def test_greedy_ids_are_those_of_mlx_lm(family: str, mode: str | None) -> None:
     expected = [int(token) for token, _ in generate_step(mx.array(PROMPT), base, max_tokens=count)]
     model = mtp(family, mode=mode, adapt="all")
     drafted = ScriptedModel(model, mixed([*PROMPT, *expected], seed=1))
-    for layout, each in (("linear", drafted), ("quadratic", drafted), ("quadratic", model)):
+    runs: list[tuple[str, Any]] = [
+        ("linear", drafted),
+        ("quadratic", drafted),
+        ("quadratic", model),
+    ]
+    for layout, each in runs:
         results: Any = decode(each, PROMPT, layout=layout, max_tokens=count)
         assert [token for step in results for token in step.tokens] == expected, layout
 
