@@ -68,6 +68,7 @@ class RecurrentLayerCache:
         self.checkpoints: list[tuple[int, Slots]] = [(0, [None] * num_slots)]
         self._slots: list[Slot] = [None] * num_slots
         self._layout = plain_layout()
+        self._row_layout: RowLayout | None = None  # as the forward has it, which may be masks only
         # Of the last forward: its first slots, its rows that are left, and by slot the state after
         # so many of them.
         self._start: list[Slot] = list(self._slots)
@@ -142,7 +143,7 @@ class RecurrentLayerCache:
         """
         before, layout = self.slots(), self.layout
         if layout is None:
-            y, slots = call(lambda x: x, before, None)
+            y, slots = call(lambda x: x, before, self._row_layout)
             for slot, value in enumerate(slots):
                 self[slot] = value
             return y
@@ -245,6 +246,7 @@ class RecurrentLayerCache:
         self._layout = (
             layout if isinstance(layout, StepLayout) else plain_layout(num_pending=num_rows)
         )
+        self._row_layout = layout
         self._start, self._num_left = list(self._slots), num_rows
         self.offset += num_rows
 
