@@ -159,8 +159,8 @@ def ordinary_rows(model: MTPModel, ids: mx.array, *, gradient: bool = False) -> 
             return cache
         if cache.empty():  # a layer without attention
             return []
-        chunk = getattr(cache, "chunk_size", None)
-        return KeysAndValues(*map(detached, cache.keys_and_values()), chunk)
+        keys, values = map(detached, cache.keys_and_values())
+        return KeysAndValues(keys, values, getattr(cache, "chunk_size", None))
 
     return OrdinaryRows(hidden=mx.stop_gradient(hidden), layers=[memory(x) for x in caches])
 
