@@ -28,8 +28,7 @@ class KeysAndValues:
     """Keys and values of a layer for a sequence, both ``[1, H, L, Dh]``.
 
     Attributes:
-        keys, values: of all rows.
-        chunk: number of positions of which a row sees only its own, if that is limited.
+        chunk: number of positions of a chunk that rows attend within, None for all.
     """
 
     keys: mx.array

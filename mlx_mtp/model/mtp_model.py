@@ -396,10 +396,10 @@ class MTPModel(nn.Module):
     def _probe(self) -> None:
         """Run a tiny step, so that a model with other seams is refused early.
 
-        Its ordinary rows must agree with the model's own forwards of one row.  Its mask row, which
-        follows the first of them, must agree with a forward of that row alone after the step has
-        been rewound.  Where the seams work, both differ by rounding only, so a coarse bound is
-        enough.
+        Its ordinary rows must agree with the model's own forwards, one row at a time.  Its mask
+        row, which follows the first of them, must agree with a forward of that row alone after the
+        step has been rewound.  Where the seams work, both differ by rounding only, so a coarse
+        bound is enough.
         """
         layout, cache = StepLayout(1, 1, (1, 0)), self.make_cache()
         try:
@@ -407,8 +407,8 @@ class MTPModel(nn.Module):
             cache.rewind(2)
             alone = self(mx.array([[0]]), cache=cache, layout=MaskRun(1))
             own: Any = make_prompt_cache(self.base)
-            plain = [self.base(mx.array([[token]]), cache=own) for token in (1, 2)]
-            stepped, plain = self.logits(hidden[:, :2]), mx.concatenate(plain, axis=1)
+            rows = [self.base(mx.array([[token]]), cache=own) for token in (1, 2)]
+            stepped, plain = self.logits(hidden[:, :2]), mx.concatenate(rows, axis=1)
             errors: Any = [_relative_error(stepped, plain), _relative_error(hidden[:, 2:], alone)]
             agrees: Any = (mx.stack(errors) < _MAX_ERROR).tolist()
         except _FAILURES as failure:
