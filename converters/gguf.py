@@ -11,6 +11,7 @@ from typing import Any
 from mlx_mtp.storage.gguf.card import facts, model_name, write_card
 from mlx_mtp.storage.gguf.convert import check_model, float_type, type_lines, write_model
 from mlx_mtp.storage.gguf.file import read_gguf
+from mlx_mtp.storage.safetensors import shown
 from mlx_mtp.terminal import progress
 
 
@@ -96,4 +97,8 @@ def describe_gguf(path: Path) -> tuple[str, dict[str, Any], tuple[str, ...]]:
         "tensors": list(type_lines(file, floats=float_type(file))),
         "num_bytes": file.num_bytes,
     }
-    return kind, found, problems
+    plain = {  # a broken file may have anything in place of a number or a name
+        label: value if isinstance(value, int | str | list | None) else shown(value)
+        for label, value in found.items()
+    }
+    return kind, plain, problems

@@ -63,7 +63,7 @@ def can_batch(model: MTPModel) -> bool:
     Batching requires that the model only passes positions, masks and keys through.  The caches of a
     batch have no recurrent states yet.
     """
-    if model.is_recurrent or not (model.wrap_attention() and model.wrap_ropes()):
+    if model.is_recurrent or not (model.wrap_ropes() and model.wrap_attention()):
         return False
     layouts = [plain_layout(), StepLayout(1, 2, (0, 0, 0))]
     if model.num_draft_tokens:

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
+from mlx_lm.models.cache import ChunkedKVCache, KVCache
 
 from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.evaluation.recurrent_rows import RecordedRows, StatesAtAnchors
 from mlx_mtp.model.caches.cache_list import LayerCacheList
+from mlx_mtp.model.caches.layers import ChunkLayerCache
 from mlx_mtp.model.caches.recurrent import RecurrentLayerCache
 from mlx_mtp.model.layout import RowLayout
 from mlx_mtp.model.mtp_model import MTPModel
@@ -24,10 +25,15 @@ from mlx_mtp.model.mtp_model import MTPModel
 
 @dataclass(frozen=True)
 class KeysAndValues:
-    """Keys and values of a layer for a sequence, both ``[1, H, L, Dh]``."""
+    """Keys and values of a layer for a sequence, both ``[1, H, L, Dh]``.
+
+    Attributes:
+        chunk: number of positions of a chunk that rows attend within, None for all.
+    """
 
     keys: mx.array
     values: mx.array
+    chunk: int | None = None
 
     @property
     def arrays(self) -> list[mx.array]:
@@ -89,21 +95,36 @@ class FixedLayerCache:
 
     Attributes:
         offset: 0, because mask rows have their positions in the sequence.
+        start_position: position of the first row.
     """
 
     offset = 0
+    start_position = 0
 
-    def __init__(self, keys: mx.array, values: mx.array, rows: MaskRows) -> None:
+    def __init__(
+        self, keys: mx.array, values: mx.array, rows: MaskRows, *, chunk: int | None = None
+    ) -> None:
         self._keys = keys
         self._values = values
         self._rows = rows
+        self._chunk = chunk
+        self._all: tuple[mx.array, mx.array] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Return the cached rows followed by the new ones, ``[1, H, L + R, Dh]``."""
-        return (
+        self._all = (
             mx.concatenate([self._keys, keys], axis=-2),
             mx.concatenate([self._values, values], axis=-2),
         )
+        return self._all
+
+    def keys_and_values(self) -> tuple[mx.array, mx.array]:
+        """The same once more, for a layer that shares them."""
+        assert self._all is not None
+        return self._all
+
+    def maybe_trim_front(self) -> None:
+        """Drop nothing."""
 
     def make_mask(
         self, num_rows: int, *, return_array: bool = False, window_size: int | None = None
@@ -111,7 +132,7 @@ class FixedLayerCache:
         """Attention mask ``[R, L + R]`` of the mask rows."""
         del return_array
         assert num_rows == self._rows.num_rows
-        return self._rows.attention(self._keys.shape[-2], window_size)
+        return self._rows.attention(self._keys.shape[-2], window_size, chunk=self._chunk)
 
 
 def ordinary_rows(model: MTPModel, ids: mx.array, *, gradient: bool = False) -> OrdinaryRows:
@@ -122,7 +143,8 @@ def ordinary_rows(model: MTPModel, ids: mx.array, *, gradient: bool = False) -> 
             return [recording(part) for part in cache.caches]
         if isinstance(cache, RecurrentLayerCache):
             return RecordedRows(cache.num_slots, gradient=gradient)
-        return KVCache()
+        is_chunked = isinstance(cache, ChunkLayerCache)
+        return ChunkedKVCache(cache.window) if is_chunked else KVCache()
 
     caches = [recording(cache) for cache in model.make_cache().layers]
     hidden = model(ids[None], cache=FixedCaches(caches))[0]
@@ -135,7 +157,8 @@ def ordinary_rows(model: MTPModel, ids: mx.array, *, gradient: bool = False) -> 
             return cache
         if cache.empty():  # a layer without attention
             return []
-        return KeysAndValues(*map(detached, cache.keys_and_values()))
+        keys, values = map(detached, cache.keys_and_values())
+        return KeysAndValues(keys, values, getattr(cache, "chunk_size", None))
 
     return OrdinaryRows(hidden=mx.stop_gradient(hidden), layers=[memory(x) for x in caches])
 
@@ -154,7 +177,7 @@ def mask_rows(model: MTPModel, ordinary: OrdinaryRows, rows: MaskRows) -> mx.arr
         if isinstance(memory, RecordedRows):
             return StatesAtAnchors(memory, rows)
         keys, values = (x[..., :seen, :] for x in (memory.keys, memory.values))
-        return FixedLayerCache(keys, values, rows)
+        return FixedLayerCache(keys, values, rows, chunk=memory.chunk)
 
     ids = mx.array(rows.mask_offsets[None])
     layers = [fixed(memory) for memory in ordinary.layers]

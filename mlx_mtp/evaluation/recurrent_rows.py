@@ -107,7 +107,7 @@ class RecordedRows(_NoSlots):
         """Run a mixer that has no seam; see ``row_by_row.MixerCache``."""
 
         def after(first: int, end: int, slots: Slots | None) -> Slots:
-            before = slots or [None] * self.num_slots
+            before: Slots = slots or [None] * self.num_slots
             return call(lambda x: self._detached(x[:, first:end]), before, None)[1]
 
         self.mixers.append(_AfterAnchors(after))
@@ -115,7 +115,7 @@ class RecordedRows(_NoSlots):
 
     def last_inputs(self, slot: int, anchors: Sequence[int], count: int) -> mx.array:
         """The inputs of a convolution up to each of some rows, ``[G, count, C]``."""
-        first = mx.array(anchors) + 1  # there are ``count`` inputs before the first row
+        first = mx.array(list(anchors)) + 1  # there are ``count`` inputs before the first row
         return mx.take(self._inputs[slot][0], first[:, None] + mx.arange(count), axis=0)
 
     @property

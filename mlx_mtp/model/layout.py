@@ -72,6 +72,11 @@ class StepLayout:
         """Whether every row's position follows that of the row before."""
         return self.num_masks == 0
 
+    @property
+    def is_prompt_chunk(self) -> bool:
+        """Whether there are several rows, all pending; layers may compute them in another form."""
+        return self.num_rows == self.num_pending > 1
+
     @cached_property
     def mask_offsets(self) -> np.ndarray:
         """Which mask token each mask row is, counted from 0, int32 ``[num_masks]``."""
@@ -185,6 +190,7 @@ class BatchLayout:
     offsets: tuple[int, ...]
 
     is_contiguous = False
+    is_prompt_chunk = False
 
     @property
     def gate_split(self) -> int:
@@ -247,6 +253,7 @@ class MaskRun:
 
     gate_split = 0
     is_contiguous = True
+    is_prompt_chunk = False
 
     def positions_from(self, offset: Any) -> mx.array:
         """Position of each row after ``offset`` cached ones, int32 ``[num_masks]``."""
@@ -283,6 +290,11 @@ class RowLayout(Protocol):
         """Whether every row's position follows that of the row before."""
         ...
 
+    @property
+    def is_prompt_chunk(self) -> bool:
+        """Whether there are several rows, all of a prompt."""
+        ...
+
     def positions_from(self, offset: Any) -> mx.array:
         """Position of each row after ``offset`` cached ones, int32 ``[rows]``."""
         ...
@@ -301,6 +313,7 @@ class StepScope:
     def __init__(self) -> None:
         self.layout: RowLayout | None = None
         self.gated = True
+        self.adapts_experts = False  # whether the experts in progress have mask rows (``experts``)
         self.mixer: MixerCall | None = None
 
     @property

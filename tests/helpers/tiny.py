@@ -21,11 +21,12 @@ from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.lora import linear_dims
 from mlx_mtp.model.mtp_model import (
     MASK_EMBEDDINGS,
+    MASK_PER_LAYER_EMBEDDINGS,
     SAMPLER_PREFIX,
     MTPModel,
-    embedding_dims,
     fingerprint,
 )
+from mlx_mtp.model.parts import embedding_dims, find_parts, text_model
 from mlx_mtp.model.sampler_head import SamplerHead
 from tests.helpers.fixtures_generate import EOS, byte_tokenizer
 
@@ -86,6 +87,28 @@ _OWN: dict[str, dict[str, Any]] = {
         "mlp_only_layers": [0],
         "moe_intermediate_size": 32,
         "norm_topk_prob": True,
+    },
+    "deepseek_v3": {
+        "tie_word_embeddings": False,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 32,
+        "v_head_dim": 8,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.0,
+        "rope_scaling": None,
     },
 }
 KINDS = tuple(_OWN)
@@ -176,10 +199,14 @@ def random_adapter(
     def normal(*shape: int, scale: float) -> mx.array:
         return mx.array((scale * rng.standard_normal(shape)).astype(np.float32))
 
-    embedding = base.model.embed_tokens
+    base = text_model(base)
+    parts, modules = find_parts(base), dict(base.named_modules())
+    embedding = modules[parts.embedding]
     dims, paths = embedding_dims(embedding), adaptable(base) if low_rank else []
     weights = {MASK_EMBEDDINGS: normal(k, dims, scale=1.0)}
-    modules = dict(base.named_modules())
+    if parts.per_layer is not None:
+        size = embedding_dims(modules[parts.per_layer])
+        weights[MASK_PER_LAYER_EMBEDDINGS] = normal(k, size, scale=1.0)
     for path in paths:
         in_dims, out_dims = linear_dims(modules[path])
         weights[f"{path}.lora_a"] = normal(in_dims, rank, scale=scale_of_weights)

@@ -10,18 +10,25 @@ import mlx.nn as nn
 from mlx_lm.models import cache as lm_cache
 
 from mlx_mtp.model.caches.cache_list import LayerCacheList
-from mlx_mtp.model.caches.layers import LayerCache, QuantizedLayerCache, WindowLayerCache
+from mlx_mtp.model.caches.layers import (
+    ChunkLayerCache,
+    LayerCache,
+    QuantizedLayerCache,
+    WindowLayerCache,
+)
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.caches.recurrent import RecurrentLayerCache
 from mlx_mtp.model.layout import StepScope
 from mlx_mtp.model.wrappers import WindowLayer
+
+_REWINDABLE = (lm_cache.KVCache, lm_cache.ChunkedKVCache, lm_cache.ArraysCache)
 
 
 def unsupported_reason(base: nn.Module) -> str | None:
     """Return why a model's caches cannot be rewound, or None if they can."""
     for layer in lm_cache.make_prompt_cache(base):
         for part in _parts(layer):
-            if type(part) in (lm_cache.KVCache, lm_cache.ArraysCache):
+            if type(part) in _REWINDABLE:
                 continue
             if type(part) is lm_cache.RotatingKVCache and part.keep == 0:
                 continue
@@ -71,6 +78,8 @@ def make_cache(
             return LayerCacheList([rewindable(part) for part in inner.caches])
         if isinstance(inner, lm_cache.ArraysCache):
             return RecurrentLayerCache(len(inner.cache))
+        if isinstance(inner, lm_cache.ChunkedKVCache):
+            return ChunkLayerCache(window=inner.chunk_size, scope=scope)
         if isinstance(inner, lm_cache.RotatingKVCache):
             return WindowLayerCache(window=inner.max_size, scope=scope)
         if window is not None and kv_bits is None:
@@ -79,6 +88,7 @@ def make_cache(
             return WindowLayerCache(window=max_kv_size - 4, keep=4, scope=scope)
         return LayerCache(inner, scope=scope)
 
+    # Some layers use the cache of an earlier one, and some have two.
     inners, windows = lm_cache.make_prompt_cache(base), _windows(base)
     return MTPCache(
         [rewindable(inner, windows.get(index)) for index, inner in enumerate(inners)],
@@ -147,7 +157,9 @@ def from_mlx_lm(
         raise ValueError(f"{name} has layers with different numbers of tokens")
     offset = max(offsets, default=0)  # a purely recurrent model counts from here
     pairs = zip(caches, sample.layers, strict=True)
-    return MTPCache([_wrapped_layer(inner, like, name, scope, offset) for inner, like in pairs])
+    cache = MTPCache([_wrapped_layer(inner, like, name, scope, offset) for inner, like in pairs])
+    cache.last_id_alone = sample.last_id_alone
+    return cache
 
 
 def _is_empty(inner: Any) -> bool:
@@ -195,7 +207,8 @@ def _wrapped(inner: Any, like: LayerCache, name: str, scope: StepScope) -> Layer
     """Wrap a cache of mlx-lm if it has the shape of ``like``."""
     quantised = isinstance(inner, lm_cache.QuantizedKVCache)
     rotating = isinstance(inner, lm_cache.RotatingKVCache)
-    if not (quantised or rotating or type(inner) is lm_cache.KVCache):
+    chunked = isinstance(inner, lm_cache.ChunkedKVCache)
+    if not (quantised or rotating or chunked or type(inner) is lm_cache.KVCache):
         raise ValueError(f"{name} contains a {type(inner).__name__}, which cannot be rewound")
     own_window = like.window if isinstance(like, WindowLayerCache) else None
     if rotating and own_window and (inner.max_size, inner.keep) != (own_window, 0):
@@ -203,8 +216,12 @@ def _wrapped(inner: Any, like: LayerCache, name: str, scope: StepScope) -> Layer
             f"{name} was made with another model: it has a window of {inner.max_size} tokens, "
             f"this model has one of {own_window}"
         )
+    if chunked != isinstance(like, ChunkLayerCache) or (chunked and inner.chunk_size != own_window):
+        raise ValueError(f"{name} was made with another model: it attends within other chunks")
     if not inner.empty():
         _check_shape(inner, like, name)
+    if chunked:
+        return ChunkLayerCache.from_mlx_lm(inner, scope=scope)
     if rotating:
         return WindowLayerCache.from_mlx_lm(inner, scope=scope)
     return (QuantizedLayerCache if quantised else LayerCache)(inner, scope=scope)

@@ -51,6 +51,8 @@ class MTPCache:
         keeps_checkpoints: whether ``end_prompt`` makes a checkpoint.
         next_id: the last id of an answer, which follows the cached rows, as far as it is known;
             added when the layers are used as a sequence.
+        last_id_alone: whether the last id of a prompt goes through the model on its own, as in
+            mlx-lm, because some layers compute one row in another form than several.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class MTPCache:
         self.next_id: int | None = None
         self._model: Any = None
         self._first_offset: int | None = None
+        self.last_id_alone = False
         self.quantise_from(quantized_kv_start, bits=kv_bits, group_size=kv_group_size)
 
     def quantise_from(self, start: int, *, bits: int | None, group_size: int) -> None:
@@ -187,7 +190,8 @@ class MTPCache:
 
         If chunks matter, the last id is on its own.
         """
-        return max(num_left - limit, int(num_left > 1 and self.chunks_matter))
+        alone = self.chunks_matter or self.last_id_alone
+        return max(num_left - limit, int(num_left > 1 and alone))
 
     def rewind(self, num_rows: int) -> None:
         """Drop the last rows of every layer.
