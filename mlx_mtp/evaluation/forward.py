@@ -143,8 +143,9 @@ def ordinary_rows(model: MTPModel, ids: mx.array, *, gradient: bool = False) -> 
             return [recording(part) for part in cache.caches]
         if isinstance(cache, RecurrentLayerCache):
             return RecordedRows(cache.num_slots, gradient=gradient)
-        is_chunked = isinstance(cache, ChunkLayerCache)
-        return ChunkedKVCache(cache.window) if is_chunked else KVCache()
+        if isinstance(cache, ChunkLayerCache):
+            return ChunkedKVCache(cache.window)
+        return KVCache()
 
     caches = [recording(cache) for cache in model.make_cache().layers]
     hidden = model(ids[None], cache=FixedCaches(caches))[0]

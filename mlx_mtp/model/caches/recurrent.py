@@ -186,7 +186,10 @@ class RecurrentLayerCache:
         pending, ordinary = layout.num_pending, layout.num_ordinary
         sequential, axis = call.recurrence.sequential, call.recurrence.axis
         anchors = [pending + anchor for anchor in layout.group_anchors]
-        in_line = sequential and anchors in ([], [ordinary])  # masks continue the last row
+        # Masks may continue the last row, unless there is a better way for rows without a state.
+        in_line = sequential and (
+            not anchors or (anchors == [ordinary] and call.function.outputs is None)
+        )
         ends = set(range(pending, ordinary + 1))
         if in_line:
             ends = {layout.num_rows, *([pending] if pending > 1 else [])}
@@ -200,7 +203,7 @@ class RecurrentLayerCache:
         self._capture_rows(call, layout, slot, states)
         if layout.num_masks and not in_line:
             starts: Any = [states[anchor] for anchor in anchors]
-            ys.append(call.run_groups(layout, mx.concatenate(starts)))
+            ys.append(call.run_groups(layout, starts))
         return mx.concatenate(ys, axis=axis) if len(ys) > 1 else ys[0]
 
     def _capture_rows(
@@ -209,7 +212,7 @@ class RecurrentLayerCache:
         """Capture the rows that may be kept."""
         first = _first_captured(layout)
         before, rows = states[first], call.cut(first, layout.num_ordinary)
-        rows = rows.copied() if first else rows
+        rows = (rows.copied() if first else rows).for_state()
         self.capture(
             slot, lambda kept: Replay(rows.cut(0, kept - first), before) if kept > first else before
         )
@@ -224,7 +227,7 @@ class RecurrentLayerCache:
         if result is None:
             return None
         y, state = result
-        rows = call.cut(0, self._layout.num_ordinary)
+        rows = call.cut(0, self._layout.num_ordinary).for_state()
         self._start[slot] = state
         self.capture(slot, lambda kept: Replay(rows.cut(0, kept), state) if kept else state)
         return y, None
