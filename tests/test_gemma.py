@@ -57,6 +57,7 @@ class Gemma:
         base: Any = model.base
         if small:
             config |= {"num_hidden_layers": LAYERS, "vocab_size": ROWS}
+            base.args.num_hidden_layers, base.args.vocab_size = LAYERS, ROWS
             base.model.layers = base.model.layers[:LAYERS]
             base.model.embed_tokens.weight = mx.contiguous(base.model.embed_tokens.weight[:ROWS])
         self.rows = config["vocab_size"]
