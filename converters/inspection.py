@@ -75,7 +75,7 @@ class Inspection:
 
     def text(self) -> str:
         """Return everything as lines for a terminal."""
-        rows = [(label, _shown(value)) for label, value in self.facts.items()]
+        rows = [(label, _shown(value, label)) for label, value in self.facts.items()]
         width = max((len(label) for label, _ in rows), default=0)
         lines = [f"{shown(self.path, limit=1000)}: {self.kind}"]
         lines += [f"  {label:<{width}}  {value}" for label, value in rows if value]
@@ -94,6 +94,7 @@ class Inspection:
 def inspect_path(
     path: Path,
     *,
+    adapter: Path | None = None,
     allow_pickle: bool = False,
     hash_all: bool = False,
     say: Callable[[str], None] | None = None,
@@ -102,6 +103,7 @@ def inspect_path(
 
     Args:
         path: a folder or a file.
+        adapter: folder of a model's adapter, if it is not in the model's own folder.
         allow_pickle: whether PyTorch files may be read, in a sandbox.
         hash_all: whether large files are hashed too, which reads them whole.
         say: called with a line of text before slow work.
@@ -114,6 +116,8 @@ def inspect_path(
     if not (path.is_dir() or path.is_file()):
         raise ValueError(f"{path} is neither a folder nor a file")
     contents = look(path)
+    if adapter is not None:
+        contents = replace(contents, adapter=look(adapter))
     limit = None if hash_all else HASHED_BYTES
     found = _describe(contents, path, allow_pickle=allow_pickle, limit=limit, say=say)
     use = None if contents.is_gguf else model_problem(contents, str(path))
@@ -363,7 +367,7 @@ def _usable(path: Path, adapter: dict[str, Any] | None) -> tuple[dict[str, Any],
         )
         return facts, []
     missing = [name for name in adapter.get("targets", ()) if name not in facts["linear_layers"]]
-    facts["adapter"] = "in this folder"
+    facts["adapter"] = "yes, see below"
     problems = [f"the model has no linear layer {name}, the adapter's target" for name in missing]
     return facts, problems
 
@@ -388,10 +392,12 @@ def _globals(path: Path) -> list[str]:
     return sorted(names)
 
 
-def _shown(value: Any) -> str:
+def _shown(value: Any, label: str) -> str:
     """Return a value as one line, without escape codes from a file."""
     if isinstance(value, list):
         value = ", ".join(map(str, value))
+    elif label == "layer_kinds":  # a name may end in a number
+        value = ", ".join(f"{count} x {kind}" for kind, count in value.items())
     elif isinstance(value, dict):
         value = ", ".join(f"{key} {item}" for key, item in value.items())
     return "" if value in (None, "") else shown(value, limit=1000)

@@ -43,7 +43,7 @@ def summarise(base: Any) -> dict[str, Any]:
         "linear_layers": dict(sorted(names.items())),
         "training": (
             f"an adapter of rank {RANK} on all linear layers has {size / 1e6:.1f}M parameters: "
-            f"{size * TRAINING_BYTES / 1e9:.2f} GB with gradients and optimizer, next to the "
+            f"{size * TRAINING_BYTES / 1e9:.2f} GB with gradients and optimiser, next to the "
             "model's weights and activations"
         ),
     }
@@ -53,8 +53,8 @@ def layer_kinds(text: Any) -> dict[str, int]:
     """Count the layers of a language model by kind.
 
     A layer is ``attention``, ``window N`` (attention to the last N tokens), ``recurrent``,
-    ``attention and recurrent``, or of the name of its cache; ``, experts`` follows where it has
-    some.  Layers that read the cache of another layer are ``shared cache``.
+    ``attention and recurrent``, or of the name of its cache; `` with experts`` follows where it
+    has some.  Layers that read the cache of another layer are ``shared cache``.
     """
     layers = list(text.layers)
     caches = list(lm_cache.make_prompt_cache(text))
@@ -62,7 +62,7 @@ def layer_kinds(text: Any) -> dict[str, int]:
     padded = [*caches, *([None] * (len(layers) - len(caches)))]
     kinds: Counter[str] = Counter()
     for layer, cache in zip(layers, padded, strict=False):
-        kinds[_kind(layer, cache) + (", experts" if _has_experts(layer) else "")] += 1
+        kinds[_kind(layer, cache) + (" with experts" if _has_experts(layer) else "")] += 1
     return dict(kinds)
 
 

@@ -170,21 +170,36 @@ def export(adapter_path: str, peft_path: str, model: str | None, force: bool) ->
 
 
 @cloup.command()
-@cloup.argument("path", metavar="CHECKPOINT", help="Folder, file or Hugging Face id.")
+@cloup.argument(
+    "path",
+    metavar="[CHECKPOINT]",
+    required=False,
+    help="Folder, file, Hugging Face id or name (gemma-3-270m); the default model if left out.",
+)
 @AS_JSON
 @ALLOW_PICKLE
 @option("--hash", "hash_all", is_flag=True, help="Hash large files too, which reads them whole.")
-def inspect(path: str, as_json: bool, allow_pickle: bool, hash_all: bool) -> None:
+def inspect(path: str | None, as_json: bool, allow_pickle: bool, hash_all: bool) -> None:
     """Describe a model, an adapter or a checkpoint, and report whether it can be used.
 
     The weights are not read.
     """
     from mlx_mtp.converters.inspection import inspect_path
+    from mlx_mtp.loading import locate
+    from mlx_mtp.storage.data_wheels import ON_REQUEST
 
     with Status("Inspecting ...") as status:
-        checkpoint = _checkpoint_path(path, allow_pickle=allow_pickle)
+        adapter = None
+        if path is None or (path in ON_REQUEST and not Path(path).exists()):
+            checkpoint, adapter = locate(path, None, progress=status.update)
+        else:
+            checkpoint = _checkpoint_path(path, allow_pickle=allow_pickle)
         report = inspect_path(
-            checkpoint, allow_pickle=allow_pickle, hash_all=hash_all, say=status.update
+            checkpoint,
+            adapter=adapter,
+            allow_pickle=allow_pickle,
+            hash_all=hash_all,
+            say=status.update,
         )
     show(json.dumps(report.to_dict(), ensure_ascii=False) if as_json else report.text())
 
@@ -198,9 +213,9 @@ def _take_gguf(options: dict[str, Any]) -> None:
         if options["hf_path"] is not None:
             raise ValueError("--gguf cannot be combined with --hf-path")
         if not Path(path).expanduser().is_file():
-            raise ValueError(f"--gguf {path}: there is no such file")
+            raise ValueError(f"--gguf {path}: the file does not exist")
         if not is_gguf(Path(path).expanduser()):
-            raise ValueError(f"--gguf {path}: it does not begin like a GGUF file")
+            raise ValueError(f"--gguf {path} is not a GGUF file")
         options["hf_path"] = path
     elif options["hf_path"] is not None and is_gguf(Path(options["hf_path"]).expanduser()):
         path = options["hf_path"]

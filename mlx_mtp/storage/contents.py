@@ -214,7 +214,7 @@ def adapter_problem(
         command = _command(checkpoint=contents, name=source, base_model=model)
         return f"{name} is {_described(contents)}, not an adapter: convert it with {command}"
     if contents.is_gguf:
-        return f"{name} is a GGUF file, not an adapter: adapters in GGUF are not read"
+        return f"{name} is a GGUF file, not an adapter: adapters in GGUF are not supported"
     if contents.kind == "model":
         inner = contents.adapter
         if inner is not None and inner.kind == "adapter":
@@ -356,6 +356,8 @@ def _command(
 def _unknown(contents: Contents, name: str, *, kind: str) -> str:
     """Return what to do about a folder or file that is neither model nor adapter."""
     path, needed = contents.path, "an adapter" if kind == "adapter" else "a model"
+    if path.suffix == SUFFIX and path.is_file():
+        return f"{kind} {name} is not a GGUF file, in spite of its name"
     if path.is_dir():
         lacks = f"it has no {ADAPTER_CONFIG if kind == 'adapter' else MODEL_CONFIG}"
         if kind == "model" and (path / MODEL_CONFIG).is_file():
@@ -363,8 +365,6 @@ def _unknown(contents: Contents, name: str, *, kind: str) -> str:
         what = f"{name} is not {needed} folder ({lacks})"
     else:
         what = f"{kind} {name} is a file, not a folder"
-    if path.suffix == SUFFIX:
-        return f"{what}: it does not begin like a GGUF file"
     if kind == "model" and (files := gguf_files(path)):
         return f"{what}: use --model {shlex.quote(str(files[0]))}"
     is_part = path.is_file() and path.suffix in TENSOR_SUFFIXES

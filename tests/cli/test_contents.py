@@ -210,7 +210,7 @@ def test_other_things_in_place_of_a_model(sources: Path, tmp_path: Path) -> None
         bare: "it has no weights",
         both / "mtp.pth": f"--hf-path {both} --mtp-path {both}/mtp.pth --allow-pickle",
         tmp_path / "mtp.pt": f"--mtp-path {tmp_path}/mtp.pt --allow-pickle --mlx-path mtp-mlx",
-        tmp_path / "x.gguf": "it does not begin like a GGUF file",
+        tmp_path / "x.gguf": "is not a GGUF file",
         tmp_path / "empty": "is not a model folder (it has no config.json)",
     }
     for path, expected in lines.items():

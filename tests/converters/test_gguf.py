@@ -78,7 +78,7 @@ class TestConvert:
         options = ("-q", "--q-bits", 3, "--q-group-size", 64)
         code, text = run("convert", "--gguf", tiny, "--mlx-path", out, *options)
         assert code == 0, text
-        assert "3-bit in groups of 64" in text and "Q4_K: as float16" in text
+        assert "3-bit in groups of 64" in text and "Q4_K: read as float16" in text
         assert config(out)["quantization"]["bits"] == 3
         name = "model.layers.0.mlp.down_proj.scales"
         assert weights(out)[name].dtype == mx.float16
@@ -105,8 +105,8 @@ class TestConvert:
             (["--gguf", "{tiny}", "--verify"], "--verify needs a PyTorch model"),
             (["--gguf", "{tiny}", "--q-bits", "4"], "--q-bits needs -q"),
             (["--gguf", "{tiny}", "--base-model", "x"], "--base-model cannot be combined"),
-            (["--gguf", "none.gguf"], "--gguf none.gguf: there is no such file"),
-            (["--gguf", __file__], "it does not begin like a GGUF file"),
+            (["--gguf", "none.gguf"], "--gguf none.gguf: the file does not exist"),
+            (["--gguf", __file__], "is not a GGUF file"),
             (["--gguf", "{tiny}", "--mlx-path", "{folder}"], "which is read"),
         ],
     )
@@ -189,7 +189,7 @@ class TestInspect:
         ("change", "kind", "message"),
         [
             ({"keys": {"logit_scale": 2.0}}, "model", "llama.logit_scale is 2.0"),
-            ({"arch": "rwkv7"}, "model", "architecture 'rwkv7' is not read"),
+            ({"arch": "rwkv7"}, "model", "architecture 'rwkv7' is not supported"),
             ({"general": {"general.type": "adapter"}}, "unknown", "is a LoRA adapter"),
         ],
     )

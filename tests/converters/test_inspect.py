@@ -138,12 +138,29 @@ def test_what_a_base_model_is(sources: tuple[Path, Path, Path]) -> None:
     assert facts["linear_layers"]["q_proj"] == 2 and "lm_head" not in facts["linear_layers"]
     assert "rank 32" in facts["training"] and facts["adapter"].startswith("none: ")
     shown = text(sources[0])
-    assert "usable" in shown and "attention 2" in shown
+    assert "usable" in shown and "2 x attention" in shown
+
+
+@pytest.mark.parametrize("name", [(), ("gemma-3-270m",)])
+def test_the_default_model_and_models_by_name(
+    name: tuple[str, ...], sources: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, adapter, _ = sources
+
+    def locate(path_or_hf_repo: str | None, adapter_path: None, **_: Any) -> tuple[Path, Path]:
+        assert (path_or_hf_repo, adapter_path) == (name[0] if name else None, None)
+        return model, adapter
+
+    monkeypatch.setattr("mlx_mtp.loading.locate", locate)
+    found = look(*name)
+    assert found["kind"] == "bundle" and found["path"] == str(model)
+    assert found["facts"]["adapter"] == "yes, see below"
+    assert found["adapter"]["path"] == str(adapter) and found["adapter"]["facts"]["k"] == 4
 
 
 def test_kinds_of_layers() -> None:
     assert layer_kinds(tiny_base("gemma3_text")) == {"window 6": 2, "attention": 1}
-    assert layer_kinds(tiny_base("qwen3_moe")) == {"attention": 1, "attention, experts": 1}
+    assert layer_kinds(tiny_base("qwen3_moe")) == {"attention": 1, "attention with experts": 1}
     parameters: Any = tree_flatten(tiny_base("llama").parameters())
     for quantised in (False, True):
         base = tiny_base("llama", quantised=quantised)

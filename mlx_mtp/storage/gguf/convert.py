@@ -134,7 +134,7 @@ def type_lines(file: GGUFFile, *, floats: str, keep: bool = True) -> Iterator[st
         elif kind in FLOATS and _DTYPES[floats][1] == kind:
             what = "kept exactly"
         else:
-            what = f"as {floats}" if is_readable(kind) else "not read"
+            what = f"{'' if keep else 'read '}as {floats}" if is_readable(kind) else "not supported"
         yield f"{count} {'tensor' if count == 1 else 'tensors'} {kind.name}: {what}"
 
 
@@ -151,7 +151,9 @@ def check_model(file: GGUFFile) -> tuple[Description, dict[str, Any]]:
     for name, slot in found.slots.items():
         info = file.tensors[name]
         if not is_readable(info.type) or (len(slot.shape) == 1 and info.type not in FLOATS):
-            raise ValueError(f"{info.path}: tensor {name} has type {info.type.name}, not read")
+            raise ValueError(
+                f"{info.path}: tensor {name} has type {info.type.name}, which is not supported"
+            )
     return found, _special_ids(file)
 
 

@@ -220,7 +220,8 @@ def describe(source: Source) -> Description:
     family = FAMILIES.get(source.arch)
     if family is None:
         known = ", ".join(sorted(FAMILIES))
-        raise ValueError(f"{path}: architecture {source.arch!r} is not read; known are {known}")
+        arch = repr(source.arch)
+        raise ValueError(f"{path}: architecture {arch} is not supported; known are {known}")
     model = Model(source)
     family(model)
     found = model.description()

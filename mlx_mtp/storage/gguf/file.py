@@ -172,7 +172,7 @@ def _check_magic(head: bytes) -> None:
         raise ValueError(f"it has only {len(head)} bytes")
     (version,) = struct.unpack_from("<I", head, 4)
     if version & 0xFFFF == 0 and version:
-        raise ValueError("it is big-endian, which is not read")
+        raise ValueError("it is big-endian, which is not supported")
     if version not in VERSIONS:
         allowed = " and ".join(map(str, VERSIONS))
         raise ValueError(f"it has version {version}, versions {allowed} are read")
@@ -232,7 +232,7 @@ class _Scan:
             return self.numbers(key, kind, 1).tolist()[0]
         kind, count = self.value_type(key), self.number("<Q")
         if kind == GGUFValueType.ARRAY:
-            raise ValueError(f"{key} is an array of arrays, which is not read")
+            raise ValueError(f"{key} is an array of arrays, which is not supported")
         width = 8 if kind == GGUFValueType.STRING else np.dtype(_SCALARS[kind]).itemsize
         self._check_count(count, f"items of {key}", MAX_ITEMS, width)
         return (
@@ -305,7 +305,7 @@ class _Scan:
     def _check_left(self, needed: int, what: str) -> None:
         left = self.size - self.offset
         if needed > left:
-            raise ValueError(f"{shown(what)} needs {needed} bytes, the file has {left} left")
+            raise ValueError(f"{shown(what)}: {needed} bytes are needed, the file has {left} left")
 
 
 _LENGTH = struct.Struct("<Q")

@@ -81,7 +81,7 @@ def dequantise(kind: Type, rows: np.ndarray) -> np.ndarray:
         with np.errstate(all="ignore"):
             values = reference.dequantize(rows, kind)
     except NotImplementedError:
-        raise ValueError(f"its type {kind.name} is not read") from None
+        raise ValueError(f"its type {kind.name} is not supported") from None
     if not np.isfinite(values).all():
         raise ValueError("it has NaN or infinite values")
     return values

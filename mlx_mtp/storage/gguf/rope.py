@@ -77,10 +77,10 @@ def _scaling(source: Source, *, limit: int) -> dict[str, Any] | None:
     if kind == "linear":
         return {"type": "linear", "rope_type": "linear", "factor": factor}
     if kind != "yarn":
-        raise source.refuse("rope.scaling.type", kind, "which is not read for this file")
+        raise source.refuse("rope.scaling.type", kind, "which is not supported for this file")
     if source.number("rope.scaling.yarn_log_multiplier", 0.0) != 0:
         key = "rope.scaling.yarn_log_multiplier"
-        raise source.refuse(key, source.get(key), f"which is not read for {source.arch}")
+        raise source.refuse(key, source.get(key), f"which is not supported for {source.arch}")
     scaling = {
         "type": "yarn",
         "rope_type": "yarn",

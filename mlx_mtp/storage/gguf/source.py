@@ -97,7 +97,7 @@ class Source:
         if isinstance(value, np.ndarray):
             values = value.tolist()
             if not values or any(item != values[0] for item in values):
-                raise self.refuse(key, values, "and layers that differ are not read")
+                raise self.refuse(key, values, "and layers that differ are not supported")
             return values[0]
         return value
 
@@ -162,4 +162,4 @@ class Source:
             values = value.tolist() if isinstance(value, np.ndarray) else [value]
             neutral = _NEUTRAL.get(key, (0, "", "none"))
             if not all(item in neutral for item in values):
-                raise self.refuse(key, value, f"which is not read for {self.arch}")
+                raise self.refuse(key, value, f"which is not supported for {self.arch}")

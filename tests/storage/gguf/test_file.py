@@ -90,16 +90,16 @@ class TestRefusals:
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.close()
-        assert "it is big-endian, which is not read" in refusal(tmp_path / "a.gguf")
+        assert "it is big-endian, which is not supported" in refusal(tmp_path / "a.gguf")
 
     @pytest.mark.parametrize(
         ("claim", "message"),
         [
             (struct.pack("<QQ", 2**60, 1), "claims 1152921504606846976 tensors"),
             (struct.pack("<QQ", 1, 2**60), "claims 1152921504606846976 keys"),
-            (struct.pack("<QQ", 200_000, 0), "200000 tensors needs 6400000 bytes"),
+            (struct.pack("<QQ", 200_000, 0), "200000 tensors: 6400000 bytes are needed"),
             (struct.pack("<QQQ", 0, 1, 2**63), "a key claims 9223372036854775808 bytes"),
-            (struct.pack("<QQQ", 0, 1, 500), "a key needs 500 bytes"),
+            (struct.pack("<QQQ", 0, 1, 500), "a key: 500 bytes are needed"),
             (_key := struct.pack("<QQQ1sI", 0, 1, 1, b"a", 99), "a has unknown type 99"),
             (struct.pack("<QQQ1sIIQ", 0, 1, 1, b"a", 9, 8, 2**50), "items of a, at most"),
             (struct.pack("<QQQ1sIIQ", 0, 1, 1, b"a", 9, 8, 10**6), "items of a needs 8000000"),
@@ -148,7 +148,7 @@ class TestRefusals:
             ("controlvector", "model", "is a control vector"),
             ("llama", "vocab", "is a vocabulary without a model"),
             ("llama", "strange", "general.type is 'strange'"),
-            ("mamba", "model", "architecture 'mamba' is not read; known are gemma2, gemma3"),
+            ("mamba", "model", "architecture 'mamba' is not supported; known are gemma2, gemma3"),
         ):
             path = tmp_path / f"{arch}-{kind}.gguf"
             write_tiny_gguf(path, arch=arch, general={"general.type": kind})
