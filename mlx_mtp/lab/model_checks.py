@@ -146,10 +146,11 @@ def _check_uses(checks: dict[str, str], check: _Check, model: MTPModel, plain: P
         checks["training"] = _training(model, plain)
     with check("batches"), row_exact():
         checks["batches"] = _batches(model, 12)
-    for name, options in (
+    caches: Any = (
         ("max_kv_size", {"max_kv_size": 16}),
         ("kv_bits", {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}),
-    ):
+    )
+    for name, options in caches:
         with check(name), row_exact():
             other = plain_answer(model, 24, **options)
             checks[name] = drafted(model, other, strict=False, **options)
@@ -240,7 +241,8 @@ def plain_answer(model: MTPModel, num_tokens: int, **options: Any) -> Plain:
 def _greedy(forward: Callable[[list[int]], mx.array], num_tokens: int) -> Plain:
     rows, ids = [forward(PROMPT)], []
     while True:
-        ids.append(int(rows[-1].argmax().tolist()))
+        token: Any = rows[-1].argmax().item()
+        ids.append(token)
         if len(ids) == num_tokens:
             return Plain(ids, mx.concatenate(rows))
         rows.append(forward(ids[-1:]))
@@ -260,8 +262,8 @@ def _difference(left: mx.array, right: mx.array) -> float:
     if mx.array_equal(left, right).item():
         return 0.0
     left, right = (_finite(x) for x in (left, right))
-    spread = mx.std(right).item()
-    return float(mx.abs(left - right).max().item() / max(spread, 1e-9)) or 1e-12
+    error: Any = (mx.abs(left - right).max() / mx.maximum(mx.std(right), 1e-9)).item()
+    return float(error) or 1e-12
 
 
 def _finite(x: mx.array) -> mx.array:

@@ -131,7 +131,7 @@ KNOWN = {
     "telechat3": "TeleChat3",
     "youtu_llm": "Youtu-LLM 2B",
 }
-"""Well-known models by the ``model_type`` of their ``config.json``, from their publishers' pages."""
+"""Well-known models by ``model_type``, from general knowledge; none of them was run."""
 
 HEADER = """\
 # Models
