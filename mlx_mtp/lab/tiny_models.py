@@ -253,11 +253,25 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "phi3small": {"gegelu_limit": 20.0, "vocab_size": 100352},  # its code writes to such ids
     "plamo": {"n_shared_head": 2},
+    "qwen3_5": {"num_experts": 0},
+    "qwen3_5_moe": {"num_experts": EXPERTS},
     "recurrent_gemma": {
         "logits_soft_cap": 30.0,
         "block_types": ["recurrent", "recurrent", "attention"],
     },
     "spark2_5": {"rope_parameters": _ROPES},
+}
+_PACKED = {"block": 512, "dtype": "float16"}
+_OWN["prism_hadamard_qwen35"] = {
+    "hidden_size": 512,  # the smallest block of its rotation
+    "tensor_namespace": "mlx-vlm-qwen3_5",
+    "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
+    "modules": [{**_PACKED, "path": "model.embed_tokens", "embedding": True}]
+    + [
+        {**_PACKED, "path": f"model.layers.{layer}.mlp.{name}", "embedding": False}
+        for layer in range(LAYERS)
+        for name in ("gate_proj", "up_proj")
+    ],
 }
 _PROBED = ("hf_olmo",)  # modules that a file imports to see that they are there, for no use
 
@@ -307,11 +321,14 @@ def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
     module = module_of(family)
     own = _OWN.get(family, {})
     config: dict[str, Any] = _by_rules(module.ModelArgs, family)
-    if "text_config" in {field.name for field in dataclasses.fields(module.ModelArgs)}:
+    config_fields = {field.name for field in dataclasses.fields(module.ModelArgs)} - {"vocab_size"}
+    if "text_config" in config_fields:
         text_class, text_family = _text_arguments(module)
-        text = _by_rules(text_class, text_family) | _OWN.get(text_family, {}) | own | overrides
-        own = {"text_config": {"model_type": text_family, **text}}
-        overrides = {}
+        values = _OWN.get(text_family, {}) | own | overrides
+        outer = {key: value for key, value in values.items() if key in config_fields}
+        inner = {key: value for key, value in values.items() if key not in outer}
+        text = _by_rules(text_class, text_family) | inner
+        own, overrides = {**outer, "text_config": {"model_type": text_family, **text}}, {}
     config |= own | overrides
     return {**config, "model_type": family}
 
@@ -408,7 +425,9 @@ def _targets(model: MTPModel) -> tuple[str, ...]:
     for path, module in model.base.named_modules():
         if isinstance(module, nn.Linear | nn.QuantizedLinear):
             in_layer = re.search(r"\.\d+\.", path) is not None
-            usual = in_layer and module.weight.shape[0] >= SMALLEST_ADAPTED
+            usual = (
+                in_layer and ".experts." not in path and module.weight.shape[0] >= SMALLEST_ADAPTED
+            )
             (chosen if usual else left_out).add(path.rpartition(".")[-1])
     return tuple(sorted(chosen - left_out))
 
@@ -463,6 +482,10 @@ def _random(rng: np.random.Generator, name: str, like: mx.array) -> mx.array:
     if not mx.issubdtype(like.dtype, mx.floating):
         return _random_integers(rng, like)
     noise = rng.standard_normal(like.shape).astype(np.float32)
+    if last == "signs":
+        return mx.array(np.sign(noise))
+    if last in ("scales", "biases"):  # of weights that are packed from the start
+        return mx.array((0.1 if last == "scales" else -0.15) + 0.01 * noise)
     if last == "A_log":
         return mx.array(np.log(rng.uniform(0.3, 3.0, like.shape)).astype(np.float32))
     if last == "dt_bias":
@@ -480,7 +503,9 @@ def _random(rng: np.random.Generator, name: str, like: mx.array) -> mx.array:
 
 
 def _random_integers(rng: np.random.Generator, like: mx.array) -> mx.array:
-    """Packed ternary weights (bitnet): four codes of 0 to 2 a byte; other integers stay."""
+    """Packed weights; those of bitnet are ternary, four codes of 0 to 2 a byte."""
+    if like.dtype == mx.uint32:
+        return mx.array(rng.integers(0, 2**32, like.shape, dtype=np.uint32))
     if like.dtype != mx.uint8:
         return like
     codes = rng.integers(0, 3, (4, *like.shape))
