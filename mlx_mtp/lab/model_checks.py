@@ -96,13 +96,16 @@ class Plain:
     logits: mx.array
 
 
-def check_family(family: str, *, num_tokens: int = 40, num_long: int = 0) -> Report:
+def check_family(
+    family: str, *, num_tokens: int = 40, num_long: int = 0, quick: bool = False
+) -> Report:
     """Check a family.
 
     Args:
         family: one of ``tiny_models.families()``.
         num_tokens: tokens of each answer.
         num_long: tokens of the answer in bfloat16, or 0 for ``num_tokens``.
+        quick: leave out quantised weights, other caches and fixed layouts.
     """
     began = time.process_time()
     report = Report(family)
@@ -130,22 +133,28 @@ def check_family(family: str, *, num_tokens: int = 40, num_long: int = 0) -> Rep
             report.checks["drafts"] = drafted(model, plain)
         if not check.ended:
             _check_uses(report.checks, check, model, plain)
-            _check_types(report, check, seed, num_long or num_tokens)
+            _check_types(report, check, seed, num_long or num_tokens, quick=quick)
+            if not quick:
+                _check_caches(report.checks, check, model)
     report.seconds = round(time.process_time() - began, 2)
     return report
 
 
 def _check_uses(checks: dict[str, str], check: _Check, model: MTPModel, plain: Plain) -> None:
-    """The loop, training, batches and other caches, of a model whose drafts are exact."""
+    """The loop, training and batches, of a model whose drafts are exact."""
     with check("decode"), row_exact():
         for layout in ("linear", "quadratic", "auto"):
-            same = _decoded(model, 16, layout=layout) == plain.ids[:16]
+            same = _decoded(model, 12, layout=layout) == plain.ids[:12]
             _demand(same, f"ids with layout {layout} differ")
         checks["decode"] = "ids"
     with check("training"), row_exact():
         checks["training"] = _training(model, plain)
     with check("batches"), row_exact():
-        checks["batches"] = _batches(model, 12)
+        checks["batches"] = _batches(model, 8)
+
+
+def _check_caches(checks: dict[str, str], check: _Check, model: MTPModel) -> None:
+    """Caches that drop rows or quantise them."""
     caches: Any = (
         ("max_kv_size", {"max_kv_size": 16}),
         ("kv_bits", {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 0}),
@@ -156,12 +165,12 @@ def _check_uses(checks: dict[str, str], check: _Check, model: MTPModel, plain: P
             checks[name] = drafted(model, other, strict=False, **options)
 
 
-def _check_types(report: Report, check: _Check, seed: int, num_tokens: int) -> None:
+def _check_types(report: Report, check: _Check, seed: int, num_tokens: int, *, quick: bool) -> None:
     """Half precision and quantised weights, of a model whose drafts are exact in float32."""
     # mlx multiplies experts' weights on the CPU in float32 or quantised only
     half = {"dtype": mx.bfloat16, "bits": 8 if "experts" in report.layers["kinds"] else None}
     types: Any = (("bfloat16", half, num_tokens), ("4-bit", {"bits": 4}, 24))
-    for name, options, count in types:
+    for name, options, count in types[:1] if quick else types:
         with check(name), row_exact():
             model = with_adapter(tiny_model(report.family, seed=seed, **options))
             report.checks[name] = drafted(model, plain_answer(model, count), strict=False)
