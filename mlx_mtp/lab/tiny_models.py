@@ -465,7 +465,7 @@ def build(
 
 def _quantise(base: Any, bits: int) -> None:
     """Quantise as ``mlx_lm.convert`` does, where the width allows it."""
-    wanted = getattr(base, "quant_predicate", lambda path, module: True)
+    wanted = getattr(base, "quant_predicate", None) or (lambda path, module: True)
 
     def chosen(path: str, module: Any) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized") or module.weight.shape[-1] % 32:
