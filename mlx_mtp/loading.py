@@ -216,7 +216,8 @@ def read_adapter(folder: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
     Returns:
         The configuration and the tensors by name: ``mask_embeddings`` ``[k, D]``,
         ``sampler_head.*`` and, for each adapted layer, ``*.lora_a`` ``[in, r]`` and ``*.lora_b``
-        ``[r, out]``.
+        ``[r, out]``; ``mask_per_layer_embeddings`` ``[k, layers * size]`` for a model whose layers
+        have embeddings of their own.
 
     Raises:
         ValueError: a file is missing or broken, or a tensor is not finite.

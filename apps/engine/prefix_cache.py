@@ -17,8 +17,8 @@ from mlx_mtp.apps.engine.prefix_files import PrefixFiles, StoredBlock
 from mlx_mtp.apps.engine.prefix_tree import Node, key_of, shared_prefix
 from mlx_mtp.apps.engine.prefix_writer import PrefixWriter
 from mlx_mtp.apps.engine.protocol import CacheCounts
-from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.caches.blocks import CacheBlocks, Rows
+from mlx_mtp.model.caches.mtp_cache import MTPCache
 
 BLOCK_SIZE = 256
 FLUSH_S = 4.0

@@ -96,7 +96,8 @@ def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
         **tokenizer_facts(folder),
         linears=linears,
         embed=embed,
-        unembed=unembed if "lm_head" in model.base else None,
+        unembed=unembed if model.parts.head is not None else None,
+        per_layer_size=model.per_layer_size,
         quantised=any(
             isinstance(module, nn.QuantizedEmbedding | nn.QuantizedLinear)
             for module in model.base.modules()

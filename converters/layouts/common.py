@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlx_mtp.model.config import SamplerKind
-from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, SAMPLER_PREFIX
+from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, MASK_PER_LAYER_EMBEDDINGS, SAMPLER_PREFIX
 
 if TYPE_CHECKING:
     from mlx_mtp.converters.checkpoint import Checkpoint
@@ -43,6 +43,7 @@ class BaseFacts:
         unembed: rows ``[n, D]`` of its unembedding, if that is a separate table and available;
             otherwise None.
         quantised: whether these rows are quantised, so that they only approximate the original.
+        per_layer_size: width of a token's embeddings for all layers; 0 if the model has none.
     """
 
     name: str
@@ -56,6 +57,7 @@ class BaseFacts:
     embed: Callable[[Sequence[int]], mx.array]
     unembed: Callable[[Sequence[int]], mx.array] | None = None
     quantised: bool = False
+    per_layer_size: int = 0
     mask_token: int | None = None
     named_masks: tuple[int, ...] = ()
 
@@ -224,6 +226,8 @@ def check_adapter(adapter: ConvertedAdapter, base: BaseFacts) -> None:
     """
     shapes = _sampler_shapes(adapter.sampler, base.hidden_size)
     shapes[MASK_EMBEDDINGS] = (adapter.num_draft_tokens, base.hidden_size)
+    if base.per_layer_size:
+        shapes[MASK_PER_LAYER_EMBEDDINGS] = (adapter.num_draft_tokens, base.per_layer_size)
     for name in adapter.tensors:
         path, _, half = name.rpartition(".")
         if half in ("lora_a", "lora_b"):

@@ -16,7 +16,7 @@ import mlx.core as mx
 from mlx_mtp.converters.layouts.peft import PREFIX, SAMPLER_LAYERS
 from mlx_mtp.converters.layouts.peft_config import EMBEDDING
 from mlx_mtp.model.config import MTPConfig, SamplerKind
-from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, SAMPLER_PREFIX
+from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, MASK_PER_LAYER_EMBEDDINGS, SAMPLER_PREFIX
 
 _MASK_ROWS = f"{PREFIX}model.{EMBEDDING}.token_adapter.trainable_tokens_delta"
 _SAMPLER_NUMBERS = {ours: number for number, ours in SAMPLER_LAYERS.items()}
@@ -55,6 +55,8 @@ def to_peft(
             adapter[f"{PREFIX}{path}.lora_{half[-1].upper()}.weight"] = tensor.T
         elif name.startswith(SAMPLER_PREFIX):
             sampler[_sampler_name(name)] = tensor
+        elif name == MASK_PER_LAYER_EMBEDDINGS:
+            raise ValueError(f"PEFT's layout has no place for {name}")
         else:
             raise ValueError(f"tensor {name} is unknown")
     tokens = {"trainable_token_indices": ids, "alora_invocation_tokens": ids}

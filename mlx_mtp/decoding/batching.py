@@ -62,7 +62,7 @@ def can_batch(model: MTPModel) -> bool:
 
     Batching requires that the model only passes positions, masks and keys through.
     """
-    if not (model.wrap_attention() and model.wrap_ropes()):
+    if not (model.wrap_ropes() and model.wrap_attention()):
         return False
     layouts = [plain_layout(), StepLayout(1, 2, (0, 0, 0))]
     if model.num_draft_tokens:

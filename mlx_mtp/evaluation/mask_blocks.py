@@ -33,6 +33,7 @@ class MaskRows:
     masks_per_block: int | tuple[int, ...]
 
     is_contiguous = False
+    is_prompt_chunk = False
 
     @property
     def gate_split(self) -> int:
@@ -75,11 +76,20 @@ class MaskRows:
         return mx.array(self.row_positions)
 
     def positions_from(self, offset: Any) -> mx.array:
-        """Position of each row after ``offset`` rows, int32 ``[R]``."""
-        return self.positions + offset
+        """Position of each row, int32 ``[R]``; it is known without ``offset``."""
+        del offset
+        return self.positions
 
-    def attention(self, num_cached: int, window: int | None = None) -> mx.array:
-        """Which cached rows and mask rows each row sees, bool ``[R, num_cached + R]``."""
+    def attention(
+        self, num_cached: int, window: int | None = None, *, chunk: int | None = None
+    ) -> mx.array:
+        """Which cached rows and mask rows each row sees, bool ``[R, num_cached + R]``.
+
+        Args:
+            num_cached: number of cached rows.
+            window: number of rows that a row sees, if that is limited.
+            chunk: number of positions of which a row sees only its own, likewise.
+        """
         cached = np.arange(num_cached)
         sees_cached = cached[None] <= self.row_anchors[:, None]
         blocks = np.repeat(np.arange(len(self.anchors)), self._counts)
@@ -87,7 +97,9 @@ class MaskRows:
             self.mask_offsets[None] <= self.mask_offsets[:, None]
         )
         sees: Any = np.concatenate([sees_cached, sees_masks], axis=1)
+        rows, positions = self.row_positions[:, None], np.append(cached, self.row_positions)[None]
         if window is not None:
-            positions = np.concatenate([cached, self.row_positions])
-            sees &= self.row_positions[:, None] - positions[None] < window
+            sees &= rows - positions < window
+        if chunk is not None:
+            sees &= rows // chunk == positions // chunk
         return mx.array(sees)

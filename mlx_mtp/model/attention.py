@@ -7,15 +7,24 @@ each with its own cache.
 
 from __future__ import annotations
 
+import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import base as lm_base
+from mlx_lm.models.base import create_attention_mask
 
-from mlx_mtp.model.wrappers import Wrapper, replace
+from mlx_mtp.model.layout import RowLayout, StepScope
+from mlx_mtp.model.one_row import (
+    in_one_row_form,
+    is_latent_attention,
+    one_row_function,
+    wrap_latent_products,
+)
+from mlx_mtp.model.wrappers import Wrapper, own_call, replace
 
 NAME = "scaled_dot_product_attention"
 
@@ -47,20 +56,43 @@ class AttentionSeam(Wrapper):
     mlx-lm's blocks call ``scaled_dot_product_attention`` by a global name of their own file and
     take no other function as an argument.  Rebinding that name in mlx-lm would change every model
     in the process, so the block's own code is run with a namespace in which it is bound anew.
+
+    Multi-head latent attention computes the rows of a step as it computes one row (``one_row``).
+
+    Attributes:
+        attention: the injected function; None for mlx-lm's own.
+        scope: the model's step scope, if the block is latent attention.
     """
 
-    def __init__(self, block: nn.Module, attention: Attention | None = None) -> None:
+    def __init__(
+        self,
+        block: nn.Module,
+        attention: Attention | None = None,
+        *,
+        scope: StepScope | None = None,
+    ) -> None:
         super().__init__(block)
-        call: Any = type(block).__call__
+        call = own_call(block)
+        self.attention, self.scope = attention, scope
         names = {**call.__globals__, NAME: _attend_with(attention)}
         self._call = types.FunctionType(
             call.__code__, names, call.__name__, call.__defaults__, call.__closure__
         )
         self._call.__kwdefaults__ = call.__kwdefaults__
+        self._signature = inspect.signature(call)
+        if scope is not None:
+            names = {**call.__globals__, NAME: _attend_with(attention, scope)}
+            self._call_as_one_row = one_row_function(call, names)
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         """Call the block's own code."""
-        return self._call(self.wrapped, *args, **kwargs)
+        if self.scope is None or not in_one_row_form(self.scope.layout):
+            return self._call(self.wrapped, *args, **kwargs)
+        call = self._signature.bind(self.wrapped, *args, **kwargs)
+        if isinstance(call.arguments.get("mask"), str):  # one row has an array or None
+            x, cache = call.arguments["x"], call.arguments["cache"]
+            call.arguments["mask"] = create_attention_mask(x, cache, return_array=True)
+        return self._call_as_one_row(*call.args, **call.kwargs)
 
 
 def inject_attention(base: nn.Module, attention: Attention | None) -> dict[str, nn.Module]:
@@ -74,12 +106,34 @@ def inject_attention(base: nn.Module, attention: Attention | None) -> dict[str, 
         The modules that were replaced, by path; ``replace`` restores them.
     """
     blocks = attention_blocks(base)
+    replace(base, {path: _seam(block, attention) for path, block in blocks.items()})
+    return blocks
+
+
+def _seam(block: Any, attention: Attention | None) -> AttentionSeam:
+    """Put a function into a block that may have a seam already."""
+    if isinstance(block, AttentionSeam):
+        return AttentionSeam(block.wrapped, attention, scope=block.scope)
+    return AttentionSeam(block, attention)
+
+
+def wrap_latent_attention(base: nn.Module, scope: StepScope) -> bool:
+    """Let latent attention compute the rows of a step as it computes one row, in place.
+
+    Returns:
+        Whether there is such attention.
+    """
+    blocks = attention_blocks(base)
+    latent: dict[str, Any] = {k: block for k, block in blocks.items() if is_latent_attention(block)}
+    wrap_latent_products(base, scope)
     seams = {
-        path: AttentionSeam(block.wrapped if isinstance(block, AttentionSeam) else block, attention)
-        for path, block in blocks.items()
+        path: AttentionSeam(
+            getattr(block, "wrapped", block), getattr(block, "attention", None), scope=scope
+        )
+        for path, block in latent.items()
     }
     replace(base, seams)
-    return blocks
+    return bool(seams)
 
 
 def attention_blocks(base: nn.Module) -> dict[str, nn.Module]:
@@ -90,7 +144,7 @@ def attention_blocks(base: nn.Module) -> dict[str, nn.Module]:
 def _has_seam(module: nn.Module) -> bool:
     if isinstance(module, AttentionSeam):
         return True
-    call: Any = type(module).__call__
+    call = own_call(module)
     return (
         isinstance(call, types.FunctionType)
         and NAME in call.__code__.co_names
@@ -98,8 +152,13 @@ def _has_seam(module: nn.Module) -> bool:
     )
 
 
-def _attend_with(attention: Attention | None) -> Callable[..., mx.array]:
-    """Make a function with the arguments of mlx-lm's ``scaled_dot_product_attention``."""
+def _attend_with(
+    attention: Attention | None, scope: StepScope | None = None
+) -> Callable[..., mx.array]:
+    """Make a function with the arguments of mlx-lm's ``scaled_dot_product_attention``.
+
+    With a scope the ordinary rows of a step attend one by one, each to the keys up to its own.
+    """
 
     def attend(
         queries: Any,
@@ -110,7 +169,7 @@ def _attend_with(attention: Attention | None) -> Callable[..., mx.array]:
         mask: Any,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        def attend_one(queries: Any, keys: Any, values: Any, mask: Any, cache: Any) -> mx.array:
+        def attend_rows(queries: Any, keys: Any, values: Any, mask: Any, cache: Any) -> mx.array:
             is_plain = sinks is None and not hasattr(cache, "bits")  # mlx-lm's test for quantised
             if attention is not None and is_plain:
                 y = attention(queries, keys, values, scale=scale, mask=mask)
@@ -121,7 +180,32 @@ def _attend_with(attention: Attention | None) -> Callable[..., mx.array]:
             )
 
         if hasattr(cache, "attend"):  # a batch: keys, values and mask have one part per answer
-            return cache.attend(attend_one, queries, keys, values, mask)
-        return attend_one(queries, keys, values, mask, cache)
+            return cache.attend(attend_rows, queries, keys, values, mask)
+        if scope is None or scope.layout is None:
+            return attend_rows(queries, keys, values, mask, cache)
+        parts = _row_parts(scope.layout, queries, keys, values, mask)
+        return mx.concatenate([attend_rows(*part, cache) for part in parts], axis=2)
 
     return attend
+
+
+def _row_parts(
+    layout: RowLayout, queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array
+) -> Iterator[tuple[mx.array, ...]]:
+    """Split attention from ``[1, H, L, Dh]`` to ``[1, Hkv, S, Dh]``: each ordinary row, all masks.
+
+    Args:
+        layout: the rows.
+        queries: of all rows.
+        keys: cached ones, then those of the rows.
+        values: likewise.
+        mask: numbers to add to the scores, ``[1, H, L, S]``.
+    """
+    num_ordinary, num_rows = layout.gate_split, queries.shape[2]
+    cached = keys.shape[2] - num_rows
+    for row in range(num_ordinary):
+        end, one = cached + row + 1, slice(row, row + 1)
+        yield queries[:, :, one], keys[:, :, :end], values[:, :, :end], mask[:, :, one, :end]
+    if num_rows > num_ordinary:
+        rest = slice(num_ordinary, None)
+        yield queries[:, :, rest], keys, values, mask[:, :, rest]

@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx_lm import utils as lm_utils
 from mlx_lm.models import rope_utils
 
+from mlx_mtp.model.parts import text_model
 from mlx_mtp.model.settings import Rope, Settings, read_settings
 from mlx_mtp.model.wrappers import Activated, ExactlyScaled, LimitedRope, WindowLayer, replace
 from mlx_mtp.storage.safetensors import check_safetensors
@@ -72,7 +73,7 @@ def open_base(
         raise
     for key in {*replaced, *settings.overrides}:
         config.pop(key)
-    _apply(getattr(model, "language_model", model), settings)
+    _apply(text_model(model), settings)
     return model, {**settings.config, **config}
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import cache as lm_cache
 
+from mlx_mtp.model.parts import text_model
 from mlx_mtp.model.wrappers import WindowLayer
 
 # Settings of mlx-lm's ModelArgs that change the function of given weights.  Sizes are left out, as
@@ -32,7 +33,7 @@ def fingerprint(base: Any) -> str:
     bfloat16 or wider, so they are hashed, rounded to bfloat16, with the model type, the names, and
     the settings that change what a model computes.
     """
-    base = _text_model(base)
+    base = text_model(base)
     digest = _hash_of_norms(base)
     for name, value in sorted(_settings(base).items()):
         digest.update(f"\n{name}={_canonical(value)}".encode())
@@ -41,11 +42,12 @@ def fingerprint(base: Any) -> str:
 
 def is_fingerprint_of(base: Any, value: Any) -> bool:
     """Return whether a fingerprint is this model's, or its former one, without settings."""
-    return value == _hash_of_norms(_text_model(base)).hexdigest() or value == fingerprint(base)
+    return value == _hash_of_norms(text_model(base)).hexdigest() or value == fingerprint(base)
 
 
-def _text_model(base: Any) -> Any:
-    return base.language_model if hasattr(base, "language_model") else base
+def model_args(base: Any) -> Any:
+    """Return the settings of an mlx-lm model, which most classes call ``args``, some ``config``."""
+    return getattr(base, "args", None) or getattr(base, "config", None)
 
 
 def _hash_of_norms(base: Any) -> Any:
@@ -60,7 +62,7 @@ def _hash_of_norms(base: Any) -> Any:
 
 def _settings(base: Any) -> dict[str, Any]:
     """Return the settings that differ from neutral ones, so that new keys change no fingerprint."""
-    args = vars(base.args)
+    args = vars(model_args(base))
     found = {key: args.get(key) for key in _SETTINGS}
     parameters = args.get("rope_scaling") or args.get("rope_parameters") or {}
     kind = parameters.get("type") or parameters.get("rope_type") or "default"
@@ -74,7 +76,8 @@ def _settings(base: Any) -> dict[str, Any]:
         found["rope_scaling.untruncated"] = True
     found["rope_theta"] = args.get("rope_theta") or parameters.get("rope_theta")
     caches = lm_cache.make_prompt_cache(base)
-    windows = [_window(args, base.layers[i], i, cache) for i, cache in enumerate(caches)]
+    layers: dict[int, Any] = dict(enumerate(base.layers))
+    windows = [_window(args, layers.get(i), i, cache) for i, cache in enumerate(caches)]
     found["windows"] = windows if any(windows) else None
     return {
         key: value

@@ -18,10 +18,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, chain
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import numpy as np
+
+if TYPE_CHECKING:
+    from mlx_mtp.model.recurrence import MixerCall
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,11 @@ class StepLayout:
         """Whether every row's position follows that of the row before."""
         return self.num_masks == 0
 
+    @property
+    def is_prompt_chunk(self) -> bool:
+        """Whether there are several rows, all pending; layers may compute them in another form."""
+        return self.num_rows == self.num_pending > 1
+
     @cached_property
     def mask_offsets(self) -> np.ndarray:
         """Which mask token each mask row is, counted from 0, int32 ``[num_masks]``."""
@@ -96,6 +104,42 @@ class StepLayout:
         same_group = groups[:, None] == groups[None]
         sees[split:, split:] = same_group & (self.mask_offsets[:, None] >= self.mask_offsets)
         return mx.array(sees)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether all rows are pending ones, which stay whatever is accepted."""
+        return self.num_rows == self.num_pending
+
+    @cached_property
+    def group_anchors(self) -> list[int]:
+        """Number of drafts before each group that has masks, ``[G]``."""
+        return [anchor for anchor, count in enumerate(self.mask_counts) if count]
+
+    @cached_property
+    def group_index(self) -> mx.array:
+        """Rows of the groups that have masks, ``[G, largest group]``, as in ``group_rows``."""
+        return self.group_rows[mx.array(self.group_anchors)]
+
+    def window_index(self, num_before: int) -> mx.array:
+        """For each group that has masks, the rows up to the one it follows, and its own rows.
+
+        Args:
+            num_before: rows before the group, which a convolution over ``num_before + 1`` rows
+                needs.
+
+        Returns:
+            Indices ``[G, num_before + largest group]`` into the step's rows with ``num_before``
+            earlier rows in front of them.
+        """
+        first = mx.array(self.group_anchors) + self.num_pending  # the earlier rows shift the rest
+        before = first[:, None] + mx.arange(num_before)
+        return mx.concatenate([before, self.group_index + num_before], axis=1)
+
+    def joined_groups(self, y: mx.array) -> mx.array:
+        """Put groups ``[G, largest group, ...]`` into mask rows ``[1, num_masks, ...]``."""
+        counts = [count for count in self.mask_counts if count]
+        groups = [y[index : index + 1, :count] for index, count in enumerate(counts)]
+        return mx.concatenate(groups, axis=1) if len(groups) > 1 else groups[0]
 
     @cached_property
     def group_rows(self) -> mx.array:
@@ -142,6 +186,7 @@ class BatchLayout:
     offsets: tuple[int, ...]
 
     is_contiguous = False
+    is_prompt_chunk = False
 
     @property
     def gate_split(self) -> int:
@@ -196,6 +241,20 @@ class BatchLayout:
         ]
 
 
+@dataclass(frozen=True)
+class MaskRun:
+    """Mask rows that follow each other and see all rows before: a ``RowLayout`` of one group."""
+
+    num_masks: int
+
+    gate_split = 0
+    is_contiguous = True
+
+    def positions_from(self, offset: Any) -> mx.array:
+        """Position of each row after ``offset`` cached ones, int32 ``[num_masks]``."""
+        return mx.arange(self.num_masks) + offset
+
+
 class RowLayout(Protocol):
     """What wrapped modules ask about the rows of a forward: a step, a batch or mask blocks."""
 
@@ -214,6 +273,11 @@ class RowLayout(Protocol):
         """Whether every row's position follows that of the row before."""
         ...
 
+    @property
+    def is_prompt_chunk(self) -> bool:
+        """Whether there are several rows, all of a prompt."""
+        ...
+
     def positions_from(self, offset: Any) -> mx.array:
         """Position of each row after ``offset`` cached ones, int32 ``[rows]``."""
         ...
@@ -225,14 +289,18 @@ class StepScope:
     mlx-lm passes no layout to its modules; embedding, rotary embedding, gated linear layers and
     caches read it here.  ``layout`` is None outside a forward and for forwards whose rows are all
     ordinary and contiguous.  ``gated`` is True except in one ablation of training, where the
-    low-rank weights act on ordinary rows too.
+    low-rank weights act on ordinary rows too.  ``mixer`` is the call of a recurrent layer's mixer
+    in progress, which short convolutions and recurrences look up.
     """
 
     def __init__(self) -> None:
         self.layout: RowLayout | None = None
         self.gated = True
+        self.adapts_experts = False  # whether the experts in progress have mask rows (``experts``)
+        self.mixer: MixerCall | None = None
 
     @property
-    def has_masks(self) -> bool:
-        """Whether the forward in progress has mask rows."""
-        return self.layout is not None and self.layout.num_masks > 0
+    def step(self) -> StepLayout | None:
+        """The step in progress if it has mask rows."""
+        layout = self.layout
+        return layout if isinstance(layout, StepLayout) and layout.num_masks else None

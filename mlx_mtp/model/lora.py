@@ -132,6 +132,14 @@ class GatedLoRALinear(nn.Module):
             if y is not None:
                 return y
         y = self.linear(x)
+        if isinstance(y, mx.array):
+            return self._adapted(x, y)
+        ends = list(accumulate(part.shape[-1] for part in y))  # afm7's returns q, k and v apart
+        return mx.split(self._adapted(x, mx.concatenate(y, axis=-1)), ends[:-1], axis=-1)
+
+    def _adapted(self, x: mx.array, y: mx.array) -> mx.array:
+        """Add the low-rank product of ``x`` ``[..., L, in]`` to rows from the gate split on."""
+        layout = self.scope.layout
         if not self.scope.gated or (layout is not None and layout.gate_split == 0):
             return mx.addmm(y, x @ self.lora_a, self.lora_b, alpha=self.scale)
         if layout is None or layout.num_masks == 0:

@@ -14,26 +14,54 @@ is wrapped and the model decodes plainly.
 
 from __future__ import annotations
 
-import copy
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import make_prompt_cache
 
+from mlx_mtp.model.attention import AttentionSeam, attention_blocks, wrap_latent_attention
 from mlx_mtp.model.caches import make as kv_cache
-from mlx_mtp.model.attention import AttentionSeam, attention_blocks
 from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
+from mlx_mtp.model.chunks import wrap_chunks
 from mlx_mtp.model.config import MTPConfig
+from mlx_mtp.model.experts import GatedLoRASwitchLinear, is_switch, wrap_gated_experts
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
-from mlx_mtp.model.layout import RowLayout, StepScope, quadratic_layout
+from mlx_mtp.model.fingerprint import model_args
+from mlx_mtp.model.layout import RowLayout, StepLayout, StepScope, quadratic_layout
 from mlx_mtp.model.lora import GatedLoRALinear
+from mlx_mtp.model.mixers import wrap_mixers
+from mlx_mtp.model.one_row import wrap_experts
+from mlx_mtp.model.parts import (
+    embedding_dims,
+    find_parts,
+    module_at,
+    text_model,
+    with_module,
+)
+from mlx_mtp.model.positions import wrap_positions
 from mlx_mtp.model.sampler_head import SamplerHead
-from mlx_mtp.model.wrappers import HiddenStates, MaskEmbedding, StepRope, replace
+from mlx_mtp.model.wrappers import (
+    HiddenStates,
+    MaskEmbedding,
+    WithoutHead,
+    replace,
+)
 
 MASK_EMBEDDINGS = "mask_embeddings"
+MASK_PER_LAYER_EMBEDDINGS = "mask_per_layer_embeddings"
 SAMPLER_PREFIX = "sampler_head."
+
+# What mlx-lm's own class computes so that drafts cannot be exact, by type of model.
+_REFUSED = {
+    "phi3small": "its attention adds a mask of booleans to the scores, so rows see later ones",
+    "longcat_flash_ngram": "its embeddings are of n-grams, which mask rows do not have",
+}
+_FAILURES = (TypeError, ValueError, AttributeError, IndexError, RuntimeError)
 
 
 class MTPModel(nn.Module):
@@ -58,20 +86,29 @@ class MTPModel(nn.Module):
         weights: Mapping[str, mx.array] | None = None,
     ) -> None:
         super().__init__()
-        base = base.language_model if hasattr(base, "language_model") else base
+        base = text_model(base)
         self.name = name or base.model_type
-        if reason := kv_cache.unsupported_reason(base):
+        if reason := _REFUSED.get(base.model_type) or kv_cache.unsupported_reason(base):
             raise ValueError(f"{self.name} ({base.model_type}) cannot be used: {reason}")
         self.base = base
         self.config = config
         self.sampler_head: SamplerHead | None = None
         self._scope = StepScope()
-        self._embedding, embedding_path = _find_embedding(base)
+        self.parts = find_parts(base)
+        self._embedding = module_at(base, self.parts.embedding)
+        backbone = module_at(base, self.parts.backbone)
+        self._takes_mask = _requires(inspect.signature(type(backbone).__call__), "mask")
+        wrap_experts(base, self._scope)
+        self._has_forms = wrap_latent_attention(base, self._scope)
+        self.is_recurrent = bool(self.make_cache().recurrent_layers)
+        if self.is_recurrent:
+            self._wrap_mixers()
         if config is not None:
             assert weights is not None
-            self._attach(config, weights, embedding_path)
-        self._head = copy.copy(base)
-        self._head.model = HiddenStates(base.model)
+            self._attach(config, weights)
+        self._hidden_states = HiddenStates(module_at(base, self.parts.backbone))
+        self._head = with_module(base, self.parts.backbone, self._hidden_states)
+        self._check_caches()
         if config is not None:
             self._probe()
 
@@ -96,9 +133,17 @@ class MTPModel(nn.Module):
         return embedding_dims(self._embedding)
 
     @property
+    def per_layer_size(self) -> int:
+        """Width of the embeddings of a token for all layers; 0 if the model has none."""
+        path = self.parts.per_layer
+        return 0 if path is None else _width(module_at(self.base, path))
+
+    @property
     def max_context(self) -> int | None:
         """Maximum number of positions, or None if the model's configuration has no such limit."""
-        return getattr(self.base.args, "max_position_embeddings", None)
+        if self.parts.positions:
+            return module_at(self.base, self.parts.positions[0]).weight.shape[0]
+        return getattr(model_args(self.base), "max_position_embeddings", None)
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -108,8 +153,10 @@ class MTPModel(nn.Module):
     def make_cache(self, **options: Any) -> MTPCache:
         """Make fresh caches; see ``caches.make.make_cache`` for the options and errors."""
         cache = kv_cache.make_cache(self.base, scope=self._scope, **options)
+        cache.last_id_alone = self._has_forms
         if cache.kv_bits is not None:
-            size = self._sample_cache().layers[0].inner.keys.shape[-1]
+            attention = self._sample_cache().attention_layers
+            size = attention[0].inner.keys.shape[-1] if attention else 0
             if size % cache.kv_group_size:
                 raise ValueError(
                     f"kv_group_size {cache.kv_group_size} does not divide the head size {size}"
@@ -132,6 +179,7 @@ class MTPModel(nn.Module):
     def _sample_cache(self) -> MTPCache:
         """Make caches of one row, never evaluated, for their shapes and types."""
         sample = kv_cache.make_cache(self.base, scope=self._scope)
+        sample.last_id_alone = self._has_forms
         self(mx.array([[0]]), cache=sample)
         return sample
 
@@ -152,15 +200,28 @@ class MTPModel(nn.Module):
         Returns:
             Final hidden states ``[1, L, D]``.
         """
+        backbone = self._backbone
         self._scope.layout = layout
+        cache.begin_forward(ids.shape[1], layout)
         try:
-            return self.base.model(ids, cache.layers)
+            if not self._takes_mask:
+                return backbone(ids, cache=cache.layers)
+            mask = create_attention_mask(ids, cache.layers[0])
+            return backbone(ids, mask=mask, cache=cache.layers)
         finally:
             self._scope.layout = None
 
+    @property
+    def _backbone(self) -> Any:
+        backbone = module_at(self.base, self.parts.backbone)
+        head = self.parts.inner_head
+        return backbone if head is None else WithoutHead(backbone, head)
+
     def logits(self, hidden: mx.array) -> mx.array:
         """Turn hidden states ``[B, L, D]`` into logits ``[B, L, V]`` by the base model's head."""
-        return self._head(hidden)
+        if self.parts.inner_head is not None:
+            return self._backbone.logits(hidden)
+        return self._hidden_states.head(self._head, hidden)
 
     def embed(self, ids: mx.array) -> mx.array:
         """Look up token embeddings, ``[...]`` to ``[..., D]``."""
@@ -169,9 +230,11 @@ class MTPModel(nn.Module):
 
     def unembed_rows(self, ids: mx.array) -> mx.array:
         """Rows of the unembedding, ``[...]`` to ``[..., D]``."""
-        if "lm_head" not in self.base:
+        if self.parts.head is None:
             return self._embedding(ids)
-        head = self.base.lm_head
+        head = module_at(self.base, self.parts.head)
+        if isinstance(head, mx.array):
+            return head[ids]
         if not isinstance(head, nn.QuantizedLinear):
             return head.weight[ids]
         biases = None if head.biases is None else head.biases[ids]
@@ -184,9 +247,7 @@ class MTPModel(nn.Module):
             mode=head.mode,
         )
 
-    def _attach(
-        self, config: MTPConfig, weights: Mapping[str, mx.array], embedding_path: str
-    ) -> None:
+    def _attach(self, config: MTPConfig, weights: Mapping[str, mx.array]) -> None:
         """Check the adapter against the model, then wrap the model's modules."""
         dims = embedding_dims(self._embedding)
         shape = "{}, {} layers of {}, {} tokens".format
@@ -204,18 +265,44 @@ class MTPModel(nn.Module):
             )
         dtype = self.dtype
         cast = {key: value.astype(dtype) for key, value in weights.items()}
-        masks = cast.pop(MASK_EMBEDDINGS, None)
-        if masks is None or masks.shape != (config.num_draft_tokens, dims):
-            shape = None if masks is None else tuple(masks.shape)
-            raise ValueError(
-                f"{MASK_EMBEDDINGS} must be {(config.num_draft_tokens, dims)}, got {shape}"
-            )
+        tables = {self.parts.embedding: MASK_EMBEDDINGS}
+        if self.parts.per_layer is not None:
+            tables[self.parts.per_layer] = MASK_PER_LAYER_EMBEDDINGS
+            if MASK_PER_LAYER_EMBEDDINGS not in cast:
+                size = self.per_layer_size
+                cast[MASK_PER_LAYER_EMBEDDINGS] = mx.zeros((config.num_draft_tokens, size), dtype)
+        embeddings = {}
+        for path, name in tables.items():
+            embedding, masks = module_at(self.base, path), cast.pop(name, None)
+            expected = (config.num_draft_tokens, embedding_dims(embedding))
+            if masks is None or masks.shape != expected:
+                shape = None if masks is None else tuple(masks.shape)
+                raise ValueError(f"{name} must be {expected}, got {shape}")
+            embeddings[path] = MaskEmbedding(embedding, masks, scope=self._scope)
         self._attach_sampler(config, cast, dims)
         self._wrap_linears(config, cast)
-        if not self.wrap_ropes():
-            raise ValueError(f"{self.name} ({self.base.model_type}) has no rotary embedding")
-        embedding = MaskEmbedding(self._embedding, masks, scope=self._scope)
-        replace(self.base, {embedding_path: embedding})
+        if not (self.wrap_ropes() or self.is_recurrent):
+            raise ValueError(
+                f"{self.name} ({self.base.model_type}) cannot take mask rows: it has no embedding "
+                "of positions that could give each row its own"
+            )
+        wrap_chunks(self.base, self._scope)
+        replace(self.base, embeddings)
+
+    def _wrap_mixers(self) -> None:
+        """Let recurrent layers ask their caches, and check that they do."""
+
+        def forward(layout: StepLayout) -> MTPCache:
+            cache = self.make_cache()
+            self(mx.zeros((1, layout.num_rows), mx.int32), cache=cache, layout=layout)
+            return cache
+
+        try:
+            wrap_mixers(self.base, forward, scope=self._scope)
+        except (TypeError, ValueError, AttributeError, IndexError) as failure:
+            raise ValueError(
+                f"{self.name} ({self.base.model_type}) cannot be used: {_first_line(failure)}"
+            ) from None
 
     def wrap_attention(self) -> bool:
         """Let batches attend answer by answer; seams that exist keep their function.
@@ -229,16 +316,12 @@ class MTPModel(nn.Module):
         return bool(blocks)
 
     def wrap_ropes(self) -> bool:
-        """Let each row have its own position; ropes that are wrapped already stay as they are.
+        """Let each row have its own position; what is wrapped already stays as it is.
 
         Returns:
-            Whether there is a rotary embedding.
+            Whether the model knows positions.
         """
-        ropes = _find_ropes(self.base)
-        if not any(isinstance(rope, StepRope) for rope in ropes.values()):
-            wrapped = {path: StepRope(rope, scope=self._scope) for path, rope in ropes.items()}
-            replace(self.base, wrapped)
-        return bool(ropes)
+        return wrap_positions(self.base, self.parts.positions, self._scope)
 
     def _attach_sampler(self, config: MTPConfig, weights: dict[str, mx.array], dims: int) -> None:
         """Move the sampler head's tensors out of ``weights``."""
@@ -263,8 +346,9 @@ class MTPModel(nn.Module):
             lora_b = weights.pop(f"{path}.lora_b", None)
             if path not in modules or lora_a is None or lora_b is None:
                 raise ValueError(f"the adapter's tensors for {path!r} do not fit {self.name}")
+            kind: Any = GatedLoRASwitchLinear if is_switch(modules[path]) else GatedLoRALinear
             try:
-                wrapped[path] = GatedLoRALinear.from_base(
+                wrapped[path] = kind.from_base(
                     modules[path],
                     lora_a=lora_a,
                     lora_b=lora_b,
@@ -284,25 +368,41 @@ class MTPModel(nn.Module):
                 f"{', '.join(config.target_modules)}"
             )
         replace(self.base, wrapped)
+        switches = [path for path in paths if isinstance(wrapped[path], GatedLoRASwitchLinear)]
+        wrap_gated_experts(self.base, switches, self._scope)
+
+    def _check_caches(self) -> None:
+        """Refuse a model whose forward fails, or leaves a cache empty, before any work."""
+        prefix = f"{self.name} ({self.base.model_type}) cannot be used"
+        try:
+            layers = self._sample_cache().layers
+        except _FAILURES as failure:
+            raise ValueError(f"{prefix}: {_first_line(failure)}") from None
+        inners = [getattr(layer, "inner", None) for layer in layers]  # none if it is recurrent
+        unused = [i for i, inner in enumerate(inners) if inner is not None and inner.empty()]
+        if unused:
+            raise ValueError(f"{prefix}: layer {unused[0]} does not use its cache")
 
     def _probe(self) -> None:
         """Run one tiny step, so that a model with other seams is refused early.
 
-        Its ordinary rows must agree with the model's own forward.  Where the seams work, the two
-        differ by rounding only, so a coarse bound is enough.
+        Its ordinary rows must agree with the model's own forwards, one row at a time.  Where the
+        seams work, the two differ by rounding only, so a coarse bound is enough.
         """
         layout = quadratic_layout(num_pending=1, num_draft_tokens=1, num_masks=1)
         ids = mx.array([[1, 2, *layout.mask_offsets.tolist()]])
         try:
             hidden = self(ids, cache=self.make_cache(), layout=layout)
             stepped = self.logits(hidden[:, : layout.gate_split]).astype(mx.float32)
-            plain = self.base(ids[:, : layout.gate_split]).astype(mx.float32)
+            alone = make_prompt_cache(self.base)
+            rows = [self.base(ids[:, i : i + 1], cache=alone) for i in range(layout.gate_split)]
+            plain = mx.concatenate(rows, axis=1).astype(mx.float32)
             error = mx.abs(stepped - plain).max() / (mx.abs(plain).max() + 1e-6)
             agrees = bool((error < 0.05).item())
-        except (TypeError, ValueError, AttributeError, IndexError) as failure:
-            reason = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
+        except _FAILURES as failure:
             raise ValueError(
-                f"{self.name} ({self.base.model_type}) cannot take mask rows: {reason}"
+                f"{self.name} ({self.base.model_type}) cannot take mask rows: "
+                f"{_first_line(failure)}"
             ) from None
         if not agrees:
             raise ValueError(
@@ -311,32 +411,17 @@ class MTPModel(nn.Module):
             )
 
 
-def embedding_dims(embedding: Any) -> int:
-    """Width of an embedding, quantised or not."""
-    if isinstance(embedding, nn.QuantizedEmbedding):
-        return embedding.weight.shape[-1] * 32 // embedding.bits
-    return embedding.weight.shape[-1]
+def _first_line(error: Exception) -> str:
+    """The first line of an error's message, or its kind if it has none."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
-def _find_embedding(base: Any) -> tuple[Any, str]:
-    """Find the one token embedding of a model and its path."""
-    embeddings = [
-        (module, path)
-        for path, module in base.named_modules()
-        if isinstance(module, nn.Embedding | nn.QuantizedEmbedding)
-    ]
-    if len(embeddings) != 1 or "model" not in base:
-        raise ValueError(
-            f"{base.model_type} models cannot be used: a backbone named 'model' with one token "
-            f"embedding is needed, found {[path for _, path in embeddings]}"
-        )
-    return embeddings[0]
+def _width(embedding: Any) -> int:
+    inner = embedding.embedding if isinstance(embedding, MaskEmbedding) else embedding
+    return embedding_dims(inner)
 
 
-def _find_ropes(base: Any) -> dict[str, nn.Module]:
-    """Find the rotary embeddings of a model by path."""
-    return {
-        path: module
-        for path, module in base.named_modules()
-        if path.rpartition(".")[-1] in ("rope", "rotary_emb")
-    }
+def _requires(call: inspect.Signature, name: str) -> bool:
+    """Whether a function has an argument of that name without a default."""
+    argument = call.parameters.get(name)
+    return argument is not None and argument.default is inspect.Parameter.empty

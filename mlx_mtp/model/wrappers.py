@@ -8,6 +8,8 @@ the module that they wrap.  Some wrappers here consult the layout of the forward
 from __future__ import annotations
 
 import inspect
+import sys
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -65,13 +67,98 @@ class Wrapper(nn.Module):
         return getattr(self.wrapped, name)
 
 
-class HiddenStates(Wrapper):
-    """A backbone that returns the hidden states ``[B, L, D]`` it is called with."""
+class Rebound(Wrapper):
+    """A module that runs its own code with other values for some of its global names.
 
-    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """Return ``hidden``."""
+    mlx-lm's modules call functions of their own file by a global name and take no others as an
+    argument.  Rebinding the name in mlx-lm would change every model in the process, so the code is
+    run with a namespace in which it is bound anew.
+    """
+
+    def __init__(self, module: nn.Module, names: Mapping[str, Any]) -> None:
+        super().__init__(module)
+        call = own_call(module)
+        self._call = types.FunctionType(
+            call.__code__,
+            {**call.__globals__, **names},
+            call.__name__,
+            call.__defaults__,
+            call.__closure__,
+        )
+        self._call.__kwdefaults__ = call.__kwdefaults__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module's own code."""
+        return self._call(self.wrapped, *args, **kwargs)
+
+
+def own_call(module: nn.Module) -> Any:
+    """Return the function with a module's own code, which takes the module and its arguments."""
+    return module._call if isinstance(module, Rebound) else type(module).__call__
+
+
+class HiddenStates(Wrapper):
+    """A backbone that returns given hidden states, so that a model computes its head alone."""
+
+    def head(self, model: Any, hidden: mx.array) -> mx.array:
+        """Turn hidden states ``[B, L, D]`` into logits by calling a model with this backbone."""
+        object.__setattr__(self, "_hidden", hidden)
+        try:
+            return model(mx.zeros(hidden.shape[:2], mx.int32))
+        finally:
+            object.__setattr__(self, "_hidden", None)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        """Return the hidden states."""
         del args, kwargs
-        return hidden
+        return self._hidden
+
+
+class WithoutHead(Wrapper):
+    """A backbone whose own code ends in the output head: it returns hidden states instead.
+
+    Args:
+        backbone: the module.
+        head: name of its linear head, or of its embedding if that is the head.
+    """
+
+    def __init__(self, backbone: nn.Module, head: str) -> None:
+        super().__init__(backbone)
+        self._head = head
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up an attribute; the head and the limit of the logits have no effect."""
+        if name == "final_logit_softcapping":
+            return None
+        value = super().__getattr__(name)
+        return _Headless(value) if name == self.__dict__.get("_head") else value
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        """Return hidden states ``[B, L, D]``."""
+        out: Any = type(self.wrapped).__call__(self, *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out  # olmo returns its caches too
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """Turn hidden states ``[B, L, D]`` into logits ``[B, L, V]``."""
+        head = self.wrapped[self._head]
+        out = head.as_linear(hidden) if hasattr(head, "as_linear") else head(hidden)
+        limit = getattr(self.wrapped, "final_logit_softcapping", None)
+        if limit is None:
+            return out
+        return sys.modules[type(self.wrapped).__module__].logit_softcap(limit, out)
+
+
+class _Headless:
+    """An output head that returns its input; an embedding still looks up its rows."""
+
+    def __init__(self, head: Any) -> None:
+        self._head = head
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self._head(x) if hasattr(self._head, "as_linear") else x
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        return x
 
 
 class MaskEmbedding(nn.Module):
@@ -95,26 +182,28 @@ class MaskEmbedding(nn.Module):
         masks = self.mask_embeddings[ids[:, split:]].astype(ordinary.dtype)
         return mx.concatenate([ordinary, masks], axis=1)
 
+    @property
+    def weight(self) -> mx.array:
+        """The embedding table."""
+        return self.embedding.weight
+
     def as_linear(self, x: mx.array) -> mx.array:
         """Use the embedding table as the unembedding, ``[..., D]`` to ``[..., V]``."""
         return self.embedding.as_linear(x)
 
 
-class StepRope(nn.Module):
-    """A rotary embedding that rotates each row of a step by its own position."""
+class StepConv(nn.Module):
+    """The short convolution of a recurrent layer, whose rows the layer's cache puts in order."""
 
-    def __init__(self, rope: Any, *, scope: StepScope):
+    def __init__(self, conv: Any, *, scope: StepScope):
         super().__init__()
-        self.rope = rope
+        self.conv = conv
         self._scope = scope
 
-    def __call__(self, x: mx.array, offset: Any = 0) -> mx.array:
-        """Rotate ``[1, H, L, Dh]``; rows become a batch of length-1 sequences."""
-        layout = self._scope.layout
-        if layout is None or layout.is_contiguous:
-            return self.rope(x, offset=offset)
-        rows = x.transpose(2, 1, 0, 3)  # [L, H, 1, Dh]
-        return self.rope(rows, offset=layout.positions_from(offset)).transpose(2, 1, 0, 3)
+    def __call__(self, x: mx.array) -> mx.array:
+        """Convolve ``[B, K - 1 + L, C]``, the last inputs and the rows, to ``[B, L, C]``."""
+        mixer = self._scope.mixer
+        return self.conv(x) if mixer is None else mixer.convolve(self.conv, x)
 
 
 class LimitedRope(nn.Module):

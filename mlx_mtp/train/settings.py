@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlx_mtp.model.mtp_model import MTPModel
 
+ADAPTED = ("attention", "shared", "all")
 TEACHERS = ("argmax", "sample", "dist")
 PROJECTIONS = (
     "q_proj",
@@ -132,6 +133,11 @@ class TrainSettings:
         PROJECTIONS,
         "Names of the linear layers to adapt, separated by commas.",
         default_text="all projections",
+    )
+    adapt: str = _adapter(
+        "shared",
+        "Layers to adapt: those of attention, also dense ones and shared experts, or all experts.",
+        choices=ADAPTED,
     )
     sampler: bool = _adapter(True, "Train without a sampler head.", flag="--no-sampler")
     iters: int = _training(1000, "Number of training steps.", min=1)

@@ -46,7 +46,7 @@ class ScriptedModel:
                 row = layout.gate_split + mask
                 token = self.script(int(positions[row]) + 1, which)
                 columns[0, row, token % self.model.vocab_size] = CERTAIN
-        return mx.concatenate([hidden, mx.array(columns)], axis=-1)
+        return mx.concatenate([hidden, mx.array(columns, hidden.dtype)], axis=-1)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """``[B, L, V]``; adding zeros leaves an ordinary row's logits as they are."""

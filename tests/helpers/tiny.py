@@ -21,11 +21,12 @@ from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.lora import linear_dims
 from mlx_mtp.model.mtp_model import (
     MASK_EMBEDDINGS,
+    MASK_PER_LAYER_EMBEDDINGS,
     SAMPLER_PREFIX,
     MTPModel,
-    embedding_dims,
     fingerprint,
 )
+from mlx_mtp.model.parts import embedding_dims, find_parts, text_model
 from mlx_mtp.model.sampler_head import SamplerHead
 from tests.helpers.fixtures_generate import EOS, byte_tokenizer
 
@@ -176,10 +177,14 @@ def random_adapter(
     def normal(*shape: int, scale: float) -> mx.array:
         return mx.array((scale * rng.standard_normal(shape)).astype(np.float32))
 
-    embedding = base.model.embed_tokens
+    base = text_model(base)
+    parts, modules = find_parts(base), dict(base.named_modules())
+    embedding = modules[parts.embedding]
     dims, paths = embedding_dims(embedding), adaptable(base) if low_rank else []
     weights = {MASK_EMBEDDINGS: normal(k, dims, scale=1.0)}
-    modules = dict(base.named_modules())
+    if parts.per_layer is not None:
+        size = embedding_dims(modules[parts.per_layer])
+        weights[MASK_PER_LAYER_EMBEDDINGS] = normal(k, size, scale=1.0)
     for path in paths:
         in_dims, out_dims = linear_dims(modules[path])
         weights[f"{path}.lora_a"] = normal(in_dims, rank, scale=scale_of_weights)

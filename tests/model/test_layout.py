@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_mtp.model.layout import (
+    MaskRun,
     StepLayout,
     StepScope,
     linear_layout,
@@ -103,13 +104,15 @@ def test_the_papers_layouts() -> None:
     assert linear_layout(num_pending=1, num_draft_tokens=8, num_masks=8).num_rows == 17  # 2 k + 1
 
 
-def test_a_scope_has_masks_only_inside_a_step_with_masks() -> None:
+def test_a_scope_knows_a_step_only_if_it_has_masks() -> None:
     scope = StepScope()
-    assert not scope.has_masks
+    assert scope.step is None
     scope.layout = plain_layout()
-    assert not scope.has_masks
-    scope.layout = StepLayout(1, 0, (1,))
-    assert scope.has_masks
+    assert scope.step is None
+    scope.layout = layout = StepLayout(1, 0, (1,))
+    assert scope.step is layout
+    scope.layout = MaskRun(2)
+    assert scope.step is None
 
 
 @given(

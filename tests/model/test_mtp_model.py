@@ -20,7 +20,6 @@ from tests.helpers.tiny import (
     random_adapter,
     step_ids,
     tiny_base,
-    tiny_config,
     tiny_mtp,
 )
 
@@ -222,58 +221,6 @@ def test_fingerprints_tell_models_apart_but_not_quantisations() -> None:
     model = tiny_mtp("llama")
     assert model.config is not None
     assert model.config.base_fingerprint == fingerprint(tiny_base("llama"))
-
-
-RECURRENT: dict[str, dict[str, Any]] = {
-    "mamba": {
-        "state_size": 4,
-        "conv_kernel": 4,
-        "use_bias": False,
-        "use_conv_bias": True,
-        "time_step_rank": 2,
-    },
-    "lfm2": {
-        "norm_eps": 1e-5,
-        "conv_bias": False,
-        "conv_L_cache": 3,
-        "block_dim": 32,
-        "block_multiple_of": 8,
-        "block_ffn_dim_multiplier": 1.0,
-        "block_auto_adjust_ff_dim": False,
-        "block_ff_dim": 64,
-        "layer_types": ["conv", "full_attention"],
-    },
-    "qwen3_next": {
-        "linear_num_value_heads": 2,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_conv_kernel_dim": 4,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "decoder_sparse_step": 1,
-        "shared_expert_intermediate_size": 32,
-        "mlp_only_layers": [],
-        "moe_intermediate_size": 32,
-        "partial_rotary_factor": 0.5,
-        "full_attention_interval": 2,
-    },
-    "falcon_h1": {
-        "mamba_chunk_size": 8,
-        "mamba_d_head": 8,
-        "mamba_d_ssm": 32,
-        "mamba_d_state": 8,
-        "mamba_n_heads": 4,
-    },
-}
-
-
-@pytest.mark.parametrize("kind", RECURRENT)
-def test_recurrent_and_hybrid_models_are_refused(kind: str) -> None:
-    config = {**tiny_config("llama"), "model_type": kind, **RECURRENT[kind]}
-    base = build(config)
-    with pytest.raises(ValueError, match="recurrent or hybrid layers.*cannot be rewound"):
-        MTPModel(base, name="some-model")
 
 
 def test_learned_positions_are_refused() -> None:

@@ -49,7 +49,10 @@ class FastAttention:
         scores = grouped @ keys[:, :, None].swapaxes(-1, -2)  # [B, Hkv, H / Hkv, L, S]
         if mask is not None:
             bias = self._biases.of(mask, scores)
-            scores = scores + (bias if bias.ndim < 4 else bias[:, :, None])
+            if bias.ndim == 4:  # [B, 1 or H, L, S]
+                groups = kv_heads if bias.shape[1] > 1 else 1
+                bias = mx.unflatten(bias, 1, (groups, -1))
+            scores = scores + bias
         out = softmax(scores) @ values[:, :, None]
         return out.reshape(batch, heads, *out.shape[3:])
 

@@ -55,8 +55,8 @@ def attention_operations(base: nn.Module) -> list[StepAttentionOperation]:
     def observe(
         queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: Any
     ) -> None:
-        del scale, mask
-        if takes(queries, keys, values):
+        del scale
+        if takes(queries, keys, values, mask):
             shapes[AttentionKey.of(queries, keys)] = None
 
     blocks = inject_attention(base, observe)

@@ -95,5 +95,13 @@ class BatchCache:
     def __init__(
         self, caches: Sequence[MTPCache], layout: BatchLayout, *, scope: StepScope
     ) -> None:
-        by_layer = zip(*(cache.layers for cache in caches), strict=True)
+        by_layer: Any = zip(*(cache.layers for cache in caches), strict=True)
+        self._caches = caches
+        self._layouts = layout.layouts
         self.layers = [BatchLayerCache(layers, layout, scope) for layers in by_layer]
+
+    def begin_forward(self, num_rows: int, layout: Any) -> None:
+        """Begin a forward of all answers' rows."""
+        del num_rows, layout
+        for cache, step in zip(self._caches, self._layouts, strict=True):
+            cache.begin_forward(step.num_rows, step)

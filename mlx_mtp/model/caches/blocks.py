@@ -52,7 +52,7 @@ class CacheBlocks:
     def cut(self, cache: MTPCache, start: int, end: int) -> Rows | None:
         """Copy the rows of positions ``start`` to ``end``; None if a layer has dropped some."""
         rows = {}
-        for index, layer in enumerate(cache.layers):
+        for index, layer in enumerate(cache.attention_layers):
             first = _stored_index(layer, start, end)
             if first is None:
                 return None
@@ -99,7 +99,7 @@ class CacheBlocks:
         cache = self.make_cache()
         if _is_quantised(blocks[-1]):
             cache.quantise()
-        for index, layer in enumerate(cache.layers):
+        for index, layer in enumerate(cache.attention_layers):
             keys, values = (
                 self._joined(cache, blocks, f"{index}.{side}", num_rows) for side in _SIDES
             )

@@ -9,13 +9,14 @@ needs a row that was dropped.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import mlx.core as mx
 from mlx.utils import tree_map
 from mlx_lm.models import cache as lm_cache
 
-from mlx_mtp.model.layout import StepLayout, StepScope
+from mlx_mtp.model.layout import RowLayout, StepScope
 
 WINDOW_SLACK = 256
 
@@ -71,15 +72,19 @@ class LayerCache:
         self, num_rows: int, *, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
         """Attention mask ``[L, S + L]`` of the step in progress, in the form mlx-lm expects."""
-        if not self.scope.has_masks:
+        layout = self.scope.step
+        if layout is None:
             return self.inner.make_mask(
                 num_rows, return_array=return_array, window_size=window_size
             )
-        layout = self.scope.layout
-        assert isinstance(layout, StepLayout) and layout.num_rows == num_rows
+        assert layout.num_rows == num_rows
         if window_size is not None:
             return self._window_mask(mx.arange(self.offset), num_rows, window_size, keep=0)
         return mx.pad(layout.attention, [(0, 0), (self.offset, 0)], constant_values=True)
+
+    def begin_forward(self, num_rows: int, layout: RowLayout | None) -> None:
+        """Begin a forward of some rows, which are in the model's step scope."""
+        del num_rows, layout
 
     def rewind(self, num_rows: int) -> None:
         """Drop the last rows."""
@@ -94,6 +99,11 @@ class LayerCache:
     def surplus(self) -> int:
         """Number of stored rows that no later row can see."""
         return 0
+
+    @property
+    def drops_rows(self) -> bool:
+        """Whether ``begin_step`` will drop rows."""
+        return self.surplus >= WINDOW_SLACK
 
     def begin_step(self) -> None:
         """Drop rows that no later row can see."""
@@ -124,16 +134,26 @@ class LayerCache:
 
     def _window_mask(self, stored: mx.array, num_rows: int, window: int, *, keep: int) -> mx.array:
         """Mask ``[L, S + L]`` over stored rows at positions ``[S]``, then the forward's rows."""
-        layout = self.scope.layout if self.scope.has_masks else None
+        return self._positional_mask(
+            stored, num_rows, lambda row, seen: (row - seen < window) | (seen < keep)
+        )
+
+    def _positional_mask(
+        self,
+        stored: mx.array,
+        num_rows: int,
+        near: Callable[[mx.array, mx.array], mx.array],
+    ) -> mx.array:
+        """The same, given which positions ``[1, S + L]`` rows at positions ``[L, 1]`` may see."""
+        layout = self.scope.step
         if layout is None:
             places, sees = mx.arange(num_rows), mx.tri(num_rows, dtype=mx.bool_)
         else:
-            assert isinstance(layout, StepLayout)
             places, sees = layout.positions, layout.attention
         rows = self.offset + places
         positions = mx.concatenate([stored, rows])
-        near = (rows[:, None] - positions[None] < window) | (positions < keep)
-        return near & mx.pad(sees, [(0, 0), (stored.size, 0)], constant_values=True)
+        sees = mx.pad(sees, [(0, 0), (stored.size, 0)], constant_values=True)
+        return near(rows[:, None], positions[None]) & sees
 
 
 class QuantizedLayerCache(LayerCache):
@@ -172,17 +192,22 @@ class WindowLayerCache(LayerCache):
     def make_mask(
         self, num_rows: int, *, return_array: bool = False, window_size: int | None = None
     ) -> mx.array | str | None:
-        """Attention mask ``[L, S + L]`` of the cache's window, and of the model's if it has one."""
+        """Attention mask ``[L, S + L]`` of the cache's window, and of the model's if it has one.
+
+        Raises:
+            ValueError: the model's window is larger than its own cache's.
+        """
         del return_array
+        if self.keep == 0 and window_size is not None and window_size > self.window:
+            # a row would see more in a prompt than when it is decoded, as in mlx-lm's plamo3
+            raise ValueError(
+                f"its mask has a window of {window_size} rows, while its cache stores {self.window}"
+            )
         stored = mx.arange(self.inner.offset)
         stored = mx.where(stored < self.keep, stored, stored + self.dropped)
         mask = self._window_mask(stored, num_rows, self.window, keep=self.keep)
         layout = self.scope.layout
-        if (
-            self.keep
-            and isinstance(layout, StepLayout)
-            and layout.num_rows == layout.num_pending > 1
-        ):
+        if self.keep and layout is not None and layout.is_prompt_chunk:
             mask = self._chunk_mask(stored, num_rows)
         if window_size is not None and window_size < self.window + self.keep:
             mask &= self._window_mask(stored, num_rows, window_size, keep=0)
@@ -216,9 +241,9 @@ class WindowLayerCache(LayerCache):
 
     def begin_step(self) -> None:
         """Drop rows out of sight once there is a block of them."""
-        surplus = self.surplus
-        if surplus < WINDOW_SLACK:
+        if not self.drops_rows:
             return
+        surplus = self.surplus
         keys, values = (
             mx.concatenate([x[..., : self.keep, :], x[..., self.keep + surplus :, :]], axis=-2)
             for x in self.inner.keys_and_values()
@@ -242,24 +267,69 @@ class WindowLayerCache(LayerCache):
         cache = RotatingKVCache(self) if into is None else into
         if not self.inner.empty():
             size, rows = self.keep + self.window, self.inner.offset
-            surplus = max(0, rows - size)
-            keys, values = (
-                mx.concatenate([x[..., : self.keep, :], x[..., self.keep + surplus :, :]], axis=-2)
-                for x in self.inner.keys_and_values()
-            )
-            cache.state = (keys, values, self.offset, self.keep, size, rows - surplus)
+            keys, values = self._visible()
+            cache.state = (keys, values, self.offset, self.keep, size, min(rows, size))
+        return cache
+
+    def _visible(self) -> list[mx.array]:
+        """The keys and values that later rows can see."""
+        surplus = max(0, self.surplus)
+        return [
+            mx.concatenate([x[..., : self.keep, :], x[..., self.keep + surplus :, :]], axis=-2)
+            for x in self.inner.keys_and_values()
+        ]
+
+
+class ChunkLayerCache(WindowLayerCache):
+    """Attention within chunks of positions (Llama 4): a row sees its own chunk's rows up to itself.
+
+    A chunk's first rows are needed until its last row is decoded, so the last ``window`` rows are
+    stored, as many as a chunk has.  mlx-lm's model reads ``start_position`` and makes the masks
+    itself; steps with mask rows ask ``make_mask`` (``chunks.ChunkLayer``).
+    """
+
+    @property
+    def start_position(self) -> int:
+        """Position of the first stored row."""
+        return self.dropped
+
+    def maybe_trim_front(self) -> None:
+        """Drop nothing: a step may be rewound (``begin_step``)."""
+
+    def make_mask(
+        self, num_rows: int, *, return_array: bool = False, window_size: int | None = None
+    ) -> mx.array:
+        """Attention mask ``[L, S + L]`` of the chunks."""
+        del return_array, window_size
+        stored = self.dropped + mx.arange(self.inner.offset)
+        return self._positional_mask(
+            stored, num_rows, lambda row, seen: row // self.window == seen // self.window
+        )
+
+    @classmethod
+    def from_mlx_lm(cls, inner: Any, *, scope: StepScope) -> ChunkLayerCache:
+        """Take over the rows of a ``ChunkedKVCache``."""
+        layer = cls(window=inner.chunk_size, scope=scope)
+        if not inner.empty():
+            keys, values = inner.keys_and_values()
+            layer.inner.state = (keys, values, keys.shape[2])
+            layer.dropped = inner.start_position
+        return layer
+
+    def to_mlx_lm(self, into: Any = None) -> Any:
+        """Return the last rows as a ``ChunkedKVCache``."""
+        cache = ChunkedKVCache(self) if into is None else into
+        if not self.inner.empty():
+            keys, values = self._visible()
+            start = self.offset - keys.shape[2]
+            cache.state = (keys, values, self.offset, self.window, start)
         return cache
 
 
-class RotatingKVCache(lm_cache.RotatingKVCache):
-    """mlx-lm's cache with the rows of a layer; trimming it rewinds the layer.
+class _LayerTrim:
+    """Trims a cache of mlx-lm by rewinding the layer that it shows."""
 
-    The name is mlx-lm's, because ``save_prompt_cache`` writes the name of the class.
-    """
-
-    def __init__(self, layer: WindowLayerCache) -> None:
-        super().__init__(layer.window + layer.keep, keep=layer.keep)
-        self._layer = layer
+    _layer: WindowLayerCache
 
     def is_trimmable(self) -> bool:
         """Whether the layer can drop a row."""
@@ -273,3 +343,22 @@ class RotatingKVCache(lm_cache.RotatingKVCache):
         self._layer.rewind(count)
         self._layer.to_mlx_lm(self)
         return count
+
+
+class RotatingKVCache(_LayerTrim, lm_cache.RotatingKVCache):
+    """mlx-lm's cache with the rows of a layer; trimming it rewinds the layer.
+
+    The name is mlx-lm's, because ``save_prompt_cache`` writes the name of the class.
+    """
+
+    def __init__(self, layer: WindowLayerCache) -> None:
+        super().__init__(layer.window + layer.keep, keep=layer.keep)
+        self._layer = layer
+
+
+class ChunkedKVCache(_LayerTrim, lm_cache.ChunkedKVCache):
+    """mlx-lm's cache with the rows of a layer, likewise."""
+
+    def __init__(self, layer: ChunkLayerCache) -> None:
+        super().__init__(layer.window)
+        self._layer = layer

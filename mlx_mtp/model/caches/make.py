@@ -6,28 +6,42 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models import cache as lm_cache
 
-from mlx_mtp.model.caches.layers import LayerCache, QuantizedLayerCache, WindowLayerCache
+from mlx_mtp.model.caches.cache_list import LayerCacheList
+from mlx_mtp.model.caches.layers import (
+    ChunkLayerCache,
+    LayerCache,
+    QuantizedLayerCache,
+    WindowLayerCache,
+)
 from mlx_mtp.model.caches.mtp_cache import MTPCache
+from mlx_mtp.model.caches.recurrent import RecurrentLayerCache
 from mlx_mtp.model.layout import StepScope
 from mlx_mtp.model.wrappers import WindowLayer
+
+_REWINDABLE = (lm_cache.KVCache, lm_cache.ChunkedKVCache, lm_cache.ArraysCache)
 
 
 def unsupported_reason(base: nn.Module) -> str | None:
     """Return why a model's caches cannot be rewound, or None if they can."""
     for layer in lm_cache.make_prompt_cache(base):
-        if type(layer) is lm_cache.KVCache:
-            continue
-        if type(layer) is lm_cache.RotatingKVCache and layer.keep == 0:
-            continue
-        kind = type(layer).__name__
-        if not layer.is_trimmable():
-            return f"it has recurrent or hybrid layers, whose state ({kind}) cannot be rewound"
-        return f"its cache ({kind}) cannot be rewound exactly"
+        for part in _parts(layer):
+            if type(part) in _REWINDABLE:
+                continue
+            if type(part) is lm_cache.RotatingKVCache and part.keep == 0:
+                continue
+            return f"its cache ({type(part).__name__}) cannot be rewound exactly"
     return None
+
+
+def _parts(layer: Any) -> Sequence[Any]:
+    """The caches of a layer with an attention and a recurrence, or the one that it is."""
+    if not isinstance(layer, lm_cache.CacheList):
+        return [layer]
+    is_hybrid = any(isinstance(part, lm_cache.ArraysCache) for part in layer.caches)
+    return layer.caches if is_hybrid else [layer]
 
 
 def make_cache(
@@ -58,23 +72,39 @@ def make_cache(
         raise ValueError(f"kv_bits must be 2, 3, 4, 5, 6 or 8, got {kv_bits}")
     if kv_group_size not in (32, 64, 128):
         raise ValueError(f"kv_group_size must be 32, 64 or 128, got {kv_group_size}")
-    layers: list[LayerCache] = []
-    modules: Any = base.layers
-    for layer, inner in zip(modules, lm_cache.make_prompt_cache(base), strict=True):
+
+    def rewindable(inner: Any, window: int | None = None) -> Any:
+        if isinstance(inner, lm_cache.CacheList):
+            return LayerCacheList([rewindable(part) for part in inner.caches])
+        if isinstance(inner, lm_cache.ArraysCache):
+            return RecurrentLayerCache(len(inner.cache))
+        if isinstance(inner, lm_cache.ChunkedKVCache):
+            return ChunkLayerCache(window=inner.chunk_size, scope=scope)
         if isinstance(inner, lm_cache.RotatingKVCache):
-            layers.append(WindowLayerCache(window=inner.max_size, scope=scope))
-        elif isinstance(layer, WindowLayer) and kv_bits is None:
-            layers.append(WindowLayerCache(window=layer.window, scope=scope))
-        elif max_kv_size is not None:
-            layers.append(WindowLayerCache(window=max_kv_size - 4, keep=4, scope=scope))
-        else:
-            layers.append(LayerCache(inner, scope=scope))
+            return WindowLayerCache(window=inner.max_size, scope=scope)
+        if window is not None and kv_bits is None:
+            return WindowLayerCache(window=window, scope=scope)
+        if max_kv_size is not None:
+            return WindowLayerCache(window=max_kv_size - 4, keep=4, scope=scope)
+        return LayerCache(inner, scope=scope)
+
+    # Some layers use the cache of an earlier one, and some have two.
+    inners, windows = lm_cache.make_prompt_cache(base), _windows(base)
     return MTPCache(
-        layers,
+        [rewindable(inner, windows.get(index)) for index, inner in enumerate(inners)],
         kv_bits=kv_bits,
         kv_group_size=kv_group_size,
         quantized_kv_start=quantized_kv_start,
     )
+
+
+def _windows(base: Any) -> dict[int, int]:
+    """Windows by layer that mlx-lm's class does not apply."""
+    return {
+        index: layer.window
+        for index, layer in enumerate(base.layers)
+        if isinstance(layer, WindowLayer)
+    }
 
 
 def load_prompt_cache(
@@ -98,7 +128,7 @@ def load_prompt_cache(
     except Exception as error:  # mlx raises many kinds for a foreign file
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"{path} is not a prompt cache: {reason}") from None
-    if any(inner.empty() for inner in saved):
+    if any(_is_empty(inner) for inner in saved):
         raise ValueError(f"{path} is an empty prompt cache")
     return from_mlx_lm(saved, sample=sample, scope=scope, name=str(path)), metadata
 
@@ -122,18 +152,63 @@ def from_mlx_lm(
             f"{name} was made with another model: it has {len(caches)} layers, "
             f"this model has {len(sample.layers)}"
         )
-    pairs = zip(caches, sample.layers, strict=True)
-    layers = [_wrapped(inner, like, name, scope) for inner, like in pairs]
-    if len({layer.offset for layer in layers}) > 1:
+    offsets = {part.offset for inner in caches for part in _parts(inner) if hasattr(part, "offset")}
+    if len(offsets) > 1:
         raise ValueError(f"{name} has layers with different numbers of tokens")
-    return MTPCache(layers)
+    offset = max(offsets, default=0)  # a purely recurrent model counts from here
+    pairs = zip(caches, sample.layers, strict=True)
+    cache = MTPCache([_wrapped_layer(inner, like, name, scope, offset) for inner, like in pairs])
+    cache.last_id_alone = sample.last_id_alone
+    return cache
+
+
+def _is_empty(inner: Any) -> bool:
+    """Whether a layer has no rows."""
+    return all(part.empty() for part in _parts(inner))
+
+
+def _wrapped_layer(inner: Any, like: Any, name: str, scope: StepScope, offset: int) -> Any:
+    """Wrap the cache or the caches of a layer if they have the shape of ``like``."""
+    pairs = list(zip(_parts(inner), getattr(like, "caches", [like]), strict=False))
+    other = f"{name} was made with another model: "
+    if isinstance(inner, lm_cache.CacheList) != isinstance(like, LayerCacheList):
+        raise ValueError(f"{other}it has a {type(inner).__name__} where this model has another one")
+    parts = []
+    for part, own in pairs:
+        if isinstance(part, lm_cache.ArraysCache) != isinstance(own, RecurrentLayerCache):
+            raise ValueError(f"{other}its recurrent layers are others")
+        if isinstance(own, RecurrentLayerCache):
+            parts.append(_wrapped_slots(part, own, other, offset))
+        else:
+            parts.append(_wrapped(part, own, name, scope))
+    return LayerCacheList(parts) if isinstance(inner, lm_cache.CacheList) else parts[0]
+
+
+def _wrapped_slots(
+    inner: Any, like: RecurrentLayerCache, other: str, offset: int
+) -> RecurrentLayerCache:
+    """Wrap an ``ArraysCache`` if its slots have the shapes of ``like``, and give them its types."""
+    slots = like.slots()
+    if len(inner.cache) != len(slots):
+        raise ValueError(f"{other}its recurrent layers have {len(inner.cache)} states")
+    for index, (value, own) in enumerate(zip(inner.cache, slots, strict=True)):
+        if value is None or own is None:
+            continue
+        if value.shape != own.shape:
+            raise ValueError(
+                f"{other}a recurrent state has shape {tuple(value.shape)}, "
+                f"this model's has {tuple(own.shape)}"
+            )
+        inner.cache[index] = value.astype(own.dtype)
+    return RecurrentLayerCache.from_mlx_lm(inner, offset=offset)
 
 
 def _wrapped(inner: Any, like: LayerCache, name: str, scope: StepScope) -> LayerCache:
     """Wrap a cache of mlx-lm if it has the shape of ``like``."""
     quantised = isinstance(inner, lm_cache.QuantizedKVCache)
     rotating = isinstance(inner, lm_cache.RotatingKVCache)
-    if not (quantised or rotating or type(inner) is lm_cache.KVCache):
+    chunked = isinstance(inner, lm_cache.ChunkedKVCache)
+    if not (quantised or rotating or chunked or type(inner) is lm_cache.KVCache):
         raise ValueError(f"{name} contains a {type(inner).__name__}, which cannot be rewound")
     own_window = like.window if isinstance(like, WindowLayerCache) else None
     if rotating and own_window and (inner.max_size, inner.keep) != (own_window, 0):
@@ -141,8 +216,12 @@ def _wrapped(inner: Any, like: LayerCache, name: str, scope: StepScope) -> Layer
             f"{name} was made with another model: it has a window of {inner.max_size} tokens, "
             f"this model has one of {own_window}"
         )
+    if chunked != isinstance(like, ChunkLayerCache) or (chunked and inner.chunk_size != own_window):
+        raise ValueError(f"{name} was made with another model: it attends within other chunks")
     if not inner.empty():
         _check_shape(inner, like, name)
+    if chunked:
+        return ChunkLayerCache.from_mlx_lm(inner, scope=scope)
     if rotating:
         return WindowLayerCache.from_mlx_lm(inner, scope=scope)
     return (QuantizedLayerCache if quantised else LayerCache)(inner, scope=scope)

@@ -7,25 +7,37 @@ sequence of them, so that mlx-lm's ``save_prompt_cache`` and ``trim_prompt_cache
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
 
+from mlx_mtp.model.caches.cache_list import LayerCacheList
 from mlx_mtp.model.caches.layers import (
-    ForwardLayerCache,
     LayerCache,
     QuantizedLayerCache,
     WindowLayerCache,
 )
+from mlx_mtp.model.caches.recurrent import RecurrentLayerCache
+from mlx_mtp.model.layout import RowLayout
+
+AnyLayerCache = LayerCache | RecurrentLayerCache | LayerCacheList
 
 
 class Caches(Protocol):
     """The caches of a forward: one answer's, those of a batch, or those of training."""
 
     @property
-    def layers(self) -> Sequence[ForwardLayerCache]:
-        """One cache per layer."""
+    def layers(self) -> Sequence[Any]:
+        """One cache per layer.
+
+        It is a ``ForwardLayerCache`` in attention, a ``recurrence.StateCache`` in a recurrent
+        layer, and has them by index in a layer with several.
+        """
+        ...
+
+    def begin_forward(self, num_rows: int, layout: RowLayout | None) -> None:
+        """Begin a forward; ``layout`` is as in ``MTPModel``."""
         ...
 
 
@@ -38,11 +50,13 @@ class MTPCache:
     Attributes:
         next_id: the last id of an answer, which follows the cached rows, as far as it is known;
             added when the layers are used as a sequence.
+        last_id_alone: whether the last id of a prompt goes through the model on its own, as in
+            mlx-lm, because some layers compute one row in another form than several.
     """
 
     def __init__(
         self,
-        layers: Sequence[LayerCache],
+        layers: Sequence[AnyLayerCache],
         *,
         kv_bits: int | None = None,
         kv_group_size: int = 64,
@@ -53,6 +67,7 @@ class MTPCache:
         self.next_id: int | None = None
         self._model: Any = None
         self._first_offset: int | None = None
+        self.last_id_alone = False
         self.quantise_from(quantized_kv_start, bits=kv_bits, group_size=kv_group_size)
 
     def quantise_from(self, start: int, *, bits: int | None, group_size: int) -> None:
@@ -61,9 +76,10 @@ class MTPCache:
         Raises:
             ValueError: there is a window, or the cache is already quantised in another way.
         """
-        if bits is not None and any(isinstance(layer, WindowLayerCache) for layer in self.layers):
+        attention = self.attention_layers
+        if bits is not None and any(isinstance(layer, WindowLayerCache) for layer in attention):
             raise ValueError("kv_bits cannot be combined with a sliding window or max_kv_size")
-        layer = self.layers[0]
+        layer = attention[0] if attention else None
         if bits is not None and isinstance(layer, QuantizedLayerCache):
             actual = f"{layer.bits} bits in groups of {layer.group_size}"
             if actual != f"{bits} bits in groups of {group_size}":
@@ -74,6 +90,22 @@ class MTPCache:
         self.kv_bits = bits
         self.kv_group_size = group_size
         self.quantized_kv_start = start
+
+    @property
+    def attention_layers(self) -> list[LayerCache]:
+        """The caches of keys and values."""
+        return [part for part in self._parts if isinstance(part, LayerCache)]
+
+    @property
+    def recurrent_layers(self) -> list[RecurrentLayerCache]:
+        """The caches of recurrent layers."""
+        return [part for part in self._parts if isinstance(part, RecurrentLayerCache)]
+
+    @property
+    def _parts(self) -> Iterator[LayerCache | RecurrentLayerCache]:
+        """All caches, those of layers with several one by one."""
+        for layer in self.layers:
+            yield from layer.caches if isinstance(layer, LayerCacheList) else [layer]
 
     @property
     def offset(self) -> int:
@@ -107,6 +139,11 @@ class MTPCache:
         """All arrays, for evaluation."""
         return [layer.state for layer in self.layers]
 
+    def begin_forward(self, num_rows: int, layout: RowLayout | None) -> None:
+        """Begin a forward; ``layout`` is as in ``MTPModel``."""
+        for layer in self.layers:
+            layer.begin_forward(num_rows, layout)
+
     def begin_answer(self) -> None:
         """Leave the cache as it is until a step has added rows, as mlx-lm does."""
         self._first_offset = self.offset
@@ -128,7 +165,7 @@ class MTPCache:
     @property
     def drops_rows(self) -> bool:
         """Whether ``begin_step`` will drop rows."""
-        return any(layer.surplus >= WINDOW_SLACK for layer in self.layers)
+        return any(layer.drops_rows for layer in self.layers)
 
     @property
     def rows_until_change(self) -> int | None:
@@ -143,15 +180,16 @@ class MTPCache:
     @property
     def chunks_matter(self) -> bool:
         """Whether results depend on where a prompt is cut; it is then cut as mlx-lm does."""
-        keeps = any(isinstance(layer, WindowLayerCache) and layer.keep for layer in self.layers)
-        return self._awaits_quantisation or keeps
+        keeps = any(isinstance(x, WindowLayerCache) and x.keep for x in self.attention_layers)
+        return self._awaits_quantisation or keeps or bool(self.recurrent_layers)
 
     def rest_after_chunk(self, num_left: int, limit: int) -> int:
         """Return how many of ``num_left`` ids of a prompt are left after its next chunk.
 
         If chunks matter, the last id is on its own.
         """
-        return max(num_left - limit, int(num_left > 1 and self.chunks_matter))
+        alone = self.chunks_matter or self.last_id_alone
+        return max(num_left - limit, int(num_left > 1 and alone))
 
     def rewind(self, num_rows: int) -> None:
         """Drop the last rows of every layer.
@@ -171,6 +209,25 @@ class MTPCache:
         """Whether every layer can drop that many rows exactly."""
         return all(layer.can_rewind(num_rows) for layer in self.layers)
 
+    def checkpoint(self) -> None:
+        """Make it possible to rewind to here later, which recurrent layers cannot do by themselves.
+
+        The last ``MAX_CHECKPOINTS`` of them are kept; each has the memory of the layers' states.
+        """
+        for layer in self.recurrent_layers:
+            layer.checkpoint()
+
+    def rewind_point(self, max_rows: int) -> int:
+        """Return the largest number of rows, up to ``max_rows``, that the cache can be rewound to.
+
+        0 means that it cannot be used for a text that shares only ``max_rows`` rows with it.
+        """
+        points = [min(max_rows, self.offset)]
+        if recurrent := self.recurrent_layers:
+            points += recurrent[0].rewind_points()
+        exact = [x for x in points if x <= max_rows and self.can_rewind(self.offset - x)]
+        return max(exact, default=0)
+
     def copied(self) -> MTPCache:
         """Make an independent copy."""
         other = copy.copy(self)
@@ -179,9 +236,15 @@ class MTPCache:
 
     @property
     def _awaits_quantisation(self) -> bool:
-        return self.kv_bits is not None and not isinstance(self.layers[0], QuantizedLayerCache)
+        attention = self.attention_layers
+        is_quantised = any(isinstance(layer, QuantizedLayerCache) for layer in attention)
+        return self.kv_bits is not None and bool(attention) and not is_quantised
 
-    def _quantise(self, layer: LayerCache) -> LayerCache:
+    def _quantise(self, layer: AnyLayerCache) -> Any:
+        if isinstance(layer, LayerCacheList):
+            return LayerCacheList([self._quantise(part) for part in layer.caches])
+        if isinstance(layer, RecurrentLayerCache):
+            return layer
         inner = layer.inner.to_quantized(group_size=self.kv_group_size, bits=self.kv_bits)
         if not inner.empty():
             inner.keys, inner.values = list(inner.keys), list(inner.values)

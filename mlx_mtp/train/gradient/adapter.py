@@ -8,7 +8,8 @@ embeddings.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -18,19 +19,26 @@ from mlx.utils import tree_flatten
 
 from mlx_mtp.loading import check_base, read_adapter
 from mlx_mtp.model.config import MTPConfig, read_config
+from mlx_mtp.model.experts import GatedLoRASwitchLinear, is_switch, switch_dims
 from mlx_mtp.model.lora import GatedLoRALinear, linear_dims
 from mlx_mtp.model.mtp_model import (
     MASK_EMBEDDINGS,
+    MASK_PER_LAYER_EMBEDDINGS,
     SAMPLER_PREFIX,
     MTPModel,
     fingerprint,
 )
+from mlx_mtp.model.parts import PER_LAYER_TABLE, module_at
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import MaskEmbedding
 from mlx_mtp.train.run.checkpoint import PARAMETERS, read_state, under
-from mlx_mtp.train.settings import TrainSettings
+from mlx_mtp.train.settings import PROJECTIONS, TrainSettings
 
 _BASE_PREFIX = "base."
+_ROUTERS = ("gate", "router", "shared_expert_gate")  # names of layers that choose experts
+_SMALLEST = 16  # width of a layer worth an adapter; smaller ones are gates and coefficients
+_FEED_FORWARD = re.compile(r"mlp|moe|ffn|feed_forward|ff_|expert|\.fc\d")
+_LONE_EXPERT = re.compile(r"(^|\.)experts\.\d+\.")  # of a list of experts, as dbrx has
 _MASK_NOISE = 0.5  # times the standard deviation of the token embeddings
 
 
@@ -54,7 +62,7 @@ def new_adapter(model: MTPModel, settings: TrainSettings, *, start: Path | None 
     adapted = MTPModel(model.base, name=model.name, config=config, weights=weights)
     adapted.freeze()
     for module in adapted.modules():
-        if isinstance(module, GatedLoRALinear):
+        if isinstance(module, GatedLoRALinear | GatedLoRASwitchLinear):
             module.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
         elif isinstance(module, MaskEmbedding):
             module.unfreeze(keys=[MASK_EMBEDDINGS], recurse=False)
@@ -71,12 +79,15 @@ def trainable(model: MTPModel) -> dict[str, mx.array]:
 
 def adapter_tensors(parameters: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Rename the result of ``trainable`` to the tensors of an adapter file."""
-    return {
-        MASK_EMBEDDINGS
-        if name.endswith(MASK_EMBEDDINGS)
-        else name.removeprefix(_BASE_PREFIX): value
-        for name, value in parameters.items()
-    }
+    return {_tensor_name(name): value for name, value in parameters.items()}
+
+
+def _tensor_name(parameter: str) -> str:
+    module, _, name = parameter.rpartition(".")
+    if name != MASK_EMBEDDINGS:
+        return parameter.removeprefix(_BASE_PREFIX)
+    is_per_layer = module.endswith(PER_LAYER_TABLE)
+    return MASK_PER_LAYER_EMBEDDINGS if is_per_layer else MASK_EMBEDDINGS
 
 
 def read_state_adapter(state: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
@@ -100,21 +111,17 @@ def read_state_adapter(state: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
 
 
 def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[str, mx.array]]:
-    layers = {
-        path: module
-        for path, module in model.base.named_modules()
-        if isinstance(module, nn.Linear | nn.QuantizedLinear)
-        and path.rpartition(".")[-1] in settings.target_modules
-    }
+    layers = target_layers(model.base, settings)
     if not layers:
         names = ", ".join(settings.target_modules)
         raise ValueError(f"{model.name} has no linear layer named {names}")
     present = {path.rpartition(".")[-1] for path in layers}
+    names = [name for name in settings.target_modules if name in present]
     config = MTPConfig(
         num_draft_tokens=settings.num_draft_tokens,
         rank=settings.rank,
         scale=settings.scale,
-        target_modules=tuple(name for name in settings.target_modules if name in present),
+        target_modules=(*names, *sorted(present - set(names))),
         sampler="mlp" if settings.sampler else None,
         base_model=model.name,
         base_model_type=model.base.model_type,
@@ -123,23 +130,65 @@ def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[st
         base_vocab_size=model.vocab_size,
         base_fingerprint=fingerprint(model.base),
     )
-    keys = iter(mx.random.split(mx.random.key(settings.seed), len(layers) + 2))
-    weights = {MASK_EMBEDDINGS: _mask_embeddings(model, settings.num_draft_tokens, next(keys))}
+    num_keys = len(layers) + 2 + (model.parts.per_layer is not None)
+    keys = iter(mx.random.split(mx.random.key(settings.seed), num_keys))
+    count = settings.num_draft_tokens
+    weights = {MASK_EMBEDDINGS: _mask_embeddings(model.embed, model.vocab_size, count, next(keys))}
     if settings.sampler:
         weights |= _sampler_weights(model.hidden_size, next(keys))
     for path, layer in sorted(layers.items()):
-        dims, out_dims = linear_dims(layer)
+        *experts, dims, out_dims = switch_dims(layer) if is_switch(layer) else linear_dims(layer)
         bound = dims**-0.5
-        shape = (dims, settings.rank)
+        shape = (*experts, dims, settings.rank)
         weights[f"{path}.lora_a"] = mx.random.uniform(-bound, bound, shape, key=next(keys))
-        weights[f"{path}.lora_b"] = mx.zeros((settings.rank, out_dims))
+        weights[f"{path}.lora_b"] = mx.zeros((*experts, settings.rank, out_dims))
+    if model.parts.per_layer is not None:
+        table = module_at(model.base, model.parts.per_layer)
+        size = table.weight.shape[0]
+        weights[MASK_PER_LAYER_EMBEDDINGS] = _mask_embeddings(table, size, count, next(keys))
     return config, weights
 
 
-def _mask_embeddings(model: MTPModel, count: int, key: mx.array) -> mx.array:
-    """Rows near the mean of a sample of the token embeddings, ``[k, D]``."""
-    sample = model.embed(mx.arange(0, model.vocab_size, max(1, model.vocab_size // 4096)))
-    sample = sample.astype(mx.float32)
+def target_layers(base: nn.Module, settings: TrainSettings) -> dict[str, nn.Module]:
+    """Find the layers of a model to adapt, by path.
+
+    With the default names these are all linear layers of the model's layers but routers and
+    gates; other names are taken as they are.
+    """
+    layers = {}
+    for path, module in base.named_modules():
+        leaf = path.rpartition(".")[-1]
+        is_expert = is_switch(module)
+        if not (is_expert or isinstance(module, nn.Linear | nn.QuantizedLinear)):
+            continue
+        if leaf not in settings.target_modules and not (
+            settings.target_modules == PROJECTIONS and _is_projection(path, module)
+        ):
+            continue
+        if is_expert and settings.adapt != "all":
+            continue
+        if not is_expert and _LONE_EXPERT.search(path):  # it gets rows without their places
+            continue
+        if settings.adapt == "attention" and _FEED_FORWARD.search(path):
+            continue
+        layers[path] = module
+    return layers
+
+
+def _is_projection(path: str, module: nn.Module) -> bool:
+    """Whether a linear layer is a wide one of a layer of the model, and chooses no experts."""
+    *owners, leaf = path.split(".")
+    in_layer = any(name.isdigit() for name in owners)
+    chooses = leaf in _ROUTERS or "router" in owners
+    dims = switch_dims(module)[1:] if is_switch(module) else linear_dims(module)
+    return in_layer and not chooses and min(dims) >= _SMALLEST
+
+
+def _mask_embeddings(
+    embed: Callable[[mx.array], mx.array], size: int, count: int, key: mx.array
+) -> mx.array:
+    """Rows near the mean of a sample of a table of ``size`` embeddings, ``[k, D]``."""
+    sample = embed(mx.arange(0, size, max(1, size // 4096))).astype(mx.float32)
     noise = mx.random.normal((count, sample.shape[-1]), key=key)
     return sample.mean(axis=0) + _MASK_NOISE * mx.std(sample, axis=0) * noise
 
@@ -162,9 +211,12 @@ def _continued(
 ) -> tuple[MTPConfig, dict[str, mx.array]]:
     config, weights = read_adapter(start)
     check_base(model.base, config, adapter=str(start), name=model.name)
-    masks = weights[MASK_EMBEDDINGS][: settings.num_draft_tokens]
-    missing = settings.num_draft_tokens - masks.shape[0]
-    if missing > 0:
-        masks = mx.concatenate([masks, mx.repeat(masks[-1:], missing, axis=0)])
-    weights[MASK_EMBEDDINGS] = masks
-    return dataclasses.replace(config, num_draft_tokens=masks.shape[0]), weights
+    count = settings.num_draft_tokens
+    for name in (MASK_EMBEDDINGS, MASK_PER_LAYER_EMBEDDINGS):
+        if name in weights:
+            masks = weights[name][:count]
+            missing = count - masks.shape[0]
+            if missing > 0:
+                masks = mx.concatenate([masks, mx.repeat(masks[-1:], missing, axis=0)])
+            weights[name] = masks
+    return dataclasses.replace(config, num_draft_tokens=count), weights

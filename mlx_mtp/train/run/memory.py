@@ -24,6 +24,7 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, cast
 
@@ -119,7 +120,7 @@ def estimate(model: MTPModel, settings: TrainSettings, *, longest: int) -> Memor
     args: Any = model.base.args
     on_cpu = mx.default_device().type == mx.cpu
     row = ordinary_rows(model, mx.array([0]))  # never evaluated: only its shapes are used
-    item, width, heads = row.hidden.dtype.size, model.hidden_size, args.num_attention_heads
+    item, width, heads = row.hidden.dtype.size, model.hidden_size, _num_heads(args)
     keys = [sum(part.shape[1] * part.shape[-1] for part in pair) for pair in row.keys_and_values]
     experts = getattr(args, "num_experts_per_tok", 1) or 1
     outputs = [_num_outputs(layer, experts) for layer in model.base.layers]
@@ -135,7 +136,7 @@ def estimate(model: MTPModel, settings: TrainSettings, *, longest: int) -> Memor
     kept = rows if settings.gate else rows + longest  # without the gate all rows have a gradient
     layers = [
         kept * (2.6 * output + width) + (longest + kept) * (1.25 * heads * kept + key)
-        for output, key in zip(outputs, keys, strict=True)
+        for output, key in zip_longest(outputs, keys, fillvalue=0)  # some layers share their keys
     ]
     if settings.grad_checkpoint:
         layers = [max(layers), len(layers) * kept * width]
@@ -172,6 +173,15 @@ def available_bytes() -> int:
     with contextlib.suppress(OSError, ValueError):  # a container may get less than the machine has
         machine = min(machine, int(_CGROUP_LIMIT.read_text()))
     return int(MEMORY_SHARE * machine)
+
+
+def _num_heads(args: Any) -> int:
+    """Number of heads of a layer, by whatever name mlx-lm's class has it."""
+    for name in ("num_attention_heads", "n_heads", "n_head", "num_heads", "num_query_heads"):
+        count = getattr(args, name, None)
+        if count:
+            return max(count) if isinstance(count, list) else count
+    return 1
 
 
 def _num_outputs(layer: nn.Module, experts: int) -> int:
