@@ -171,6 +171,11 @@ def _check_types(report: Report, check: _Check, seed: int, num_tokens: int, *, q
     half = {"dtype": mx.bfloat16, "bits": 8 if "experts" in report.layers["kinds"] else None}
     types: Any = (("bfloat16", half, num_tokens), ("4-bit", {"bits": 4}, 24))
     for name, options, count in types[:1] if quick else types:
+        with check(name):
+            _stock_answer(tiny_model(report.family, seed=seed, **options), 2)
+        if check.ended:
+            report.checks[name] = f"{REFUSED}: mlx-lm itself: {check.last}"
+            continue
         with check(name), row_exact():
             model = with_adapter(tiny_model(report.family, seed=seed, **options))
             report.checks[name] = drafted(model, plain_answer(model, count), strict=False)
@@ -427,7 +432,8 @@ def _layers(base: Any) -> dict[str, Any]:
         "Mamba2": "ssm_update" in code,
         "convolution": any(isinstance(module, nn.Conv1d) for module in modules),
         "recurrent": "ArraysCache" in caches,
-        "experts": any(isinstance(module, experts) for module in modules),
+        "experts": any(isinstance(module, experts) for module in modules)
+        or any(".experts." in path for path, _ in base.named_modules()),
     }
     if kinds["gated delta"] or kinds["Mamba2"] or kinds["convolution"]:
         kinds["recurrent"] = False  # named more closely

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
@@ -133,6 +134,16 @@ KNOWN = {
 }
 """Well-known models by ``model_type``, from general knowledge; none of them was run."""
 
+_REFUSABLE = {
+    "drafts": "Drafts are refused",
+    "bfloat16": "bfloat16 was not run",
+    "4-bit": "4-bit weights were not run",
+    "training": "Training is refused",
+    "batches": "Answers take turns",
+    "max_kv_size": "`--max-kv-size` is refused",
+    "kv_bits": "`--kv-bits` is refused",
+}
+
 HEADER = """\
 # Models
 
@@ -149,7 +160,7 @@ this list was downloaded. {counts}
 **Check your own model** before you rely on a row:
 
 ```shell
-mlx-mtp inspect --model MODEL
+mlx-mtp inspect MODEL
 mlx-mtp verify --model MODEL --quick
 ```
 
@@ -193,14 +204,35 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     names = sorted(results, key=str.lower)
     shown = [name for name in names if results[name]["status"] in ("exact", "plain")]
     parts += [row(results[name]) + "\n" for name in shown]
+    parts.append("\n" + _reasons(results, shown))
     left = [name for name in names if name not in shown]
     if left:
         parts.append("\n## Refused\n\n| Family | Models | Reason |\n|---|---|---|\n")
         parts += [row(results[name]) + "\n" for name in left]
-    limited = _limits(results, shown)
-    if limited:
-        parts.append("\n## Options\n\n" + limited)
     return "".join(parts)
+
+
+def _reasons(results: Mapping[str, Mapping[str, Any]], shown: list[str]) -> str:
+    """Why a cell says no, and what options are refused: a line per reason, with its families."""
+    lines = []
+    for check, what in _REFUSABLE.items():
+        reasons: dict[str, list[str]] = {}
+        for name in shown:
+            outcome = results[name]["checks"].get(check, "")
+            if outcome.startswith(REFUSED):
+                reasons.setdefault(_reason(outcome, name), []).append(name)
+        lines += [
+            f"- {what}: {reason}. {', '.join(names)}.\n"
+            for reason, names in sorted(reasons.items())
+        ]
+    return "".join(lines)
+
+
+def _reason(outcome: str, name: str) -> str:
+    """The reason without the names, so that families can share it."""
+    text = _plain_text(outcome.partition(": ")[2])
+    text = re.sub(r"[\w-]+ \([\w-]+\)(:| cannot (be used|take mask rows):)? ?", "", text)
+    return text.replace("kv_bits cannot be used with", "").strip(" :")
 
 
 def row(result: Mapping[str, Any]) -> str:
@@ -229,23 +261,6 @@ def _kernels(result: Mapping[str, Any]) -> str:
     names += ["gated delta"] if "gated delta" in layers["kinds"] else []
     names += ["ssm"] if "Mamba2" in layers["kinds"] else []
     return ", ".join(names)
-
-
-def _limits(results: Mapping[str, Mapping[str, Any]], shown: list[str]) -> str:
-    """Which families do not take an option of the cache, by reason."""
-    lines = []
-    for option in ("max_kv_size", "kv_bits"):
-        reasons: dict[str, list[str]] = {}
-        for name in shown:
-            outcome = results[name]["checks"].get(option, "")
-            if outcome.startswith(REFUSED):
-                reason = outcome.partition(": ")[2].replace(f"{name} ({name}) ", "")
-                reasons.setdefault(_plain_text(reason), []).append(name)
-        lines += [
-            f"- `--{option.replace('_', '-')}` is refused for {', '.join(names)}: {reason}.\n"
-            for reason, names in sorted(reasons.items())
-        ]
-    return "".join(lines)
 
 
 def _plain_text(text: str) -> str:
