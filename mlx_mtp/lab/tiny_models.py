@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import inspect
 import pkgutil
 import re
 import sys
@@ -29,6 +28,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 
 from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, MTPModel
+from mlx_mtp.model.settings import text_arguments
 from mlx_mtp.train.gradient.adapter import new_adapter, trainable
 from mlx_mtp.train.settings import TrainSettings
 
@@ -123,6 +123,7 @@ _PATTERNS: tuple[tuple[str, Any], ...] = (
 )
 
 # What no rule knows, by family: documented values of its configuration.
+_ABSENT = object()
 _YARN = {
     "rope_type": "yarn",
     "type": "yarn",
@@ -152,8 +153,18 @@ _OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"rope_scaling": _YARN, "topk_method": "greedy"},
-    "exaone4": {"sliding_window_pattern": "LG"},
-    "exaone_moe": {},
+    "exaone4": {
+        "sliding_window_pattern": "LG",
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gemma4_text": {"final_logit_softcapping": 30.0, "tie_word_embeddings": True},
+    "gemma3_text": {"tie_word_embeddings": True},
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": {"tie_word_embeddings": True},
+    "granitemoehybrid": {"mamba_n_heads": 2 * HEADS},
+    "mamba2": {"num_heads": 2 * HEADS},
+    "internlm3": {"head_dim": HEAD_DIM},
+    "glm4_moe_lite": {"partial_rotary_factor": 1.0},
     "gemma3n": {
         "num_kv_shared_layers": 2,
         "final_logit_softcapping": 30.0,
@@ -241,8 +252,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "nemotron_h": {
         "hybrid_override_pattern": ["M", "*", "E", "M", "-", "*"],
         "num_hidden_layers": 6,
-        "layer_types": None,
-        "layers_block_type": None,
+        "layer_types": _ABSENT,
+        "layers_block_type": _ABSENT,
     },
     "olmo_hybrid": {"linear_allow_neg_eigval": True},
     "openelm": {
@@ -256,6 +267,7 @@ _OWN: dict[str, dict[str, Any]] = {
     "qwen3_5": {"num_experts": 0},
     "qwen3_5_moe": {"num_experts": EXPERTS},
     "recurrent_gemma": {
+        "num_key_value_heads": 1,
         "logits_soft_cap": 30.0,
         "block_types": ["recurrent", "recurrent", "attention"],
     },
@@ -323,14 +335,18 @@ def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
     config: dict[str, Any] = _by_rules(module.ModelArgs, family)
     config_fields = {field.name for field in dataclasses.fields(module.ModelArgs)} - {"vocab_size"}
     if "text_config" in config_fields:
-        text_class, text_family = _text_arguments(module)
+        text_class = text_arguments(module.Model)
+        assert text_class is not None
+        text_family = text_class.__module__.rpartition(".")[-1]
         values = _OWN.get(text_family, {}) | own | overrides
         outer = {key: value for key, value in values.items() if key in config_fields}
         inner = {key: value for key, value in values.items() if key not in outer}
         text = _by_rules(text_class, text_family) | inner
-        own, overrides = {**outer, "text_config": {"model_type": text_family, **text}}, {}
+        kind = f"{family}_text" if text_family == family else text_family
+        own, overrides = {**outer, "text_config": {"model_type": kind, **text}}, {}
     config |= own | overrides
-    return {**config, "model_type": family}
+    present = {key: value for key, value in config.items() if value is not _ABSENT}
+    return {**present, "model_type": family}
 
 
 def _by_rules(arguments: type, family: str) -> dict[str, Any]:
@@ -345,6 +361,8 @@ def _by_rules(arguments: type, family: str) -> dict[str, Any]:
                 if value is not None or field.default is dataclasses.MISSING:
                     config[field.name] = value
                 break
+    if "kv_lora_rank" in config:  # latent attention has as many as there are heads
+        config["num_key_value_heads"] = HEADS
     return config
 
 
@@ -356,19 +374,6 @@ def _layer_types(family: str) -> list[str] | None:
     if "full_attention" in kinds and "attention" in kinds:
         kinds.remove("attention")
     return [kinds[index % len(kinds)] for index in range(LAYERS)]
-
-
-def _text_arguments(module: types.ModuleType) -> tuple[type, str]:
-    """The arguments' class of a wrapped language model, and the family whose file has it."""
-    for part in (module, *(sys.modules[x.__module__] for x in module.Model.__mro__[1:-1])):
-        source = inspect.getsource(part)
-        calls = re.findall(r"([\w.]+)\.from_dict\(\w+\.text_config\)", source)
-        for call in reversed(calls):
-            owner: Any = part
-            for name in call.split("."):
-                owner = getattr(owner, name)
-            return owner, owner.__module__.rpartition(".")[-1]
-    raise ValueError(f"{module.__name__} has a text_config of an unknown class")
 
 
 def tiny_model(

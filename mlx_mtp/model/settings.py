@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import operator
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,7 @@ _HARMLESS = {
     *("initializer_range", "use_cache", "pretraining_tp", "is_decoder"),  # loading and generating
     *("pad_token_id", "bos_token_id", "eos_token_id", "eod_token_id"),  # tokens
     *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),  # training
+    *("num_nextn_predict_layers", "num_mtp_layers"),  # of heads that a causal forward does not run
     "max_position_embeddings",  # a limit, which decoding keeps to; rotary scaling gets it
 }
 _HARMLESS_ENDINGS = (
@@ -134,23 +136,58 @@ def read_settings(config: Mapping[str, Any], *, has_head: bool | None = None) ->
     ):
         return _read_flat(config, _transformers_config(config), has_head=has_head)
     outer = _transformers_config(config)
-    known = outer.get_text_config() if outer is not None else _transformers_config(inner)
+    known = _text_config(outer) or _transformers_config(inner)
     if known is not None:
         inner = {"model_type": known.model_type, **inner}
     if "tie_word_embeddings" in config:
         inner.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
-    found = _read_flat(inner, known, has_head=has_head)
+    text = None if classes is None else text_arguments(classes[0])
+    found = _read_flat(inner, known, classes=text and (classes[0], text), has_head=has_head)
     overrides = {"text_config": found.config | found.overrides}
     return dataclasses.replace(
         found, config=config | {"text_config": found.config}, overrides=overrides
     )
 
 
+def _text_config(outer: PreTrainedConfig | None) -> PreTrainedConfig | None:
+    """The language model's part of a configuration; None if it has none of its own."""
+    inner = None if outer is None else getattr(outer, "text_config", None)
+    return inner if isinstance(inner, PreTrainedConfig) else None
+
+
+def text_arguments(model_class: type) -> type | None:
+    """The class that one of mlx-lm's models reads ``text_config`` with; None if it has none."""
+    for kind in model_class.__mro__[:-1]:
+        module: Any = inspect.getmodule(kind)
+        calls = [
+            node.func.value
+            for node in ast.walk(ast.parse(inspect.getsource(module)))
+            if isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and node.func.attr == "from_dict"
+            and any(getattr(argument, "attr", None) == "text_config" for argument in node.args)
+        ]
+        if calls:  # the last one is what is left after all special cases
+            return operator.attrgetter(ast.unparse(calls[-1]))(module)
+    return None
+
+
 def _read_flat(
-    config: dict[str, Any], known: PreTrainedConfig | None, *, has_head: bool | None
+    config: dict[str, Any],
+    known: PreTrainedConfig | None,
+    *,
+    classes: tuple[type, type] | None = None,
+    has_head: bool | None,
 ) -> Settings:
-    """Translate a configuration without a ``text_config``."""
-    classes = _classes(config)
+    """Translate a configuration without a ``text_config``.
+
+    Args:
+        config: its values.
+        known: as transformers reads it; None if it does not know the model type.
+        classes: mlx-lm's model class and its arguments; those of the model type by default.
+        has_head: see ``read_settings``.
+    """
+    classes = classes or _classes(config)
     if known is None or classes is None:
         config = _older_keys(config)
         if classes is not None:
@@ -166,7 +203,7 @@ def _read_flat(
     values = {
         key: getattr(known, key)
         for key in (reads & named) - _TRANSLATED
-        if getattr(known, key) is not None
+        if not isinstance(getattr(known, key), PreTrainedConfig | None)
     }
     if "tie_word_embeddings" in reads:
         values["tie_word_embeddings"] = tied
@@ -253,15 +290,23 @@ def _keys_read(model_class: type, args_class: Any) -> tuple[frozenset[str], bool
 
     Also returns whether the model's head is named ``lm_head``.
     """
-    modules = [inspect.getmodule(cls) for cls in {*args_class.__mro__, model_class}]
+    kinds = {*args_class.__mro__, *model_class.__mro__}
+    for kind in tuple(kinds):  # and of the files that theirs take layers from
+        names = vars(inspect.getmodule(kind)) if _is_mlx_lm(kind) else {}
+        kinds |= {value for value in names.values() if isinstance(value, type)}
+    modules: set[Any] = {inspect.getmodule(kind) for kind in kinds if _is_mlx_lm(kind)}
     names = set()
-    for module in (module for module in modules if "mlx_lm" in getattr(module, "__name__", "")):
-        for node in ast.walk(ast.parse(inspect.getsource(module))):  # type: ignore[arg-type]
+    for module in modules:
+        for node in ast.walk(ast.parse(inspect.getsource(module))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 names.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 names.add(node.value)  # of getattr
     return frozenset(_fields(args_class) & names), "lm_head" in names
+
+
+def _is_mlx_lm(kind: type) -> bool:
+    return kind.__module__.startswith("mlx_lm.models")
 
 
 def _refuse(key: str, value: Any, why: str) -> ValueError:
@@ -280,6 +325,7 @@ def _check_fixed(
     fields = {field.name: field for field in dataclasses.fields(known)}
     base = _fields(PreTrainedConfig)
     aliases = {known.attribute_map.get(key, key) for key in reads}
+    aliases |= {key for key, other in known.attribute_map.items() if other in reads}
     if config["model_type"] in _OTHER_ACTIVATION and known.hidden_act in ACTIVATIONS:
         aliases.add("hidden_act")
     for key, field in fields.items():
@@ -287,6 +333,8 @@ def _check_fixed(
         if key in handled or key.endswith(_HARMLESS_ENDINGS):
             continue
         value = getattr(known, key)
+        if key == "num_key_value_heads" and value == known.num_attention_heads:
+            continue  # what latent attention computes with
         default = field.default
         if default is dataclasses.MISSING:
             continue
@@ -300,7 +348,8 @@ def _check_fixed(
     head_dim = getattr(known, "head_dim", None)
     computed = known.hidden_size // heads if heads else None
     fixed = "head_dim" not in reads or config["model_type"] in _USUAL_HEAD_DIM
-    if fixed and head_dim not in (None, computed):
+    latent = "qk_rope_head_dim" in reads  # has sizes of its own
+    if fixed and not latent and head_dim not in (None, computed):
         raise _refuse("head_dim", head_dim, f"{why}: it computes with {computed}")
     mapped = set(known.attribute_map) | set(known.attribute_map.values())
     for key in sorted(_COMPUTING & set(config) - set(fields) - reads - mapped):
@@ -363,6 +412,7 @@ def _rope(
     keys: dict[str, Any] = {}
     main = nested.get(_FULL) or next(iter(nested.values()), parameters)
     local = nested.get(_SLIDING)
+    by_type = bool(nested) and {"rope_parameters", "layer_types"} <= reads  # mlx-lm's class knows
     for value in nested.values():
         if value.get("type", value.get("rope_type")) != value.get("rope_type"):
             why = f"which transformers' {model_type} does not read: it needs rope_type"
@@ -370,9 +420,12 @@ def _rope(
     if local is not None and _plain(local) != _plain(main):
         theta = local.get("rope_theta")
         scaled = local.get("rope_type", "default") != "default"
-        if scaled or not (
-            "rope_local_base_freq" in reads
-            or (model_type in _NESTED_BY_CLASS and theta == main.get("rope_theta"))
+        if not by_type and (
+            scaled
+            or not (
+                "rope_local_base_freq" in reads
+                or (model_type in _NESTED_BY_CLASS and theta == main.get("rope_theta"))
+            )
         ):
             raise _refuse(
                 "rope_parameters", parameters, f"which mlx-lm's {model_type} does not apply"
@@ -390,7 +443,7 @@ def _rope(
     if partial is not None and not other:
         if not reads.isdisjoint(_PARTIAL):
             keys |= {key: partial for key in _PARTIAL if key in reads}
-        elif partial != 1:
+        elif partial != 1 and "qk_rope_head_dim" not in reads and not by_type:
             why = f"which mlx-lm's {model_type} does not apply"
             raise _refuse("partial_rotary_factor", partial, why)
     scaling = _scaling(main, known)
