@@ -2,7 +2,9 @@
 
 ``Conversation`` keeps the messages and the cache.  For every answer the chat template is
 applied to the whole conversation, which is then encoded.  The cache is rewound to the ids that it
-shares with the conversation, and these are not computed again.  The number of cached ids is the
+shares with the conversation, and these are not computed again.  Recurrent layers can only be
+rewound to checkpoints, at the end of each prompt and of each answer, so some ids are computed again
+there.  The number of cached ids is the
 cache's own offset, so an answer that was interrupted, or whose text encodes to other ids, costs
 time but never correctness.
 
@@ -34,6 +36,7 @@ from mlx_mtp.text.reasoning import Reasoning, split_reasoning
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from mlx_mtp.model.caches.mtp_cache import MTPCache
     from mlx_mtp.model.mtp_model import MTPModel
 
 CACHE_OPTIONS = ("max_kv_size", "kv_bits", "kv_group_size", "quantized_kv_start")
@@ -94,7 +97,7 @@ class Conversation:
         }
         self._seed = self._options.pop("seed", None)
         self._answers = itertools.count()
-        self._cache = model.make_cache(**self._cache_options)
+        self._cache = self._new_cache()
         self._cached_ids: list[int] = []
 
     @property
@@ -187,6 +190,7 @@ class Conversation:
             self._clear_cache()
             raise
         finally:
+            self._cache.checkpoint()
             self._cached_ids = [*ids, *emitted][: self._cache.offset]
             if emitted:
                 parts = split_reasoning(self.reasoning, "".join(pieces))
@@ -206,16 +210,22 @@ class Conversation:
         """Rewind the cache to what it shares with ``ids``; return the rest, at least one id."""
         pairs = zip(self._cached_ids, ids[:-1], strict=False)
         shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        surplus = self._cache.offset - shared
-        if self._cache.can_rewind(surplus):
-            self._cache.rewind(surplus)
-            return ids[shared:]
-        self._clear_cache()
-        return ids
+        start = self._cache.rewind_point(shared)
+        if start == 0:
+            self._clear_cache()
+        else:
+            self._cache.rewind(self._cache.offset - start)
+        return ids[start:]
 
     def _clear_cache(self) -> None:
-        self._cache = self._model.make_cache(**self._cache_options)
+        self._cache = self._new_cache()
         self._cached_ids = []
+
+    def _new_cache(self) -> MTPCache:
+        """Make a cache that a changed message can be rewound to, which needs checkpoints."""
+        cache = self._model.make_cache(**self._cache_options)
+        cache.keeps_checkpoints = True
+        return cache
 
 
 class Repl:

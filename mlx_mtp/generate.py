@@ -464,7 +464,8 @@ def usable(model: Any) -> Any:
 
     from mlx_mtp.model.mtp_model import MTPModel
 
-    if isinstance(model, nn.Module) and not isinstance(model, MTPModel) and "model" in model:
+    is_ours = isinstance(model, MTPModel)
+    if isinstance(model, nn.Module) and hasattr(model, "layers") and not is_ours:
         return MTPModel(model)
     if not hasattr(model, "make_cache"):
         raise ValueError(f"the model must come from load, got {type(model).__name__}")

@@ -60,9 +60,10 @@ def head(model: MTPModel, parts: Sequence[mx.array]) -> list[mx.array]:
 def can_batch(model: MTPModel) -> bool:
     """Check whether a batch gives what separate forwards give, by running a few rows.
 
-    Batching requires that the model only passes positions, masks and keys through.
+    Batching requires that the model only passes positions, masks and keys through.  The caches of a
+    batch have no recurrent states yet.
     """
-    if not (model.wrap_ropes() and model.wrap_attention()):
+    if model.is_recurrent or not (model.wrap_ropes() and model.wrap_attention()):
         return False
     layouts = [plain_layout(), StepLayout(1, 2, (0, 0, 0))]
     if model.num_draft_tokens:

@@ -70,6 +70,8 @@ class Request:
             self.current = Plan(plain_layout(num_pending=self.num_prompt_left - rest))
             parts = (self.ids[:-rest], Drafts.none(), self.target, self.masks, self.key)
             return Step(self.cache, self.current.layout, *parts, is_prompt_chunk=True)
+        if self.num_prompt_left:
+            self.cache.end_prompt()
         self.current = plan = self.planner.plan(
             num_pending=self.num_prompt_left or 1,
             num_waiting=self.masks.num_drafts,

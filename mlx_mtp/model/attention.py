@@ -22,6 +22,7 @@ from mlx_mtp.model.one_row import (
     in_one_row_form,
     is_latent_attention,
     one_row_function,
+    part_ends,
     wrap_latent_products,
 )
 from mlx_mtp.model.wrappers import Wrapper, own_call, replace
@@ -61,7 +62,7 @@ class AttentionSeam(Wrapper):
 
     Attributes:
         attention: the injected function; None for mlx-lm's own.
-        scope: the model's step scope, if the block is latent attention.
+        scope: the model's step scope; with it verify rows attend one by one.
     """
 
     def __init__(
@@ -74,25 +75,28 @@ class AttentionSeam(Wrapper):
         super().__init__(block)
         call = own_call(block)
         self.attention, self.scope = attention, scope
-        names = {**call.__globals__, NAME: _attend_with(attention)}
+        names = {**call.__globals__, NAME: _attend_with(attention, scope)}
         self._call = types.FunctionType(
             call.__code__, names, call.__name__, call.__defaults__, call.__closure__
         )
         self._call.__kwdefaults__ = call.__kwdefaults__
         self._signature = inspect.signature(call)
-        if scope is not None:
-            names = {**call.__globals__, NAME: _attend_with(attention, scope)}
-            self._call_as_one_row = one_row_function(call, names)
+        self._call_as_one_row = (
+            one_row_function(call, names) if is_latent_attention(block) else None
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         """Call the block's own code."""
-        if self.scope is None or not in_one_row_form(self.scope.layout):
+        one_row = self._call_as_one_row
+        if one_row is None or self.scope is None or not in_one_row_form(self.scope.layout):
             return self._call(self.wrapped, *args, **kwargs)
         call = self._signature.bind(self.wrapped, *args, **kwargs)
-        if isinstance(call.arguments.get("mask"), str):  # one row has an array or None
-            x, cache = call.arguments["x"], call.arguments["cache"]
+        x, mask, cache = (call.arguments.get(name) for name in ("x", "mask", "cache"))
+        if hasattr(cache, "call_each"):  # its own code multiplies by the keys of all rows
+            return cache.call_each(self, x, mask)
+        if isinstance(mask, str):  # one row has an array or None
             call.arguments["mask"] = create_attention_mask(x, cache, return_array=True)
-        return self._call_as_one_row(*call.args, **call.kwargs)
+        return one_row(*call.args, **call.kwargs)
 
 
 def inject_attention(base: nn.Module, attention: Attention | None) -> dict[str, nn.Module]:
@@ -106,34 +110,37 @@ def inject_attention(base: nn.Module, attention: Attention | None) -> dict[str, 
         The modules that were replaced, by path; ``replace`` restores them.
     """
     blocks = attention_blocks(base)
-    replace(base, {path: _seam(block, attention) for path, block in blocks.items()})
+    replace(base, {path: _seam(block, attention=attention) for path, block in blocks.items()})
     return blocks
 
 
-def _seam(block: Any, attention: Attention | None) -> AttentionSeam:
-    """Put a function into a block that may have a seam already."""
+def _seam(block: Any, **changes: Any) -> AttentionSeam:
+    """Make the seam of a block, or one like that which it has."""
     if isinstance(block, AttentionSeam):
-        return AttentionSeam(block.wrapped, attention, scope=block.scope)
-    return AttentionSeam(block, attention)
+        changes = {"attention": block.attention, "scope": block.scope, **changes}
+        block = block.wrapped
+    return AttentionSeam(block, **changes)
 
 
-def wrap_latent_attention(base: nn.Module, scope: StepScope) -> bool:
-    """Let latent attention compute the rows of a step as it computes one row, in place.
+def wrap_verify_attention(base: nn.Module, scope: StepScope) -> bool:
+    """Let attention that has no kernel of ours compute verify rows one by one, in place.
+
+    MLX has another kernel for one query than for several.  Ours do not (``backends``), but they
+    take no scores to be added, no sinks, and no values of another size than keys.
 
     Returns:
-        Whether there is such attention.
+        Whether there is latent attention with a form of its own for one row.
     """
-    blocks = attention_blocks(base)
-    latent: dict[str, Any] = {k: block for k, block in blocks.items() if is_latent_attention(block)}
     wrap_latent_products(base, scope)
-    seams = {
-        path: AttentionSeam(
-            getattr(block, "wrapped", block), getattr(block, "attention", None), scope=scope
-        )
-        for path, block in latent.items()
-    }
-    replace(base, seams)
-    return bool(seams)
+    blocks = attention_blocks(base).items()
+    replace(base, {path: _seam(each, scope=scope) for path, each in blocks if _stays_stock(each)})
+    return any(is_latent_attention(block) for _, block in blocks)
+
+
+def _stays_stock(block: Any) -> bool:
+    """Whether no kernel of ours takes the keys and values of a block."""
+    names = ("sinks", "attention_sink_bias", "v_head_dim")
+    return is_latent_attention(block) or any(getattr(block, x, None) is not None for x in names)
 
 
 def attention_blocks(base: nn.Module) -> dict[str, nn.Module]:
@@ -157,7 +164,7 @@ def _attend_with(
 ) -> Callable[..., mx.array]:
     """Make a function with the arguments of mlx-lm's ``scaled_dot_product_attention``.
 
-    With a scope the ordinary rows of a step attend one by one, each to the keys up to its own.
+    With a scope the verify rows of a step attend one by one, each to the keys up to its own.
     """
 
     def attend(
@@ -169,7 +176,7 @@ def _attend_with(
         mask: Any,
         sinks: mx.array | None = None,
     ) -> mx.array:
-        def attend_rows(queries: Any, keys: Any, values: Any, mask: Any, cache: Any) -> mx.array:
+        def attend_part(queries: Any, keys: Any, values: Any, mask: Any, cache: Any) -> mx.array:
             is_plain = sinks is None and not hasattr(cache, "bits")  # mlx-lm's test for quantised
             if attention is not None and is_plain:
                 y = attention(queries, keys, values, scale=scale, mask=mask)
@@ -179,33 +186,37 @@ def _attend_with(
                 queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
             )
 
+        def attend_rows(queries: Any, keys: Any, values: Any, mask: Any, cache: Any) -> mx.array:
+            layout = None if scope is None else scope.layout
+            if not in_one_row_form(layout) or hasattr(cache, "bits"):
+                return attend_part(queries, keys, values, mask, cache)
+            parts = _row_parts(layout, queries, keys, values, mask)
+            return mx.concatenate([attend_part(*part, cache) for part in parts], axis=2)
+
         if hasattr(cache, "attend"):  # a batch: keys, values and mask have one part per answer
             return cache.attend(attend_rows, queries, keys, values, mask)
-        if scope is None or scope.layout is None:
-            return attend_rows(queries, keys, values, mask, cache)
-        parts = _row_parts(scope.layout, queries, keys, values, mask)
-        return mx.concatenate([attend_rows(*part, cache) for part in parts], axis=2)
+        return attend_rows(queries, keys, values, mask, cache)
 
     return attend
 
 
 def _row_parts(
-    layout: RowLayout, queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array
-) -> Iterator[tuple[mx.array, ...]]:
-    """Split attention from ``[1, H, L, Dh]`` to ``[1, Hkv, S, Dh]``: each ordinary row, all masks.
+    layout: RowLayout, queries: mx.array, keys: mx.array, values: mx.array, mask: Any
+) -> Iterator[tuple[Any, ...]]:
+    """Split attention from ``[1, H, L, Dh]`` to ``[1, Hkv, S, Dh]``: each verify row, all masks.
 
     Args:
         layout: the rows.
         queries: of all rows.
         keys: cached ones, then those of the rows.
         values: likewise.
-        mask: numbers to add to the scores, ``[1, H, L, S]``.
+        mask: ``[L, S]`` or ``[1, H, L, S]``, ``"causal"`` or None.
     """
-    num_ordinary, num_rows = layout.gate_split, queries.shape[2]
+    num_rows, first = queries.shape[2], 0
     cached = keys.shape[2] - num_rows
-    for row in range(num_ordinary):
-        end, one = cached + row + 1, slice(row, row + 1)
-        yield queries[:, :, one], keys[:, :, :end], values[:, :, :end], mask[:, :, one, :end]
-    if num_rows > num_ordinary:
-        rest = slice(num_ordinary, None)
-        yield queries[:, :, rest], keys, values, mask[:, :, rest]
+    for end in [*part_ends(layout, 1), *([num_rows] if layout.num_masks else [])]:
+        rows, seen = slice(first, end), cached + end
+        part = mask[..., rows, :seen] if isinstance(mask, mx.array) else mask
+        part = None if isinstance(part, str) and end - first == 1 else part
+        yield queries[:, :, rows], keys[:, :, :seen], values[:, :, :seen], part
+        first = end

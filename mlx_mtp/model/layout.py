@@ -249,6 +249,7 @@ class MaskRun:
 
     gate_split = 0
     is_contiguous = True
+    is_prompt_chunk = False
 
     def positions_from(self, offset: Any) -> mx.array:
         """Position of each row after ``offset`` cached ones, int32 ``[num_masks]``."""

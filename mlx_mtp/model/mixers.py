@@ -42,6 +42,7 @@ def wrap_mixers(base: nn.Module, forward: Forward, *, scope: StepScope) -> None:
     Raises:
         ValueError: a layer keeps its state in another way.
     """
+    _unwrap(base)
     mixers, caches = _find_mixers(base, forward)
     indices = {path: caches.recurrent_layers.index(each.cache) for path, each in mixers.items()}
     wrapped, convs = {}, {}
@@ -60,6 +61,13 @@ def wrap_mixers(base: nn.Module, forward: Forward, *, scope: StepScope) -> None:
         layers = forward(StepLayout(1, 1, (0, 0))).recurrent_layers
     if any(layer.missing_slots for layer in layers):
         raise ValueError("its recurrent layers keep a state that cannot be rewound")
+
+
+def _unwrap(base: nn.Module) -> None:
+    """Take out the seams of an ``MTPModel`` that was made of the same model before."""
+    for path, module in base.named_modules():
+        if isinstance(module, RecurrenceSeam | RowByRow | StepConv):
+            replace(base, {path: module.wrapped})
 
 
 def _find_mixers(base: nn.Module, forward: Forward) -> tuple[dict[str, _Mixer], MTPCache]:

@@ -24,7 +24,7 @@ import mlx.nn as nn
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import make_prompt_cache
 
-from mlx_mtp.model.attention import AttentionSeam, attention_blocks, wrap_latent_attention
+from mlx_mtp.model.attention import AttentionSeam, attention_blocks, wrap_verify_attention
 from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
 from mlx_mtp.model.chunks import wrap_chunks
@@ -32,7 +32,7 @@ from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.experts import GatedLoRASwitchLinear, is_switch, wrap_gated_experts
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
 from mlx_mtp.model.fingerprint import model_args
-from mlx_mtp.model.layout import RowLayout, StepLayout, StepScope, quadratic_layout
+from mlx_mtp.model.layout import MaskRun, RowLayout, StepLayout, StepScope
 from mlx_mtp.model.lora import GatedLoRALinear
 from mlx_mtp.model.mixers import wrap_mixers
 from mlx_mtp.model.one_row import wrap_experts
@@ -44,6 +44,7 @@ from mlx_mtp.model.parts import (
     with_module,
 )
 from mlx_mtp.model.positions import wrap_positions
+from mlx_mtp.model.recurrence import has_chunks
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import (
     HiddenStates,
@@ -55,6 +56,7 @@ from mlx_mtp.model.wrappers import (
 MASK_EMBEDDINGS = "mask_embeddings"
 MASK_PER_LAYER_EMBEDDINGS = "mask_per_layer_embeddings"
 SAMPLER_PREFIX = "sampler_head."
+_MAX_ERROR = 0.05  # of the largest value; see ``MTPModel._probe``
 
 # What mlx-lm's own class computes so that drafts cannot be exact, by type of model.
 _REFUSED = {
@@ -99,10 +101,12 @@ class MTPModel(nn.Module):
         backbone = module_at(base, self.parts.backbone)
         self._takes_mask = _requires(inspect.signature(type(backbone).__call__), "mask")
         wrap_experts(base, self._scope)
-        self._has_forms = wrap_latent_attention(base, self._scope)
+        self._is_latent = wrap_verify_attention(base, self._scope)
+        self._has_forms = self._is_latent  # one for one row and another for several
         self.is_recurrent = bool(self.make_cache().recurrent_layers)
         if self.is_recurrent:
             self._wrap_mixers()
+            self._has_forms |= has_chunks(base)
         if config is not None:
             assert weights is not None
             self._attach(config, weights)
@@ -154,6 +158,8 @@ class MTPModel(nn.Module):
         """Make fresh caches; see ``caches.make.make_cache`` for the options and errors."""
         cache = kv_cache.make_cache(self.base, scope=self._scope, **options)
         cache.last_id_alone = self._has_forms
+        if cache.kv_bits is not None and self._is_latent:
+            raise ValueError(f"kv_bits cannot be used with {self.name}: it caches latent vectors")
         if cache.kv_bits is not None:
             attention = self._sample_cache().attention_layers
             size = attention[0].inner.keys.shape[-1] if attention else 0
@@ -397,31 +403,38 @@ class MTPModel(nn.Module):
             ) from None
 
     def _probe(self) -> None:
-        """Run one tiny step, so that a model with other seams is refused early.
+        """Run a tiny step, so that a model with other seams is refused early.
 
-        Its ordinary rows must agree with the model's own forwards, one row at a time.  Where the
-        seams work, the two differ by rounding only, so a coarse bound is enough.
+        Its ordinary rows must agree with the model's own forwards of one row.  Its mask row, which
+        follows the first of them, must agree with a forward of that row alone after the step has
+        been rewound.  Where the seams work, both differ by rounding only, so a coarse bound is
+        enough.
         """
-        layout = quadratic_layout(num_pending=1, num_draft_tokens=1, num_masks=1)
-        ids = mx.array([[1, 2, *layout.mask_offsets.tolist()]])
+        layout, cache = StepLayout(1, 1, (1, 0)), self.make_cache()
         try:
-            hidden = self(ids, cache=self.make_cache(), layout=layout)
-            stepped = self.logits(hidden[:, : layout.gate_split]).astype(mx.float32)
-            alone = make_prompt_cache(self.base)
-            rows = [self.base(ids[:, i : i + 1], cache=alone) for i in range(layout.gate_split)]
-            plain = mx.concatenate(rows, axis=1).astype(mx.float32)
-            error = mx.abs(stepped - plain).max() / (mx.abs(plain).max() + 1e-6)
-            agrees = bool((error < 0.05).item())
+            hidden = self(mx.array([[1, 2, 0]]), cache=cache, layout=layout)
+            cache.rewind(2)
+            alone = self(mx.array([[0]]), cache=cache, layout=MaskRun(1))
+            stock = make_prompt_cache(self.base)
+            rows = [self.base(mx.array([[token]]), cache=stock) for token in (1, 2)]
+            stepped, plain = self.logits(hidden[:, :2]), mx.concatenate(rows, axis=1)
+            errors: Any = [_relative_error(stepped, plain), _relative_error(hidden[:, 2:], alone)]
+            agrees: Any = (mx.stack(errors) < _MAX_ERROR).tolist()
         except _FAILURES as failure:
-            raise ValueError(
-                f"{self.name} ({self.base.model_type}) cannot take mask rows: "
-                f"{_first_line(failure)}"
-            ) from None
-        if not agrees:
-            raise ValueError(
-                f"{self.name} ({self.base.model_type}) cannot take mask rows: "
-                "its ordinary rows would change"
-            )
+            raise self._no_mask_rows(_first_line(failure)) from None
+        if not agrees[0]:
+            raise self._no_mask_rows("its ordinary rows would change")
+        if not agrees[1]:
+            raise self._no_mask_rows("they would see other rows than those before them")
+
+    def _no_mask_rows(self, reason: str) -> ValueError:
+        return ValueError(f"{self.name} ({self.base.model_type}) cannot take mask rows: {reason}")
+
+
+def _relative_error(values: mx.array, expected: mx.array) -> mx.array:
+    """Largest error relative to the largest value."""
+    values, expected = values.astype(mx.float32), expected.astype(mx.float32)
+    return mx.abs(values - expected).max() / (mx.abs(expected).max() + 1e-6)
 
 
 def _first_line(error: Exception) -> str:

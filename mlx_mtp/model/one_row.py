@@ -7,10 +7,11 @@ in mlx-lm.  Here are
 
 - multi-head latent attention, which multiplies the query by the key's up-projection for one row,
   and expands keys and values for several (``one_row_function``, ``OneRowProducts``; the seam in
-  attention calls them, see ``attention``);
+  ``attention`` calls them);
 - experts, which are sorted from 64 pairs of a row and an expert on (``StepExperts``).
 
-Recurrent layers have their own way.  ``docs/rows.md`` lists the branches of mlx-lm.
+Recurrent layers take their rows one by one where they must (``caches.recurrent``).
+``tests/model/test_row_algebra.py`` lists the branches of mlx-lm.
 """
 
 from __future__ import annotations
@@ -106,7 +107,7 @@ class StepExperts(Wrapper):
         if layout.gate_split == 0 or num_rows not in expected:
             return self.wrapped(x, indices)
         limit = max((SORTED_FROM - 1) // indices.shape[-1], 1)
-        ends = [end for end in _part_ends(layout, limit) if end < num_rows]
+        ends = [end for end in part_ends(layout, limit) if end < num_rows]
         parts = zip(mx.split(x, ends, axis=rows), mx.split(indices, ends, axis=rows), strict=True)
         return mx.concatenate([self.wrapped(*part) for part in parts], axis=rows)
 
@@ -116,15 +117,20 @@ def _unwrapped(module: Any, kind: type[Wrapper]) -> Any:
     return module.wrapped if isinstance(module, kind) else module
 
 
-def _part_ends(layout: RowLayout, limit: int) -> list[int]:
-    """Where the parts of a step's ordinary rows end, of at most ``limit`` verify rows each."""
+def part_ends(layout: RowLayout, limit: int) -> list[int]:
+    """Where the parts of a step's ordinary rows end, of at most ``limit`` verify rows each.
+
+    Several pending rows are what a prompt has left, and one part.
+    """
+    if layout.gate_split == 0:
+        return []
     ends, start = [], 0
     for step in getattr(layout, "layouts", (layout,)):
         end = start + step.num_ordinary
         if step.num_pending > 1:
             start += step.num_pending
             ends.append(start)
-        ends += [*range(start + limit, end, limit), end]
+        ends += [*range(start + limit, end, limit), end] if end > start else []
         start = end
     return ends
 

@@ -70,7 +70,7 @@ class StepRope(nn.Module):
 
 
 class StepArange:
-    """``mlx.core`` for code whose ``arange`` counts the positions of contiguous rows."""
+    """``mlx.core`` for code whose ``arange`` numbers contiguous rows, the first position as 1."""
 
     def __init__(self, scope: StepScope) -> None:
         self._scope = scope
@@ -79,11 +79,11 @@ class StepArange:
         return getattr(mx, name)
 
     def arange(self, start: Any, stop: Any) -> mx.array:
-        """Positions of the rows of the forward, if the first has position ``start``."""
+        """Number the rows of the forward, of which the first is ``start`` if it is ordinary."""
         layout = self._scope.layout
         if layout is None or layout.is_contiguous:
             return mx.arange(start, stop)
-        return layout.positions_from(start)
+        return layout.positions_from(start - 1) + 1
 
 
 class StepCode(Rebound):

@@ -266,6 +266,14 @@ def inject_recurrence(base: nn.Module, step: StepRecurrence | None) -> None:
             module.step = step
 
 
+def has_chunks(base: nn.Module) -> bool:
+    """Whether a recurrence of a model takes several rows in another algebra than one row."""
+    mixers = [type(x.wrapped) for _, x in base.named_modules() if isinstance(x, RecurrenceSeam)]
+    methods = [method for mixer in mixers for _, method in _recurrent_methods(mixer)]
+    names = {name for method in methods for name in _recurrence_names(method)}
+    return not all(RECURRENCES[name].sequential for name in names)
+
+
 def _recurrent_methods(mixer: type) -> Iterator[tuple[str, types.FunctionType]]:
     """The methods of a class that call a recurrence by its global name."""
     for name in dir(mixer):

@@ -338,6 +338,8 @@ def _check_fixed(
         default = field.default
         if default is dataclasses.MISSING:
             continue
+        if key == "num_key_value_heads" and value == getattr(known, "num_attention_heads", None):
+            continue  # as many as the heads of queries, which is no grouping
         if not _same(value, default) and not (default is None and _is_derived(config, key, value)):
             raise _refuse(key, value, f"{why}: it computes with {default!r}")
     for field in dataclasses.fields(args_class):

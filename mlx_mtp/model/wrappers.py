@@ -192,18 +192,17 @@ class MaskEmbedding(nn.Module):
         return self.embedding.as_linear(x)
 
 
-class StepConv(nn.Module):
+class StepConv(Wrapper):
     """The short convolution of a recurrent layer, whose rows the layer's cache puts in order."""
 
-    def __init__(self, conv: Any, *, scope: StepScope):
-        super().__init__()
-        self.conv = conv
+    def __init__(self, conv: nn.Module, *, scope: StepScope):
+        super().__init__(conv)
         self._scope = scope
 
     def __call__(self, x: mx.array) -> mx.array:
         """Convolve ``[B, K - 1 + L, C]``, the last inputs and the rows, to ``[B, L, C]``."""
         mixer = self._scope.mixer
-        return self.conv(x) if mixer is None else mixer.convolve(self.conv, x)
+        return self.wrapped(x) if mixer is None else mixer.convolve(self.wrapped, x)
 
 
 class LimitedRope(nn.Module):

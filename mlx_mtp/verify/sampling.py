@@ -203,6 +203,7 @@ class _Source:
         cache = self.model.make_cache()
         list(decode(self.model, self.prompt, max_tokens=1, layout="plain", cache=cache))
         cache.rewind(1)
+        cache.checkpoint()
         return cache
 
     def _rewind(self) -> None:

@@ -16,7 +16,6 @@ from mlx_mtp.model.layout import StepLayout, plain_layout
 from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, MTPModel, fingerprint
 from tests.helpers.tiny import (
     KINDS,
-    build,
     random_adapter,
     step_ids,
     tiny_base,
@@ -221,13 +220,6 @@ def test_fingerprints_tell_models_apart_but_not_quantisations() -> None:
     model = tiny_mtp("llama")
     assert model.config is not None
     assert model.config.base_fingerprint == fingerprint(tiny_base("llama"))
-
-
-def test_learned_positions_are_refused() -> None:
-    sizes = {"n_ctx": 64, "n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64}
-    config = {"model_type": "gpt2", "layer_norm_epsilon": 1e-5, "vocab_size": 64, **sizes}
-    with pytest.raises(ValueError, match="gpt2 models cannot be used: .*embedding.*found"):
-        MTPModel(build(config))
 
 
 def test_a_rotary_embedding_that_depends_on_the_length_is_refused() -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm.models
 import numpy as np
 import pytest
@@ -21,18 +22,21 @@ from mlx_mtp.decoding.loop import decode
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.lab.tiny_models import families
 from mlx_mtp.model import mtp_model
-from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.model.config import MTPConfig
+from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, MTPModel, embedding_dims, fingerprint
 from mlx_mtp.model.wrappers import Wrapper, replace
 from tests.helpers.row_algebra import FORMATS, first_difference, result_of, tiny
 from tests.helpers.scripted import ScriptedModel, mixed, right, wrong
-from tests.helpers.tiny import random_adapter
 
 # One family per class of layer: attention, with sinks and windows, latent with and without a form
-# for one row, experts of each kind.
+# for one row, experts, and recurrent layers of each kind.
 SAMPLE = ("llama", "gpt_oss", "deepseek_v3", "mistral4", "deepseek_v2", "qwen3_moe")
+SAMPLE += ("mamba2", "granitemoehybrid", "bailing_hybrid", "kimi_linear", "qwen3_next")
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 2}
 SMALL |= {"num_key_value_heads": 2, "intermediate_size": 32, "moe_intermediate_size": 32}
 LATENT = ("deepseek_v3", "glm4_moe_lite", "mistral4")
+HYBRID = ("mamba2", "nemotron_h", "falcon_h1", "granitemoehybrid", "bailing_hybrid", "kimi_linear")
+EMBEDDING = nn.Embedding | nn.QuantizedEmbedding
 PROMPT = [3, 17, 42, 8, 29, 55, 1, 33, 20]
 BRANCHES = {
     "baichuan_m1.Attention._custom_convolution": "the same sums",
@@ -114,7 +118,7 @@ def test_a_planted_branch_is_found() -> None:
 
 @pytest.mark.parametrize("family", LATENT)
 def test_stock_latent_attention_is_found(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mtp_model, "wrap_latent_attention", lambda *_: False)
+    monkeypatch.setattr(mtp_model, "wrap_verify_attention", lambda *_: False)
     difference = first_difference(lambda: tiny(family, "bfloat16"), num_rows=7)
     assert "Attention model.layers.0.self_attn by" in str(difference)
 
@@ -161,10 +165,26 @@ def _compares_rows(node: ast.AST) -> bool:
     return left in names and isinstance(number, int) and number > 0
 
 
-def drafted(family: str, form: str, *, seed: int = 0) -> tuple[Any, MTPModel]:
-    """A stock model and the same one with an adapter."""
-    stock, base = (tiny(family, form, **SMALL) for _ in range(2))
-    config, weights = random_adapter(base, seed=seed, sampler=False, low_rank=False)
+def drafted(family: str, form: str) -> tuple[Any, MTPModel]:
+    """A stock model, and the same one with mask tokens and no low-rank weights."""
+    small = {key: value for key, value in SMALL.items() if family not in HYBRID}
+    stock, base = (tiny(family, form, **small) for _ in range(2))
+    embedding = next(x for _, x in base.named_modules() if isinstance(x, EMBEDDING))
+    num_tokens, dims = embedding.weight.shape[0], embedding_dims(embedding)
+    config = MTPConfig(
+        num_draft_tokens=4,
+        rank=1,
+        scale=1.0,
+        target_modules=(),
+        sampler=None,
+        base_model=family,
+        base_model_type=base.model_type,
+        base_hidden_size=dims,
+        base_num_layers=len(base.layers),
+        base_vocab_size=num_tokens,
+        base_fingerprint=fingerprint(base),
+    )
+    weights = {MASK_EMBEDDINGS: mx.random.normal((4, dims), key=mx.random.key(0))}
     return stock, MTPModel(base, config=config, weights=weights)
 
 
@@ -226,14 +246,14 @@ def test_sampled_ids_are_drawn_from_the_logits_of_mlx_lm(family: str) -> None:
         assert mx.array_equal(logits, mx.concatenate(rows))
 
 
-@pytest.mark.parametrize("family", LATENT)
-def test_greedy_ids_of_latent_attention_are_those_of_mlx_lm(family: str) -> None:
-    check_greedy(family, "bfloat16", 48, prompt=PROMPT)
+@pytest.mark.parametrize("family", [*LATENT, *HYBRID])
+def test_greedy_ids_are_those_of_mlx_lm(family: str) -> None:
+    check_greedy(family, "bfloat16", 96 if family in LATENT else 24, prompt=PROMPT)
 
 
 @pytest.mark.soak
 @pytest.mark.parametrize("form", ["bfloat16", "float16", "4-bit"])
-@pytest.mark.parametrize("family", LATENT)
+@pytest.mark.parametrize("family", [*LATENT, *HYBRID])
 @pytest.mark.parametrize("prompt", [[5], PROMPT, PROMPT[::-1] * 20])
-def test_many_greedy_ids_of_latent_attention(family: str, form: str, prompt: list[int]) -> None:
+def test_many_greedy_ids_are_those_of_mlx_lm(family: str, form: str, prompt: list[int]) -> None:
     check_greedy(family, form, 2000, prompt=prompt)

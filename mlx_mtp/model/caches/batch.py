@@ -6,14 +6,14 @@ seam in attention (``attention``) calls back ``BatchLayerCache.attend``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_mtp.model.caches.layers import LayerCache
 from mlx_mtp.model.caches.mtp_cache import MTPCache
-from mlx_mtp.model.layout import BatchLayout, StepScope
+from mlx_mtp.model.layout import BatchLayout, StepLayout, StepScope
 
 
 class PerAnswer:
@@ -39,14 +39,20 @@ class BatchLayerCache:
     def make_mask(self, num_rows: int, **options: Any) -> PerAnswer:
         """Make the attention mask of each answer's step."""
         assert num_rows == self._layout.num_rows
-        batch, masks = self._scope.layout, []
-        try:
-            for layer, layout in zip(self._layers, self._layout.layouts, strict=True):
-                self._scope.layout = layout
-                masks.append(layer.make_mask(layout.num_rows, **options))
-        finally:
-            self._scope.layout = batch
+        masks = [
+            layer.make_mask(layout.num_rows, **options)
+            for layer, layout in zip(self._layers, self._each_layout(), strict=True)
+        ]
         return PerAnswer(masks)
+
+    def _each_layout(self) -> Iterator[StepLayout]:
+        """The layouts of the steps; each is that of the forward while its answer's turn lasts."""
+        try:
+            for layout in self._layout.layouts:
+                self._scope.layout = layout
+                yield layout
+        finally:
+            self._scope.layout = self._layout
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[PerAnswer, PerAnswer]:
         """Append rows ``[1, H, L, D]`` to the caches they belong to; return all keys and values."""
@@ -58,6 +64,12 @@ class BatchLayerCache:
         )
         pairs = [layer.update_and_fetch(*pair) for layer, *pair in rows]
         return PerAnswer([keys for keys, _ in pairs]), PerAnswer([values for _, values in pairs])
+
+    def call_each(self, block: Callable[..., mx.array], x: mx.array, mask: PerAnswer) -> mx.array:
+        """Call an attention block for each answer: its rows ``[1, L, D]``, its mask, its cache."""
+        answers = zip(self._layout.unpack(x, axis=1), mask.parts, self._layers, strict=True)
+        turns = zip(answers, self._each_layout(), strict=True)
+        return self._layout.pack([block(*answer) for answer, _ in turns], axis=1)
 
     def attend(
         self,
@@ -78,7 +90,8 @@ class BatchLayerCache:
         """
         rows = self._layout.unpack(queries, axis=2)
         answers = zip(rows, keys.parts, values.parts, mask.parts, self._layers, strict=True)
-        return self._layout.pack([attention(*answer) for answer in answers], axis=2)
+        turns = zip(answers, self._each_layout(), strict=True)
+        return self._layout.pack([attention(*answer) for answer, _ in turns], axis=2)
 
 
 class BatchCache:

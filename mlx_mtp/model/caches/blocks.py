@@ -81,6 +81,8 @@ class CacheBlocks:
             cache: the cache.
             num_prompt: number of ids of the answer's prompt.
         """
+        if cache.recurrent_layers:
+            return 0  # blocks have no recurrent states yet
         if not self._chunks_matter:
             return cache.offset
         return min(cache.offset, num_prompt) // self._chunk_size * self._chunk_size

@@ -48,6 +48,7 @@ class MTPCache:
     ``trim_prompt_cache`` of mlx-lm take it.
 
     Attributes:
+        keeps_checkpoints: whether ``end_prompt`` makes a checkpoint.
         next_id: the last id of an answer, which follows the cached rows, as far as it is known;
             added when the layers are used as a sequence.
         last_id_alone: whether the last id of a prompt goes through the model on its own, as in
@@ -64,6 +65,7 @@ class MTPCache:
     ) -> None:
         self.layers = list(layers)
         self.kv_bits = kv_bits
+        self.keeps_checkpoints = False
         self.next_id: int | None = None
         self._model: Any = None
         self._first_offset: int | None = None
@@ -216,6 +218,11 @@ class MTPCache:
         """
         for layer in self.recurrent_layers:
             layer.checkpoint()
+
+    def end_prompt(self) -> None:
+        """Take note that a prompt ends here, but for its last ids."""
+        if self.keeps_checkpoints:
+            self.checkpoint()
 
     def rewind_point(self, max_rows: int) -> int:
         """Return the largest number of rows, up to ``max_rows``, that the cache can be rewound to.

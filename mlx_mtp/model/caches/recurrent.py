@@ -240,9 +240,9 @@ class RecurrentLayerCache:
         if num_rows <= self._num_left:
             self._num_left -= num_rows
             return
-        slots = dict(self.checkpoints)[self.offset]
+        slots: list[Slot] = [*dict(self.checkpoints)[self.offset]]
         self.checkpoints = [each for each in self.checkpoints if each[0] <= self.offset]
-        self._slots, self._start, self._num_left = [*slots], [*slots], 0
+        self._slots, self._start, self._num_left = slots, list(slots), 0
         self._captured = {}
 
     def can_rewind(self, num_rows: int) -> bool:
