@@ -120,7 +120,7 @@ def main(
     results = read_results(path) if path else {}
     left = [name for name in chosen if name not in results]
     for result in run_families(left, jobs=jobs, num_tokens=tokens, num_long=long):
-        result["mlx_lm"] = mlx_lm.__version__
+        result |= {"mlx_lm": mlx_lm.__version__, "num_long": long or tokens}
         results[result["family"]] = result
         line = json.dumps(result)
         click.echo(line)

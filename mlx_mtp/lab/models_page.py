@@ -134,11 +134,12 @@ KNOWN = {
 }
 """Well-known models by ``model_type``, from general knowledge; none of them was run."""
 
+_YES_OR_NO = ("training", "batches")
 _REFUSABLE = {
     "drafts": "Drafts are refused",
     "bfloat16": "bfloat16 was not run",
     "4-bit": "4-bit weights were not run",
-    "training": "Training is refused",
+    "training": "There is no training",
     "batches": "Answers take turns",
     "max_kv_size": "`--max-kv-size` is refused",
     "kv_bits": "`--kv-bits` is refused",
@@ -150,7 +151,7 @@ HEADER = """\
 What mlx-mtp does with each model file of mlx-lm {version}. This page is written by
 
 ```shell
-python -m mlx_mtp.lab.models --long 500 --json results.jsonl --write-docs
+python -m mlx_mtp.lab.models --long {num_long} --json results.jsonl --write-docs
 ```
 
 from checks on tiny random models: four layers of width 128, every kind of layer that the file
@@ -173,7 +174,8 @@ The columns:
 - **Drafts**: right and wrong drafts of lookup and mask tokens in linear, quadratic and irregular
   layouts against plain decoding. Products are computed row by row here, as our kernels do, so that
   equal means *bits*. *ids*: the ids are equal, the logits to rounding.
-- **bfloat16**: the same over 500 tokens.
+- **bfloat16**: the same over {num_long} tokens; experts have 8 bits, because MLX multiplies theirs
+  on a CPU in float32 or quantised only.
 - **4-bit**: the same with quantised weights.
 - **Training**: mask rows in training are those of decoding, and the gradient reaches the adapter.
 - **Batches**: whether answers share steps in the server; otherwise they take turns.
@@ -196,18 +198,22 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
         f"what it is without, {counts['plain']} decode without drafts only, and "
         f"{counts[REFUSED]} are refused before any work; the reasons stand below."
     )
-    parts = [HEADER.format(version=mlx_lm.__version__, counts=text)]
+    if counts[FAILED]:
+        text += f" {counts[FAILED]} fail a check."
+    text = text.strip()
+    num_long = min((result["num_long"] for result in results.values()), default=0)
+    parts = [HEADER.format(version=mlx_lm.__version__, counts=text, num_long=num_long)]
     parts.append(
         "| Family | Models | Layers | Plain | Drafts | bfloat16 | 4-bit | Training | Batches "
         "| Kernels |\n|---|---|---|---|---|---|---|---|---|---|\n"
     )
     names = sorted(results, key=str.lower)
-    shown = [name for name in names if results[name]["status"] in ("exact", "plain")]
+    shown = [name for name in names if _decodes(results[name])]
     parts += [row(results[name]) + "\n" for name in shown]
-    parts.append("\n" + _reasons(results, shown))
+    parts.append("\n## What is missing\n\n" + _reasons(results, shown))
     left = [name for name in names if name not in shown]
     if left:
-        parts.append("\n## Refused\n\n| Family | Models | Reason |\n|---|---|---|\n")
+        parts.append("\n## Refused models\n\n| Family | Models | Reason |\n|---|---|---|\n")
         parts += [row(results[name]) + "\n" for name in left]
     return "".join(parts)
 
@@ -219,7 +225,7 @@ def _reasons(results: Mapping[str, Mapping[str, Any]], shown: list[str]) -> str:
         reasons: dict[str, list[str]] = {}
         for name in shown:
             outcome = results[name]["checks"].get(check, "")
-            if outcome.startswith(REFUSED):
+            if outcome.startswith((REFUSED, FAILED)):
                 reasons.setdefault(_reason(outcome, name), []).append(name)
         lines += [
             f"- {what}: {reason}. {', '.join(names)}.\n"
@@ -239,13 +245,18 @@ def row(result: Mapping[str, Any]) -> str:
     """The line of one family."""
     name, checks = result["family"], result["checks"]
     head = f"| {name} | {KNOWN.get(name, '')} |"
-    if result["status"] not in ("exact", "plain"):
+    if not _decodes(result):
         return f"{head} {_plain_text(result['reason'])} |"
     cells = [", ".join(result["layers"]["kinds"])]
     cells += [_short(checks.get(key, "")) for key in ("plain", "drafts", "bfloat16", "4-bit")]
-    cells += ["yes" if _short(checks.get(key, "")) != "no" else "no" for key in ("training",)]
-    cells += ["yes" if checks.get("batches") == "ids" else "no", _kernels(result)]
+    cells += ["no" if _short(checks.get(key, "")) == "no" else "yes" for key in _YES_OR_NO]
+    cells.append(_kernels(result))
     return f"{head} {' | '.join(cells)} |"
+
+
+def _decodes(result: Mapping[str, Any]) -> bool:
+    """Whether its plain output is mlx-lm's."""
+    return _short(result["checks"].get("plain", "")) != "no"
 
 
 def _short(outcome: str) -> str:

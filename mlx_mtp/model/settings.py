@@ -30,6 +30,7 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 _THETA = ("rope_theta", "rotary_emb_base")
 _PARTIAL = ("partial_rotary_factor", "rotary_pct")
 _TYPES_WITH_ORIGINAL_LENGTH = ("yarn", "llama3", "longrope")
+_BY_PARAMETERS = ("mistral4", "glm_moe_dsa")  # have both fields and read one
 _NESTED_BY_CLASS = ("olmo3",)  # scales the rotary embedding of its full-attention layers only
 
 # Settings of transformers' classes that change no logits of a causal forward in evaluation.
@@ -141,8 +142,9 @@ def read_settings(config: Mapping[str, Any], *, has_head: bool | None = None) ->
         inner = {"model_type": known.model_type, **inner}
     if "tie_word_embeddings" in config:
         inner.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
-    text = None if classes is None else text_arguments(classes[0])
-    found = _read_flat(inner, known, classes=text and (classes[0], text), has_head=has_head)
+    text = classes and text_arguments(classes[0])
+    pair = (classes[0], text) if classes and text else None
+    found = _read_flat(inner, known, classes=pair, has_head=has_head)
     overrides = {"text_config": found.config | found.overrides}
     return dataclasses.replace(
         found, config=config | {"text_config": found.config}, overrides=overrides
@@ -456,7 +458,9 @@ def _rope(
     # Only one generation is written, so that no two keys of a file can contradict each other.
     if nested and "rope_local_base_freq" not in reads:
         keys["rope_parameters"] = {**nested, _FULL: _joined(main, scaling, theta)}
-    elif "rope_parameters" in reads and "rope_scaling" not in reads:
+    elif "rope_parameters" in reads and (
+        "rope_scaling" not in reads or model_type in _BY_PARAMETERS
+    ):
         keys["rope_parameters"] = _joined(parameters, scaling, theta)
     applied = "rope_scaling" in reads or "rope_parameters" in reads
     limit = getattr(known, "max_position_embeddings", None) or 2048

@@ -40,7 +40,7 @@ def test_the_page_lists_every_family_once() -> None:
 
 @pytest.mark.parametrize("family", sampled())
 def test_a_family_does_what_the_page_says(family: str) -> None:
-    report = check_family(family, num_tokens=16, quick=True)
+    report = check_family(family, num_tokens=12, quick=True)
     assert report.status != "failed", report.reason
     _check_line(family, report)
 
@@ -58,7 +58,7 @@ def _check_line(family: str, report: Any) -> None:
     cells = documented()[family]
     found = [cell.strip() for cell in row(report.to_dict()).strip("| ").split(" | ")[1:]]
     assert len(found) == len(cells), report.reason
-    if report.status in ("exact", "plain"):
+    if len(cells) > 3:  # it decodes
         assert found[1] == cells[1]  # kinds of layers
         assert (found[3] == "no") == (cells[3] == "no")  # drafts
         assert found[6:] == cells[6:]  # training, batches, kernels

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mlx_mtp.lab.tiny_models import tiny_config as lab_config
 from mlx_mtp.model.settings import read_settings
 from tests.helpers.tiny import KINDS, tiny_config
 
@@ -76,6 +77,27 @@ def test_text_config():
     outer = {"model_type": "mistral3", "text_config": inner | {"rope_parameters": rope}}
     assert read_settings(outer).config["text_config"]["rope_theta"] == 7.0
     assert read(text_config={"dtype": "float16"})["text_config"] == {"dtype": "float16"}
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        ("deepseek_v3", {"num_attention_heads": 2, "num_key_value_heads": 2}),
+        ("kimi_k25", {}),
+        ("qwen3_5", {"num_hidden_layers": 6}),
+        ("qwen3_5_moe", {"num_experts_per_tok": 3}),
+        ("llama4", {"intermediate_size_mlp": 80}),
+        ("mistral4", {}),
+        ("mellum", {}),
+        ("dbrx", {}),
+        ("pixtral", {}),
+    ],
+)
+def test_other_sizes_than_the_first_model_of_a_family(family, changes):
+    config = lab_config(family, **changes)
+    found = read_settings(config).config
+    inner, values = found.get("text_config", found), config.get("text_config", config)
+    assert {key: inner.get(key) for key in changes} == {key: values[key] for key in changes}
 
 
 def test_an_architecture_that_transformers_does_not_know():
