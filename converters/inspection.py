@@ -1,8 +1,8 @@
 """Description of a folder or file, without running anything in it.
 
-A whole model is never loaded: headers, configurations and file hashes are read, and for an adapter
-checkpoint the names and shapes of its tensors.  PyTorch files are only read if the caller allows
-it; otherwise the globals that their pickles name are listed.
+A whole model is never loaded: headers, configurations and hashes of files are read, of large files
+only on request, and for an adapter checkpoint the names and shapes of its tensors.  PyTorch files
+are only read if the caller allows it; otherwise the globals that their pickles name are listed.
 """
 
 from __future__ import annotations
@@ -15,27 +15,33 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp.converters.base.facts import load_base
+from mlx_mtp.converters.base.facts import open_lazily
 from mlx_mtp.converters.base.files import weight_files
+from mlx_mtp.converters.base.summary import summarise
 from mlx_mtp.converters.checkpoint import read_checkpoint
 from mlx_mtp.converters.layouts import describe
 from mlx_mtp.converters.pytorch.file_format import pickle_globals
 from mlx_mtp.model.config import MTPConfig, read_config
+from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.contents import Contents, look, model_problem
 from mlx_mtp.storage.safetensors import check_safetensors, read_json_object, shown
 
 MODEL_CONFIG_FILE = "config.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+HASHED_BYTES = 1 << 27  # larger files are hashed on request only
 _CHUNK_BYTES = 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileFacts:
-    """One file: its name, size and SHA-256, and the number of tensors by type if it has any."""
+    """One file: its name, size and SHA-256, and the number of tensors by type if it has any.
+
+    The hash of a large file is None unless it was asked for.
+    """
 
     name: str
     num_bytes: int
-    sha256: str
+    sha256: str | None
     tensors: dict[str, int] = field(default_factory=dict)
 
 
@@ -76,7 +82,7 @@ class Inspection:
         name_width = max((len(file.name) for file in self.files), default=0)
         lines += [
             f"    {shown(file.name):<{name_width}}  {human_bytes(file.num_bytes):>9}  "
-            f"sha256 {file.sha256[:16]}{_tensor_text(file.tensors)}"
+            f"{_hash_text(file)}{_tensor_text(file.tensors)}".rstrip()
             for file in self.files
         ]
         lines += [f"  refused: {shown(problem, limit=1000)}" for problem in self.problems]
@@ -85,13 +91,18 @@ class Inspection:
 
 
 def inspect_path(
-    path: Path, *, allow_pickle: bool = False, say: Callable[[str], None] | None = None
+    path: Path,
+    *,
+    allow_pickle: bool = False,
+    hash_all: bool = False,
+    say: Callable[[str], None] | None = None,
 ) -> Inspection:
     """Describe a model, an adapter or a checkpoint.
 
     Args:
         path: a folder or a file.
         allow_pickle: whether PyTorch files may be read, in a sandbox.
+        hash_all: whether large files are hashed too, which reads them whole.
         say: called with a line of text before slow work.
 
     Raises:
@@ -102,21 +113,30 @@ def inspect_path(
     if not (path.is_dir() or path.is_file()):
         raise ValueError(f"{path} is neither a folder nor a file")
     contents = look(path)
-    found = _describe(contents, path, allow_pickle=allow_pickle, say=say)
+    limit = None if hash_all else HASHED_BYTES
+    found = _describe(contents, path, allow_pickle=allow_pickle, limit=limit, say=say)
     return replace(found, use=model_problem(contents, str(path)))
 
 
 def _describe(
-    contents: Contents, path: Path, *, allow_pickle: bool, say: Callable[[str], None] | None
+    contents: Contents,
+    path: Path,
+    *,
+    allow_pickle: bool,
+    limit: int | None,
+    say: Callable[[str], None] | None,
 ) -> Inspection:
-    """Describe a folder or file, whose own files are listed."""
-    files = tuple(_file_facts(path, file, say) for file in _files(path))
+    """Describe a folder or file, whose own files are listed.
+
+    Each kind of contents has its function; ``storage.contents`` tells the kinds apart.
+    """
+    files = tuple(_file_facts(file, limit, say) for file in _files(path))
     if contents.kind == "adapter":
         return _adapter(contents.path, files)
     if contents.kind == "model":
         adapter, inner = None, contents.adapter
         if inner is not None:
-            adapter = _describe(inner, inner.path, allow_pickle=allow_pickle, say=say)
+            adapter = _describe(inner, inner.path, allow_pickle=allow_pickle, limit=limit, say=say)
         return _model(path, files, adapter, allow_pickle)
     return _checkpoint(path, files, allow_pickle, kind=contents.kind)
 
@@ -184,7 +204,8 @@ def _model(
     }
     problems = [*_shard_problems(path, allow_pickle), *_code_problems(path, config)]
     if not problems and any(path.glob("*.safetensors")):
-        problems = list(_mask_problems(path))
+        model_facts, problems = _usable(path, None if adapter is None else adapter.facts)
+        facts |= model_facts
     return Inspection(
         path=str(path),
         kind="model" if adapter is None else "bundle",
@@ -232,22 +253,25 @@ def _files(path: Path) -> list[Path]:
     )
 
 
-def _file_facts(path: Path, file: Path, say: Callable[[str], None] | None) -> FileFacts:
-    if say is not None:
-        say(f"Hashing {file.name} ...")
+def _file_facts(file: Path, limit: int | None, say: Callable[[str], None] | None) -> FileFacts:
+    """Describe a file; one of more bytes than ``limit`` is not hashed."""
     tensors: Counter[str] = Counter()
     if file.suffix == ".safetensors":
         with contextlib.suppress(ValueError):  # listed among the problems
             tensors.update(info.dtype for info in check_safetensors(file).values())
+    num_bytes, digest = file.stat().st_size, None
+    if limit is None or num_bytes <= limit:
+        if say is not None:
+            say(f"Hashing {file.name} ...")
+        digest = _sha256(file)
+    return FileFacts(name=file.name, num_bytes=num_bytes, sha256=digest, tensors=dict(tensors))
+
+
+def _sha256(file: Path) -> str:
     digest = hashlib.sha256()
     for chunk in _chunks(file):
         digest.update(chunk)
-    return FileFacts(
-        name=file.name,
-        num_bytes=file.stat().st_size,
-        sha256=digest.hexdigest(),
-        tensors=dict(tensors),
-    )
+    return digest.hexdigest()
 
 
 def _chunks(file: Path) -> Iterator[bytes]:
@@ -303,12 +327,40 @@ def _code_problems(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{name} requires custom code ({key}): --trust-remote-code allows it to run"
 
 
-def _mask_problems(path: Path) -> Iterator[str]:
-    """Yield why mask tokens cannot be added to a model, if so."""
+def _usable(path: Path, adapter: dict[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
+    """Return facts about a model's layers, and why it or its adapter cannot be used, if so.
+
+    Args:
+        path: the model's folder, whose weights are not read.
+        adapter: facts about the adapter in it, if it has one.
+    """
     try:
-        load_base(path, name=path.name)
+        base = open_lazily(path)
     except ValueError as error:
-        yield str(error)
+        return {"usable": "no, see below"}, [str(error)]
+    facts = summarise(base)
+    try:
+        model = MTPModel(base, name=path.name)
+    except ValueError as error:
+        return {"usable": "no, see below", **facts}, [str(error)]
+    facts = {
+        "usable": "yes",
+        **facts,
+        "layers": len(model.base.layers),
+        "hidden_size": model.hidden_size,
+        "vocabulary": model.vocab_size,
+        "context": model.max_context,
+    }
+    if adapter is None:
+        facts["adapter"] = (
+            "none: it generates one token per step; mlx-mtp train makes an adapter, and "
+            "mlx-mtp verify --quick checks the model without one"
+        )
+        return facts, []
+    missing = [name for name in adapter.get("targets", ()) if name not in facts["linear_layers"]]
+    facts["adapter"] = "in this folder"
+    problems = [f"the model has no linear layer {name}, the adapter's target" for name in missing]
+    return facts, problems
 
 
 def _tokenizer_kind(path: Path) -> str | None:
@@ -338,6 +390,10 @@ def _shown(value: Any) -> str:
     elif isinstance(value, dict):
         value = ", ".join(f"{key} {item}" for key, item in value.items())
     return "" if value in (None, "") else shown(value, limit=1000)
+
+
+def _hash_text(file: FileFacts) -> str:
+    return "" if file.sha256 is None else f"sha256 {file.sha256[:16]}"
 
 
 def _tensor_text(tensors: Mapping[str, int]) -> str:

@@ -23,6 +23,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.cpu.float32 import to_float32
+from mlx_mtp.backends.cpu.recurrence import use_fast_recurrences
 from mlx_mtp.backends.metal.setup import set_up_kernels
 from mlx_mtp.model.base import open_base
 from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
@@ -92,6 +93,8 @@ def load(
         model = MTPModel(base, name=name)
     else:
         model = _with_adapter(base, name, adapter, shown=adapter_path or str(adapter))
+    if mx.default_device().type == mx.cpu:
+        use_fast_recurrences(model.base)
     if kernels:
         set_up_kernels(model.base, report=progress or (lambda line: None))
     loaded: Any = (model, tokenizer, config) if return_config else (model, tokenizer)

@@ -65,11 +65,19 @@ def load_base(folder: Path, *, name: str) -> MTPModel:
     Raises:
         ValueError: it cannot be loaded, or mask tokens cannot be added to it.
     """
+    return MTPModel(open_lazily(folder), name=name)
+
+
+def open_lazily(folder: Path) -> Any:
+    """Build the mlx-lm model of a folder, whose weights are read when they are first used.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
     try:
-        base, _ = open_base(folder)
-    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        return open_base(folder)[0]
+    except (OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load the base model in {folder}: {error}") from None
-    return MTPModel(base, name=name)
 
 
 def read_facts(model: MTPModel, folder: Path) -> BaseFacts:

@@ -167,13 +167,19 @@ def export(adapter_path: str, peft_path: str, model: str | None, force: bool) ->
 @cloup.argument("path", metavar="CHECKPOINT", help="Folder, file or Hugging Face id.")
 @AS_JSON
 @ALLOW_PICKLE
-def inspect(path: str, as_json: bool, allow_pickle: bool) -> None:
-    """Describe a checkpoint, and report whether it can be converted."""
+@option("--hash", "hash_all", is_flag=True, help="Hash large files too, which reads them whole.")
+def inspect(path: str, as_json: bool, allow_pickle: bool, hash_all: bool) -> None:
+    """Describe a model, an adapter or a checkpoint, and report whether it can be used.
+
+    The weights are not read.
+    """
     from mlx_mtp.converters.inspection import inspect_path
 
     with Status("Inspecting ...") as status:
         checkpoint = _checkpoint_path(path, allow_pickle=allow_pickle)
-        report = inspect_path(checkpoint, allow_pickle=allow_pickle, say=status.update)
+        report = inspect_path(
+            checkpoint, allow_pickle=allow_pickle, hash_all=hash_all, say=status.update
+        )
     show(json.dumps(report.to_dict(), ensure_ascii=False) if as_json else report.text())
 
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-import time
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
 import cloup
+from click.core import ParameterSource
 
 from mlx_mtp.cli.options import (
     AS_JSON,
@@ -27,12 +28,15 @@ from mlx_mtp.cli.options import (
     option,
 )
 from mlx_mtp.evaluation.prompt_sets import BUILTIN
-from mlx_mtp.terminal import Status, show
-from mlx_mtp.verify.settings import DEFAULT_SAMPLING, VerifySettings
+from mlx_mtp.terminal import Status, progress, show
+from mlx_mtp.verify.settings import QUICK_PROMPTS, VerifySettings
 
 if TYPE_CHECKING:
+    from tqdm import tqdm
+
     from mlx_mtp.evaluation.prompts import Prompt
     from mlx_mtp.verify.report import RunResult, Tally, VerifyReport
+    from mlx_mtp.verify.rows import RowTally
 
 DEFAULT_PROMPTS = 12
 MISMATCH = 1
@@ -45,12 +49,17 @@ _SHOWN = 10
     "Prompts",
     PROMPTS,
     KINDS_OPTION,
-    num_prompts(f"{DEFAULT_PROMPTS} built-in prompts, or all of another set"),
+    num_prompts(f"{DEFAULT_PROMPTS} built-in prompts, or all of another set; 2 with --quick"),
     field_option(VerifySettings, "max_tokens", "-m"),
     field_option(VerifySettings, "num_tokens"),
 )
 @cloup.option_group(
     "Comparisons",
+    option(
+        "--quick",
+        is_flag=True,
+        help="Verify a few tokens of two prompts, within a minute; other options still apply.",
+    ),
     field_option(VerifySettings, "layouts", type=ListOf(str), metavar="LAYOUT,..."),
     field_option(
         VerifySettings,
@@ -92,7 +101,9 @@ def verify(**options: Any) -> None:
         _verify_logits(options, target)
         return
     settings = _settings(options)
-    prompts = choose_prompts(options["prompts"], options["kinds"], options["num_prompts"])
+    prompts = choose_prompts(
+        options["prompts"], options["kinds"], options["num_prompts"], quick=options["quick"]
+    )
     report, receipt = _run(options, prompts, settings)
     show(receipt_json(receipt) if options["as_json"] else "\n".join(table(report)))
     if target is not None:
@@ -119,12 +130,17 @@ def _verify_logits(options: dict[str, Any], target: Path | None) -> None:
 
 
 def _settings(options: dict[str, Any]) -> VerifySettings:
+    """The settings; with ``--quick`` only what the user set replaces those of the quick check."""
     names = ("layouts", "max_tokens", "num_tokens", "against_stock", "num_draws", "seed")
-    return VerifySettings(
-        **{name: options[name] for name in names},
-        depths=options["num_draft_tokens"],
-        sampling=DEFAULT_SAMPLING if options["sampling"] else (),
-    )
+    values = {name: options[name] for name in names} | {"depths": options["num_draft_tokens"]}
+    if not options["sampling"]:
+        values["sampling"] = ()
+    if not options["quick"]:
+        return VerifySettings(**values)
+    source = click.get_current_context().get_parameter_source
+    given = {name for name in options if source(name) != ParameterSource.DEFAULT}
+    given |= {"depths"} if "num_draft_tokens" in given else set()
+    return VerifySettings.quick(**{name: values[name] for name in values if name in given})
 
 
 def _run(
@@ -142,15 +158,9 @@ def _run(
             trust_remote_code=options["trust_remote_code"],
             progress=status.update,
         )
-        clock = _Clock()
-        report = run_verify(
-            model,
-            tokenizer,
-            prompts,
-            settings=settings,
-            progress=lambda phase, done, total: status.update(clock.line(phase, done, total)),
-        )
-        status.update("Hashing files ...")
+    with _Bar() as bar:
+        report = run_verify(model, tokenizer, prompts, settings=settings, progress=bar.update)
+    with Status("Hashing files ..."):
         folder, adapter = _folders(options["model"], options["adapter_path"])
         receipt = build_receipt(
             report,
@@ -162,19 +172,24 @@ def _run(
     return report, receipt
 
 
-def choose_prompts(source: str, kinds: Collection[str], number: int | None) -> list[Prompt]:
+def choose_prompts(
+    source: str, kinds: Collection[str], number: int | None, *, quick: bool = False
+) -> list[Prompt]:
     """Read prompts and choose a number of them, spread over the kinds.
 
     Args:
         source: value of ``--prompts``.
         kinds: kinds to choose from; empty means all.
         number: of prompts; None means ``DEFAULT_PROMPTS`` built-in ones, or all of another set.
+        quick: whether None means two instead.
 
     Raises:
         ValueError: the file or a kind does not exist, or there are fewer prompts.
     """
     prompts = all_prompts(source, tuple(kinds))
-    if number is None:
+    if number is None and quick:
+        number = min(QUICK_PROMPTS, len(prompts))
+    elif number is None:
         number = min(DEFAULT_PROMPTS, len(prompts)) if source == BUILTIN else len(prompts)
     if number > len(prompts):
         raise ValueError(f"--num-prompts is {number}, but there are {len(prompts)} prompts")
@@ -191,37 +206,32 @@ def _spread(prompts: Sequence[Prompt], number: int) -> list[Prompt]:
     return [prompts[index] for index in sorted(index for _, index in sorted(rounds)[:number])]
 
 
-def _folders(model: str | None, adapter_path: str | None) -> tuple[Path, Path]:
+def _folders(model: str | None, adapter_path: str | None) -> tuple[Path, Path | None]:
     """The folders that ``load`` reads."""
     from mlx_mtp.loading import locate
 
-    folder, adapter = locate(model, adapter_path)
-    assert adapter is not None  # verify refuses a model without one
-    return folder, adapter
+    return locate(model, adapter_path)
 
 
-class _Clock:
-    """Formats the progress of a phase and its remaining time."""
+class _Bar:
+    """A progress bar with the time left, made when the first progress is reported."""
 
     def __init__(self) -> None:
-        self._phase = ""
-        self._started = 0.0
+        self._bar: tqdm[Any] | None = None
 
-    def line(self, phase: str, done: int, total: int) -> str:
-        """One line of progress."""
-        now = time.monotonic()
-        if phase != self._phase:
-            self._phase, self._started = phase, now
-        unit = "runs" if phase == "greedy" else "draws"
-        left = (now - self._started) / done * (total - done) if done else 0.0
-        text = f"Verifying ({phase}): {done}/{total} {unit}"
-        return text + (f", {_duration(left)} left" if done > 1 else "")
+    def __enter__(self) -> _Bar:
+        return self
 
+    def __exit__(self, *exc_info: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+    def update(self, phase: str, done: int, total: int) -> None:
+        """Show how much of the work is done."""
+        if self._bar is None:
+            self._bar = progress(total=total, unit="token", smoothing=0.1)
+        self._bar.set_description(f"Verifying ({phase})", refresh=False)
+        self._bar.update(done - self._bar.n)
 
 
 def table(report: VerifyReport) -> list[str]:
@@ -233,6 +243,7 @@ def table(report: VerifyReport) -> list[str]:
     requested = report.settings.num_tokens
     short = requested is not None and report.num_tokens < requested
     lines = [
+        *(["Quick check: a few tokens of few prompts."] if report.settings.is_quick else []),
         f"Greedy: {report.num_tokens} tokens over {len(report.prompts)} prompts, {report.dtype}"
         + (f" (fewer than the requested {requested}: the answers ended)" if short else ""),
         *(
@@ -240,6 +251,7 @@ def table(report: VerifyReport) -> list[str]:
             for row in rows
         ),
         *_divergence_lines(report),
+        *_rows_lines(report),
         *_sampling_lines(report),
     ]
     if report.passed:
@@ -274,6 +286,41 @@ def _divergence_lines(report: VerifyReport) -> list[str]:
     lines = [line for _, line in sorted(divergences, key=lambda item: item[0])]
     more = len(lines) - _SHOWN
     return lines[:_SHOWN] + ([f"... and {more} more in the receipt"] if more > 0 else [])
+
+
+def _rows_lines(report: VerifyReport) -> list[str]:
+    """Whether rows of several have the bits of rows alone, and how near the ties were."""
+    lines = []
+    if report.steps.verdict is not None:
+        what = "have the same bits as rows computed alone"
+        lines = [f"Steps: {_rows_text(report.steps, what)}."]
+    rows, tie = report.rows_against("plain"), report.nearest_tie
+    if rows.verdict is None or tie is None:
+        return lines
+    diverges = any(run.against["plain"].divergences for run in report.runs[1:])
+    effect = "tokens differ, see above" if diverges else "no token differs"
+    text = _rows_text(rows, "have the same bits as plain decoding")
+    lines.append(f"Answers: {text}; {effect}.")
+    change = max(rows.largest_change, report.steps.largest_change)
+    lines.append(
+        f"Nearest tie: {tie.prompt_id}, token {tie.position + 1}: the best two logits are "
+        f"{tie.margin:.3g} apart"
+        + (f", {tie.relative_margin / change:.3g} times the largest change" if change else "")
+        + "."
+    )
+    return lines
+
+
+def _rows_text(rows: RowTally, same: str) -> str:
+    if rows.verdict == "exact":
+        return f"exact: all {rows.compared} rows {same}"
+    text = f"{rows.verdict}: {rows.differing} of {rows.compared} rows differ in their last bits"
+    if rows.beyond_rounding:
+        text = (
+            f"{rows.verdict}: {rows.differing} of {rows.compared} rows differ, "
+            f"{rows.beyond_rounding} of them by more than rounding explains"
+        )
+    return f"{text}, by up to {rows.largest_change:.2g} of the largest logit"
 
 
 def _sampling_lines(report: VerifyReport) -> list[str]:

@@ -1,23 +1,53 @@
 """The two parts of a forward over mask blocks of a sequence.
 
 Ordinary rows are computed once, without gradient: they do not depend on the adapter.  Their keys
-and values then serve all mask blocks of the sequence, whose rows run through the same modules as in
-decoding.
+and values, and the states of recurrent layers after them (``recurrent_rows``), then serve all mask
+blocks of the sequence, whose rows run through the same modules as in decoding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import ChunkedKVCache, KVCache, make_prompt_cache
+from mlx_lm.models.cache import ChunkedKVCache, KVCache
 
 from mlx_mtp.evaluation.mask_blocks import MaskRows
-from mlx_mtp.model.caches.layers import ForwardLayerCache
+from mlx_mtp.evaluation.recurrent_rows import RecordedRows, StatesAtAnchors
+from mlx_mtp.model.caches.cache_list import LayerCacheList
+from mlx_mtp.model.caches.layers import ChunkLayerCache
+from mlx_mtp.model.caches.recurrent import RecurrentLayerCache
 from mlx_mtp.model.layout import RowLayout
 from mlx_mtp.model.mtp_model import MTPModel
+
+
+@dataclass(frozen=True)
+class KeysAndValues:
+    """Keys and values of a layer for a sequence, both ``[1, H, L, Dh]``.
+
+    Attributes:
+        chunk: number of positions of a chunk that rows attend within, None for all.
+    """
+
+    keys: mx.array
+    values: mx.array
+    chunk: int | None = None
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Both, for evaluation."""
+        return [self.keys, self.values]
+
+    @property
+    def num_values(self) -> int:
+        """Values per row."""
+        return sum(x.shape[1] * x.shape[-1] for x in self.arrays)
+
+
+Memory = KeysAndValues | RecordedRows | list[Any]
+"""What a layer remembers; a layer with several caches has a list of these."""
 
 
 @dataclass(frozen=True)
@@ -26,20 +56,35 @@ class OrdinaryRows:
 
     Attributes:
         hidden: final hidden states ``[L, D]``.
-        keys_and_values: of every layer with a cache of its own, both ``[1, H, L, Dh]``.
-        chunks: number of positions of a chunk of each such layer, None if it has none.
+        layers: what each layer remembers of the sequence.
     """
 
     hidden: mx.array
-    keys_and_values: Sequence[tuple[mx.array, mx.array]]
-    chunks: Sequence[int | None]
+    layers: Sequence[Memory]
+
+    @property
+    def arrays(self) -> list[Any]:
+        """All arrays, for evaluation."""
+        return [self.hidden, *(part.arrays for part in self._parts())]
+
+    @property
+    def num_values(self) -> list[int]:
+        """Values per row of each layer's keys and values."""
+        return [
+            sum(part.num_values for part in _flat(layer) if isinstance(part, KeysAndValues))
+            for layer in self.layers
+        ]
+
+    def _parts(self) -> Iterator[KeysAndValues | RecordedRows]:
+        for layer in self.layers:
+            yield from _flat(layer)
 
 
 @dataclass(frozen=True)
 class FixedCaches:
     """The caches of a forward over one sequence, one per layer."""
 
-    layers: Sequence[ForwardLayerCache]
+    layers: Sequence[Any]
 
     def begin_forward(self, num_rows: int, layout: RowLayout | None) -> None:
         """Do nothing: the caches know the rows."""
@@ -91,16 +136,32 @@ class FixedLayerCache:
 
 
 def ordinary_rows(model: MTPModel, ids: mx.array, *, gradient: bool = False) -> OrdinaryRows:
-    """Run the base model over a sequence ``[L]``; ``gradient`` keeps that of keys and values."""
-    stock = make_prompt_cache(model.base)
-    chunks = [cache.chunk_size if isinstance(cache, ChunkedKVCache) else None for cache in stock]
-    caches = [KVCache() if chunk is None else ChunkedKVCache(chunk) for chunk in chunks]
+    """Run the base model over a sequence ``[L]``; ``gradient`` keeps that of what layers store."""
+
+    def recording(cache: Any) -> Any:
+        if isinstance(cache, LayerCacheList):
+            return [recording(part) for part in cache.caches]
+        if isinstance(cache, RecurrentLayerCache):
+            return RecordedRows(cache.num_slots, gradient=gradient)
+        if isinstance(cache, ChunkLayerCache):
+            return ChunkedKVCache(cache.window)
+        return KVCache()
+
+    caches = [recording(cache) for cache in model.make_cache().layers]
     hidden = model(ids[None], cache=FixedCaches(caches))[0]
-    pairs: Any = [layer.keys_and_values() for layer in caches]
-    if not gradient:
-        pairs = [(mx.stop_gradient(keys), mx.stop_gradient(values)) for keys, values in pairs]
-    hidden = mx.stop_gradient(hidden)
-    return OrdinaryRows(hidden=hidden, keys_and_values=pairs, chunks=chunks)
+    detached = (lambda x: x) if gradient else mx.stop_gradient
+
+    def memory(cache: Any) -> Memory:
+        if isinstance(cache, list):
+            return [memory(part) for part in cache]
+        if isinstance(cache, RecordedRows):
+            return cache
+        if cache.empty():  # a layer without attention
+            return []
+        keys, values = map(detached, cache.keys_and_values())
+        return KeysAndValues(keys, values, getattr(cache, "chunk_size", None))
+
+    return OrdinaryRows(hidden=mx.stop_gradient(hidden), layers=[memory(x) for x in caches])
 
 
 def mask_rows(model: MTPModel, ordinary: OrdinaryRows, rows: MaskRows) -> mx.array:
@@ -110,9 +171,21 @@ def mask_rows(model: MTPModel, ordinary: OrdinaryRows, rows: MaskRows) -> mx.arr
         Final hidden states ``[R, D]``, block by block.
     """
     seen = max(rows.anchors) + 1
-    layers = [
-        FixedLayerCache(keys[..., :seen, :], values[..., :seen, :], rows, chunk=chunk)
-        for (keys, values), chunk in zip(ordinary.keys_and_values, ordinary.chunks, strict=True)
-    ]
+
+    def fixed(memory: Memory) -> Any:
+        if isinstance(memory, list):
+            return [fixed(part) for part in memory]
+        if isinstance(memory, RecordedRows):
+            return StatesAtAnchors(memory, rows)
+        keys, values = (x[..., :seen, :] for x in (memory.keys, memory.values))
+        return FixedLayerCache(keys, values, rows, chunk=memory.chunk)
+
     ids = mx.array(rows.mask_offsets[None])
+    layers = [fixed(memory) for memory in ordinary.layers]
     return model(ids, cache=FixedCaches(layers), layout=rows)[0]
+
+
+def _flat(memory: Memory) -> Iterator[KeysAndValues | RecordedRows]:
+    """The parts of a layer's memory."""
+    for part in memory if isinstance(memory, list) else [memory]:
+        yield from _flat(part) if isinstance(part, list) else [part]

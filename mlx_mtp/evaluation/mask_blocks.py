@@ -75,6 +75,25 @@ class MaskRows:
         """``row_positions`` on the device."""
         return mx.array(self.row_positions)
 
+    @cached_property
+    def group_index(self) -> mx.array:
+        """Rows of the blocks, int32 ``[G, largest block]``; short ones repeat their last row.
+
+        There are at least two columns, because some recurrences have no gradient for one row.
+        """
+        starts = np.cumsum(self._counts) - self._counts
+        steps = np.arange(max(int(self._counts.max()), 2))
+        return mx.array(starts[:, None] + np.minimum(steps, self._counts[:, None] - 1))
+
+    def take_groups(self, rows: mx.array) -> mx.array:
+        """Take the rows of the blocks, ``[rows, ...]`` to ``[G, largest block, ...]``."""
+        return mx.take(rows, self.group_index, axis=0)
+
+    def joined_groups(self, y: mx.array) -> mx.array:
+        """Put blocks ``[G, largest block, ...]`` into rows ``[1, R, ...]``."""
+        blocks = np.repeat(np.arange(len(self.anchors)), self._counts)
+        return y[mx.array(blocks), mx.array(self.mask_offsets)][None]
+
     def positions_from(self, offset: Any) -> mx.array:
         """Position of each row, int32 ``[R]``; it is known without ``offset``."""
         del offset

@@ -19,7 +19,6 @@ from mlx_lm.models.base import create_attention_mask
 
 from mlx_mtp.model.layout import RowLayout, StepScope
 from mlx_mtp.model.one_row import (
-    in_one_row_form,
     is_latent_attention,
     one_row_function,
     part_ends,
@@ -88,10 +87,12 @@ class AttentionSeam(Wrapper):
     def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
         """Call the block's own code."""
         one_row = self._call_as_one_row
-        if one_row is None or self.scope is None or not in_one_row_form(self.scope.layout):
+        layout = None if self.scope is None else self.scope.layout
+        if one_row is None or layout is None or layout.is_prompt_chunk:
             return self._call(self.wrapped, *args, **kwargs)
         call = self._signature.bind(self.wrapped, *args, **kwargs)
-        x, mask, cache = (call.arguments.get(name) for name in ("x", "mask", "cache"))
+        x, mask = call.arguments["x"], call.arguments.get("mask")
+        cache: Any = call.arguments.get("cache")
         if hasattr(cache, "call_each"):  # its own code multiplies by the keys of all rows
             return cache.call_each(self, x, mask)
         if isinstance(mask, str):  # one row has an array or None
@@ -188,10 +189,10 @@ def _attend_with(
 
         def attend_rows(queries: Any, keys: Any, values: Any, mask: Any, cache: Any) -> mx.array:
             layout = None if scope is None else scope.layout
-            if not in_one_row_form(layout) or hasattr(cache, "bits"):
+            if layout is None or layout.is_prompt_chunk or hasattr(cache, "bits"):
                 return attend_part(queries, keys, values, mask, cache)
             parts = _row_parts(layout, queries, keys, values, mask)
-            return mx.concatenate([attend_part(*part, cache) for part in parts], axis=2)
+            return mx.concatenate([attend_part(*part, cache=cache) for part in parts], axis=2)
 
         if hasattr(cache, "attend"):  # a batch: keys, values and mask have one part per answer
             return cache.attend(attend_rows, queries, keys, values, mask)

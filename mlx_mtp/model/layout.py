@@ -120,6 +120,10 @@ class StepLayout:
         """Rows of the groups that have masks, ``[G, largest group]``, as in ``group_rows``."""
         return self.group_rows[mx.array(self.group_anchors)]
 
+    def take_groups(self, rows: mx.array) -> mx.array:
+        """Take the rows of groups, ``[rows, ...]`` to ``[G, largest group, ...]``."""
+        return mx.take(rows, self.group_index, axis=0)
+
     def window_index(self, num_before: int) -> mx.array:
         """For each group that has masks, the rows up to the one it follows, and its own rows.
 
@@ -254,6 +258,18 @@ class MaskRun:
     def positions_from(self, offset: Any) -> mx.array:
         """Position of each row after ``offset`` cached ones, int32 ``[num_masks]``."""
         return mx.arange(self.num_masks) + offset
+
+
+class MaskGroups(Protocol):
+    """Groups of mask rows that run as a batch, short ones padded to the length of the largest."""
+
+    def take_groups(self, rows: mx.array) -> mx.array:
+        """Take the rows of the groups, ``[rows, ...]`` to ``[G, largest group, ...]``."""
+        ...
+
+    def joined_groups(self, y: mx.array) -> mx.array:
+        """Put groups ``[G, largest group, ...]`` into mask rows ``[1, num_masks, ...]``."""
+        ...
 
 
 class RowLayout(Protocol):

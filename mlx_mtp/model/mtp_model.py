@@ -37,6 +37,7 @@ from mlx_mtp.model.lora import GatedLoRALinear
 from mlx_mtp.model.mixers import wrap_mixers
 from mlx_mtp.model.one_row import wrap_experts
 from mlx_mtp.model.parts import (
+    TextModel,
     embedding_dims,
     find_parts,
     module_at,
@@ -58,10 +59,13 @@ MASK_PER_LAYER_EMBEDDINGS = "mask_per_layer_embeddings"
 SAMPLER_PREFIX = "sampler_head."
 _MAX_ERROR = 0.05  # of the largest value; see ``MTPModel._probe``
 
-# What mlx-lm's own class computes so that drafts cannot be exact, by type of model.
+# What mlx-lm's own class computes so that drafts or masks cannot be exact, by its file.
+_INDEXER = "its indexer chooses keys in another form for several rows than for one"
 _REFUSED = {
-    "phi3small": "its attention adds a mask of booleans to the scores, so rows see later ones",
+    "deepseek_v32": _INDEXER,  # and glm_moe_dsa, which inherits from it
     "longcat_flash_ngram": "its embeddings are of n-grams, which mask rows do not have",
+    "minimax_m3_vl": "its indexer chooses blocks of cached rows, in which mask rows would count",
+    "phi3small": "its attention adds a mask of booleans to the scores, so rows see later ones",
 }
 _FAILURES = (TypeError, ValueError, AttributeError, IndexError, RuntimeError)
 
@@ -90,7 +94,7 @@ class MTPModel(nn.Module):
         super().__init__()
         base = text_model(base)
         self.name = name or base.model_type
-        if reason := _REFUSED.get(base.model_type) or kv_cache.unsupported_reason(base):
+        if reason := _refusal(base) or kv_cache.unsupported_reason(base):
             raise ValueError(f"{self.name} ({base.model_type}) cannot be used: {reason}")
         self.base = base
         self.config = config
@@ -405,18 +409,18 @@ class MTPModel(nn.Module):
     def _probe(self) -> None:
         """Run a tiny step, so that a model with other seams is refused early.
 
-        Its ordinary rows must agree with the model's own forwards of one row.  Its mask row, which
-        follows the first of them, must agree with a forward of that row alone after the step has
-        been rewound.  Where the seams work, both differ by rounding only, so a coarse bound is
-        enough.
+        Its ordinary rows must agree with the model's own forwards, one row at a time.  Its mask
+        row, which follows the first of them, must agree with a forward of that row alone after the
+        step has been rewound.  Where the seams work, both differ by rounding only, so a coarse
+        bound is enough.
         """
         layout, cache = StepLayout(1, 1, (1, 0)), self.make_cache()
         try:
             hidden = self(mx.array([[1, 2, 0]]), cache=cache, layout=layout)
             cache.rewind(2)
             alone = self(mx.array([[0]]), cache=cache, layout=MaskRun(1))
-            stock = make_prompt_cache(self.base)
-            rows = [self.base(mx.array([[token]]), cache=stock) for token in (1, 2)]
+            own: Any = make_prompt_cache(self.base)
+            rows = [self.base(mx.array([[token]]), cache=own) for token in (1, 2)]
             stepped, plain = self.logits(hidden[:, :2]), mx.concatenate(rows, axis=1)
             errors: Any = [_relative_error(stepped, plain), _relative_error(hidden[:, 2:], alone)]
             agrees: Any = (mx.stack(errors) < _MAX_ERROR).tolist()
@@ -440,6 +444,13 @@ def _relative_error(values: mx.array, expected: mx.array) -> mx.array:
 def _first_line(error: Exception) -> str:
     """The first line of an error's message, or its kind if it has none."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _refusal(base: Any) -> str | None:
+    """Why a model of that class cannot be used, if that is known."""
+    wrapped = base.wrapped if isinstance(base, TextModel) else base
+    files = [kind.__module__.rpartition(".")[-1] for kind in type(wrapped).__mro__]
+    return next((_REFUSED[file] for file in files if file in _REFUSED), None)
 
 
 def _width(embedding: Any) -> int:

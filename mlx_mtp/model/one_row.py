@@ -35,13 +35,13 @@ SORTED_FROM = 64  # row-expert pairs from which mlx-lm sorts them
 _PRODUCTS = ("embed_q", "unembed_out")
 
 
-def in_one_row_form(layout: RowLayout | None) -> bool:
-    """Whether the rows of a forward take the form of one row: those of a step, not of a prompt."""
-    return layout is not None and not layout.is_prompt_chunk
-
-
 def is_latent_attention(block: nn.Module) -> bool:
-    """Whether a module is multi-head latent attention with a form of its own for one row."""
+    """Whether a module is multi-head latent attention with a form of its own for one row.
+
+    With an indexer it has more such forms, which are not right for several rows.
+    """
+    if "indexer" in block:
+        return False
     products = [_unwrapped(block.get(name), OneRowProducts) for name in _PRODUCTS]
     return all(isinstance(each, MultiLinear | QuantizedMultiLinear) for each in products)
 
@@ -125,7 +125,8 @@ def part_ends(layout: RowLayout, limit: int) -> list[int]:
     if layout.gate_split == 0:
         return []
     ends, start = [], 0
-    for step in getattr(layout, "layouts", (layout,)):
+    steps: Any = getattr(layout, "layouts", (layout,))
+    for step in steps:
         end = start + step.num_ordinary
         if step.num_pending > 1:
             start += step.num_pending

@@ -16,17 +16,22 @@ from __future__ import annotations
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_mtp.model.layout import StepLayout, StepScope
+from mlx_mtp.model.layout import MaskGroups, StepLayout, StepScope
 from mlx_mtp.model.wrappers import Wrapper
 
 Rows = Mapping[str, mx.array]
 """Arrays with a row axis by the name that they have as arguments of the recurrence."""
+
+
+States = mx.array | list[mx.array]
+"""States of a batch: ``[B, ...]``, or ``[1, ...]`` for each of it."""
 
 
 @dataclass(frozen=True)
@@ -38,17 +43,23 @@ class Recurrence:
         axis: that axis.
         state: name of the argument that is the state ``[B, ...]``; None starts a text.
         sequential: whether a call with several rows gives the bits of as many calls with one.
+        read_only: a row that the state does not depend on, and one of its shape.
     """
 
     rows: tuple[str, ...]
     axis: int
     state: str
     sequential: bool
+    read_only: tuple[str, str] | None = None
 
 
 RECURRENCES = {
-    "gated_delta_update": Recurrence(("q", "k", "v", "a", "b"), 1, "state", sequential=True),
-    "ssm_update": Recurrence(("hidden_states", "B", "C", "dt"), 1, "state", sequential=False),
+    "gated_delta_update": Recurrence(
+        ("q", "k", "v", "a", "b"), 1, "state", sequential=True, read_only=("q", "k")
+    ),
+    "ssm_update": Recurrence(
+        ("hidden_states", "B", "C", "dt"), 1, "state", sequential=False, read_only=("C", "B")
+    ),
     "recurrent_gla": Recurrence(("q", "k", "v"), 2, "h", sequential=False),
 }
 """Recurrences by the name of their function in mlx-lm.
@@ -56,6 +67,20 @@ RECURRENCES = {
 ``ssm_update`` and one ``recurrent_gla`` take several rows in chunks, another algebra than that of
 one row, so rows that must equal plain decoding run one by one.
 """
+
+
+@dataclass(frozen=True)
+class RecurrenceFunction:
+    """A function of mlx-lm that runs a recurrence, or a back-end's in its place.
+
+    Attributes:
+        update: takes the arguments of mlx-lm's by name; gives outputs and the state after the rows.
+        outputs: gives outputs alone, for mask rows, which may differ from those of ``update`` by
+            rounding; takes ``states``, see ``States``.  None where ``update`` is as good.
+    """
+
+    update: Callable[..., tuple[mx.array, mx.array]]
+    outputs: Callable[..., mx.array] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,16 +92,18 @@ class RecurrenceCall:
         rows: its rows, ``[1, L, ...]`` or with L at the axis of ``recurrence``.
         constants: the other arguments by name, such as ``A_log`` and ``dt_bias``, without the
             state.
-        function: mlx-lm's function.
+        function: runs it.
     """
 
     name: str
     rows: Rows
     constants: Mapping[str, Any]
-    function: Callable[..., tuple[mx.array, mx.array]]
+    function: RecurrenceFunction
 
     @classmethod
-    def of(cls, name: str, function: Any, arguments: Mapping[str, Any]) -> RecurrenceCall:
+    def of(
+        cls, name: str, function: RecurrenceFunction, arguments: Mapping[str, Any]
+    ) -> RecurrenceCall:
         """Make the call from the function's arguments by name; their state is not needed."""
         kind = RECURRENCES[name]
         rows = {key: arguments[key] for key in kind.rows}
@@ -97,24 +124,57 @@ class RecurrenceCall:
     def cut(self, first: int, end: int) -> RecurrenceCall:
         """The same call for some rows only."""
         index = (slice(None),) * self.recurrence.axis + (slice(first, end),)
-        return replace(self, rows={key: value[index] for key, value in self.rows.items()})
+        return self.with_rows({key: value[index] for key, value in self.rows.items()})
 
-    def grouped(self, layout: StepLayout) -> RecurrenceCall:
-        """The same call for the mask groups of a step as a batch, ``[G, largest group, ...]``."""
+    def run_groups(self, layout: MaskGroups, states: States) -> mx.array:
+        """Run the mask groups of a forward as a batch.
+
+        Args:
+            layout: the groups.
+            states: the state before each group.
+
+        Returns:
+            Outputs in the order of the mask rows.
+        """
+        axis = self.recurrence.axis
+        y = self._grouped(layout).outputs(states)
+        return mx.moveaxis(layout.joined_groups(mx.moveaxis(y, axis, 1)), 1, axis)
+
+    def _grouped(self, layout: MaskGroups) -> RecurrenceCall:
+        """The same call for the mask groups as a batch, ``[G, largest group, ...]``."""
         axis = self.recurrence.axis
         groups = {}
         for key, value in self.rows.items():
             rows = mx.moveaxis(value, axis, 1)[0]  # [L, ...]
-            groups[key] = mx.moveaxis(mx.take(rows, layout.group_index, axis=0), 1, axis)
-        return replace(self, rows=groups)
+            groups[key] = mx.moveaxis(layout.take_groups(rows), 1, axis)
+        return self.with_rows(groups)
+
+    def with_rows(self, rows: Rows) -> RecurrenceCall:
+        """The same call for other rows."""
+        return replace(self, rows=rows)
+
+    def for_state(self) -> RecurrenceCall:
+        """The same call without what only its outputs depend on."""
+        if self.recurrence.read_only is None:
+            return self
+        unread, instead = self.recurrence.read_only
+        return replace(self, rows={**self.rows, unread: self.rows[instead]})
 
     def copied(self) -> RecurrenceCall:
         """The same call with rows that keep no larger arrays alive."""
-        return replace(self, rows={key: mx.contiguous(value) for key, value in self.rows.items()})
+        return self.with_rows({key: mx.contiguous(value) for key, value in self.rows.items()})
 
     def run(self, state: mx.array | None) -> tuple[mx.array, mx.array]:
-        """Call mlx-lm's function: outputs in the order of the rows, and the state after them."""
-        return self.function(**self.rows, **self.constants, **{self.recurrence.state: state})
+        """Call the function: outputs in the order of the rows, and the state after them."""
+        state_argument = {self.recurrence.state: state}
+        return self.function.update(**self.rows, **self.constants, **state_argument)
+
+    def outputs(self, states: States) -> mx.array:
+        """Call the function for a batch, whose states after the rows nobody needs."""
+        outputs = self.function.outputs
+        if outputs is not None:
+            return outputs(**self.rows, **self.constants, states=states)
+        return self.run(states if isinstance(states, mx.array) else mx.concatenate(states))[0]
 
     def state_after(self, num_rows: int, state: mx.array | None) -> mx.array | None:
         """The state after the first rows, with the bits of plain decoding."""
@@ -203,7 +263,13 @@ class StateCache(Protocol):
 class MixerCall:
     """A mixer's call in progress: its cache, and how many convolutions it has called."""
 
-    def __init__(self, cache: StateCache, step: StepRecurrence | None) -> None:
+    def __init__(
+        self,
+        cache: StateCache,
+        step: StepRecurrence | None,
+        functions: Mapping[str, RecurrenceFunction],
+    ) -> None:
+        self.functions = functions
         self._cache = cache
         self._step = step
         self._num_convs = 0
@@ -226,11 +292,13 @@ class RecurrenceSeam(Wrapper):
 
     Attributes:
         step: a back-end's recurrence.
+        functions: a back-end's functions by the name of mlx-lm's.
     """
 
     def __init__(self, mixer: Any, *, scope: StepScope) -> None:
         super().__init__(mixer)
         self.step: StepRecurrence | None = None
+        self.functions: Mapping[str, RecurrenceFunction] = types.MappingProxyType({})
         self._scope = scope
         self._training = mixer.training  # mlx-lm's mixers choose their kernel by it
         self._call: Any = type(mixer).__call__
@@ -246,7 +314,7 @@ class RecurrenceSeam(Wrapper):
         cache = find_cache(args, kwargs)
         if cache is None:
             return self._call(self, *args, **kwargs)
-        self._scope.mixer = MixerCall(cache, self.step)
+        self._scope.mixer = MixerCall(cache, self.step, self.functions)
         try:
             return self._call(self, *args, **kwargs)
         finally:
@@ -264,6 +332,27 @@ def inject_recurrence(base: nn.Module, step: StepRecurrence | None) -> None:
     for _, module in base.named_modules():
         if isinstance(module, RecurrenceSeam):
             module.step = step
+
+
+def inject_functions(base: nn.Module, functions: Mapping[str, RecurrenceFunction]) -> None:
+    """Let a back-end's functions run a model's recurrences, by the names of those of mlx-lm."""
+    for _, module in base.named_modules():
+        if isinstance(module, RecurrenceSeam):
+            module.functions = types.MappingProxyType(dict(functions))
+
+
+@contextmanager
+def differentiable(base: nn.Module) -> Iterator[None]:
+    """Let mixers call functions that have a gradient; mlx-lm's kernels have none."""
+    seams = [module for module in base.modules() if isinstance(module, RecurrenceSeam)]
+    before = [seam.training for seam in seams]
+    for seam in seams:
+        seam.train()
+    try:
+        yield
+    finally:
+        for seam, mode in zip(seams, before, strict=True):
+            seam.train(mode)
 
 
 def has_chunks(base: nn.Module) -> bool:
@@ -306,11 +395,13 @@ def _with_recurrences(method: types.FunctionType, scope: StepScope) -> types.Fun
 def _asking(name: str, function: Any, scope: StepScope) -> Callable[..., Any]:
     """Make a function with the arguments of a recurrence that asks the cache of the mixer."""
     signature = inspect.signature(function)
+    stock = RecurrenceFunction(function)
 
     def recur(*args: Any, **kwargs: Any) -> Any:
         if scope.mixer is None:
             return function(*args, **kwargs)
         arguments = signature.bind(*args, **kwargs).arguments
-        return scope.mixer.recur(RecurrenceCall.of(name, function, arguments))
+        chosen = scope.mixer.functions.get(name, stock)
+        return scope.mixer.recur(RecurrenceCall.of(name, chosen, arguments))
 
     return recur

@@ -41,6 +41,8 @@ class Divergence:
             are the top two.
         bound: the largest gap that counts as a near-tie here.
         near_tie: whether rounding explains the divergence.
+        same_bits: whether the run's logits at this position have the reference's bits, so that
+            not they but what was made of them differs; None if unknown.
     """
 
     prompt_id: str
@@ -53,6 +55,7 @@ class Divergence:
     gap: float | None
     bound: float
     near_tie: bool
+    same_bits: bool | None = None
 
     @property
     def are_top_two(self) -> bool:
@@ -66,16 +69,26 @@ class Divergence:
     def __str__(self) -> str:
         kind = "near-tie" if self.near_tie else "MISMATCH"
         gap = "" if self.gap is None else f"gap {self.gap:.3g}, "
+        rows = {None: "", True: "; the logits have the same bits", False: "; their bits differ"}
         return (
             f"{kind}: {self.prompt_id}, token {self.position + 1}: expected {self.expected}, got "
             f"{self.actual} ({gap}bound {self.bound:.3g}; top two {self.top_two[0]} and "
-            f"{self.top_two[1]}, margin {self.margin:.3g})"
+            f"{self.top_two[1]}, margin {self.margin:.3g}"
+            f"{rows[self.same_bits]})"
         )
 
 
 def near_tie_bound(logits: mx.array, dtype: mx.Dtype) -> float:
     """Maximum difference of two logits of a row ``[V]`` that rounding in ``dtype`` may close."""
-    return NEAR_TIE_EPS[dtype] * EPS[dtype] * _largest(_values(logits))
+    return float(near_tie_bounds(logits[None], dtype)[0][0])
+
+
+def near_tie_bounds(logits: mx.array, dtype: mx.Dtype) -> tuple[np.ndarray, np.ndarray]:
+    """The same for rows ``[N, V]``: bounds ``[N]`` and the largest finite ``|logit|`` ``[N]``."""
+    sizes = mx.abs(logits.astype(mx.float32))
+    largest = mx.where(mx.isfinite(sizes), sizes, 0.0).max(axis=-1)
+    values = np.array(largest, dtype=np.float64)
+    return NEAR_TIE_EPS[dtype] * EPS[dtype] * values, values
 
 
 def measure(
@@ -86,6 +99,7 @@ def measure(
     position: int,
     expected: int | None,
     actual: int | None,
+    same_bits: bool | None = None,
 ) -> Divergence:
     """Judge a divergence by the reference's logits.
 
@@ -96,6 +110,7 @@ def measure(
         position: index into the emitted ids.
         expected: the reference's id; None if it ended before.
         actual: the run's id; None if it ended before.
+        same_bits: whether the run's own logits have these bits; None if unknown.
     """
     row = _values(logits)
     first, second = (int(token) for token in np.argsort(-row, kind="stable")[:2])
@@ -115,6 +130,7 @@ def measure(
         gap=gap,
         bound=bound,
         near_tie=gap is not None and gap <= bound,
+        same_bits=same_bits,
     )
 
 

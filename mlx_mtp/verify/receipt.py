@@ -44,9 +44,12 @@ def build_receipt(
         adapter_folder: folder of the adapter, which is hashed.
         prompts_from: source of the prompts.
     """
-    assert model.config is not None
+    adapter = None
+    if model.config is not None:
+        adapter = {"sha256": hash_weights(adapter_folder), "config": model.config.to_dict()}
     return {
         "receipt_version": RECEIPT_VERSION,
+        "quick": report.settings.is_quick,
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "verdict": report.verdict,
         "passed": report.passed,
@@ -59,7 +62,7 @@ def build_receipt(
             "fingerprint": fingerprint(model.base),
             "sha256": hash_weights(model_folder),
         },
-        "adapter": {"sha256": hash_weights(adapter_folder), "config": model.config.to_dict()},
+        "adapter": adapter,
         "prompts": _prompts(report.prompts, prompts_from),
         "settings": dataclasses.asdict(report.settings),
         **_outcome(report),
@@ -84,6 +87,9 @@ def _outcome(report: VerifyReport) -> dict[str, Any]:
                 str(dtype).removeprefix("mlx.core."): NEAR_TIE_EPS[dtype] * EPS[dtype]
                 for dtype in EPS
             },
+            "steps": report.steps.to_dict(),
+            "rows_against_plain": report.rows_against("plain").to_dict(),
+            "nearest_tie": report.nearest_tie and dataclasses.asdict(report.nearest_tie),
             "runs": [run.to_dict() for run in report.runs],
         },
         "sampling": {

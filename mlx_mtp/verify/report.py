@@ -10,6 +10,7 @@ from typing import Any
 from mlx_mtp.decoding.loop import StepResult
 from mlx_mtp.evaluation.prompts import Prompt
 from mlx_mtp.verify.near_tie import Divergence
+from mlx_mtp.verify.rows import NearestTie, RowTally
 from mlx_mtp.verify.sampling import SamplingTest
 from mlx_mtp.verify.settings import VerifySettings
 
@@ -52,6 +53,7 @@ class RunResult:
         num_drafts: number of verified drafts.
         num_accepted: number of accepted drafts.
         against: outcomes by reference, "plain" and "stock".
+        rows: rows of logits compared with those of a reference.
     """
 
     layout: str
@@ -61,6 +63,7 @@ class RunResult:
     num_drafts: int = 0
     num_accepted: int = 0
     against: dict[str, Tally] = field(default_factory=dict)
+    rows: dict[str, RowTally] = field(default_factory=dict)
 
     @property
     def tokens_per_step(self) -> float:
@@ -79,10 +82,15 @@ class RunResult:
         values = {
             item.name: getattr(self, item.name)
             for item in dataclasses.fields(self)
-            if item.name != "against"
+            if item.name not in ("against", "rows")
         }
         against = {name: tally.to_dict() for name, tally in self.against.items()}
-        return values | {"tokens_per_step": self.tokens_per_step, "against": against}
+        rows = {name: tally.to_dict() for name, tally in self.rows.items()}
+        return values | {
+            "tokens_per_step": self.tokens_per_step,
+            "against": against,
+            "rows": rows,
+        }
 
 
 @dataclass
@@ -95,6 +103,8 @@ class VerifyReport:
         prompts: the prompts.
         num_tokens: ids of the plain run, with which every other run was compared.
         runs: the plain run and the speculative ones.
+        steps: rows of single steps, compared with the same rows computed one at a time.
+        nearest_tie: where plain decoding's best two tokens were closest; None without any row.
         sampling_prompt: id of the prompt that was sampled; None without a sampling check.
         sampling: the tests of sampled tokens.
         seconds: duration.
@@ -105,9 +115,21 @@ class VerifyReport:
     prompts: list[Prompt]
     num_tokens: int = 0
     runs: list[RunResult] = field(default_factory=list)
+    steps: RowTally = field(default_factory=RowTally)
+    nearest_tie: NearestTie | None = None
     sampling_prompt: str | None = None
     sampling: list[SamplingTest] = field(default_factory=list)
     seconds: float = 0.0
+
+    def add_tie(self, tie: NearestTie | None) -> None:
+        """Keep the nearer tie, in relation to the largest logit."""
+        ties = [found for found in (self.nearest_tie, tie) if found is not None]
+        self.nearest_tie = min(ties, key=lambda found: found.relative_margin, default=None)
+
+    def rows_against(self, reference: str) -> RowTally:
+        """Rows of all runs that were compared with a reference, "plain" or "stock"."""
+        tallies = (run.rows[reference] for run in self.runs if reference in run.rows)
+        return sum(tallies, RowTally())
 
     @property
     def tallies(self) -> list[Tally]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -14,18 +14,24 @@ import numpy as np
 from mlx_mtp.decoding.limits import ContextOverflow, max_new_tokens
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.decoding.sampling import LogitsProcessor
+from mlx_mtp.decoding.step import StepResult
 from mlx_mtp.evaluation.prompts import Prompt
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.verify.copying import decode_copy
 from mlx_mtp.verify.near_tie import Divergence, measure
 from mlx_mtp.verify.report import RunResult, Tally, VerifyReport
-from mlx_mtp.verify.sampling import Way, check_sampling
-from mlx_mtp.verify.settings import DEFAULT_MAX_TOKENS, VerifySettings
+from mlx_mtp.verify.rows import MAX_ROWS, RowTally, compare_rows, have_same_bits, nearest_tie
+from mlx_mtp.verify.sampling import check_sampling
+from mlx_mtp.verify.settings import COPY, VerifySettings, Way
+from mlx_mtp.verify.steps import compare_steps
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 Progress = Callable[[str, int, int], None]
+"""Called with (phase, units done, units of all phases); a unit is about one decoded token."""
+_DRAW_UNITS = 6  # a draw takes about as long as so many tokens
 
 
 def verify(
@@ -39,34 +45,52 @@ def verify(
     """Check that speculative decoding emits what plain decoding emits.
 
     Args:
-        model: a model with its adapter.
+        model: a model with its adapter; without one only drafts from a copy are verified.
         tokenizer: its tokenizer; the chat template is used if there is one.
         prompts: user messages.
         settings: what to check.
-        progress: called with (phase, units done, number of units).
+        progress: called with (phase, units done, units of all phases).
 
     Raises:
-        ValueError: the model has no adapter, a depth exceeds the adapter's k, or a prompt does not
-            fit the context; raised before any work.
+        ValueError: a layout needs an adapter and the model has none, a depth exceeds the adapter's
+            k, or a prompt does not fit the context; raised before any work.
     """
     settings, started = settings or VerifySettings(), time.monotonic()
-    if model.config is None:
-        raise ValueError(f"{model.name} has no MTP adapter, so there is nothing to verify")
-    depths = settings.depths_for(model.num_draft_tokens)
+    ways = settings.ways_for(model.num_draft_tokens, name=model.name)
     ids = [_encode(model, tokenizer, prompt) for prompt in prompts]
     if not ids:
         raise ValueError("there are no prompts")
-    ways = [(layout, depth) for layout in settings.layouts for depth in depths]
     report = VerifyReport(settings, str(model.dtype).removeprefix("mlx.core."), list(prompts))
     report.runs = [RunResult(layout, depth) for layout, depth in [("plain", 0), *ways]]
+    sampled = settings.sampled_ways(ways)
+    greedy_units = len(ids) * (len(report.runs) + settings.against_stock)
+    greedy_units *= settings.tokens_per_prompt(len(ids))
+    units = greedy_units + len(sampled) * len(settings.sampling) * settings.num_draws * _DRAW_UNITS
     progress = progress or (lambda *_: None)
-    check = _GreedyCheck(model, frozenset(tokenizer.eos_token_ids), report, progress)
+    check = _GreedyCheck(
+        model,
+        frozenset(tokenizer.eos_token_ids),
+        report,
+        lambda share: progress("greedy", round(share * greedy_units), units),
+    )
+    depth = max(depth for _, depth in ways)
+    shortest = min(ids, key=len)
+    if max_new_tokens(model, len(shortest), depth + 2) == depth + 2:
+        progress("rows", 0, units)
+        report.steps = compare_steps(model, shortest, ways)
     for index in range(len(ids)):
         check.prompt(index, ids[index], last_index=len(ids) - 1)
-    if settings.sampling:
+    if settings.sampling and sampled:
         # The first token with the highest entropy makes the strongest test.
         index = max(range(len(ids)), key=lambda i: check.entropies[i])
-        _sample(model, ids[index], report, index=index, ways=ways, progress=progress)
+        _sample(
+            model,
+            ids[index],
+            report,
+            index=index,
+            ways=sampled,
+            progress=lambda done: progress("sampling", greedy_units + done * _DRAW_UNITS, units),
+        )
     report.seconds = time.monotonic() - started
     return report
 
@@ -78,7 +102,7 @@ def _sample(
     *,
     index: int,
     ways: list[Way],
-    progress: Progress,
+    progress: Callable[[int], None],
 ) -> None:
     """Test sampled answers to one prompt and add the tests to the report."""
     settings = report.settings
@@ -90,7 +114,7 @@ def _sample(
         settings=settings.sampling,
         num_draws=settings.num_draws,
         seed=settings.seed,
-        progress=lambda done, total: progress("sampling", done, total),
+        progress=lambda done, total: progress(done),
     )
 
 
@@ -103,6 +127,7 @@ class _Reference(ABC):
         self.model = model
         self.prompt = prompt
         self.ids: list[int] = []
+        self.rows = mx.zeros((0, 1))  # logits of the first ids, [N, V]
 
     @abstractmethod
     def logits_id_at(self, position: int) -> mx.array:
@@ -126,11 +151,20 @@ class _Stock(_Reference):
     name = "stock"
 
     def decode(self, *, max_tokens: int, stop_ids: frozenset[int]) -> None:
-        """Fill ``ids``."""
-        for token, _ in self._steps(max_tokens):
+        """Fill ``ids`` and ``rows``."""
+        rows: list[mx.array] = []
+
+        def keep(tokens: mx.array, logits: mx.array) -> mx.array:
+            del tokens
+            if len(rows) < MAX_ROWS:
+                rows.append(logits)
+            return logits
+
+        for token, _ in self._steps(max_tokens, keep):
             self.ids.append(int(token))
             if token in stop_ids:
                 break
+        self.rows = mx.concatenate(rows[: len(self.ids)])
 
     def logits_id_at(self, position: int) -> mx.array:
         rows: list[mx.array] = []
@@ -157,6 +191,14 @@ class _Stock(_Reference):
         )
 
 
+@dataclass(frozen=True, eq=False)
+class _Text:
+    """Ids that a run emitted, and the logits ``[N, V]`` of the first ones."""
+
+    ids: list[int]
+    rows: mx.array
+
+
 class _GreedyCheck:
     """Decodes prompts with every layout and depth, and fills the report's runs."""
 
@@ -165,7 +207,7 @@ class _GreedyCheck:
         model: MTPModel,
         stop_ids: frozenset[int],
         report: VerifyReport,
-        progress: Progress,
+        progress: Callable[[float], None],
     ) -> None:
         self.model = model
         self.stop_ids = stop_ids
@@ -175,58 +217,83 @@ class _GreedyCheck:
 
     def prompt(self, index: int, prompt: list[int], *, last_index: int) -> None:
         """Decode one prompt with every layout and depth."""
-        self.index, self.per_prompt = index, len(self.report.runs) + 1
-        self.num_units = (last_index + 1) * self.per_prompt
-        budget = self._budget(len(prompt), num_left=last_index - index + 1)
-        plain, references = _Plain(self.model, prompt), []
+        self.index, self.num_prompts = index, last_index + 1
+        self.num_texts = len(self.report.runs) + self.report.settings.against_stock
+        self.plain = plain = _Plain(self.model, prompt)
+        self.budget = budget = self._budget(len(prompt), num_left=last_index - index + 1)
+        references: list[_Reference] = []
+        self._begin_text(0)
         if self.report.settings.against_stock:
             stock = _Stock(self.model, prompt)
             stock.decode(max_tokens=budget, stop_ids=self.stop_ids)
             references.append(stock)
-        for unit, run in enumerate(self.report.runs, start=1):
-            self.progress("greedy", index * self.per_prompt + unit, self.num_units)
-            ids = self._decode(run, prompt, budget)
-            for reference in references:
-                divergences = self._compare(run, reference, ids, budget)
-                run.against.setdefault(reference.name, Tally()).add(divergences)
+        for number, run in enumerate(self.report.runs, start=len(references)):
+            self._begin_text(number)
+            text = self._decode(run, prompt, budget)
             if run.layout == "plain":
-                plain.ids = ids
+                self._set_plain(text)
+            for reference in references:
+                divergences = self._compare(run, reference, text, budget)
+                run.against.setdefault(reference.name, Tally()).add(divergences)
+                self._compare_rows(run, reference, text)
+            if run.layout == "plain":
                 references.insert(0, plain)
-                self.report.num_tokens += len(ids)
-        self.progress("greedy", (index + 1) * self.per_prompt, self.num_units)
+        self._begin_text(self.num_texts)
+
+    def _begin_text(self, number: int, *, num_tokens: int = 0) -> None:
+        """Report progress: one of this prompt's texts, and how many of its tokens are decoded."""
+        texts = number + min(1.0, num_tokens / self.budget)
+        self.progress((self.index + texts / self.num_texts) / self.num_prompts)
+        self.number = number
 
     def _budget(self, prompt_size: int, *, num_left: int) -> int:
         """Maximum number of tokens to decode for the next prompt."""
-        settings, budget = self.report.settings, 0
-        if settings.num_tokens is not None:
-            budget = max(1, math.ceil((settings.num_tokens - self.report.num_tokens) / num_left))
-        if settings.max_tokens is not None or not budget:
-            limit = settings.max_tokens or DEFAULT_MAX_TOKENS
-            budget = min(budget or limit, limit)
+        budget = self.report.settings.tokens_per_prompt(num_left, done=self.report.num_tokens)
         return max_new_tokens(self.model, prompt_size, budget)
 
-    def _decode(self, run: RunResult, prompt: list[int], max_tokens: int) -> list[int]:
+    def _set_plain(self, text: _Text) -> None:
+        """Take note of the plain answer, with which the others are compared."""
+        self.plain.ids, self.plain.rows = text.ids, text.rows
+        self.report.num_tokens += len(text.ids)
+        prompt_id = self.report.prompts[self.index].id
+        self.report.add_tie(nearest_tie(text.rows, self.model.dtype, prompt_id=prompt_id))
+
+    def _decode(self, run: RunResult, prompt: list[int], max_tokens: int) -> _Text:
         ids: list[int] = []
-        for step in decode(
-            self.model,
-            prompt,
-            max_tokens=max_tokens,
-            stop_ids=self.stop_ids,
-            layout=run.layout,
-            num_draft_tokens=run.num_draft_tokens,
-        ):
+        rows: list[mx.array] = []
+        for step in self._steps(run, prompt, max_tokens):
             if run.layout == "plain" and len(self.entropies) <= self.index:
                 self.entropies.append(_entropy(step.logprobs[0]))
             run.count(step)
+            if len(ids) < MAX_ROWS:
+                rows.append(step.logits[: MAX_ROWS - len(ids)])
             ids += step.tokens
-        return ids
+            self._begin_text(self.number, num_tokens=len(ids))
+        return _Text(ids, mx.concatenate(rows))
+
+    def _steps(self, run: RunResult, prompt: list[int], max_tokens: int) -> Iterator[StepResult]:
+        options = {"max_tokens": max_tokens, "stop_ids": self.stop_ids}
+        options["num_draft_tokens"] = run.num_draft_tokens
+        if run.layout != COPY:
+            return decode(self.model, prompt, layout=run.layout, **options)
+        rest = self.plain.ids[len(prompt) - len(self.plain.prompt) :]
+        return decode_copy(self.model, prompt, rest, **options)
+
+    def _compare_rows(self, run: RunResult, reference: _Reference, text: _Text) -> None:
+        """Compare logits up to the first position at which the ids differ."""
+        end = min(len(reference.rows), len(text.rows))
+        difference = _first_difference(reference.ids, text.ids, start=0)
+        if difference is not None:
+            end = min(end, difference + 1)
+        tally = compare_rows(reference.rows[:end], text.rows[:end], self.model.dtype)
+        run.rows[reference.name] = run.rows.get(reference.name, RowTally()) + tally
 
     def _compare(
-        self, run: RunResult, reference: _Reference, ids: list[int], budget: int
+        self, run: RunResult, reference: _Reference, text: _Text, budget: int
     ) -> list[Divergence]:
         """Find where a run diverges from a reference; the last divergence may be a mismatch."""
         divergences: list[Divergence] = []
-        start = 0
+        ids, start = text.ids, 0
         while (position := _first_difference(reference.ids, ids, start=start)) is not None:
             divergence = measure(
                 reference.logits_id_at(position),
@@ -235,13 +302,14 @@ class _GreedyCheck:
                 position=position,
                 expected=_id_at(reference.ids, position),
                 actual=_id_at(ids, position),
+                same_bits=None if divergences else _same_bits(reference, text, position),
             )
             divergences.append(divergence)
             start = position + 1
             if not divergence.near_tie or start >= min(budget, len(reference.ids)):
                 break
             known = reference.ids[:start]
-            ids = known + self._decode(run, reference.prompt + known, budget - start)
+            ids = known + self._decode(run, reference.prompt + known, budget - start).ids
         return divergences
 
 
@@ -250,6 +318,12 @@ def _first_difference(expected: list[int], actual: list[int], *, start: int) -> 
         if _id_at(expected, position) != _id_at(actual, position):
             return position
     return None
+
+
+def _same_bits(reference: _Reference, text: _Text, position: int) -> bool | None:
+    if position >= min(len(reference.rows), len(text.rows)):
+        return None
+    return bool(have_same_bits(reference.rows[position], text.rows[position]).item())
 
 
 def _id_at(ids: list[int], position: int) -> int | None:

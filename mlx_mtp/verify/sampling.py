@@ -24,11 +24,11 @@ import numpy as np
 
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.decoding.sampling import Sampling, target_probs
-from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.verify.chi_square import MIN_EXPECTED, Group, chi_square, holm, simulated_p_value
 from mlx_mtp.verify.near_tie import near_tie_bound
-from mlx_mtp.verify.settings import DEFAULT_SAMPLING
+from mlx_mtp.verify.prefill import prefilled, rewound
+from mlx_mtp.verify.settings import DEFAULT_SAMPLING, Way
 
 ALPHA = 0.001
 NUM_TOKENS = 3
@@ -38,8 +38,6 @@ _KEPT_IDS = 128
 _MAX_BINS = 24
 
 Context = tuple[int, ...]
-Way = tuple[str, int]
-"""A layout and a number of draft tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,7 +147,7 @@ class _Source:
     def __init__(self, model: MTPModel, prompt: Sequence[int]) -> None:
         self.model = model
         self.prompt = list(prompt)
-        self.cache = self._prefilled()
+        self.cache = prefilled(model, prompt)
 
     def draw(self, way: Way, sampling: Sampling, *, seed: int) -> Context:
         """Draw the first three tokens.
@@ -198,20 +196,8 @@ class _Source:
         impossible = frozenset(token for token in drawn if not allowed[token])
         return Target(order, probs[order] / probs.sum(), impossible)
 
-    def _prefilled(self) -> MTPCache:
-        """Return caches with all of the prompt but its last id."""
-        cache = self.model.make_cache()
-        list(decode(self.model, self.prompt, max_tokens=1, layout="plain", cache=cache))
-        cache.rewind(1)
-        cache.checkpoint()
-        return cache
-
     def _rewind(self) -> None:
-        surplus = self.cache.offset - len(self.prompt) + 1
-        if self.cache.can_rewind(surplus):
-            self.cache.rewind(surplus)
-        else:  # a sliding window has moved on
-            self.cache = self._prefilled()
+        self.cache = rewound(self.model, self.cache, self.prompt)
 
 
 def _allowed(logits: mx.array, sampling: Sampling, slack: float) -> mx.array:

@@ -30,6 +30,7 @@ from mlx_mtp.backends.metal.operations import (
     StepAttentionOperation,
 )
 from mlx_mtp.backends.metal.setup import choose_all, set_up_kernels
+from mlx_mtp.lab.tiny_models import build, tiny_config
 from mlx_mtp.model.attention import NAME, AttentionSeam, attention_blocks, inject_attention
 from mlx_mtp.model.caches.layers import QuantizedLayerCache
 from mlx_mtp.model.layout import quadratic_layout
@@ -222,6 +223,13 @@ class TestSeam:
         assert operation.key == key and operation.name == key.name
         assert key.name == "attention 2/1 heads of 64 float32"
         assert attention_operations(tiny_base()) == []  # heads of 8
+
+    @pytest.mark.parametrize("family", ["deepseek_v3", "deepseek_v2", "gpt_oss"])
+    def test_leaves_scores_other_sizes_and_sinks_to_stock_attention(self, family):
+        sizes = {"kv_lora_rank": 64, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32}
+        heads = {"head_dim": 64, "v_head_dim": 32, "hidden_size": 64}
+        base = build(tiny_config(family, **sizes, **heads))
+        assert attention_blocks(base) and attention_operations(base) == []
 
     def test_is_restored_and_leaves_mlx_lm_as_it_is(self):
         base = tiny_base(**ROOMY)

@@ -5,16 +5,19 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
+from mlx.utils import tree_flatten
 
 from mlx_mtp.cli.main import cli
+from mlx_mtp.converters.base.summary import layer_kinds, summarise
 from mlx_mtp.converters.convert import convert_model
 from mlx_mtp.converters.export import export_adapter
 from tests.helpers.fixtures_generate import EOS
-from tests.helpers.tiny import save_tiny_pair
+from tests.helpers.tiny import BYTE_VOCAB, save_tiny_pair, tiny_base
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +129,45 @@ def test_nothing_there() -> None:
     result = CliRunner().invoke(cli, ["inspect", "/no/such/folder"])
     assert result.exit_code == 2
     assert result.stderr.splitlines() == ["Error: checkpoint /no/such/folder does not exist"]
+
+
+def test_what_a_base_model_is(sources: tuple[Path, Path, Path]) -> None:
+    facts = look(sources[0])["facts"]
+    assert facts["usable"] == "yes" and facts["layer_kinds"] == {"attention": 2}
+    assert (facts["vocabulary"], facts["context"]) == (BYTE_VOCAB, 4096)
+    assert facts["linear_layers"]["q_proj"] == 2 and "lm_head" not in facts["linear_layers"]
+    assert "rank 32" in facts["training"] and facts["adapter"].startswith("none: ")
+    shown = text(sources[0])
+    assert "usable" in shown and "attention 2" in shown
+
+
+def test_kinds_of_layers() -> None:
+    assert layer_kinds(tiny_base("gemma3_text")) == {"window 6": 2, "attention": 1}
+    assert layer_kinds(tiny_base("qwen3_moe")) == {"attention": 1, "attention, experts": 1}
+    parameters: Any = tree_flatten(tiny_base("llama").parameters())
+    for quantised in (False, True):
+        base = tiny_base("llama", quantised=quantised)
+        assert summarise(base)["model_parameters"] == sum(value.size for _, value in parameters)
+
+
+def test_large_files_are_hashed_on_request(
+    sources: tuple[Path, Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_mtp.converters.inspection.HASHED_BYTES", 1000)
+
+    def hashes(*options: str) -> dict[str, bool]:
+        files = look(sources[0], *options)["files"]
+        return {file["name"]: file["sha256"] is not None for file in files}
+
+    assert hashes()["config.json"] and not hashes()["model.safetensors"]
+    assert all(hashes("--hash").values())
+    assert "model.safetensors" in text(sources[0])
+
+
+def test_a_target_that_the_model_lacks(sources: tuple[Path, Path, Path], tmp_path: Path) -> None:
+    convert_model(str(sources[0]), tmp_path / "out", checkpoint=sources[2])
+    assert look(tmp_path / "out")["problems"] == []
+    path = tmp_path / "out" / "adapter" / "adapter_config.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"q_proj"', '"qkv"'))
+    problems = look(tmp_path / "out")["problems"]
+    assert problems == ["the model has no linear layer qkv, the adapter's target"]

@@ -18,25 +18,44 @@ EPS = {mx.float32: 1e-5, mx.float16: 2.0**-10, mx.bfloat16: 2.0**-7}  # of the l
 
 
 @functools.cache
-def _kernel(source: str, name: str, template_args: str, include: tuple, mode: str) -> Kernel:
+def compiled(source: str, name: str, template_args: str, include: tuple, mode: str) -> Kernel:
     return Kernel(source, name, template_args, include=include, mode=mode)
 
 
 def run_launch(launch: Launch, *, mode: str = "fast", **options: Any) -> tuple[mx.array, Report]:
     """Run a launch; returns ``y`` and what the executor saw."""
+    outputs, report = run_launch_all(launch, mode=mode, **options)
+    return outputs[0], report
+
+
+def run_launch_all(
+    launch: Launch, *, mode: str = "fast", **options: Any
+) -> tuple[list[mx.array], Report]:
+    """Run a launch; returns all its outputs and what the executor saw."""
     text = text_of(launch)
-    kernel = _kernel(text.source, text.name, text.template_args, text.include, mode)
-    return launch_text(kernel, text, launch, **options)
+    kernel = compiled(text.source, text.name, text.template_args, text.include, mode)
+    return launch_text_all(kernel, text, launch, **options)
 
 
 def launch_text(
     kernel: Kernel, text: KernelText, launch: Launch, **options: Any
 ) -> tuple[mx.array, Report]:
-    """Run a compiled kernel on a launch's inputs."""
-    y = np.array(to_numpy(mx.zeros(launch.output_shape, dtype=launch.output_dtype)))
-    buffers = text.buffers([to_numpy(each) for each in launch.inputs.values()], [y])
-    report = kernel(text.grid, text.threadgroup, buffers, uninit=(max(buffers),), **options)
-    return from_numpy(y, launch.output_dtype), report
+    """Run a compiled kernel on a launch's inputs; returns ``y`` and what the executor saw."""
+    outputs, report = launch_text_all(kernel, text, launch, **options)
+    return outputs[0], report
+
+
+def launch_text_all(
+    kernel: Kernel, text: KernelText, launch: Launch, **options: Any
+) -> tuple[list[mx.array], Report]:
+    """Run a compiled kernel on a launch's inputs; returns its outputs and what the executor saw."""
+    shapes = launch.outputs.values()
+    outputs = [np.array(to_numpy(mx.zeros(shape, dtype=dtype))) for shape, dtype in shapes]
+    buffers = text.buffers([to_numpy(each) for each in launch.inputs.values()], outputs)
+    places = sorted(buffers)[-len(outputs) :]
+    report = kernel(text.grid, text.threadgroup, buffers, uninit=tuple(places), **options)
+    types = [dtype for _, dtype in shapes]
+    return [from_numpy(y, dtype) for y, dtype in zip(outputs, types, strict=True)], report
 
 
 def unseen_mutants(

@@ -27,7 +27,7 @@ from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.wrappers import Wrapper, replace
 
 FORMATS = ("float32", "bfloat16", "float16", "4-bit")
-NUM_ROWS = 33  # 66 pairs of a row and an expert, which mlx-lm sorts
+NUM_ROWS = 7
 _PROMPT = 11
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from mlx_mtp.backends.metal import matmul as kernels
 from mlx_mtp.backends.metal.matmul import PackedWeight, Variant
-from mlx_mtp.backends.metal.matmul import run as metal_run  # tests put another one in its place
+from mlx_mtp.backends.metal.matmul import run_all as metal_run  # tests put another in its place
 
 from .capture import KernelText, kernel_text
 from .quantised import MLX_TYPES, Launch, Problem, to_numpy
@@ -21,7 +21,7 @@ def text_of(launch: kernels.Launch) -> KernelText:
     """What MLX would compile for a launch."""
     names = list(launch.inputs)
 
-    def call(*inputs: mx.array) -> mx.array:
+    def call(*inputs: mx.array) -> list[mx.array]:
         return metal_run(replace(launch, inputs=dict(zip(names, inputs, strict=True))))
 
     return kernel_text(call, *launch.inputs.values())

@@ -55,6 +55,8 @@ KINDS = {
     "first product of gated weights": lambda: cases.lora_down(3, dtype=mx.bfloat16),
     "attention": lambda: cases.spans(2, dtype=mx.float16, mask=mx.zeros((2, 256), dtype=mx.bool_)),
     "sum over spans": lambda: cases.merge(80, dtype=mx.bfloat16),
+    "gated delta": lambda: cases.gated_delta(dtype=mx.bfloat16),
+    "ssm": lambda: cases.ssm(dtype=mx.float16),
 }
 
 

@@ -30,7 +30,7 @@ def random_ids(count: int, *, vocab: int = 64, seed: int = 0) -> list[int]:
 
 def held(cache: MTPCache) -> list[Any]:
     """Keys and values of every layer."""
-    return [layer.keys_and_values() for layer in cache.layers]
+    return [layer.keys_and_values() for layer in cache.attention_layers]
 
 
 def assert_same_rows(cache: MTPCache, base: Any, ids: list[int]) -> None:

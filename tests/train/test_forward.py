@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_mtp.evaluation.forward import mask_rows, ordinary_rows
 from mlx_mtp.evaluation.mask_blocks import MaskRows
+from mlx_mtp.lab.tiny_models import tiny_model, with_adapter
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.gradient.anchors import choose_anchors, chunks, count_masks
@@ -53,6 +54,62 @@ def test_packed_blocks_are_the_steps_of_decoding(kind: str, quantised: bool) -> 
         step = mx.concatenate([ids[: anchor + 1], mx.arange(K)])[None]
         single = model(step, cache=model.make_cache(), layout=layout)[0, anchor + 1 :]
         assert mx.allclose(single, block, rtol=0, atol=1e-5 * number(mx.abs(single).max()))
+
+
+RECURRENT = ("qwen3_5", "kimi_linear", "nemotron_h", "falcon_h1", "bailing_moe_linear", "lfm2")
+ROW_BY_ROW = ("jamba",)
+RAGGED = MaskRows((3, 7, 8, 14), (3, 1, 4, 2))
+
+
+def steps_of(model: MTPModel, ids: mx.array, rows: MaskRows) -> mx.array:
+    """The blocks as steps of decoding, each after a prompt up to its anchor, ``[R, D]``."""
+    blocks, counts = [], np.bincount(rows.row_anchors)
+    for anchor in rows.anchors:
+        count = int(counts[anchor])
+        step = mx.concatenate([ids[: anchor + 1], mx.arange(count)])[None]
+        layout = StepLayout(anchor + 1, 0, (count,))
+        blocks.append(model(step, cache=model.make_cache(), layout=layout)[0, anchor + 1 :])
+    return mx.concatenate(blocks)
+
+
+class TestRecurrentLayers:
+    @pytest.mark.parametrize("bits", [None, 4])
+    @pytest.mark.parametrize("family", [*RECURRENT, *ROW_BY_ROW])
+    def test_blocks_are_the_steps_of_decoding(self, family: str, bits: int | None) -> None:
+        model, ids = with_adapter(tiny_model(family, bits=bits)), sequence()
+        packed = mask_rows(model, ordinary_rows(model, ids), RAGGED)
+        steps = steps_of(model, ids, RAGGED)
+        assert mx.allclose(steps, packed, rtol=0, atol=1e-4 * number(mx.abs(steps).max()))
+
+    def test_a_chunk_of_blocks_may_come_before_another(self) -> None:
+        model, ids = with_adapter(tiny_model("qwen3_5")), sequence()
+        ordinary = ordinary_rows(model, ids)
+        for anchors in ((9, 11), (2, 10), (12, 13)):
+            rows = MaskRows(anchors, 2)
+            packed, steps = mask_rows(model, ordinary, rows), steps_of(model, ids, rows)
+            assert mx.allclose(steps, packed, rtol=0, atol=1e-5 * number(mx.abs(steps).max()))
+
+    @pytest.mark.parametrize("family", [*RECURRENT, *ROW_BY_ROW])
+    def test_gradients_are_those_of_the_steps(self, family: str) -> None:
+        model, ids = with_adapter(tiny_model(family)), sequence()
+        factors = mx.random.normal((RAGGED.num_rows, model.hidden_size), key=mx.random.key(1))
+        ordinary = ordinary_rows(model, ids)
+
+        def gradient(hidden: Callable[[], mx.array]) -> dict[str, mx.array]:
+            def value(parameters: dict[str, mx.array]) -> mx.array:
+                model.update(tree_unflatten(list(parameters.items())))
+                return (hidden() * factors).sum()
+
+            parameters: Any = dict(tree_flatten(model.trainable_parameters()))  # type: ignore[arg-type]
+            return mx.grad(value)(parameters)
+
+        packed = gradient(lambda: mask_rows(model, ordinary, RAGGED))
+        steps = gradient(lambda: steps_of(model, ids, RAGGED))
+        assert packed.keys() == steps.keys()
+        for name, expected in steps.items():
+            error = mx.abs(packed[name] - expected).max()
+            assert number(error) <= 1e-3 * (1e-3 + number(mx.abs(expected).max())), name
+        assert any(number(mx.abs(x).max()) > 0 for n, x in packed.items() if "lora_a" in n)
 
 
 def test_ordinary_rows_are_the_base_models_own() -> None:

@@ -341,7 +341,7 @@ def test_bad_settings(changes: dict[str, Any], words: str) -> None:
 def test_bad_models_and_prompts_are_refused_before_any_work(model: MTPModel) -> None:
     tokenizer: Any = LetterTokenizer()
     plain = MTPModel(tiny_base(vocab_size=VOCAB), name="bare")
-    with pytest.raises(ValueError, match="bare has no MTP adapter"):
+    with pytest.raises(ValueError, match="bare has no MTP adapter, which layout quadratic needs"):
         verify(plain, tokenizer, PROMPTS, settings=GREEDY)
     with pytest.raises(ValueError, match="depth 3 exceeds the adapter.s number of mask tokens, 2"):
         run(model, dataclasses.replace(GREEDY, depths=(1, 3)))

@@ -114,9 +114,37 @@ def test_bad_input_ends_the_command_with_2(
     assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1
 
 
-def test_a_model_without_an_adapter_is_bad_input(tmp_path: Path) -> None:
+def test_the_quick_check(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "receipt.json"
+    result = invoke(pair, "--quick", "--max-tokens", "5", "--output-file", str(path))
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert lines[0] == "Quick check: a few tokens of few prompts."
+    assert lines[1].startswith("Greedy: 10 tokens over 2 prompts")
+    assert [line.split()[:2] for line in lines[3:7]] == [
+        ["plain", "-"],
+        ["linear", "4"],
+        ["quadratic", "4"],
+        ["auto", "4"],
+    ]
+    receipt = json.loads(path.read_text(encoding="utf-8"))
+    assert receipt["quick"] is True and receipt["settings"]["is_quick"] is True
+    assert receipt["settings"]["num_draws"] == 20
+    assert {test["layout"] for test in receipt["sampling"]["tests"]} == {"quadratic"}
+    assert receipt["greedy"]["steps"]["compared"] > 0
+
+
+def test_a_model_without_an_adapter(tmp_path: Path) -> None:
     folder = save_tiny_model(tmp_path / "model")
-    result = CliRunner().invoke(cli, ["verify", "--model", str(folder), *SMALL])
-    assert result.exit_code == 2
-    assert "has no MTP adapter, so there is nothing to verify" in result.stderr
-    assert result.stderr.count("\n") == 1
+    head = ["verify", "--model", str(folder), "--max-tokens", "12"]
+    result = CliRunner().invoke(cli, [*head, "--quick", "--json"])
+    assert result.exit_code == 0, result.output
+    receipt = json.loads(result.stdout)
+    assert receipt["adapter"] is None and receipt["verdict"] == "identical"
+    plain, copied = receipt["greedy"]["runs"]
+    assert (plain["layout"], copied["layout"]) == ("plain", "copy")
+    assert 0 < copied["num_accepted"] < copied["num_drafts"]
+    assert copied["against"]["stock"]["identical"] == 2
+    result = CliRunner().invoke(cli, [*head, *SMALL])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "has no MTP adapter, which layout quadratic needs: --layouts copy" in result.stderr

@@ -103,6 +103,33 @@ class DenseEmbedding(nn.Embedding):
         return self.blocks.multiply(x, helper=self.helper)
 
 
+class ShortConv(nn.Conv1d):
+    """A depthwise convolution of a few taps as sums of shifted rows; MLX's is slow on a CPU."""
+
+    def __init__(self, conv: Any) -> None:
+        nn.Module.__init__(self)
+        dict.update(self, conv)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Convolve ``[B, K - 1 + L, C]`` to ``[B, L, C]``."""
+        taps = self.weight[:, :, 0]  # [C, K]
+        num_rows = x.shape[1] - taps.shape[1] + 1
+        y = x[:, :num_rows] * taps[:, 0]
+        for i in range(1, taps.shape[1]):
+            y = y + x[:, i : i + num_rows] * taps[:, i]
+        return y + self.bias if "bias" in self else y
+
+    @staticmethod
+    def takes(module: Any) -> bool:
+        """Whether a module is such a convolution."""
+        return (
+            isinstance(module, nn.Conv1d)
+            and (module.stride, module.padding, module.dilation) == (1, 0, 1)
+            and module.weight.shape[0] == module.groups
+            and module.weight.shape[2] == 1
+        )
+
+
 def to_float32(base: nn.Module) -> bool:
     """Turn all weights of a model into float32, quantised ones included, in place.
 
@@ -120,6 +147,8 @@ def to_float32(base: nn.Module) -> bool:
             if _has_weight(module)
         },
     )
+    convs = {path: each for path, each in base.named_modules() if ShortConv.takes(each)}
+    replace(base, {path: ShortConv(conv) for path, conv in convs.items()})
     base.apply(lambda x: x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x)
     replace_blocks(base)
     return True

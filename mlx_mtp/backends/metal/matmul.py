@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from typing import Any, Literal
 
@@ -83,9 +83,10 @@ class Launch:
         template: types and numbers by the name that the body uses.
         grid: threads.
         threadgroup: threads.
-        output_shape: of the one output, ``y``.
+        output_shape: of the first output, ``y``.
         output_dtype: likewise.
         row_contiguous: False passes arrays with their own strides.
+        more_outputs: shape and type of further outputs, by parameter name.
     """
 
     name: str
@@ -97,6 +98,12 @@ class Launch:
     output_shape: tuple[int, ...]
     output_dtype: mx.Dtype
     row_contiguous: bool = True
+    more_outputs: dict[str, tuple[tuple[int, ...], mx.Dtype]] = field(default_factory=dict)
+
+    @property
+    def outputs(self) -> dict[str, tuple[tuple[int, ...], mx.Dtype]]:
+        """Shape and type of every output by parameter name."""
+        return {"y": (self.output_shape, self.output_dtype), **self.more_outputs}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -277,22 +284,31 @@ def add_gated_ops(y: mx.array, gated: GatedTerm) -> mx.array:
 
 
 def run(launch: Launch) -> mx.array:
-    """Run a kernel on the GPU.
+    """Run a kernel on the GPU; return ``y``.
+
+    Raises:
+        RuntimeError: see ``run_all``.
+    """
+    return run_all(launch)[0]
+
+
+def run_all(launch: Launch) -> list[mx.array]:
+    """Run a kernel on the GPU; return all its outputs.
 
     Raises:
         RuntimeError: there is no Metal device, or it cannot run so many threads together; the
             latter is raised when the result is evaluated.
     """
-    kernel = _kernel(launch.name, launch.source, tuple(launch.inputs), launch.row_contiguous)
-    (y,) = kernel(
+    names = (tuple(launch.inputs), tuple(launch.outputs))
+    kernel = _kernel(launch.name, launch.source, *names, launch.row_contiguous)
+    return kernel(
         inputs=list(launch.inputs.values()),
         template=list(launch.template.items()),
         grid=launch.grid,
         threadgroup=launch.threadgroup,
-        output_shapes=[launch.output_shape],
-        output_dtypes=[launch.output_dtype],
+        output_shapes=[shape for shape, _ in launch.outputs.values()],
+        output_dtypes=[dtype for _, dtype in launch.outputs.values()],
     )
-    return y
 
 
 @functools.cache
@@ -303,14 +319,16 @@ def kernel_header() -> str:
 
 
 @functools.cache
-def _kernel(name: str, source: str, inputs: Sequence[str], row_contiguous: bool) -> Any:
+def _kernel(
+    name: str, source: str, inputs: Sequence[str], outputs: Sequence[str], row_contiguous: bool
+) -> Any:
     header = kernel_header()
     # Two kernels of one name have run each other's code, so the text is part of the name.
     digest = hashlib.sha256((header + source).encode()).hexdigest()[:12]
     return mx.fast.metal_kernel(
         name=f"{name}_{digest}",
         input_names=list(inputs),
-        output_names=["y"],
+        output_names=list(outputs),
         source=source,
         header=header,
         ensure_row_contiguous=row_contiguous,
@@ -338,6 +356,9 @@ _FILES = (
     "gated_lora",
     "step_attention",
     "step_attention_spans",
+    "recurrent_step",
+    "gated_delta_step",
+    "ssm_step",
 )
 
 _PLAIN_STORE = "StoreSum store;\n"

@@ -28,6 +28,7 @@ from mlx_mtp.backends.metal.choice import (
 from mlx_mtp.backends.metal.layers import matmul_operations, use_kernels
 from mlx_mtp.backends.metal.matmul import kernel_header
 from mlx_mtp.backends.metal.operation import Operation, Timer, median_seconds
+from mlx_mtp.backends.metal.recurrence_layer import recurrence_operations, use_recurrence
 from mlx_mtp.storage.keyed_cache import KeyedCache
 
 BENCHMARK_SECONDS = 1.0
@@ -58,8 +59,10 @@ def set_up_kernels(base: nn.Module, *, report: Report = lambda line: None) -> in
         return 0
     matmuls = [matmul for matmul in matmul_operations(base) if matmul.weights]
     attention = attention_operations(base)
-    choices = choose_all([*matmuls, *attention], mode=mode, report=report)
+    recurrences = recurrence_operations(base)
+    choices = choose_all([*matmuls, *attention, *recurrences], mode=mode, report=report)
     use_attention(base, {operation.key: choices[operation.name] for operation in attention})
+    use_recurrence(base, {operation.key: choices[operation.name] for operation in recurrences})
     return use_kernels(base, choices)
 
 

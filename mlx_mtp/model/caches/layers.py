@@ -331,7 +331,7 @@ class _LayerTrim:
 
     _layer: WindowLayerCache
 
-    def is_trimmable(self) -> bool:
+    def is_trimmable(self) -> Any:
         """Whether the layer can drop a row."""
         return self._layer.can_rewind(1)
 

@@ -37,11 +37,8 @@ def unsupported_reason(base: nn.Module) -> str | None:
 
 
 def _parts(layer: Any) -> Sequence[Any]:
-    """The caches of a layer with an attention and a recurrence, or the one that it is."""
-    if not isinstance(layer, lm_cache.CacheList):
-        return [layer]
-    is_hybrid = any(isinstance(part, lm_cache.ArraysCache) for part in layer.caches)
-    return layer.caches if is_hybrid else [layer]
+    """The caches of a layer with several, or the one that it is."""
+    return layer.caches if isinstance(layer, lm_cache.CacheList) else [layer]
 
 
 def make_cache(

@@ -19,11 +19,11 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import cache as lm_cache
 
-from mlx_mtp.model.layout import RowLayout, StepLayout, plain_layout
+from mlx_mtp.model.layout import MaskRun, RowLayout, StepLayout, plain_layout
 from mlx_mtp.model.recurrence import RecurrenceCall, StepRecurrence
+from mlx_mtp.model.row_by_row import Outputs, Slots, TakeRows, stacked
 
 State = mx.array | None
-Slots = list[State]
 MAX_CHECKPOINTS = 8  # of a cache; each keeps a state alive, which may take 100 MB in a large model
 
 
@@ -68,6 +68,7 @@ class RecurrentLayerCache:
         self.checkpoints: list[tuple[int, Slots]] = [(0, [None] * num_slots)]
         self._slots: list[Slot] = [None] * num_slots
         self._layout = plain_layout()
+        self._row_layout: RowLayout | None = None  # as the forward has it, which may be masks only
         # Of the last forward: its first slots, its rows that are left, and by slot the state after
         # so many of them.
         self._start: list[Slot] = list(self._slots)
@@ -135,10 +136,38 @@ class RecurrentLayerCache:
         """Take note of a slot's value after any number of ordinary rows that may be kept."""
         self._captured[slot] = after
 
-    def store(self, slots: Slots) -> None:
-        """Store all slots, unless rows of the forward may be rejected."""
-        for slot, value in enumerate(slots):
-            self[slot] = value
+    def run_mixer(self, call: TakeRows) -> Outputs:
+        """Run a mixer that has no seam; see ``row_by_row.MixerCache``.
+
+        Pending rows are one call, each draft and all mask groups are calls of their own.
+        """
+        before, layout = self.slots(), self.layout
+        if layout is None:
+            y, slots = call(lambda x: x, before, self._row_layout)
+            for slot, value in enumerate(slots):
+                self[slot] = value
+            return y
+        ends = range(layout.num_pending, layout.num_ordinary + 1)
+        ys, states, slots, first = [], [], before, 0
+        for end in ends:
+            y, slots = call(lambda x, first=first, end=end: x[:, first:end], slots, None)
+            ys.append(y)
+            states.append(slots)
+            first = end
+        if layout.num_masks:
+            starts = stacked([states[anchor] for anchor in layout.group_anchors])
+            masks = MaskRun(layout.group_index.shape[1])
+            y, _ = call(lambda x: layout.take_groups(x[0]), starts, masks)
+            ys.append([layout.joined_groups(group) for group in y])
+        for slot, value in enumerate(before):
+            if states[0][slot] is not value:  # rwkv's layers have two mixers, with own slots
+                self.capture(slot, lambda kept, slot=slot: states[kept - ends[0]][slot])
+        return [mx.concatenate(list(parts), axis=1) for parts in zip(*ys, strict=True)]
+
+    @property
+    def num_slots(self) -> int:
+        """Number of slots."""
+        return len(self._slots)
 
     def slots(self) -> Slots:
         """All slots as arrays."""
@@ -158,7 +187,10 @@ class RecurrentLayerCache:
         pending, ordinary = layout.num_pending, layout.num_ordinary
         sequential, axis = call.recurrence.sequential, call.recurrence.axis
         anchors = [pending + anchor for anchor in layout.group_anchors]
-        in_line = sequential and anchors in ([], [ordinary])  # masks continue the last row
+        # Masks may continue the last row, unless there is a better way for rows without a state.
+        in_line = sequential and (
+            not anchors or (anchors == [ordinary] and call.function.outputs is None)
+        )
         ends = set(range(pending, ordinary + 1))
         if in_line:
             ends = {layout.num_rows, *([pending] if pending > 1 else [])}
@@ -172,8 +204,7 @@ class RecurrentLayerCache:
         self._capture_rows(call, layout, slot, states)
         if layout.num_masks and not in_line:
             starts: Any = [states[anchor] for anchor in anchors]
-            y, _ = call.grouped(layout).run(mx.concatenate(starts))
-            ys.append(mx.moveaxis(layout.joined_groups(mx.moveaxis(y, axis, 1)), 1, axis))
+            ys.append(call.run_groups(layout, starts))
         return mx.concatenate(ys, axis=axis) if len(ys) > 1 else ys[0]
 
     def _capture_rows(
@@ -182,7 +213,7 @@ class RecurrentLayerCache:
         """Capture the rows that may be kept."""
         first = _first_captured(layout)
         before, rows = states[first], call.cut(first, layout.num_ordinary)
-        rows = rows.copied() if first else rows
+        rows = (rows.copied() if first else rows).for_state()
         self.capture(
             slot, lambda kept: Replay(rows.cut(0, kept - first), before) if kept > first else before
         )
@@ -197,7 +228,7 @@ class RecurrentLayerCache:
         if result is None:
             return None
         y, state = result
-        rows = call.cut(0, self._layout.num_ordinary)
+        rows = call.cut(0, self._layout.num_ordinary).for_state()
         self._start[slot] = state
         self.capture(slot, lambda kept: Replay(rows.cut(0, kept), state) if kept else state)
         return y, None
@@ -215,6 +246,7 @@ class RecurrentLayerCache:
         self._layout = (
             layout if isinstance(layout, StepLayout) else plain_layout(num_pending=num_rows)
         )
+        self._row_layout = layout
         self._start, self._num_left = list(self._slots), num_rows
         self.offset += num_rows
 

@@ -22,6 +22,7 @@ from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.layout import StepScope
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.model.recurrence import differentiable
 from mlx_mtp.model.wrappers import Wrapper
 from mlx_mtp.train.gradient.anchors import choose_anchors, chunks, count_masks
 from mlx_mtp.train.gradient.losses import (
@@ -245,12 +246,13 @@ class StepGradient:
             return
         ids = mx.array(sequence.ids)
         ordinary = ordinary_rows(self._model, ids)
-        mx.eval(ordinary.hidden, ordinary.keys_and_values)
+        mx.eval(ordinary.arrays)
         for part in chunks(rows, max_rows=self._settings.rows_per_forward):
             targets = make_targets(self._model, ordinary, ids, part, teacher=self._settings.teacher)
-            (loss, terms), gradients = self._value_and_grad(
-                parameters, ids, ordinary, part, targets
-            )
+            with differentiable(self._model.base):
+                (loss, terms), gradients = self._value_and_grad(
+                    parameters, ids, ordinary, part, targets
+                )
             mx.eval(gradients, loss, terms)
             numbers = {name: _number(term) for name, term in terms.items()}
             yield (gradients, _number(loss), numbers), part.num_rows

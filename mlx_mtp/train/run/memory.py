@@ -121,7 +121,7 @@ def estimate(model: MTPModel, settings: TrainSettings, *, longest: int) -> Memor
     on_cpu = mx.default_device().type == mx.cpu
     row = ordinary_rows(model, mx.array([0]))  # never evaluated: only its shapes are used
     item, width, heads = row.hidden.dtype.size, model.hidden_size, _num_heads(args)
-    keys = [sum(part.shape[1] * part.shape[-1] for part in pair) for pair in row.keys_and_values]
+    keys = row.num_values
     experts = getattr(args, "num_experts_per_tok", 1) or 1
     outputs = [_num_outputs(layer, experts) for layer in model.base.layers]
 

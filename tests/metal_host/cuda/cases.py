@@ -14,7 +14,11 @@ import mlx.core as mx
 
 from mlx_mtp.backends.metal import matmul as kernels
 from mlx_mtp.backends.metal.attention import HEAD_DIMS, Mask, merge_launch, step_attention_launch
+from mlx_mtp.backends.metal.gated_delta import DeltaRows, gated_delta_step_launch
 from mlx_mtp.backends.metal.matmul import Launch, PackedWeight, Variant
+from mlx_mtp.backends.metal.recurrence import StepRuns
+from mlx_mtp.backends.metal.ssm import SsmRows, SsmWeights, ssm_step_launch
+from mlx_mtp.model.layout import quadratic_layout
 from mlx_mtp.model.lora import GatedTerm
 
 BITS, GROUP_SIZE = 4, 64  # of the default format, in half and bfloat16
@@ -22,6 +26,8 @@ OUTPUTS, INPUTS, RANK = 64, 256, 8
 TYPES = {mx.float16: "half", mx.bfloat16: "bfloat16", mx.float32: "float32"}
 MATRIX_ROWS = (8, 16, 24, 32)  # one for each number of row tiles
 KEYS = 256
+STEP = quadratic_layout(num_pending=1, num_draft_tokens=1, num_masks=3)  # of a recurrence
+HEADS, VALUE_DIM = 8, 64
 
 
 @dataclass(frozen=True)
@@ -49,6 +55,9 @@ def default_cases() -> Iterator[Case]:
         for rows in (1, 4, 8, 32):
             yield spans(rows, dtype=dtype, mask="causal")
         yield merge(64, dtype=dtype)
+        yield gated_delta(dtype=dtype)
+        yield gated_delta(dtype=dtype, by_key=True)
+        yield ssm(dtype=dtype)
 
 
 def sampled_cases() -> Iterator[Case]:
@@ -77,6 +86,9 @@ def sampled_cases() -> Iterator[Case]:
         masks: tuple[Mask, ...] = ("causal", None, mx.zeros((rows, KEYS), dtype=mx.bool_))
         yield spans(rows, dtype=dtype, head_dim=head_dim, mask=masks[i % 3])
         yield merge(head_dim, dtype=kernels.DTYPES[(i + 2) % 3])
+    for dims in (64, 256):
+        yield gated_delta(dtype=mx.float32, dims=dims, by_key=dims == 256)
+        yield ssm(dtype=mx.float32, state_dim=dims)
 
 
 def matmul(
@@ -133,3 +145,32 @@ def merge(head_dim: int, *, dtype: mx.Dtype) -> Case:
     """The second kernel of step attention, which knows nothing of rows."""
     launch = merge_launch(mx.zeros((3, 2, head_dim + 2)), heads=3, dtype=dtype)
     return Case(f"attention merge, heads of {head_dim}, {TYPES[dtype]}", 1, launch)
+
+
+def gated_delta(*, dtype: mx.Dtype, dims: int = 128, by_key: bool = False) -> Case:
+    """The rows of a step through a gated delta rule, two heads of values for each of keys."""
+    count = STEP.num_rows
+    keys = mx.zeros((count, HEADS // 2, dims), dtype=dtype)
+    rows = DeltaRows(
+        q=keys,
+        k=keys,
+        v=mx.zeros((count, HEADS, VALUE_DIM), dtype=dtype),
+        g=mx.zeros((count, HEADS, dims) if by_key else (count, HEADS)),
+        beta=mx.zeros((count, HEADS), dtype=dtype),
+    )
+    state = mx.zeros((HEADS, VALUE_DIM, dims))
+    launch = gated_delta_step_launch(rows, rows, StepRuns.of(STEP, num_kept=1), state)
+    gates = ", gates by key" if by_key else ""
+    return Case(f"gated delta, keys of {dims}{gates}, {TYPES[dtype]}", count, launch)
+
+
+def ssm(*, dtype: mx.Dtype, state_dim: int = 128) -> Case:
+    """The rows of a step through Mamba2's recurrence, four heads for each group."""
+    count = STEP.num_rows
+    group = mx.zeros((count, HEADS // 4, state_dim), dtype=dtype)
+    x = mx.zeros((count, HEADS, VALUE_DIM), dtype=dtype)
+    rows = SsmRows(x=x, B=group, C=group, dt=mx.zeros((count, HEADS)))
+    weights = SsmWeights(A_log=mx.zeros((HEADS,), dtype=dtype), D=mx.zeros((HEADS,), dtype=dtype))
+    state = mx.zeros((HEADS, VALUE_DIM, state_dim))
+    launch = ssm_step_launch(rows, rows, StepRuns.of(STEP, num_kept=1), state, weights)
+    return Case(f"ssm, states of {state_dim}, {TYPES[dtype]}", count, launch)

@@ -5,6 +5,9 @@ namespace metal {
 
 inline float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 inline float exp(float x) { return ::expf(x); }
+namespace fast {
+inline float exp(float x) { return ::__expf(x); }
+}  // namespace fast
 inline float exp2(float x) { return ::exp2f(x); }
 inline float log2(float x) { return ::log2f(x); }
 inline float sqrt(float x) { return ::sqrtf(x); }
