@@ -140,7 +140,7 @@ _REFUSABLE = {
     "bfloat16": "bfloat16 was not run",
     "4-bit": "4-bit weights were not run",
     "training": "There is no training",
-    "batches": "Answers take turns",
+    "batches": "There are no batched steps",
     "max_kv_size": "`--max-kv-size` is refused",
     "kv_bits": "`--kv-bits` is refused",
 }
@@ -226,19 +226,22 @@ def _reasons(results: Mapping[str, Mapping[str, Any]], shown: list[str]) -> str:
         for name in shown:
             outcome = results[name]["checks"].get(check, "")
             if outcome.startswith((REFUSED, FAILED)):
-                reasons.setdefault(_reason(outcome, name), []).append(name)
+                reasons.setdefault(_reason(outcome), []).append(name)
         lines += [
-            f"- {what}: {reason}. {', '.join(names)}.\n"
+            f"- {what} for {', '.join(names)}: {reason}.\n"
             for reason, names in sorted(reasons.items())
         ]
     return "".join(lines)
 
 
-def _reason(outcome: str, name: str) -> str:
-    """The reason without the names, so that families can share it."""
+def _reason(outcome: str) -> str:
+    """The reason without names, so that families can share it."""
     text = _plain_text(outcome.partition(": ")[2])
-    text = re.sub(r"[\w-]+ \([\w-]+\)(:| cannot (be used|take mask rows):)? ?", "", text)
-    return text.replace("kv_bits cannot be used with", "").strip(" :")
+    if "No Metal back-end" in text:
+        return "not run: mlx-lm has kernels for Metal only"
+    text = text.removeprefix("kv_bits cannot be used with ")
+    names = r"^[\w-]+( \([\w-]+\))?( models)?( cannot (be used|take mask rows))?: "
+    return re.sub(names, "", text).replace("mlx-lm itself:", "mlx-lm:")
 
 
 def row(result: Mapping[str, Any]) -> str:
@@ -246,7 +249,7 @@ def row(result: Mapping[str, Any]) -> str:
     name, checks = result["family"], result["checks"]
     head = f"| {name} | {KNOWN.get(name, '')} |"
     if not _decodes(result):
-        return f"{head} {_plain_text(result['reason'])} |"
+        return f"{head} {_reason(REFUSED + ': ' + result['reason'])} |"
     cells = [", ".join(result["layers"]["kinds"])]
     cells += [_short(checks.get(key, "")) for key in ("plain", "drafts", "bfloat16", "4-bit")]
     cells += ["no" if _short(checks.get(key, "")) == "no" else "yes" for key in _YES_OR_NO]

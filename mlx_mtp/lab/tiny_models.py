@@ -503,7 +503,8 @@ def _random(rng: np.random.Generator, name: str, like: mx.array) -> mx.array:
     if "conv" in name and last == "weight" and like.ndim == 3:
         return mx.array(0.6 * noise)
     is_table = re.search("embed|wte|wpe", name) and "per_layer" not in name
-    scale = 0.03 if is_table else 1.5 / np.sqrt(like.shape[-1])
+    factor = 0.3 if last.endswith("gate_weight") else 1.5  # a gate that is shut has no gradient
+    scale = 0.03 if is_table else factor / np.sqrt(like.shape[-1])
     return mx.array(scale * noise)
 
 
