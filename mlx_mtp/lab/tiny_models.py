@@ -14,6 +14,8 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import inspect
+import operator
 import pkgutil
 import re
 import sys
@@ -28,7 +30,6 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 
 from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, MTPModel
-from mlx_mtp.model.settings import text_arguments
 from mlx_mtp.train.gradient.adapter import new_adapter, trainable
 from mlx_mtp.train.settings import TrainSettings
 
@@ -335,9 +336,7 @@ def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
     config: dict[str, Any] = _by_rules(module.ModelArgs, family)
     config_fields = {field.name for field in dataclasses.fields(module.ModelArgs)} - {"vocab_size"}
     if "text_config" in config_fields:
-        text_class = text_arguments(module.Model)
-        assert text_class is not None
-        text_family = text_class.__module__.rpartition(".")[-1]
+        text_class, text_family = _text_arguments(module)
         values = _OWN.get(text_family, {}) | own | overrides
         outer = {key: value for key, value in values.items() if key in config_fields}
         inner = {key: value for key, value in values.items() if key not in outer}
@@ -374,6 +373,17 @@ def _layer_types(family: str) -> list[str] | None:
     if "full_attention" in kinds and "attention" in kinds:
         kinds.remove("attention")
     return [kinds[index % len(kinds)] for index in range(LAYERS)]
+
+
+def _text_arguments(module: types.ModuleType) -> tuple[type, str]:
+    """The arguments' class of a wrapped language model, and the family whose file has it."""
+    for part in (module, *(sys.modules[x.__module__] for x in module.Model.__mro__[1:-1])):
+        source = inspect.getsource(part)
+        calls = re.findall(r"([\w.]+)\.from_dict\(\w+\.text_config\)", source)
+        if calls:  # the last one is what is left after all special cases
+            owner: Any = operator.attrgetter(calls[-1])(part)
+            return owner, owner.__module__.rpartition(".")[-1]
+    raise ValueError(f"{module.__name__} has a text_config of an unknown class")
 
 
 def tiny_model(

@@ -16,10 +16,10 @@ import dataclasses
 import functools
 import inspect
 import math
-import operator
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from mlx_lm import utils as lm_utils
 from transformers import PreTrainedConfig
@@ -30,7 +30,8 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 _THETA = ("rope_theta", "rotary_emb_base")
 _PARTIAL = ("partial_rotary_factor", "rotary_pct")
 _TYPES_WITH_ORIGINAL_LENGTH = ("yarn", "llama3", "longrope")
-_BY_PARAMETERS = ("mistral4", "glm_moe_dsa")  # have both fields and read one
+# These read rotary settings by type of layer, as they are in the file.
+_NESTED_AS_GIVEN = ("gemma4_text", "laguna", "mellum", "spark2_5")
 _NESTED_BY_CLASS = ("olmo3",)  # scales the rotary embedding of its full-attention layers only
 
 # Settings of transformers' classes that change no logits of a causal forward in evaluation.
@@ -38,7 +39,6 @@ _HARMLESS = {
     *("initializer_range", "use_cache", "pretraining_tp", "is_decoder"),  # loading and generating
     *("pad_token_id", "bos_token_id", "eos_token_id", "eod_token_id"),  # tokens
     *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),  # training
-    *("num_nextn_predict_layers", "num_mtp_layers"),  # of heads that a causal forward does not run
     "max_position_embeddings",  # a limit, which decoding keeps to; rotary scaling gets it
 }
 _HARMLESS_ENDINGS = (
@@ -135,61 +135,32 @@ def read_settings(config: Mapping[str, Any], *, has_head: bool | None = None) ->
     if not isinstance(inner, dict) or (
         classes is not None and "text_config" not in _fields(classes[1])
     ):
-        return _read_flat(config, _transformers_config(config), has_head=has_head)
+        known = _transformers_config(config)
+        return _read_flat(config, known, has_head=has_head, classes=classes)
     outer = _transformers_config(config)
-    known = _text_config(outer) or _transformers_config(inner)
+    known: Any = outer.get_text_config() if outer is not None else None
+    if not isinstance(known, PreTrainedConfig):  # some classes keep it as it is in the file
+        known = _transformers_config(inner)
     if known is not None:
         inner = {"model_type": known.model_type, **inner}
     if "tie_word_embeddings" in config:
         inner.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
-    text = classes and text_arguments(classes[0])
-    pair = (classes[0], text) if classes and text else None
-    found = _read_flat(inner, known, classes=pair, has_head=has_head)
+    text_classes = _classes(inner) if classes is None else _text_classes(classes, inner)
+    found = _read_flat(inner, known, has_head=has_head, classes=text_classes)
     overrides = {"text_config": found.config | found.overrides}
     return dataclasses.replace(
         found, config=config | {"text_config": found.config}, overrides=overrides
     )
 
 
-def _text_config(outer: PreTrainedConfig | None) -> PreTrainedConfig | None:
-    """The language model's part of a configuration; None if it has none of its own."""
-    inner = None if outer is None else getattr(outer, "text_config", None)
-    return inner if isinstance(inner, PreTrainedConfig) else None
-
-
-def text_arguments(model_class: type) -> type | None:
-    """The class that one of mlx-lm's models reads ``text_config`` with; None if it has none."""
-    for kind in model_class.__mro__[:-1]:
-        module: Any = inspect.getmodule(kind)
-        calls = [
-            node.func.value
-            for node in ast.walk(ast.parse(inspect.getsource(module)))
-            if isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Attribute)
-            and node.func.attr == "from_dict"
-            and any(getattr(argument, "attr", None) == "text_config" for argument in node.args)
-        ]
-        if calls:  # the last one is what is left after all special cases
-            return operator.attrgetter(ast.unparse(calls[-1]))(module)
-    return None
-
-
 def _read_flat(
     config: dict[str, Any],
     known: PreTrainedConfig | None,
     *,
-    classes: tuple[type, type] | None = None,
     has_head: bool | None,
+    classes: tuple[type, type] | None,
 ) -> Settings:
-    """Translate a configuration without a ``text_config``.
-
-    Args:
-        config: its values.
-        known: as transformers reads it; None if it does not know the model type.
-        classes: mlx-lm's model class and its arguments; those of the model type by default.
-        has_head: see ``read_settings``.
-    """
-    classes = classes or _classes(config)
+    """Translate a configuration without a ``text_config``, for mlx-lm's classes."""
     if known is None or classes is None:
         config = _older_keys(config)
         if classes is not None:
@@ -205,7 +176,7 @@ def _read_flat(
     values = {
         key: getattr(known, key)
         for key in (reads & named) - _TRANSLATED
-        if not isinstance(getattr(known, key), PreTrainedConfig | None)
+        if getattr(known, key) is not None
     }
     if "tie_word_embeddings" in reads:
         values["tie_word_embeddings"] = tied
@@ -244,6 +215,24 @@ def _classes(config: Mapping[str, Any]) -> tuple[type, type] | None:
         why = "for which mlx-lm needs another package"
         raise _refuse("model_type", config["model_type"], why) from None
     return classes if dataclasses.is_dataclass(classes[1]) else None
+
+
+def _text_classes(outer: tuple[type, type], inner: Mapping[str, Any]) -> tuple[type, type] | None:
+    """Return mlx-lm's model class and arguments for the ``text_config`` of a model class.
+
+    A file may have arguments of its own for it, whatever the model type in it is.
+    """
+    module: Any = inspect.getmodule(outer[0])
+    # a dotted name is that of another file, which the model type names too
+    calls = re.findall(r"(?<![\w.])(\w+)\.from_dict\(\w+\.text_config\)", inspect.getsource(module))
+    kinds = [getattr(module, name, None) for name in set(calls)]
+    classes = _classes(inner)
+    if len(kinds) != 1 or not dataclasses.is_dataclass(kinds[0]):
+        return classes
+    kind = cast(type, kinds[0])
+    # the layers that read them are in the same file, or in that of the model type
+    own = "num_attention_heads" in _keys_read(outer[0], kind)[0]
+    return (outer[0] if own or classes is None else classes[0]), kind
 
 
 def _fields(kind: Any) -> set[str]:
@@ -292,23 +281,15 @@ def _keys_read(model_class: type, args_class: Any) -> tuple[frozenset[str], bool
 
     Also returns whether the model's head is named ``lm_head``.
     """
-    kinds = {*args_class.__mro__, *model_class.__mro__}
-    for kind in tuple(kinds):  # and of the files that theirs take layers from
-        names = vars(inspect.getmodule(kind)) if _is_mlx_lm(kind) else {}
-        kinds |= {value for value in names.values() if isinstance(value, type)}
-    modules: set[Any] = {inspect.getmodule(kind) for kind in kinds if _is_mlx_lm(kind)}
+    modules = [inspect.getmodule(cls) for cls in {*args_class.__mro__, model_class}]
     names = set()
-    for module in modules:
-        for node in ast.walk(ast.parse(inspect.getsource(module))):
+    for module in (module for module in modules if "mlx_lm" in getattr(module, "__name__", "")):
+        for node in ast.walk(ast.parse(inspect.getsource(module))):  # type: ignore[arg-type]
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
                 names.add(node.attr)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 names.add(node.value)  # of getattr
     return frozenset(_fields(args_class) & names), "lm_head" in names
-
-
-def _is_mlx_lm(kind: type) -> bool:
-    return kind.__module__.startswith("mlx_lm.models")
 
 
 def _refuse(key: str, value: Any, why: str) -> ValueError:
@@ -327,7 +308,6 @@ def _check_fixed(
     fields = {field.name: field for field in dataclasses.fields(known)}
     base = _fields(PreTrainedConfig)
     aliases = {known.attribute_map.get(key, key) for key in reads}
-    aliases |= {key for key, other in known.attribute_map.items() if other in reads}
     if config["model_type"] in _OTHER_ACTIVATION and known.hidden_act in ACTIVATIONS:
         aliases.add("hidden_act")
     for key, field in fields.items():
@@ -335,8 +315,6 @@ def _check_fixed(
         if key in handled or key.endswith(_HARMLESS_ENDINGS):
             continue
         value = getattr(known, key)
-        if key == "num_key_value_heads" and value == known.num_attention_heads:
-            continue  # what latent attention computes with
         default = field.default
         if default is dataclasses.MISSING:
             continue
@@ -352,8 +330,7 @@ def _check_fixed(
     head_dim = getattr(known, "head_dim", None)
     computed = known.hidden_size // heads if heads else None
     fixed = "head_dim" not in reads or config["model_type"] in _USUAL_HEAD_DIM
-    latent = "qk_rope_head_dim" in reads  # has sizes of its own
-    if fixed and not latent and head_dim not in (None, computed):
+    if fixed and head_dim not in (None, computed):
         raise _refuse("head_dim", head_dim, f"{why}: it computes with {computed}")
     mapped = set(known.attribute_map) | set(known.attribute_map.values())
     for key in sorted(_COMPUTING & set(config) - set(fields) - reads - mapped):
@@ -408,6 +385,8 @@ def _rope(
     parameters = getattr(known, "rope_parameters", None)
     if not isinstance(parameters, dict) or not parameters:
         return None, {}
+    if model_type in _NESTED_AS_GIVEN:
+        return None, {"rope_parameters": parameters}
     nested = {
         key: value
         for key, value in parameters.items()
@@ -416,7 +395,6 @@ def _rope(
     keys: dict[str, Any] = {}
     main = nested.get(_FULL) or next(iter(nested.values()), parameters)
     local = nested.get(_SLIDING)
-    by_type = bool(nested) and {"rope_parameters", "layer_types"} <= reads  # mlx-lm's class knows
     for value in nested.values():
         if value.get("type", value.get("rope_type")) != value.get("rope_type"):
             why = f"which transformers' {model_type} does not read: it needs rope_type"
@@ -424,12 +402,9 @@ def _rope(
     if local is not None and _plain(local) != _plain(main):
         theta = local.get("rope_theta")
         scaled = local.get("rope_type", "default") != "default"
-        if not by_type and (
-            scaled
-            or not (
-                "rope_local_base_freq" in reads
-                or (model_type in _NESTED_BY_CLASS and theta == main.get("rope_theta"))
-            )
+        if scaled or not (
+            "rope_local_base_freq" in reads
+            or (model_type in _NESTED_BY_CLASS and theta == main.get("rope_theta"))
         ):
             raise _refuse(
                 "rope_parameters", parameters, f"which mlx-lm's {model_type} does not apply"
@@ -447,7 +422,7 @@ def _rope(
     if partial is not None and not other:
         if not reads.isdisjoint(_PARTIAL):
             keys |= {key: partial for key in _PARTIAL if key in reads}
-        elif partial != 1 and "qk_rope_head_dim" not in reads and not by_type:
+        elif partial != 1:
             why = f"which mlx-lm's {model_type} does not apply"
             raise _refuse("partial_rotary_factor", partial, why)
     scaling = _scaling(main, known)
@@ -458,9 +433,7 @@ def _rope(
     # Only one generation is written, so that no two keys of a file can contradict each other.
     if nested and "rope_local_base_freq" not in reads:
         keys["rope_parameters"] = {**nested, _FULL: _joined(main, scaling, theta)}
-    elif "rope_parameters" in reads and (
-        "rope_scaling" not in reads or model_type in _BY_PARAMETERS
-    ):
+    elif "rope_parameters" in reads and "rope_scaling" not in reads:
         keys["rope_parameters"] = _joined(parameters, scaling, theta)
     applied = "rope_scaling" in reads or "rope_parameters" in reads
     limit = getattr(known, "max_position_embeddings", None) or 2048

@@ -191,7 +191,7 @@ def draft_cases() -> Iterator[Any]:
             yield pytest.param(kind, form, 500, marks=pytest.mark.soak)
 
 
-@pytest.mark.parametrize(("kind", "form", "count"), draft_cases())
+@pytest.mark.parametrize(("kind", "form", "count"), list(draft_cases()))
 def test_adversarial_drafts_change_no_id(kind: str, form: str, count: int, seed: int) -> None:
     options: dict[str, Any] = {"quantised": form == "quantised"}
     options |= {"dtype": mx.bfloat16} if form == "bfloat16" else {}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlx_mtp.lab.tiny_models import tiny_config as lab_config
+from mlx_mtp.lab.tiny_models import tiny_config as tiny_family_config
 from mlx_mtp.model.settings import read_settings
 from tests.helpers.tiny import KINDS, tiny_config
 
@@ -77,27 +77,6 @@ def test_text_config():
     outer = {"model_type": "mistral3", "text_config": inner | {"rope_parameters": rope}}
     assert read_settings(outer).config["text_config"]["rope_theta"] == 7.0
     assert read(text_config={"dtype": "float16"})["text_config"] == {"dtype": "float16"}
-
-
-@pytest.mark.parametrize(
-    ("family", "changes"),
-    [
-        ("deepseek_v3", {"num_attention_heads": 2, "num_key_value_heads": 2}),
-        ("kimi_k25", {}),
-        ("qwen3_5", {"num_hidden_layers": 6}),
-        ("qwen3_5_moe", {"num_experts_per_tok": 3}),
-        ("llama4", {"intermediate_size_mlp": 80}),
-        ("mistral4", {}),
-        ("mellum", {}),
-        ("dbrx", {}),
-        ("pixtral", {}),
-    ],
-)
-def test_other_sizes_than_the_first_model_of_a_family(family, changes):
-    config = lab_config(family, **changes)
-    found = read_settings(config).config
-    inner, values = found.get("text_config", found), config.get("text_config", config)
-    assert {key: inner.get(key) for key in changes} == {key: values[key] for key in changes}
 
 
 def test_an_architecture_that_transformers_does_not_know():
@@ -183,3 +162,24 @@ def test_heads():
     config = {k: v for k, v in untied.items() if k != "tie_word_embeddings"}
     assert read_settings(config, has_head=False).config["tie_word_embeddings"] is True
     assert read_settings(config, has_head=True).config["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "changes"),
+    [
+        ("llama4", "llama4_text", {"num_local_experts": 8, "attention_chunk_size": 64}),
+        ("gemma3n", "gemma3n_text", {}),
+        ("gemma4", "gemma4_text", {"final_logit_softcapping": 30.0}),
+        ("kimi_k25", "kimi_k2", {"num_key_value_heads": 4}),
+        ("kimi_vl", "deepseek_v3", {"num_key_value_heads": 4}),
+        ("pixtral", "mistral", {}),
+    ],
+)
+def test_language_models_in_vision_language_folders_have_their_own_arguments(
+    family: str, kind: str, changes: dict[str, Any]
+) -> None:
+    config = tiny_family_config(family)
+    config["text_config"] |= {"model_type": kind, **changes}
+    found = read_settings(config).config["text_config"]
+    for key in ("num_hidden_layers", "num_attention_heads", "vocab_size", *changes):
+        assert found[key] == config["text_config"][key]

@@ -235,8 +235,7 @@ class RecurrentLayerCache:
 
     def _settled(self, slot: int) -> State:
         """Return a slot as an array."""
-        value = self._slots[slot]
-        return value.after if isinstance(value, Replay) else value
+        return _settled(self._slots[slot])
 
     # What an answer's caches ask.
 
@@ -289,14 +288,11 @@ class RecurrentLayerCache:
 
     def checkpoint(self) -> None:
         """Make it possible to rewind to here later."""
-        self._settle()
         if self.checkpoints[-1][0] < self.offset:
+            slots = [_settled(value) for value in self._values()]
             first, *others = self.checkpoints
-            self.checkpoints = [
-                first,
-                *others[-(MAX_CHECKPOINTS - 1) :],
-                (self.offset, self.slots()),
-            ]
+            last = (self.offset, slots)
+            self.checkpoints = [first, *others[-(MAX_CHECKPOINTS - 1) :], last]
 
     def rewind_points(self) -> list[int]:
         """Offsets that can be rewound to, besides the current one."""
@@ -345,6 +341,11 @@ class RecurrentLayerCache:
         cache = lm_cache.ArraysCache(len(self._slots)) if into is None else into
         cache.cache = self.slots()
         return cache
+
+
+def _settled(value: Slot) -> State:
+    """Return a slot as an array."""
+    return value.after if isinstance(value, Replay) else value
 
 
 def _first_captured(layout: StepLayout) -> int:
