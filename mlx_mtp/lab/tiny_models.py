@@ -341,7 +341,7 @@ def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
         outer = {key: value for key, value in values.items() if key in config_fields}
         inner = {key: value for key, value in values.items() if key not in outer}
         text = _by_rules(text_class, text_family) | inner
-        kind = f"{family}_text" if text_family == family else text_family
+        kind = f"{family}_text" if family.startswith(text_family) else text_family
         own, overrides = {**outer, "text_config": {"model_type": kind, **text}}, {}
     config |= own | overrides
     present = {key: value for key, value in config.items() if value is not _ABSENT}
