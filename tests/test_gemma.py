@@ -119,14 +119,15 @@ def test_the_folder(gemma_folder: Path) -> None:
     assert config["eos_token_id"] == [1, 106]
 
 
-@pytest.mark.parametrize("layout", ["quadratic", "auto"])
+@pytest.mark.parametrize("layout", [pytest.param("quadratic", marks=pytest.mark.soak), "auto"])
 def test_ids_across_the_wrap(small: Gemma, layout: str) -> None:
     """The prompt fills the window; it wraps while a short list repeats."""
     text = "\n\n".join(prompt.text for prompt in builtin_prompts())
     prompt = small.ids(text, WINDOW - 30) + small.ids(REPEATING)[1:]
-    small.check(prompt, 60, layout)
+    small.check(prompt, 45, layout)
 
 
+@pytest.mark.soak
 def test_training_lowers_the_loss(small: Gemma) -> None:
     settings = TrainSettings(
         num_draft_tokens=K, rank=4, num_anchors=16, candidates=64, rows_per_forward=32, warmup=0
