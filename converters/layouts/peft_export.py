@@ -89,6 +89,8 @@ def _check_sampler(kind: SamplerKind | None) -> None:
 
 
 def _check_rank(config: MTPConfig, path: str, lora_a: mx.array) -> None:
+    if lora_a.ndim == 3:
+        raise ValueError(f"PEFT's layout has no low-rank weights per expert, as {path} has them")
     if lora_a.ndim != 2 or lora_a.shape[1] != config.rank_of(path):
         raise ValueError(
             f"{path}.lora_a has shape {tuple(lora_a.shape)}, not rank {config.rank_of(path)}"

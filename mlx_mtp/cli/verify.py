@@ -243,7 +243,7 @@ def table(report: VerifyReport) -> list[str]:
     requested = report.settings.num_tokens
     short = requested is not None and report.num_tokens < requested
     lines = [
-        *(["Quick check: a few tokens of few prompts."] if report.settings.is_quick else []),
+        *(["Quick check: a few tokens of a few prompts."] if report.settings.is_quick else []),
         f"Greedy: {report.num_tokens} tokens over {len(report.prompts)} prompts, {report.dtype}"
         + (f" (fewer than the requested {requested}: the answers ended)" if short else ""),
         *(

@@ -132,7 +132,7 @@ KNOWN = {
     "telechat3": "TeleChat3",
     "youtu_llm": "Youtu-LLM 2B",
 }
-"""Well-known models by ``model_type``, from general knowledge; none of them was run."""
+"""Well-known models by ``model_type``, from general knowledge."""
 
 _YES_OR_NO = ("training", "batches")
 _REFUSABLE = {
@@ -155,10 +155,13 @@ python -m mlx_mtp.lab.models --long {num_long} --json results.jsonl --write-docs
 ```
 
 from checks on tiny random models: four layers of width 128, every kind of layer that the file
-has, random weights, a random adapter. They ran on a CPU; no row was run on a Mac, and no model of
-this list was downloaded. {counts}
+has, random weights, a random adapter. The checks ran on a CPU; nothing was run on a Mac. Of the
+models that the table names, SmolLM2-135M-Instruct and Gemma 3 270M were run with their trained
+weights, by other tests, and no other was downloaded.
 
-**Check your own model** before you rely on a row:
+{counts}
+
+Check your own model before you rely on a row:
 
 ```shell
 mlx-mtp inspect MODEL
@@ -168,20 +171,20 @@ mlx-mtp verify --model MODEL --quick
 The columns:
 
 - **Family**: the file of mlx-lm, which is the `model_type` of `config.json`.
-- **Plain**: greedy decoding without drafts against mlx-lm's, in float32. *bits*: the logits are
-  equal bit by bit. *ids*: the ids are equal, the logits to rounding, because keys and values are
-  summed in another order.
-- **Drafts**: right and wrong drafts of lookup and mask tokens in linear, quadratic and irregular
-  layouts against plain decoding. Products are computed row by row here, as our kernels do, so that
-  equal means *bits*. *ids*: the ids are equal, the logits to rounding.
-- **bfloat16**: the same over {num_long} tokens; experts have 8 bits, because MLX multiplies theirs
-  on a CPU in float32 or quantised only.
+- **Plain**: greedy decoding without drafts, compared with mlx-lm's in float32. *bits*: the logits
+  are equal, bit for bit. *ids*: the ids are equal, and the logits are equal up to rounding, because
+  keys and values are summed in another order.
+- **Drafts**: accepted and rejected drafts of lookup and mask tokens in linear, quadratic and
+  irregular layouts, compared with plain decoding. Products are computed row by row here, as our
+  kernels compute them. *bits* and *ids* have the same meaning.
+- **bfloat16**: the same over {num_long} tokens; experts have 8 bits, because MLX
+  computes them on a CPU in float32 or quantised only.
 - **4-bit**: the same with quantised weights.
-- **Training**: mask rows in training are those of decoding, and the gradient reaches the adapter.
+- **Training**: mask rows in training equal those of decoding, and the gradient reaches the adapter.
 - **Batches**: whether answers share steps in the server; otherwise they take turns.
-- **Kernels**: what our Metal kernels would compute, by the model's structure: `lora` for adapters,
-  `qmm` for 4-bit weights, `attention`, `gated delta`, `ssm`. They are checked on each machine when
-  a model loads.
+- **Kernels**: what our Metal kernels would compute, given the model's structure: `lora` for
+  adapters, `qmm` for 4-bit weights, `attention`, `gated delta`, `ssm`. They are checked on each
+  machine when a model loads.
 
 """
 
@@ -194,9 +197,9 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """
     counts = Counter(result["status"] for result in results.values())
     text = (
-        f"Of {len(results)} families, {counts['exact']} decode with drafts and their output stays "
-        f"what it is without, {counts['plain']} decode without drafts only, and "
-        f"{counts[REFUSED]} are refused before any work; the reasons stand below."
+        f"Of {len(results)} families, {counts['exact']} decode with drafts, with unchanged output, "
+        f"{counts['plain']} only decode without drafts, and {counts[REFUSED]} are refused before "
+        "any work; the reasons are listed below."
     )
     if counts[FAILED]:
         text += f" {counts[FAILED]} fail a check."
@@ -210,7 +213,7 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     names = sorted(results, key=str.lower)
     shown = [name for name in names if _decodes(results[name])]
     parts += [row(results[name]) + "\n" for name in shown]
-    parts.append("\n## What is missing\n\n" + _reasons(results, shown))
+    parts.append("\n## Limits\n\n" + _reasons(results, shown))
     left = [name for name in names if name not in shown]
     if left:
         parts.append("\n## Refused models\n\n| Family | Models | Reason |\n|---|---|---|\n")
@@ -219,7 +222,7 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _reasons(results: Mapping[str, Mapping[str, Any]], shown: list[str]) -> str:
-    """Why a cell says no, and what options are refused: a line per reason, with its families."""
+    """Why a cell is no, and what options are refused: a line per reason, with its families."""
     lines = []
     for check, what in _REFUSABLE.items():
         reasons: dict[str, list[str]] = {}

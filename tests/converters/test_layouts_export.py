@@ -183,6 +183,19 @@ def test_what_the_layout_cannot_express(changes: dict[str, Any], message: str) -
     assert "\n" not in str(caught.value)
 
 
+def test_weights_per_expert_and_per_layer_masks() -> None:
+    found = adapter(SMALL, dict.fromkeys(SMALL, 2.0))
+    path = "model.layers.0.mlp.switch_mlp.up_proj"
+    experts = {f"{path}.lora_a": mx.zeros((2, 8, 3)), f"{path}.lora_b": mx.zeros((2, 3, 8))}
+    per_layer = {"mask_per_layer_embeddings": mx.zeros((3, 16))}
+    for more, message in [
+        (experts, f"PEFT's layout has no low-rank weights per expert, as {path} has them"),
+        (per_layer, "PEFT's layout has no place for mask_per_layer_embeddings"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            to_peft(config_of(found), found.tensors | more, mask_token_ids=IDS[:3])
+
+
 @pytest.mark.parametrize("ids", [[40, 41], [40, 41, 41], [40, 41, -1]])
 def test_mask_tokens_must_be_k(ids: list[int]) -> None:
     found = adapter(SMALL, dict.fromkeys(SMALL, 2.0))

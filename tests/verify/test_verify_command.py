@@ -119,7 +119,7 @@ def test_the_quick_check(pair: tuple[Path, Path], tmp_path: Path) -> None:
     result = invoke(pair, "--quick", "--max-tokens", "5", "--output-file", str(path))
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
-    assert lines[0] == "Quick check: a few tokens of few prompts."
+    assert lines[0] == "Quick check: a few tokens of a few prompts."
     assert lines[1].startswith("Greedy: 10 tokens over 2 prompts")
     assert [line.split()[:2] for line in lines[3:7]] == [
         ["plain", "-"],
