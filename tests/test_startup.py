@@ -28,10 +28,14 @@ finally:
         (["verify", "--seed", "x"], True),
         (["benchmark", "--seed", "x"], True),
         (["generate", "--seed", "x", "--trust-remote-code"], False),
-        (["inspect", "--seed", "x"], False),
+        (["inspect", "--seed", "x"], True),
+        (["convert", "--seed", "x"], True),
+        (["inspect", "--seed", "x", "--allow-pickle"], False),
+        (["convert", "--seed", "x", "--verify"], False),
+        (["serve", "--seed", "x"], False),
     ],
 )
-def test_commands_that_decode_hide_pytorch(monkeypatch, args: list[str], is_hidden: bool) -> None:
+def test_commands_without_pytorch_hide_it(monkeypatch, args: list[str], is_hidden: bool) -> None:
     monkeypatch.setattr("signal.signal", lambda *_: None)  # main ignores SIGINT at its end
     monkeypatch.setattr("sys.argv", ["mlx-mtp", *args])
     monkeypatch.setitem(sys.modules, "torch", None)

@@ -115,10 +115,11 @@ def convert(**options: Any) -> None:
     --hf-path or --gguf writes a model and --mtp-path an adapter. Both together write a model with
     its adapter in OUT/adapter, which is used by `mlx-mtp generate --model OUT`.
     """
-    from mlx_mtp.converters.convert import convert_adapter, convert_model
-
     _take_gguf(options)
     _check_flags(options)
+    with Status("Starting ..."):
+        from mlx_mtp.converters.convert import convert_adapter, convert_model
+
     output, hf_path = Path(options["mlx_path"]).expanduser(), options["hf_path"]
     checkpoint = None
     if options["mtp_path"] is not None:
@@ -157,9 +158,9 @@ def convert(**options: Any) -> None:
 @FORCE
 def export(adapter_path: str, peft_path: str, model: str | None, force: bool) -> None:
     """Export an adapter as a PEFT checkpoint for PyTorch."""
-    from mlx_mtp.converters.export import export_adapter
-
     with Status("Exporting ..."):
+        from mlx_mtp.converters.export import export_adapter
+
         output = Path(peft_path).expanduser()
         settings = export_adapter(adapter_path, output, base_model=model, force=force)
     masks = settings["alora_invocation_tokens"]
@@ -184,11 +185,11 @@ def inspect(path: str | None, as_json: bool, allow_pickle: bool, hash_all: bool)
 
     The weights are not read.
     """
-    from mlx_mtp.converters.inspection import inspect_path
-    from mlx_mtp.loading import locate
-    from mlx_mtp.storage.data_wheels import ON_REQUEST
-
     with Status("Inspecting ...") as status:
+        from mlx_mtp.converters.inspection import inspect_path
+        from mlx_mtp.loading import locate
+        from mlx_mtp.storage.data_wheels import ON_REQUEST
+
         adapter = None
         if path is None or (path in ON_REQUEST and not Path(path).exists()):
             checkpoint, adapter = locate(path, None, progress=status.update)

@@ -40,7 +40,10 @@ SECTIONS = (
     cloup.Section("Convert and train", [convert, export, inspect, train, average]),
     cloup.Section("Measure", [benchmark, verify, tune, doctor, simulate]),
 )
-WITHOUT_TORCH = (average, benchmark, chat, generate, simulate, train, tune, verify)
+WITHOUT_TORCH = (
+    average, benchmark, chat, convert, export, generate, inspect, simulate, train, tune, verify
+)  # fmt: skip
+WITH_TORCH = {"--trust-remote-code", "--against-pytorch", "--allow-pickle", "--verify"}
 
 
 class CommandGroup(cloup.Group):
@@ -88,12 +91,11 @@ def main() -> None:
 def _hide_torch(args: list[str]) -> None:
     """Hide PyTorch from transformers, which imports it wherever it is installed.
 
-    The import takes over two seconds at every start, and commands that decode do not need it.  Code
-    in a model's own folder may, and so does a comparison with PyTorch.
+    The import takes over two seconds at every start, and most commands do not need it.  Code in a
+    model's own folder may, and so do PyTorch files and comparisons with PyTorch.
     """
     names = [command.name for command in WITHOUT_TORCH]
-    needs_torch = {"--trust-remote-code", "--against-pytorch"} & set(args)
-    if args and args[0] in names and not needs_torch:
+    if args and args[0] in names and not WITH_TORCH & set(args):
         sys.modules.setdefault("torch", cast(Any, None))
 
 
