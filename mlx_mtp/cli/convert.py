@@ -213,8 +213,8 @@ def _take_gguf(options: dict[str, Any]) -> None:
     if path is not None:
         if options["hf_path"] is not None:
             raise ValueError("--gguf cannot be combined with --hf-path")
-        if not Path(path).expanduser().is_file():
-            raise ValueError(f"--gguf {path}: the file does not exist")
+        if not Path(path).expanduser().exists():
+            raise ValueError(f"--gguf {path} does not exist")
         if not is_gguf(Path(path).expanduser()):
             raise ValueError(f"--gguf {path} is not a GGUF file")
         options["hf_path"] = path

@@ -105,7 +105,7 @@ class TestConvert:
             (["--gguf", "{tiny}", "--verify"], "--verify needs a PyTorch model"),
             (["--gguf", "{tiny}", "--q-bits", "4"], "--q-bits needs -q"),
             (["--gguf", "{tiny}", "--base-model", "x"], "--base-model cannot be combined"),
-            (["--gguf", "none.gguf"], "--gguf none.gguf: the file does not exist"),
+            (["--gguf", "none.gguf"], "--gguf none.gguf does not exist"),
             (["--gguf", __file__], "is not a GGUF file"),
             (["--gguf", "{tiny}", "--mlx-path", "{folder}"], "which is read"),
         ],
