@@ -260,6 +260,15 @@ def test_a_signal_ends_it_all_and_leaves_nothing(tmp_path):
         assert not os.path.exists(f"/proc/{engine}")
 
 
+def test_a_second_signal_prints_no_traceback(tmp_path, capfd):
+    with served(tmp_path) as server:
+        server.process.send_signal(signal.SIGTERM)
+        time.sleep(0.05)  # two at once may arrive as one
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_the_engine_does_not_outlive_a_killed_server(tmp_path):
     with served(tmp_path) as server:
         engine = server.engine_pid
