@@ -158,7 +158,7 @@ class BatchRecurrentCache:
         return self._layout.pack(parts, axis=axis), None
 
     def run_mixer(self, call: TakeRows) -> Outputs:
-        """Run each answer's rows through a mixer that has no seam; see ``row_by_row.MixerCache``."""
+        """Run each answer's rows through a mixer without a seam; see ``row_by_row.MixerCache``."""
         outputs = []
         for index, layer in enumerate(self._layers):
 
