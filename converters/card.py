@@ -35,7 +35,12 @@ def adapter_card(config: MTPConfig, *, licence: str | None, notes: Sequence[str]
 
 
 def base_card(
-    name: str, result: BaseResult | None, *, adapter: MTPConfig | None, licence: str | None
+    name: str,
+    result: BaseResult | None,
+    *,
+    adapter: MTPConfig | None,
+    licence: str | None,
+    facts: Sequence[str] = (),
 ) -> str:
     """Return the card of a converted base model, with its adapter if it has one.
 
@@ -44,10 +49,12 @@ def base_card(
         result: result of the conversion.
         adapter: configuration of the adapter in ``adapter/``.
         licence: hub identifier of the licence.
+        facts: more paragraphs about the model.
     """
-    facts = [f"Converted to MLX by mlx-mtp from {name}."]
+    first = f"Converted to MLX by mlx-mtp from {name}."
     if result is not None:
-        facts[0] = f"Converted to MLX by mlx-mtp from {name}: {result.summary}."
+        first = f"Converted to MLX by mlx-mtp from {name}: {result.summary}."
+    facts = [first, *facts]
     usage = ["mlx_lm.generate --model FOLDER --prompt TEXT"]
     if adapter is not None:
         facts += [f"In `adapter/`: {adapter.describe()}"]

@@ -19,6 +19,7 @@ from mlx_mtp.converters.base.facts import base_name, find_base, load_base, read_
 from mlx_mtp.converters.base.model import BaseResult, convert_base
 from mlx_mtp.converters.card import adapter_card, base_card
 from mlx_mtp.converters.checkpoint import Checkpoint, read_checkpoint
+from mlx_mtp.converters.gguf import opened_gguf
 from mlx_mtp.converters.layouts import (
     BaseFacts,
     ConvertedAdapter,
@@ -31,6 +32,7 @@ from mlx_mtp.model.mtp_model import MTPModel, fingerprint
 from mlx_mtp.storage.cards import CARD_FILE, read_licence
 from mlx_mtp.storage.contents import look
 from mlx_mtp.storage.folders import new_folder
+from mlx_mtp.storage.gguf.parts import is_gguf
 from mlx_mtp.storage.safetensors import read_json_object, shown
 from mlx_mtp.terminal import Status
 
@@ -76,12 +78,14 @@ class Converted:
         adapter: configuration of the adapter, if one was converted.
         layout: the layout of its checkpoint.
         notes: assumptions about the checkpoint, one line per item.
+        types: what happened to each type of a GGUF file's tensors, one line per type.
     """
 
     base: BaseResult | None = None
     adapter: MTPConfig | None = None
     layout: str | None = None
     notes: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
 
 
 def convert_model(
@@ -97,7 +101,7 @@ def convert_model(
     """Convert a base model and, optionally, an adapter checkpoint for it.
 
     Args:
-        hf_path: folder or hub id of the base model.
+        hf_path: folder, hub id or GGUF file of the base model.
         output: new folder; the adapter is written to ``adapter/`` in it.
         checkpoint: folder or file of the adapter checkpoint.
         base: how to write the model.
@@ -112,7 +116,8 @@ def convert_model(
     options = adapter or AdapterOptions()
     read = None if checkpoint is None else _read(checkpoint, options)
     named = None if read is None else describe(read).base_model
-    result, name = Converted(), base_name(hf_path, named=named)
+    base = base or BaseOptions()
+    result, name, facts = Converted(), base_name(hf_path, named=named), ()
 
     def add_adapter(base_model: Any) -> None:
         """Write the adapter before the model, so that an incomplete folder does not load."""
@@ -123,21 +128,33 @@ def convert_model(
                 converted = _convert(read, read_facts(model, draft), options)
                 licence = options.licence or read_licence(read.path)
                 config = _write_adapter(draft / BUNDLED_ADAPTER, converted, model, licence)
-            result = Converted(adapter=config, layout=converted.layout, notes=converted.notes)
+            result = replace(result, adapter=config, layout=converted.layout, notes=converted.notes)
 
     def add_card(written: BaseResult) -> None:
         nonlocal result
         result = replace(result, base=written)
-        card = base_card(name, written, adapter=result.adapter, licence=written.licence)
+        card = base_card(
+            name, written, adapter=result.adapter, licence=written.licence, facts=facts
+        )
         (draft / CARD_FILE).write_text(card, encoding="utf-8")
 
-    with output_folder(output, force=force) as draft:
+    with output_folder(output, force=force) as draft, contextlib.ExitStack() as stack:
+        source, gguf = hf_path, Path(hf_path).expanduser()
+        from_gguf = is_gguf(gguf)
+        if from_gguf:
+            keep = not base.quantise and base.dtype is None
+            opened = stack.enter_context(
+                opened_gguf(gguf, draft.parent, keep=keep, floats=base.dtype)
+            )
+            source, name, facts = str(opened.folder), opened.name, opened.facts
+            result = replace(result, types=opened.types)
         convert_base(
-            hf_path,
+            source,
             draft,
+            copy_tokenizer=from_gguf,
             on_model=add_adapter,
             on_written=add_card,
-            **vars(base or BaseOptions()),
+            **vars(base),
         )
         if check is not None:
             check(draft)

@@ -19,6 +19,7 @@ from mlx_mtp.converters.base.facts import open_lazily
 from mlx_mtp.converters.base.files import weight_files
 from mlx_mtp.converters.base.summary import summarise
 from mlx_mtp.converters.checkpoint import read_checkpoint
+from mlx_mtp.converters.gguf import describe_gguf
 from mlx_mtp.converters.layouts import describe
 from mlx_mtp.converters.pytorch.file_format import pickle_globals
 from mlx_mtp.model.config import MTPConfig, read_config
@@ -115,7 +116,8 @@ def inspect_path(
     contents = look(path)
     limit = None if hash_all else HASHED_BYTES
     found = _describe(contents, path, allow_pickle=allow_pickle, limit=limit, say=say)
-    return replace(found, use=model_problem(contents, str(path)))
+    use = None if contents.is_gguf else model_problem(contents, str(path))
+    return replace(found, use=use)
 
 
 def _describe(
@@ -133,6 +135,9 @@ def _describe(
     files = tuple(_file_facts(file, limit, say) for file in _files(path))
     if contents.kind == "adapter":
         return _adapter(contents.path, files)
+    if contents.is_gguf:
+        kind, facts, problems = describe_gguf(path)
+        return Inspection(path=str(path), kind=kind, facts=facts, files=files, problems=problems)
     if contents.kind == "model":
         adapter, inner = None, contents.adapter
         if inner is not None:

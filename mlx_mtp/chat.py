@@ -3,10 +3,9 @@
 ``Conversation`` keeps the messages and the cache.  For every answer the chat template is
 applied to the whole conversation, which is then encoded.  The cache is rewound to the ids that it
 shares with the conversation, and these are not computed again.  Recurrent layers can only be
-rewound to checkpoints, at the end of each prompt and of each answer, so some ids are computed again
-there.  The number of cached ids is the
-cache's own offset, so an answer that was interrupted, or whose text encodes to other ids, costs
-time but never correctness.
+rewound to checkpoints, at the ends of prompts and answers, so some ids are computed again there.
+The number of cached ids is the cache's own offset, so an answer that was interrupted, or whose text
+encodes to other ids, costs time but never correctness.
 
 ``Repl`` reads lines and prints.  At a terminal prompt_toolkit edits them: it is small and pure
 Python, and brings history, pasted blocks and wide characters on every platform, where Python's own
@@ -211,10 +210,11 @@ class Conversation:
         pairs = zip(self._cached_ids, ids[:-1], strict=False)
         shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
         start = self._cache.rewind_point(shared)
-        if start == 0:
-            self._clear_cache()
+        surplus = self._cache.offset - start
+        if self._cache.can_rewind(surplus):
+            self._cache.rewind(surplus)
         else:
-            self._cache.rewind(self._cache.offset - start)
+            self._clear_cache()
         return ids[start:]
 
     def _clear_cache(self) -> None:

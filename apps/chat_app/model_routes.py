@@ -22,6 +22,7 @@ from mlx_mtp.apps.server.api.jobs import ServerContext
 from mlx_mtp.apps.server.body import read_body
 from mlx_mtp.apps.server.errors import ApiError
 from mlx_mtp.apps.server.replies import json_response
+from mlx_mtp.storage.gguf.parts import is_gguf
 from mlx_mtp.storage.package import package_version
 
 ADAPTER_WEIGHTS = "adapters.safetensors"
@@ -108,6 +109,8 @@ def _check_local(body: bodies.ChosenModel) -> None:
             continue
         path = Path(chosen).expanduser()
         required = "config.json" if kind == "model" else ADAPTER_WEIGHTS
+        if kind == "model" and is_gguf(path):
+            continue
         if not path.is_dir():
             raise ValueError(
                 f"{kind} {chosen} is neither a folder nor in the local Hugging Face cache"

@@ -27,18 +27,18 @@ from mlx_mtp.converters.base.files import (
     resolve_base,
     stage,
 )
-from mlx_mtp.converters.base.shards import write_shards
 from mlx_mtp.converters.tokenizer.write import write_tokenizer
 from mlx_mtp.model.base import open_base
 from mlx_mtp.storage.cards import read_licence
 from mlx_mtp.storage.safetensors import shown
+from mlx_mtp.storage.shards import MAX_SHARD_BYTES, write_shards
 from mlx_mtp.terminal import Status, progress
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 DTYPES = ("float16", "bfloat16", "float32")
 BITS = (1, 2, 3, 4, 5, 6, 8)  # of mx.quantize in its affine mode
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 64
-MAX_SHARD_BYTES = 5 << 30  # as mlx-lm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +95,7 @@ def convert_base(
     dtype: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    copy_tokenizer: bool = False,
     on_model: Callable[[Any], None] | None = None,
     on_written: Callable[[BaseResult], None] | None = None,
 ) -> BaseResult:
@@ -109,6 +110,7 @@ def convert_base(
         dtype: ``float16``, ``bfloat16`` or ``float32``; the model's own by default.
         allow_pickle: whether PyTorch files may be read, in a sandbox.
         trust_remote_code: whether code in the model's folder may run.
+        copy_tokenizer: copy the tokenizer, which is one that this program wrote.
         on_model: called with the lazy mlx-lm model, cast but not quantised, when only the
             tokenizer has been written; may write more files to ``output``.
         on_written: called when only ``config.json`` is missing.
@@ -124,14 +126,19 @@ def convert_base(
     config = read_config(source, trust_remote_code=trust_remote_code)
     _check_supported(source, config)
     with _emptied_on_failure(output), _scratch(output) as scratch:
-        with Status("Converting the tokenizer ..."):
-            texts = write_tokenizer(
-                source,
-                output,
-                scratch,
-                model_type=config["model_type"],
-                trust_remote_code=trust_remote_code,
-            )
+        if copy_tokenizer:
+            texts = 0
+            for name in TOKENIZER_FILES:
+                shutil.copyfile(source / name, output / name)
+        else:
+            with Status("Converting the tokenizer ..."):
+                texts = write_tokenizer(
+                    source,
+                    output,
+                    scratch,
+                    model_type=config["model_type"],
+                    trust_remote_code=trust_remote_code,
+                )
         staged = stage(source, config, scratch, allow_pickle=allow_pickle)
         with Status("Loading the model ..."):
             model, config = _load(source, staged, trust_remote_code=trust_remote_code)

@@ -16,7 +16,9 @@ from typing import Any
 
 from transformers.utils import logging
 
-from mlx_mtp.converters.tokenizer.sentencepiece import (
+from mlx_mtp.evaluation.prompts import builtin_prompts
+from mlx_mtp.storage.safetensors import read_json_object, shown
+from mlx_mtp.storage.sentencepiece import (
     SPACE,
     AddedPiece,
     build_tokenizer,
@@ -24,8 +26,6 @@ from mlx_mtp.converters.tokenizer.sentencepiece import (
     parse,
     user_defined,
 )
-from mlx_mtp.evaluation.prompts import builtin_prompts
-from mlx_mtp.storage.safetensors import read_json_object, shown
 from mlx_mtp.storage.sidecars import sidecar_template
 from mlx_mtp.text.detokenizer import load_tokenizer
 

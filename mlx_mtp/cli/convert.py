@@ -39,6 +39,11 @@ FORCE = option("--force", is_flag=True, help="Replace an existing folder.")
         help="Folder or Hugging Face id of the base model.",
     ),
     option(
+        "--gguf",
+        metavar="FILE",
+        help="GGUF file of the base model, in place of --hf-path.",
+    ),
+    option(
         "--mtp-path",
         metavar="CHECKPOINT",
         help="Folder, file or Hugging Face id of the MTP checkpoint.",
@@ -85,7 +90,7 @@ FORCE = option("--force", is_flag=True, help="Replace an existing folder.")
     option(
         "--dtype",
         type=click.Choice(DTYPES),
-        help="Floating-point type of the weights.",
+        help="Floating-point type of the weights; unpacks those of a GGUF file.",
         show_default="the model's",
     ),
     option(
@@ -105,13 +110,14 @@ FORCE = option("--force", is_flag=True, help="Replace an existing folder.")
     FORCE,
 )
 def convert(**options: Any) -> None:
-    """Convert PyTorch and Hugging Face checkpoints to MLX folders.
+    """Convert PyTorch and Hugging Face checkpoints and GGUF files to MLX folders.
 
-    --hf-path writes a model and --mtp-path an adapter. Both together write a model with its adapter
-    in OUT/adapter, which is used by `mlx-mtp generate --model OUT`.
+    --hf-path or --gguf writes a model and --mtp-path an adapter. Both together write a model with
+    its adapter in OUT/adapter, which is used by `mlx-mtp generate --model OUT`.
     """
     from mlx_mtp.converters.convert import convert_adapter, convert_model
 
+    _take_gguf(options)
     _check_flags(options)
     output, hf_path = Path(options["mlx_path"]).expanduser(), options["hf_path"]
     checkpoint = None
@@ -183,10 +189,29 @@ def inspect(path: str, as_json: bool, allow_pickle: bool, hash_all: bool) -> Non
     show(json.dumps(report.to_dict(), ensure_ascii=False) if as_json else report.text())
 
 
+def _take_gguf(options: dict[str, Any]) -> None:
+    """Make a GGUF file the base model, and refuse what is not possible with one."""
+    from mlx_mtp.storage.gguf.parts import is_gguf
+
+    path = options.pop("gguf")
+    if path is not None:
+        if options["hf_path"] is not None:
+            raise ValueError("--gguf cannot be combined with --hf-path")
+        if not Path(path).expanduser().is_file():
+            raise ValueError(f"--gguf {path}: there is no such file")
+        if not is_gguf(Path(path).expanduser()):
+            raise ValueError(f"--gguf {path}: it does not begin like a GGUF file")
+        options["hf_path"] = path
+    elif options["hf_path"] is not None and is_gguf(Path(options["hf_path"]).expanduser()):
+        path = options["hf_path"]
+    if path is not None and options["verify"]:
+        raise ValueError(f"--verify needs a PyTorch model, which {path} is not")
+
+
 def _check_flags(options: dict[str, Any]) -> None:
     """Refuse options that cannot be combined."""
     if options["hf_path"] is None and options["mtp_path"] is None:
-        raise ValueError("--hf-path, --mtp-path or both are required")
+        raise ValueError("--hf-path or --gguf, --mtp-path, or both are required")
     for name in ("hf_path", "mtp_path", "mlx_path", "base_model"):
         if options[name] == "":
             raise ValueError(f"--{name.replace('_', '-')} is empty")
@@ -280,6 +305,7 @@ def _summary(output: Path, result: Converted, *, bundle: bool) -> list[str]:
     lines = []
     if result.base is not None:
         lines.append(f"wrote {output}: {result.base.summary}")
+        lines += [f"  {line}" for line in result.types]
     if result.adapter is not None:
         folder = output / BUNDLED_ADAPTER if bundle else output
         config = result.adapter

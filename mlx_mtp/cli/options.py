@@ -194,7 +194,7 @@ def _type_attrs(kind: Any, about: Mapping[str, Any]) -> dict[str, Any]:
 MODEL = option(
     "--model",
     metavar="MODEL",
-    help="Folder or Hugging Face id of the model.",
+    help="Folder, GGUF file or Hugging Face id of the model.",
     show_default="the embedded model",
 )
 ADAPTER_PATH = option(

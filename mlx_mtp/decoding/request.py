@@ -65,13 +65,13 @@ class Request:
     def plan(self) -> Step:
         """Plan the next step: a chunk of the prompt, or drafts to verify and masks."""
         self.cache.begin_step()
+        if self.num_prompt_left:
+            self.cache.begin_prompt_rows(self.num_prompt_left)
         rest = self.cache.rest_after_chunk(self.num_prompt_left, self.prefill_step_size)
         if rest:
             self.current = Plan(plain_layout(num_pending=self.num_prompt_left - rest))
             parts = (self.ids[:-rest], Drafts.none(), self.target, self.masks, self.key)
             return Step(self.cache, self.current.layout, *parts, is_prompt_chunk=True)
-        if self.num_prompt_left:
-            self.cache.end_prompt()
         self.current = plan = self.planner.plan(
             num_pending=self.num_prompt_left or 1,
             num_waiting=self.masks.num_drafts,

@@ -26,8 +26,8 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_mtp.cli.options import option
-from mlx_mtp.converters.base.shards import write_shards
 from mlx_mtp.lab.commands import command, machine_info
+from mlx_mtp.storage.shards import write_shards
 
 MAX_RATIO = 1.5
 MEMORY_MARGIN_BYTES = 2 * 10**9  # over the largest shard

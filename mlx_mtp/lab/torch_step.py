@@ -5,8 +5,6 @@ gradient, mask rows that see their keys and values, gated LoRA on mask rows, the
 terms of the loss over the whole vocabulary, a clipped gradient, AdamW.  PyTorch gets what is fast
 on a CPU: its fused attention with grouped queries, its fused AdamW and all cores.  Weights and
 their names are those of the MLX model, so that gradients can be compared by name.
-
-PyTorch's AdamW divides its moments by ``1 - beta**step``, MLX's does not; that takes no time.
 """
 
 from __future__ import annotations

@@ -59,7 +59,9 @@ class OurStep:
         self._gradient = StepGradient(model, settings)
         self._parameters = trainable(model)
         self._optimiser = optim.AdamW(
-            learning_rate=schedule(settings), weight_decay=settings.weight_decay
+            learning_rate=schedule(settings),
+            weight_decay=settings.weight_decay,
+            bias_correction=True,
         )
         self._optimiser.init(self._parameters)
 

@@ -16,9 +16,10 @@ import dataclasses
 import functools
 import inspect
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from mlx_lm import utils as lm_utils
 from transformers import PreTrainedConfig
@@ -29,6 +30,8 @@ _FULL, _SLIDING = "full_attention", "sliding_attention"
 _THETA = ("rope_theta", "rotary_emb_base")
 _PARTIAL = ("partial_rotary_factor", "rotary_pct")
 _TYPES_WITH_ORIGINAL_LENGTH = ("yarn", "llama3", "longrope")
+# These read rotary settings by type of layer, as they are in the file.
+_NESTED_AS_GIVEN = ("gemma4_text", "laguna", "mellum", "spark2_5")
 _NESTED_BY_CLASS = ("olmo3",)  # scales the rotary embedding of its full-attention layers only
 
 # Settings of transformers' classes that change no logits of a causal forward in evaluation.
@@ -132,14 +135,18 @@ def read_settings(config: Mapping[str, Any], *, has_head: bool | None = None) ->
     if not isinstance(inner, dict) or (
         classes is not None and "text_config" not in _fields(classes[1])
     ):
-        return _read_flat(config, _transformers_config(config), has_head=has_head)
+        known = _transformers_config(config)
+        return _read_flat(config, known, has_head=has_head, classes=classes)
     outer = _transformers_config(config)
-    known = outer.get_text_config() if outer is not None else _transformers_config(inner)
+    known: Any = outer.get_text_config() if outer is not None else None
+    if not isinstance(known, PreTrainedConfig):  # some classes keep it as it is in the file
+        known = _transformers_config(inner)
     if known is not None:
         inner = {"model_type": known.model_type, **inner}
     if "tie_word_embeddings" in config:
         inner.setdefault("tie_word_embeddings", config["tie_word_embeddings"])
-    found = _read_flat(inner, known, has_head=has_head)
+    text_classes = _classes(inner) if classes is None else _text_classes(classes, inner)
+    found = _read_flat(inner, known, has_head=has_head, classes=text_classes)
     overrides = {"text_config": found.config | found.overrides}
     return dataclasses.replace(
         found, config=config | {"text_config": found.config}, overrides=overrides
@@ -147,10 +154,13 @@ def read_settings(config: Mapping[str, Any], *, has_head: bool | None = None) ->
 
 
 def _read_flat(
-    config: dict[str, Any], known: PreTrainedConfig | None, *, has_head: bool | None
+    config: dict[str, Any],
+    known: PreTrainedConfig | None,
+    *,
+    has_head: bool | None,
+    classes: tuple[type, type] | None,
 ) -> Settings:
-    """Translate a configuration without a ``text_config``."""
-    classes = _classes(config)
+    """Translate a configuration without a ``text_config``, for mlx-lm's classes."""
     if known is None or classes is None:
         config = _older_keys(config)
         if classes is not None:
@@ -205,6 +215,24 @@ def _classes(config: Mapping[str, Any]) -> tuple[type, type] | None:
         why = "for which mlx-lm needs another package"
         raise _refuse("model_type", config["model_type"], why) from None
     return classes if dataclasses.is_dataclass(classes[1]) else None
+
+
+def _text_classes(outer: tuple[type, type], inner: Mapping[str, Any]) -> tuple[type, type] | None:
+    """Return mlx-lm's model class and arguments for the ``text_config`` of a model class.
+
+    A file may have arguments of its own for it, whatever the model type in it is.
+    """
+    module: Any = inspect.getmodule(outer[0])
+    # a dotted name is that of another file, which the model type names too
+    calls = re.findall(r"(?<![\w.])(\w+)\.from_dict\(\w+\.text_config\)", inspect.getsource(module))
+    kinds = [getattr(module, name, None) for name in set(calls)]
+    classes = _classes(inner)
+    if len(kinds) != 1 or not dataclasses.is_dataclass(kinds[0]):
+        return classes
+    kind = cast(type, kinds[0])
+    # the layers that read them are in the same file, or in that of the model type
+    own = "num_attention_heads" in _keys_read(outer[0], kind)[0]
+    return (outer[0] if own or classes is None else classes[0]), kind
 
 
 def _fields(kind: Any) -> set[str]:
@@ -357,6 +385,8 @@ def _rope(
     parameters = getattr(known, "rope_parameters", None)
     if not isinstance(parameters, dict) or not parameters:
         return None, {}
+    if model_type in _NESTED_AS_GIVEN:
+        return None, {"rope_parameters": parameters}
     nested = {
         key: value
         for key, value in parameters.items()

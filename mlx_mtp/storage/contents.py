@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_mtp.storage.gguf import SUFFIX
+from mlx_mtp.storage.gguf.parts import gguf_files, is_gguf
 from mlx_mtp.storage.safetensors import check_safetensors, is_plain_name, read_json_object, shown
 
 ADAPTER_CONFIG = "adapter_config.json"
@@ -73,7 +75,12 @@ class Contents:
     @property
     def is_readable(self) -> bool:
         """Whether ``load`` can read a model's weights without a conversion."""
-        return bool(self.weights and re.fullmatch(_READABLE, self.weights))
+        return bool(self.weights and re.fullmatch(_READABLE, self.weights)) or self.is_gguf
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether this is a GGUF file, which ``load`` converts into the cache."""
+        return self.kind == "model" and self.weights == self.path.name
 
 
 def look(path: Path) -> Contents:
@@ -206,6 +213,8 @@ def adapter_problem(
         source = _source(contents, name)
         command = _command(checkpoint=contents, name=source, base_model=model)
         return f"{name} is {_described(contents)}, not an adapter: convert it with {command}"
+    if contents.is_gguf:
+        return f"{name} is a GGUF file, not an adapter: adapters in GGUF are not read"
     if contents.kind == "model":
         inner = contents.adapter
         if inner is not None and inner.kind == "adapter":
@@ -236,6 +245,8 @@ def _of_folder(folder: Path) -> Contents:
 
 
 def _of_file(path: Path) -> Contents:
+    if is_gguf(path):
+        return Contents(path=path, kind="model", weights=path.name)
     if path.suffix not in TENSOR_SUFFIXES:
         return Contents(path=path)
     configs = {
@@ -352,8 +363,10 @@ def _unknown(contents: Contents, name: str, *, kind: str) -> str:
         what = f"{name} is not {needed} folder ({lacks})"
     else:
         what = f"{kind} {name} is a file, not a folder"
-    if path.suffix == ".gguf":
-        return f"{what}: GGUF is not read, use the Hugging Face model that it was made from"
+    if path.suffix == SUFFIX:
+        return f"{what}: it does not begin like a GGUF file"
+    if kind == "model" and (files := gguf_files(path)):
+        return f"{what}: use --model {shlex.quote(str(files[0]))}"
     is_part = path.is_file() and path.suffix in TENSOR_SUFFIXES
     folder = look(path.parent) if is_part else Contents(path=path)
     is_whole = path.name == folder.weights or _MODEL_FILE.match(path.name)

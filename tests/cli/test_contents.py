@@ -195,7 +195,7 @@ def test_other_things_in_place_of_a_model(sources: Path, tmp_path: Path) -> None
     tensors = {name: torch.tensor(value.tolist()) for name, value in _weights(model).items()}
     torch.save(tensors, pickled / "pytorch_model.bin")
     torch.save({"a": torch.ones(2)}, tmp_path / "mtp.pt")
-    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    (tmp_path / "x.gguf").write_bytes(b"GGML")
     (tmp_path / "empty").mkdir()
     (tmp_path / "run").mkdir()
     both = Path(shutil.copytree(model, tmp_path / "both"))
@@ -210,7 +210,7 @@ def test_other_things_in_place_of_a_model(sources: Path, tmp_path: Path) -> None
         bare: "it has no weights",
         both / "mtp.pth": f"--hf-path {both} --mtp-path {both}/mtp.pth --allow-pickle",
         tmp_path / "mtp.pt": f"--mtp-path {tmp_path}/mtp.pt --allow-pickle --mlx-path mtp-mlx",
-        tmp_path / "x.gguf": "GGUF is not read",
+        tmp_path / "x.gguf": "it does not begin like a GGUF file",
         tmp_path / "empty": "is not a model folder (it has no config.json)",
     }
     for path, expected in lines.items():

@@ -15,7 +15,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_mtp.converters.base.shards import write_shards
+from mlx_mtp.storage.shards import write_shards
 from tests.converters.base_models import edit, tensors, torch_files
 from tests.helpers.tiny import save_tiny_model
 

@@ -184,7 +184,7 @@ def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mlx_mtp.converters.base.shards._write_tensor", full)
+    monkeypatch.setattr("mlx_mtp.storage.shards._write_item", full)
     source = save_tiny_model(tmp_path / "in")
     output = tmp_path / "work" / "out"
     output.mkdir(parents=True)

@@ -322,7 +322,7 @@ class TestOutput:
 
 
 BAD_FLAGS = [
-    ([], "--hf-path, --mtp-path or both are required"),
+    ([], "--hf-path or --gguf, --mtp-path, or both are required"),
     (["--mtp-path", "c", "-q"], "--quantize needs --hf-path"),
     (["--mtp-path", "c", "--dtype", "float16"], "--dtype needs --hf-path"),
     (["--mtp-path", "c", "--verify"], "--verify needs --hf-path"),

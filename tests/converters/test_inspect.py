@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -143,11 +144,10 @@ def test_what_a_base_model_is(sources: tuple[Path, Path, Path]) -> None:
 def test_kinds_of_layers() -> None:
     assert layer_kinds(tiny_base("gemma3_text")) == {"window 6": 2, "attention": 1}
     assert layer_kinds(tiny_base("qwen3_moe")) == {"attention": 1, "attention, experts": 1}
+    parameters: Any = tree_flatten(tiny_base("llama").parameters())
     for quantised in (False, True):
         base = tiny_base("llama", quantised=quantised)
-        assert summarise(base)["model_parameters"] == sum(
-            value.size for _, value in tree_flatten(tiny_base("llama").parameters())
-        )
+        assert summarise(base)["model_parameters"] == sum(value.size for _, value in parameters)
 
 
 def test_large_files_are_hashed_on_request(

@@ -11,7 +11,6 @@ import pytest
 from mlx_lm import utils as lm_utils
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
-from mlx_mtp.converters.tokenizer.sentencepiece import parse
 from mlx_mtp.converters.tokenizer.write import (
     check_sentencepiece,
     convert_sentencepiece,
@@ -20,6 +19,7 @@ from mlx_mtp.converters.tokenizer.write import (
     write_tokenizer,
 )
 from mlx_mtp.evaluation.prompts import builtin_prompts
+from mlx_mtp.storage.sentencepiece import parse
 
 PLAIN = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False}
 STYLES: dict[str, dict[str, Any]] = {
@@ -308,7 +308,7 @@ def test_the_first_text_that_differs_is_named(models, tmp_path):
 
 def test_a_wrong_conversion_is_refused(models, tmp_path, monkeypatch):
     """Were the space in front forgotten, as transformers does, nothing would be written."""
-    from mlx_mtp.converters.tokenizer import sentencepiece as module
+    from mlx_mtp.storage import sentencepiece as module
 
     right = module._normalizer
 

@@ -117,6 +117,11 @@ class FakeCache:
     def can_rewind(self, num_rows: int) -> bool:
         return self.rewindable and num_rows <= len(self.ids)
 
+    def checkpoint(self) -> None: ...
+
+    def rewind_point(self, max_rows: int) -> int:
+        return max_rows if self.can_rewind(len(self.ids) - max_rows) else 0
+
     def rewind(self, num_rows: int) -> None:
         assert num_rows == 0 or self.can_rewind(num_rows)
         del self.ids[len(self.ids) - num_rows :]

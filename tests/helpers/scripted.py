@@ -119,6 +119,9 @@ class TableCache:
 
     begin_answer = begin_step
 
+    def begin_prompt_rows(self, num_left: int) -> None:
+        """No place to remember."""
+
     def rest_after_chunk(self, num_left: int, limit: int) -> int:
         """Chunks are as long as they may be."""
         return max(num_left - limit, 0)

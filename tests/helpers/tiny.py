@@ -164,11 +164,12 @@ def _random(rng: np.random.Generator, name: str, like: mx.array) -> mx.array:
 
 def adaptable(base: Any) -> list[str]:
     """Paths of the linear layers that an adapter can sit on: no head, no router, no experts."""
+    left_out = ("lm_head", "gate", "router", "shared_expert_gate", "layer", "gate.gate_proj")
     return [
         path
         for path, module in base.named_modules()
         if isinstance(module, nn.Linear | nn.QuantizedLinear)
-        and path.rpartition(".")[-1] not in ("lm_head", "gate")
+        and not path.endswith(left_out)
         and (base.model_type != "qwen3_moe" or ".self_attn." in path)
     ]
 

@@ -45,8 +45,8 @@ def test_greedy_ids_are_those_of_mlx_lm(family: str, mode: str | None) -> None:
     count = 12
     base = family_base(family, mode=mode, **OVERRIDES.get(family, {}))
     expected = [int(token) for token, _ in generate_step(mx.array(PROMPT), base, max_tokens=count)]
-    model = mtp(family, mode=mode, adapt="all")
-    drafted = ScriptedModel(model, mixed([*PROMPT, *expected], seed=1))
+    model: Any = mtp(family, mode=mode, adapt="all")
+    drafted: Any = ScriptedModel(model, mixed([*PROMPT, *expected], seed=1))
     for layout, each in (("linear", drafted), ("quadratic", drafted), ("quadratic", model)):
         results: Any = decode(each, PROMPT, layout=layout, max_tokens=count)
         assert [token for step in results for token in step.tokens] == expected, layout
@@ -79,7 +79,7 @@ def test_training_rows_are_the_rows_of_decoding(family: str, mode: str | None) -
         step = mx.concatenate([ids[: anchor + 1], mx.arange(k)])[None]
         single = model(step, cache=model.make_cache(), layout=layout)[0, anchor + 1 :]
         error: Any = mx.abs(single - packed[index]).max() / mx.abs(single).max()
-        assert error.item() < 1e-5
+        assert error.item() < 1e-4
 
 
 def test_low_rank_weights_of_an_expert_are_added_to_its_own() -> None:

@@ -140,7 +140,7 @@ def test_training_rows_are_the_rows_of_decoding(family: str) -> None:
         step = mx.concatenate([ids[: anchor + 1], mx.arange(k)])[None]
         single = model(step, cache=model.make_cache(), layout=layout)[0, anchor + 1 :]
         error: Any = mx.abs(single - packed[index]).max() / mx.abs(single).max()
-        assert error.item() < 1e-5
+        assert error.item() < 1e-4
 
 
 @pytest.mark.parametrize(

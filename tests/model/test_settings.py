@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from mlx_mtp.lab.tiny_models import tiny_config as tiny_family_config
 from mlx_mtp.model.settings import read_settings
 from tests.helpers.tiny import KINDS, tiny_config
 
@@ -161,3 +162,24 @@ def test_heads():
     config = {k: v for k, v in untied.items() if k != "tie_word_embeddings"}
     assert read_settings(config, has_head=False).config["tie_word_embeddings"] is True
     assert read_settings(config, has_head=True).config["tie_word_embeddings"] is False
+
+
+@pytest.mark.parametrize(
+    ("family", "kind", "changes"),
+    [
+        ("llama4", "llama4_text", {"num_local_experts": 8, "attention_chunk_size": 64}),
+        ("gemma3n", "gemma3n_text", {}),
+        ("gemma4", "gemma4_text", {"final_logit_softcapping": 30.0}),
+        ("kimi_k25", "kimi_k2", {"num_key_value_heads": 4}),
+        ("kimi_vl", "deepseek_v3", {"num_key_value_heads": 4}),
+        ("pixtral", "mistral", {}),
+    ],
+)
+def test_language_models_in_vision_language_folders_have_their_own_arguments(
+    family: str, kind: str, changes: dict[str, Any]
+) -> None:
+    config = tiny_family_config(family)
+    config["text_config"] |= {"model_type": kind, **changes}
+    found = read_settings(config).config["text_config"]
+    for key in ("num_hidden_layers", "num_attention_heads", "vocab_size", *changes):
+        assert found[key] == config["text_config"][key]

@@ -160,7 +160,7 @@ def test_branches_share_their_beginning_and_the_size_is_that_of_the_arrays():
     for count in range(1, 4):
         assert answer(engine, shared + text(chance, 20))[2] >= len(shared)
         assert engine.prefixes.nbytes <= one + count * (one - 4 * one // 6)
-    layer = engine.prefixes.make_cache().layers[0].inner
+    layer = engine.prefixes.make_cache().attention_layers[0].inner
     row_bytes = 2 * 2 * 32 * 4 * len(engine.model.base.layers)
     assert layer.empty() and engine.prefixes.nbytes % row_bytes == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -19,8 +20,10 @@ from mlx_lm import utils as lm_utils
 
 from mlx_mtp.model.config import WEIGHTS_FILE, read_config
 from mlx_mtp.model.mtp_model import fingerprint
-from mlx_mtp.storage import default_model
+from mlx_mtp.storage import default_model, prepared
+from mlx_mtp.storage.data_wheels import SMOLLM2, gguf_path
 from mlx_mtp.storage.default_model import default_adapter_path, default_model_path
+from mlx_mtp.storage.gguf import convert
 from tests.helpers.default_folder import cache, folder
 
 __all__ = ["cache", "folder"]
@@ -34,7 +37,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def gguf() -> tuple[dict[str, mx.array], dict[str, Any]]:
-    loaded = mx.load(str(default_model._find_gguf()), return_metadata=True)
+    loaded = mx.load(str(gguf_path(SMOLLM2)), return_metadata=True)
     assert isinstance(loaded, tuple)
     return loaded
 
@@ -47,7 +50,7 @@ def leftovers(cache: Path) -> list[str]:
 
 
 class FakeWheel:
-    def __init__(self, folder: Path, version: str = default_model.WHEEL_VERSION) -> None:
+    def __init__(self, folder: Path, version: str = "0.1.2") -> None:
         self.folder, self.version = folder, version
 
     def locate_file(self, path: str) -> Path:
@@ -72,7 +75,7 @@ class TestWriting:
         assert "license: apache-2.0" in (folder / "README.md").read_text()
         assert leftovers(empty_cache) == []
 
-        monkeypatch.setattr(default_model, "_find_gguf", lambda: pytest.fail("read it again"))
+        monkeypatch.setattr(default_model, "gguf_path", lambda model: pytest.fail("read it again"))
         assert default_model_path(progress=lines.append) == folder
         assert len(lines) == 1
 
@@ -89,7 +92,9 @@ class TestWriting:
         if damage == "no stamp":
             stamp.unlink()
         elif damage == "old stamp":
-            stamp.write_text(json.dumps(json.loads(stamp.read_text()) | {"writer_version": 0}))
+            values = json.loads(stamp.read_text())
+            values["key"]["writer_version"] = 0
+            stamp.write_text(json.dumps(values))
         elif damage == "truncated":
             with weights.open("r+b") as file:
                 file.truncate(1000)
@@ -124,17 +129,17 @@ class TestWriting:
     def test_without_locks_the_faster_process_wins(
         self, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        build = default_model._weights
+        write, places = convert.write_model, []
 
-        def slow_build(*args: Any) -> Any:
-            monkeypatch.setattr(default_model, "_weights", build)
-            default_model._write(default_model._find_gguf(), folder)
-            return build(*args)
+        def slow_write(*args: Any, **options: Any) -> Any:
+            monkeypatch.setattr(convert, "write_model", write)
+            places.append(default_model_path())
+            return write(*args, **options)
 
-        folder = empty_cache / "SmolLM2-135M-Instruct-4bit"
-        monkeypatch.setattr(default_model, "_weights", slow_build)
-        assert default_model_path() == folder
-        assert default_model._is_complete(folder)
+        monkeypatch.setattr(prepared, "_lock", lambda folder: contextlib.nullcontext())
+        monkeypatch.setattr(convert, "write_model", slow_write)
+        places.append(default_model_path())
+        assert places == [empty_cache / "SmolLM2-135M-Instruct-4bit"] * 2
         assert leftovers(empty_cache) == []
 
 
@@ -167,7 +172,7 @@ class TestRefusals:
     ) -> None:
         wheel = FakeWheel(tmp_path / "site", version)
         if content is not None:
-            path = wheel.locate_file(default_model.GGUF_FILE)
+            path = wheel.locate_file(SMOLLM2.parts[0][1])
             path.parent.mkdir(parents=True)
             path.write_bytes(content)
         monkeypatch.setattr(importlib.metadata, "distribution", lambda name: wheel)
@@ -182,9 +187,9 @@ class TestRefusals:
         self, empty_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         wheel = FakeWheel(tmp_path / "site")
-        path = wheel.locate_file(default_model.GGUF_FILE)
+        path = wheel.locate_file(SMOLLM2.parts[0][1])
         path.parent.mkdir(parents=True)
-        content = bytearray(default_model._find_gguf().read_bytes())
+        content = bytearray(gguf_path(SMOLLM2).read_bytes())
         content[50_000_000] ^= 1
         path.write_bytes(content)
         monkeypatch.setattr(importlib.metadata, "distribution", lambda name: wheel)
@@ -221,11 +226,11 @@ class TestRefusals:
     def test_an_interrupt_leaves_nothing(
         self, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        def interrupted(path: str, *args: Any) -> None:
-            Path(path).write_bytes(b"half")
+        def interrupted(folder: Path, *args: Any, **options: Any) -> None:
+            (folder / "model.safetensors").write_bytes(b"half")
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(mx, "save_safetensors", interrupted)
+        monkeypatch.setattr(convert, "write_items", interrupted)
         with pytest.raises(KeyboardInterrupt):
             default_model_path()
         assert not (empty_cache / "SmolLM2-135M-Instruct-4bit").exists()
@@ -233,17 +238,6 @@ class TestRefusals:
 
 
 class TestWeights:
-    def test_unpermute_puts_the_rotary_halves_behind_each_other(self) -> None:
-        heads, head_dim = 3, 8
-        rows = np.arange(heads * head_dim * 2).reshape(heads * head_dim, 2)
-        result = np.array(default_model._unpermute(mx.array(rows), heads=heads))
-        for head in range(heads):
-            for i in range(head_dim // 2):
-                for half in range(2):
-                    wanted = rows[head * head_dim + 2 * i + half]
-                    found = result[head * head_dim + half * (head_dim // 2) + i]
-                    assert (found == wanted).all()
-
     def test_values_are_the_ggufs_own(self, folder: Path) -> None:
         source, _ = gguf()
         weights = mx.load(str(folder / "model.safetensors"))
@@ -270,15 +264,7 @@ class TestWeights:
         norms = [value for name, value in source.items() if "norm" in name]
         assert len(norms) == 61
         for norm in norms:
-            for dtype in (mx.float16, mx.float32):
-                cast = default_model._cast_if_exact(norm, dtype)
-                assert cast.dtype == dtype
-                assert mx.array_equal(cast.astype(mx.float32), norm)
-
-    @pytest.mark.parametrize("value", [1e-9, 70000.0, 1 + 2**-20])
-    def test_a_norm_that_would_be_rounded_is_not(self, value: float) -> None:
-        norm = mx.array([1.0, value])
-        assert default_model._cast_if_exact(norm, mx.float16).dtype == mx.float32
+            assert mx.array_equal(norm.astype(mx.float16).astype(mx.float32), norm)
 
 
 class TestStockMlxLm:

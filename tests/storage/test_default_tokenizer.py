@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from mlx_lm import utils as lm_utils
 from tokenizers import Tokenizer
 
-from mlx_mtp.storage.gguf_tokenizer import build_tokenizer
 from tests.helpers.default_folder import cache, folder
 
 __all__ = ["cache", "folder"]
@@ -77,7 +76,3 @@ class TestTokenizer:
         for text in ("a 12 b<|im_end|>\n", "naïve 日本語 x²", "  two  spaces "):
             assert wrapped.encode(text) == tokenizer.encode(text).ids
             assert wrapped.decode(wrapped.encode(text)) == text
-
-    def test_refuses_another_kind(self) -> None:
-        with pytest.raises(ValueError, match="'llama' with splitter 'default'"):
-            build_tokenizer({"tokenizer.ggml.model": "llama", "tokenizer.ggml.pre": "default"})

@@ -21,6 +21,7 @@ from mlx_mtp.model.caches.layers import (
 from mlx_mtp.model.caches.recurrent import RecurrentLayerCache
 from mlx_mtp.model.layout import RowLayout
 
+CHECKPOINT_MARGIN = 16  # a chat template may write other ids after a prompt's last message later
 AnyLayerCache = LayerCache | RecurrentLayerCache | LayerCacheList
 
 
@@ -48,7 +49,7 @@ class MTPCache:
     ``trim_prompt_cache`` of mlx-lm take it.
 
     Attributes:
-        keeps_checkpoints: whether ``end_prompt`` makes a checkpoint.
+        keeps_checkpoints: whether there are checkpoints at the end of prompts and shortly before.
         next_id: the last id of an answer, which follows the cached rows, as far as it is known;
             added when the layers are used as a sequence.
         last_id_alone: whether the last id of a prompt goes through the model on its own, as in
@@ -193,10 +194,14 @@ class MTPCache:
     def rest_after_chunk(self, num_left: int, limit: int) -> int:
         """Return how many of ``num_left`` ids of a prompt are left after its next chunk.
 
-        If chunks matter, the last id is on its own.
+        If chunks matter, the last id is on its own.  If checkpoints are kept, a chunk ends where
+        one is made.
         """
         alone = self.chunks_matter or self.last_id_alone
-        return max(num_left - limit, int(num_left > 1 and alone))
+        rest = max(num_left - limit, int(num_left > 1 and alone))
+        if self.keeps_checkpoints and self.recurrent_layers and num_left > CHECKPOINT_MARGIN:
+            rest = max(rest, CHECKPOINT_MARGIN)
+        return rest
 
     def rewind(self, num_rows: int) -> None:
         """Drop the last rows of every layer.
@@ -224,9 +229,9 @@ class MTPCache:
         for layer in self.recurrent_layers:
             layer.checkpoint()
 
-    def end_prompt(self) -> None:
-        """Take note that a prompt ends here, but for its last ids."""
-        if self.keeps_checkpoints:
+    def begin_prompt_rows(self, num_left: int) -> None:
+        """Take note that the next rows are the first of ``num_left`` ids left of a prompt."""
+        if self.keeps_checkpoints and num_left <= CHECKPOINT_MARGIN:
             self.checkpoint()
 
     def rewind_point(self, max_rows: int) -> int:

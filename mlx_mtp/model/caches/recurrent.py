@@ -68,6 +68,7 @@ class RecurrentLayerCache:
         self.checkpoints: list[tuple[int, Slots]] = [(0, [None] * num_slots)]
         self._slots: list[Slot] = [None] * num_slots
         self._layout = plain_layout()
+        self._row_layout: RowLayout | None = None  # as the forward has it, which may be masks only
         # Of the last forward: its first slots, its rows that are left, and by slot the state after
         # so many of them.
         self._start: list[Slot] = list(self._slots)
@@ -142,7 +143,7 @@ class RecurrentLayerCache:
         """
         before, layout = self.slots(), self.layout
         if layout is None:
-            y, slots = call(lambda x: x, before, None)
+            y, slots = call(lambda x: x, before, self._row_layout)
             for slot, value in enumerate(slots):
                 self[slot] = value
             return y
@@ -234,8 +235,7 @@ class RecurrentLayerCache:
 
     def _settled(self, slot: int) -> State:
         """Return a slot as an array."""
-        value = self._slots[slot]
-        return value.after if isinstance(value, Replay) else value
+        return _settled(self._slots[slot])
 
     # What an answer's caches ask.
 
@@ -245,6 +245,7 @@ class RecurrentLayerCache:
         self._layout = (
             layout if isinstance(layout, StepLayout) else plain_layout(num_pending=num_rows)
         )
+        self._row_layout = layout
         self._start, self._num_left = list(self._slots), num_rows
         self.offset += num_rows
 
@@ -287,14 +288,11 @@ class RecurrentLayerCache:
 
     def checkpoint(self) -> None:
         """Make it possible to rewind to here later."""
-        self._settle()
         if self.checkpoints[-1][0] < self.offset:
+            slots = [_settled(value) for value in self._values()]
             first, *others = self.checkpoints
-            self.checkpoints = [
-                first,
-                *others[-(MAX_CHECKPOINTS - 1) :],
-                (self.offset, self.slots()),
-            ]
+            last = (self.offset, slots)
+            self.checkpoints = [first, *others[-(MAX_CHECKPOINTS - 1) :], last]
 
     def restore(self, offset: int, slots: Slots) -> None:
         """Continue after ``offset`` rows, which can also be rewound to."""
@@ -356,6 +354,11 @@ class RecurrentLayerCache:
         cache = lm_cache.ArraysCache(len(self._slots)) if into is None else into
         cache.cache = self.slots()
         return cache
+
+
+def _settled(value: Slot) -> State:
+    """Return a slot as an array."""
+    return value.after if isinstance(value, Replay) else value
 
 
 def _first_captured(layout: StepLayout) -> int:

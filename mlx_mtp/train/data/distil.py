@@ -12,6 +12,7 @@ resumed and ends with the same file (``distil_run``).
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,7 +36,15 @@ if TYPE_CHECKING:
 
 OPEN_END = "..."
 MAX_TRIES = 20  # candidates per record before giving up
-_OPENINGS = ("The ", "In ", "A ", "How to ", "When ", "1. ", "# ", "def ", "import ", '"', "I ")
+# First words of plain texts, the kinds in turn; "" leaves them to the model.
+_OPENINGS = {
+    "prose": ("", "The ", "In ", "A ", "When ", '"', "I ", "Once upon a time, "),
+    "code": ("def ", "import ", "class ", "#include <", "function ", "class A {", "SELECT ", "<"),
+    "lists": ("How to ", "1. ", "# ", "- ", "Ingredients:\n", "Step 1: ", "| ", "Table 1: "),
+    "questions": ("Question: ", "Q: ", "What is ", "Why do ", "Problem: ", "Dear ", "To: ", "A: "),
+    "languages": ("El ", "Die ", "La ", "Le ", "Il ", "Os ", "В ", "日本"),
+}
+_PARTS = (1, 3 / 4, 1 / 2, 1 / 4)  # of a continuation that ends in a loop
 
 
 def distil(
@@ -187,10 +196,10 @@ def _plain_beginnings(run: Run, numbers: range) -> list[Job]:
     """Generate beginnings of texts with a model that has no chat template."""
     tokenizer, topics = run.tokenizer, run.settings.topics
     bos = tokenizer.bos_token_id
-    openings = [_heading(topic) for topic in topics] or ["", *_OPENINGS]
-    chosen = [openings[number % len(openings)] for number in numbers]
+    openings = [(topic, _heading(topic)) for topic in topics] or _mixed_openings()
+    kinds, chosen = zip(*(openings[number % len(openings)] for number in numbers), strict=True)
     if bos is None:  # an empty beginning needs a BOS token
-        chosen = [text or _OPENINGS[0] for text in chosen]
+        chosen = [text or "The " for text in chosen]
     prompts = [
         token_ids(tokenizer, text, special=True) if text else [int(bos or 0)] for text in chosen
     ]
@@ -200,8 +209,15 @@ def _plain_beginnings(run: Run, numbers: range) -> list[Job]:
         if stopped or not text.strip() or "\ufffd" in text:
             run.drop("prompt: unreadable" if "\ufffd" in text else "prompt: too short")
         else:
-            jobs.append(Job(numbers[index], text=text, meta={"beginning": len(text)}))
+            meta = {"topic" if topics else "kind": kinds[index], "beginning": len(text)}
+            jobs.append(Job(numbers[index], text=text, meta=meta))
     return sorted(jobs, key=lambda job: job.number)
+
+
+def _mixed_openings() -> list[tuple[str, str]]:
+    """First words of texts with their kinds, one of each kind after the other."""
+    columns = ([(kind, text) for text in texts] for kind, texts in _OPENINGS.items())
+    return [pair for row in zip(*columns, strict=True) for pair in row]
 
 
 def _heading(topic: str) -> str:
@@ -249,6 +265,9 @@ def _complete(run: Run, jobs: list[Job]) -> Generator[Record, None, None]:
         prompts = [ids for _, ids in fitting]
         for index, ids, stopped in run.generate(prompts, numbers, part="answer"):
             job = fitting[index][0]
+            if job.text is not None:
+                whole, ids = len(ids), _before_loop(run, ids)
+                stopped = stopped and len(ids) == whole
             answer = _answer_text(run, ids, stopped=stopped)
             if answer is None:
                 continue
@@ -273,6 +292,18 @@ def _job_ids(run: Run, job: Job) -> tuple[list[int], str | None]:
     if context is not None and len(ids) + run.settings.max_answer_tokens > context:
         return [], "too long"
     return ids, None if ids else "empty"
+
+
+def _before_loop(run: Run, ids: list[int]) -> list[int]:
+    """The longest part of a continuation that does not loop, as greedy plain text does in the end.
+
+    If even a quarter loops, all of it is returned, which is then dropped.
+    """
+    for part in _PARTS:
+        beginning = ids[: math.ceil(part * len(ids))]
+        if why_degenerate(decoded(run.tokenizer, beginning)) is None:
+            return beginning
+    return ids
 
 
 def _answer_text(run: Run, ids: list[int], *, stopped: bool) -> str | None:

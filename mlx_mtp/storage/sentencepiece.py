@@ -8,7 +8,8 @@ that changes ids or text is respected, or refused by name.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def parse(path: Path) -> Any:
 def build_tokenizer(
     proto: Any,
     *,
-    added: Collection[AddedPiece] = (),
+    added: Sequence[AddedPiece] = (),
     around: tuple[str | None, str | None] = (None, None),
     legacy: bool = True,
 ) -> Tokenizer:
@@ -96,7 +97,7 @@ def build_tokenizer(
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = _decoder(proto)
     _add_tokens(tokenizer, proto, names, added)
-    tokenizer.post_processor = _post_processor(tokenizer, *around)
+    tokenizer.post_processor = tokens_around(tokenizer, *around)
     return tokenizer
 
 
@@ -124,8 +125,24 @@ def _refuse(proto: Any) -> None:
         raise ValueError("escape_whitespaces = false is not supported")
     if proto.HasField("denormalizer_spec") and proto.denormalizer_spec.precompiled_charsmap:
         raise ValueError("denormalisation rules are not supported")
-    if any(piece.type == _UNUSED for piece in proto.pieces):
+    unused = {piece.piece for piece in proto.pieces if piece.type == _UNUSED}
+    if unused and (trainer.model_type == _UNIGRAM or any(_can_appear(unused, proto))):
         raise ValueError("a vocabulary with unused pieces is not supported")
+
+
+def _can_appear(unused: AbstractSet[str], proto: Any) -> Iterator[bool]:
+    """For each unused piece: whether merges of others lead to it, which sentencepiece undoes.
+
+    Padding that converters add to a vocabulary, such as ``[PAD32000]``, cannot appear.
+    """
+    parts = unused | {piece.piece for piece in proto.pieces if piece.type == _NORMAL}
+
+    def is_part(text: str) -> bool:
+        return len(text) == 1 or text in parts
+
+    for name in unused:
+        cuts = range(1, len(name))
+        yield len(name) == 1 or any(is_part(name[:cut]) and is_part(name[cut:]) for cut in cuts)
 
 
 def _model(proto: Any, names: Sequence[str]) -> Any:
@@ -225,9 +242,12 @@ def _add_tokens(
 ) -> None:
     """Register the tokens that are matched in the original text, before spaces are added."""
     renamed = {token.id for token in added}
-    for index, piece in enumerate(proto.pieces):
-        if piece.type in (_CONTROL, _UNKNOWN) and index not in renamed:
-            tokenizer.add_special_tokens([AddedToken(names[index], normalized=False, special=True)])
+    special = [
+        AddedToken(names[index], normalized=False, special=True)
+        for index, piece in enumerate(proto.pieces)
+        if piece.type in (_CONTROL, _UNKNOWN) and index not in renamed
+    ]
+    tokenizer.add_special_tokens(special)
     for token in added:
         entry = AddedToken(token.content, special=token.special, normalized=False, **token.options)
         add = tokenizer.add_special_tokens if token.special else tokenizer.add_tokens
@@ -237,8 +257,12 @@ def _add_tokens(
             raise ValueError(f"{token.source} gives {token.content} the id {token.id}, not {index}")
 
 
-def _post_processor(tokenizer: Tokenizer, before: str | None, after: str | None) -> Any:
-    """Return the processor that adds the tokens before and after every text."""
+def tokens_around(tokenizer: Tokenizer, before: str | None, after: str | None) -> Any:
+    """Return the processor that adds tokens before and after every text.
+
+    Raises:
+        ValueError: the vocabulary lacks one of them.
+    """
     around = [token for token in (before, after) if token is not None]
     ids = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys(around)]
     for token, index in ids:
