@@ -21,14 +21,13 @@ from mlx_mtp.apps.engine.prefix_tree import Node, key_of, shared_prefix
 from mlx_mtp.apps.engine.prefix_writer import PrefixWriter
 from mlx_mtp.apps.engine.protocol import CacheCounts
 from mlx_mtp.model.caches.blocks import CacheBlocks, Rows, has_states, without_states
-from mlx_mtp.model.caches.mtp_cache import MTPCache
+from mlx_mtp.model.caches.mtp_cache import CHECKPOINT_MARGIN, MTPCache
 
 BLOCK_SIZE = 256
 FLUSH_S = 4.0
 MIN_SHARED = 8  # a shorter common beginning is computed again
 STATE_SPACING = 2048
 NUM_RECENT = 3  # states at the end of a text that may be closer
-PROMPT_TAIL = 32  # last ids of a prompt that a chat template may change later
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class PrefixCache:
         if not self.has_states:
             return []
         last, shared = len(ids) - 1, self.num_stored(ids)
-        blocks = {self._whole_end(end) for end in (last - PROMPT_TAIL, shared)}
+        blocks = {self._whole_end(end) for end in (len(ids) - CHECKPOINT_MARGIN, shared)}
         return sorted({last, *blocks, *range(0, last, STATE_SPACING)} - {0})
 
     def chunk_size(self, start: int, places: Sequence[int], limit: int) -> int:

@@ -105,7 +105,7 @@ def test_the_first_step_of_a_text_starts_without_a_state() -> None:
 def test_greedy_ids_are_those_of_plain_decoding(family: str) -> None:
     model = with_adapter(tiny_model(family), num_draft_tokens=3)
     expected = finish_alone(model, answers(model, [{"layout": "plain"}] * 4))
-    drafted = ScriptedModel(model, mixed([0] * 5 + expected[0], seed=0))
+    drafted: Any = ScriptedModel(model, mixed([0] * 5 + expected[0], seed=0))
     requests = answers(drafted, GREEDY)
     for step, request in [(request.plan(), request) for request in requests]:
         if step.is_prompt_chunk:  # all but the last id, which are not batched

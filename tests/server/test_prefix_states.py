@@ -16,13 +16,13 @@ from mlx_mtp.apps.engine.session import Engine
 from mlx_mtp.apps.engine.token_text import TokenTexts
 from mlx_mtp.lab.tiny_models import tiny_model, with_adapter
 from mlx_mtp.model.caches.blocks import CacheBlocks, has_states
+from mlx_mtp.model.caches.mtp_cache import CHECKPOINT_MARGIN
 from mlx_mtp.planning.auto import Speculation
 from tests.helpers.fixtures_generate import byte_tokenizer
 from tests.helpers.tiny import BYTE_VOCAB
 from tests.server.test_engine import Turns
 from tests.server.test_prefix_cache import BLOCK, answer, restarted, text
 
-TAIL = prefix_cache.PROMPT_TAIL
 FAMILIES = ("qwen3_5", "falcon_h1", "mamba2")  # hybrid, both in one layer, no attention
 
 
@@ -58,7 +58,7 @@ def test_a_conversation_continues_where_its_states_are_kept(family, tmp_path):
     assert cached == 0
     assert check(engine, ids)[1] == 69  # the same prompt again
     assert check(engine, [*ids, *tokens, *text(chance, 5)])[1] == 70 + 5  # after the answer
-    whole = (69 - TAIL) // BLOCK * BLOCK
+    whole = (70 - CHECKPOINT_MARGIN) // BLOCK * BLOCK
     assert check(engine, [*ids[:-4], *text(chance, 9)])[1] == whole  # a template changed the end
     engine = restarted(engine, tmp_path)
     assert check(engine, ids)[1:] == (64, 64)  # in files: the last whole block that was shared
@@ -109,7 +109,7 @@ def test_states_from_files_have_the_same_bits(tmp_path):
     ids = text(random.Random(5), 70)
     engine = engine_of("falcon_h1", tmp_path)
     answer(engine, ids)
-    size = (69 - TAIL) // BLOCK * BLOCK
+    size = (70 - CHECKPOINT_MARGIN) // BLOCK * BLOCK
     from_memory = engine.prefixes.take(ids[: size + 1])
     engine = restarted(engine, tmp_path)
     engine.prefixes.add(ids, engine.prefixes.read(ids))
@@ -119,7 +119,7 @@ def test_states_from_files_have_the_same_bits(tmp_path):
         from_memory.cache.recurrent_layers, from_files.cache.recurrent_layers, strict=True
     ):
         assert one.offset == other.offset == size
-        pairs = zip(one.slots(), other.slots(), strict=True)
+        pairs: Any = zip(one.slots(), other.slots(), strict=True)
         assert all(mx.array_equal(a, b).item() for a, b in pairs)
 
 
@@ -144,5 +144,7 @@ def test_answers_in_company_are_those_alone(layout):
         groups = [each for each in turns.of(number) if each["type"] == "group"]
         assert [token for each in groups for token in each["ids"]] == tokens
     assert turns.of(0)[0]["cached_tokens"] == 0
-    assert turns.of(1)[0]["cached_tokens"] == (102 - TAIL) // BLOCK * BLOCK  # it has waited
+    assert (
+        turns.of(1)[0]["cached_tokens"] == (103 - CHECKPOINT_MARGIN) // BLOCK * BLOCK
+    )  # it has waited
     assert max(sizes) == 2
