@@ -119,7 +119,8 @@ class PrefixCache:
             return []
         last, shared = len(ids) - 1, self.num_stored(ids)
         blocks = {self._whole_end(end) for end in (len(ids) - CHECKPOINT_MARGIN, shared)}
-        return sorted({last, *blocks, *range(0, last, STATE_SPACING)} - {0})
+        places = {last, *blocks, *range(0, last, STATE_SPACING)} - {0}
+        return sorted(filter(self._blocks.is_chunk_end, places))
 
     def chunk_size(self, start: int, places: Sequence[int], limit: int) -> int:
         """Number of ids of a prompt's next chunk, so that chunks end at all ``places``.

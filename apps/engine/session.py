@@ -237,7 +237,9 @@ def must_wait(job: Prepared, running: Iterable[Session], engine: Engine) -> bool
     num_stored = engine.prefixes.num_stored(job.ids)
     for session in running:
         num_expected = session.num_expected(job.ids)
-        has_room = num_stored >= min(session.num_computed, num_expected)
+        num_computed = session.num_computed
+        stored = num_stored if num_computed < num_expected else num_known  # without its state yet
+        has_room = stored >= min(num_computed, num_expected)
         if has_room and num_expected - num_known >= engine.prefill_step_size:
             return True
     return False

@@ -34,9 +34,9 @@ def engine_of(family: str, folder: Path | None = None, **limits: Any) -> Engine:
         model=model,
         tokenizer=tokenizer,
         speculation=Speculation.guess(model.num_draft_tokens),
-        prefixes=PrefixCache(CacheBlocks(model, chunk_size=32), max_bytes=0),
+        prefixes=PrefixCache(CacheBlocks(model, chunk_size=8), max_bytes=0),
         texts=TokenTexts(tokenizer),
-        prefill_step_size=32,
+        prefill_step_size=8,
     )
     return restarted(engine, folder, **limits)
 
@@ -85,10 +85,21 @@ def test_states_of_a_long_conversation_are_thinned_and_its_size_is_that_of_the_a
     assert all(end % (4 * BLOCK) == 0 for end in ends[:-3]) and len(ends) <= len(path) // 4 + 3
 
 
-def test_answers_equal_fresh_ones_within_the_limits(tmp_path):
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("qwen3_5", {}),
+        ("qwen3_5", {"kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 40}),
+        pytest.param("falcon_h1", {"max_kv_size": 30}, marks=pytest.mark.soak),
+        pytest.param("kimi_linear", {}, marks=pytest.mark.soak),
+        pytest.param("jamba", {}, marks=pytest.mark.soak),
+        pytest.param("lfm2", {}, marks=pytest.mark.soak),
+    ],
+)
+def test_answers_equal_fresh_ones_within_the_limits(family, options, tmp_path):
     chance = random.Random(4)
-    limits: dict[str, Any] = {"max_bytes": 400_000, "file_bytes": 500_000}
-    engine = engine_of("qwen3_5", tmp_path, **limits)
+    limits: dict[str, Any] = {"max_bytes": 400_000, "file_bytes": 500_000, **options}
+    engine = engine_of(family, tmp_path, **limits)
     texts: list[list[int]] = [[]]
     num_cached = num_read = 0
     for number in range(9):
@@ -144,7 +155,6 @@ def test_answers_in_company_are_those_alone(layout):
         groups = [each for each in turns.of(number) if each["type"] == "group"]
         assert [token for each in groups for token in each["ids"]] == tokens
     assert turns.of(0)[0]["cached_tokens"] == 0
-    assert (
-        turns.of(1)[0]["cached_tokens"] == (103 - CHECKPOINT_MARGIN) // BLOCK * BLOCK
-    )  # it has waited
+    whole = (103 - CHECKPOINT_MARGIN) // BLOCK * BLOCK
+    assert turns.of(1)[0]["cached_tokens"] == whole  # it has waited
     assert max(sizes) == 2

@@ -110,6 +110,10 @@ class CacheBlocks:
             return cache.offset
         return min(cache.offset, num_prompt) // self._chunk_size * self._chunk_size
 
+    def is_chunk_end(self, position: int) -> bool:
+        """Whether a chunk of a prompt may end at ``position`` without changing any result."""
+        return not self._chunks_matter or position % self._chunk_size == 0
+
     def can_end(self, rows: Rows, position: int, *, end: int) -> bool:
         """Whether a cache may end at ``position``, which is in this block or at its end.
 
@@ -122,7 +126,7 @@ class CacheBlocks:
         """
         if self.has_states and not (position == end and has_states(rows)):
             return False
-        if self._chunks_matter and position % self._chunk_size:
+        if not self.is_chunk_end(position):
             return False
         return not _is_quantised(rows) or position >= self._quantised_start
 
