@@ -96,6 +96,7 @@ def describe_gguf(path: Path) -> tuple[str, dict[str, Any], tuple[str, ...]]:
         "tokenizer": ", ".join(name for name in tokenizer if isinstance(name, str)),
         "tensors": list(type_lines(file, floats=float_type(file))),
         "num_bytes": file.num_bytes,
+        "usable": "no, see below" if problems else "yes, it is converted when it is first used",
     }
     plain = {  # a broken file may have anything in place of a number or a name
         label: value if isinstance(value, int | str | list | None) else shown(value)

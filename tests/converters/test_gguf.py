@@ -180,7 +180,15 @@ class TestInspect:
     def test_a_model(self, tiny: Path) -> None:
         code, text = run("inspect", tiny)
         assert code == 0 and "refused" not in text and "as a model" not in text
-        for part in ("GGUF", "llama", "some/tiny", "apache-2.0", "gpt2, gpt-2", "Q6_K: rounded"):
+        for part in (
+            "GGUF",
+            "llama",
+            "some/tiny",
+            "apache-2.0",
+            "gpt2, gpt-2",
+            "Q6_K: rounded",
+            "yes, ",
+        ):
             assert part in text
         facts = json.loads(run("inspect", tiny, "--json")[1])["facts"]
         assert (facts["layers"], facts["hidden_size"], facts["vocabulary"]) == (1, 256, 300)
