@@ -15,6 +15,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import operator
 import pkgutil
 import re
 import sys
@@ -123,6 +124,7 @@ _PATTERNS: tuple[tuple[str, Any], ...] = (
 )
 
 # What no rule knows, by family: documented values of its configuration.
+_ABSENT = object()
 _YARN = {
     "rope_type": "yarn",
     "type": "yarn",
@@ -152,8 +154,18 @@ _OWN: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2},
     },
     "deepseek_v2": {"rope_scaling": _YARN, "topk_method": "greedy"},
-    "exaone4": {"sliding_window_pattern": "LG"},
-    "exaone_moe": {},
+    "exaone4": {
+        "sliding_window_pattern": "LG",
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "gemma4_text": {"final_logit_softcapping": 30.0, "tie_word_embeddings": True},
+    "gemma3_text": {"tie_word_embeddings": True},
+    "gemma": {"tie_word_embeddings": True},
+    "gemma2": {"tie_word_embeddings": True},
+    "granitemoehybrid": {"mamba_n_heads": 2 * HEADS},
+    "mamba2": {"num_heads": 2 * HEADS},
+    "internlm3": {"head_dim": HEAD_DIM},
+    "glm4_moe_lite": {"partial_rotary_factor": 1.0},
     "gemma3n": {
         "num_kv_shared_layers": 2,
         "final_logit_softcapping": 30.0,
@@ -241,8 +253,8 @@ _OWN: dict[str, dict[str, Any]] = {
     "nemotron_h": {
         "hybrid_override_pattern": ["M", "*", "E", "M", "-", "*"],
         "num_hidden_layers": 6,
-        "layer_types": None,
-        "layers_block_type": None,
+        "layer_types": _ABSENT,
+        "layers_block_type": _ABSENT,
     },
     "olmo_hybrid": {"linear_allow_neg_eigval": True},
     "openelm": {
@@ -253,11 +265,26 @@ _OWN: dict[str, dict[str, Any]] = {
     },
     "phi3small": {"gegelu_limit": 20.0, "vocab_size": 100352},  # its code writes to such ids
     "plamo": {"n_shared_head": 2},
+    "qwen3_5": {"num_experts": 0},
+    "qwen3_5_moe": {"num_experts": EXPERTS},
     "recurrent_gemma": {
+        "num_key_value_heads": 1,
         "logits_soft_cap": 30.0,
         "block_types": ["recurrent", "recurrent", "attention"],
     },
     "spark2_5": {"rope_parameters": _ROPES},
+}
+_PACKED = {"block": 512, "dtype": "float16"}
+_OWN["prism_hadamard_qwen35"] = {
+    "hidden_size": 512,  # the smallest block of its rotation
+    "tensor_namespace": "mlx-vlm-qwen3_5",
+    "quantization": {"bits": 2, "group_size": 128, "mode": "affine"},
+    "modules": [{**_PACKED, "path": "model.embed_tokens", "embedding": True}]
+    + [
+        {**_PACKED, "path": f"model.layers.{layer}.mlp.{name}", "embedding": False}
+        for layer in range(LAYERS)
+        for name in ("gate_proj", "up_proj")
+    ],
 }
 _PROBED = ("hf_olmo",)  # modules that a file imports to see that they are there, for no use
 
@@ -307,13 +334,18 @@ def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
     module = module_of(family)
     own = _OWN.get(family, {})
     config: dict[str, Any] = _by_rules(module.ModelArgs, family)
-    if "text_config" in {field.name for field in dataclasses.fields(module.ModelArgs)}:
+    config_fields = {field.name for field in dataclasses.fields(module.ModelArgs)} - {"vocab_size"}
+    if "text_config" in config_fields:
         text_class, text_family = _text_arguments(module)
-        text = _by_rules(text_class, text_family) | _OWN.get(text_family, {}) | own | overrides
-        own = {"text_config": {"model_type": text_family, **text}}
-        overrides = {}
+        values = _OWN.get(text_family, {}) | own | overrides
+        outer = {key: value for key, value in values.items() if key in config_fields}
+        inner = {key: value for key, value in values.items() if key not in outer}
+        text = _by_rules(text_class, text_family) | inner
+        kind = f"{family}_text" if family.startswith(text_family) else text_family
+        own, overrides = {**outer, "text_config": {"model_type": kind, **text}}, {}
     config |= own | overrides
-    return {**config, "model_type": family}
+    present = {key: value for key, value in config.items() if value is not _ABSENT}
+    return {**present, "model_type": family}
 
 
 def _by_rules(arguments: type, family: str) -> dict[str, Any]:
@@ -328,6 +360,8 @@ def _by_rules(arguments: type, family: str) -> dict[str, Any]:
                 if value is not None or field.default is dataclasses.MISSING:
                     config[field.name] = value
                 break
+    if "kv_lora_rank" in config:  # latent attention has as many as there are heads
+        config["num_key_value_heads"] = HEADS
     return config
 
 
@@ -346,10 +380,8 @@ def _text_arguments(module: types.ModuleType) -> tuple[type, str]:
     for part in (module, *(sys.modules[x.__module__] for x in module.Model.__mro__[1:-1])):
         source = inspect.getsource(part)
         calls = re.findall(r"([\w.]+)\.from_dict\(\w+\.text_config\)", source)
-        for call in reversed(calls):
-            owner: Any = part
-            for name in call.split("."):
-                owner = getattr(owner, name)
+        if calls:  # the last one is what is left after all special cases
+            owner: Any = operator.attrgetter(calls[-1])(part)
             return owner, owner.__module__.rpartition(".")[-1]
     raise ValueError(f"{module.__name__} has a text_config of an unknown class")
 
@@ -408,7 +440,9 @@ def _targets(model: MTPModel) -> tuple[str, ...]:
     for path, module in model.base.named_modules():
         if isinstance(module, nn.Linear | nn.QuantizedLinear):
             in_layer = re.search(r"\.\d+\.", path) is not None
-            usual = in_layer and module.weight.shape[0] >= SMALLEST_ADAPTED
+            usual = (
+                in_layer and ".experts." not in path and module.weight.shape[0] >= SMALLEST_ADAPTED
+            )
             (chosen if usual else left_out).add(path.rpartition(".")[-1])
     return tuple(sorted(chosen - left_out))
 
@@ -446,7 +480,7 @@ def build(
 
 def _quantise(base: Any, bits: int) -> None:
     """Quantise as ``mlx_lm.convert`` does, where the width allows it."""
-    wanted = getattr(base, "quant_predicate", lambda path, module: True)
+    wanted = getattr(base, "quant_predicate", None) or (lambda path, module: True)
 
     def chosen(path: str, module: Any) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized") or module.weight.shape[-1] % 32:
@@ -463,6 +497,10 @@ def _random(rng: np.random.Generator, name: str, like: mx.array) -> mx.array:
     if not mx.issubdtype(like.dtype, mx.floating):
         return _random_integers(rng, like)
     noise = rng.standard_normal(like.shape).astype(np.float32)
+    if last == "signs":
+        return mx.array(np.sign(noise))
+    if last in ("scales", "biases"):  # of weights that are packed from the start
+        return mx.array((0.1 if last == "scales" else -0.15) + 0.01 * noise)
     if last == "A_log":
         return mx.array(np.log(rng.uniform(0.3, 3.0, like.shape)).astype(np.float32))
     if last == "dt_bias":
@@ -475,12 +513,15 @@ def _random(rng: np.random.Generator, name: str, like: mx.array) -> mx.array:
     if "conv" in name and last == "weight" and like.ndim == 3:
         return mx.array(0.6 * noise)
     is_table = re.search("embed|wte|wpe", name) and "per_layer" not in name
-    scale = 0.03 if is_table else 1.5 / np.sqrt(like.shape[-1])
+    factor = 0.3 if last.endswith("gate_weight") else 1.5  # a gate that is shut has no gradient
+    scale = 0.03 if is_table else factor / np.sqrt(like.shape[-1])
     return mx.array(scale * noise)
 
 
 def _random_integers(rng: np.random.Generator, like: mx.array) -> mx.array:
-    """Packed ternary weights (bitnet): four codes of 0 to 2 a byte; other integers stay."""
+    """Packed weights; those of bitnet are ternary, four codes of 0 to 2 a byte."""
+    if like.dtype == mx.uint32:
+        return mx.array(rng.integers(0, 2**32, like.shape, dtype=np.uint32))
     if like.dtype != mx.uint8:
         return like
     codes = rng.integers(0, 3, (4, *like.shape))

@@ -176,6 +176,7 @@ class MTPModel(nn.Module):
                 raise ValueError(
                     f"kv_group_size {cache.kv_group_size} does not divide the head size {size}"
                 )
+            self._check_quantised(options | {"quantized_kv_start": 0})
         return cache
 
     @property
@@ -397,6 +398,18 @@ class MTPModel(nn.Module):
         unused = [i for i, inner in enumerate(inners) if inner is not None and inner.empty()]
         if unused:
             raise ValueError(f"{prefix}: layer {unused[0]} does not use its cache")
+
+    def _check_quantised(self, options: Mapping[str, Any]) -> None:
+        """Refuse a quantised cache if the model's own code computes with keys or values."""
+        sample = kv_cache.make_cache(self.base, scope=self._scope, **options)
+        sample.begin_step()
+        try:
+            self(mx.array([[0]]), cache=sample)  # never evaluated
+        except _FAILURES:
+            raise ValueError(
+                f"kv_bits cannot be used with {self.name} ({self.base.model_type}): its attention "
+                "takes no quantised keys and values"
+            ) from None
 
     def _probe(self) -> None:
         """Run a tiny step, so that a model with other seams is refused early.

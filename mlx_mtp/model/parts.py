@@ -84,6 +84,8 @@ def text_model(base: Any) -> Any:
     outer = base
     while isinstance(inner := getattr(base, "language_model", None), nn.Module):
         outer, base = base, inner
+    if not hasattr(base, "_no_grad"):  # recurrent_gemma's class does not call that of its base
+        nn.Module.__init__(base)
     has_all = all(hasattr(base, name) for name in ("args", "model_type", "layers"))
     makes_caches = hasattr(base, "make_cache") or not hasattr(outer, "make_cache")
     return base if has_all and makes_caches else TextModel(base, outer)

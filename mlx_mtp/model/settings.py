@@ -32,6 +32,7 @@ _PARTIAL = ("partial_rotary_factor", "rotary_pct")
 _TYPES_WITH_ORIGINAL_LENGTH = ("yarn", "llama3", "longrope")
 # These read rotary settings by type of layer, as they are in the file.
 _NESTED_AS_GIVEN = ("gemma4_text", "laguna", "mellum", "spark2_5")
+_BY_PARAMETERS = ("mistral4", "glm_moe_dsa")  # have both fields and read one
 _NESTED_BY_CLASS = ("olmo3",)  # scales the rotary embedding of its full-attention layers only
 
 # Settings of transformers' classes that change no logits of a causal forward in evaluation.
@@ -39,6 +40,7 @@ _HARMLESS = {
     *("initializer_range", "use_cache", "pretraining_tp", "is_decoder"),  # loading and generating
     *("pad_token_id", "bos_token_id", "eos_token_id", "eod_token_id"),  # tokens
     *("output_router_logits", "router_aux_loss_coef", "router_jitter_noise"),  # training
+    *("num_nextn_predict_layers", "num_mtp_layers"),  # of heads that a causal forward does not run
     "max_position_embeddings",  # a limit, which decoding keeps to; rotary scaling gets it
 }
 _HARMLESS_ENDINGS = (
@@ -176,7 +178,7 @@ def _read_flat(
     values = {
         key: getattr(known, key)
         for key in (reads & named) - _TRANSLATED
-        if getattr(known, key) is not None
+        if not isinstance(getattr(known, key), PreTrainedConfig | None)
     }
     if "tie_word_embeddings" in reads:
         values["tie_word_embeddings"] = tied
@@ -422,7 +424,7 @@ def _rope(
     if partial is not None and not other:
         if not reads.isdisjoint(_PARTIAL):
             keys |= {key: partial for key in _PARTIAL if key in reads}
-        elif partial != 1:
+        elif partial != 1 and "qk_rope_head_dim" not in reads:  # latent attention has a part
             why = f"which mlx-lm's {model_type} does not apply"
             raise _refuse("partial_rotary_factor", partial, why)
     scaling = _scaling(main, known)
@@ -433,7 +435,9 @@ def _rope(
     # Only one generation is written, so that no two keys of a file can contradict each other.
     if nested and "rope_local_base_freq" not in reads:
         keys["rope_parameters"] = {**nested, _FULL: _joined(main, scaling, theta)}
-    elif "rope_parameters" in reads and "rope_scaling" not in reads:
+    elif "rope_parameters" in reads and (
+        "rope_scaling" not in reads or model_type in _BY_PARAMETERS
+    ):
         keys["rope_parameters"] = _joined(parameters, scaling, theta)
     applied = "rope_scaling" in reads or "rope_parameters" in reads
     limit = getattr(known, "max_position_embeddings", None) or 2048

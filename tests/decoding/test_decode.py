@@ -133,7 +133,7 @@ def assert_cache_holds(cache: Any, model: MTPModel, ids: list[int]) -> None:
     fresh = model.make_cache()
     model(mx.array([ids]), cache=fresh)
     assert cache.offset == len(ids)
-    for layer, wanted in zip(cache.layers, fresh.layers, strict=True):
+    for layer, wanted in zip(cache.attention_layers, fresh.attention_layers, strict=True):
         for found, expected in zip(layer.keys_and_values(), wanted.keys_and_values(), strict=True):
             assert mx.allclose(found, expected, rtol=1e-5, atol=1e-5)
 

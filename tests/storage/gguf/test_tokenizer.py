@@ -259,7 +259,7 @@ class TestSentencepiece:
             write_tokenizer(metadata, tmp_path)
 
     def test_tokens_of_the_tokenizer_files(self, trained: dict[str, Path], tmp_path: Path) -> None:
-        metadata = as_metadata(trained["llama"]) | {"general.name": "Phi-3 mini"}
+        metadata: dict[str, Any] = as_metadata(trained["llama"]) | {"general.name": "Phi-3 mini"}
         count = len(metadata["tokenizer.ggml.tokens"])
         metadata["tokenizer.ggml.tokens"] += ["<|note|>", "<|user|>"]
         metadata["tokenizer.ggml.scores"] += [-1000.0] * 2
