@@ -4,6 +4,9 @@ Texts with the same beginning share the blocks of it, and every answer gets a co
 answers write to one cache.  A block has ``block_size`` ids, or fewer at the end of a text, and an
 answer may use the first part of a block.  Whole blocks can also be kept in files, which survive a
 restart.
+
+A model with recurrent layers can only continue where their states are kept.  A state takes the
+memory of some thousand ids, so states are kept where a text is likely to be continued (``places``).
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ from mlx_mtp.apps.engine.prefix_files import PrefixFiles, StoredBlock
 from mlx_mtp.apps.engine.prefix_tree import Node, key_of, shared_prefix
 from mlx_mtp.apps.engine.prefix_writer import PrefixWriter
 from mlx_mtp.apps.engine.protocol import CacheCounts
-from mlx_mtp.model.caches.blocks import CacheBlocks, Rows
-from mlx_mtp.model.caches.mtp_cache import MTPCache
+from mlx_mtp.model.caches.blocks import CacheBlocks, Rows, has_states, without_states
+from mlx_mtp.model.caches.mtp_cache import CHECKPOINT_MARGIN, MTPCache
 
 BLOCK_SIZE = 256
 FLUSH_S = 4.0
 MIN_SHARED = 8  # a shorter common beginning is computed again
+STATE_SPACING = 2048
+NUM_RECENT = 3  # states at the end of a text that may be closer
 
 
 @dataclass(frozen=True)
@@ -98,11 +103,57 @@ class PrefixCache:
         cache = self._blocks.join([node.rows for node in path], num_ids)
         return Beginning(cache, num_ids, num_read)
 
+    @property
+    def has_states(self) -> bool:
+        """Whether the model has states, which are known at the end of a chunk only."""
+        return self._blocks.has_states
+
+    def places(self, ids: Sequence[int]) -> list[int]:
+        """Positions of a prompt at which states are kept; empty if the model has none.
+
+        They are the prompt's end, the last whole block before it, because a chat template may
+        change the last ids when the conversation goes on, the last whole block that another text
+        shares, such as a system prompt, and every ``STATE_SPACING`` ids.
+        """
+        if not self.has_states:
+            return []
+        last, shared = len(ids) - 1, self.num_stored(ids)
+        blocks = {self._whole_end(end) for end in (len(ids) - CHECKPOINT_MARGIN, shared)}
+        places = {last, *blocks, *range(0, last, STATE_SPACING)} - {0}
+        return sorted(filter(self._blocks.is_chunk_end, places))
+
+    def chunk_size(self, start: int, places: Sequence[int], limit: int) -> int:
+        """Number of ids of a prompt's next chunk, so that chunks end at all ``places``.
+
+        Args:
+            start: number of ids before the chunk.
+            places: positions in rising order.
+            limit: maximum number of ids.
+        """
+        return min([limit, *(place - start for place in places if place > start)])
+
+    def num_stored(self, ids: Sequence[int]) -> int:
+        """Number of first ids of a text that are stored, even if no cache can end there."""
+        if not self.has_states:
+            return self.num_known(ids)
+        path = list(self._whole_blocks(ids[:-1]))
+        parent = path[-1] if path else self._root
+        rest = ids[parent.end : -1]
+        shared = (shared_prefix(node.ids, rest) for node in parent.children.values())
+        return parent.end + max(shared, default=0)
+
     def num_known(self, ids: Sequence[int]) -> int:
         """Number of ids that ``take`` would return."""
         return self._find(ids)[1]
 
-    def put(self, ids: Sequence[int], cache: MTPCache, *, num_prompt: int) -> None:
+    def put(
+        self,
+        ids: Sequence[int],
+        cache: MTPCache,
+        *,
+        num_prompt: int,
+        with_states: bool = False,
+    ) -> None:
         """Keep the rows of an answer's cache; drop other blocks to make room.
 
         A cache with a window has dropped rows: those must have been put before.
@@ -111,6 +162,7 @@ class PrefixCache:
             ids: the ids of the text so far.
             cache: the rows of the first of them.
             num_prompt: number of ids of the prompt.
+            with_states: whether to keep the states of recurrent layers as they are now.
         """
         if self._max_bytes == 0:
             return
@@ -124,11 +176,13 @@ class PrefixCache:
                 break
             path.append(node)
             parent = node
+        if with_states and path:
+            self._add_states(path, cache)
         self._touch(path)
 
     def keep(self, ids: Sequence[int], cache: MTPCache, *, num_prompt: int) -> None:
         """Put a cache at the end of an answer, and write its blocks to files; see ``put``."""
-        self.put(ids, cache, num_prompt=num_prompt)
+        self.put(ids, cache, num_prompt=num_prompt, with_states=self.has_states)
         path, _ = self._find([*ids[: cache.offset], -1])
         self._use(path)
 
@@ -185,17 +239,44 @@ class PrefixCache:
         """The blocks of the longest kept beginning of a text and its length."""
         ids = ids[:-1]
         path = list(self._whole_blocks(ids))
-        parent = path[-1] if path else self._root
-        rest, best = ids[parent.end : parent.end + self._block_size], (0, parent)
-        for node in parent.children.values():
-            shared = shared_prefix(node.ids, rest)
-            if shared > best[0] and self._blocks.can_end(node.rows, parent.end + shared):
-                best = (shared, node)
-        num_ids = parent.end + best[0]
-        path += [best[1]] if best[0] else []
-        while path and not self._blocks.can_end(path[-1].rows, num_ids):
-            num_ids = path.pop().start
-        return path, num_ids
+        while True:
+            parent = path[-1] if path else self._root
+            rest, best = ids[parent.end : parent.end + self._block_size], (0, parent)
+            for node in parent.children.values():
+                shared = shared_prefix(node.ids, rest)
+                if shared > best[0] and self._can_end(node, parent.end + shared):
+                    best = (shared, node)
+            if best[0]:
+                return [*path, best[1]], parent.end + best[0]
+            if not path or self._can_end(parent, parent.end):
+                return path, parent.end
+            path.pop()
+
+    def _can_end(self, node: Node, position: int) -> bool:
+        return self._blocks.can_end(node.rows, position, end=node.end)
+
+    def _whole_end(self, position: int) -> int:
+        """Where the last whole block up to a position ends."""
+        return max(position, 0) // self._block_size * self._block_size
+
+    def _add_states(self, path: Sequence[Node], cache: MTPCache) -> None:
+        """Give the last block the states after it; drop those that are close before it."""
+        last, known = path[-1], [node for node in path if has_states(node.rows)]
+        if last not in known:
+            states = self._blocks.states(cache, last.end)
+            if not states:
+                return
+            self._set_rows(last, {**last.rows, **states})
+            last.has_new_states = True
+            known.append(last)
+        for node in known[:-NUM_RECENT]:
+            if node.end % STATE_SPACING and not node.branches:
+                self._set_rows(node, without_states(node.rows))
+
+    def _set_rows(self, node: Node, rows: Rows) -> None:
+        self.nbytes -= node.nbytes
+        node.rows = rows
+        self.nbytes += node.nbytes
 
     def _whole_blocks(self, ids: Sequence[int]) -> list[Node]:
         """The whole blocks that a text begins with."""
@@ -214,7 +295,7 @@ class PrefixCache:
             return node
         for node in parent.children.values() if len(ids) < self._block_size else ():
             is_longer = shared_prefix(node.ids, ids) == len(ids)
-            if is_longer and self._blocks.can_end(node.rows, parent.end + len(ids)):
+            if is_longer and self._can_end(node, parent.end + len(ids)):
                 return node
         return None
 
@@ -233,9 +314,13 @@ class PrefixCache:
         if rows is None:
             return None
         for node in shorter:
-            if self._blocks.can_end(rows, node.end):
+            if self._blocks.can_end(rows, node.end, end=end) or self._is_of_no_use(node):
                 self._remove(node)
         return self._insert(parent, ids, rows)
+
+    def _is_of_no_use(self, node: Node) -> bool:
+        """Whether no cache can end in a block, once there is a longer one."""
+        return self.has_states and not has_states(node.rows)
 
     def _insert(self, parent: Node, ids: Sequence[int], rows: Rows) -> Node:
         node = Node(list(ids), parent.end, parent, rows)
@@ -253,6 +338,7 @@ class PrefixCache:
             del node.parent.children[key_of(node.ids)]
         del self._nodes[node]
         self.nbytes -= node.nbytes
+        node.is_dropped = True  # before the rows, for the thread that writes files
         node.rows = {}
 
     def _touch(self, path: Sequence[Node]) -> None:

@@ -28,7 +28,7 @@ import mlx.core as mx
 import numpy as np
 from filelock import FileLock, Timeout
 
-from mlx_mtp.model.caches.blocks import Rows, Signature
+from mlx_mtp.model.caches.blocks import Rows, Signature, is_state, own_shape
 from mlx_mtp.storage.files import remove_drafts, write_atomically
 from mlx_mtp.storage.safetensors import read_raw_tensors, safetensors_header, shown
 from mlx_mtp.terminal import show
@@ -157,6 +157,10 @@ class PrefixFiles:
         """Whether there is such a file, as far as is known without reading it."""
         return path.is_file() and not path.is_symlink() and path not in self._unusable
 
+    def renew(self, path: Path) -> None:
+        """Let the next ``write`` replace a file."""
+        self._unusable.add(path)
+
     def write(self, path: Path, ids: Sequence[int], start: int, rows: Rows) -> bool:
         """Write the block of ``ids`` from ``start``, after making room.
 
@@ -275,20 +279,24 @@ class PrefixFiles:
 
     def _fits(self, parts: Mapping[str, Part]) -> bool:
         """Whether the tensors are those of a block of this model."""
-        sizes = {
-            name: (dtype, (*shape[:-2], *shape[-1:])) for name, (dtype, shape, _) in parts.items()
-        }
+        sizes = {name: (dtype, own_shape(name, shape)) for name, (dtype, shape, _) in parts.items()}
         return sizes in self._signatures and all(
-            len(shape) > 1 and shape[-2] == self._block_size for _, shape, _ in parts.values()
+            is_state(name) or (len(shape) > 1 and shape[-2] == self._block_size)
+            for name, (_, shape, _) in parts.items()
         )
 
     def _max_file_bytes(self, num_ids: int) -> int:
         """Size that no file of a text of so many ids has."""
-        row_bytes = (
-            sum(_DTYPES[dtype][1].itemsize * math.prod(shape) for dtype, shape in each.values())
+        block_bytes = (
+            sum(
+                _DTYPES[dtype][1].itemsize
+                * math.prod(shape)
+                * (1 if is_state(name) else self._block_size)
+                for name, (dtype, shape) in each.items()
+            )
             for each in self._signatures
         )
-        return _MAX_HEADER_BYTES + 4 * num_ids + self._block_size * max(row_bytes)
+        return _MAX_HEADER_BYTES + 4 * num_ids + max(block_bytes)
 
     def _log(self, line: str) -> None:
         """Log a line once."""

@@ -17,9 +17,12 @@ class Node:
         ids: its ids.
         start: position of the first.
         parent: the block before; None for the root, which has no ids.
-        rows: keys and values; empty once they were dropped from memory.
+        rows: keys and values, and the states after them where they are known; empty once they were
+            dropped from memory.
+        is_dropped: whether that is so.
         children: blocks that continue the text, by ``key_of`` their ids.
         was_read: whether its rows were read from a file and not used since.
+        has_new_states: whether it got states that its file does not have.
     """
 
     ids: list[int]
@@ -28,6 +31,8 @@ class Node:
     rows: Rows = field(default_factory=dict)
     children: dict[bytes, Node] = field(default_factory=dict)
     was_read: bool = False
+    is_dropped: bool = False
+    has_new_states: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -38,6 +43,13 @@ class Node:
     def end(self) -> int:
         """Position after the last id."""
         return self.start + len(self.ids)
+
+    @property
+    def branches(self) -> bool:
+        """Whether the text continues in different ways, not only for different lengths."""
+        texts = [child.ids for child in self.children.values()]
+        longest = max(texts, key=len, default=[])
+        return any(shared_prefix(text, longest) < len(text) for text in texts)
 
     def path(self) -> Iterator[Node]:
         """This block and those before it, the last first, without the root."""

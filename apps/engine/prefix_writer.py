@@ -84,11 +84,18 @@ class PrefixWriter:
 
     def _write(self, text: _Text) -> None:
         for node, path in zip(text.nodes, self._files.paths(text.ids), strict=False):
-            if not node.rows or self._files.has(path):
+            if node.is_dropped:
+                continue
+            if node.has_new_states:
+                node.has_new_states = False
+                self._files.renew(path)
+            if self._files.has(path):
                 continue
             if not self._hurries.is_set():
                 self.idle.wait(BUSY_PAUSE_S)
-            rows = node.rows  # empty if it was dropped meanwhile
-            if rows and not self._files.write(path, text.ids[: node.end], node.start, rows):
+            rows = node.rows  # before the test, as it may be dropped meanwhile
+            if node.is_dropped:
+                continue
+            if not self._files.write(path, text.ids[: node.end], node.start, rows):
                 break
         self._files.mark_used(text.ids[: text.nodes[-1].end], text.time_ns)

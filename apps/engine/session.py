@@ -65,10 +65,12 @@ class Session:
         model, tokenizer = engine.model, engine.tokenizer
         ids = job.ids
         self._num_kept = 0  # ids whose rows the prefix cache has seen
+        self._places: list[int] = []  # where it keeps the states of recurrent layers
         if job.fresh:
             self._beginning = Beginning(engine.prefixes.make_cache())
         else:
             engine.prefixes.add(ids, job.stored_blocks)
+            self._places = engine.prefixes.places(ids)
             self._beginning = engine.prefixes.take(ids)
         num_cached = self._beginning.num_ids
         config = replace(
@@ -111,7 +113,12 @@ class Session:
 
     def num_expected(self, ids: list[int]) -> int:
         """Number of first ids of another prompt that this answer computes or has computed."""
-        return 0 if self._job.fresh else shared_prefix(self._job.ids, ids[:-1])
+        if self._job.fresh:
+            return 0
+        num_shared = shared_prefix(self._job.ids, ids[:-1])
+        if not self._engine.prefixes.has_states:
+            return num_shared
+        return max((place for place in self._places if place <= num_shared), default=0)
 
     @property
     def num_computed(self) -> int:
@@ -120,6 +127,9 @@ class Session:
 
     def plan(self) -> Step:
         """Plan the next step; a step that is not run leaves the cache as it was."""
+        self._request.prefill_step_size = self._engine.prefixes.chunk_size(
+            self._request.cache.offset, self._places, self._engine.prefill_step_size
+        )
         return self._request.plan()
 
     def commit(self, outcome: Outcome) -> list[JobMessage]:
@@ -153,7 +163,10 @@ class Session:
         cache, prompt_size = self._request.cache, len(self._job.ids)
         is_due = at_prompt or self._num_kept < prompt_size or cache.drops_rows
         if is_due and not self._job.fresh:
-            self._engine.prefixes.put(self._request.ids, cache, num_prompt=prompt_size)
+            with_states = cache.offset in self._places
+            self._engine.prefixes.put(
+                self._request.ids, cache, num_prompt=prompt_size, with_states=with_states
+            )
             self._num_kept = cache.offset
 
     def _group(self, step: StepResult) -> tuple[Group, str | None]:
@@ -221,9 +234,12 @@ def must_wait(job: Prepared, running: Iterable[Session], engine: Engine) -> bool
     if job.fresh:
         return False
     num_known = engine.prefixes.num_known(job.ids)
+    num_stored = engine.prefixes.num_stored(job.ids)
     for session in running:
         num_expected = session.num_expected(job.ids)
-        has_room = num_known >= min(session.num_computed, num_expected)
+        num_computed = session.num_computed
+        stored = num_stored if num_computed < num_expected else num_known  # without its state yet
+        has_room = stored >= min(num_computed, num_expected)
         if has_room and num_expected - num_known >= engine.prefill_step_size:
             return True
     return False

@@ -2,7 +2,8 @@
 
 A step of few rows takes little longer than one of a single row, because the weights are read once.
 So the rows of several answers go through the linear layers together; each answer's queries meet its
-own keys and values, with its own mask (``caches.batch``).
+own keys and values, with its own mask, and its recurrent layers continue its own states
+(``caches.batch``).
 """
 
 from __future__ import annotations
@@ -60,10 +61,12 @@ def head(model: MTPModel, parts: Sequence[mx.array]) -> list[mx.array]:
 def can_batch(model: MTPModel) -> bool:
     """Check whether a batch gives what separate forwards give, by running a few rows.
 
-    Batching requires that the model only passes positions, masks and keys through.  The caches of a
-    batch have no recurrent states yet.
+    Batching requires that the model only passes positions, masks, keys and states through.
     """
-    if model.is_recurrent or not (model.wrap_ropes() and model.wrap_attention()):
+    knows_positions, has_seams = model.wrap_ropes(), model.wrap_attention()
+    if not (knows_positions or model.is_recurrent):
+        return False
+    if model.make_cache().attention_layers and not has_seams:
         return False
     layouts = [plain_layout(), StepLayout(1, 2, (0, 0, 0))]
     if model.num_draft_tokens:

@@ -1,15 +1,17 @@
-"""MTPModel: any dense mlx-lm model, with mask tokens, gated LoRA weights and a sampler head.
+"""MTPModel: an mlx-lm model with mask tokens, gated LoRA weights and a sampler head.
 
-No model is rewritten.  mlx-lm's models have four seams, and at each of them a wrapper consults the
-step in progress (``StepScope``):
+No model is rewritten.  mlx-lm's models have seams, and at each of them a wrapper consults the step
+in progress (``StepScope``):
 
-- the token embedding turns mask rows into mask embeddings (``MaskEmbedding``);
-- linear layers add low-rank weights on mask rows (``GatedLoRALinear``);
-- the rotary embedding rotates every row by its own position (``StepRope``);
-- the caches return the step's attention mask (``caches.layers.LayerCache``).
+- token embeddings turn mask rows into mask embeddings (``MaskEmbedding``);
+- linear layers and experts add low-rank weights on mask rows (``GatedLoRALinear``, ``experts``);
+- rotary and learned position embeddings give every row its own position (``positions``);
+- the caches return the step's attention mask (``caches.layers.LayerCache``);
+- recurrent layers pass their rows on to their caches (``recurrence``, ``row_by_row``).
 
-A fifth one, in attention, is for back-ends and batches (``attention``).  Without an adapter nothing
-is wrapped and the model decodes plainly.
+Layers that compute one row in another form than several take that of one row in a step
+(``one_row``), so a model decodes drafts exactly with and without an adapter.  The seam in attention
+is also for back-ends and batches (``attention``).
 """
 
 from __future__ import annotations
@@ -65,6 +67,7 @@ _REFUSED = {
     "deepseek_v32": _INDEXER,  # and glm_moe_dsa, which inherits from it
     "longcat_flash_ngram": "its embeddings are of n-grams, which mask rows do not have",
     "minimax_m3_vl": "its indexer chooses blocks of cached rows, in which mask rows would count",
+    "muse_spark": "its fused rotary embedding takes one position for all rows of a forward",
     "phi3small": "its attention adds a mask of booleans to the scores, so rows see later ones",
 }
 _FAILURES = (TypeError, ValueError, AttributeError, IndexError, RuntimeError)

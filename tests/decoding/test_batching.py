@@ -29,7 +29,6 @@ LAYOUTS = [
     StepLayout(1, 3, (0, 0, 0, 0)),
     StepLayout(1, 1, (0, 3)),
 ]
-UNPACKABLE = ("ministral3",)  # it scales attention by where rows stand in the forward
 
 
 def held(model: MTPModel, prompt: list[int]) -> Any:
@@ -47,7 +46,7 @@ def close(found: Any, expected: Any) -> bool:
     return bool(mx.allclose(found, expected, rtol=1e-4, atol=1e-5))
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in UNPACKABLE])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("adapted", [True, False])
 def test_a_forward_is_the_separate_ones(kind: str, adapted: bool) -> None:
     model = tiny_mtp(kind, k=3) if adapted else MTPModel(tiny_base(kind))
@@ -68,15 +67,6 @@ def test_a_forward_is_the_separate_ones(kind: str, adapted: bool) -> None:
         for layer, other in zip(cache.layers, wanted.layers, strict=True):
             for one, two in zip(layer.keys_and_values(), other.keys_and_values(), strict=True):
                 assert close(one, two)
-
-
-@pytest.mark.parametrize("kind", UNPACKABLE)
-def test_a_model_that_counts_rows_itself_is_not_packed(kind: str) -> None:
-    model = tiny_mtp(kind)
-    assert not can_batch(model)
-    assert model.scope.layout is None
-    expected = [step.tokens for step in decode(tiny_mtp(kind), PROMPTS[0], max_tokens=8)]
-    assert [step.tokens for step in decode(model, PROMPTS[0], max_tokens=8)] == expected
 
 
 def test_packing_and_unpacking_are_inverse() -> None:

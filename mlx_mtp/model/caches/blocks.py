@@ -2,9 +2,9 @@
 
 A block has the state of all layers at consecutive positions, copied out of a cache, so that it
 keeps no other memory alive.  Whatever a layer remembers as rows (keys and values, quantised or not,
-with a window or without) can be cut at any row.  A layer whose state is no list of rows, such as a
-recurrent one, would add its state after the last row of a block, and ``can_end`` would allow no
-other position.
+with a window or without) can be cut at any row.  A recurrent layer has no rows but a state, which
+is known at a few positions only.  A block that ends at one of them can have it, and a cache of
+such a model may end there and nowhere else (``can_end``).
 """
 
 from __future__ import annotations
@@ -19,12 +19,16 @@ from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
 
 Rows = Mapping[str, mx.array]
-"""Tensors ``[1, H, rows, ...]`` by name: ``LAYER.keys``, or ``LAYER.keys.PART`` if quantised."""
+"""Tensors ``[1, H, rows, ...]`` by name: ``LAYER.keys``, or ``LAYER.keys.PART`` if quantised.
+
+The state of a recurrent layer after the last row is in ``LAYER.slot.NUMBER``, of any shape.
+"""
 
 Signature = dict[str, tuple[mx.Dtype, tuple[int, ...]]]
-"""Type and shape without the number of rows of each tensor of a block."""
+"""Type and shape, of rows without their number, of each tensor of a block."""
 
 _SIDES = ("keys", "values")
+_SLOT = ".slot."
 _FREE_ROWS = 256  # of a joined cache, so that the next step does not copy it once more
 
 
@@ -35,6 +39,10 @@ class CacheBlocks:
         model: the model.
         chunk_size: rows per chunk of a prompt.
         options: options of ``model.make_cache``.
+
+    Attributes:
+        has_states: whether there are recurrent layers, so that a cache can only end where a block
+            has their states.
     """
 
     def __init__(self, model: MTPModel, *, chunk_size: int, **options: Any) -> None:
@@ -42,15 +50,19 @@ class CacheBlocks:
         self._chunk_size = chunk_size
         self._options = options
         sample = self.make_cache()
-        self._chunks_matter = sample.chunks_matter
+        self._chunks_matter = sample.chunks_hide_rows
         self._quantised_start = sample.quantized_kv_start
+        self.has_states = model.is_recurrent
 
     def make_cache(self) -> MTPCache:
         """Make a cache without rows."""
         return self._model.make_cache(**self._options)
 
     def cut(self, cache: MTPCache, start: int, end: int) -> Rows | None:
-        """Copy the rows of positions ``start`` to ``end``; None if a layer has dropped some."""
+        """Copy the rows of positions ``start`` to ``end``; None if a layer has dropped some.
+
+        Recurrent layers add nothing; see ``states``.
+        """
         rows = {}
         for index, layer in enumerate(cache.attention_layers):
             first = _stored_index(layer, start, end)
@@ -62,8 +74,21 @@ class CacheBlocks:
         mx.eval(rows)
         return rows
 
+    def states(self, cache: MTPCache, position: int) -> Rows:
+        """The states of recurrent layers after ``position`` rows; empty if these are not known."""
+        states = {}
+        for index, layer in enumerate(cache.recurrent_layers):
+            slots = layer.slots_at(position)
+            if slots is None:
+                return {}
+            named = enumerate(slots)
+            states |= {f"{index}{_SLOT}{n}": mx.contiguous(x) for n, x in named if x is not None}
+        mx.eval(states)
+        return states
+
     def extended(self, first: Rows, second: Rows) -> Rows | None:
-        """Append rows to a block; None if only one of them is quantised."""
+        """Append rows to a block without its states; None if only one of them is quantised."""
+        first = without_states(first)
         if first.keys() != second.keys():
             return None
         rows = {
@@ -81,18 +106,27 @@ class CacheBlocks:
             cache: the cache.
             num_prompt: number of ids of the answer's prompt.
         """
-        if cache.recurrent_layers:
-            return 0  # blocks have no recurrent states yet
         if not self._chunks_matter:
             return cache.offset
         return min(cache.offset, num_prompt) // self._chunk_size * self._chunk_size
 
-    def can_end(self, rows: Rows, position: int) -> bool:
+    def is_chunk_end(self, position: int) -> bool:
+        """Whether a chunk of a prompt may end at ``position`` without changing any result."""
+        return not self._chunks_matter or position % self._chunk_size == 0
+
+    def can_end(self, rows: Rows, position: int, *, end: int) -> bool:
         """Whether a cache may end at ``position``, which is in this block or at its end.
 
         A cache that ends before the position from which caches are quantised is not quantised yet.
+
+        Args:
+            rows: the block.
+            position: the number of rows of the cache.
+            end: the position after the last row of the block.
         """
-        if self._chunks_matter and position % self._chunk_size:
+        if self.has_states and not (position == end and has_states(rows)):
+            return False
+        if not self.is_chunk_end(position):
             return False
         return not _is_quantised(rows) or position >= self._quantised_start
 
@@ -106,6 +140,9 @@ class CacheBlocks:
                 self._joined(cache, blocks, f"{index}.{side}", num_rows) for side in _SIDES
             )
             _restore(layer, keys, values, num_rows)
+        for index, layer in enumerate(cache.recurrent_layers):
+            names = [f"{index}{_SLOT}{n}" for n in range(layer.num_slots)]
+            layer.restore(num_rows, [blocks[-1].get(name) for name in names])
         cache.begin_step()  # as after the step that computed the last of these rows
         return cache
 
@@ -117,7 +154,11 @@ class CacheBlocks:
         if cache.kv_bits is not None:
             cache.quantise()
             samples.append(self.cut(cache, 0, 1))
-        return [signature(rows) for rows in samples if rows is not None]
+        found = [signature(rows) for rows in samples if rows is not None]
+        if not self.has_states:
+            return found
+        states = signature(self.states(cache, 1))
+        return [*found, *(each | states for each in found)]
 
     def _joined(
         self, cache: MTPCache, blocks: Sequence[Rows], name: str, num_rows: int
@@ -135,9 +176,27 @@ class CacheBlocks:
 
 def signature(rows: Rows) -> Signature:
     """Return the types and shapes of a block, without its number of rows."""
-    return {
-        name: (value.dtype, (*value.shape[:-2], value.shape[-1])) for name, value in rows.items()
-    }
+    return {name: (value.dtype, own_shape(name, value.shape)) for name, value in rows.items()}
+
+
+def own_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a tensor without its number of rows, if it has rows."""
+    return shape if is_state(name) else (*shape[:-2], *shape[-1:])
+
+
+def is_state(name: str) -> bool:
+    """Whether a tensor of a block is a state, which has no rows."""
+    return _SLOT in name
+
+
+def has_states(rows: Rows) -> bool:
+    """Whether a block has the states after its last row."""
+    return any(map(is_state, rows))
+
+
+def without_states(rows: Rows) -> Rows:
+    """The same block without states."""
+    return {name: value for name, value in rows.items() if not is_state(name)}
 
 
 def num_bytes(rows: Rows) -> int:

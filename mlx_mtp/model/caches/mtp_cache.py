@@ -183,8 +183,13 @@ class MTPCache:
     @property
     def chunks_matter(self) -> bool:
         """Whether results depend on where a prompt is cut; it is then cut as mlx-lm does."""
+        return self.chunks_hide_rows or bool(self.recurrent_layers)
+
+    @property
+    def chunks_hide_rows(self) -> bool:
+        """Whether what a row sees depends on where a prompt is cut, not only how it is rounded."""
         keeps = any(isinstance(x, WindowLayerCache) and x.keep for x in self.attention_layers)
-        return self._awaits_quantisation or keeps or bool(self.recurrent_layers)
+        return self._awaits_quantisation or keeps
 
     def rest_after_chunk(self, num_left: int, limit: int) -> int:
         """Return how many of ``num_left`` ids of a prompt are left after its next chunk.

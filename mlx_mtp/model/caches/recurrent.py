@@ -295,6 +295,19 @@ class RecurrentLayerCache:
             last = (self.offset, slots)
             self.checkpoints = [first, *others[-(MAX_CHECKPOINTS - 1) :], last]
 
+    def restore(self, offset: int, slots: Slots) -> None:
+        """Continue after ``offset`` rows, which can also be rewound to."""
+        self.offset, self._num_left, self._captured = offset, 0, {}
+        self._slots, self._start = list(slots), list(slots)
+        self.checkpoints = [self.checkpoints[0], (offset, slots)]
+
+    def slots_at(self, offset: int) -> Slots | None:
+        """The slots after ``offset`` rows, if they are known: now, or at a checkpoint."""
+        if offset == self.offset:
+            self._settle()
+            return self.slots()
+        return dict(self.checkpoints).get(offset)
+
     def rewind_points(self) -> list[int]:
         """Offsets that can be rewound to, besides the current one."""
         start = self.offset - self._num_left
