@@ -96,6 +96,7 @@ class FixedLayerCache:
     Attributes:
         offset: 0, because mask rows have their positions in the sequence.
         start_position: position of the first row.
+        carried: all keys and values, which a layer may leave for later ones.
     """
 
     offset = 0
@@ -108,20 +109,20 @@ class FixedLayerCache:
         self._values = values
         self._rows = rows
         self._chunk = chunk
-        self._all: tuple[mx.array, mx.array] | None = None
+        self.carried: tuple[mx.array, mx.array] | None = None
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Return the cached rows followed by the new ones, ``[1, H, L + R, Dh]``."""
-        self._all = (
+        self.carried = (
             mx.concatenate([self._keys, keys], axis=-2),
             mx.concatenate([self._values, values], axis=-2),
         )
-        return self._all
+        return self.carried
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
         """The same once more, for a layer that shares them."""
-        assert self._all is not None
-        return self._all
+        assert self.carried is not None
+        return self.carried
 
     def maybe_trim_front(self) -> None:
         """Drop nothing."""

@@ -129,6 +129,7 @@ class StatesAtAnchors(_NoSlots):
 
     Attributes:
         offset: 0, because mask rows have their positions in the sequence.
+        carried: number of mixers that have run.
     """
 
     offset = 0
@@ -137,7 +138,7 @@ class StatesAtAnchors(_NoSlots):
         super().__init__(recorded.num_slots)
         self._recorded = recorded
         self._rows = rows
-        self._mixers = iter(recorded.mixers)
+        self.carried = 0
 
     def convolve(self, slot: int, conv: Conv, x: mx.array) -> mx.array:
         """Convolve mask blocks, each after the inputs up to its anchor."""
@@ -158,7 +159,8 @@ class StatesAtAnchors(_NoSlots):
 
     def run_mixer(self, call: TakeRows) -> Outputs:
         """Run mask blocks through a mixer that has no seam; see ``RecordedRows``."""
-        slots = stacked(next(self._mixers)(self._rows.anchors))
+        slots = stacked(self._recorded.mixers[self.carried](self._rows.anchors))
+        self.carried += 1
         layout = MaskRun(self._rows.group_index.shape[1])
         y, _ = call(lambda x: self._rows.take_groups(x[0]), slots, layout)
         return [self._rows.joined_groups(group) for group in y]

@@ -46,7 +46,7 @@ from mlx_mtp.model.parts import (
     text_model,
     with_module,
 )
-from mlx_mtp.model.positions import wrap_positions
+from mlx_mtp.model.positions import counts_keys, wrap_positions
 from mlx_mtp.model.recurrence import has_chunks
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import (
@@ -165,6 +165,11 @@ class MTPModel(nn.Module):
         """Make fresh caches; see ``caches.make.make_cache`` for the options and errors."""
         cache = kv_cache.make_cache(self.base, scope=self._scope, **options)
         cache.last_id_alone = self._has_forms
+        if options.get("max_kv_size") is not None and counts_keys(self.base):
+            raise ValueError(
+                f"max_kv_size cannot be used with {self.name} ({self.base.model_type}): layers "
+                "that share keys count them to know a row's position"
+            )
         if cache.kv_bits is not None and self._is_latent:
             raise ValueError(f"kv_bits cannot be used with {self.name}: it caches latent vectors")
         if cache.kv_bits is not None:

@@ -11,6 +11,7 @@ a few ways, and each has a wrapper here that gives every row its own:
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -127,6 +128,19 @@ def wrap_positions(base: Any, tables: Sequence[str], scope: StepScope) -> bool:
         if block is not None:
             replace(base, {path: block})
     return bool(modules) or any(map(_is_wrapped, base.modules()))
+
+
+def counts_keys(base: nn.Module) -> bool:
+    """Whether blocks rotate queries by the number of keys that they are given (AFM 7)."""
+
+    def counts(module: Any) -> bool:
+        while isinstance(module, Wrapper):
+            module = module.wrapped
+        arguments = inspect.signature(type(module).__call__).parameters
+        return "keys" in arguments and "cache" not in arguments
+
+    blocks = {path.rpartition(".")[0] for path in _ropes(base)}
+    return any(counts(module_at(base, path)) for path in blocks if path)
 
 
 def _ropes(base: Any) -> list[str]:

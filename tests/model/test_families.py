@@ -306,3 +306,12 @@ class TestChunks:
         )
         logits = stock("llama4")(mx.array([[5]]), cache=shared)
         assert mx.allclose(logits, model.logits(expected), atol=1e-4)
+
+
+def test_a_window_is_refused_where_layers_count_shared_keys() -> None:
+    model = mtp("afm7")
+    model.wrap_attention()
+    with pytest.raises(ValueError, match="max_kv_size cannot be used with afm7 .*: layers that"):
+        model.make_cache(max_kv_size=16)
+    for family in ("gemma3n", "gemma4_text"):  # these take the position from the cache
+        mtp(family).make_cache(max_kv_size=16)

@@ -265,6 +265,22 @@ def test_checkpoints_can_be_rewound_to(kind: str) -> None:
     assert largest_error(slots(copied), slots(other)) < 1e-4
 
 
+def test_a_checkpoint_after_rejected_rows_is_forgotten() -> None:
+    """A text that goes on in another way reaches its offset with another state."""
+    model = hybrid_mtp("qwen3_5")
+    cache = prefilled(model)
+    layout = StepLayout(1, 3, (0, 0, 0, 1))
+    run_step(model, cache, layout, [1, 2, 3, 4])
+    cache.rewind(2)
+    cache.checkpoint()  # after 1 2 3
+    cache.rewind(1)
+    before = cache.offset
+    for token in (7, 8, 9):
+        run_step(model, cache, plain_layout(), [token])
+    assert cache.rewind_point(before + 1) < before
+    assert not cache.can_rewind(2)
+
+
 def test_only_the_last_checkpoints_are_kept() -> None:
     model = hybrid_mtp("lfm2")
     cache = model.make_cache()

@@ -21,6 +21,7 @@ from mlx_mtp.train.gradient.adapter import (
     trainable,
 )
 from mlx_mtp.train.gradient.step import (
+    CheckpointedLayer,
     StepGradient,
     blocks_of,
     checkpoint_layers,
@@ -30,6 +31,7 @@ from mlx_mtp.train.loop import TrainData, TrainResult, schedule, train
 from mlx_mtp.train.run.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
 from mlx_mtp.train.run.history import read_history
 from mlx_mtp.train.settings import TrainSettings
+from tests.helpers.families import family_mtp
 from tests.helpers.tiny import random_adapter, save_adapter, tiny_base
 
 SETTINGS = TrainSettings(
@@ -219,6 +221,25 @@ class TestGradients:
         checkpoint_layers(model)
         left = self.gradient(SETTINGS, model_for(SETTINGS, kind))
         self.close(left, self.gradient(SETTINGS, model))
+
+    @pytest.mark.parametrize(
+        "family", ["gemma3n", "gemma4_text", "afm7", "deepseek_v3", "qwen3_5", "jamba"]
+    )
+    def test_are_the_same_where_layers_exchange_more_than_hidden_states(self, family, monkeypatch):
+        settings = change(rows_per_forward=64)
+        overrides: dict[str, Any] = {"num_kv_shared_layers": 2} if family == "gemma4_text" else {}
+        left = self.gradient(settings, family_mtp(family, **overrides))
+        model = family_mtp(family, **overrides)
+        checkpoint_layers(model)
+        called, call = set(), CheckpointedLayer.__call__
+
+        def counted(layer: CheckpointedLayer, *args: Any, **kwargs: Any) -> Any:
+            called.add(id(layer.wrapped))
+            return call(layer, *args, **kwargs)
+
+        monkeypatch.setattr(CheckpointedLayer, "__call__", counted)
+        self.close(left, self.gradient(settings, model))
+        assert len(called) == len(model.base.layers)
 
     @pytest.mark.parametrize(("dtype", "bound"), [(mx.float16, 0.04), (mx.bfloat16, 0.25)])
     def test_of_half_precision_do_not_get_lost_in_a_large_step(self, dtype, bound):

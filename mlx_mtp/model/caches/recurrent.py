@@ -268,11 +268,12 @@ class RecurrentLayerCache:
         """Drop the last rows: some of the last forward, or all after a checkpoint."""
         assert self.can_rewind(num_rows), f"cannot rewind {num_rows} of {self.offset} rows"
         self.offset -= num_rows
+        # Later ones are of a text that other rows may now replace.
+        self.checkpoints = [each for each in self.checkpoints if each[0] <= self.offset]
         if num_rows <= self._num_left:
             self._num_left -= num_rows
             return
         slots: list[Slot] = [*dict(self.checkpoints)[self.offset]]
-        self.checkpoints = [each for each in self.checkpoints if each[0] <= self.offset]
         self._slots, self._start, self._num_left = slots, list(slots), 0
         self._captured = {}
 

@@ -15,15 +15,16 @@ from typing import Any, Protocol, cast
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_unflatten
+from mlx.utils import tree_flatten, tree_map_with_path, tree_unflatten
 
-from mlx_mtp.evaluation.forward import OrdinaryRows, ordinary_rows
+from mlx_mtp.evaluation.forward import FixedLayerCache, OrdinaryRows, ordinary_rows
 from mlx_mtp.evaluation.mask_blocks import MaskRows
+from mlx_mtp.evaluation.recurrent_rows import StatesAtAnchors
 from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.layout import StepScope
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.recurrence import differentiable
-from mlx_mtp.model.wrappers import Wrapper
+from mlx_mtp.model.wrappers import Wrapper, replace
 from mlx_mtp.train.gradient.anchors import choose_anchors, chunks, count_masks
 from mlx_mtp.train.gradient.losses import (
     Targets,
@@ -301,29 +302,64 @@ def _sum(parts: Sequence[Part]) -> Part:
 
 
 class CheckpointedLayer(Wrapper):
-    """A layer whose activations are recomputed for the gradient instead of being stored."""
+    """A layer whose activations are recomputed for the gradient instead of being stored.
+
+    All arrays that have a gradient go in and out by its arguments and results, those that layers
+    pass on through their caches too (``FixedLayerCache.carried``): MLX gives no gradient to others.
+    """
 
     def __init__(self, layer: nn.Module, scope: StepScope) -> None:
         super().__init__(layer)
         self._scope = scope
 
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        """Apply the layer to ``[1, L, D]``."""
-        layout = self._scope.layout
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Apply the layer."""
+        layout, leaves = self._scope.layout, [leaf for _, leaf in _flat((args, kwargs))]
+        caches = [x for x in leaves if isinstance(x, FixedLayerCache | StatesAtAnchors)]
+        inputs = (args, kwargs, [cache.carried for cache in caches])
+        outputs: Any = None
 
-        def run(parameters: Any, x: mx.array) -> mx.array:
+        def run(parameters: Any, arrays: Parameters) -> Parameters:
+            nonlocal outputs
+            args, kwargs, carried = _with_arrays(inputs, arrays)
+            for cache, value in zip(caches, carried, strict=True):
+                cache.carried = value
             before, self._scope.layout = self._scope.layout, layout  # the forward is over by then
             try:
                 self.wrapped.update(parameters)
-                return self.wrapped(x, *args, **kwargs)
+                result = self.wrapped(*args, **kwargs)
             finally:
                 self._scope.layout = before
+            outputs = (result, [cache.carried for cache in caches])
+            return _arrays(outputs)
 
-        return mx.checkpoint(run)(self.wrapped.trainable_parameters(), x)
+        arrays = mx.checkpoint(run)(self.wrapped.trainable_parameters(), _arrays(inputs))
+        result, carried = _with_arrays(outputs, arrays)
+        for cache, value in zip(caches, carried, strict=True):
+            cache.carried = value
+        return result
 
 
 def checkpoint_layers(model: MTPModel) -> None:
     """Make the layers of a model recompute their activations for the gradient, in place."""
-    layers = model.base.layers
-    for index, layer in enumerate(layers):
-        layers[index] = CheckpointedLayer(layer, model.scope)
+    layers = {id(layer) for layer in model.base.layers}
+    found = [(path, x) for path, x in model.base.named_modules() if id(x) in layers]
+    replace(model.base, {path: CheckpointedLayer(x, model.scope) for path, x in found})
+
+
+def _flat(tree: Any) -> list[tuple[str, Any]]:
+    return cast(Any, tree_flatten(tree))
+
+
+def _arrays(tree: Any) -> Parameters:
+    """The arrays of a tree that may have a gradient, by their places."""
+
+    def has_gradient(leaf: Any) -> bool:
+        return isinstance(leaf, mx.array) and mx.issubdtype(leaf.dtype, mx.floating)
+
+    return {place: leaf for place, leaf in _flat(tree) if has_gradient(leaf)}
+
+
+def _with_arrays(tree: Any, arrays: Parameters) -> Any:
+    """A tree with other arrays at some places."""
+    return tree_map_with_path(lambda place, leaf: arrays.get(place, leaf), tree)
