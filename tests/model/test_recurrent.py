@@ -12,7 +12,6 @@ import pytest
 from mlx_lm.generate import generate_step
 from mlx_lm.models import cache as lm_cache
 
-from mlx_mtp.decoding.batching import can_batch
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.caches.recurrent import MAX_CHECKPOINTS, Replay
@@ -419,7 +418,7 @@ def test_mixers_have_the_seam_that_fits(kind: str) -> None:
     model = MTPModel(hybrid_base(kind))
     kinds = {type(m) for _, m in model.base.named_modules()} & {RecurrenceSeam, RowByRow}
     assert kinds == {RowByRow if kind in ROW_BY_ROW else RecurrenceSeam}
-    assert model.is_recurrent and not can_batch(model)
+    assert model.is_recurrent
     again = MTPModel(model.base)  # as when an adapter is added
     logits = again.logits(again(mx.array([PREFIX]), cache=again.make_cache()))
     assert mx.allclose(logits, hybrid_base(kind)(mx.array([PREFIX])), **CLOSE)
