@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Iterator
 from datetime import date
 from pathlib import Path
 
@@ -28,6 +29,8 @@ import mlx_mtp.backends.cpu.blas  # noqa: E402, F401, I001  # loads OpenBLAS
 import mlx.core as mx  # noqa: E402
 import pytest  # noqa: E402
 from hypothesis import HealthCheck, settings  # noqa: E402
+
+from mlx_mtp.storage import keyed_cache  # noqa: E402
 
 if sys.platform.startswith("linux") and mx.default_device().type != mx.cpu:
     mx.set_default_device(mx.Device(mx.cpu))
@@ -49,6 +52,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("soak"):
             item.add_marker("slow")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Leave measured costs and kernel choices of this machine alone: they change what is planned."""
+    folder = tmp_path_factory.mktemp("results")
+    usual = keyed_cache.cache_dir
+
+    def cache_dir() -> Path:
+        return usual() if "MLX_MTP_CACHE" in os.environ else folder
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(keyed_cache, "cache_dir", cache_dir)
+        yield
 
 
 @pytest.fixture

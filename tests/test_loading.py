@@ -17,6 +17,7 @@ from mlx_lm.generate import generate_step
 
 from mlx_mtp.converters.base.model import convert_base
 from mlx_mtp.decoding.loop import decode
+from mlx_mtp.lab.tiny_models import tiny_config
 from mlx_mtp.loading import load, read_adapter, read_tensors, resolve
 from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig
 from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, fingerprint
@@ -192,26 +193,15 @@ def test_a_broken_model_folder(name: str, tmp_path: Path) -> None:
     assert message in found and str(folder) in found
 
 
-def test_a_recurrent_model_is_refused_by_name(tmp_path: Path) -> None:
-    config = {
-        "model_type": "mamba",
-        "vocab_size": BYTE_VOCAB,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "state_size": 4,
-        "num_hidden_layers": 1,
-        "conv_kernel": 4,
-        "use_bias": False,
-        "use_conv_bias": True,
-        "time_step_rank": 2,
-    }
+def test_a_model_that_cannot_be_used_is_refused_by_name(tmp_path: Path) -> None:
+    config = tiny_config("plamo3", vocab_size=BYTE_VOCAB)
     folder = save_tiny_model(tmp_path)
     model_class, args_class = mlx_lm.utils._get_classes(config)
     tensors = dict(tree_flatten(model_class(args_class.from_dict(config)).parameters()))
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)
     (folder / "config.json").write_text(json.dumps(config))
     found = refused(str(folder))
-    assert "(mamba) cannot be used" in found and "recurrent" in found and str(folder) in found
+    assert "(plamo3) cannot be used" in found and "window" in found and str(folder) in found
 
 
 # Adapters that are not what they should be

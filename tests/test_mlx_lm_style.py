@@ -185,7 +185,10 @@ def test_a_list_closed_early_has_the_ids_that_were_yielded() -> None:
         ([], "must come from model.make_cache"),
         ([1, 2], "must come from model.make_cache"),
         ([KVCache()], "it has 1 layers, this model has 2"),
-        ([ArraysCache(2), ArraysCache(2)], "contains a ArraysCache, which cannot be rewound"),
+        (
+            [ArraysCache(2), ArraysCache(2)],
+            "was made with another model: its recurrent layers are others",
+        ),
     ],
 )
 def test_other_caches_are_refused_in_one_line(caches: list[Any], message: str) -> None:

@@ -64,9 +64,7 @@ class Request:
 
     def plan(self) -> Step:
         """Plan the next step: a chunk of the prompt, or drafts to verify and masks."""
-        self.cache.begin_step()
-        if self.num_prompt_left:
-            self.cache.begin_prompt_rows(self.num_prompt_left)
+        self.cache.begin_step(self.num_prompt_left)
         rest = self.cache.rest_after_chunk(self.num_prompt_left, self.prefill_step_size)
         if rest:
             self.current = Plan(plain_layout(num_pending=self.num_prompt_left - rest))

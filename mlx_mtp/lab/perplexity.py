@@ -61,7 +61,7 @@ def contexts_of(ids: Sequence[int], *, first: int | None, length: int) -> list[l
 
 def our_losses(model: Any, context: Sequence[int]) -> Iterator[np.ndarray]:
     """Negative log-likelihoods of a context's ids after the first, float64, in pieces."""
-    ids = mx.array(context)[None]
+    ids = mx.array(list(context))[None]
     hidden = model(ids[:, :-1], cache=model.make_cache())
     for start in range(0, hidden.shape[1], _ROWS):
         logits = model.logits(hidden[:, start : start + _ROWS])[0].astype(mx.float32)

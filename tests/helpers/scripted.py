@@ -114,13 +114,10 @@ class TableCache:
         self.offset = 0
         self.state: list[Any] = []
 
-    def begin_step(self) -> None:
+    def begin_step(self, num_prompt_left: int = 0) -> None:
         """Nothing to forget."""
 
     begin_answer = begin_step
-
-    def begin_prompt_rows(self, num_left: int) -> None:
-        """No place to remember."""
 
     def rest_after_chunk(self, num_left: int, limit: int) -> int:
         """Chunks are as long as they may be."""

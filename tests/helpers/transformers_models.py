@@ -37,6 +37,12 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "smollm3": {"num_hidden_layers": 4},
     "granite": FACTORS,
     "qwen3_moe": HEADS | EXPERTS | {"mlp_only_layers": [0], "norm_topk_prob": True},
+    "deepseek_v3": {
+        **{"num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 16, "v_head_dim": 8},
+        **{"qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "first_k_dense_replace": 1},
+        **{"n_routed_experts": 4, "n_shared_experts": 1, "n_group": 1, "topk_group": 1},
+        **{"num_experts_per_tok": 2, "moe_intermediate_size": 16, "rope_interleave": True},
+    },
     "gemma2": HEADS | {"query_pre_attn_scalar": 8, "sliding_window": 6},
     "olmo3": {"num_hidden_layers": 4, "sliding_window": 6},
     "mixtral": {"num_local_experts": 4},

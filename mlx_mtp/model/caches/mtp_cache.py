@@ -151,8 +151,14 @@ class MTPCache:
         """Leave the cache as it is until a step has added rows, as mlx-lm does."""
         self._first_offset = self.offset
 
-    def begin_step(self) -> None:
-        """Drop rows that are out of sight; quantise once the context is long enough."""
+    def begin_step(self, num_prompt_left: int = 0) -> None:
+        """Drop rows that are out of sight; quantise once the context is long enough.
+
+        Args:
+            num_prompt_left: number of ids left of a prompt; near its end there are checkpoints.
+        """
+        if self.keeps_checkpoints and 0 < num_prompt_left <= CHECKPOINT_MARGIN:
+            self.checkpoint()
         if self.offset == self._first_offset:
             return
         self._first_offset = None
@@ -228,11 +234,6 @@ class MTPCache:
         """
         for layer in self.recurrent_layers:
             layer.checkpoint()
-
-    def begin_prompt_rows(self, num_left: int) -> None:
-        """Take note that the next rows are the first of ``num_left`` ids left of a prompt."""
-        if self.keeps_checkpoints and num_left <= CHECKPOINT_MARGIN:
-            self.checkpoint()
 
     def rewind_point(self, max_rows: int) -> int:
         """Return the largest number of rows, up to ``max_rows``, that the cache can be rewound to.
