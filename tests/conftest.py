@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True, scope="session")
 def own_results(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Leave measured costs and kernel choices of this machine alone: they change what is planned."""
+    """Neither use nor change the costs and kernels that were measured here: plans follow them."""
     folder = tmp_path_factory.mktemp("results")
     usual = keyed_cache.cache_dir
 
