@@ -123,7 +123,7 @@ def test_the_folder(gemma_folder: Path) -> None:
 def test_ids_across_the_wrap(small: Gemma, layout: str) -> None:
     """The prompt fills the window; it wraps while a short list repeats."""
     text = "\n\n".join(prompt.text for prompt in builtin_prompts())
-    prompt = small.ids(text, WINDOW - 30) + small.ids(REPEATING)[1:]
+    prompt = small.ids(text, WINDOW - 10) + small.ids(REPEATING)[1:]
     small.check(prompt, 45, layout)
 
 

@@ -161,7 +161,7 @@ def test_what_cannot_be_exact_is_refused_with_the_reason(
 class TestTextModel:
     @pytest.mark.parametrize(
         ("family", "kind"),
-        [("kimi_k25", "deepseek_v3"), ("llama4", "llama4"), ("gemma3", "gemma3_text")],
+        [("kimi_k25", "deepseek_v3"), ("llama4", "llama4_text"), ("gemma3", "gemma3_text")],
     )
     def test_it_has_what_other_models_have(self, family: str, kind: str) -> None:
         outer = stock(family)

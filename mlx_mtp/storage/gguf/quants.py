@@ -2,7 +2,7 @@
 
 Most types are such codes already, with a scale per 32 values, so they are repacked and not rounded
 again.  The others have a scale per 16 values, which MLX has not, and are rounded once more, to
-more bits than they have.  What happens to each type stands in ``KEPT``.
+more bits than they have.  What happens to each type is in ``KEPT``.
 """
 
 from __future__ import annotations
