@@ -309,7 +309,7 @@ class RecurrentLayerCache:
         return dict(self.checkpoints).get(offset)
 
     def rewind_points(self) -> list[int]:
-        """Offsets that can be rewound to, besides the current one."""
+        """Offsets before the current one that can be rewound to."""
         start = self.offset - self._num_left
         points = {offset for offset, _ in self.checkpoints} | {start}
         if self.layout is not None:
