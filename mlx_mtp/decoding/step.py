@@ -47,7 +47,7 @@ class Step:
 
     @property
     def ids(self) -> mx.array:
-        """Ids of the rows ``[rows]``, on the device; those of mask rows count mask tokens from 0."""
+        """Ids of the rows ``[rows]``; those of mask rows count mask tokens from 0."""
         pending, masks = self.context[-self.layout.num_pending :], self.layout.mask_offsets.tolist()
         if self.drafts.host_ids is not None:
             return mx.array([*pending, *self.drafts.host_ids, *masks], mx.int32)

@@ -165,5 +165,7 @@ def relative_cost(model: MTPModel, module: Any) -> float:
 
 
 def _nbytes(module: Any) -> int:
-    arrays: Any = [("", module)] if isinstance(module, mx.array) else tree_flatten(module)
+    if isinstance(module, mx.array):
+        return module.nbytes
+    arrays: Any = tree_flatten(module.parameters())
     return sum(value.nbytes for _, value in arrays)

@@ -32,9 +32,7 @@ class FixedPlanner:
         self.num_draft_tokens = num_draft_tokens
         self._max_drafts = 2**30 if max_drafts is None else max_drafts
 
-    def plan(
-        self, *, num_pending: int, room: int, offers: Sequence[Offer] = (), **_: Any
-    ) -> Plan:
+    def plan(self, *, num_pending: int, room: int, offers: Sequence[Offer] = (), **_: Any) -> Plan:
         """Plan one step; ``AutoPlanner.plan`` has the arguments."""
         if self.layout == "plain":
             return Plan(plain_layout(num_pending=num_pending))

@@ -29,9 +29,7 @@ class PolicyPlanner:
     def __init__(self, actions: Actions) -> None:
         self._actions = actions
 
-    def plan(
-        self, *, num_pending: int, room: int, offers: Sequence[Offer] = (), **_: Any
-    ) -> Plan:
+    def plan(self, *, num_pending: int, room: int, offers: Sequence[Offer] = (), **_: Any) -> Plan:
         """Plan one step."""
         num_waiting = sum(offer.num_drafts for offer in offers)
         max_room = 2 * len(self._actions)

@@ -28,9 +28,7 @@ class CopyPlanner:
     def __init__(self, num_draft_tokens: int) -> None:
         self.num_draft_tokens = num_draft_tokens
 
-    def plan(
-        self, *, num_pending: int, room: int, offers: Sequence[Offer] = (), **_: Any
-    ) -> Plan:
+    def plan(self, *, num_pending: int, room: int, offers: Sequence[Offer] = (), **_: Any) -> Plan:
         """Plan one step; ``AutoPlanner.plan`` has the arguments."""
         drafts = min(sum(offer.num_drafts for offer in offers), self.num_draft_tokens, room - 1)
         layout = linear_layout(num_pending=num_pending, num_draft_tokens=drafts, num_masks=0)
