@@ -105,7 +105,11 @@ def _sanitised(base: Any, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
     parts: Parts = find_parts(base)
     prefix = f"{parts.backbone}.layers.{len(base.layers) - 1}."
     marked = {prefix + name.removeprefix("layer."): value for name, value in tensors.items()}
-    out: dict[str, mx.array] = base.sanitize(marked)
+    try:
+        out: dict[str, mx.array] = base.sanitize(marked)
+    except KeyError as error:  # one of the tensors that it joins
+        name = str(error.args[0]).replace(prefix, "layer.")
+        raise ValueError(f"native modules: the tensor {name} is missing") from None
     kept = {name.removeprefix(prefix): x for name, x in out.items() if name.startswith(prefix)}
     return {
         name if name.partition(".")[0] in _OWN_PARTS else f"layer.{name}": value
@@ -126,7 +130,7 @@ def _stacked(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
             done[name] = value
     for name, by_index in experts.items():
         if sorted(by_index) != list(range(len(by_index))):
-            raise ValueError(f"experts of {name} are missing: {len(by_index)} were found")
+            raise ValueError(f"native modules: an expert of {name} is missing")
         done[name] = mx.stack([by_index[index] for index in range(len(by_index))])
     return done
 
