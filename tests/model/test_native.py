@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_mtp.backends.cpu.float32 import to_float32
+from mlx_mtp.lab.tiny_models import tiny_config, tiny_model
+from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.native.module import NativeModule, build_native_module
 from mlx_mtp.model.native.names import num_modules
 from mlx_mtp.model.native.published import canonical_tensors, without_copies
+from mlx_mtp.model.parts import text_model
+from mlx_mtp.train.gradient.adapter import new_adapter
+from mlx_mtp.train.settings import TrainSettings
 from tests.helpers.native_models import KINDS, Published, fused, publish
 from tests.helpers.transformers_models import is_available
 
@@ -64,6 +72,7 @@ def compare(model: Published, native: NativeModule) -> None:
     """Rows of a prompt through all modules, then a chain of three drafts; by their logits."""
     reference, cache, shift = model.reference, native.make_cache(), native.num_modules - 1
     expected, hidden = states(model)
+    logits = expected
     for index in range(native.num_modules):
         hidden = native(hidden, mx.array([ids_of(ROWS)]), cache=cache, index=index)
         expected = reference.run(expected, ids_of(ROWS), index=index)
@@ -228,3 +237,67 @@ def test_an_expert_that_is_missing_is_reported(published):
     del tensors["mtp.layers.0.mlp.experts.1.up_proj.weight"]
     with pytest.raises(ValueError, match=r"up_proj.*missing"):
         canonical_tensors(model.base, tensors, model.config)
+
+
+UNCOMPARED = ("bailing_moe", "bailing_hybrid", "bailing_moe_v3", "mimo_v2_flash", "solar_open")
+
+
+@pytest.mark.parametrize("family", UNCOMPARED)
+def test_families_without_a_reference_load_and_run(family):
+    """From tensors of a layer as mlx-lm names them; only the names and shapes are checked."""
+    base, config = tiny_model(family), tiny_config(family)
+    fitting = [x for x in base.layers if not getattr(x, "is_linear", False)]
+    fitting = [x for x in fitting if getattr(x, "is_global", True)]
+    layer = base.layers[1] if family == "mimo_v2_flash" else fitting[-1]  # 1 has a window
+    start = "model.mtp.layers.0." if family == "mimo_v2_flash" else "model.layers.4."
+    parameters: Any = tree_flatten(layer.parameters())
+    tensors: dict[str, mx.array] = {f"{start}{name}": value for name, value in parameters}
+    tensors |= {f"{start}{name}.weight": mx.ones(128) for name in ("enorm", "hnorm")}
+    tensors[f"{start}eh_proj.weight"] = mx.ones((128, 256)) / 256
+    tensors[f"{start}final_layernorm.weight"] = mx.ones(128)
+    native = build_native_module(base, canonical_tensors(base, tensors, config), config)
+    cache, hidden = native.make_cache(), mx.ones((1, ROWS, 128))
+    first = native(hidden, mx.array([ids_of(ROWS)]) % 64, cache=cache)
+    cache.rewind(3)
+    again = native(hidden[:, 6:], mx.array([ids_of(ROWS)])[:, 6:] % 64, cache=cache)
+    assert mx.allclose(first[:, 6:], again, atol=1e-5)
+    assert native.logits(again).shape == (1, 3, 64)
+
+
+@pytest.mark.parametrize("kind", ["deepseek_v3", "qwen3_5", "exaone_moe"])
+def test_a_model_that_was_wrapped_before(kind, published):
+    model = published(kind)
+    _, hidden = states(model)
+    ids = mx.array([ids_of(ROWS)])
+    native = built(model)
+    plain = native.logits(native(hidden, ids, cache=native.make_cache()))
+    base = copy.deepcopy(text_model(model.base))
+    wrapped = new_adapter(MTPModel(base), TrainSettings(num_draft_tokens=2, rank=4))
+    tensors = canonical_tensors(wrapped.base, model.tensors, model.config)
+    wrapped.native = build_native_module(wrapped.base, tensors, model.config)
+    again = wrapped.native(hidden, ids, cache=wrapped.native.make_cache())
+    assert mx.allclose(wrapped.native.logits(again), plain, atol=1e-5)
+
+
+def test_float32_layers_of_a_cpu_device(published):
+    model = published("qwen3_5")
+    native = built(model)
+    nn.quantize(native, 32, 8)
+    _, hidden = states(model)
+    ids = mx.array([ids_of(ROWS)])
+    quantised = native.logits(native(hidden, ids, cache=native.make_cache()))
+    to_float32(native)
+    parameters = dict(tree_flatten(native.parameters()))
+    assert all(value.dtype == mx.float32 for value in parameters.values())
+    logits = native.logits(native(hidden, ids, cache=native.make_cache()))
+    assert mx.allclose(logits, quantised, atol=1e-4)
+
+
+def test_the_type_is_that_of_the_model(published):
+    model = published("qwen3_next")
+    base = copy.deepcopy(model.base)
+    base.set_dtype(mx.bfloat16)
+    tensors = canonical_tensors(base, model.tensors, model.config)
+    native = build_native_module(base, tensors, model.config)
+    out = native(mx.ones((1, 2, 64), mx.bfloat16), mx.array([[1, 2]]), cache=native.make_cache())
+    assert out.dtype == native.logits(out).dtype == mx.bfloat16
