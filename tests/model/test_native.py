@@ -177,6 +177,15 @@ def test_published_forms_of_experts_and_prefixes_are_the_same_module(published):
                 assert all(mx.array_equal(found[name], expected[name]) for name in expected)
 
 
+def test_a_projection_that_was_published_transposed(published):
+    model = published("ernie4_5_moe")
+    expected = canonical_tensors(model.base, model.tensors, model.config)
+    name = "model.mtp_linear_proj.0.weight"
+    tensors = model.tensors | {name: model.tensors[name].T}
+    found = canonical_tensors(model.base, tensors, model.config)
+    assert mx.array_equal(found["0.projection.weight"], expected["0.projection.weight"])
+
+
 def test_norms_that_were_converted_stay(published):
     for kind in ("qwen3_next", "qwen3_5", "step3p5"):
         model = published(kind)

@@ -54,6 +54,9 @@ def canonical_tensors(
         if family.zero_centred and _is_raw(norms):
             norms = {name: value + 1 for name, value in norms.items()}
         own = _stacked(_sanitised(base, own)) | norms
+        projection = own.get("projection.weight")
+        if projection is not None and projection.shape[0] == 2 * projection.shape[-1]:
+            own["projection.weight"] = projection.T  # of ERNIE-4.5-300B-A47B-PT
         done |= {prefix + name: value for name, value in own.items()}
     return done
 
