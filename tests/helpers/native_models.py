@@ -60,8 +60,10 @@ def _appended(index: int, name: str, layers: int) -> str:
 
 
 def _step(index: int, name: str, layers: int) -> str:
-    name = name.replace("layer.", "layer.transformer.") if name.startswith("layer.") else name
-    return _appended(index, name, layers).replace("shared_head.head", "shared_head.output")
+    start = f"model.layers.{layers + index}."
+    own = _appended(index, name, layers).removeprefix(start)
+    inner = "" if own.startswith(("enorm", "hnorm", "eh_proj", "embed_tokens")) else "transformer."
+    return f"{start}{inner}{own.replace('shared_head.head', 'shared_head.output')}"
 
 
 def _mtp(index: int, name: str, layers: int) -> str:

@@ -65,7 +65,8 @@ def test_names_of_ernie():
         ("deepseek_v3", "model.layers.5.embed_tokens.weight", "1.embedding.weight"),
         ("deepseek_v3", "model.layers.4.shared_head.head.weight", "0.head.weight"),
         ("deepseek_v3", "model.layers.4.eh_proj.weight_scale_inv", "0.projection.weight_scale_inv"),
-        ("step3p5", "model.layers.6.shared_head.output.weight", "2.head.weight"),
+        ("step3p5", "model.layers.6.transformer.shared_head.output.weight", "2.head.weight"),
+        ("step3p5", "model.layers.6.shared_head.norm.weight", "2.norm.weight"),
         (
             "step3p5",
             "model.layers.4.transformer.self_attn.g_proj.weight",

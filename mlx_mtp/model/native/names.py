@@ -18,9 +18,9 @@ glm4_moe_lite          hnorm,eh_proj,shared_head.   hidden
 solar_open (a)         {norm,head},embed_tokens}
 bailing_moe,           the same, final_layernorm    embedding,     plain       after its norm
 _hybrid, _moe_v3 (a)   for shared_head.norm         hidden
-step3p5 (b)            the same, the layer also as  embedding,     zero-       before its norm
-                       ``transformer.*``, head as   hidden         centred
-                       shared_head.output
+step3p5 (b)            the same, some within        embedding,     zero-       before its norm
+                       ``transformer.``, the head   hidden         centred
+                       as shared_head.output
 qwen3_next, qwen3_5,   mtp.{pre_fc_norm_embedding,  embedding,     zero-       after its norm
 qwen3_5_moe            pre_fc_norm_hidden,fc,norm}  hidden         centred
                        and mtp.layers.{i}.*
@@ -193,9 +193,9 @@ def _place(name: str, num_layers: int) -> tuple[int, str] | None:
 
 
 def _canonical(index: int, name: str) -> str:
+    name = name.removeprefix("transformer.")
     part, _, leaf = name.rpartition(".")
     if part in _PARTS:
         return f"{index}.{_PARTS[part]}.{leaf}"
-    name = name.removeprefix("transformer.")
     first, dot, rest = name.partition(".")
     return f"{index}.layer.{_LAYER_NAMES.get(first, first)}{dot}{rest}"
