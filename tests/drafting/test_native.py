@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_mtp.decoding.loop import decode
 from mlx_mtp.drafting.drafter import CommittedStep, Drafts
 from mlx_mtp.drafting.native import NativeDrafter
 from mlx_mtp.model.layout import StepLayout
@@ -81,3 +82,13 @@ def test_more_drafts_than_modules(published):
     assert len(first) == 7
     drafter.commit(committed(mx.ones((0, 64)), []))
     assert drafter.propose(7, key=mx.random.key(1)).ids() == first
+
+
+def test_ids_in_the_loop_are_those_of_plain_decoding(published):
+    _, model = published
+    prompt = [3, 17, 42, 8, 29, 55, 1, 33, 20]
+    plain = list(decode(model, prompt, layout="plain", max_tokens=24))
+    steps = list(decode(model, prompt, layout="linear", drafter="native", max_tokens=24))
+    ids = [token for step in steps for token in step.tokens]
+    assert ids == [token for step in plain for token in step.tokens]
+    assert sum(step.num_draft_tokens for step in steps) > 20
