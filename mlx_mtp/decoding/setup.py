@@ -49,6 +49,7 @@ def make_request(
     stop_ids: Collection[int] = (),
     cache: MTPCache | None = None,
     cached_ids: Sequence[int] = (),
+    lookup_ids: Sequence[Sequence[int]] = (),
     speculation: Speculation | None = None,
     explain: Callable[[str], None] | None = None,
     **settings: Any,
@@ -66,6 +67,7 @@ def make_request(
         stop_ids: ids that end the text; the stop id itself is emitted last.
         cache: caches to continue with, updated in place.
         cached_ids: the ids in ``cache``, where lookup and processors should see them too.
+        lookup_ids: texts apart from the prompt that drafts are looked up in.
         speculation: cost and acceptance estimates of ``"auto"``, updated in place; default
             estimates if omitted.  Sampling with a seed uses a copy in its initial state, so that
             results are repeatable.
@@ -101,7 +103,7 @@ def make_request(
         target=target,
         planner=planner,
         masks=MaskTokenDrafter(model, target.sampling.distribution),
-        lookup=LookupDrafter(ids if planner.uses_lookup else None),
+        lookup=LookupDrafter(ids if planner.uses_lookup else None, sources=lookup_ids),
         key=mx.random.key(seed),
         stop_ids=frozenset(stop_ids),
         prefill_step_size=config.prefill_step_size,

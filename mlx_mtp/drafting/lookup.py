@@ -33,8 +33,10 @@ class LookupDrafter(Drafter):
 
     source = LOOKUP
 
-    def __init__(self, ids: Sequence[int] | None) -> None:
-        self._text = None if ids is None else SuffixLookup(ids)
+    def __init__(
+        self, ids: Sequence[int] | None, *, sources: Sequence[Sequence[int]] = ()
+    ) -> None:
+        self._text = None if ids is None else SuffixLookup(ids, sources=sources)
         self.match = Match([], 0) if self._text is None else self._text.find(MAX_LOOKUP_TOKENS)
 
     @property
