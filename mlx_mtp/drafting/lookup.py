@@ -14,18 +14,48 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from mlx_mtp.drafting.drafter import Drafter, Drafts
-from mlx_mtp.drafting.suffix_lookup import Match, SuffixLookup
-from mlx_mtp.model.layout import StepLayout
-from mlx_mtp.planning.lookup import MAX_LOOKUP_TOKENS
+from mlx_mtp.drafting.drafter import CommittedStep, Drafter, Drafts
+from mlx_mtp.drafting.suffix_lookup import SuffixLookup
+from mlx_mtp.model.caches.mtp_cache import MTPCache
+from mlx_mtp.planning.lookup import MAX_LOOKUP_TOKENS, LookupAcceptance
+from mlx_mtp.planning.offer import Offer
 from mlx_mtp.planning.plan import LOOKUP
+
+
+def text_of(
+    cache: MTPCache,
+    ids: Sequence[int],
+    *,
+    num_prompt: int,
+    sources: Sequence[Sequence[int]] = (),
+) -> SuffixLookup:
+    """The text of an answer, which continues that of the last answer with the same cache.
+
+    Args:
+        cache: the caches, which remember the text.
+        ids: those in the cache, as far as they are known, and the prompt.  If some are not known,
+            the text that the cache remembers has them, unless it was changed without lookup.
+        num_prompt: number of ids of the prompt.
+        sources: texts apart from these.
+    """
+    text = cache.drafter_memory.get(LOOKUP)
+    if not isinstance(text, SuffixLookup) or text.sources != sources:
+        text = SuffixLookup(ids, sources=sources)
+    elif len(ids) - num_prompt < cache.offset <= len(text):
+        text.truncate(cache.offset)
+        text.extend(ids[-num_prompt:])
+    else:
+        text.replace(ids)
+    cache.drafter_memory[LOOKUP] = text
+    return text
 
 
 class LookupDrafter(Drafter):
     """Proposes what followed the text's last ids before.
 
     Args:
-        ids: the text; None proposes nothing.
+        text: the text so far, to which the emitted ids are added.
+        acceptance: acceptance of looked-up ids in general, which keeps learning.
 
     Attributes:
         match: the proposal.
@@ -33,23 +63,28 @@ class LookupDrafter(Drafter):
 
     source = LOOKUP
 
-    def __init__(
-        self, ids: Sequence[int] | None, *, sources: Sequence[Sequence[int]] = ()
-    ) -> None:
-        self._text = None if ids is None else SuffixLookup(ids, sources=sources)
-        self.match = Match([], 0) if self._text is None else self._text.find(MAX_LOOKUP_TOKENS)
+    def __init__(self, text: SuffixLookup, acceptance: LookupAcceptance) -> None:
+        self._text = text
+        self._acceptance = acceptance.in_text()
+        self.match = self._text.find(MAX_LOOKUP_TOKENS)
 
-    @property
-    def num_drafts(self) -> int:
-        return len(self.match.tokens)
+    def offer(self, room: int) -> Offer:
+        """The ids after the match."""
+        count, length = min(len(self.match.tokens), room), self.match.length
+        if not count:
+            return Offer(LOOKUP, 0)
+        return Offer(LOOKUP, count, self._acceptance.prefix_probs(length, count))
 
-    def first(self, count: int) -> Drafts:
+    def propose(self, count: int, *, key: mx.array) -> Drafts:
         """The first ids after the match."""
         tokens = self.match.tokens[:count]
         return replace(Drafts.certain(mx.array(tokens, mx.int32)), host_ids=tokens)
 
-    def commit(self, layout: StepLayout, tokens: Sequence[int], drafts: Drafts) -> None:
-        """Add the emitted ids to the text and look up what may follow."""
-        if self._text is not None:
-            self._text.extend(tokens)
-            self.match = self._text.find(MAX_LOOKUP_TOKENS)
+    def commit(self, step: CommittedStep) -> None:
+        """Judge the match by the emitted ids, add them to the text and look up what may follow."""
+        if not step.tokens:
+            return
+        num_judged = min(len(step.tokens), len(self.match.tokens))
+        self._acceptance.observe(self.match.length, num_judged, self.match.num_right(step.tokens))
+        self._text.extend(step.tokens)
+        self.match = self._text.find(MAX_LOOKUP_TOKENS)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 
 from mlx_mtp.planning.lookup import MAX_MATCH
 
@@ -51,9 +51,13 @@ class SuffixLookup:
     Args:
         ids: the text, or its last part.
         sources: parts before it.
+
+    Attributes:
+        sources: as given.
     """
 
-    def __init__(self, ids: Iterable[int] = (), *, sources: Iterable[Iterable[int]] = ()) -> None:
+    def __init__(self, ids: Iterable[int] = (), *, sources: Sequence[Sequence[int]] = ()) -> None:
+        self.sources = sources
         self._ids: list[int] = []
         self._num_boundaries = 0
         self._last: tuple[dict, dict] = ({}, {})  # by length of run: run -> its last place
@@ -62,7 +66,12 @@ class SuffixLookup:
         for source in sources:
             self.extend(source)
             self._add_boundary()
+        self._start = len(self._ids)  # of the last part
         self.extend(ids)
+
+    def __len__(self) -> int:
+        """Number of ids of the last part."""
+        return len(self._ids) - self._start
 
     def extend(self, ids: Iterable[int]) -> None:
         """Add ids to the text."""
@@ -77,6 +86,25 @@ class SuffixLookup:
             last2[pair] = place
             self._ids.append(token)
             a, b, c, d = b, c, d, token
+
+    def truncate(self, length: int) -> None:
+        """Remove ids from the end of the last part, down to this many."""
+        for place in range(len(self._ids) - 1, self._start + length - 1, -1):
+            run = self._run_before(place)
+            for size, last, before in zip(_RUNS, self._last, self._before, strict=True):
+                if earlier := before.pop():
+                    last[run[-size:]] = earlier
+                else:
+                    del last[run[-size:]]
+        del self._ids[self._start + length :]
+        self._source = self._end = 0
+
+    def replace(self, ids: Sequence[int]) -> None:
+        """Let the last part be these ids."""
+        pairs = zip(islice(self._ids, self._start, None), ids, strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        self.truncate(shared)
+        self.extend(ids[shared:])
 
     def find(self, max_tokens: int) -> Match:
         """The longest match; one without tokens where nothing matches.
@@ -96,10 +124,10 @@ class SuffixLookup:
 
     def find_after(self, ids: Sequence[int], max_tokens: int) -> Match:
         """What ``find`` would return if these ids were added to the text, which stays as it is."""
-        length, copy = len(self._ids), (self._source, self._end)
+        length, copy = len(self), (self._source, self._end)
         self.extend(ids)
         match = self.find(max_tokens)
-        self._truncate(length)
+        self.truncate(length)
         self._source, self._end = copy
         return match
 
@@ -109,17 +137,6 @@ class SuffixLookup:
         self._ids.append(_BEGIN - self._num_boundaries)
         for before in self._before:
             before.append(0)
-
-    def _truncate(self, length: int) -> None:
-        """Remove ids from the end, down to this many of the last part."""
-        for place in range(len(self._ids) - 1, length - 1, -1):
-            run = self._run_before(place)
-            for size, last, before in zip(_RUNS, self._last, self._before, strict=True):
-                if earlier := before.pop():
-                    last[run[-size:]] = earlier
-                else:
-                    del last[run[-size:]]
-        del self._ids[length:]
 
     def _run_before(self, place: int) -> tuple[int, ...]:
         """The four ids before a place."""
