@@ -201,6 +201,11 @@ MODEL = option(
 ADAPTER_PATH = option(
     "--adapter-path", metavar="ADAPTER", help="Folder or Hugging Face id of the MTP adapter."
 )
+ADAPTER = option(
+    "--adapter/--no-adapter",
+    default=True,
+    help="Use the MTP adapter, or only what needs none, such as drafts from the text.",
+)
 TRUST_REMOTE_CODE = option(
     "--trust-remote-code",
     is_flag=True,

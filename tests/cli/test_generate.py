@@ -171,7 +171,7 @@ def test_a_model_without_adapter_says_so_in_one_line(loaded, scripted):
     scripted.answers = [[*ids_of("abc"), EOS]]
     result = invoke("generate")
     assert result.exit_code == 0 and "MTP" not in result.stdout
-    assert result.stderr == "fake has no MTP adapter: it generates one token per step\n"
+    assert result.stderr == "fake has no MTP adapter: drafts come from the text alone\n"
 
 
 def test_json_is_one_object(loaded, scripted):

@@ -158,6 +158,12 @@ class FakeModel:
     def __post_init__(self) -> None:
         SPECULATIONS.set(self, self.speculation)
 
+    native = heads = draft_model = None
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return self.k or 0
+
     @property
     def config(self) -> Any:
         return None if self.k is None else SimpleNamespace(num_draft_tokens=self.k)
