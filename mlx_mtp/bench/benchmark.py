@@ -68,8 +68,6 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         check_modes(self.modes, draft_model=self.draft_model)
-        if self.adapter_path is not None and not self.adapter:
-            raise ValueError("--no-adapter contradicts --adapter-path")
 
 
 @dataclass(frozen=True)
@@ -108,7 +106,8 @@ def prepare(config: BenchmarkConfig, *, on_status: OnStatus = lambda text: None)
         config.model,
         adapter_path=config.adapter_path,
         trust_remote_code=config.trust_remote_code,
-        mtp=config.adapter and (config.adapter_path is not None or drafts),
+        mtp=config.adapter_path is not None or drafts,
+        adapter=config.adapter,
         progress=on_status,
     )
     _check_contexts(model, config)

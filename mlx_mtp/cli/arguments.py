@@ -71,13 +71,12 @@ def load_model(
     """
     from mlx_mtp.loading import load_with_status
 
-    if options["adapter_path"] is not None and not options["adapter"]:
-        raise ValueError("--no-adapter contradicts --adapter-path")
     return load_with_status(
         options["model"],
         adapter_path=options["adapter_path"],
         tokenizer_config=tokenizer_config,
         trust_remote_code=options["trust_remote_code"],
-        mtp=options["mtp"] and options["adapter"],
+        mtp=options["mtp"],
+        adapter=options["adapter"],
         extra_eos_token=options["extra_eos_token"],
     )

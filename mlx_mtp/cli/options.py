@@ -201,11 +201,6 @@ MODEL = option(
 ADAPTER_PATH = option(
     "--adapter-path", metavar="ADAPTER", help="Folder or Hugging Face id of the MTP adapter."
 )
-ADAPTER = option(
-    "--adapter/--no-adapter",
-    default=True,
-    help="Use the MTP adapter, or only what needs none, such as drafts from the text.",
-)
 TRUST_REMOTE_CODE = option(
     "--trust-remote-code",
     is_flag=True,
@@ -220,6 +215,11 @@ EXTRA_EOS_TOKEN = option(
 )
 MTP = option(
     "--mtp/--no-mtp", default=True, help="Generate several tokens per step, or one token per step."
+)
+ADAPTER = option(
+    "--adapter/--no-adapter",
+    default=True,
+    help="Use the adapter of the model, if there is one, or only what else can propose drafts.",
 )
 KINDS_OPTION = option(
     "--kinds",
@@ -341,7 +341,7 @@ def decoding_options(*, max_tokens: int) -> Decorator:
         field_option(GenerationConfig, "max_tokens", "-m", default=max_tokens),
         field_option(GenerationConfig, "stop", multiple=True, metavar="TEXT"),
         *field_options(
-            GenerationConfig, "layout", "num_draft_tokens", "lookup", "prefill_step_size"
+            GenerationConfig, "drafter", "layout", "num_draft_tokens", "lookup", "prefill_step_size"
         ),
         option(
             "--lookup-file",
