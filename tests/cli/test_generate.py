@@ -144,6 +144,23 @@ def test_options_arrive(loaded, scripted):
     }  # fmt: skip
 
 
+def test_files_to_look_up_in_arrive_as_ids(loaded, scripted, tmp_path):
+    scripted.answers = [[EOS]]
+    one, other, empty = (tmp_path / name for name in ("one.txt", "other.txt", "empty.txt"))
+    one.write_bytes("Grün\r\n".encode())
+    other.write_text("b")
+    empty.write_text("")
+    names = [argument for path in (one, empty, other) for argument in ("--lookup-file", str(path))]
+    assert invoke("generate", *names).exit_code == 0
+    call = scripted.calls[0]
+    assert call.lookup_ids == [ids_of("Grün\r\n"), ids_of("b")]
+    other.write_bytes(b"\xff\xfe")
+    assert f"{other} is not UTF-8" in failure("generate", *names)
+    other.unlink()
+    assert "other.txt" in failure("generate", *names)
+    assert "--lookup-file" in failure("generate", "--lookup-file", str(tmp_path))
+
+
 def test_the_prompt_may_come_from_stdin_or_skip_the_template(loaded, scripted):
     scripted.answers = [[EOS], [EOS]]
     assert invoke("generate", "-p", "-", stdin="é\\n\n").exit_code == 0

@@ -63,9 +63,7 @@ def test_it_is_on_by_default_and_off_by_option_or_layout() -> None:
 
 def test_ids_outside_the_vocabulary_are_refused() -> None:
     model = MTPModel(tiny_base("llama"), name="llama")
-    with pytest.raises(
-        ValueError, match="lookup_ids contains the id 64, but"
-    ):
+    with pytest.raises(ValueError, match="lookup_ids contains the id 64, but"):
         decode(model, PROMPT, lookup_ids=[[1, 2], [3, 64]])
     with pytest.raises(ValueError, match="lookup_ids contains the id -2"):
         decode(model, PROMPT, lookup_ids=[[-2]])
