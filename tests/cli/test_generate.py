@@ -71,7 +71,7 @@ def test_generate_prints_text_and_stats_like_mlx_lm(loaded, scripted):
         rf"Prompt: 5 tokens, {number} tokens-per-sec\n"
         rf"Generation: 7 tokens, {number} tokens-per-sec\n"
         rf"Peak memory: {number} GB\n"
-        rf"MTP: 4/6 drafts accepted \(66\.7%\), 2\.33 tokens/step\n",
+        rf"MTP \(mask\): 4/6 drafts accepted \(66\.7%\), 2\.33 tokens/step\n",
         result.stdout,
     )
 
@@ -94,11 +94,11 @@ def test_defaults_are_those_of_mlx_lm(loaded, scripted):
     assert loaded["mtp"] and not loaded["trust_remote_code"]
 
 
-def test_drafts_from_the_text_are_counted_apart(loaded, scripted):
+def test_the_statistics_name_the_drafter(loaded, scripted):
     scripted.answers = [[*ids_of("Hello."), EOS]]
     scripted.source = "lookup"
     result = invoke("generate", "--prompt", "hi")
-    assert result.stdout.endswith("\nLookup: 4/6 of these drafts were found in the text\n")
+    assert "\nMTP (lookup): 4/6 drafts accepted (66.7%), " in result.stdout
 
 
 def test_each_step_can_be_explained(loaded, scripted):
@@ -187,7 +187,7 @@ def test_a_model_without_adapter_says_so_in_one_line(loaded, scripted):
     scripted.k = None
     scripted.answers = [[*ids_of("abc"), EOS]]
     result = invoke("generate")
-    assert result.exit_code == 0 and "MTP" not in result.stdout
+    assert result.exit_code == 0 and "MTP (" not in result.stdout
     assert result.stderr == "fake has no MTP adapter: drafts come from the text alone\n"
 
 
