@@ -26,10 +26,12 @@ from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.backends.cpu.recurrence import use_fast_recurrences
 from mlx_mtp.backends.metal.setup import set_up_kernels
+from mlx_mtp.drafting.make import available_sources
 from mlx_mtp.model.base import open_base
 from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
 from mlx_mtp.model.fingerprint import fingerprint, is_fingerprint_of
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.planning.plan import LOOKUP
 from mlx_mtp.storage.contents import adapter_problem, look, model_problem
 from mlx_mtp.storage.data_wheels import ON_REQUEST, gguf_path
 from mlx_mtp.storage.default_model import (
@@ -131,8 +133,8 @@ def load_with_status(
         if (int(token) if token.isdecimal() else token) not in known:
             raise ValueError(f"--extra-eos-token {token}: the tokenizer has no such token")
         tokenizer.add_eos_token(token)
-    if options.get("mtp", True) and model.config is None:
-        line = f"{model.name} has no MTP adapter: it generates one token per step"
+    if options.get("mtp", True) and available_sources(model) == (LOOKUP,):
+        line = f"{model.name} has no MTP adapter: drafts come from the text alone"
         show(line, file=sys.stderr)
     on_cpu = mx.default_device() == mx.Device(mx.DeviceType.cpu)
     if BLAS == "reference" and SWITCH not in os.environ and on_cpu and sys.stderr.isatty():

@@ -44,6 +44,7 @@ class BenchmarkConfig:
         max_tokens: maximum ids of an answer, at least 2.
         settings: the schedule.
         model, adapter_path, draft_model: folders or hub ids; see ``loading.load``.
+        adapter: whether an adapter is attached, if a mode drafts.
         trust_remote_code: whether tokenizers may run their code.
         num_draft_tokens: drafts per step of our modes; the adapter's maximum for None.
         lookup: whether auto may verify looked-up drafts.
@@ -59,6 +60,7 @@ class BenchmarkConfig:
     model: str | None = None
     adapter_path: str | None = None
     draft_model: str | None = None
+    adapter: bool = True
     trust_remote_code: bool = False
     num_draft_tokens: int | None = None
     lookup: bool = True
@@ -99,12 +101,13 @@ def prepare(config: BenchmarkConfig, *, on_status: OnStatus = lambda text: None)
     """
     from mlx_mtp.loading import load
 
-    needs_adapter = any(name not in (PLAIN, STOCK, DRAFT) for name in config.modes)
+    drafts = any(name not in (PLAIN, STOCK, DRAFT) for name in config.modes)
     model, tokenizer = load(
         config.model,
         adapter_path=config.adapter_path,
         trust_remote_code=config.trust_remote_code,
-        mtp=config.adapter_path is not None or needs_adapter,
+        mtp=config.adapter_path is not None or drafts,
+        adapter=config.adapter,
         progress=on_status,
     )
     _check_contexts(model, config)

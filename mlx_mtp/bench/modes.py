@@ -18,7 +18,8 @@ from mlx.utils import tree_flatten
 from mlx_mtp.bench.runs import Check, Step
 from mlx_mtp.calibration.stored_costs import calibrate, speculation_for
 from mlx_mtp.decoding.loop import decode
-from mlx_mtp.planning.plan import FIXED_LAYOUTS, LAYOUTS
+from mlx_mtp.drafting.make import available_sources
+from mlx_mtp.planning.plan import FIXED_LAYOUTS, LAYOUTS, LOOKUP
 from mlx_mtp.terminal import first_line
 
 if TYPE_CHECKING:
@@ -101,17 +102,17 @@ def our_modes(
     """Make the modes that decode with mlx-mtp.
 
     Raises:
-        ValueError: a mode needs an adapter and the model has none, or a mode has more drafts than
-            the adapter.
+        ValueError: a mode needs drafters that the model does not have, or a mode has more drafts
+            than the adapter.
     """
     names = [name for name in names if parse_mode(name)[0] in LAYOUTS]
-    drafting = [name for name in names if name != PLAIN]
-    if drafting and model.config is None:
+    fixed = [name for name in names if parse_mode(name)[0] in COUNTABLE]
+    if fixed and available_sources(model) == (LOOKUP,):
         raise ValueError(
-            f"mode {drafting[0]} needs an MTP adapter, and {model.name} has none; "
-            "use --modes plain,stock"
+            f"mode {fixed[0]} needs an MTP adapter, and {model.name} has none; "
+            "use --modes plain,auto,stock"
         )
-    for name in drafting:
+    for name in fixed:
         if (parse_mode(name)[1] or 0) > model.num_draft_tokens:
             raise ValueError(
                 f"mode {name}: the adapter has at most {model.num_draft_tokens} drafts"

@@ -16,6 +16,7 @@ import cloup
 
 from mlx_mtp.bench.settings import Settings
 from mlx_mtp.cli.options import (
+    ADAPTER,
     JSON_HELP,
     KINDS_OPTION,
     PROMPTS,
@@ -39,6 +40,7 @@ OPTIONS = (
     "model",
     "adapter_path",
     "draft_model",
+    "adapter",
     "trust_remote_code",
     "num_draft_tokens",
     "lookup",
@@ -48,7 +50,8 @@ OPTIONS = (
 
 @cloup.command()
 @model_options(
-    option("--draft-model", metavar="MODEL", help="Draft model for mlx-lm; adds mode draft.")
+    ADAPTER,
+    option("--draft-model", metavar="MODEL", help="Draft model for mlx-lm; adds mode draft."),
 )
 @cloup.option_group(
     "Prompts",

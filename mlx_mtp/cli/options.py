@@ -13,6 +13,7 @@ import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any
 
@@ -341,6 +342,13 @@ def decoding_options(*, max_tokens: int) -> Decorator:
         field_option(GenerationConfig, "stop", multiple=True, metavar="TEXT"),
         *field_options(
             GenerationConfig, "drafter", "layout", "num_draft_tokens", "lookup", "prefill_step_size"
+        ),
+        option(
+            "--lookup-file",
+            "lookup_files",
+            multiple=True,
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Text file that drafts are looked up in, as in the prompt; repeatable.",
         ),
         option(
             "--explain",

@@ -65,6 +65,7 @@ def make_request(
     stop_ids: Collection[int] = (),
     cache: MTPCache | None = None,
     cached_ids: Sequence[int] = (),
+    lookup_ids: Sequence[Sequence[int]] = (),
     speculation: Speculation | None = None,
     explain: Callable[[str], None] | None = None,
     **settings: Any,
@@ -82,6 +83,7 @@ def make_request(
         stop_ids: ids that end the text; the stop id itself is emitted last.
         cache: caches to continue with, updated in place.
         cached_ids: the ids in ``cache``, where lookup and processors should see them too.
+        lookup_ids: texts apart from the prompt that drafts are looked up in.
         speculation: cost and acceptance estimates of ``"auto"``, updated in place; default
             estimates if omitted.  Sampling with a seed uses a copy in its initial state, so that
             results are repeatable.
@@ -93,7 +95,7 @@ def make_request(
     """
     config = replace(config or GenerationConfig(), **settings)
     target = Target.of(sampling, sampler, logits_processors, seed=config.seed)
-    check_ids(model, prompt, target.sampling)
+    check_ids(model, prompt, target.sampling, lookup_ids)
     sources = drafter_sources(model, config)
     k = max_draft_tokens(model, config.num_draft_tokens) if MASK in sources else 0
     known = speculation or Speculation.guess(k)
@@ -117,10 +119,12 @@ def make_request(
     answer = Answer(
         model=model,
         ids=ids,
+        num_prompt=len(prompt),
         cache=cache,
         distribution=target.sampling.distribution,
         speculation=known,
         max_drafts=config.num_draft_tokens,
+        lookup_ids=[list(map(int, text)) for text in lookup_ids],
     )
     drafters = make_drafters(sources, answer)
     return Request(

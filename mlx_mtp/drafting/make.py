@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mlx_mtp.drafting.drafter import Distribution, Drafter
-from mlx_mtp.drafting.lookup import LookupDrafter
+from mlx_mtp.drafting.lookup import LookupDrafter, text_of
 from mlx_mtp.drafting.mask_tokens import MaskTokenDrafter
 from mlx_mtp.drafting.native import NativeDrafter
 from mlx_mtp.model.caches.mtp_cache import MTPCache
@@ -29,6 +29,8 @@ class Answer:
     Attributes:
         model: the model.
         ids: ids in the cache, as far as they are known, and the prompt.
+        num_prompt: number of ids of the prompt, which are not in the cache yet.
+        lookup_ids: texts apart from these that drafts are looked up in.
         cache: the caches.
         distribution: turns logits into the probabilities that drafts are drawn from; None drafts
             the most likely tokens.
@@ -38,10 +40,12 @@ class Answer:
 
     model: MTPModel
     ids: Sequence[int]
+    num_prompt: int
     cache: MTPCache
     distribution: Distribution | None
     speculation: Speculation
     max_drafts: int | None = None
+    lookup_ids: Sequence[Sequence[int]] = ()
 
 
 def _mask(answer: Answer) -> Drafter:
@@ -49,7 +53,10 @@ def _mask(answer: Answer) -> Drafter:
 
 
 def _lookup(answer: Answer) -> Drafter:
-    return LookupDrafter(answer.ids, answer.speculation.lookup)
+    text = text_of(
+        answer.cache, answer.ids, num_prompt=answer.num_prompt, sources=answer.lookup_ids
+    )
+    return LookupDrafter(text, answer.speculation.lookup)
 
 
 def _native(answer: Answer) -> Drafter:
