@@ -183,6 +183,7 @@ def _adapter_facts(config: MTPConfig) -> dict[str, Any]:
         "base": config.base_model,
         "base_type": config.base_model_type,
         "k": config.num_draft_tokens,
+        "noise_ids": list(config.noise_ids),
         "rank": config.rank,
         "scale": config.scale,
         "layers_that_differ": len(config.rank_pattern | config.scale_pattern),

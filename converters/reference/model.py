@@ -119,7 +119,6 @@ def load_reference(
     layout: str | None = None,
     options: Mapping[str, str] | None = None,
     allow_pickle: bool = False,
-    written_rows: np.ndarray | None = None,
 ) -> Reference:
     """Load the original files.
 
@@ -130,8 +129,6 @@ def load_reference(
         layout: layout of the checkpoint; detected if None.
         options: layout options of the conversion.
         allow_pickle: whether PyTorch files may be read, in a sandbox.
-        written_rows: mask embeddings ``[k, D]`` of the converted adapter.  They only identify the
-            random tokens that a conversion chose for a checkpoint without mask tokens.
 
     Raises:
         ValueError: a file cannot be read or a package is missing; one line.
@@ -156,7 +153,6 @@ def load_reference(
         layout=layout,
         options=dict(options or {}),
         allow_pickle=allow_pickle,
-        written_rows=written_rows,
     )
     return reference
 

@@ -181,7 +181,7 @@ def mask_rows(model: MTPModel, ordinary: OrdinaryRows, rows: MaskRows) -> mx.arr
         keys, values = (x[..., :seen, :] for x in (memory.keys, memory.values))
         return FixedLayerCache(keys, values, rows, chunk=memory.chunk)
 
-    ids = mx.array(rows.mask_offsets[None])
+    ids = mx.array(model.mask_ids(rows.mask_offsets, rows.row_positions)[None])
     layers = [fixed(memory) for memory in ordinary.layers]
     return model(ids, cache=FixedCaches(layers), layout=rows)[0]
 
