@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_mtp.converters.base.files import SAFETENSORS_INDEX, TORCH_INDEX, weight_files
+from mlx_mtp.converters.base.files import (
+    CONFIG_FILE,
+    SAFETENSORS_INDEX,
+    TORCH_INDEX,
+    weight_files,
+)
 from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
 from mlx_mtp.converters.reference.adapters import INSTALL, Adapter, Gate, attach
+from mlx_mtp.model.aliases import as_known, norm_groups
 from mlx_mtp.storage.contents import ADAPTER_CONFIG
+from mlx_mtp.storage.safetensors import read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -189,18 +196,23 @@ def _load_base(hf_path: Path, *, scratch: Path, allow_pickle: bool) -> Any:
 
 
 def _safe_folder(hf_path: Path, target: Path, *, allow_pickle: bool) -> Path:
-    """Return the folder itself, or a copy with converted PyTorch files or without an adapter.
+    """Return the folder itself, or a copy that transformers reads safely and under a known name.
 
-    transformers would add a PEFT adapter in the model's folder to the model.
+    PyTorch files are converted; a PEFT adapter is left out, which transformers would add.
     """
     shards = weight_files(hf_path)
     is_safe = shards[0].suffix == ".safetensors"
-    if is_safe and not (hf_path / ADAPTER_CONFIG).is_file():
+    given = read_json_object(hf_path / CONFIG_FILE)
+    if norm_groups(given) > 1:
+        raise ValueError(f"transformers has no {given['model_type']} to verify with")
+    config = as_known(given)
+    if is_safe and config == given and not (hf_path / ADAPTER_CONFIG).is_file():
         return hf_path
     target.mkdir()
     for file in hf_path.glob("*.json"):
         if file.name != ADAPTER_CONFIG:
             (target / file.name).write_bytes(file.read_bytes())
+    (target / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
     if is_safe:
         for shard in shards:
             (target / shard.name).symlink_to(shard.resolve())
