@@ -33,6 +33,7 @@ class Step:
         target: what the emitted ids follow.
         drafter: proposes the next drafts within the step.
         keys: random keys of acceptance and of drafting within the step, ``[2, ...]``.
+        seed: of the ids of mask rows, if these are random tokens.
         is_prompt_chunk: whether its rows only go into the cache, and nothing is emitted.
     """
 
@@ -43,12 +44,14 @@ class Step:
     target: Target
     drafter: Drafter
     keys: mx.array
+    seed: int = 0
     is_prompt_chunk: bool = False
 
-    @property
-    def ids(self) -> mx.array:
-        """Ids of the rows ``[rows]``; those of mask rows count mask tokens from 0."""
-        pending, masks = self.context[-self.layout.num_pending :], self.layout.mask_offsets.tolist()
+    def ids(self, model: MTPModel) -> mx.array:
+        """Ids of the rows ``[rows]``; see ``MTPModel.mask_ids`` for those of mask rows."""
+        pending, layout = self.context[-self.layout.num_pending :], self.layout
+        positions = self.cache.offset + layout.mask_positions
+        masks = model.mask_ids(layout.mask_offsets, positions, seed=self.seed).tolist()
         if self.drafts.host_ids is not None:
             return mx.array([*pending, *self.drafts.host_ids, *masks], mx.int32)
         parts = [mx.array(pending, mx.int32), self.drafts.tokens, mx.array(masks, mx.int32)]
@@ -132,7 +135,7 @@ def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
         steps: one step, or one per answer if ``can_batch(model)``; no prompt chunk in a batch.
     """
     began = time.perf_counter()
-    ids, layouts = [step.ids for step in steps], [step.layout for step in steps]
+    ids, layouts = [step.ids(model) for step in steps], [step.layout for step in steps]
     rows = forward(model, ids, [step.cache for step in steps], layouts)
     if steps[0].is_prompt_chunk:
         mx.eval(steps[0].cache.state)
