@@ -15,8 +15,10 @@ from mlx_mtp.decoding.accept import Target
 from mlx_mtp.decoding.batching import forward, head
 from mlx_mtp.drafting.drafter import Drafter, Drafts
 from mlx_mtp.model.caches.mtp_cache import MTPCache
+from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.model.noise import mask_ids
 
 HEAD_ROWS = 12  # up to here one head pass over all rows is cheaper than two partial ones
 
@@ -47,11 +49,11 @@ class Step:
     seed: int = 0
     is_prompt_chunk: bool = False
 
-    def ids(self, model: MTPModel) -> mx.array:
-        """Ids of the rows ``[rows]``; see ``MTPModel.mask_ids`` for those of mask rows."""
+    def ids(self, config: MTPConfig | None) -> mx.array:
+        """Ids of the rows ``[rows]``; see ``mask_ids`` for those of mask rows."""
         pending, layout = self.context[-self.layout.num_pending :], self.layout
         positions = self.cache.offset + layout.mask_positions
-        masks = model.mask_ids(layout.mask_offsets, positions, seed=self.seed).tolist()
+        masks = mask_ids(config, layout.mask_offsets, positions, seed=self.seed).tolist()
         if self.drafts.host_ids is not None:
             return mx.array([*pending, *self.drafts.host_ids, *masks], mx.int32)
         parts = [mx.array(pending, mx.int32), self.drafts.tokens, mx.array(masks, mx.int32)]
@@ -135,7 +137,7 @@ def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
         steps: one step, or one per answer if ``can_batch(model)``; no prompt chunk in a batch.
     """
     began = time.perf_counter()
-    ids, layouts = [step.ids(model) for step in steps], [step.layout for step in steps]
+    ids, layouts = [step.ids(model.config) for step in steps], [step.layout for step in steps]
     rows = forward(model, ids, [step.cache for step in steps], layouts)
     if steps[0].is_prompt_chunk:
         mx.eval(steps[0].cache.state)

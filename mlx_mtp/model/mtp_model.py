@@ -23,7 +23,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.cache import make_prompt_cache
 
@@ -39,7 +38,6 @@ from mlx_mtp.model.layout import MaskRun, RowLayout, StepLayout, StepScope
 from mlx_mtp.model.lora import GatedLoRALinear
 from mlx_mtp.model.mixers import wrap_mixers
 from mlx_mtp.model.native.module import NativeModule
-from mlx_mtp.model.noise import draw_ids
 from mlx_mtp.model.one_row import wrap_experts
 from mlx_mtp.model.parts import (
     TextModel,
@@ -219,7 +217,7 @@ class MTPModel(nn.Module):
         """Run the backbone over the rows of one step, or over a batch of steps.
 
         Args:
-            ids: ``[1, L]``; those of mask rows are ``mask_ids``.
+            ids: ``[1, L]``; those of mask rows are ``noise.mask_ids``.
             cache: the caches; all rows are appended.
             layout: the rows of the forward; None means L contiguous ordinary rows.
 
@@ -253,22 +251,6 @@ class MTPModel(nn.Module):
         """Look up token embeddings, ``[...]`` to ``[..., D]``."""
         rows = self._embedding(ids.reshape(-1))  # a quantised table takes no scalar
         return rows.reshape(*ids.shape, -1)
-
-    def mask_ids(self, offsets: np.ndarray, positions: np.ndarray, *, seed: int = 0) -> np.ndarray:
-        """Ids of mask rows: they count mask tokens from 0, or are drawn from the vocabulary.
-
-        Args:
-            offsets: which mask of its group each row is, int32 ``[rows]``.
-            positions: position of each row in the text, ``[rows]``.
-            seed: of the drawn ids.
-
-        Returns:
-            Ids, int32 ``[rows]``.
-        """
-        if self.config is None or not self.config.noise_ids:
-            return offsets
-        low, high = self.config.noise_ids
-        return draw_ids(positions, low=low, high=high, seed=seed)
 
     def unembed_rows(self, ids: mx.array) -> mx.array:
         """Rows of the unembedding, ``[...]`` to ``[..., D]``."""

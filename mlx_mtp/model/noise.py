@@ -8,11 +8,33 @@ from __future__ import annotations
 
 import numpy as np
 
+from mlx_mtp.model.config import MTPConfig
+
 _STEP = np.uint64(0x9E3779B97F4A7C15)  # odd, so that neighbours differ in all bits after mixing
 _MIX = (
     (np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)),
     (np.uint64(27), np.uint64(0x94D049BB133111EB)),
 )
+
+
+def mask_ids(
+    config: MTPConfig | None, offsets: np.ndarray, positions: np.ndarray, *, seed: int = 0
+) -> np.ndarray:
+    """Ids of mask rows: they count mask tokens from 0, or are drawn from the vocabulary.
+
+    Args:
+        config: the adapter's configuration.
+        offsets: which mask of its group each row is, int32 ``[rows]``.
+        positions: position of each row in the text, ``[rows]``.
+        seed: of the drawn ids.
+
+    Returns:
+        Ids, int32 ``[rows]``.
+    """
+    if config is None or not config.noise_ids:
+        return offsets
+    low, high = config.noise_ids
+    return draw_ids(positions, low=low, high=high, seed=seed)
 
 
 def draw_ids(positions: np.ndarray, *, low: int, high: int, seed: int = 0) -> np.ndarray:
