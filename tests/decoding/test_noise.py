@@ -12,9 +12,13 @@ import pytest
 from mlx.utils import tree_unflatten
 from mlx_lm.models.cache import make_prompt_cache, trim_prompt_cache
 
+from mlx_mtp.decoding.batching import can_batch
 from mlx_mtp.decoding.loop import decode
+from mlx_mtp.decoding.request import Request
 from mlx_mtp.decoding.setup import make_request
 from mlx_mtp.decoding.step import run
+from mlx_mtp.evaluation.forward import mask_rows, ordinary_rows
+from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.noise import draw_ids
 from tests.helpers.tiny import random_adapter, tiny_base
@@ -99,3 +103,66 @@ def test_drafts_do_not_change_the_text() -> None:
     for layout in ("plain", "linear", "quadratic", "auto"):
         steps = decode(model, PROMPT, max_tokens=40, layout=layout)
         assert [token for step in steps for token in step.tokens] == expected, layout
+
+
+def test_ids_depend_on_seed_and_position_only() -> None:
+    positions = np.arange(10_000)
+    ids = draw_ids(positions, low=1, high=11, seed=3)
+    assert np.array_equal(ids[7:], draw_ids(positions[7:], low=1, high=11, seed=3))
+    counts = np.bincount(ids, minlength=11)
+    assert counts[0] == 0 and len(counts) == 11
+    assert counts[1:].min() > 900 and counts[1:].max() < 1100  # 3.3 standard deviations
+    other = draw_ids(positions, low=1, high=11, seed=4)
+    assert 900 < (ids == other).sum() < 1100
+    assert draw_ids(positions, low=5, high=6, seed=-1).tolist() == [5] * len(positions)
+
+
+def drafts_of(request: Request, model: MTPModel) -> list[list[int]]:
+    drafts = []
+    while not request.finished:
+        [outcome] = run(model, [request.plan()])
+        request.commit(outcome)
+        drafts.append(outcome.drafts.ids())
+    return drafts
+
+
+def test_the_same_seed_gives_the_same_drafts() -> None:
+    model, _, _ = noisy("llama", k=3)
+    options: Any = {"max_tokens": 20, "layout": "quadratic", "lookup": False}
+    first, again, other = (
+        drafts_of(make_request(model, PROMPT, seed=seed, **options), model) for seed in (1, 1, 2)
+    )
+    assert first == again != other
+
+
+def test_batched_answers_draft_as_alone() -> None:
+    model, _, _ = noisy("llama", k=3)
+    assert can_batch(model)
+
+    def requests() -> list[Request]:
+        options: Any = {"max_tokens": 12, "layout": "quadratic", "lookup": False}
+        return [make_request(model, PROMPT[:size], **options) for size in (3, 7)]
+
+    alone = [drafts_of(request, model) for request in requests()]
+    together: list[list[list[int]]] = [[], []]
+    pair = requests()
+    while not any(request.finished for request in pair):
+        for drafts, request, outcome in zip(
+            together, pair, run(model, [request.plan() for request in pair]), strict=True
+        ):
+            request.commit(outcome)
+            drafts.append(outcome.drafts.ids())
+    for drafts, expected in zip(together, alone, strict=True):
+        assert len(drafts) > 5 and drafts == expected[: len(drafts)]
+
+
+def test_acceptance_is_measured_as_in_decoding() -> None:
+    model, _, _ = noisy("llama", k=3)
+    [step] = list(decode(model, PROMPT, max_tokens=1, layout="plain"))
+    text = [*PROMPT, *step.tokens]
+    request = make_request(model, PROMPT, max_tokens=20, layout="quadratic", lookup=False)
+    [outcome] = run(model, [request.plan()])
+    rows = MaskRows(anchors=(len(PROMPT) - 1,), masks_per_block=3)
+    hidden = mask_rows(model, ordinary_rows(model, mx.array(text)), rows)
+    drafts: Any = model.logits(hidden[None])[0].argmax(axis=-1).tolist()
+    assert outcome.drafts.ids() == drafts

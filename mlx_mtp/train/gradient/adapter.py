@@ -211,10 +211,6 @@ def _continued(
 ) -> tuple[MTPConfig, dict[str, mx.array]]:
     config, weights = read_adapter(start)
     check_base(model.base, config, adapter=str(start), name=model.name)
-    if config.noise_ids:
-        raise ValueError(
-            f"{start} has no mask tokens to train: its mask rows are random tokens (noise_ids)"
-        )
     count = settings.num_draft_tokens
     for name in (MASK_EMBEDDINGS, MASK_PER_LAYER_EMBEDDINGS):
         if name in weights:
