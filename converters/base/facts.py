@@ -134,7 +134,7 @@ def tokenizer_facts(folder: Path) -> dict[str, Any]:
     }
 
 
-def diffusion_facts(config: Mapping[str, Any]) -> dict[str, int]:
+def diffusion_facts(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return what ``BaseFacts`` has of the settings of a diffusion model in ``config.json``."""
     keys = {"noise_end": "mask_token_id", "block_size": "block_size"}
     return {name: config[key] for name, key in keys.items() if type(config.get(key)) is int}

@@ -245,6 +245,7 @@ class TestPerLayerEmbeddings:
         rows = {name: module_at(base, path)(mx.array(ids)) for name, path in tables.items()}
         expected = MTPModel(base, config=model.config, weights=tensors | rows)
         weights = {name: value for name, value in tensors.items() if name not in rows}
+        assert model.config is not None
         config = dataclasses.replace(model.config, noise_ids=(1, 64))
         noisy = MTPModel(stock("gemma4_text"), config=config, weights=weights)
         ordinary = ordinary_ids(layout)
