@@ -73,8 +73,9 @@ def load(
             wheels); None selects the embedded default model.
         tokenizer_config: options for the tokenizer.
         model_config: values that replace those of the model's ``config.json``.
-        adapter_path: folder or hub id of an MTP adapter; None selects the shipped adapter for the
-            default model, and for others the one in the model's own folder, if there is one.
+        adapter_path: folder, hub id or ``HUB_ID/SUBFOLDER`` of an MTP adapter; None selects the
+            shipped adapter for the default model, and for others the one in the model's own
+            folder, if there is one.
         lazy: leave weights on disk until they are used.
         return_config: return the model's configuration too, as the third value.
         revision: branch, tag or commit of the model on the hub; folders have none.
@@ -183,7 +184,8 @@ def resolve(
     """Find a folder, download a hub repository, or convert a GGUF file into the cache.
 
     Args:
-        path_or_hf_repo: folder, GGUF file, hub id, or name of a model in ``ON_REQUEST``.
+        path_or_hf_repo: folder, GGUF file, hub id, or name of a model in ``ON_REQUEST``; for
+            adapters also ``HUB_ID/SUBFOLDER``, because published bundles have theirs in one.
         kind: ``model`` or ``adapter``, for messages.
         patterns: returns the files to download; by default those of models and adapters.
         revision: branch, tag or commit on the hub.
@@ -203,24 +205,29 @@ def resolve(
     if is_model and path_or_hf_repo in ON_REQUEST:
         wheels = ON_REQUEST[path_or_hf_repo]
         return gguf_model_path(gguf_path(wheels, progress=progress), progress=progress)
-    looks_local = path_or_hf_repo.startswith((".", "/", "~")) or path_or_hf_repo.count("/") != 1
-    if looks_local:
+    parts = path_or_hf_repo.split("/")
+    looks_local = any(part[:1] in ("", ".", "~") for part in parts)
+    if looks_local or len(parts) not in ((2,) if is_model else (2, 3)):
         raise ValueError(f"{kind} {path_or_hf_repo} does not exist")
+    repo, subfolder = "/".join(parts[:2]), "".join(f"{part}/" for part in parts[2:])
     try:
-        names = list(patterns() if patterns else HUB_FILES)
-        return Path(snapshot_download(path_or_hf_repo, revision=revision, allow_patterns=names))
+        names = [subfolder + name for name in (patterns() if patterns else HUB_FILES)]
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=names)) / subfolder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"cannot find {kind} {path_or_hf_repo} locally or on the Hugging Face Hub: "
             f"{first_line(error)}"
         ) from None
+    if not folder.is_dir():
+        raise ValueError(f"{repo} on the Hugging Face Hub has no folder {parts[-1]}")
+    return folder
 
 
 def resolve_adapter(path_or_hf_repo: str, *, model: str | None = None) -> Path:
     """Find an adapter's folder, or download it.
 
     Args:
-        path_or_hf_repo: folder or hub id.
+        path_or_hf_repo: folder, hub id or ``HUB_ID/SUBFOLDER``.
         model: the model that it is used with, for messages.
 
     Raises:

@@ -199,7 +199,9 @@ MODEL = option(
     show_default="the embedded model",
 )
 ADAPTER_PATH = option(
-    "--adapter-path", metavar="ADAPTER", help="Folder or Hugging Face id of the MTP adapter."
+    "--adapter-path",
+    metavar="ADAPTER",
+    help="Folder, Hugging Face id or ID/SUBFOLDER of the MTP adapter.",
 )
 TRUST_REMOTE_CODE = option(
     "--trust-remote-code",

@@ -139,5 +139,6 @@ def make_request(
         key=mx.random.key(seed),
         stop_ids=frozenset(stop_ids),
         prefill_step_size=config.prefill_step_size,
+        seed=config.seed or 0,
         explain=explain,
     )
