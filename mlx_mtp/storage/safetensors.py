@@ -94,6 +94,24 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
     return tensors
 
 
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata in the header of a safetensors file.
+
+    Raises:
+        ValueError: the file is missing or its header is not valid; one line that names it.
+    """
+    try:
+        with open_regular(path) as file:
+            header, _ = _read_header(file, os.fstat(file.fileno()).st_size)
+        metadata = header.get("__metadata__")
+        _check_metadata(metadata)
+        return metadata or {}
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a sound safetensors file: {error}") from None
+
+
 def read_raw_tensors(
     file: Any,
 ) -> tuple[dict[str, str], dict[str, tuple[TensorInfo, memoryview]]]:
@@ -150,6 +168,21 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         ValueError: the index is invalid, or names a file that is missing or in another folder.
     """
+    weight_map = read_weight_map(path)
+    for name in sorted(set(weight_map.values())):
+        try:
+            safe_member(path.parent, name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return weight_map
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Read an index file as ``read_index`` does; the files that it names may be missing.
+
+    Raises:
+        ValueError: the index is invalid, or what it names is not a plain file name.
+    """
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} has no weight_map")
@@ -157,10 +190,8 @@ def read_index(path: Path) -> dict[str, str]:
         if not isinstance(name, str):
             raise ValueError(f"{path}: the file of {shown(tensor)} must be a name, not {name!r}")
     for name in sorted(set(weight_map.values())):
-        try:
-            safe_member(path.parent, name)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        if not is_plain_name(name):
+            raise ValueError(f"{path}: {shown(repr(name))} is not a plain file name")
     return weight_map
 
 
