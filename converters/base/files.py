@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
 from mlx_mtp.converters.tokenizer.write import SENTENCEPIECE_FILES
 from mlx_mtp.loading import resolve
+from mlx_mtp.model.native.stored import EXTRA_FILES
 from mlx_mtp.storage.contents import look, model_problem
 from mlx_mtp.storage.safetensors import (
     READABLE,
@@ -54,12 +55,12 @@ def resolve_base(hf_path: str, *, trust_remote_code: bool = False) -> Path:
     """Return a model's folder, or download what a conversion needs of a hub repository.
 
     PyTorch files are downloaded only if there are no safetensors files, Python files only with
-    ``trust_remote_code``.
+    ``trust_remote_code``.  Native modules may be in safetensors files of other names.
 
     Raises:
         ValueError: there is no such folder or repository.
     """
-    small = [*_SMALL_FILES, *(["*.py"] if trust_remote_code else [])]
+    small = [*_SMALL_FILES, EXTRA_FILES, *(["*.py"] if trust_remote_code else [])]
     return resolve(hf_path, kind="model", patterns=lambda: [*small, _weights_pattern(hf_path)])
 
 
@@ -117,6 +118,11 @@ def stage(source: Path, config: dict[str, Any], scratch: Path, *, allow_pickle: 
         (folder / f"model-{number:05d}-of-{len(weights):05d}.safetensors").symlink_to(
             path.resolve()
         )
+    for path in sorted(set(source.glob(EXTRA_FILES)) - set(weights)):
+        check_safetensors(path)
+        # mlx-lm must not take it for one of the model's own.
+        name = f"mtp-{path.name}" if path.match(SAFETENSORS) else path.name
+        (folder / name).symlink_to(path.resolve())
     for name in (CONFIG_FILE, GENERATION_FILE, "hf_quant_config.json", config.get("model_file")):
         if isinstance(name, str) and (source / name).exists():
             if name.endswith(".json"):

@@ -85,6 +85,15 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
     for name, info in check_safetensors(path).items():
         if info.dtype not in READABLE:
             raise ValueError(f"{path}: tensor {name} has type {info.dtype}, which MLX cannot read")
+    return load_safetensors(path)
+
+
+def load_safetensors(path: Path) -> dict[str, mx.array]:
+    """Open a safetensors file that was checked; the tensors are read when they are first used.
+
+    Raises:
+        ValueError: MLX cannot open it.
+    """
     try:
         # By format: MLX would otherwise choose its parser by the file's suffix.
         tensors = mx.load(str(path), format="safetensors")

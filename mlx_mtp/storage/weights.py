@@ -20,9 +20,7 @@ SAFETENSORS, SAFETENSORS_INDEX = "model*.safetensors", "model.safetensors.index.
 _WHOLE = "model.safetensors"
 
 
-def safetensors_files(
-    folder: Path, *, dropped: Callable[[str], bool] | None = None
-) -> list[Path]:
+def safetensors_files(folder: Path, *, dropped: Callable[[str], bool] | None = None) -> list[Path]:
     """Return a model's safetensors files, chosen as transformers does: one may be outdated.
 
     Args:

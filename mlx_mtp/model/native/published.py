@@ -153,4 +153,4 @@ def _equals(value: mx.array, own: Any) -> bool:
             value = mx.quantize(value, own.group_size, own.bits, mode=own.mode)[0]
     else:
         weight = own.weight
-    return value.shape == weight.shape and bool(mx.array_equal(value, weight.astype(value.dtype)))
+    return value.shape == weight.shape and bool(mx.array_equal(value.astype(weight.dtype), weight))
