@@ -18,6 +18,7 @@ import mlx.nn as nn
 from mlx_lm import utils as lm_utils
 from mlx_lm.models import rope_utils
 
+from mlx_mtp.model.native.stored import is_dropped_by_mlx_lm
 from mlx_mtp.model.parts import text_model
 from mlx_mtp.model.settings import Rope, Settings, read_settings
 from mlx_mtp.model.wrappers import Activated, ExactlyScaled, LimitedRope, WindowLayer, replace
@@ -46,9 +47,9 @@ def open_base(
     Raises:
         ValueError: a file is broken, or a setting cannot be obeyed.
     """
-    files = safetensors_files(folder)
-    names = [name for file in files for name in check_safetensors(file)]
     config = lm_utils.load_config(folder) | (model_config or {})
+    files = safetensors_files(folder, dropped=is_dropped_by_mlx_lm(config))
+    names = [name for file in files for name in check_safetensors(file)]
     settings = read_settings(config, has_head=any(map(_HEAD.search, names)) if names else None)
     tied = bool(settings.tied and any(map(_HEAD.search, names)))
     if tied:
