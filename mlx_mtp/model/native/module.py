@@ -14,9 +14,7 @@ thing is a norm.
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -28,15 +26,13 @@ from mlx_lm.models.cache import KVCache
 from mlx_mtp.model.caches.layers import LayerCache, WindowLayerCache
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import StepScope
+from mlx_mtp.model.native.layers import decoder_layer
 from mlx_mtp.model.native.names import Family, family_of, module_indices
 from mlx_mtp.model.one_row import is_latent_attention
 from mlx_mtp.model.parts import embedding_dims, find_parts, module_at, text_model, with_module
-from mlx_mtp.model.wrappers import HiddenStates, Wrapper
+from mlx_mtp.model.wrappers import HiddenStates
 
 _SHARED = ("embedding_norm", "hidden_norm", "projection", "norm")  # by modules that lack them
-_SPARSE_LISTS = {"is_moe_layer": (False, True), "mlp_layer_types": ("dense", "sparse")}
-_WINDOWED = ("is_sliding_window", "is_sliding", "is_swa")  # attributes of layers
-_WINDOWS = ("sliding_window", "sliding_window_size")  # attributes of a configuration
 
 
 class Predictor(nn.Module):
@@ -201,7 +197,9 @@ def _predictor(
     parts = find_parts(base)
     table = module_at(base, parts.embedding)
     dims, eps = embedding_dims(table), module_at(base, parts.backbone).norm.eps
-    layer, window = _layer(base, config, index, names)
+    in_layer = [name.removeprefix("layer.") for name in names if name.startswith("layer.")]
+    bare = [name for name in in_layer if not name.endswith((".scales", ".biases"))]
+    layer, window = decoder_layer(base, config, index, bare)
     own = Predictor(dims, eps, layer, bias="projection.bias" in names, window=window)
     if "norm.weight" in names:
         own.norm = nn.RMSNorm(dims, eps)
@@ -210,82 +208,6 @@ def _predictor(
     if "embedding.weight" in names:
         own.embedding = nn.Embedding(table.weight.shape[0], dims)
     return own
-
-
-def _layer(
-    base: Any, config: Mapping[str, Any], index: int, names: set[str]
-) -> tuple[nn.Module, int | None]:
-    """Make a decoder layer of the model's class, of the kind that has these tensors.
-
-    The layers that could follow the model's own are tried, then those that it has, from the last.
-
-    Returns:
-        The layer, and the number of rows that a row of it sees if it has a window.
-    """
-    wanted = {name.removeprefix("layer.") for name in names if name.startswith("layer.")}
-    wanted = {name for name in wanted if not name.endswith((".scales", ".biases"))}
-    candidates = list(_candidates(base, config, index, is_sparse=_is_sparse(wanted)))
-    fitting = [each for each in candidates if wanted == _parameter_names(each[0])]
-    layer, args = (fitting or candidates)[0]
-    has_window = any(getattr(layer, name, False) for name in _WINDOWED)
-    window = next((getattr(args, name) for name in _WINDOWS if hasattr(args, name)), None)
-    return layer, window if has_window else None
-
-
-def _parameter_names(module: nn.Module) -> set[str]:
-    parameters: Any = tree_flatten(module.parameters())
-    return {name for name, _ in parameters}
-
-
-def _is_sparse(names: set[str]) -> bool:
-    return any(".switch_mlp." in name for name in names)
-
-
-def _candidates(
-    base: Any, config: Mapping[str, Any], index: int, *, is_sparse: bool
-) -> Iterator[tuple[nn.Module, Any]]:
-    """Layers of the model's class that a module may have, the most likely first."""
-    kind: Any = _layer_class(base)
-    count = len(base.layers)
-    options = list(inspect.signature(kind.__init__).parameters)[2:]
-    args = _with_more_layers(base.args, config, count, count + index + 1, is_sparse=is_sparse)
-    for layer_index in (count + index, *reversed(range(count))):
-        values = {"is_moe": is_sparse, "is_sliding_window": True}  # of mimo_v2_flash
-        yield kind(args, *(values.get(name, layer_index) for name in options)), args
-
-
-def _layer_class(base: Any) -> type[nn.Module]:
-    layer = base.layers[-1]
-    while isinstance(layer, Wrapper):
-        layer = layer.wrapped
-    return type(layer)
-
-
-def _with_more_layers(
-    args: Any, config: Mapping[str, Any], count: int, needed: int, *, is_sparse: bool
-) -> Any:
-    """A configuration whose lists by layer reach as far as the layers of modules.
-
-    A configuration may say the modules' kinds (``mtp_layer_types``), or have them at the end of its
-    own lists; else they have a window if any layer has one.
-    """
-    lists = {
-        field.name: list(value)
-        for field in dataclasses.fields(args)
-        if isinstance(value := getattr(args, field.name), list | tuple) and len(value) >= count
-    }
-    kinds = lists.get("layer_types")
-    if kinds is not None:
-        kinds[count:] = config.get("mtp_layer_types") or kinds[count:]
-        usual = "sliding_attention" if "sliding_attention" in kinds else kinds[-1]
-        kinds += [usual] * (needed - len(kinds))
-    for name, values in lists.items():
-        while len(values) < needed:
-            same = [i for i in range(count) if kinds is None or kinds[i] == kinds[len(values)]]
-            values.append(values[same[-1] if same else count - 1])
-        if name in _SPARSE_LISTS:
-            values[count:] = [_SPARSE_LISTS[name][is_sparse]] * (len(values) - count)
-    return dataclasses.replace(args, **lists) if lists else args
 
 
 def _load(native: NativeModule, base: Any, tensors: Mapping[str, mx.array]) -> None:
