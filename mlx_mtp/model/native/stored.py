@@ -45,6 +45,11 @@ EXTRA_FILES = "*mtp*.safetensors"  # of native modules, as this and other tools 
 _VERSION_KEY, _VERSION = "mlx_mtp_native", "1"
 _PREFIX = "predictors."
 _FP8 = {"F8_E4M3", "F8_E5M2", "F8_E8M0"}  # unpacked by ``sanitize`` of some of mlx-lm's classes
+_TYPES = dict.fromkeys(_FP8, "float8") | {
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+}
 _INDEX = re.compile(r"\.\d+\.")
 
 
@@ -92,8 +97,8 @@ class ReadModules:
     dropped: dict[str, str]
 
 
-def is_dropped_by_mlx_lm(config: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Return whether a tensor of a checkpoint belongs to native modules, by its name."""
+def is_native_name(config: Mapping[str, Any]) -> Callable[[str], bool]:
+    """Return a test whether a tensor of a checkpoint belongs to native modules, by its name."""
     try:
         belongs_to_modules("", config)
     except ValueError:  # no number of layers
@@ -125,7 +130,7 @@ def find_native(folder: Path, config: Mapping[str, Any]) -> StoredModules | None
             metadata=metadata,
             indices=module_indices(infos),
         )
-    belongs = is_dropped_by_mlx_lm(config)
+    belongs = is_native_name(config)
     listed = listed_tensors(folder, extra=EXTRA_FILES)
     places = {name: place for name, place in listed.items() if belongs(name)}
     if not places:
@@ -224,7 +229,7 @@ def precision(found: StoredModules, config: Mapping[str, Any]) -> str:
     for name, info in found.infos.items():
         if canonical.get(name) == "0.projection.weight":
             rows, columns = info.shape
-            return f"{16 * columns // rows}-bit" if info.dtype == "U32" else info.dtype
+            return f"{16 * columns // rows}-bit" if info.dtype == "U32" else _TYPES[info.dtype]
     return "unknown"
 
 
