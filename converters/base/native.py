@@ -21,10 +21,12 @@ from mlx_mtp.model.native.stored import (
     read_native,
     write_native,
 )
+from mlx_mtp.model.parts import text_model
 from mlx_mtp.storage.safetensors import shown
 from mlx_mtp.storage.weights import listed_tensors
 
 _LOOKS_NATIVE = re.compile(r"(?i)(^|[._])(mtp|nextn)([._\d]|$)")
+_LAYER = re.compile(r"(?:model\.|language_model\.)*layers\.(\d+)\.")
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
@@ -77,8 +79,17 @@ def read_modules(staged: Path, source: Path, model: Any, config: Mapping[str, An
         raise ValueError(str(error).replace(str(staged), str(source))) from None
     found = find_native(staged, config)
     known = set() if found is None else set(found.files)
-    others = [name for name in listed if _LOOKS_NATIVE.search(name) and name not in known | used]
-    unknown = dict.fromkeys(others, "it is not part of a native module that is known")
+    layers = len(text_model(model).layers)
+    others = [
+        name
+        for name in listed
+        if name not in known | used
+        and (
+            _LOOKS_NATIVE.search(name)
+            or ((match := _LAYER.match(name)) and int(match[1]) >= layers)
+        )
+    ]
+    unknown = dict.fromkeys(others, "config.json announces no such native module")
     return ReadModules(native=read.native, dropped=read.dropped | unknown)
 
 

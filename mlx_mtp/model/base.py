@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx_lm import utils as lm_utils
 from mlx_lm.models import rope_utils
 
-from mlx_mtp.model.native.stored import is_native_name
+from mlx_mtp.model.native.names import belongs_to_modules
 from mlx_mtp.model.parts import text_model
 from mlx_mtp.model.settings import Rope, Settings, read_settings
 from mlx_mtp.model.wrappers import Activated, ExactlyScaled, LimitedRope, WindowLayer, replace
@@ -49,7 +49,7 @@ def open_base(
         ValueError: a file is broken, or a setting cannot be obeyed.
     """
     config = lm_utils.load_config(folder) | (model_config or {})
-    is_native = is_native_name(config)
+    is_native = functools.partial(belongs_to_modules, config=config)
     files = safetensors_files(folder, dropped=is_native)
     names = [name for file in files for name in check_safetensors(file)]
     settings = read_settings(config, has_head=any(map(_HEAD.search, names)) if names else None)

@@ -9,7 +9,7 @@ mlx-lm drops them in either case, so they are looked for by name, and only their
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -97,15 +97,6 @@ class ReadModules:
     dropped: dict[str, str]
 
 
-def is_native_name(config: Mapping[str, Any]) -> Callable[[str], bool]:
-    """Return a test whether a tensor of a checkpoint belongs to native modules, by its name."""
-    try:
-        belongs_to_modules("", config)
-    except ValueError:  # no number of layers
-        return lambda name: False
-    return lambda name: belongs_to_modules(name, config)
-
-
 def find_native(folder: Path, config: Mapping[str, Any]) -> StoredModules | None:
     """Find the native modules of a model's folder; no tensor is read.
 
@@ -130,9 +121,8 @@ def find_native(folder: Path, config: Mapping[str, Any]) -> StoredModules | None
             metadata=metadata,
             indices=module_indices(infos),
         )
-    belongs = is_native_name(config)
     listed = listed_tensors(folder, extra=EXTRA_FILES)
-    places = {name: place for name, place in listed.items() if belongs(name)}
+    places = {name: place for name, place in listed.items() if belongs_to_modules(name, config)}
     if not places:
         return None
     headers = {p: check_safetensors(p) for p in sorted(set(places.values())) if p.is_file()}
@@ -228,8 +218,9 @@ def precision(found: StoredModules, config: Mapping[str, Any]) -> str:
     canonical = names if found.is_converted else native_tensors(names, config)
     for name, info in found.infos.items():
         if canonical.get(name) == "0.projection.weight":
-            rows, columns = info.shape
-            return f"{16 * columns // rows}-bit" if info.dtype == "U32" else _TYPES[info.dtype]
+            if info.dtype == "U32" and len(info.shape) == 2 and info.shape[0]:
+                return f"{16 * info.shape[1] // info.shape[0]}-bit"
+            return _TYPES.get(info.dtype, info.dtype)
     return "unknown"
 
 
