@@ -132,7 +132,7 @@ def load_with_status(
         if (int(token) if token.isdecimal() else token) not in known:
             raise ValueError(f"--extra-eos-token {token}: the tokenizer has no such token")
         tokenizer.add_eos_token(token)
-    if options.get("mtp", True) and model.config is None:
+    if options.get("mtp", True) and model.config is None and model.native is None:
         line = f"{model.name} has no MTP adapter: it generates one token per step"
         show(line, file=sys.stderr)
     on_cpu = mx.default_device() == mx.Device(mx.DeviceType.cpu)

@@ -8,7 +8,7 @@ folder are not visible to it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -131,13 +131,17 @@ def stage(source: Path, config: dict[str, Any], scratch: Path, *, allow_pickle: 
     return folder
 
 
-def weight_files(source: Path) -> list[Path]:
+def weight_files(source: Path, *, dropped: Callable[[str], bool] | None = None) -> list[Path]:
     """Return a model's weights files: safetensors if there are any, otherwise PyTorch files.
+
+    Args:
+        source: the model's folder.
+        dropped: see ``safetensors_files``.
 
     Raises:
         ValueError: there are none, an index is broken, or a shard is missing.
     """
-    if files := safetensors_files(source):
+    if files := safetensors_files(source, dropped=dropped):
         return files
     if (source / TORCH_INDEX).is_file():
         names = sorted(set(read_index(source / TORCH_INDEX).values()))

@@ -15,6 +15,7 @@ from mlx_mtp.model.native.module import NativeModule
 from mlx_mtp.model.native.stored import (
     NATIVE_FILE,
     ReadModules,
+    check_complete,
     find_native,
     precision,
     quantise_native,
@@ -70,6 +71,7 @@ def read_modules(staged: Path, source: Path, model: Any, config: Mapping[str, An
     Raises:
         ValueError: they are broken, or those of another model.
     """
+    check_complete(source, find_native(source, config))  # its index is not in the staged folder
     try:
         read = read_native(staged, model, config)
         parameters: Any = tree_flatten(model.parameters())

@@ -79,6 +79,11 @@ class StoredModules:
         return sum(info.num_bytes for info in self.infos.values())
 
     @property
+    def has_own_files(self) -> bool:
+        """Whether some are in files of native modules, not among the model's own tensors."""
+        return any(path.match(EXTRA_FILES) for path in self.files.values())
+
+    @property
     def is_converted(self) -> bool:
         """Whether ``convert`` wrote them."""
         return self.metadata is not None
@@ -137,6 +142,28 @@ def find_native(folder: Path, config: Mapping[str, Any]) -> StoredModules | None
     )
 
 
+def check_complete(folder: Path, found: StoredModules | None) -> None:
+    """Refuse a folder whose index lists tensors of native modules that are not there.
+
+    Args:
+        folder: the model's folder.
+        found: what ``find_native`` found in it.
+
+    Raises:
+        ValueError: one line that names the index and the file.
+    """
+    if found is None or not found.missing:
+        return
+    names = sorted(set(found.missing.values()))
+    absent = [name for name in names if not (folder / name).is_file()]
+    where = f"{absent[0]}, which is missing" if absent else f"{names[0]}, which does not have them"
+    count = sum(name == (absent or names)[0] for name in found.missing.values())
+    raise ValueError(
+        f"{folder / SAFETENSORS_INDEX} lists {count} tensors of native MTP modules in {where}: "
+        "download it again"
+    )
+
+
 def read_native(folder: Path, base: Any, config: Mapping[str, Any]) -> ReadModules:
     """Read the native modules of a model's folder, their weights lazily.
 
@@ -150,10 +177,9 @@ def read_native(folder: Path, base: Any, config: Mapping[str, Any]) -> ReadModul
             line that names the file.
     """
     found = find_native(folder, config)
+    check_complete(folder, found)
     if found is None:
         return ReadModules(native=None, dropped={})
-    if found.missing:
-        raise ValueError(_missing(folder, found))
     if found.is_converted:
         return ReadModules(native=_read_converted(found, base, config), dropped={})
     if not found.is_supported:
@@ -162,9 +188,9 @@ def read_native(folder: Path, base: Any, config: Mapping[str, Any]) -> ReadModul
     try:
         return _read_published(found, base, config)
     except ValueError as error:
-        paths = sorted(set(found.files.values()))
-        if any(path.match(EXTRA_FILES) for path in paths):
-            raise ValueError(f"{paths[0]} does not fit the model: {error}") from None
+        if found.has_own_files:
+            path = next(path for path in found.files.values() if path.match(EXTRA_FILES))
+            raise ValueError(f"{path} does not fit the model: {error}") from None
         return ReadModules(native=None, dropped=dict.fromkeys(found.files, str(error)))
 
 
@@ -303,15 +329,3 @@ def _load(found: StoredModules) -> dict[str, mx.array]:
         loaded = load_safetensors(path)
         tensors |= {name: loaded[name] for name, place in found.files.items() if place == path}
     return tensors
-
-
-def _missing(folder: Path, found: StoredModules) -> str:
-    """Say which of the listed tensors of native modules are not there."""
-    names = sorted(set(found.missing.values()))
-    absent = [name for name in names if not (folder / name).is_file()]
-    where = f"{absent[0]}, which is missing" if absent else f"{names[0]}, which does not have them"
-    count = sum(name == (absent or names)[0] for name in found.missing.values())
-    return (
-        f"{folder / SAFETENSORS_INDEX} lists {count} tensors of native MTP modules in {where}: "
-        "download it again"
-    )
