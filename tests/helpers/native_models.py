@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.model.base import open_base
+from tests.helpers.tiny import build
 
 COMMON: dict[str, Any] = {
     **{"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2},
@@ -46,10 +47,23 @@ _WINDOWED = {
 }
 
 
+_STEP_ROPES = {
+    "full_attention": {"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.5},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0},
+}
+
+
 def _appended(index: int, name: str, layers: int) -> str:
     parts = {"norm": "shared_head.norm", "head": "shared_head.head", "embedding": "embed_tokens"}
     parts |= {"embedding_norm": "enorm", "hidden_norm": "hnorm", "projection": "eh_proj"}
     return f"model.layers.{layers + index}.{_renamed(name, parts)}"
+
+
+def _step(index: int, name: str, layers: int) -> str:
+    start = f"model.layers.{layers + index}."
+    own = _appended(index, name, layers).removeprefix(start)
+    inner = "" if own.startswith(("enorm", "hnorm", "eh_proj", "embed_tokens")) else "transformer."
+    return f"{start}{inner}{own.replace('shared_head.head', 'shared_head.output')}"
 
 
 def _mtp(index: int, name: str, layers: int) -> str:
@@ -155,6 +169,19 @@ KINDS = {
     "mellum": Kind(
         _HEADS | _EXPERTS | _WINDOWED | {"mlp_layer_types": ["sparse"] * 4}, _mtp, layer=0
     ),
+    "step3p5": Kind(
+        _HEADS
+        | _WINDOWED
+        | {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+        | {"share_expert_dim": 32, "mlp_layer_types": ["dense"] + ["sparse"] * 3}
+        | {"rope_parameters": _STEP_ROPES},
+        _step,
+        count=2,
+        layer=0,
+        zero_centred=True,
+        before_norm=True,
+        own_head=True,
+    ),
 }
 
 
@@ -211,7 +238,8 @@ class Reference:
         own = self.modules[index % len(self.modules)]
         own.rows += list(zip(hidden, ids, strict=True))
         states = torch.stack([state for state, _ in own.rows])
-        embedded = self.table[torch.tensor([token for _, token in own.rows])]
+        table = own.tensors.get("embedding.weight", self.table)
+        embedded = table[torch.tensor([token for _, token in own.rows])]
         pair = [
             self.norm(embedded, own.tensors["embedding_norm.weight"]),
             self.norm(states, own.tensors["hidden_norm.weight"]),
@@ -231,6 +259,23 @@ class Reference:
             states = self.norm(states, own.get("norm.weight", self.final_norm))
         return states @ own.get("head.weight", self.head).T
 
+    def set(self, tensors: dict[str, mx.array]) -> None:
+        """Set tensors by canonical name, other than norms, as ``canonical_tensors`` makes them."""
+        for index, module in enumerate(self.modules):
+            prefix = f"{index}."
+            own = {
+                name.removeprefix(prefix): to_torch(value)
+                for name, value in tensors.items()
+                if name.startswith(prefix)
+            }
+            layer = {
+                name.removeprefix("layer."): own.pop(name)
+                for name in list(own)
+                if name.startswith("layer.")
+            }
+            module.tensors |= own
+            module.layer.load_state_dict(module.layer.state_dict() | _in_transformers(layer))
+
     def _layer(self, layer: Any, x: Any) -> Any:
         import torch
 
@@ -243,7 +288,8 @@ class Reference:
             sees &= row - seen < self.config.sliding_window
         mask = torch.where(sees, 0.0, -torch.inf)[None, None]
         positions = torch.arange(count)[None]
-        nested = {"layer_type": kind} if self.config.model_type == "mellum" else {}
+        has_ropes = self.config.model_type in ("mellum", "step3p5")
+        nested = {"layer_type": kind} if has_ropes else {}
         rotations = self.rotary(x, positions, **nested)
         out = layer(x, attention_mask=mask, position_embeddings=rotations, position_ids=positions)
         return out[0] if isinstance(out, tuple) else out
@@ -259,30 +305,46 @@ def publish(name: str, folder: Path, **settings: Any) -> Published:
         kind.transformers or name, **{**COMMON, **kind.settings, **settings}
     )
     model = _model(config, 0)
-    model.save_pretrained(folder)
-    written = _rewrite_config(folder, name, kind.count)
     layers = config.num_hidden_layers
     place = range(layers)[kind.layer]
     rng = torch.Generator().manual_seed(99)
     modules, tensors = [], {}
     for index in range(kind.count):
         donor = _model(config, index + 1)
-        donor.save_pretrained(folder / f"donor{index}")
-        saved: Any = mx.load(str(folder / f"donor{index}" / "model.safetensors"))
-        start = f"model.layers.{place}."
-        own = {
-            f"layer.{key.removeprefix(start)}": value
-            for key, value in saved.items()
-            if key.startswith(start)
-        }
+        own = _layer_tensors(donor, place, folder / f"donor{index}")
         others = _others(kind, config, model, rng)
         own |= {key: mx.array(value.numpy()) for key, value in others.items()}
         tensors |= {kind.name(index, key, layers): value for key, value in own.items()}
         modules.append(Module(donor.model.layers[place], others))
-    if name == "qwen3_5_moe":
-        _fuse_experts(folder / "model.safetensors")
-    base = open_base(folder)[0]
+    if name == "step3p5":
+        base, written = _step_base(model)
+    else:
+        model.save_pretrained(folder)
+        written = _rewrite_config(folder, name, kind.count)
+        if name == "qwen3_5_moe":
+            _fuse_experts(folder / "model.safetensors")
+        base = open_base(folder)[0]
     return Published(base, written, tensors, Reference(kind, model, modules))
+
+
+def _in_transformers(layer: dict[str, Any]) -> dict[str, Any]:
+    """Undo what mlx-lm's ``sanitize`` does to a layer: stacked experts, split latent attention."""
+    import torch
+
+    made = dict(layer)
+    if experts := [name for name in layer if ".switch_mlp." in name]:
+        gate, up, down = (
+            made.pop(f"mlp.switch_mlp.{kind}.weight")
+            for kind in ("gate_proj", "up_proj", "down_proj")
+        )
+        assert len(experts) == 3
+        made["mlp.experts.gate_up_proj"] = torch.cat([gate, up], 1)
+        made["mlp.experts.down_proj"] = down
+    if "self_attn.embed_q.weight" in layer:
+        keys = made.pop("self_attn.embed_q.weight").transpose(1, 2)
+        values = made.pop("self_attn.unembed_out.weight")
+        made["self_attn.kv_b_proj.weight"] = torch.cat([keys, values], 1).flatten(0, 1)
+    return made
 
 
 def _model(config: Any, seed: int) -> Any:
@@ -292,7 +354,10 @@ def _model(config: Any, seed: int) -> Any:
 
     torch.manual_seed(seed)
     loader: Any = AutoModelForCausalLM
-    model = loader.from_config(config, attn_implementation="eager").float().eval()
+    if config.model_type == "step3p5":
+        model: Any = _step_model(config).float().eval()
+    else:
+        model = loader.from_config(config, attn_implementation="eager").float().eval()
     with torch.no_grad():
         for value in model.parameters():
             if value.ndim == 1:
@@ -302,6 +367,50 @@ def _model(config: Any, seed: int) -> Any:
         model.model.embed_tokens.weight.normal_(0, 0.5)
         model.requires_grad_(False)
     return model
+
+
+def _layer_tensors(donor: Any, place: int, folder: Path) -> dict[str, mx.array]:
+    """Published tensors of a layer, as names in it."""
+    if donor.config.model_type == "step3p5":  # published as they are named in a dense layer
+        state = donor.model.layers[place].state_dict()
+        return {f"layer.{key}": mx.array(value.numpy()) for key, value in state.items()}
+    donor.save_pretrained(folder)
+    saved: Any = mx.load(str(folder / "model.safetensors"))
+    start = f"model.layers.{place}."
+    return {
+        f"layer.{key.removeprefix(start)}": value
+        for key, value in saved.items()
+        if key.startswith(start)
+    }
+
+
+def _step_model(config: Any) -> Any:
+    """The text model of Step 3.5 with a head; transformers has both in the vision model only."""
+    import torch
+    from transformers.models.step3p7.modeling_step3p7 import Step3p7TextModel
+
+    config._attn_implementation = "eager"
+    whole = torch.nn.Module()
+    whole.config, whole.model = config, Step3p7TextModel(config)
+    whole.lm_head = torch.nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+    return whole
+
+
+def _step_base(model: Any) -> tuple[Any, dict[str, Any]]:
+    """Step 3.5's model in mlx-lm, with random layers, and its configuration as published."""
+    keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
+    keys += ("num_attention_heads", "rms_norm_eps", "sliding_window", "moe_intermediate_size")
+    config: Any = {key: getattr(model.config, key) for key in (*keys, "max_position_embeddings")}
+    config |= {"model_type": "step3p5", "num_attention_groups": 2, "share_expert_dim": 32}
+    config |= {"moe_num_experts": 4, "moe_top_k": 2, "moe_layers_enum": "1,2,3"}
+    config |= {"layer_types": [*model.config.layer_types, *["sliding_attention"] * 2]}
+    config |= {"rope_theta": [1e4, 1e4, 1e4, 1e5, 1e4, 1e4], "num_nextn_predict_layers": 2}
+    config |= {"partial_rotary_factors": [1.0, 1.0, 1.0, 0.5, 1.0, 1.0]}
+    base = build(config)
+    base.model.embed_tokens.weight = mx.array(model.model.embed_tokens.weight.numpy())
+    base.model.norm.weight = 1 + mx.array(model.model.norm.weight.numpy())
+    base.lm_head.weight = mx.array(model.lm_head.weight.numpy())
+    return base, config
 
 
 def _others(kind: Kind, config: Any, model: Any, rng: Any) -> dict[str, Any]:

@@ -24,8 +24,8 @@ def decoder_layer(
     """Make the decoder layer of a module.
 
     It is the layer that would follow the model's own, if it has the parameters that there are
-    tensors for; else a layer like the last of the model's own that has them.  So the module of a
-    hybrid gets a layer with attention, and one of a model with experts gets experts or none.
+    tensors for; else a layer like the last of the model's own that has them, or most of them.  So
+    the module of a hybrid gets attention, and one of a model with experts gets experts or none.
 
     Args:
         base: the mlx-lm model.
@@ -36,12 +36,15 @@ def decoder_layer(
     Returns:
         The layer, and the number of rows that a row of it sees if it has a window.
     """
-    candidates = _candidates(base, config, index, is_sparse=any("switch_mlp" in x for x in names))
-    first = next(candidates)
-    if _parameter_names(first[0]) == set(names):
-        return first
-    fitting = (each for each in candidates if _parameter_names(each[0]) == set(names))
-    return next(fitting, first)
+    best, least = None, 0
+    for each in _candidates(base, config, index, is_sparse=any("switch_mlp" in x for x in names)):
+        difference = len(_parameter_names(each[0]) ^ set(names))
+        if best is None or difference < least:
+            best, least = each, difference
+        if not difference:
+            break
+    assert best is not None
+    return best
 
 
 def _candidates(

@@ -34,6 +34,9 @@ from mlx_mtp.model.wrappers import HiddenStates
 
 _SHARED = ("embedding_norm", "hidden_norm", "projection", "norm")  # by modules that lack them
 
+_BITS, _GROUPS = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)  # of mx.quantize
+_MODES = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}  # without biases
+
 
 class Predictor(nn.Module):
     """One module: two norms, a projection, a decoder layer and what comes after it.
@@ -248,10 +251,15 @@ def _quantisation(name: str, tensors: Mapping[str, mx.array], layer: Any) -> dic
     """How a layer is quantised, from the shapes and types of its tensors."""
     stem = name.removesuffix("scales")
     weight, scales = tensors.get(stem + "weight"), tensors[name]
-    width = layer.weight.shape[-1]
     if weight is None:
         raise ValueError(f"native modules: the tensor {stem}weight is missing")
+    width = layer.weight.shape[-1]
     bits, group_size = weight.shape[-1] * 32 // width, width // scales.shape[-1]
-    modes = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}
-    mode = "affine" if stem + "biases" in tensors else modes.get((bits, group_size), "affine")
+    mode = "affine" if stem + "biases" in tensors else _MODES.get((bits, group_size))
+    if mode is None or bits not in _BITS or group_size not in _GROUPS:
+        shapes = f"{tuple(weight.shape)} and {tuple(scales.shape)}"
+        raise ValueError(
+            f"native modules: {stem}weight and its scales have the shapes {shapes}, which are "
+            f"those of no quantisation of {width} columns"
+        )
     return {"bits": bits, "group_size": group_size, "mode": mode}
