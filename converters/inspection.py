@@ -377,7 +377,7 @@ def _usable(path: Path, adapter: dict[str, Any] | None) -> tuple[dict[str, Any],
         "context": model.max_context,
     }
     if adapter is None:
-        facts["adapter"] = "none; mlx-mtp verify --quick checks the model without one"
+        facts["adapter"] = "none: mlx-mtp verify --quick checks the model without one"
         return facts, problems
     missing = [name for name in adapter.get("targets", ()) if name not in facts["linear_layers"]]
     facts["adapter"] = "yes, see below"

@@ -180,10 +180,13 @@ def test_quantised_models_have_quantised_modules(kind, bits, sources, tmp_path):
             assert scales is not None
         if scales is not None:
             biases, width = stored[name.removesuffix("weight") + "biases"], value.shape[-1]
-            sizes = {"bits": 32 * kept.shape[-1] // width, "group_size": width // scales.shape[-1]}
+            sizes: dict[str, Any] = {
+                "bits": 32 * kept.shape[-1] // width,
+                "group_size": width // scales.shape[-1],
+            }
             kept = mx.dequantize(kept, scales, biases, **sizes)
-        error = mx.abs(kept - value).max().item()
-        assert error <= (0 if scales is None else bound * mx.abs(value).max().item()), name
+        limit = 0 if scales is None else bound * mx.abs(value).max()
+        assert (mx.abs(kept - value).max() <= limit).item(), name
     module = load(str(output))[0]
     ids = list(b"quantised")
     steps = decode(module, ids, drafter="native", max_tokens=8)
