@@ -13,6 +13,7 @@ import mlx.core as mx
 import mlx_lm
 import pytest
 from click.testing import CliRunner
+from gguf.constants import GGMLQuantizationType as Type
 from mlx.utils import tree_flatten
 
 from mlx_mtp.cli.main import cli
@@ -25,6 +26,7 @@ from mlx_mtp.model.native.stored import find_native, read_native
 from mlx_mtp.storage.safetensors import check_safetensors, read_metadata
 from tests.converters.base_models import edit, split, tensors
 from tests.helpers.fixtures_generate import EOS, byte_tokenizer
+from tests.helpers.gguf_models import write_gguf
 from tests.helpers.native_models import publish
 from tests.helpers.tiny import BYTE_VOCAB, save_tiny_model
 
@@ -371,6 +373,36 @@ def test_inspect_lists_all_drafters(sources, tmp_path):
     shown = run("inspect", folder)
     assert f"native       yes  2 modules, float32, 0.3 MB, in {SIDECAR}" in shown
     assert "mask         no   needs an adapter" in shown
+
+
+# GGUF files
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_modules_of_a_gguf_file(kept, sources, tmp_path):
+    source, gguf = sources("glm4_moe"), tmp_path / "glm.gguf"
+    left_out = "" if kept else "blk.2."
+    write_gguf(source, gguf, left_out=left_out)
+    said = run("convert", "--gguf", gguf, "--mlx-path", tmp_path / "out", "--dtype", "float32")
+    if kept:
+        assert f"native MTP modules: 1 in {SIDECAR}, float32" in said and "dropped" not in said
+        assert_same(modules_of(source), modules_of(tmp_path / "out"))
+    else:
+        assert "native" not in said and load(str(tmp_path / "out"))[0].native is None
+
+
+def test_modules_of_a_quantised_gguf_file(sources, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    gguf = tmp_path / "glm.gguf"
+    write_gguf(sources("glm4_moe"), gguf, choose=lambda name, value: quantised(value))
+    said = run("convert", "--gguf", gguf, "--mlx-path", tmp_path / "out")
+    assert f"native MTP modules: 1 in {SIDECAR}, 8-bit" in said and "dropped" not in said
+    # The copy in the cache has them too, among the model's own tensors.
+    assert_same(modules_of(gguf), modules_of(tmp_path / "out"))
+
+
+def quantised(value: Any) -> Type:
+    return Type.Q8_0 if value.ndim > 1 and value.shape[0] > 4 else Type.F32
 
 
 # What is refused, with one line
