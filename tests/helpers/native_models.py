@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -295,12 +295,13 @@ class Reference:
         return out[0] if isinstance(out, tuple) else out
 
 
-def publish(name: str, folder: Path, **settings: Any) -> Published:
-    """Make a tiny model of a family with its modules."""
+def publish(name: str, folder: Path, *, count: int | None = None, **settings: Any) -> Published:
+    """Make a tiny model of a family with its modules, as many as usual or ``count``."""
     import torch
     from transformers import AutoConfig
 
     kind = KINDS[name]
+    kind = replace(kind, count=count or kind.count)
     config = AutoConfig.for_model(
         kind.transformers or name, **{**COMMON, **kind.settings, **settings}
     )
@@ -317,7 +318,7 @@ def publish(name: str, folder: Path, **settings: Any) -> Published:
         tensors |= {kind.name(index, key, layers): value for key, value in own.items()}
         modules.append(Module(donor.model.layers[place], others))
     if name == "step3p5":
-        base, written = _step_base(model)
+        base, written = _step_base(model, kind.count)
     else:
         model.save_pretrained(folder)
         written = _rewrite_config(folder, name, kind.count)
@@ -396,16 +397,16 @@ def _step_model(config: Any) -> Any:
     return whole
 
 
-def _step_base(model: Any) -> tuple[Any, dict[str, Any]]:
+def _step_base(model: Any, count: int) -> tuple[Any, dict[str, Any]]:
     """Step 3.5's model in mlx-lm, with random layers, and its configuration as published."""
     keys = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
     keys += ("num_attention_heads", "rms_norm_eps", "sliding_window", "moe_intermediate_size")
     config: Any = {key: getattr(model.config, key) for key in (*keys, "max_position_embeddings")}
     config |= {"model_type": "step3p5", "num_attention_groups": 2, "share_expert_dim": 32}
     config |= {"moe_num_experts": 4, "moe_top_k": 2, "moe_layers_enum": "1,2,3"}
-    config |= {"layer_types": [*model.config.layer_types, *["sliding_attention"] * 2]}
-    config |= {"rope_theta": [1e4, 1e4, 1e4, 1e5, 1e4, 1e4], "num_nextn_predict_layers": 2}
-    config |= {"partial_rotary_factors": [1.0, 1.0, 1.0, 0.5, 1.0, 1.0]}
+    config |= {"layer_types": [*model.config.layer_types, *["sliding_attention"] * count]}
+    config |= {"rope_theta": [1e4] * 3 + [1e5] + [1e4] * count, "num_nextn_predict_layers": count}
+    config |= {"partial_rotary_factors": [1.0] * 3 + [0.5] + [1.0] * count}
     base = build(config)
     base.model.embed_tokens.weight = mx.array(model.model.embed_tokens.weight.numpy())
     base.model.norm.weight = 1 + mx.array(model.model.norm.weight.numpy())

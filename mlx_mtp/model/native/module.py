@@ -14,7 +14,7 @@ thing is a norm.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -133,6 +133,40 @@ class NativeModule(nn.Module):
         if own.norm is not None and not self.family.before_norm:
             return own.norm(x)
         return self._final_norm(x)
+
+    def read(
+        self,
+        hidden: mx.array,
+        ids: mx.array,
+        *,
+        cache: MTPCache,
+        last: Sequence[mx.array] = (),
+    ) -> list[mx.array]:
+        """Run all modules over the rows of a text, as far as its ids are known.
+
+        Module k continues from the states of module k - 1 and is k rows behind the first: its row i
+        needs the id of position i + 1 + k.
+
+        Args:
+            hidden: the model's states of the rows, ``[1, L, D]``.
+            ids: the ids that follow them, ``[1, L]``.
+            cache: from ``make_cache``.
+            last: what this returned for the rows before; nothing at the beginning.
+
+        Returns:
+            The states ``[1, 1, D]`` of each module's last row; none of modules without a row yet.
+        """
+        done: list[mx.array] = []
+        for index in range(self.num_modules):
+            if hidden.shape[1] == 0:
+                break
+            states = self(hidden, ids, cache=cache, index=index)
+            done.append(states[:, -1:])
+            if index < len(last):
+                hidden = mx.concatenate([last[index], states[:, :-1]], axis=1)
+            else:
+                hidden, ids = states[:, :-1], ids[:, 1:]
+        return done
 
     def logits(self, hidden: mx.array, index: int = 0) -> mx.array:
         """Turn what a module returned, ``[1, L, D]``, into logits ``[1, L, V]``."""
