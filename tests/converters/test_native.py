@@ -28,7 +28,7 @@ from tests.converters.base_models import edit, split, tensors
 from tests.helpers.fixtures_generate import EOS, byte_tokenizer
 from tests.helpers.gguf_models import write_gguf
 from tests.helpers.native_models import publish
-from tests.helpers.tiny import BYTE_VOCAB, save_tiny_model
+from tests.helpers.tiny import BYTE_VOCAB, random_adapter, save_adapter, save_tiny_model
 
 KINDS = ("deepseek_v3", "glm4_moe", "qwen3_next", "qwen3_5_moe", "mimo", "ernie4_5_moe")
 SIDECAR = "mtp.safetensors"
@@ -109,9 +109,13 @@ def refusal(folder: Path) -> str:
 
 def drafter(folder: Path, source: str = "native") -> dict[str, Any]:
     """What ``inspect`` says of a drafter."""
-    found = json.loads(run("inspect", "--json", folder))["drafters"]
-    (facts,) = (each for each in found if each["source"] == source)
+    (facts,) = (each for each in described(folder) if each["source"] == source)
     return facts
+
+
+def described(folder: Path) -> list[dict[str, Any]]:
+    """What ``inspect`` says of all drafters."""
+    return json.loads(run("inspect", "--json", folder))["drafters"]
 
 
 def modules_of(folder: Path) -> Weights:
@@ -152,8 +156,6 @@ def test_a_converted_model_has_the_modules_of_the_original(kind, sources, tmp_pa
     again = tmp_path / "again"
     convert(output, again)
     assert_same(read(output / SIDECAR), read(again / SIDECAR))
-    plain, _ = load(str(output), mtp=False)
-    assert plain.native is None
 
 
 @pytest.mark.parametrize("kind", ["glm4_moe", "qwen3_next"])
@@ -164,6 +166,21 @@ def test_drafts_of_modules_leave_the_answer_as_it_is(kind, sources, tmp_path):
     plain = [t for step in decode(model, ids, layout="plain", max_tokens=12) for t in step.tokens]
     steps = list(decode(model, ids, drafter="native", max_tokens=12))
     assert [token for step in steps for token in step.tokens] == plain
+
+
+def test_modules_stay_without_the_adapter(sources, tmp_path):
+    folder = tmp_path / "out"
+    convert(sources("mimo"), folder)
+    save_adapter(folder / "adapter", *random_adapter(open_base(folder)[0]))
+    both, _ = load(str(folder))
+    assert both.config is not None and both.native is not None
+    without, _ = load(str(folder), adapter=False)
+    assert without.config is None
+    assert_same(parameters(without.native), parameters(both.native))
+    plain, _ = load(str(folder), mtp=False)
+    assert plain.config is None and plain.native is None
+    available = {each["source"] for each in described(folder) if each["is_available"]}
+    assert available == {"mask", "native", "lookup"}
 
 
 @pytest.mark.parametrize("kind", ["deepseek_v3", "glm4_moe", "qwen3_next", "mimo"])
@@ -392,7 +409,7 @@ def test_modules_of_a_gguf_file(kept, sources, tmp_path):
 
 
 def test_modules_of_a_quantised_gguf_file(sources, tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MLX_MTP_CACHE", str(tmp_path / "cache"))
     gguf = tmp_path / "glm.gguf"
     write_gguf(sources("glm4_moe"), gguf, choose=lambda name, value: quantised(value))
     said = run("convert", "--gguf", gguf, "--mlx-path", tmp_path / "out")
