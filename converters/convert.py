@@ -64,6 +64,7 @@ class BaseOptions:
     quantise: bool = False
     q_bits: int | None = None
     q_group_size: int | None = None
+    q_native_bits: int | None = None
     dtype: str | None = None
     allow_pickle: bool = False
     trust_remote_code: bool = False

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -31,6 +32,8 @@ from mlx_mtp.model.base import open_base
 from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
 from mlx_mtp.model.fingerprint import fingerprint, is_fingerprint_of
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.model.native.module import NativeModule
+from mlx_mtp.model.native.stored import read_native
 from mlx_mtp.planning.plan import LOOKUP
 from mlx_mtp.storage.contents import adapter_problem, look, model_problem
 from mlx_mtp.storage.data_wheels import ON_REQUEST, gguf_path
@@ -45,6 +48,7 @@ from mlx_mtp.storage.safetensors import read_safetensors
 from mlx_mtp.terminal import Status, first_line, show, visible
 from mlx_mtp.text.detokenizer import load_tokenizer
 
+LOG = logging.getLogger(__name__)
 HUB_FILES = (
     "*.json", "*.safetensors", "*.txt", "*.jsonl", "*.jinja", "tokenizer.model", "*.py"
 )  # fmt: skip
@@ -81,7 +85,8 @@ def load(
         revision: branch, tag or commit of the model on the hub; folders have none.
         trust_remote_code: allow the tokenizer to run code from its folder.
         mtp: False loads the model alone, for plain decoding.
-        adapter: False leaves out the adapter; what else proposes drafts stays.
+        adapter: False leaves out the adapter; what else proposes drafts, such as native modules,
+            stays.
         kernels: False keeps the model's own layers, which training needs.
         progress: called with a line of text before work that takes a while.
 
@@ -99,13 +104,15 @@ def load(
     base, config = _open_base(folder, trust_remote_code, model_config)
     with ThreadPoolExecutor(1) as pool:  # MLX converts weights while Python loads the tokenizer
         pending = pool.submit(_load_tokenizer, folder, config, tokenizer_config, trust_remote_code)
-        _read_weights(base, folder, lazy=lazy)
+        native = _read_native(base, folder, config) if mtp else None
+        _read_weights(base, native, folder, lazy=lazy)
         tokenizer = pending.result()
     if adapter_folder is None:
         model = MTPModel(base, name=name)
     else:
         shown = adapter_path or str(adapter_folder)
         model = _with_adapter(base, name, adapter_folder, shown=shown)
+    model.native = native
     if mx.default_device().type == mx.cpu:
         use_fast_recurrences(model.base)
     if kernels:
@@ -324,14 +331,30 @@ def _open_base(
         raise ValueError(f"cannot load the model in {folder}: {visible(text)}") from None
 
 
-def _read_weights(base: nn.Module, folder: Path, *, lazy: bool) -> None:
-    """Read the weights of a model; on a CPU device they become float32."""
+def _read_native(base: nn.Module, folder: Path, config: dict[str, Any]) -> NativeModule | None:
+    """Read the native modules that a folder has, their weights lazily."""
+    try:
+        read = read_native(folder, base, config)
+    except ValueError as error:
+        raise ValueError(f"{error}, or use --no-mtp") from None
+    if read.native is None and read.dropped:
+        name, why = next(iter(read.dropped.items()))
+        LOG.warning("%s: native modules (%s, ...) are not used: %s", folder, visible(name), why)
+    return read.native
+
+
+def _read_weights(
+    base: nn.Module, native: NativeModule | None, folder: Path, *, lazy: bool
+) -> None:
+    """Read the weights of a model and its native modules; on a CPU device they become float32."""
+    modules = [base] if native is None else [base, native]
     try:
         base.eval()
         if mx.default_device().type == mx.cpu:
-            to_float32(base)
+            for module in modules:
+                to_float32(module)
         if not lazy:
-            mx.eval(base.parameters())
+            mx.eval([module.parameters() for module in modules])
     except _BROKEN as error:
         raise ValueError(f"cannot load the model in {folder}: {first_line(error)}") from None
 

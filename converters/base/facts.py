@@ -65,17 +65,20 @@ def load_base(folder: Path, *, name: str) -> MTPModel:
     Raises:
         ValueError: it cannot be loaded, or mask tokens cannot be added to it.
     """
-    return MTPModel(open_lazily(folder), name=name)
+    return MTPModel(open_base_lazily(folder)[0], name=name)
 
 
-def open_lazily(folder: Path) -> Any:
+def open_base_lazily(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Build the mlx-lm model of a folder, whose weights are read when they are first used.
+
+    Returns:
+        The model and its configuration.
 
     Raises:
         ValueError: it cannot be loaded.
     """
     try:
-        return open_base(folder)[0]
+        return open_base(folder)
     except (OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load the base model in {folder}: {error}") from None
 

@@ -157,8 +157,6 @@ class FakeModel:
 
     native = heads = draft_model = None
 
-    native = heads = draft_model = None
-
     def __post_init__(self) -> None:
         SPECULATIONS.set(self, self.speculation)
 
