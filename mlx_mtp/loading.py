@@ -26,6 +26,7 @@ from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.backends.cpu.recurrence import use_fast_recurrences
 from mlx_mtp.backends.metal.setup import set_up_kernels
+from mlx_mtp.drafting.draft_model import num_bytes
 from mlx_mtp.model.base import open_base
 from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
 from mlx_mtp.model.fingerprint import fingerprint, is_fingerprint_of
@@ -42,6 +43,7 @@ from mlx_mtp.storage.gguf.parts import is_gguf
 from mlx_mtp.storage.safetensors import read_safetensors
 from mlx_mtp.terminal import Status, first_line, show, visible
 from mlx_mtp.text.detokenizer import load_tokenizer
+from mlx_mtp.text.same_tokenizer import tokenizer_difference
 
 HUB_FILES = (
     "*.json", "*.safetensors", "*.txt", "*.jsonl", "*.jinja", "tokenizer.model", "*.py"
@@ -59,6 +61,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     *,
+    draft_model: str | None = None,
     mtp: bool = True,
     kernels: bool = True,
     progress: Any = None,
@@ -76,12 +79,15 @@ def load(
         return_config: return the model's configuration too, as the third value.
         revision: branch, tag or commit of the model on the hub; folders have none.
         trust_remote_code: allow the tokenizer to run code from its folder.
+        draft_model: a smaller model with the same tokenizer, which proposes draft tokens; named
+            like ``path_or_hf_repo``.
         mtp: False loads the model without an adapter.
         kernels: False keeps the model's own layers, which training needs.
         progress: called with a line of text before work that takes a while.
 
     Raises:
-        ValueError: a file is missing or broken, or the adapter does not fit; one line.
+        ValueError: a file is missing or broken, or the adapter or the draft model does not fit; one
+            line.
     """
     path_or_hf_repo = None if path_or_hf_repo is None else str(path_or_hf_repo)
     adapter_path = None if adapter_path is None else str(adapter_path)
@@ -102,6 +108,11 @@ def load(
         use_fast_recurrences(model.base)
     if kernels:
         set_up_kernels(model.base, report=progress or (lambda line: None))
+    if draft_model is not None:
+        options = {"lazy": lazy, "trust_remote_code": trust_remote_code, "kernels": kernels}
+        model.draft_model = _load_draft(
+            str(draft_model), model, tokenizer, progress=progress, **options
+        )
     loaded: Any = (model, tokenizer, config) if return_config else (model, tokenizer)
     return loaded
 
@@ -126,13 +137,55 @@ def load_with_status(
         if (int(token) if token.isdecimal() else token) not in known:
             raise ValueError(f"--extra-eos-token {token}: the tokenizer has no such token")
         tokenizer.add_eos_token(token)
-    if options.get("mtp", True) and model.config is None:
+    draft = model.draft_model
+    if options.get("mtp", True) and model.config is None and draft is None:
         line = f"{model.name} has no MTP adapter: it generates one token per step"
         show(line, file=sys.stderr)
+    if draft is not None and (hint := _draft_hint(model, draft)):
+        show(hint, file=sys.stderr)
     on_cpu = mx.default_device() == mx.Device(mx.DeviceType.cpu)
     if BLAS == "reference" and SWITCH not in os.environ and on_cpu and sys.stderr.isatty():
         print("hint: install OpenBLAS (libopenblas0-pthread) for speed", file=sys.stderr)
     return model, tokenizer
+
+
+def _load_draft(
+    path_or_hf_repo: str,
+    model: MTPModel,
+    tokenizer: TokenizerWrapper,
+    *,
+    progress: Any = None,
+    **options: Any,
+) -> MTPModel:
+    """Load a draft model for a model.
+
+    Raises:
+        ValueError: it cannot be used, or has another tokenizer.
+    """
+    if progress is not None:
+        progress("Loading the draft model ...")
+    try:
+        draft, draft_tokenizer = load(path_or_hf_repo, mtp=False, progress=progress, **options)
+    except ValueError as error:
+        raise ValueError(f"draft model: {error}") from None
+    if difference := tokenizer_difference(draft_tokenizer, tokenizer):
+        raise ValueError(
+            f"draft model {path_or_hf_repo} needs the tokenizer of {model.name}, but {difference}"
+        )
+    return draft
+
+
+def _draft_hint(model: MTPModel, draft: MTPModel) -> str | None:
+    """Why a draft model will not make generation faster, if that is clear."""
+    size, draft_size = num_bytes(model.base), num_bytes(draft.base)
+    if draft_size < size:
+        return None
+    if fingerprint(draft.base) == fingerprint(model.base):
+        return f"hint: draft model {draft.name} is the model itself: take a smaller one for speed"
+    return (
+        f"hint: draft model {draft.name} ({draft_size / 1e9:.2g} GB) is not smaller than the model "
+        f"({size / 1e9:.2g} GB): take a smaller one for speed"
+    )
 
 
 def locate(

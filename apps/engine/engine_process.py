@@ -126,6 +126,7 @@ def _load(
         adapter_path=load.adapter_path,
         trust_remote_code=load.trust_remote_code,
         mtp=load.mtp,
+        draft_model=load.draft_model if load.mtp else None,
         tokenizer_config={"chat_template": load.chat_template} if load.chat_template else None,
         extra_eos_token=load.extra_eos_token,
     )

@@ -117,6 +117,7 @@ class Load:
     type: Literal["load"] = "load"
     model: str | None = None
     adapter_path: str | None = None
+    draft_model: str | None = None
     mtp: bool = True
     trust_remote_code: bool = False
     extra_eos_token: tuple[str, ...] = ()

@@ -200,6 +200,12 @@ MODEL = option(
 ADAPTER_PATH = option(
     "--adapter-path", metavar="ADAPTER", help="Folder or Hugging Face id of the MTP adapter."
 )
+DRAFT_MODEL = option(
+    "--draft-model",
+    metavar="MODEL",
+    help="Folder, GGUF file or Hugging Face id of a smaller model with the same tokenizer, which "
+    "proposes draft tokens.",
+)
 TRUST_REMOTE_CODE = option(
     "--trust-remote-code",
     is_flag=True,
