@@ -37,6 +37,7 @@ from mlx_mtp.model.fingerprint import model_args
 from mlx_mtp.model.layout import MaskRun, RowLayout, StepLayout, StepScope
 from mlx_mtp.model.lora import GatedLoRALinear
 from mlx_mtp.model.mixers import wrap_mixers
+from mlx_mtp.model.native.module import NativeModule
 from mlx_mtp.model.one_row import wrap_experts
 from mlx_mtp.model.parts import (
     TextModel,
@@ -82,6 +83,9 @@ class MTPModel(nn.Module):
         config: the adapter's configuration; None decodes plainly.
         weights: the adapter's tensors by name (see ``loading``).
 
+    Attributes:
+        native: MTP modules of the model's own checkpoint; None if it has none.
+
     Raises:
         ValueError: the model is not supported, or the adapter does not fit it.
     """
@@ -102,6 +106,7 @@ class MTPModel(nn.Module):
         self.base = base
         self.config = config
         self.sampler_head: SamplerHead | None = None
+        self.native: NativeModule | None = None
         self._scope = StepScope()
         self.parts = find_parts(base)
         self._embedding = module_at(base, self.parts.embedding)
