@@ -19,29 +19,84 @@ import mlx.nn as nn
 from mlx.utils import tree_reduce
 
 from mlx_mtp.drafting.drafter import CommittedStep, Distribution, Drafter, Drafts
-from mlx_mtp.drafting.mask_tokens import SHORTLIST, shortlisted
+from mlx_mtp.drafting.shortlist import draw
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.offer import Offer
 from mlx_mtp.planning.plan import DRAFT_MODEL
 
 MAX_DRAFTS = 8  # of a step; the planner takes fewer where that is faster
+_UNKNOWN = -1  # in place of an id that is in the cache only
 _MANY_ROWS = 32  # rows that are evaluated before drafting begins: a prompt, or what others drafted
 
 
 @dataclass(eq=False)
 class DraftText:
-    """A text that a draft model has read, which the next answer may continue.
+    """A text that a draft model reads, which the next answer may continue.
 
     Attributes:
         draft: the draft model.
         cache: its cache, with the first ids of the text; in a step also with drafts after all ids.
         ids: the text.
+        num_prompt: number of ids at the beginning of the answer.
     """
 
     draft: MTPModel
     cache: MTPCache
     ids: list[int]
+
+    def __post_init__(self) -> None:
+        self.num_prompt = len(self.ids)
+
+    @classmethod
+    def of_caches(cls, draft: MTPModel, caches: Sequence[Any]) -> DraftText:
+        """A text of which only a list of mlx-lm's caches is known.
+
+        Raises:
+            ValueError: they are not those of the draft model.
+        """
+        cache = draft.wrap_prompt_cache(caches)
+        return cls(draft, cache, [_UNKNOWN] * cache.offset)
+
+    def read(self, end: int, *, step_size: int = 2048) -> mx.array | None:
+        """Read the text up to ``end``.
+
+        Returns:
+            The hidden state of the last id that was read, ``[1, 1, D]``; None if there is none.
+        """
+        cache, last_token, hidden = self.cache, self.draft.vocab_size - 1, None
+        are_many = end - cache.offset > _MANY_ROWS
+        while (num_left := end - cache.offset) > 0:
+            cache.begin_step(num_left if are_many else 0)
+            rest = cache.rest_after_chunk(num_left, step_size) if are_many else 0
+            ids = self.ids[cache.offset : end - rest]
+            # The draft's table may lack some of the model's tokens.
+            hidden = self.draft(mx.array([[min(x, last_token) for x in ids]]), cache=cache)
+            if are_many:
+                mx.eval(cache.state)
+        return None if hidden is None else hidden[:, -1:]
+
+    def end_at(self, end: int) -> None:
+        """Leave the cache with the first ids of the text and nothing else.
+
+        Args:
+            end: their number; more than are known means all that are.
+        """
+        end = min(end, len(self.ids))
+        self.cache.rewind(self.cache.offset - self.cache.rewind_point(end))
+        self.read(end)
+
+    def to_mlx_lm(self, caches: Sequence[Any]) -> list[Any]:
+        """The draft model's cache as mlx-lm's.
+
+        Args:
+            caches: those that it came from, which are updated.
+        """
+        self.cache.begin_step()
+        layers = zip(self.cache.layers, caches, strict=True)
+        found = [layer.to_mlx_lm(into) for layer, into in layers]
+        mx.eval(self.cache.state)
+        return found
 
 
 class DraftModelDrafter(Drafter):
@@ -54,8 +109,8 @@ class DraftModelDrafter(Drafter):
         distribution: turns logits into the probabilities that drafts are drawn from, those of the
             answer; None drafts the most likely tokens.
         memory: the answer's ``MTPCache.drafter_memory``.
-        num_before: number of cached ids before ``ids``, which only ``memory`` may know.
-        max_drafts: maximum number of drafts per step.
+        num_before: cached ids before these, which only ``memory`` may know.
+        max_drafts: maximum number of drafts per step; None leaves it to the drafter.
         prefill_step_size: rows of a prompt per forward.
     """
 
@@ -70,14 +125,14 @@ class DraftModelDrafter(Drafter):
         *,
         memory: dict[str, Any],
         num_before: int = 0,
-        max_drafts: int = MAX_DRAFTS,
+        max_drafts: int | None = None,
         prefill_step_size: int = 2048,
     ) -> None:
         self._draft = draft
         self._cost = num_bytes(draft.base) / num_bytes(model.base)
         self._num_tokens = min(draft.vocab_size, model.vocab_size)  # tables may be padded
         self._distribution = distribution
-        self._max_drafts = max_drafts
+        self._max_drafts = max_drafts or MAX_DRAFTS
         self._prefill_step_size = prefill_step_size
         text = _continued(memory.get(DRAFT_MODEL), draft, ids, num_before)
         self._text = memory[DRAFT_MODEL] = text
@@ -87,60 +142,37 @@ class DraftModelDrafter(Drafter):
 
     def offer(self, room: int) -> Offer:
         """As many drafts as fit; each of them takes a forward of the draft model."""
-        count, limit = min(self._max_drafts, room - 1), self._draft.max_context
+        count, limit = min(self._max_drafts, room), self._draft.max_context
         if limit is not None:
             count = min(count, limit - len(self._text.ids))
         return Offer(self.source, max(count, 0), first_cost=self._cost, next_cost=self._cost)
 
     def propose(self, count: int, *, key: mx.array) -> Drafts:
         """Generate drafts, each from the one before."""
-        text = self._text
+        text, drafts = self._text, list[Drafts]()
         self._keep(len(text.ids))  # the step that was planned before may not have been run
         if text.cache.offset < len(text.ids):
-            self._last = self._read(len(text.ids))
-        assert self._last is not None
+            self._last = text.read(len(text.ids), step_size=self._prefill_step_size)
+        hidden = self._last
+        assert hidden is not None
         self._mark()
-        hidden, parts = self._last, []
-        for index, step_key in enumerate(mx.random.split(key, count)):
-            if index:
-                hidden = self._draft(parts[-1].tokens[None], cache=text.cache)
+        for step_key in mx.random.split(key, count):
+            if drafts:
+                hidden = self._draft(drafts[-1].tokens[None], cache=text.cache)
             logits = self._draft.logits(hidden)[0, :, : self._num_tokens]
-            parts.append(self._pick(logits, step_key))
-        names = ("tokens", "candidates", "probs")
-        return Drafts(*(mx.concatenate([getattr(part, name) for part in parts]) for name in names))
+            drafts.append(draw(logits, self._distribution, key=step_key))
+        return Drafts.joined(drafts)
 
     def commit(self, step: CommittedStep) -> None:
         """Keep the rows of accepted drafts; read of a prompt as much as the model has read."""
         text, num_ids, num_pending = self._text, len(self._text.ids), step.layout.num_pending
         if step.tokens:
             text.ids += step.next_ids[num_pending - 1 :]
-        self._keep(len(text.ids) - 1 if self.source in step.source else num_ids)
+        self._keep(len(text.ids) - 1 if step.source == self.source else num_ids)
         if num_pending > 1:
             limit = self._draft.max_context or len(text.ids)
-            self._read(min(text.cache.offset + num_pending, len(text.ids) - 1, limit))
-
-    def _pick(self, logits: mx.array, key: mx.array) -> Drafts:
-        """One draft from logits ``[1, V]``."""
-        if self._distribution is None:
-            return Drafts.certain(mx.argmax(logits, axis=-1).astype(mx.int32))
-        candidates = shortlisted(logits, SHORTLIST)
-        probs = self._distribution(mx.take_along_axis(logits, candidates, axis=-1))
-        pick = mx.random.categorical(mx.log(probs), key=key)
-        return Drafts(mx.take_along_axis(candidates, pick[:, None], axis=-1)[0], candidates, probs)
-
-    def _read(self, end: int) -> mx.array | None:
-        """Read the text up to ``end``; return the hidden state of the last id, ``[1, 1, D]``."""
-        cache, last_token, hidden = self._text.cache, self._draft.vocab_size - 1, None
-        are_many = end - cache.offset > _MANY_ROWS
-        while (num_left := end - cache.offset) > 0:
-            cache.begin_step(num_left if are_many else 0)
-            rest = cache.rest_after_chunk(num_left, self._prefill_step_size) if are_many else 0
-            ids = self._text.ids[cache.offset : end - rest]
-            # The draft's table may lack some of the model's tokens.
-            hidden = self._draft(mx.array([[min(x, last_token) for x in ids]]), cache=cache)
-            if are_many:
-                mx.eval(cache.state)
-        return None if hidden is None else hidden[:, -1:]
+            end = min(text.cache.offset + num_pending, len(text.ids) - 1, limit)
+            text.read(end, step_size=self._prefill_step_size)
 
     def _mark(self) -> None:
         """Make it possible to drop the rows that follow."""
@@ -170,12 +202,12 @@ def _continued(
     known: DraftText | None, draft: MTPModel, ids: Sequence[int], num_before: int
 ) -> DraftText:
     """A text as far as the draft model has read it for an earlier answer."""
-    if known is not None and known.draft is draft:
+    if known is not None and known.draft.base is draft.base:
         text = [*known.ids[:num_before], *ids]
         pairs = zip(known.ids, text, strict=False)
         num_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         num_rows = known.cache.rewind_point(min(num_shared, len(text) - 1))
-        if num_rows:
+        if num_rows or known.cache.offset == 0:
             known.cache.rewind(known.cache.offset - num_rows)
             return DraftText(draft, known.cache, text)
     cache = draft.make_cache()

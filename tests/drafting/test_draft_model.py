@@ -207,7 +207,7 @@ def test_tables_may_have_other_numbers_of_tokens(
 def test_an_offer_is_as_large_as_there_is_room() -> None:
     draft = tiny("llama", max_position_embeddings=20)
     answer = Answer(draft, tiny("llama"), PROMPT)
-    offers = [answer.drafter.offer(room).num_drafts for room in (100, 5, 2, 1)]
+    offers = [answer.drafter.offer(room).num_drafts for room in (100, 4, 1, 0)]
     assert offers == [8, 4, 1, 0]
     few = Answer(draft, tiny("llama"), PROMPT, max_drafts=3)
     assert few.drafter.offer(100).num_drafts == 3
