@@ -168,11 +168,27 @@ def _load_draft(
         draft, draft_tokenizer = load(path_or_hf_repo, mtp=False, progress=progress, **options)
     except ValueError as error:
         raise ValueError(f"draft model: {error}") from None
+    check_draft_tokenizer(path_or_hf_repo, draft_tokenizer, tokenizer)
+    return draft
+
+
+def check_draft_tokenizer(
+    draft_model: str, draft_tokenizer: TokenizerWrapper, tokenizer: TokenizerWrapper
+) -> None:
+    """Refuse a draft model with another tokenizer than the model's.
+
+    Args:
+        draft_model: folder or hub id of the draft model, for the message.
+        draft_tokenizer: its tokenizer.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        ValueError: they differ; the message says where.
+    """
     if difference := tokenizer_difference(draft_tokenizer, tokenizer):
         raise ValueError(
-            f"draft model {path_or_hf_repo} needs the tokenizer of {model.name}, but {difference}"
+            f"draft model {draft_model} needs the same tokenizer as the model, but {difference}"
         )
-    return draft
 
 
 def _draft_hint(model: MTPModel, draft: MTPModel) -> str | None:

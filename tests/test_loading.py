@@ -482,7 +482,7 @@ def test_a_draft_model_with_another_tokenizer_is_refused(
     text = (other / "tokenizer.json").read_text(encoding="utf-8")
     (other / "tokenizer.json").write_text(text.replace("<user>", "<human>"), encoding="utf-8")
     assert refused(str(pair[0]), draft_model=str(other)) == (
-        f"draft model {other} needs the tokenizer of {pair[0]}, but it has no token '<user>'"
+        f"draft model {other} needs the same tokenizer as the model, but it has no token '<user>'"
     )
 
 

@@ -70,8 +70,9 @@ class DraftText:
             cache.begin_step(num_left if are_many else 0)
             rest = cache.rest_after_chunk(num_left, step_size) if are_many else 0
             ids = self.ids[cache.offset : end - rest]
-            # The draft's table may lack some of the model's tokens.
-            hidden = self.draft(mx.array([[min(x, last_token) for x in ids]]), cache=cache)
+            # The draft model may lack some of the model's tokens; others are read in their place.
+            known = [min(max(token, 0), last_token) for token in ids]
+            hidden = self.draft(mx.array([known]), cache=cache)
             if are_many:
                 mx.eval(cache.state)
         return None if hidden is None else hidden[:, -1:]
@@ -202,14 +203,15 @@ def _continued(
     known: DraftText | None, draft: MTPModel, ids: Sequence[int], num_before: int
 ) -> DraftText:
     """A text as far as the draft model has read it for an earlier answer."""
+    cache, text = None, list(ids)
     if known is not None and known.draft.base is draft.base:
         text = [*known.ids[:num_before], *ids]
         pairs = zip(known.ids, text, strict=False)
         num_shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         num_rows = known.cache.rewind_point(min(num_shared, len(text) - 1))
         if num_rows or known.cache.offset == 0:
-            known.cache.rewind(known.cache.offset - num_rows)
-            return DraftText(draft, known.cache, text)
-    cache = draft.make_cache()
+            cache = known.cache
+            cache.rewind(cache.offset - num_rows)
+    cache = draft.make_cache() if cache is None else cache
     cache.keeps_checkpoints = True
-    return DraftText(draft, cache, list(ids))
+    return DraftText(draft, cache, text)
