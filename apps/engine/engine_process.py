@@ -126,7 +126,8 @@ def _load(
         adapter_path=load.adapter_path,
         trust_remote_code=load.trust_remote_code,
         mtp=load.mtp,
-        draft_model=load.draft_model if load.mtp else None,
+        draft_model=load.draft_model,
+        adapter=load.adapter,
         tokenizer_config={"chat_template": load.chat_template} if load.chat_template else None,
         extra_eos_token=load.extra_eos_token,
     )
@@ -143,6 +144,7 @@ def _load(
         draft_prefixes=make_draft_prefix_cache(model, load),
         texts=TokenTexts(tokenizer),
         prefill_step_size=load.prefill_step_size,
+        drafter=load.drafter,
         lookup=load.lookup,
     )
 

@@ -38,6 +38,7 @@ class Engine:
         draft_prefixes: the same for the draft model, if there is one.
         texts: text and bytes of ids.
         prefill_step_size: rows of a prompt per forward, between which others have their turn.
+        drafter: what proposes drafts, as in ``GenerationConfig``.
         lookup: whether layout "auto" may take drafts from the text so far.
     """
 
@@ -47,6 +48,7 @@ class Engine:
     prefixes: PrefixCache
     texts: TokenTexts
     prefill_step_size: int
+    drafter: str = "auto"
     lookup: bool = True
     draft_prefixes: PrefixCache | None = None
 
@@ -79,7 +81,10 @@ class Session:
             self._continue_drafts()
         num_cached = self._beginning.num_ids
         config = replace(
-            job.config, lookup=engine.lookup, prefill_step_size=engine.prefill_step_size
+            job.config,
+            drafter=engine.drafter,
+            lookup=engine.lookup,
+            prefill_step_size=engine.prefill_step_size,
         )
         self._request = make_request(
             model,
@@ -178,9 +183,7 @@ class Session:
         text: DraftText | None = self._beginning.cache.drafter_memory.get(DRAFT_MODEL)
         if text is not None and self._engine.draft_prefixes is not None:
             text.end_at(text.cache.offset)  # without drafts of a step that was not run
-            self._engine.draft_prefixes.keep(
-                text.ids, text.cache, num_prompt=len(self._job.ids)
-            )
+            self._engine.draft_prefixes.keep(text.ids, text.cache, num_prompt=len(self._job.ids))
 
     def _put(self, *, at_prompt: bool) -> None:
         """Let others share the rows: after each chunk of the prompt, at its end, then rarely."""

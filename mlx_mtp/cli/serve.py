@@ -12,6 +12,7 @@ import cloup
 from mlx_mtp.apps.engine.prefix_settings import PromptCacheConfig
 from mlx_mtp.apps.server.settings import Settings
 from mlx_mtp.cli.options import (
+    ADAPTER,
     DRAFT_MODEL,
     EXTRA_EOS_TOKEN,
     MTP,
@@ -31,9 +32,11 @@ ENGINE_OPTIONS = (
     "model",
     "adapter_path",
     "draft_model",
+    "adapter",
     "mtp",
     "trust_remote_code",
     "extra_eos_token",
+    "drafter",
     "layout",
     "lookup",
     "prefill_step_size",
@@ -72,6 +75,7 @@ def _template(context: click.Context, parameter: click.Parameter, value: str | N
 @model_options(
     DRAFT_MODEL,
     EXTRA_EOS_TOKEN,
+    ADAPTER,
     MTP,
     field_option(Settings, "model_name", metavar="NAME", show_default="the model's own name"),
     field_option(Settings, "strict_model"),
@@ -151,7 +155,7 @@ def _template(context: click.Context, parameter: click.Parameter, value: str | N
 )
 @cloup.option_group(
     "Decoding",
-    *field_options(GenerationConfig, "layout", "num_draft_tokens", "lookup"),
+    *field_options(GenerationConfig, "drafter", "layout", "num_draft_tokens", "lookup"),
     field_option(GenerationConfig, "prefill_step_size", default=256),
 )
 @cloup.option_group(
