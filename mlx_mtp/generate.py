@@ -220,12 +220,12 @@ def stream_generate(
     draft_model = None if draft_model is None else usable(draft_model, "draft_model")
     settings, cache_settings = answer_settings(tokenizer, config, cache_config, options)
     ids = encode_prompt(tokenizer, prompt)
-    own_cache, draft_cache = prompt_cache, []
+    own_cache, draft_cache, num_layers = prompt_cache, [], None
     if draft_model is not None and isinstance(prompt_cache, list):
         num_layers = len(model.make_cache())
         own_cache, draft_cache = prompt_cache[:num_layers], prompt_cache[num_layers:]
     cache = cache_for(model, own_cache, cache_settings)
-    if draft_cache:
+    if draft_model is not None and draft_cache:
         cache.drafter_memory[DRAFT_MODEL] = DraftText.of_caches(draft_model, draft_cache)
     follow(cache, prompt, ids)
     limit_reasoning(options, tokenizer, ids, settings.thinking_budget, reasoning)
@@ -255,7 +255,7 @@ def stream_generate(
                 if draft_cache:
                     draft_text = cache.drafter_memory[DRAFT_MODEL]
                     draft_text.end_at(draft_text.num_prompt - len(ids) + cache.offset - num_cached)
-                    prompt_cache[len(own_cache) :] = draft_text.to_mlx_lm(draft_cache)
+                    prompt_cache[num_layers:] = draft_text.to_mlx_lm(draft_cache)
         elif isinstance(cache, MTPCache):
             cache.end_answer(last_id, model)
         store_learned(model)

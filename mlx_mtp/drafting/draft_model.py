@@ -16,7 +16,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_reduce
+from mlx.utils import tree_flatten
 
 from mlx_mtp.drafting.drafter import CommittedStep, Distribution, Drafter, Drafts
 from mlx_mtp.drafting.shortlist import draw
@@ -196,7 +196,8 @@ class DraftModelDrafter(Drafter):
 
 def num_bytes(model: nn.Module) -> int:
     """Bytes of a model's parameters."""
-    return tree_reduce(lambda total, x: total + x.nbytes, model.parameters(), 0)
+    arrays: Any = tree_flatten(model.parameters())
+    return sum(value.nbytes for _, value in arrays)
 
 
 def _continued(
