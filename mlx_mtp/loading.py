@@ -27,6 +27,7 @@ from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.backends.cpu.recurrence import use_fast_recurrences
 from mlx_mtp.backends.metal.setup import set_up_kernels
+from mlx_mtp.drafting.draft_model import num_bytes
 from mlx_mtp.drafting.make import available_sources
 from mlx_mtp.model.base import open_base
 from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
@@ -47,6 +48,7 @@ from mlx_mtp.storage.gguf.parts import is_gguf
 from mlx_mtp.storage.safetensors import read_safetensors
 from mlx_mtp.terminal import Status, first_line, show, visible
 from mlx_mtp.text.detokenizer import load_tokenizer
+from mlx_mtp.text.same_tokenizer import tokenizer_difference
 
 LOG = logging.getLogger(__name__)
 HUB_FILES = (
@@ -65,6 +67,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     *,
+    draft_model: str | None = None,
     mtp: bool = True,
     adapter: bool = True,
     kernels: bool = True,
@@ -84,6 +87,8 @@ def load(
         return_config: return the model's configuration too, as the third value.
         revision: branch, tag or commit of the model on the hub; folders have none.
         trust_remote_code: allow the tokenizer to run code from its folder.
+        draft_model: a smaller model with the same tokenizer, which proposes draft tokens; named
+            like ``path_or_hf_repo``.
         mtp: False loads the model alone, for plain decoding.
         adapter: False leaves out the adapter; what else proposes drafts, such as native modules,
             stays.
@@ -91,7 +96,8 @@ def load(
         progress: called with a line of text before work that takes a while.
 
     Raises:
-        ValueError: a file is missing or broken, or the adapter does not fit; one line.
+        ValueError: a file is missing or broken, or the adapter or the draft model does not fit; one
+            line.
     """
     path_or_hf_repo = None if path_or_hf_repo is None else str(path_or_hf_repo)
     adapter_path = None if adapter_path is None else str(adapter_path)
@@ -117,6 +123,11 @@ def load(
         use_fast_recurrences(model.base)
     if kernels:
         set_up_kernels(model.base, report=progress or (lambda line: None))
+    if draft_model is not None and mtp:
+        options = {"lazy": lazy, "trust_remote_code": trust_remote_code, "kernels": kernels}
+        model.draft_model = _load_draft(
+            str(draft_model), model, tokenizer, progress=progress, **options
+        )
     loaded: Any = (model, tokenizer, config) if return_config else (model, tokenizer)
     return loaded
 
@@ -141,13 +152,71 @@ def load_with_status(
         if (int(token) if token.isdecimal() else token) not in known:
             raise ValueError(f"--extra-eos-token {token}: the tokenizer has no such token")
         tokenizer.add_eos_token(token)
+    draft = model.draft_model
     if options.get("mtp", True) and available_sources(model) == (LOOKUP,):
         line = f"{model.name} has no MTP adapter: drafts come from the text alone"
         show(line, file=sys.stderr)
+    if draft is not None and (hint := _draft_hint(model, draft)):
+        show(hint, file=sys.stderr)
     on_cpu = mx.default_device() == mx.Device(mx.DeviceType.cpu)
     if BLAS == "reference" and SWITCH not in os.environ and on_cpu and sys.stderr.isatty():
         print("hint: install OpenBLAS (libopenblas0-pthread) for speed", file=sys.stderr)
     return model, tokenizer
+
+
+def _load_draft(
+    path_or_hf_repo: str,
+    model: MTPModel,
+    tokenizer: TokenizerWrapper,
+    *,
+    progress: Any = None,
+    **options: Any,
+) -> MTPModel:
+    """Load a draft model for a model.
+
+    Raises:
+        ValueError: it cannot be used, or has another tokenizer.
+    """
+    if progress is not None:
+        progress("Loading the draft model ...")
+    try:
+        draft, draft_tokenizer = load(path_or_hf_repo, mtp=False, progress=progress, **options)
+    except ValueError as error:
+        raise ValueError(f"draft model: {error}") from None
+    check_draft_tokenizer(path_or_hf_repo, draft_tokenizer, tokenizer)
+    return draft
+
+
+def check_draft_tokenizer(
+    draft_model: str, draft_tokenizer: TokenizerWrapper, tokenizer: TokenizerWrapper
+) -> None:
+    """Refuse a draft model with another tokenizer than the model's.
+
+    Args:
+        draft_model: folder or hub id of the draft model, for the message.
+        draft_tokenizer: its tokenizer.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        ValueError: they differ; the message says where.
+    """
+    if difference := tokenizer_difference(draft_tokenizer, tokenizer):
+        raise ValueError(
+            f"draft model {draft_model} needs the same tokenizer as the model, but {difference}"
+        )
+
+
+def _draft_hint(model: MTPModel, draft: MTPModel) -> str | None:
+    """Why a draft model will not make generation faster, if that is clear."""
+    size, draft_size = num_bytes(model.base), num_bytes(draft.base)
+    if draft_size < size:
+        return None
+    if fingerprint(draft.base) == fingerprint(model.base):
+        return f"hint: draft model {draft.name} is the model itself: take a smaller one for speed"
+    return (
+        f"hint: draft model {draft.name} ({draft_size / 1e9:.2g} GB) is not smaller than the model "
+        f"({size / 1e9:.2g} GB): take a smaller one for speed"
+    )
 
 
 def locate(

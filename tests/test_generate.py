@@ -443,7 +443,7 @@ class TestTheCallStyleOfMlxLm:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"draft_model": object()}, "draft_model is not supported: load"),
+            ({"draft_model": object()}, "draft_model must come from load, got object"),
             ({"prompt_cache": []}, "must come from model.make_cache"),
             ({"temp": 0.7}, "pass sampling=Sampling"),
         ],

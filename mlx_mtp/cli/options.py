@@ -203,6 +203,12 @@ ADAPTER_PATH = option(
     metavar="ADAPTER",
     help="Folder, Hugging Face id or ID/SUBFOLDER of the MTP adapter.",
 )
+DRAFT_MODEL = option(
+    "--draft-model",
+    metavar="MODEL",
+    help="Folder, GGUF file or Hugging Face id of a smaller model with the same tokenizer, which "
+    "proposes draft tokens.",
+)
 TRUST_REMOTE_CODE = option(
     "--trust-remote-code",
     is_flag=True,

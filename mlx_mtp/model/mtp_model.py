@@ -85,6 +85,7 @@ class MTPModel(nn.Module):
 
     Attributes:
         native: MTP modules of the model's own checkpoint; None if it has none.
+        draft_model: a smaller model with the same tokenizer, which proposes drafts; None without.
 
     Raises:
         ValueError: the model is not supported, or the adapter does not fit it.
@@ -107,6 +108,7 @@ class MTPModel(nn.Module):
         self.config = config
         self.sampler_head: SamplerHead | None = None
         self.native: NativeModule | None = None
+        self.draft_model: MTPModel | None = None
         self._scope = StepScope()
         self.parts = find_parts(base)
         self._embedding = module_at(base, self.parts.embedding)
