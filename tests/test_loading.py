@@ -109,7 +109,7 @@ def test_adapters_survive_being_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["model", "adapter"])
 @pytest.mark.parametrize(
-    "name", ["./nowhere", "nowhere", "/no/where/at/all", "a/b/c", "~/no-where"]
+    "name", ["./nowhere", "nowhere", "/no/where/at/all", "a/b/c/d", "~/no-where"]
 )
 def test_a_missing_folder(pair: tuple[Path, Path], kind: str, name: str) -> None:
     options = {"adapter_path": name} if kind == "adapter" else {}

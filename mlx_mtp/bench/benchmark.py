@@ -45,6 +45,7 @@ class BenchmarkConfig:
         settings: the schedule.
         model, adapter_path, draft_model: folders or hub ids; see ``loading.load``.  The draft model
             is that of mode "draft" and of our drafting modes.
+        adapter: whether an adapter is attached, if a mode drafts.
         trust_remote_code: whether tokenizers may run their code.
         num_draft_tokens: drafts per step of our modes; the adapter's maximum for None.
         lookup: whether auto may verify looked-up drafts.
@@ -60,6 +61,7 @@ class BenchmarkConfig:
     model: str | None = None
     adapter_path: str | None = None
     draft_model: str | None = None
+    adapter: bool = True
     trust_remote_code: bool = False
     num_draft_tokens: int | None = None
     lookup: bool = True
@@ -106,6 +108,7 @@ def prepare(config: BenchmarkConfig, *, on_status: OnStatus = lambda text: None)
         adapter_path=config.adapter_path,
         trust_remote_code=config.trust_remote_code,
         mtp=config.adapter_path is not None or drafts,
+        adapter=config.adapter,
         draft_model=config.draft_model if drafts else None,
         progress=on_status,
     )

@@ -18,7 +18,8 @@ from mlx.utils import tree_flatten
 from mlx_mtp.bench.runs import Check, Step
 from mlx_mtp.calibration.stored_costs import calibrate, speculation_for
 from mlx_mtp.decoding.loop import decode
-from mlx_mtp.planning.plan import DRAFT_MODEL, FIXED_LAYOUTS, LAYOUTS
+from mlx_mtp.drafting.make import available_sources
+from mlx_mtp.planning.plan import DRAFT_MODEL, FIXED_LAYOUTS, LAYOUTS, LOOKUP, MASK
 from mlx_mtp.terminal import first_line
 
 if TYPE_CHECKING:
@@ -104,15 +105,15 @@ def our_modes(
             the adapter, and there is no draft model.
     """
     names = [name for name in names if parse_mode(name)[0] in LAYOUTS]
-    drafting = [name for name in names if name != PLAIN]
-    has_draft_model = model.draft_model is not None
-    if drafting and model.config is None and not has_draft_model:
+    fixed = [name for name in names if parse_mode(name)[0] in COUNTABLE]
+    sources = available_sources(model)
+    if fixed and sources == (LOOKUP,):
         raise ValueError(
-            f"mode {drafting[0]} needs an MTP adapter, and {model.name} has none; "
-            "use --modes plain,stock"
+            f"mode {fixed[0]} needs an MTP adapter, and {model.name} has none; "
+            "use --modes plain,auto,stock"
         )
-    for name in drafting:
-        if not has_draft_model and (parse_mode(name)[1] or 0) > model.num_draft_tokens:
+    for name in fixed:
+        if sources[0] == MASK and (parse_mode(name)[1] or 0) > model.num_draft_tokens:
             raise ValueError(
                 f"mode {name}: the adapter has at most {model.num_draft_tokens} drafts"
             )

@@ -16,6 +16,7 @@ import cloup
 
 from mlx_mtp.bench.settings import Settings
 from mlx_mtp.cli.options import (
+    ADAPTER,
     DRAFT_MODEL,
     JSON_HELP,
     KINDS_OPTION,
@@ -40,6 +41,7 @@ OPTIONS = (
     "model",
     "adapter_path",
     "draft_model",
+    "adapter",
     "trust_remote_code",
     "num_draft_tokens",
     "lookup",
@@ -48,7 +50,7 @@ OPTIONS = (
 
 
 @cloup.command()
-@model_options(DRAFT_MODEL)
+@model_options(ADAPTER, DRAFT_MODEL)
 @cloup.option_group(
     "Prompts",
     PROMPTS,

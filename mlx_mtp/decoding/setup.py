@@ -73,6 +73,7 @@ def make_request(
     stop_ids: Collection[int] = (),
     cache: MTPCache | None = None,
     cached_ids: Sequence[int] = (),
+    lookup_ids: Sequence[Sequence[int]] = (),
     draft_model: MTPModel | None = None,
     speculation: Speculation | None = None,
     explain: Callable[[str], None] | None = None,
@@ -91,6 +92,7 @@ def make_request(
         stop_ids: ids that end the text; the stop id itself is emitted last.
         cache: caches to continue with, updated in place.
         cached_ids: the ids in ``cache``, where lookup and processors should see them too.
+        lookup_ids: texts apart from the prompt that drafts are looked up in.
         draft_model: proposes drafts in place of the model's own draft model, if it has one.
         speculation: cost and acceptance estimates of ``"auto"``, updated in place; default
             estimates if omitted.  Sampling with a seed uses a copy in its initial state, so that
@@ -103,7 +105,7 @@ def make_request(
     """
     config = replace(config or GenerationConfig(), **settings)
     target = Target.of(sampling, sampler, logits_processors, seed=config.seed)
-    check_ids(model, prompt, target.sampling)
+    check_ids(model, prompt, target.sampling, lookup_ids)
     draft_model = draft_model or model.draft_model
     sources = drafter_sources(model, config, draft_model)
     k = 0
@@ -130,10 +132,12 @@ def make_request(
     answer = Answer(
         model=model,
         ids=ids,
+        num_prompt=len(prompt),
         cache=cache,
         distribution=target.sampling.distribution,
         speculation=known,
         max_drafts=config.num_draft_tokens,
+        lookup_ids=[list(map(int, text)) for text in lookup_ids],
         draft_model=draft_model,
         num_before=cache.offset - len(cached_ids),
         prefill_step_size=config.prefill_step_size,
@@ -151,5 +155,6 @@ def make_request(
         key=mx.random.key(seed),
         stop_ids=frozenset(stop_ids),
         prefill_step_size=config.prefill_step_size,
+        seed=config.seed or 0,
         explain=explain,
     )

@@ -279,8 +279,22 @@ def test_plain_decoding_needs_no_adapter(pair: tuple[Path, Path], prompts: Path)
     report = json.loads(done.stdout)
     assert report["model"]["adapter"] is None and report["cost_curve"] is None
     assert {row["mode"] for row in report["figures"] if "speedup" in row} == {"plain"}
-    error = failure(*base, "--modes", "plain,auto")
-    assert "mode auto needs an MTP adapter" in error and "use --modes plain,stock" in error
+    error = failure(*base, "--modes", "plain,linear")
+    assert "mode linear needs an MTP adapter" in error and "use --modes plain,auto,stock" in error
+
+
+def test_auto_without_adapter_takes_drafts_from_the_text(
+    pair: tuple[Path, Path], prompts: Path
+) -> None:
+    base = ["--model", pair[0], "--prompts", prompts, "--num-prompts", 1, "--max-tokens", 30]
+    done = invoke(*base, "--no-adapter", "--format", "json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["model"]["adapter"] is None and report["cost_curve"] is not None
+    assert report["outputs"]["different"] == 0
+    assert {mode["name"] for mode in report["modes"]} == {"plain", "auto"}
+    error = failure(*base, "--adapter-path", pair[1], "--no-adapter")
+    assert f"adapter_path is {pair[1]}, but adapter is False" in error
 
 
 def test_a_bad_line_of_the_prompts_is_named(tmp_path: Path) -> None:
