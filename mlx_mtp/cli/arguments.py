@@ -77,6 +77,7 @@ def load_model(
         tokenizer_config=tokenizer_config,
         trust_remote_code=options["trust_remote_code"],
         mtp=options["mtp"],
+        draft_model=options["draft_model"],
         adapter=options["adapter"],
         extra_eos_token=options["extra_eos_token"],
     )

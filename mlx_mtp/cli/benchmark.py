@@ -17,6 +17,7 @@ import cloup
 from mlx_mtp.bench.settings import Settings
 from mlx_mtp.cli.options import (
     ADAPTER,
+    DRAFT_MODEL,
     JSON_HELP,
     KINDS_OPTION,
     PROMPTS,
@@ -49,10 +50,7 @@ OPTIONS = (
 
 
 @cloup.command()
-@model_options(
-    ADAPTER,
-    option("--draft-model", metavar="MODEL", help="Draft model for mlx-lm; adds mode draft."),
-)
+@model_options(ADAPTER, DRAFT_MODEL)
 @cloup.option_group(
     "Prompts",
     PROMPTS,
@@ -83,7 +81,7 @@ OPTIONS = (
         metavar="MODE,...",
         help="Ways to decode; speed-ups are relative to the first: plain, auto, linear, quadratic "
         "(linear:2 uses 2 draft tokens per step), stock (mlx-lm with the same model), draft "
-        "(mlx-lm with a draft model).",
+        "(mlx-lm with the draft model, which --draft-model adds).",
     ),
     field_option(GenerationConfig, "num_draft_tokens", type=click.IntRange(1)),
     field_option(GenerationConfig, "lookup"),

@@ -199,7 +199,15 @@ MODEL = option(
     show_default="the embedded model",
 )
 ADAPTER_PATH = option(
-    "--adapter-path", metavar="ADAPTER", help="Folder or Hugging Face id of the MTP adapter."
+    "--adapter-path",
+    metavar="ADAPTER",
+    help="Folder, Hugging Face id or ID/SUBFOLDER of the MTP adapter.",
+)
+DRAFT_MODEL = option(
+    "--draft-model",
+    metavar="MODEL",
+    help="Folder, GGUF file or Hugging Face id of a smaller model with the same tokenizer, which "
+    "proposes draft tokens.",
 )
 TRUST_REMOTE_CODE = option(
     "--trust-remote-code",

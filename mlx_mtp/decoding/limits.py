@@ -53,14 +53,16 @@ def check_ids(
             )
 
 
-def max_draft_tokens(model: MTPModel, num_draft_tokens: int | None) -> int:
-    """Maximum number of drafts per step: the adapter's k, or fewer if so configured.
+def max_draft_tokens(
+    model: MTPModel, num_draft_tokens: int | None, draft_model: MTPModel | None = None
+) -> int:
+    """Maximum number of mask tokens per group: the adapter's k, or fewer if so configured.
 
     Raises:
-        LimitError: the adapter was trained for fewer.
+        LimitError: the adapter was trained for fewer, and there is no draft model.
     """
     k = model.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
-    if k > model.num_draft_tokens > 0:
+    if k > model.num_draft_tokens > 0 and (draft_model or model.draft_model) is None:
         raise LimitError(
             f"num_draft_tokens is {k}, but the adapter was trained for {model.num_draft_tokens}",
             param="num_draft_tokens",

@@ -236,7 +236,6 @@ def test_help_and_version_need_no_model():
         (["--prompt-cache-file", "no-such-file"], "no-such-file does not exist"),
         (["--prompt-cache-file", __file__], "test_generate.py is not a prompt cache"),
         (["--image", "a.png", "b.png"], "--image is not supported: prompts are text"),
-        (["--draft-model", "M"], "--draft-model is not supported: --adapter-path names"),
         (["--image", "a.png"], "--image is not supported: prompts are text"),
         (["-qa"], "--quantize-activations is not supported: activations keep"),
         (["--xtc-threshold", "0.7"], "xtc_threshold must be between 0 and 0.5, got 0.7"),

@@ -155,10 +155,10 @@ class FakeModel:
     caches: list[FakeCache] = field(default_factory=list)
     cache_options: dict[str, Any] = field(default_factory=dict)
 
+    native = heads = draft_model = None
+
     def __post_init__(self) -> None:
         SPECULATIONS.set(self, self.speculation)
-
-    native = heads = draft_model = None
 
     @property
     def num_draft_tokens(self) -> int:
