@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_mtp.drafting.drafter import CommittedStep, Drafter, Drafts
-from mlx_mtp.drafting.suffix_lookup import SuffixLookup
+from mlx_mtp.drafting.suffix_lookup import Match, SuffixLookup
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.planning.lookup import MAX_LOOKUP_TOKENS, LookupAcceptance
 from mlx_mtp.planning.offer import Offer
@@ -68,12 +69,20 @@ class LookupDrafter(Drafter):
         self._acceptance = acceptance.in_text()
         self.match = self._text.find(MAX_LOOKUP_TOKENS)
 
+    def find_after(self, ids: Sequence[int]) -> Match:
+        """What would be proposed if these ids followed the text."""
+        return self._text.find_after(ids, MAX_LOOKUP_TOKENS)
+
+    def prefix_probs(self, match: Match, count: int) -> np.ndarray:
+        """Probability that at least j ids of a match are accepted, ``[count + 1]``."""
+        return self._acceptance.prefix_probs(match.length, count)
+
     def offer(self, room: int) -> Offer:
         """The ids after the match."""
-        count, length = min(len(self.match.tokens), room), self.match.length
+        count = min(len(self.match.tokens), room)
         if not count:
             return Offer(LOOKUP, 0)
-        return Offer(LOOKUP, count, self._acceptance.prefix_probs(length, count))
+        return Offer(LOOKUP, count, self.prefix_probs(self.match, count))
 
     def propose(self, count: int, *, key: mx.array) -> Drafts:
         """The first ids after the match."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from mlx_mtp.drafting.chain import ChainDrafter
 from mlx_mtp.drafting.draft_model import DraftModelDrafter
 from mlx_mtp.drafting.drafter import Distribution, Drafter
 from mlx_mtp.drafting.lookup import LookupDrafter, text_of
@@ -13,7 +14,7 @@ from mlx_mtp.drafting.native import NativeDrafter
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
-from mlx_mtp.planning.plan import AUTO, DRAFT_MODEL, HEADS, LOOKUP, MASK, NATIVE, SOURCES
+from mlx_mtp.planning.plan import AUTO, CHAIN, DRAFT_MODEL, HEADS, LOOKUP, MASK, NATIVE, SOURCES
 
 _MISSING = {
     MASK: "has no adapter with mask tokens",
@@ -145,5 +146,9 @@ def answer_sources(
 
 
 def make_drafters(sources: Sequence[str], answer: Answer) -> list[Drafter]:
-    """Make the drafters of an answer by their names."""
-    return [_MAKERS[source](answer) for source in sources]
+    """Make the drafters of an answer by their names, and a chain of those that can follow."""
+    drafters = {source: _MAKERS[source](answer) for source in sources}
+    masks, lookup = drafters.get(MASK), drafters.get(LOOKUP)
+    if isinstance(masks, MaskTokenDrafter) and isinstance(lookup, LookupDrafter):
+        drafters[CHAIN] = ChainDrafter(masks, lookup)
+    return list(drafters.values())
