@@ -24,6 +24,7 @@ from mlx_mtp.converters.drafters import DrafterFacts, describe_drafters
 from mlx_mtp.converters.gguf import describe_gguf
 from mlx_mtp.converters.layouts import describe
 from mlx_mtp.converters.pytorch.file_format import pickle_globals
+from mlx_mtp.model.aliases import as_known
 from mlx_mtp.model.config import MTPConfig, read_config
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.native.names import belongs_to_modules
@@ -195,6 +196,7 @@ def _adapter_facts(config: MTPConfig) -> dict[str, Any]:
         "base": config.base_model,
         "base_type": config.base_model_type,
         "k": config.num_draft_tokens,
+        "noise_ids": list(config.noise_ids),
         "rank": config.rank,
         "scale": config.scale,
         "layers_that_differ": len(config.rank_pattern | config.scale_pattern),
@@ -346,6 +348,8 @@ def _is_weights(file: FileFacts) -> bool:
 
 def _code_problems(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
     tokenizer = _json(path / "tokenizer_config.json")
+    with contextlib.suppress(ValueError):  # reported when the model is opened
+        config = as_known(config)
     for name, values in ((MODEL_CONFIG_FILE, config), ("tokenizer_config.json", tokenizer)):
         for key in ("auto_map", "model_file"):
             if values.get(key):

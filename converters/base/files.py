@@ -19,6 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
 from mlx_mtp.converters.tokenizer.write import SENTENCEPIECE_FILES
 from mlx_mtp.loading import resolve
+from mlx_mtp.model.aliases import as_known
 from mlx_mtp.model.native.stored import EXTRA_FILES
 from mlx_mtp.storage.contents import look, model_problem
 from mlx_mtp.storage.safetensors import (
@@ -74,7 +75,7 @@ def read_config(source: Path, *, trust_remote_code: bool = False) -> dict[str, A
     contents = look(source)
     if contents.kind != "model":
         raise ValueError(model_problem(contents))
-    config = read_json_object(source / CONFIG_FILE)
+    config = as_known(read_json_object(source / CONFIG_FILE))
     if not isinstance(config.get("model_type"), str):
         raise ValueError(f"{source / CONFIG_FILE} has no model_type")
     for name in (CONFIG_FILE, "tokenizer_config.json"):

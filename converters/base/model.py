@@ -105,7 +105,7 @@ def convert_base(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     copy_tokenizer: bool = False,
-    on_model: Callable[[Any], None] | None = None,
+    on_model: Callable[[Any, dict[str, Any]], None] | None = None,
     on_written: Callable[[BaseResult], None] | None = None,
 ) -> BaseResult:
     """Convert a base model into an mlx-lm model folder; ``config.json`` is written last.
@@ -121,8 +121,8 @@ def convert_base(
         allow_pickle: whether PyTorch files may be read, in a sandbox.
         trust_remote_code: whether code in the model's folder may run.
         copy_tokenizer: copy the tokenizer, which is one that this program wrote.
-        on_model: called with the lazy mlx-lm model, cast but not quantised, when only the
-            tokenizer has been written; may write more files to ``output``.
+        on_model: called with the lazy mlx-lm model, cast but not quantised, and its configuration
+            when only the tokenizer has been written; may write more files to ``output``.
         on_written: called when only ``config.json`` is missing.
 
     Raises:
@@ -163,7 +163,7 @@ def convert_base(
             group_size=None if quantisation is None else quantisation.group_size,
         )
         if on_model is not None:
-            on_model(model)
+            on_model(model, config)
         if quantisation is not None:
             config = _quantise(source, model, config, quantisation)
         num_parameters = lm_utils.get_total_parameters(model)

@@ -46,7 +46,7 @@ FORCE = option("--force", is_flag=True, help="Replace an existing folder.")
     option(
         "--mtp-path",
         metavar="CHECKPOINT",
-        help="Folder, file or Hugging Face id of the MTP checkpoint.",
+        help="Folder, file, Hugging Face id or ID/SUBFOLDER of the MTP checkpoint.",
     ),
     option(
         "--base-model",

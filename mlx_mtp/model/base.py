@@ -19,10 +19,18 @@ import mlx.nn as nn
 from mlx_lm import utils as lm_utils
 from mlx_lm.models import rope_utils
 
+from mlx_mtp.model.aliases import as_known, norm_groups, without_code
 from mlx_mtp.model.native.names import belongs_to_modules
 from mlx_mtp.model.parts import text_model
 from mlx_mtp.model.settings import Rope, Settings, read_settings
-from mlx_mtp.model.wrappers import Activated, ExactlyScaled, LimitedRope, WindowLayer, replace
+from mlx_mtp.model.wrappers import (
+    Activated,
+    ExactlyScaled,
+    GroupedNorm,
+    LimitedRope,
+    WindowLayer,
+    replace,
+)
 from mlx_mtp.storage.safetensors import check_safetensors
 from mlx_mtp.storage.weights import for_mlx_lm, safetensors_files
 
@@ -48,7 +56,8 @@ def open_base(
     Raises:
         ValueError: a file is broken, or a setting cannot be obeyed.
     """
-    config = lm_utils.load_config(folder) | (model_config or {})
+    given = lm_utils.load_config(folder) | (model_config or {})
+    config, groups = as_known(given), norm_groups(given)
     is_native = functools.partial(belongs_to_modules, config=config)
     files = safetensors_files(folder, dropped=is_native)
     names = [name for file in files for name in check_safetensors(file)]
@@ -61,7 +70,7 @@ def open_base(
         or _EMBEDDING in names
         or any(_FREQUENCIES.search(name) or is_native(name) for name in names)
     )
-    replaced = set(config) - set(settings.config)  # by keys that mlx-lm reads
+    replaced = set(given) - set(settings.config)  # by keys that mlx-lm reads
     try:
         with for_mlx_lm(folder, files) as path:
             model, config = lm_utils.load_model(
@@ -81,6 +90,9 @@ def open_base(
     for key in {*replaced, *settings.overrides}:
         config.pop(key)
     _apply(text_model(model), settings)
+    if groups > 1:  # written under its own name, because mlx-lm does not compute this
+        _group_norms(model, groups)
+        return model, without_code(given)
     return model, {**settings.config, **config}
 
 
@@ -136,6 +148,15 @@ def _apply(text: Any, settings: Settings) -> None:
             if window is not None
         }
         replace(text, layers)
+
+
+def _group_norms(model: Any, groups: int) -> None:
+    norms = {
+        path: GroupedNorm(module, groups)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.RMSNorm)
+    }
+    replace(model, norms)
 
 
 def _rotate_partly(text: Any, share: float) -> None:

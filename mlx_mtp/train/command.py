@@ -177,7 +177,8 @@ def _train_settings(options: Mapping[str, Any], start: Path | None) -> TrainSett
     """Settings from the options, and from the adapter to start from, of which only k may differ.
 
     Raises:
-        ValueError: a value is out of range, or differs from the adapter's.
+        ValueError: a value is out of range, or differs from the adapter's, or that has no mask
+            tokens.
     """
     values = values_from_options(TrainSettings, options)
     if isinstance(values.get("target_modules"), str):
@@ -185,6 +186,11 @@ def _train_settings(options: Mapping[str, Any], start: Path | None) -> TrainSett
         values["target_modules"] = tuple(name for name in modules if name)
     if start is not None:
         config = read_config(start)
+        if config.noise_ids:
+            raise ValueError(
+                f"the adapter {start} has no mask tokens to train: its mask rows are random tokens "
+                "(noise_ids)"
+            )
         values.setdefault("num_draft_tokens", config.num_draft_tokens)
         fixed = {"rank": config.rank, "scale": config.scale, "sampler": config.sampler is not None}
         fixed |= {"target_modules": config.target_modules} if config.target_modules else {}

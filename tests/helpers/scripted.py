@@ -112,6 +112,7 @@ class TableCache:
     def __init__(self) -> None:
         self.offset = 0
         self.state: list[Any] = []
+        self.drafter_memory: dict[str, Any] = {}
 
     def begin_step(self, num_prompt_left: int = 0) -> None:
         """Nothing to forget."""
