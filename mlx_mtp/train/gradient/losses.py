@@ -18,7 +18,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_mtp.backends.cpu import fast_math
-from mlx_mtp.evaluation.forward import OrdinaryRows, mask_rows, ordinary_rows
+from mlx_mtp.evaluation.forward import OrdinaryRows, draft_states, ordinary_rows
 from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.mtp_model import MTPModel
@@ -104,7 +104,7 @@ def loss_terms(
     Returns:
         The terms by name, float32 scalars; ``sampler`` only with a sampler head.
     """
-    hidden = mask_rows(model, ordinary, rows)
+    hidden = draft_states(model, ordinary, rows)
     head = _head(model, hidden, targets, candidates)
     terms = {"base": _cross_entropy(head, hidden, targets)}
     if model.sampler_head is not None:
