@@ -22,7 +22,7 @@ from mlx_mtp.converters.checkpoint import read_checkpoint
 from mlx_mtp.converters.gguf import describe_gguf
 from mlx_mtp.converters.layouts import describe
 from mlx_mtp.converters.pytorch.file_format import pickle_globals
-from mlx_mtp.model.config import MTPConfig, read_config
+from mlx_mtp.model.config import HeadsConfig, MTPConfig, read_any_config
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.contents import Contents, look, model_problem
 from mlx_mtp.storage.safetensors import check_safetensors, read_json_object, shown
@@ -162,7 +162,7 @@ def human_bytes(count: float) -> str:
 def _adapter(path: Path, files: tuple[FileFacts, ...]) -> Inspection:
     """Describe an adapter folder of mlx-mtp."""
     try:
-        config = read_config(path)
+        config = read_any_config(path)
     except ValueError as error:
         return Inspection(
             path=str(path), kind="adapter", facts={}, files=files, problems=(str(error),)
@@ -176,7 +176,16 @@ def _adapter(path: Path, files: tuple[FileFacts, ...]) -> Inspection:
     )
 
 
-def _adapter_facts(config: MTPConfig) -> dict[str, Any]:
+def _adapter_facts(config: MTPConfig | HeadsConfig) -> dict[str, Any]:
+    if isinstance(config, HeadsConfig):
+        return {
+            "layout": "mlx-mtp heads",
+            "base": config.base_model,
+            "base_type": config.base_model_type,
+            "k": config.num_draft_tokens,
+            "head": config.head,
+            "base_fingerprint": config.base_fingerprint,
+        }
     kind = config.sampler_kind
     return {
         "layout": "mlx-mtp",
