@@ -25,6 +25,7 @@ import mlx.core as mx
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
 from mlx_mtp.decoding.limits import ContextOverflow
 from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.decoding.setup import drafter_sources
 from mlx_mtp.decoding.thinking_budget import budget_processors
 from mlx_mtp.stats import RULE, GenerationStats, StatsMeter
 from mlx_mtp.terminal import show
@@ -109,7 +110,7 @@ class TextStream:
             step: what the loop emitted.
             meter: counts the step, and every id before its piece is yielded.
         """
-        meter.add_step(step.num_draft_tokens, source=step.source)
+        meter.add_step(step.parts)
         for index, token in enumerate(step.tokens, start=1):
             is_last = index == len(step.tokens)
             reason = step.finish_reason if is_last else None
@@ -384,7 +385,7 @@ def _steps_on(
 
 def drafts_tokens(model: MTPModel, config: GenerationConfig) -> bool:
     """Whether an answer is generated with drafts at all."""
-    return model.config is not None and config.layout != "plain" and config.num_draft_tokens != 0
+    return bool(drafter_sources(model, config))
 
 
 def generate(

@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
-
-from mlx_mtp.planning.plan import LOOKUP
 
 RULE = "=" * 10
 
@@ -37,8 +35,7 @@ class GenerationStats:
         num_draft_tokens: drafts verified, all steps together.
         num_accepted: drafts accepted, counted like ``generation_tokens``.
         mtp: whether the model drafts at all; False for plain decoding.
-        num_lookup_tokens: of the verified drafts, those from suffix lookup.
-        num_lookup_accepted: of the accepted drafts, those from suffix lookup.
+        drafters: verified and accepted drafts by what proposed them, such as "mask" or "lookup".
     """
 
     prompt_tokens: int
@@ -51,8 +48,7 @@ class GenerationStats:
     num_draft_tokens: int
     num_accepted: int
     mtp: bool
-    num_lookup_tokens: int = 0
-    num_lookup_accepted: int = 0
+    drafters: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     @property
     def tokens_per_step(self) -> float:
@@ -75,15 +71,17 @@ class GenerationStats:
         if self.mtp:
             rate = f" ({self.acceptance_rate:.1%})" if self.num_draft_tokens else ""
             lines.append(
-                f"MTP: {self.num_accepted}/{self.num_draft_tokens} drafts accepted{rate}, "
-                f"{self.tokens_per_step:.2f} tokens/step"
-            )
-        if self.num_lookup_tokens:
-            lines.append(
-                f"Lookup: {self.num_lookup_accepted}/{self.num_lookup_tokens} of these drafts "
-                "were found in the text"
+                f"MTP{self._named()}: {self.num_accepted}/{self.num_draft_tokens} drafts "
+                f"accepted{rate}, {self.tokens_per_step:.2f} tokens/step"
             )
         return lines
+
+    def _named(self) -> str:
+        """The drafters in parentheses, with their shares if there are several."""
+        if len(self.drafters) < 2:
+            return "".join(f" ({source})" for source in self.drafters)
+        shares = [f"{source} {hits}/{all}" for source, (all, hits) in self.drafters.items()]
+        return f" ({', '.join(shares)})"
 
     def stats_dict(self) -> dict[str, Any]:
         """Return counts and rates as JSON-ready values; all of them are finite."""
@@ -113,25 +111,35 @@ class StatsMeter:
         self._first_step = self._last_step = self._started
         self._peak_memory = 0.0
         self._tokens = self._steps = self._drafted = self._accepted = 0
-        self._looked_up = self._lookup_accepted = 0
-        self._is_lookup = False
+        self._drafters: dict[str, tuple[int, int]] = {}
+        self._sources: list[str] = []  # of the drafts of this step, last one first
 
-    def add_step(self, num_draft_tokens: int, *, source: str = "") -> None:
-        """Count a step that has just arrived; its ids follow one by one."""
-        self._is_lookup = source == LOOKUP
-        self._looked_up += num_draft_tokens * self._is_lookup
+    def add_step(self, parts: Iterable[tuple[str, int]] = ()) -> None:
+        """Count a step that has just arrived; its ids follow one by one.
+
+        Args:
+            parts: sources of its drafts, in order, with the number of drafts of each.
+        """
+        self._sources = [source for source, count in parts for _ in range(count)][::-1]
+        for source in self._sources:
+            self._count(source, verified=1)
         self._last_step = self._clock()
         if self._steps == 0:
             self._first_step = self._last_step
         self._steps += 1
-        self._drafted += num_draft_tokens
+        self._drafted += len(self._sources)
         self._peak_memory = mx.get_peak_memory() / 1e9
 
     def add_token(self, *, from_draft: bool) -> None:
         """Count one emitted id of the current step."""
         self._tokens += 1
         self._accepted += from_draft
-        self._lookup_accepted += from_draft and self._is_lookup
+        if from_draft:
+            self._count(self._sources.pop(), accepted=1)
+
+    def _count(self, source: str, *, verified: int = 0, accepted: int = 0) -> None:
+        before = self._drafters.get(source, (0, 0))
+        self._drafters[source] = (before[0] + verified, before[1] + accepted)
 
     def counts(self) -> dict[str, Any]:
         """Return the fields of ``GenerationStats`` so far."""
@@ -145,8 +153,7 @@ class StatsMeter:
             "num_steps": self._steps,
             "num_draft_tokens": self._drafted,
             "num_accepted": self._accepted,
-            "num_lookup_tokens": self._looked_up,
-            "num_lookup_accepted": self._lookup_accepted,
+            "drafters": dict(self._drafters),
             "mtp": self._mtp,
         }
 

@@ -145,7 +145,7 @@ def _our_steps(
             num_draft_tokens=step.num_draft_tokens,
             num_accepted=step.num_accepted,
             num_masks=0 if pending is None else rows - pending,
-            source=step.source,
+            parts=step.parts,
         )
         pending = 1
 

@@ -28,14 +28,14 @@ class Step:
         tokens: emitted ids.
         num_draft_tokens, num_accepted: verified drafts and accepted drafts.
         num_masks: mask rows; 0 for the first step of an answer, which is not timed as a layout.
-        source: source of the drafts, "" without any.
+        parts: sources of the drafts, in order, with the number of drafts of each.
     """
 
     tokens: list[int]
     num_draft_tokens: int = 0
     num_accepted: int = 0
     num_masks: int = 0
-    source: str = ""
+    parts: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(kw_only=True)
@@ -89,9 +89,11 @@ class Timing:
         verified, accepted = step.num_draft_tokens, step.num_accepted
         if accepted == len(step.tokens):
             verified = accepted
-        if step.source == LOOKUP:
-            self.lookup = (self.lookup[0] + verified, self.lookup[1] + accepted)
-            return
+        looked_up = dict(step.parts).get(LOOKUP, 0)
+        others = step.num_draft_tokens - looked_up  # they come first
+        found = max(verified - others, 0), max(accepted - others, 0)
+        self.lookup = (self.lookup[0] + found[0], self.lookup[1] + found[1])
+        verified, accepted = min(verified, others), min(accepted, others)
         missing = verified - len(self.verified)
         self.verified += [0] * missing
         self.accepted += [0] * missing

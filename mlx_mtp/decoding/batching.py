@@ -24,7 +24,7 @@ _MAX_ERROR = 0.05  # of the largest value; see ``MTPModel._probe``
 
 def forward(
     model: MTPModel,
-    ids: Sequence[list[int]],
+    ids: Sequence[mx.array],
     caches: Sequence[MTPCache],
     layouts: Sequence[StepLayout],
 ) -> list[mx.array]:
@@ -32,7 +32,7 @@ def forward(
 
     Args:
         model: one for which ``can_batch`` is true if there are several.
-        ids: ids of each step's rows, ordinary rows first.
+        ids: ids of each step's rows ``[rows]``, ordinary rows first.
         caches: of each answer; its rows are appended.
         layouts: of each step.
 
@@ -40,13 +40,11 @@ def forward(
         Final hidden states of each step, ``[rows, D]``.
     """
     if len(ids) == 1:
-        return [model(mx.array([ids[0]]), cache=caches[0], layout=layouts[0])[0]]
+        return [model(ids[0][None], cache=caches[0], layout=layouts[0])[0]]
     layout = BatchLayout(tuple(layouts), tuple(cache.offset for cache in caches))
-    pairs = list(zip(ids, layouts, strict=True))
-    rows = [token for step_ids, step in pairs for token in step_ids[: step.num_ordinary]]
-    rows += [token for step_ids, step in pairs for token in step_ids[step.num_ordinary :]]
     cache = BatchCache(caches, layout, scope=model.scope)
-    return layout.unpack(model(mx.array([rows]), cache=cache, layout=layout)[0], axis=0)
+    rows = layout.pack(ids, axis=0)
+    return layout.unpack(model(rows[None], cache=cache, layout=layout)[0], axis=0)
 
 
 def head(model: MTPModel, parts: Sequence[mx.array]) -> list[mx.array]:
@@ -71,11 +69,14 @@ def can_batch(model: MTPModel) -> bool:
     layouts = [plain_layout(), StepLayout(1, 2, (0, 0, 0))]
     if model.num_draft_tokens:
         layouts += [quadratic_layout(num_pending=1, num_draft_tokens=1, num_masks=1)]
-    ids = [[3, 1, 2][: layout.num_ordinary] + layout.mask_offsets.tolist() for layout in layouts]
+    ids = [
+        mx.array([3, 1, 2][: layout.num_ordinary] + layout.mask_offsets.tolist())
+        for layout in layouts
+    ]
     prompts = [[1, 2], [4, 3, 2, 1], [2, 5, 1]]
     caches = [_prefilled(model, prompt) for prompt in prompts[: len(layouts)]]
     alone = [
-        model(mx.array([row_ids]), cache=cache, layout=layout)[0]
+        model(row_ids[None], cache=cache, layout=layout)[0]
         for row_ids, cache, layout in zip(ids, caches, layouts, strict=True)
     ]
     for cache, layout in zip(caches, layouts, strict=True):

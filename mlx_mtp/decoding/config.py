@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from numbers import Integral, Real
 from typing import Any
 
-from mlx_mtp.planning.plan import LAYOUTS
+from mlx_mtp.planning.plan import DRAFTERS, LAYOUTS
 
 
 def setting(default: Any, help: str, **limits: Any) -> Any:
@@ -46,6 +46,7 @@ class GenerationConfig:
         seed: random seed; None draws one from mlx's global state.
         layout: ``"auto"``, ``"linear"``, ``"quadratic"`` or ``"plain"``.
         num_draft_tokens: drafts per step, at most the adapter's k, which is the default.
+        drafter: what proposes drafts; ``"auto"`` uses all that the model has the means for.
         lookup: whether ``"auto"`` may take drafts from the text so far.
         prefill_step_size: prompt rows per forward.
 
@@ -64,6 +65,9 @@ class GenerationConfig:
     layout: str = setting("auto", "Placement of mask tokens in a step.", choices=LAYOUTS)
     num_draft_tokens: int | None = setting(
         None, "Draft tokens per step; the adapter's maximum by default.", min=0
+    )
+    drafter: str = setting(
+        "auto", "What proposes draft tokens; all that the model has by default.", choices=DRAFTERS
     )
     lookup: bool = setting(
         True, "With layout auto, also propose drafts by looking up the last tokens in the text."
@@ -91,6 +95,8 @@ class GenerationConfig:
                 raise ValueError(f"{name} must be at least {limit}, got {value}")
         if self.layout not in LAYOUTS:
             raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {self.layout!r}")
+        if self.drafter not in DRAFTERS:
+            raise ValueError(f"drafter must be one of {', '.join(DRAFTERS)}, got {self.drafter!r}")
 
 
 @dataclass(frozen=True, kw_only=True)

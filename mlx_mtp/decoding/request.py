@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import mlx.core as mx
 
 from mlx_mtp.decoding.accept import Target
 from mlx_mtp.decoding.step import Outcome, Step, StepResult
-from mlx_mtp.drafting.drafter import Drafter, Drafts
-from mlx_mtp.drafting.lookup import LookupDrafter
+from mlx_mtp.drafting.drafter import CommittedStep, Drafter, Drafts
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import plain_layout
-from mlx_mtp.planning.plan import LOOKUP, Plan
+from mlx_mtp.planning.plan import Plan
 from mlx_mtp.planning.planner import Planner
 
 
@@ -33,7 +32,7 @@ class Request:
         target: what the emitted ids follow.
         planner: plans the steps.
         masks: drafts from mask rows in the same forward.
-        lookup: drafts on the host between forwards.
+        drafters: everything that proposes drafts, ``masks`` too where there are any.
         key: random key, split for every step.
         stop_ids: ids that end the answer.
         prefill_step_size: maximum rows of a prompt chunk.
@@ -49,7 +48,7 @@ class Request:
     target: Target
     planner: Planner
     masks: Drafter
-    lookup: LookupDrafter
+    drafters: Sequence[Drafter]
     key: mx.array
     stop_ids: frozenset[int]
     prefill_step_size: int
@@ -70,18 +69,19 @@ class Request:
             self.current = Plan(plain_layout(num_pending=self.num_prompt_left - rest))
             parts = (self.ids[:-rest], Drafts.none(), self.target, self.masks, self.key)
             return Step(self.cache, self.current.layout, *parts, is_prompt_chunk=True)
+        room = min(self.room, self.cache.rows_until_change or self.room)
         self.current = plan = self.planner.plan(
             num_pending=self.num_prompt_left or 1,
-            num_waiting=self.masks.num_drafts,
-            room=min(self.room, self.cache.rows_until_change or self.room),
+            room=room,
+            offers=[drafter.offer(room - 1) for drafter in self.drafters],
             context=self.cache.offset,
-            num_lookup=self.lookup.num_drafts,
-            match=self.lookup.match.length,
         )
-        drafter = self.lookup if plan.source == LOOKUP else self.masks
-        drafts = drafter.first(plan.layout.num_draft_tokens)
-        self.key, key = mx.random.split(self.key)
-        keys = mx.random.split(key)
+        self.key, propose_key, *keys = mx.random.split(self.key, 4)
+        drafts = Drafts.none()
+        if count := plan.layout.num_draft_tokens:
+            [drafter] = [each for each in self.drafters if each.source == plan.source]
+            drafts = drafter.propose(count, key=propose_key)
+        keys = mx.stack(keys)
         return Step(self.cache, plan.layout, self.ids, drafts, self.target, self.masks, keys)
 
     def commit(self, outcome: Outcome) -> StepResult:
@@ -97,37 +97,49 @@ class Request:
             self.num_prompt_left -= layout.num_pending
             mx.clear_cache()  # prompt-sized buffers are not needed again
         if tokens:  # none of a prompt chunk
-            self._learn(outcome)
+            self._observe(outcome)
             tokens, self.finish_reason = self._cut(tokens)
             self.cache.rewind(layout.num_rows - layout.num_pending + 1 - len(tokens))
             self.ids = [*self.ids, *tokens]
             self.room -= len(tokens)
+        self._let_drafters_commit(outcome, num_emitted=len(tokens))
         return StepResult(
             tokens=tokens,
             num_draft_tokens=layout.num_draft_tokens,
             num_accepted=min(outcome.num_accepted, len(tokens)),
             num_rows=layout.num_rows,
-            source=self.current.source,
+            parts=self.current.parts,
             finish_reason=self.finish_reason,
             logits=outcome.logits[: len(tokens)],
         )
 
-    def _learn(self, outcome: Outcome) -> None:
-        """Let planner and drafters learn from a step before its ids are cut."""
-        layout, match = self.current.layout, self.lookup.match
+    def _observe(self, outcome: Outcome) -> None:
+        """Let the planner learn from a step before its ids are cut."""
         self.planner.observe(
             self.current,
             num_accepted=outcome.num_accepted,
-            context=self.cache.offset - layout.num_rows,
+            context=self.cache.offset - self.current.layout.num_rows,
             ms=outcome.ms,
-            match=match.length,
-            num_judged=min(len(outcome.tokens), len(match.tokens)),
-            num_right=match.num_right(outcome.tokens),
         )
-        for drafter in (self.masks, self.lookup):
-            drafter.commit(layout, outcome.tokens, outcome.drafts)
         if self.explain:
             self.explain(self.current.report(outcome.num_accepted, outcome.ms))
+
+    def _let_drafters_commit(self, outcome: Outcome, *, num_emitted: int) -> None:
+        """Let drafters take note of a step whose ids are in the text and the cache by now."""
+        layout = self.current.layout
+        num_kept = layout.num_pending + max(num_emitted - 1, 0)
+        end = len(self.ids) - max(self.num_prompt_left - 1, 0)
+        step = CommittedStep(
+            layout=layout,
+            source=self.current.source,
+            num_accepted=outcome.num_accepted,
+            tokens=outcome.tokens,
+            next_ids=self.ids[end - num_kept : end],
+            hidden=outcome.hidden,
+            drafts=outcome.drafts,
+        )
+        for drafter in self.drafters:
+            drafter.commit(step)
 
     def _cut(self, tokens: list[int]) -> tuple[list[int], str | None]:
         """Cut ids after the first stop id and at the token limit."""

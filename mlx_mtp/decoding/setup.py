@@ -13,11 +13,12 @@ from mlx_mtp.decoding.config import GenerationConfig
 from mlx_mtp.decoding.limits import check_ids, max_draft_tokens, max_new_tokens
 from mlx_mtp.decoding.request import Request
 from mlx_mtp.decoding.sampling import LogitsProcessor, Sampler, Sampling
-from mlx_mtp.drafting.lookup import LookupDrafter
-from mlx_mtp.drafting.mask_tokens import MaskTokenDrafter
+from mlx_mtp.drafting.drafter import NoDrafter
+from mlx_mtp.drafting.make import Answer, answer_sources, make_drafters
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
+from mlx_mtp.planning.plan import MASK
 from mlx_mtp.planning.planner import make_planner
 
 Progress = Callable[[int, int], None]
@@ -36,6 +37,21 @@ def progress_of(callback: Progress | None) -> Progress:
         reported = done
 
     return report
+
+
+def drafter_sources(model: MTPModel, config: GenerationConfig) -> tuple[str, ...]:
+    """The drafters of an answer, by name; none for plain decoding.
+
+    Raises:
+        ValueError: the model lacks what the chosen drafter needs.
+    """
+    return answer_sources(
+        model,
+        drafter=config.drafter,
+        layout=config.layout,
+        lookup=config.lookup,
+        max_drafts=config.num_draft_tokens,
+    )
 
 
 def make_request(
@@ -78,13 +94,18 @@ def make_request(
     config = replace(config or GenerationConfig(), **settings)
     target = Target.of(sampling, sampler, logits_processors, seed=config.seed)
     check_ids(model, prompt, target.sampling)
-    k = max_draft_tokens(model, config.num_draft_tokens)
+    sources = drafter_sources(model, config)
+    k = max_draft_tokens(model, config.num_draft_tokens) if MASK in sources else 0
     known = speculation or Speculation.guess(k)
     if config.seed is not None and not target.sampling.greedy:
         known = known.repeatable()  # drawn ids depend on the steps, so these must come again
-    layout = config.layout if model.num_draft_tokens else "plain"
-    planner = make_planner(layout, num_draft_tokens=k, speculation=known, lookup=config.lookup)
-    if explain and layout == "auto" and known.costs.curve.doubt:
+    planner = make_planner(
+        config.layout if sources else "plain",
+        num_draft_tokens=k,
+        max_drafts=config.num_draft_tokens,
+        speculation=known,
+    )
+    if explain and config.layout == "auto" and known.costs.curve.doubt:
         explain(f"costs: {known.costs.curve.doubt}")
     cache = model.make_cache() if cache is None else cache
     cache.begin_answer()
@@ -93,6 +114,15 @@ def make_request(
     if seed is None:
         seed = cast(int, mx.random.randint(0, 2**31 - 1).item())
     ids = [int(token) for token in (*cached_ids, *prompt)]
+    answer = Answer(
+        model=model,
+        ids=ids,
+        cache=cache,
+        distribution=target.sampling.distribution,
+        speculation=known,
+        max_drafts=config.num_draft_tokens,
+    )
+    drafters = make_drafters(sources, answer)
     return Request(
         ids=ids,
         num_prompt_left=len(prompt),
@@ -100,8 +130,8 @@ def make_request(
         cache=cache,
         target=target,
         planner=planner,
-        masks=MaskTokenDrafter(model, target.sampling.distribution),
-        lookup=LookupDrafter(ids if planner.uses_lookup else None),
+        masks=next((each for each in drafters if each.source == MASK), NoDrafter()),
+        drafters=drafters,
         key=mx.random.key(seed),
         stop_ids=frozenset(stop_ids),
         prefill_step_size=config.prefill_step_size,

@@ -32,7 +32,7 @@ class Step:
         drafts: drafts to verify, as many as the layout has.
         target: what the emitted ids follow.
         drafter: proposes the next drafts within the step.
-        keys: random keys of acceptance and of drafting, ``[2, ...]``.
+        keys: random keys of acceptance and of drafting within the step, ``[2, ...]``.
         is_prompt_chunk: whether its rows only go into the cache, and nothing is emitted.
     """
 
@@ -46,10 +46,13 @@ class Step:
     is_prompt_chunk: bool = False
 
     @property
-    def ids(self) -> list[int]:
-        """Ids of the rows; those of mask rows count mask tokens from 0."""
-        pending = self.context[-self.layout.num_pending :]
-        return [*pending, *self.drafts.ids(), *self.layout.mask_offsets.tolist()]
+    def ids(self) -> mx.array:
+        """Ids of the rows ``[rows]``; those of mask rows count mask tokens from 0."""
+        pending, masks = self.context[-self.layout.num_pending :], self.layout.mask_offsets.tolist()
+        if self.drafts.host_ids is not None:
+            return mx.array([*pending, *self.drafts.host_ids, *masks], mx.int32)
+        parts = [mx.array(pending, mx.int32), self.drafts.tokens, mx.array(masks, mx.int32)]
+        return mx.concatenate(parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,7 @@ class Outcome:
         num_accepted: accepted drafts.
         logits: processed logits of ``tokens``, ``[num_accepted + 1, V]``.
         drafts: what the drafter proposed.
+        hidden: final hidden states of the ordinary rows, ``[num_ordinary, D]``; not evaluated.
         ms: duration; NaN in a batch.
         error: what a logits processor or sampler raised; the answer cannot continue then.
     """
@@ -69,6 +73,7 @@ class Outcome:
     num_accepted: int = 0
     logits: mx.array = field(default_factory=lambda: mx.zeros((0, 0)))
     drafts: Drafts = field(default_factory=Drafts.none)
+    hidden: mx.array = field(default_factory=lambda: mx.zeros((0, 0)))
     ms: float = math.nan
     error: Exception | None = None
 
@@ -83,7 +88,7 @@ class StepResult:
         num_draft_tokens: drafts verified in this step.
         num_accepted: drafts accepted and emitted; never a match after a mismatch or past a stop.
         num_rows: rows of the forward, pending prompt rows of the first step included.
-        source: where the verified drafts are from: "mask", "lookup", or "" without any.
+        parts: sources of the verified drafts, in order, with the number of drafts of each.
         finish_reason: ``"stop"``, ``"length"`` or None while the answer continues.
         logits: processed logits of the emitted ids, ``[len(tokens), V]``.
     """
@@ -92,9 +97,14 @@ class StepResult:
     num_draft_tokens: int
     num_accepted: int
     num_rows: int
-    source: str
+    parts: tuple[tuple[str, int], ...]
     finish_reason: str | None
     logits: mx.array = field(repr=False)
+
+    @property
+    def source(self) -> str:
+        """Source of the verified drafts, such as "mask" or "mask+lookup"; "" without any."""
+        return "+".join(source for source, _ in self.parts)
 
     @cached_property
     def logprobs(self) -> mx.array:
@@ -126,7 +136,7 @@ def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
     rows = forward(model, ids, [step.cache for step in steps], layouts)
     if steps[0].is_prompt_chunk:
         mx.eval(steps[0].cache.state)
-        return [Outcome()]
+        return [Outcome(hidden=rows[0])]
     # From here on a step's rows begin with its first verify row: [d + 1 + masks, D].
     hidden = [rows[i][layout.num_pending - 1 :] for i, layout in enumerate(layouts)]
     verify = [hidden[i][: layout.num_draft_tokens + 1] for i, layout in enumerate(layouts)]
@@ -136,7 +146,9 @@ def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
     drafts = _draft(model, steps, verdicts, hidden, logits if one_pass else None)
     fetched = _fetch(list(zip(verdicts, drafts, strict=True)))
     ms = (time.perf_counter() - began) * 1e3 if len(steps) == 1 else math.nan
-    return [_outcome(*parts, ms) for parts in zip(verdicts, drafts, fetched, strict=True)]
+    ordinary = [rows[i][: layout.num_ordinary] for i, layout in enumerate(layouts)]
+    parts = zip(verdicts, drafts, fetched, ordinary, strict=True)
+    return [_outcome(*part, ms) for part in parts]
 
 
 def _verify(step: Step, logits: mx.array) -> _Verdict:
@@ -174,10 +186,12 @@ def _fetch(pairs: Sequence[tuple[_Verdict, Drafts]]) -> list[list[int]]:
     return [cast(list[int], row.tolist()) for row in ids]
 
 
-def _outcome(verdict: _Verdict, drafts: Drafts, fetched: list[int], ms: float) -> Outcome:
+def _outcome(
+    verdict: _Verdict, drafts: Drafts, fetched: list[int], hidden: mx.array, ms: float
+) -> Outcome:
     """Put a step's evaluated arrays into its outcome."""
     if verdict.error is not None:
         return Outcome(error=verdict.error)
     num_accepted, *ids = fetched
     end, drafts = num_accepted + 1, replace(drafts, host_ids=ids[len(verdict.tokens) :])
-    return Outcome(ids[:end], num_accepted, verdict.logits[:end], drafts, ms)
+    return Outcome(ids[:end], num_accepted, verdict.logits[:end], drafts, hidden, ms)

@@ -15,9 +15,13 @@ from itertools import takewhile
 
 import mlx.core as mx
 
-from mlx_mtp.drafting.drafter import Drafter, Drafts
-from mlx_mtp.model.layout import StepLayout
-from mlx_mtp.planning.lookup import MAX_LOOKUP_TOKENS, MAX_MATCH
+from mlx_mtp.drafting.drafter import CommittedStep, Drafter, Drafts
+from mlx_mtp.planning.lookup import (
+    MAX_LOOKUP_TOKENS,
+    MAX_MATCH,
+    LookupAcceptance,
+)
+from mlx_mtp.planning.offer import Offer
 from mlx_mtp.planning.plan import LOOKUP
 
 MIN_MATCH = 2  # ids that must match
@@ -48,7 +52,8 @@ class LookupDrafter(Drafter):
     """Proposes what followed the text's last ids before.
 
     Args:
-        ids: the text; None proposes nothing.
+        ids: the text.
+        acceptance: acceptance of looked-up ids in general, which keeps learning.
 
     Attributes:
         match: the proposal.
@@ -56,24 +61,31 @@ class LookupDrafter(Drafter):
 
     source = LOOKUP
 
-    def __init__(self, ids: Sequence[int] | None) -> None:
-        self._text = None if ids is None else SuffixLookup(ids)
-        self.match = Match([], 0) if self._text is None else self._text.find(MAX_LOOKUP_TOKENS)
+    def __init__(self, ids: Sequence[int], acceptance: LookupAcceptance) -> None:
+        self._text = SuffixLookup(ids)
+        self._acceptance = acceptance.in_text()
+        self.match = self._text.find(MAX_LOOKUP_TOKENS)
 
-    @property
-    def num_drafts(self) -> int:
-        return len(self.match.tokens)
+    def offer(self, room: int) -> Offer:
+        """The ids after the match."""
+        count, length = min(len(self.match.tokens), room), self.match.length
+        if not count:
+            return Offer(LOOKUP, 0)
+        return Offer(LOOKUP, count, self._acceptance.prefix_probs(length, count))
 
-    def first(self, count: int) -> Drafts:
+    def propose(self, count: int, *, key: mx.array) -> Drafts:
         """The first ids after the match."""
         tokens = self.match.tokens[:count]
         return replace(Drafts.certain(mx.array(tokens, mx.int32)), host_ids=tokens)
 
-    def commit(self, layout: StepLayout, tokens: Sequence[int], drafts: Drafts) -> None:
-        """Add the emitted ids to the text and look up what may follow."""
-        if self._text is not None:
-            self._text.extend(tokens)
-            self.match = self._text.find(MAX_LOOKUP_TOKENS)
+    def commit(self, step: CommittedStep) -> None:
+        """Judge the match by the emitted ids, add them to the text and look up what may follow."""
+        if not step.tokens:
+            return
+        num_judged = min(len(step.tokens), len(self.match.tokens))
+        self._acceptance.observe(self.match.length, num_judged, self.match.num_right(step.tokens))
+        self._text.extend(step.tokens)
+        self.match = self._text.find(MAX_LOOKUP_TOKENS)
 
 
 class SuffixLookup:

@@ -7,17 +7,14 @@ before.  k full unembeddings in a row would cost half a small model.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import mlx.core as mx
 
-from mlx_mtp.drafting.drafter import Distribution, Drafter, Drafts
+from mlx_mtp.drafting.drafter import CommittedStep, Distribution, Drafter, Drafts
+from mlx_mtp.drafting.shortlist import SHORTLIST, shortlisted
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.planning.offer import Offer
 from mlx_mtp.planning.plan import MASK
-
-SHORTLIST = 64
-_BLOCKS = 1024  # of a vocabulary; each is represented by its best token
 
 
 class MaskTokenDrafter(Drafter):
@@ -37,16 +34,21 @@ class MaskTokenDrafter(Drafter):
         self._drafts = Drafts.none()
 
     @property
-    def num_drafts(self) -> int:
-        return len(self._drafts)
+    def waiting(self) -> Drafts:
+        """The drafts made in the last step."""
+        return self._drafts
 
-    def first(self, count: int) -> Drafts:
+    def offer(self, room: int) -> Offer:
+        """The drafts made in the last step."""
+        return Offer(MASK, len(self._drafts))
+
+    def propose(self, count: int, *, key: mx.array) -> Drafts:
         """The first of the drafts made in the last step."""
         return self._drafts.first(count)
 
-    def commit(self, layout: StepLayout, tokens: Sequence[int], drafts: Drafts) -> None:
+    def commit(self, step: CommittedStep) -> None:
         """Keep the new drafts, of which a step makes as many as its largest mask group has."""
-        self._drafts = drafts.first(layout.mask_counts[len(tokens) - 1])
+        self._drafts = step.drafts.first(step.layout.mask_counts[step.num_accepted])
 
     def rows(self, layout: StepLayout, num_accepted: mx.array) -> mx.array | None:
         """The mask group after the accepted prefix."""
@@ -96,33 +98,6 @@ def draft_tokens(
         return unembed[j] @ head(model.embed(before), hidden[j])
 
     return _chain(candidates, score, previous, distribution, key)
-
-
-def shortlisted(logits: mx.array, size: int) -> mx.array:
-    """The likeliest tokens of each row, in no order.
-
-    A partition of the whole vocabulary would take longer than the rest of drafting.  So a large
-    one is cut into 1,024 blocks, token t into block t mod 1024, and the best tokens of the best
-    blocks are taken: the likeliest always, another unless it shares a block with a likelier one.
-
-    Args:
-        logits: ``[m, V]``.
-        size: how many.
-
-    Returns:
-        int32 ``[m, min(size, V)]``.
-    """
-    rows, vocab = logits.shape
-    size = min(size, vocab)
-    if vocab < 2 * _BLOCKS or size > _BLOCKS // 2:
-        return mx.argpartition(-logits, kth=size - 1, axis=-1)[:, :size].astype(mx.int32)
-    if vocab % _BLOCKS:
-        fill = [(0, 0), (0, -vocab % _BLOCKS)]
-        logits = mx.pad(logits, fill, constant_values=-float("inf"))
-    blocks = logits.reshape(rows, -1, _BLOCKS)
-    best = mx.argpartition(-blocks.max(axis=1), kth=size - 1, axis=-1)[:, :size]
-    place = mx.take_along_axis(mx.argmax(blocks, axis=1), best, axis=-1)
-    return (place * _BLOCKS + best).astype(mx.int32)
 
 
 def _chain(candidates, score, previous, distribution: Distribution | None, key: mx.array) -> Drafts:

@@ -31,7 +31,6 @@ class TimedPlanner:
 
     planner: AutoPlanner
     times: list[int] = field(default_factory=list)
-    uses_lookup: bool = False
 
     def plan(self, **arguments: Any) -> Plan:
         """Plan a step."""
@@ -61,7 +60,7 @@ def planner_us(trace: Trace, machine: Machine, *, passes: int = 1) -> np.ndarray
     times: list[int] = []
 
     def make_planner() -> TimedPlanner:
-        return TimedPlanner(AutoPlanner(known, num_draft_tokens=k, use_lookup=False), times)
+        return TimedPlanner(AutoPlanner(known, num_draft_tokens=k), times)
 
     for _ in range(passes):
         replay(trace, make_planner, costs)

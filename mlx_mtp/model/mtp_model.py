@@ -38,6 +38,7 @@ from mlx_mtp.model.fingerprint import model_args
 from mlx_mtp.model.layout import MaskRun, RowLayout, StepLayout, StepScope
 from mlx_mtp.model.lora import GatedLoRALinear
 from mlx_mtp.model.mixers import wrap_mixers
+from mlx_mtp.model.native.module import NativeModule
 from mlx_mtp.model.one_row import wrap_experts
 from mlx_mtp.model.parts import (
     TextModel,
@@ -86,6 +87,7 @@ class MTPModel(nn.Module):
     Attributes:
         config: that of an adapter of mask tokens, or None.
         heads: independent heads on the final hidden states, if that is what the adapter has.
+        native: MTP modules of the model's own checkpoint; None if it has none.
 
     Raises:
         ValueError: the model is not supported, or the adapter does not fit it.
@@ -108,6 +110,7 @@ class MTPModel(nn.Module):
         self.config = config if isinstance(config, MTPConfig) else None
         self.sampler_head: SamplerHead | None = None
         self.heads: DraftHeads | None = None
+        self.native: NativeModule | None = None
         self._scope = StepScope()
         self.parts = find_parts(base)
         self._embedding = module_at(base, self.parts.embedding)

@@ -4,12 +4,15 @@ It knows what steps cost here (``LiveCosts``) and how often drafts have been acc
 (``Acceptance``), and follows the best policy for both (``policy``).  Every few steps it compares
 both with the numbers that the policy was computed for, and computes it again if they have moved.
 Where plain decoding wins nothing is drafted, except for a probe now and then (``probing``).
-Looked-up drafts are verified whenever that is worth more than what the policy does.
+
+Drafters without mask rows make offers for one step at a time.  An offer is taken where its drafts
+are worth more than the policy's step (``options``), and probed now and then where not.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
@@ -18,12 +21,14 @@ import numpy as np
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.costs import GPU_GUESS, CostCurve, LiveCosts, shared_ms
-from mlx_mtp.planning.lookup import MAX_LOOKUP_TOKENS, LookupAcceptance
-from mlx_mtp.planning.plan import LOOKUP, MASK, Plan
+from mlx_mtp.planning.estimates import Estimates
+from mlx_mtp.planning.lookup import LookupAcceptance
+from mlx_mtp.planning.offer import Offer
+from mlx_mtp.planning.options import Option, PricedOffer, Prices, chain_option, offer_option
+from mlx_mtp.planning.plan import MASK, Plan
 from mlx_mtp.planning.policy import (
     MAX_ROUNDS,
     PLAIN,
-    RESET_PROB,
     Action,
     Policy,
     best_policy,
@@ -42,6 +47,7 @@ class PricedPolicy:
     prefix_probs: np.ndarray  # [k + 1]
     forward_ms: np.ndarray  # [R + 1]
     draft_ms: np.ndarray  # [k + 1]
+    plain_ms: float  # of a step that no other answer shares
     plans: dict[tuple[int, int, int, bool], Plan] = field(default_factory=dict)
 
     def still_fits(
@@ -84,6 +90,7 @@ class Speculation:
         costs: costs of steps on this machine.
         acceptance: acceptance of the adapter's drafts.
         lookup: acceptance of looked-up drafts.
+        drafters: estimates for the other drafters without mask rows, by source.
         probing: when to try drafting where plain decoding wins.
         policies: the best policies so far, by the number of answers that share steps.
         sharers: number of answers that shared the last steps; each pays its part of all rows.
@@ -94,6 +101,7 @@ class Speculation:
     costs: LiveCosts
     acceptance: Acceptance
     lookup: LookupAcceptance = field(default_factory=LookupAcceptance)
+    drafters: dict[str, Estimates] = field(default_factory=dict)
     probing: Probing = field(default_factory=Probing)
     policies: dict[int, PricedPolicy] = field(default_factory=dict)
     sharers: int = 1
@@ -112,7 +120,15 @@ class Speculation:
 
     def repeatable(self) -> Speculation:
         """A copy as before the first step, whose plans depend on no clock and no history."""
-        return Speculation(LiveCosts(self.costs.curve, learns=False), self.acceptance.fresh())
+        costs = LiveCosts(self.costs.curve, learns=False)
+        return Speculation(costs, self.acceptance.fresh())
+
+    def estimates(self, offer: Offer) -> Estimates:
+        """What is known about the drafter of an offer."""
+        if (known := self.drafters.get(offer.source)) is None:
+            known = Estimates(Acceptance.unknown(offer.num_drafts))
+            self.drafters[offer.source] = known
+        return known
 
 
 class AutoPlanner:
@@ -121,7 +137,6 @@ class AutoPlanner:
     Args:
         known: costs and acceptance, which keep learning.
         num_draft_tokens: k; 0 drafts no tokens with masks.
-        use_lookup: whether drafts may come from suffix lookup.
         settings: when to look for a better policy.
     """
 
@@ -130,50 +145,42 @@ class AutoPlanner:
         known: Speculation,
         *,
         num_draft_tokens: int,
-        use_lookup: bool = True,
         settings: PlannerSettings = DEFAULTS,
     ) -> None:
         self.num_draft_tokens = num_draft_tokens
-        self.uses_lookup = use_lookup
         self._known = known
         self._settings = settings
-        self._lookup = known.lookup.in_text()
         known.probing.is_verifying = False  # the drafts of an answer that ended are gone
         self._policy: PricedPolicy | None = None
         self._sharers = 1
         self._replan_at = 0  # the step before which to look for a better policy
 
     def plan(
-        self,
-        *,
-        num_pending: int,
-        num_waiting: int,
-        room: int,
-        context: int = 0,
-        num_lookup: int = 0,
-        match: int = 0,
+        self, *, num_pending: int, room: int, offers: Sequence[Offer] = (), context: int = 0
     ) -> Plan:
         """Plan one step.
 
         Args:
             num_pending: ordinary rows that must be in it.
-            num_waiting: drafts that could be verified.
             room: tokens that may still be emitted, at least 1; drafts beyond it are useless.
+            offers: what drafters could propose; that of mask tokens is the drafts that wait.
             context: ids in the cache.
-            num_lookup: drafts that suffix lookup proposes.
-            match: ids that matched for them.
         """
         priced = self._best_policy(context)
         may_set_pace = num_pending == 1 and self._known.sharers == 1
         if may_set_pace and self._known.costs.needs_plain_steps:
-            probs = priced.prefix_probs
-            return _make_plan(PLAIN, priced, 1, room, source="", prefix_probs=probs)
+            return _make_plan(PLAIN, priced, 1, room, source="", prefix_probs=priced.prefix_probs)
+        num_waiting = next((offer.num_drafts for offer in offers if offer.source == MASK), 0)
         waiting = min(num_waiting, self.num_draft_tokens, room - 1)
         is_probe = self._is_probe(priced, waiting, room)
-        if num_lookup and num_pending == 1 and not is_probe:
-            plan = self._lookup_plan(priced, waiting, room, num_lookup, match)
-            if plan is not None:
-                return plan
+        if num_pending == 1 and not is_probe:
+            option = self._best_option(priced, offers, waiting, room)
+            if option is not None:
+                return _make_plan(
+                    option.action, priced, 1, room,
+                    source=option.source, num_first=option.num_first, is_probe=option.is_probe,
+                    prefix_probs=option.prefix_probs, proposal_ms=option.proposal_ms,
+                )  # fmt: skip
         key = (waiting, num_pending, min(room, 2 * self.num_draft_tokens + 2), is_probe)
         if (plan := priced.plans.get(key)) is None:
             plan = self._policy_plan(priced, waiting, num_pending, room, is_probe)
@@ -181,17 +188,7 @@ class AutoPlanner:
                 priced.plans[key] = plan
         return plan
 
-    def observe(
-        self,
-        plan: Plan,
-        *,
-        num_accepted: int,
-        context: int,
-        ms: float,
-        match: int = 0,
-        num_judged: int = 0,
-        num_right: int = 0,
-    ) -> None:
+    def observe(self, plan: Plan, *, num_accepted: int, context: int, ms: float) -> None:
         """Learn from a step that ran.
 
         Args:
@@ -199,28 +196,31 @@ class AutoPlanner:
             num_accepted: accepted drafts, whether they were emitted or not.
             context: ids in the cache before the step.
             ms: duration; NaN in a batch, where it says nothing about one answer's rows.
-            match: as given to ``plan``.
-            num_judged: looked-up ids, verified or not, that can be compared with emitted ids.
-            num_right: length of their prefix that was emitted.
         """
         layout, known = plan.layout, self._known
-        drafts, largest = layout.num_draft_tokens, max(layout.mask_counts)
-        of_expected = 1.0
+        largest, of_expected = max(layout.mask_counts), 1.0
         if layout.num_pending == 1 and not math.isnan(ms):
             of_expected = known.costs.observe(
-                rows=layout.num_rows, largest_group=largest, context=context, ms=ms
-            )
-        self._lookup.observe(match, num_judged, num_right)
-        if plan.source == LOOKUP:
-            drafts = 0
-        elif drafts:
-            known.acceptance.observe(drafts, num_accepted)
+                rows=layout.num_rows, largest_group=largest, context=context, ms=ms,
+                proposal_ms=plan.proposal_ms,
+            )  # fmt: skip
+        drafts = dict(plan.parts)
+        num_mask = drafts.get(MASK, 0)
+        num_mask_accepted = min(num_accepted, num_mask)
+        if num_mask:
+            known.acceptance.observe(num_mask, num_mask_accepted)
+        for source, estimates in known.drafters.items():
+            estimates.observe(
+                drafts.get(source, 0), num_accepted, of_expected=of_expected,
+                share=plan.proposal_ms / plan.expected_ms,
+                is_probe=plan.is_probe and plan.source == source,
+            )  # fmt: skip
         known.num_steps += 1
         probe_ended = known.probing.observe(
-            is_probe=plan.is_probe,
+            is_probe=plan.is_probe and plan.source in ("", MASK),
             masks=largest,
-            drafts=drafts,
-            num_accepted=num_accepted,
+            drafts=num_mask,
+            num_accepted=num_mask_accepted,
             of_expected=of_expected,
         )
         if probe_ended or known.num_steps in self._settings.early_replans:
@@ -235,7 +235,8 @@ class AutoPlanner:
         settings = self._settings
         self._replan_at, self._sharers = known.num_steps + settings.replan_steps, sharers
         probs, draft_ms = known.acceptance.prefix_probs(k), known.costs.draft_ms(k)
-        forward_ms = shared_ms(known.costs.forward_ms(context), sharers)
+        alone_ms = known.costs.forward_ms(context)
+        forward_ms = shared_ms(alone_ms, sharers)
         priced = known.policies.get(sharers)
         if priced is None or not priced.still_fits(
             probs, forward_ms, draft_ms, tolerance=settings.moved
@@ -243,7 +244,7 @@ class AutoPlanner:
             start = priced.policy if priced else None
             rounds = MAX_ROUNDS if known.num_steps < settings.replan_steps else 1
             policy = best_policy(probs, forward_ms, draft_ms, start=start, max_rounds=rounds)
-            priced = PricedPolicy(policy, probs, forward_ms, draft_ms)
+            priced = PricedPolicy(policy, probs, forward_ms, draft_ms, float(alone_ms[1]))
         self._policy = known.policies[sharers] = priced
         return priced
 
@@ -273,36 +274,45 @@ class AutoPlanner:
             source=source, prefix_probs=priced.prefix_probs, is_probe=is_probe,
         )  # fmt: skip
 
-    def _lookup_plan(
-        self, priced: PricedPolicy, waiting: int, room: int, num_lookup: int, match: int
-    ) -> Plan | None:
-        """A step with looked-up drafts if it is worth more than the drafts that wait."""
-        max_drafts = min(num_lookup, MAX_LOOKUP_TOKENS, room - 1, len(priced.forward_ms) - 2)
-        if max_drafts < 1:
+    def _best_option(
+        self, priced: PricedPolicy, offers: Sequence[Offer], waiting: int, room: int
+    ) -> Option | None:
+        """The best step with drafts of an offer if that is worth more than the policy's step."""
+        limit = min(room - 1, len(priced.forward_ms) - 2)
+        known = [
+            self._priced_offer(priced, offer, min(offer.num_drafts, limit - offer.follows))
+            for offer in offers
+            if offer.source != MASK and min(offer.num_drafts, limit - offer.follows) > 0
+        ]
+        if not known:
             return None
-        probs = self._lookup.prefix_probs(match, max_drafts)
-        action = _best_lookup(priced, probs, value_to_beat=float(priced.policy.values[waiting]))
-        if action is None:
-            return None
-        return _make_plan(action, priced, 1, room, source=LOOKUP, prefix_probs=probs)
+        # What is offered in every step can be relied on in the long run.
+        steady = [each for each in known if each.offer.prefix_probs is None]
+        rates = [each.rate(priced.forward_ms) for each in steady]
+        rate = max([priced.policy.rate, *rates])
+        prices = Prices(priced.policy, priced.forward_ms, priced.draft_ms, rate)
+        best, value = None, prices.policy_value(waiting) + 1e-9
+        for each in known:
+            if each.offer.follows:
+                option = chain_option(each, prices, priced.prefix_probs, waiting)
+            else:
+                option = offer_option(each, prices)
+            if option is not None and option.value > value:
+                best, value = option, option.value
+        for each in steady:
+            if best is None or best.source != each.offer.source:
+                estimates = self._known.estimates(each.offer)
+                if probe := estimates.probe(each, prices):
+                    return probe
+        return best
 
-
-def _best_lookup(
-    priced: PricedPolicy, prefix_probs: np.ndarray, *, value_to_beat: float
-) -> Action | None:
-    """The best number of looked-up drafts, without masks or with some after the last draft."""
-    counts = np.arange(1, len(prefix_probs))
-    emitted, all_accepted = np.cumsum(prefix_probs)[1:], prefix_probs[1:]
-    policy, forward_ms, best = priced.policy, priced.forward_ms, None
-    for masks in {0, max(policy.actions[0].mask_counts)}:
-        rows = 1 + counts + masks
-        ms = forward_ms[np.minimum(rows, len(forward_ms) - 1)] + priced.draft_ms[masks]
-        later = (1 - RESET_PROB) * all_accepted * policy.values[masks]
-        values = np.where(rows < len(forward_ms), emitted + later - policy.rate * ms, -np.inf)
-        index = int(values.argmax())
-        if values[index] > value_to_beat + 1e-9:
-            value_to_beat, best = float(values[index]), (index + 1, masks)
-    return best and Action(best[0], (0,) * best[0] + (best[1],))
+    def _priced_offer(self, priced: PricedPolicy, offer: Offer, count: int) -> PricedOffer:
+        """An offer of up to ``count`` drafts with what is known about its drafter."""
+        if offer.prefix_probs is not None:
+            return PricedOffer(offer, offer.prefix_probs[: count + 1], np.zeros(count + 1))
+        estimates = self._known.estimates(offer)
+        probs = estimates.acceptance.prefix_probs(count)
+        return PricedOffer(offer, probs, estimates.draft_ms(offer, count, priced.plain_ms))
 
 
 def _make_plan(
@@ -313,18 +323,23 @@ def _make_plan(
     *,
     source: str,
     prefix_probs: np.ndarray,
+    num_first: int = 0,
+    proposal_ms: float = 0.0,
     is_probe: bool = False,
 ) -> Plan:
     """An action as a plan, without masks whose drafts could never be emitted."""
     useful = [max(0, min(c, room - 2 - anchor)) for anchor, c in enumerate(action.mask_counts)]
     action = Action(action.num_draft_tokens, tuple(useful))
     is_priced = action.num_rows < len(priced.forward_ms)
+    ms = step_ms(action, priced.forward_ms, priced.draft_ms) if is_priced else math.nan
     return Plan(
         layout=_layout(num_pending, action),
         source=source,
+        num_first=num_first,
         is_probe=is_probe,
         expected_tokens=expected_tokens(prefix_probs, action.num_draft_tokens),
-        expected_ms=step_ms(action, priced.forward_ms, priced.draft_ms) if is_priced else math.nan,
+        expected_ms=ms + proposal_ms,
+        proposal_ms=proposal_ms,
         plain_ms=float(priced.forward_ms[1]),
     )
 

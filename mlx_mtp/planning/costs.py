@@ -273,8 +273,17 @@ class LiveCosts:
         ms[2:] = np.minimum(ms, _rising(ran))[2:]  # no more than a larger count that ran
         return np.maximum.accumulate(ms)
 
-    def observe(self, *, rows: int, largest_group: int, context: int, ms: float) -> float:
+    def observe(
+        self, *, rows: int, largest_group: int, context: int, ms: float, proposal_ms: float = 0.0
+    ) -> float:
         """Learn from a step; one with more rows than the curve has teaches nothing.
+
+        Args:
+            rows: rows of its forward.
+            largest_group: size of its largest mask group.
+            context: ids in the cache before it.
+            ms: duration.
+            proposal_ms: expected part of proposing its drafts, at the pace of the measurement.
 
         Returns:
             The time that it took over the time expected; 1.0 where nothing was learned.
@@ -287,7 +296,7 @@ class LiveCosts:
             self._num_undercut = max(self._num_undercut + (1 if undercut else -1), 0)
         known, factor = self.corrections, self._factor(rows)
         draft = self._draft[min(largest_group, len(self._draft) - 1)] * known.draft_factor
-        expected = measured * factor + draft
+        expected = measured * factor + draft + proposal_ms
         if self.needs_plain_steps:
             pace = ms / expected
             known.pace = min(pace, known.pace) if known.num_steps else pace
@@ -300,7 +309,7 @@ class LiveCosts:
         known.pace *= max(ratio, 1 / _MOST_RATIO) ** (_FAST * (1 - rate))
         if not is_settled:
             return 1.0
-        known.factors[rows] = factor * ratio ** (rate * (1 - draft / expected))
+        known.factors[rows] = factor * ratio ** (rate * measured * factor / expected)
         known.num_seen[rows] = seen + 1
         if draft:
             rate = self._rate(ratio, known.num_drafted)

@@ -7,7 +7,12 @@ from dataclasses import dataclass
 
 from mlx_mtp.model.layout import StepLayout
 
-MASK, LOOKUP = "mask", "lookup"  # sources of drafts
+# Sources of drafts.
+MASK, LOOKUP, NATIVE, HEADS, DRAFT_MODEL = "mask", "lookup", "native", "heads", "draft-model"
+SOURCES = (MASK, NATIVE, HEADS, DRAFT_MODEL, LOOKUP)
+AUTO = "auto"  # all drafters that the model has the means for
+DRAFTERS = (AUTO, *SOURCES)
+CHAIN = f"{MASK}+{LOOKUP}"  # drafts of mask rows, then looked-up ones
 FIXED_LAYOUTS = ("linear", "quadratic", "plain")
 LAYOUTS = ("auto", *FIXED_LAYOUTS)
 
@@ -18,19 +23,31 @@ class Plan:
 
     Attributes:
         layout: the rows.
-        source: source of its drafts: ``MASK``, ``LOOKUP`` or "" without any.
+        source: source of its drafts: one of ``SOURCES``, ``CHAIN``, or "" without any.
+        num_first: in a chain, number of drafts of its first source.
         is_probe: whether it was chosen to learn, not because it was expected to be the best.
         expected_tokens: tokens that it should emit.
         expected_ms: its expected duration.
+        proposal_ms: expected part of proposing the drafts in it.
         plain_ms: expected duration of a step of one row.
     """
 
     layout: StepLayout
     source: str = ""
+    num_first: int = 0
     is_probe: bool = False
     expected_tokens: float = math.nan
     expected_ms: float = math.nan
+    proposal_ms: float = 0.0
     plain_ms: float = math.nan
+
+    @property
+    def parts(self) -> tuple[tuple[str, int], ...]:
+        """The sources of its drafts, in order, with the number of drafts of each."""
+        count = self.layout.num_draft_tokens
+        if self.source == CHAIN:
+            return (MASK, self.num_first), (LOOKUP, count - self.num_first)
+        return ((self.source, count),) if self.source else ()
 
     def report(self, num_accepted: int, ms: float) -> str:
         """One line for ``--explain`` about the step that ran; ``ms`` is NaN in a batch."""

@@ -2,61 +2,45 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from mlx_mtp.planning.auto import AutoPlanner, Speculation
 from mlx_mtp.planning.fixed import FixedPlanner
+from mlx_mtp.planning.offer import Offer
 from mlx_mtp.planning.plan import Plan
 
 
 class Planner(Protocol):
-    """Plans the steps of one answer; ``AutoPlanner`` documents the arguments.
-
-    Attributes:
-        uses_lookup: whether it makes use of looked-up drafts.
-    """
-
-    uses_lookup: bool
+    """Plans the steps of one answer; ``AutoPlanner`` documents the arguments."""
 
     def plan(
-        self,
-        *,
-        num_pending: int,
-        num_waiting: int,
-        room: int,
-        context: int = 0,
-        num_lookup: int = 0,
-        match: int = 0,
+        self, *, num_pending: int, room: int, offers: Sequence[Offer] = (), context: int = 0
     ) -> Plan:
         """Plan one step."""
         ...
 
-    def observe(
-        self,
-        plan: Plan,
-        *,
-        num_accepted: int,
-        context: int,
-        ms: float,
-        match: int = 0,
-        num_judged: int = 0,
-        num_right: int = 0,
-    ) -> None:
+    def observe(self, plan: Plan, *, num_accepted: int, context: int, ms: float) -> None:
         """Learn from a step that ran."""
         ...
 
 
 def make_planner(
-    layout: str, *, num_draft_tokens: int, speculation: Speculation, lookup: bool = True
+    layout: str,
+    *,
+    num_draft_tokens: int,
+    speculation: Speculation,
+    max_drafts: int | None = None,
 ) -> Planner:
     """Make the planner of a layout.
 
     Args:
         layout: one of ``LAYOUTS``.
-        num_draft_tokens: k; 0 drafts no tokens with masks.
+        num_draft_tokens: k, maximum drafts of mask tokens; 0 has no mask rows.
+        max_drafts: maximum drafts per step of a fixed layout, from whatever drafter; by default
+            as many as are offered.
         speculation: what the planner of ``"auto"`` knows; it keeps learning.
-        lookup: whether ``"auto"`` may verify looked-up drafts.
     """
     if layout == "auto":
-        return AutoPlanner(speculation, num_draft_tokens=num_draft_tokens, use_lookup=lookup)
-    return FixedPlanner(layout, num_draft_tokens=num_draft_tokens)
+        return AutoPlanner(speculation, num_draft_tokens=num_draft_tokens)
+    return FixedPlanner(layout, num_draft_tokens=num_draft_tokens, max_drafts=max_drafts)

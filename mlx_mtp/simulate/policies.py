@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_mtp.model.layout import StepLayout
+from mlx_mtp.planning.offer import Offer
 from mlx_mtp.planning.plan import MASK, Plan
 from mlx_mtp.planning.policy import Action
 from mlx_mtp.simulate.replay import CONTEXT_STEP, StepCosts
@@ -25,13 +26,12 @@ Actions = tuple[Action, ...]  # by the number of waiting drafts, [k + 1]
 class PolicyPlanner:
     """Follows one policy, without drafts and masks that could never be emitted."""
 
-    uses_lookup = False
-
     def __init__(self, actions: Actions) -> None:
         self._actions = actions
 
-    def plan(self, *, num_pending: int, num_waiting: int, room: int, **_: Any) -> Plan:
+    def plan(self, *, num_pending: int, room: int, offers: Sequence[Offer] = (), **_: Any) -> Plan:
         """Plan one step."""
+        num_waiting = sum(offer.num_drafts for offer in offers)
         max_room = 2 * len(self._actions)
         return _plan(self._actions, num_pending, min(num_waiting, room - 1), min(room, max_room))
 

@@ -17,6 +17,8 @@ import numpy as np
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.planning.costs import CostCurve, LiveCosts
+from mlx_mtp.planning.offer import Offer
+from mlx_mtp.planning.plan import MASK
 from mlx_mtp.planning.planner import Planner
 from mlx_mtp.simulate.trace import Trace, TracedAnswer
 
@@ -157,8 +159,8 @@ def replay_answer(
         context = prompt + emitted - 1 if emitted else 0
         plan = planner.plan(
             num_pending=1 if emitted else prompt,
-            num_waiting=waiting,
             room=max_tokens - emitted,
+            offers=[Offer(MASK, waiting)],
             context=context,
         )
         layout = plan.layout

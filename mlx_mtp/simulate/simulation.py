@@ -162,4 +162,4 @@ def replay_auto(trace: Trace, machine: Machine, costs: StepCosts) -> Replay:
     """Replay with layout auto, which starts from the curve and the adapter's configuration."""
     k = trace.num_draft_tokens
     known = speculation(machine.curve, trace.shares, k)
-    return replay(trace, lambda: AutoPlanner(known, num_draft_tokens=k, use_lookup=False), costs)
+    return replay(trace, lambda: AutoPlanner(known, num_draft_tokens=k), costs)

@@ -15,6 +15,8 @@ from mlx_mtp.decoding.step import StepResult, run
 from mlx_mtp.drafting.lookup import LookupDrafter
 from mlx_mtp.model.layout import linear_layout
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.planning.lookup import LookupAcceptance
+from mlx_mtp.planning.offer import Offer
 from mlx_mtp.planning.plan import LOOKUP, Plan
 
 _ALTERED = 5  # one in so many ids of the copy
@@ -23,14 +25,12 @@ _ALTERED = 5  # one in so many ids of the copy
 class CopyPlanner:
     """Plans steps without masks that verify all looked-up drafts, up to a number of them."""
 
-    uses_lookup = True
-
     def __init__(self, num_draft_tokens: int) -> None:
         self.num_draft_tokens = num_draft_tokens
 
-    def plan(self, *, num_pending: int, room: int, num_lookup: int = 0, **_: Any) -> Plan:
+    def plan(self, *, num_pending: int, room: int, offers: Sequence[Offer] = (), **_: Any) -> Plan:
         """Plan one step; ``AutoPlanner.plan`` has the arguments."""
-        drafts = min(num_lookup, self.num_draft_tokens, room - 1)
+        drafts = min(sum(offer.num_drafts for offer in offers), self.num_draft_tokens, room - 1)
         layout = linear_layout(num_pending=num_pending, num_draft_tokens=drafts, num_masks=0)
         return Plan(layout, source=LOOKUP if drafts else "")
 
@@ -64,7 +64,7 @@ def decode_copy(
         for index, token in enumerate(answer)
     ]
     request.planner = CopyPlanner(num_draft_tokens)
-    request.lookup = LookupDrafter([*prompt, *copy, *prompt])
+    request.drafters = [LookupDrafter([*prompt, *copy, *prompt], LookupAcceptance())]
     while not request.finished:
         [outcome] = run(model, [request.plan()])
         result = request.commit(outcome)

@@ -87,16 +87,15 @@ def one_wrong(sequence: Sequence[int], *, which_is_wrong: int) -> Script:
 class UnevenPlanner:
     """Plans groups of random sizes, empty ones too."""
 
-    uses_lookup = False
-
     def __init__(self, num_draft_tokens: int, *, seed: int = 0) -> None:
         self.k = num_draft_tokens
         self.rng = np.random.default_rng(seed)
         self.plans: list[StepLayout] = []
 
-    def plan(self, *, num_pending: int, num_waiting: int, room: int, **_: Any) -> Plan:
+    def plan(self, *, num_pending: int, room: int, offers: Any = (), **_: Any) -> Plan:
         """A layout with up to k masks in each group."""
-        drafts = min(num_waiting, self.k, room - 1)
+        waiting = sum(offer.num_drafts for offer in offers if offer.source == "mask")
+        drafts = min(waiting, self.k, room - 1)
         counts = tuple(self.rng.integers(0, self.k + 1, drafts + 1).tolist())
         self.plans.append(StepLayout(num_pending, drafts, counts))
         return Plan(self.plans[-1], source="mask" if drafts else "")

@@ -62,7 +62,7 @@ def finished(reason: str, count: int, calls: list[dict[str, str]]) -> dict[str, 
     stats = {
         "prompt_tokens": 6, "prompt_tps": 60.0, "cached_tokens": 4, "generation_tokens": count,
         "generation_tps": 10.0, "num_steps": max(1, count // 3), "num_draft_tokens": 8,
-        "num_accepted": 5, "num_lookup_tokens": 0, "num_lookup_accepted": 0,
+        "num_accepted": 5, "drafters": {"mask": [9, 5]},
         "tokens_per_step": 3.0,
     }  # fmt: skip
     return {

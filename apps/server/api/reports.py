@@ -64,8 +64,10 @@ def mtp_summary(choice: Choice) -> dict[str, Any]:
         "tokens_per_step": round(stats["tokens_per_step"], 3),
         "drafted": stats["num_draft_tokens"],
         "accepted": stats["num_accepted"],
-        "lookup_drafted": stats["num_lookup_tokens"],
-        "lookup_accepted": stats["num_lookup_accepted"],
+        "drafters": {
+            source: {"drafted": drafted, "accepted": accepted}
+            for source, (drafted, accepted) in stats["drafters"].items()
+        },
     }
 
 

@@ -52,6 +52,7 @@ class MTPCache:
         keeps_checkpoints: whether there are checkpoints at the end of prompts and shortly before.
         next_id: the last id of an answer, which follows the cached rows, as far as it is known;
             added when the layers are used as a sequence.
+        drafter_memory: what drafters remember of the same text, by source; empty in copies.
         last_id_alone: whether the last id of a prompt goes through the model on its own, as in
             mlx-lm, because some layers compute one row in another form than several.
     """
@@ -67,6 +68,7 @@ class MTPCache:
         self.layers = list(layers)
         self.kv_bits = kv_bits
         self.keeps_checkpoints = False
+        self.drafter_memory: dict[str, Any] = {}
         self.next_id: int | None = None
         self._model: Any = None
         self._first_offset: int | None = None
@@ -112,8 +114,8 @@ class MTPCache:
 
     @property
     def offset(self) -> int:
-        """Number of rows so far, which is the position of the next row."""
-        return self.layers[0].offset
+        """Number of rows so far, which is the position of the next row; 0 without layers."""
+        return self.layers[0].offset if self.layers else 0
 
     def __len__(self) -> int:
         return len(self.layers)
@@ -250,6 +252,7 @@ class MTPCache:
         """Make an independent copy."""
         other = copy.copy(self)
         other.layers = [layer.copied() for layer in self.layers]
+        other.drafter_memory = {}
         return other
 
     @property
