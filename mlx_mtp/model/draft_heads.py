@@ -21,8 +21,9 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.cache import KVCache
 
-from mlx_mtp.model.caches.make import make_cache
+from mlx_mtp.model.caches.layers import LayerCache
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.config import MLP, HeadsConfig
 from mlx_mtp.model.layout import StepScope
@@ -74,7 +75,7 @@ class DraftHeads(nn.Module):
 
     def make_cache(self) -> MTPCache:
         """Make fresh caches of the layers; those of an MLP are none."""
-        return make_cache(self, scope=StepScope())
+        return MTPCache([LayerCache(KVCache(), scope=StepScope()) for _ in self.layers])
 
     def __call__(self, hidden: mx.array, *, cache: MTPCache | None = None) -> mx.array:
         """Turn final hidden states into those that the drafts come from.
