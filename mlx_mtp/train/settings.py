@@ -213,6 +213,8 @@ class TrainSettings:
             raise ValueError("target_modules must name at least one layer")
         if not (self.base_weight or self.sampler_weight or self.lcm_weight):
             raise ValueError("all weights of the loss are 0")
+        if self.drafter == HEADS_DRAFTER and not self.base_weight:
+            raise ValueError("base_weight is 0, and heads have no other loss")
         if self.drafter == HEADS_DRAFTER and not self.gate:
             raise ValueError("heads are trained on the frozen model: they have no gate to omit")
         if self.drafter == HEADS_DRAFTER and self.grad_checkpoint:
