@@ -67,6 +67,7 @@ def load(
     trust_remote_code: bool = False,
     *,
     mtp: bool = True,
+    adapter: bool = True,
     kernels: bool = True,
     progress: Any = None,
 ) -> tuple[MTPModel, TokenizerWrapper]:
@@ -83,7 +84,8 @@ def load(
         return_config: return the model's configuration too, as the third value.
         revision: branch, tag or commit of the model on the hub; folders have none.
         trust_remote_code: allow the tokenizer to run code from its folder.
-        mtp: False loads the model without an adapter.
+        mtp: False loads the model alone, for plain decoding.
+        adapter: False leaves out the adapter; what else proposes drafts stays.
         kernels: False keeps the model's own layers, which training needs.
         progress: called with a line of text before work that takes a while.
 
@@ -92,8 +94,10 @@ def load(
     """
     path_or_hf_repo = None if path_or_hf_repo is None else str(path_or_hf_repo)
     adapter_path = None if adapter_path is None else str(adapter_path)
-    folder, adapter = locate(
-        path_or_hf_repo, adapter_path, mtp=mtp, progress=progress, revision=revision
+    if adapter_path is not None and not adapter:
+        raise ValueError(f"adapter_path is {adapter_path}, but adapter is False")
+    folder, adapter_folder = locate(
+        path_or_hf_repo, adapter_path, mtp=mtp and adapter, progress=progress, revision=revision
     )
     name = _name(path_or_hf_repo)
     base, config = _open_base(folder, trust_remote_code, model_config)
@@ -101,10 +105,11 @@ def load(
         pending = pool.submit(_load_tokenizer, folder, config, tokenizer_config, trust_remote_code)
         _read_weights(base, folder, lazy=lazy)
         tokenizer = pending.result()
-    if adapter is None:
+    if adapter_folder is None:
         model = MTPModel(base, name=name)
     else:
-        model = _with_adapter(base, name, adapter, shown=adapter_path or str(adapter))
+        shown = adapter_path or str(adapter_folder)
+        model = _with_adapter(base, name, adapter_folder, shown=shown)
     if mx.default_device().type == mx.cpu:
         use_fast_recurrences(model.base)
     if kernels:

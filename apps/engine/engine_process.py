@@ -126,6 +126,7 @@ def _load(
         adapter_path=load.adapter_path,
         trust_remote_code=load.trust_remote_code,
         mtp=load.mtp,
+        adapter=load.adapter,
         tokenizer_config={"chat_template": load.chat_template} if load.chat_template else None,
         extra_eos_token=load.extra_eos_token,
     )
@@ -141,6 +142,7 @@ def _load(
         prefixes=prefixes,
         texts=TokenTexts(tokenizer),
         prefill_step_size=load.prefill_step_size,
+        drafter=load.drafter,
         lookup=load.lookup,
     )
 

@@ -117,9 +117,11 @@ class Load:
     type: Literal["load"] = "load"
     model: str | None = None
     adapter_path: str | None = None
+    adapter: bool = True
     mtp: bool = True
     trust_remote_code: bool = False
     extra_eos_token: tuple[str, ...] = ()
+    drafter: str = "auto"
     layout: str = "auto"
     lookup: bool = True
     num_draft_tokens: int | None = None
@@ -251,7 +253,7 @@ class Group(JobMessage):
         tokens: number of emitted tokens.
         accepted: accepted draft tokens among them.
         drafted: verified draft tokens.
-        source: origin of the drafts: "mask", "lookup" or "".
+        source: what proposed the drafts, such as "mask" or "mask+lookup"; "" without any.
         pieces: text of each token, with reasoning and marks, if the job asks for it.
         span: where the reasoning is in all pieces, if the job asks for them and it has changed; see
             ``ReasoningParser``.

@@ -35,6 +35,7 @@ class Engine:
         prefixes: beginnings of texts that need not be computed again.
         texts: text and bytes of ids.
         prefill_step_size: rows of a prompt per forward, between which others have their turn.
+        drafter: what proposes drafts, as in ``GenerationConfig``.
         lookup: whether layout "auto" may take drafts from the text so far.
     """
 
@@ -44,6 +45,7 @@ class Engine:
     prefixes: PrefixCache
     texts: TokenTexts
     prefill_step_size: int
+    drafter: str = "auto"
     lookup: bool = True
 
 
@@ -74,7 +76,10 @@ class Session:
             self._beginning = engine.prefixes.take(ids)
         num_cached = self._beginning.num_ids
         config = replace(
-            job.config, lookup=engine.lookup, prefill_step_size=engine.prefill_step_size
+            job.config,
+            drafter=engine.drafter,
+            lookup=engine.lookup,
+            prefill_step_size=engine.prefill_step_size,
         )
         self._request = make_request(
             model,

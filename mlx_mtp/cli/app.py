@@ -102,6 +102,8 @@ def _run(options: dict[str, Any], *, browse: bool) -> None:
 def _engine_options(options: dict[str, Any]) -> dict[str, Any]:
     """Options of the engine; each conversation decides the others."""
     engine = {
+        "adapter": True,
+        "drafter": "auto",
         "mtp": True,
         "extra_eos_token": (),
         "layout": "auto",

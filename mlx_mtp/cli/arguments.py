@@ -67,5 +67,6 @@ def load_model(
         tokenizer_config=tokenizer_config,
         trust_remote_code=options["trust_remote_code"],
         mtp=options["mtp"],
+        adapter=options["adapter"],
         extra_eos_token=options["extra_eos_token"],
     )

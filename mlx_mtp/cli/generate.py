@@ -15,6 +15,7 @@ import cloup
 
 from mlx_mtp.cli.arguments import load_model, reasoning_arguments, stream_arguments
 from mlx_mtp.cli.options import (
+    ADAPTER,
     AS_JSON,
     EXTRA_EOS_TOKEN,
     MTP,
@@ -68,7 +69,7 @@ _UNSUPPORTED = (
 
 
 @cloup.command()
-@model_options(EXTRA_EOS_TOKEN, MTP)
+@model_options(ADAPTER, EXTRA_EOS_TOKEN, MTP)
 @template_options(*_PROMPT_OPTIONS)
 @decoding_options(max_tokens=100)
 @sampling_options()

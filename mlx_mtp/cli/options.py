@@ -215,6 +215,11 @@ EXTRA_EOS_TOKEN = option(
 MTP = option(
     "--mtp/--no-mtp", default=True, help="Generate several tokens per step, or one token per step."
 )
+ADAPTER = option(
+    "--adapter/--no-adapter",
+    default=True,
+    help="Use the adapter of the model, if there is one, or only what else can propose drafts.",
+)
 KINDS_OPTION = option(
     "--kinds",
     type=ListOf(str),
@@ -335,7 +340,7 @@ def decoding_options(*, max_tokens: int) -> Decorator:
         field_option(GenerationConfig, "max_tokens", "-m", default=max_tokens),
         field_option(GenerationConfig, "stop", multiple=True, metavar="TEXT"),
         *field_options(
-            GenerationConfig, "layout", "num_draft_tokens", "lookup", "prefill_step_size"
+            GenerationConfig, "drafter", "layout", "num_draft_tokens", "lookup", "prefill_step_size"
         ),
         option(
             "--explain",

@@ -12,6 +12,7 @@ import cloup
 from mlx_mtp.apps.engine.prefix_settings import PromptCacheConfig
 from mlx_mtp.apps.server.settings import Settings
 from mlx_mtp.cli.options import (
+    ADAPTER,
     EXTRA_EOS_TOKEN,
     MTP,
     Size,
@@ -29,9 +30,11 @@ PROMPT_CACHE = tuple(field.name for field in fields(PromptCacheConfig))
 ENGINE_OPTIONS = (
     "model",
     "adapter_path",
+    "adapter",
     "mtp",
     "trust_remote_code",
     "extra_eos_token",
+    "drafter",
     "layout",
     "lookup",
     "prefill_step_size",
@@ -69,6 +72,7 @@ def _template(context: click.Context, parameter: click.Parameter, value: str | N
 @cloup.command()
 @model_options(
     EXTRA_EOS_TOKEN,
+    ADAPTER,
     MTP,
     field_option(Settings, "model_name", metavar="NAME", show_default="the model's own name"),
     field_option(Settings, "strict_model"),
@@ -149,7 +153,7 @@ def _template(context: click.Context, parameter: click.Parameter, value: str | N
 )
 @cloup.option_group(
     "Decoding",
-    *field_options(GenerationConfig, "layout", "num_draft_tokens", "lookup"),
+    *field_options(GenerationConfig, "drafter", "layout", "num_draft_tokens", "lookup"),
     field_option(GenerationConfig, "prefill_step_size", default=256),
 )
 @cloup.option_group(

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_mtp.decoding.accept import Target
 from mlx_mtp.decoding.step import Outcome, Step, StepResult
-from mlx_mtp.drafting.drafter import CommittedStep, Drafter, Drafts
+from mlx_mtp.drafting.drafter import Drafter, Drafts
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import plain_layout
 from mlx_mtp.planning.plan import Plan
@@ -103,15 +103,7 @@ class Request:
             self.ids = [*self.ids, *tokens]
             self.room -= len(tokens)
         self._let_drafters_commit(outcome, num_emitted=len(tokens))
-        return StepResult(
-            tokens=tokens,
-            num_draft_tokens=layout.num_draft_tokens,
-            num_accepted=min(outcome.num_accepted, len(tokens)),
-            num_rows=layout.num_rows,
-            parts=self.current.parts,
-            finish_reason=self.finish_reason,
-            logits=outcome.logits[: len(tokens)],
-        )
+        return outcome.result(self.current, tokens, self.finish_reason)
 
     def _observe(self, outcome: Outcome) -> None:
         """Let the planner learn from a step before its ids are cut."""
@@ -126,18 +118,9 @@ class Request:
 
     def _let_drafters_commit(self, outcome: Outcome, *, num_emitted: int) -> None:
         """Let drafters take note of a step whose ids are in the text and the cache by now."""
-        layout = self.current.layout
-        num_kept = layout.num_pending + max(num_emitted - 1, 0)
+        num_kept = self.current.layout.num_pending + max(num_emitted - 1, 0)
         end = len(self.ids) - max(self.num_prompt_left - 1, 0)
-        step = CommittedStep(
-            layout=layout,
-            source=self.current.source,
-            num_accepted=outcome.num_accepted,
-            tokens=outcome.tokens,
-            next_ids=self.ids[end - num_kept : end],
-            hidden=outcome.hidden,
-            drafts=outcome.drafts,
-        )
+        step = outcome.committed(self.current, self.ids[end - num_kept : end])
         for drafter in self.drafters:
             drafter.commit(step)
 

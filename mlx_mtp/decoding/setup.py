@@ -100,7 +100,7 @@ def make_request(
     if config.seed is not None and not target.sampling.greedy:
         known = known.repeatable()  # drawn ids depend on the steps, so these must come again
     planner = make_planner(
-        config.layout if sources else "plain",
+        config.layout,
         num_draft_tokens=k,
         max_drafts=config.num_draft_tokens,
         speculation=known,

@@ -13,10 +13,11 @@ import mlx.core as mx
 
 from mlx_mtp.decoding.accept import Target
 from mlx_mtp.decoding.batching import forward, head
-from mlx_mtp.drafting.drafter import Drafter, Drafts
+from mlx_mtp.drafting.drafter import CommittedStep, Drafter, Drafts
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.planning.plan import Plan
 
 HEAD_ROWS = 12  # up to here one head pass over all rows is cheaper than two partial ones
 
@@ -76,6 +77,30 @@ class Outcome:
     hidden: mx.array = field(default_factory=lambda: mx.zeros((0, 0)))
     ms: float = math.nan
     error: Exception | None = None
+
+    def committed(self, plan: Plan, next_ids: Sequence[int]) -> CommittedStep:
+        """The step as drafters see it; ``next_ids`` follow the ordinary rows that stay."""
+        return CommittedStep(
+            layout=plan.layout,
+            source=plan.source,
+            num_accepted=self.num_accepted,
+            tokens=self.tokens,
+            next_ids=next_ids,
+            hidden=self.hidden,
+            drafts=self.drafts,
+        )
+
+    def result(self, plan: Plan, emitted: list[int], finish_reason: str | None) -> StepResult:
+        """The step as callers see it; ``emitted`` is ``tokens`` up to the end of the answer."""
+        return StepResult(
+            tokens=emitted,
+            num_draft_tokens=plan.layout.num_draft_tokens,
+            num_accepted=min(self.num_accepted, len(emitted)),
+            num_rows=plan.layout.num_rows,
+            parts=plan.parts,
+            finish_reason=finish_reason,
+            logits=self.logits[: len(emitted)],
+        )
 
 
 @dataclass(frozen=True, eq=False)

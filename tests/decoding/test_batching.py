@@ -59,7 +59,7 @@ def test_a_forward_is_the_separate_ones(kind: str, adapted: bool) -> None:
         for cache, layout in zip(alone, layouts, strict=True)
     ]
     caches = [held(model, prompt) for prompt in prompts]
-    found = forward(model, [rows_of(layout) for layout in layouts], caches, layouts)
+    found = forward(model, [mx.array(rows_of(layout)) for layout in layouts], caches, layouts)
     for one, other in zip(found, expected, strict=True):
         assert close(one, other)
     for cache, wanted in zip(caches, alone, strict=True):

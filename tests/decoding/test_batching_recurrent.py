@@ -64,7 +64,7 @@ def test_a_forward_is_the_separate_ones(family: str) -> None:
         model(mx.array([rows_of(layout)]), cache=cache, layout=layout)[0]
         for cache, layout in zip(alone, LAYOUTS, strict=True)
     ]
-    found = forward(model, [rows_of(layout) for layout in LAYOUTS], caches, LAYOUTS)
+    found = forward(model, [mx.array(rows_of(layout)) for layout in LAYOUTS], caches, LAYOUTS)
     for one, other in zip(found, expected, strict=True):
         assert close(one, other)
     for number, (cache, wanted) in enumerate(zip(caches, alone, strict=True)):
@@ -91,7 +91,7 @@ def test_the_first_step_of_a_text_starts_without_a_state() -> None:
         for cache, layout in zip(alone, layouts, strict=True)
     ]
     assert can_batch(model)
-    found = forward(model, [rows_of(layout) for layout in layouts], caches, layouts)
+    found = forward(model, [mx.array(rows_of(layout)) for layout in layouts], caches, layouts)
     assert all(close(one, other) for one, other in zip(found, expected, strict=True))
 
 

@@ -17,6 +17,8 @@ from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import AutoPlanner, Speculation
 from mlx_mtp.planning.costs import CostCurve, LiveCosts, shared_ms, widened
+from mlx_mtp.planning.offer import Offer
+from mlx_mtp.planning.plan import MASK
 from tests.helpers.requests import finish_alone
 from tests.helpers.tiny import tiny_mtp
 
@@ -154,9 +156,11 @@ def test_those_who_share_draft_less_where_rows_are_dear():
         speculation = known(curve)
         speculation.sharers = sharers
         planner = AutoPlanner(speculation, num_draft_tokens=4)
-        rows[sharers] = planner.plan(num_pending=1, num_waiting=4, room=99).layout.num_rows
+        rows[sharers] = planner.plan(
+            num_pending=1, offers=[Offer(MASK, 4)], room=99
+        ).layout.num_rows
     assert rows[1] > rows[4] > rows[8] == 1
     speculation.sharers = 8
-    assert planner.plan(num_pending=1, num_waiting=4, room=99).layout.num_rows == 1
+    assert planner.plan(num_pending=1, offers=[Offer(MASK, 4)], room=99).layout.num_rows == 1
     speculation.sharers = 1
-    assert planner.plan(num_pending=1, num_waiting=4, room=99).layout.num_rows == rows[1]
+    assert planner.plan(num_pending=1, offers=[Offer(MASK, 4)], room=99).layout.num_rows == rows[1]

@@ -138,7 +138,7 @@ class TableModel:
         head_table: ``[V, V]``; what the sampler head adds for the draft before.
     """
 
-    config = None
+    config = native = heads = draft_model = None
     max_context = None
 
     def __init__(

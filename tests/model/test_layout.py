@@ -18,7 +18,8 @@ from mlx_mtp.model.layout import (
     quadratic_layout,
 )
 from mlx_mtp.planning.fixed import FixedPlanner
-from mlx_mtp.planning.plan import FIXED_LAYOUTS
+from mlx_mtp.planning.offer import Offer
+from mlx_mtp.planning.plan import FIXED_LAYOUTS, MASK
 
 layouts = st.lists(st.integers(0, 4), min_size=1, max_size=6).flatmap(
     lambda counts: st.builds(
@@ -125,8 +126,8 @@ def test_a_scope_knows_a_step_only_if_it_has_masks() -> None:
 def test_a_plan_verifies_no_more_than_there_is_and_can_be_emitted(
     name: str, k: int, pending: int, waiting: int, room: int
 ) -> None:
-    planner = FixedPlanner(name, num_draft_tokens=k)
-    layout = planner.plan(num_pending=pending, num_waiting=waiting, room=room).layout
+    planner = FixedPlanner(name, num_draft_tokens=k, max_drafts=k)
+    layout = planner.plan(num_pending=pending, offers=[Offer(MASK, waiting)], room=room).layout
     assert layout.num_pending == pending
     assert layout.num_draft_tokens <= min(waiting, k, room - 1)
     assert max(layout.mask_counts) <= k

@@ -31,6 +31,8 @@ from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import AutoPlanner, Speculation
 from mlx_mtp.planning.costs import CPU_GUESS, GPU_GUESS, Corrections, CostCurve, LiveCosts
+from mlx_mtp.planning.offer import Offer
+from mlx_mtp.planning.plan import MASK
 from tests.helpers.fixtures_generate import byte_tokenizer
 from tests.helpers.tiny import BYTE_VOCAB, save_tiny_pair, tiny_mtp
 
@@ -290,7 +292,7 @@ class TestWhatStepsTeach:
             known = Speculation(LiveCosts(curve, **options), Acceptance([0.9] * 2))
             planner, count = AutoPlanner(known, num_draft_tokens=2), 0
             while count < 20:
-                plan = planner.plan(num_pending=1, num_waiting=0, room=50, context=9)
+                plan = planner.plan(num_pending=1, offers=[Offer(MASK, 0)], room=50, context=9)
                 if plan.layout.num_rows > 1:
                     break
                 planner.observe(plan, num_accepted=0, context=9, ms=20.0)

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_mtp.model.layout import plain_layout
 from mlx_mtp.planning.acceptance import Acceptance
 from mlx_mtp.planning.auto import AutoPlanner, Speculation
 from mlx_mtp.planning.costs import GPU_GUESS, CostCurve, LiveCosts
+from mlx_mtp.planning.lookup import LookupAcceptance, TextAcceptance
+from mlx_mtp.planning.offer import Offer
 from mlx_mtp.planning.plan import LOOKUP, MASK, Plan
 from mlx_mtp.planning.settings import DEFAULTS
 
@@ -36,7 +37,9 @@ def play(
     rng = np.random.default_rng(seed)
     costs, waiting, context, made = LiveCosts(curve), 0, 100, []
     for _ in range(steps):
-        decision = plans.plan(num_pending=1, num_waiting=waiting, room=10**6, context=context)
+        decision = plans.plan(
+            num_pending=1, offers=[Offer(MASK, waiting)], room=10**6, context=context
+        )
         layout = decision.layout
         holds = rng.uniform(size=layout.num_draft_tokens) < chance
         held = int(np.cumprod(holds).sum())
@@ -62,7 +65,7 @@ class TestPlans:
     def test_keep_within_what_there_is(self, k, pending, waiting, room, found, prior, steep):
         plans = planner(STEEP if steep else FLAT, k=k, prior=prior)
         decision = plans.plan(
-            num_pending=pending, num_waiting=waiting, room=room, num_lookup=found, match=5
+            num_pending=pending, room=room, offers=[Offer(MASK, waiting), looked_up(found, 5)]
         )
         layout = decision.layout
         assert layout.num_pending == pending
@@ -90,7 +93,7 @@ class TestPlans:
     def test_of_a_model_without_masks_are_plain(self):
         plans = planner(k=1)
         plans.num_draft_tokens = 0
-        assert plans.plan(num_pending=1, num_waiting=0, room=9).layout.num_rows == 1
+        assert plans.plan(num_pending=1, offers=[Offer(MASK, 0)], room=9).layout.num_rows == 1
 
 
 class TestPlainDecoding:
@@ -111,52 +114,51 @@ class TestPlainDecoding:
         assert np.mean([each.layout.num_draft_tokens for each in again[-50:]]) > 2
 
 
+def looked_up(count: int, match: int, text: TextAcceptance | None = None) -> Offer:
+    """What lookup offers."""
+    text = text or LookupAcceptance().in_text()
+    return Offer(LOOKUP, count, text.prefix_probs(match, count))
+
+
 class TestLookup:
     def test_is_taken_where_it_is_worth_more(self):
-        plans = planner(FLAT, prior=0.3)
-        alone = plans.plan(num_pending=1, num_waiting=2, room=99)
+        plans, waiting = planner(FLAT, prior=0.3), Offer(MASK, 2)
+        alone = plans.plan(num_pending=1, room=99, offers=[waiting])
         assert alone.source == MASK
-        found = plans.plan(num_pending=1, num_waiting=2, room=99, num_lookup=20, match=12)
+        found = plans.plan(num_pending=1, room=99, offers=[waiting, looked_up(20, 12)])
         assert found.source == LOOKUP and found.layout.num_draft_tokens > 4
 
-    def test_is_learnt_without_being_taken(self):
-        """Looked-up ids that were not verified are judged by what was emitted."""
+    def test_is_taken_once_its_ids_are_right(self):
         curve = dataclasses.replace(FLAT, forward_ms=((10.0, 390.0),))
-        plans = planner(curve, prior=0.0)
-        looked_up = {"num_lookup": 9, "match": 2}
-        assert not plans.plan(num_pending=1, num_waiting=0, room=99, **looked_up).source
+        plans, text = planner(curve, prior=0.0), LookupAcceptance().in_text()
+        assert not plans.plan(num_pending=1, room=99, offers=[looked_up(9, 2, text)]).source
         for _ in range(12):
-            plans.observe(
-                Plan(plain_layout()), num_accepted=0, context=9, ms=10.0, match=2,
-                num_judged=1, num_right=1,
-            )  # fmt: skip
-        assert plans.plan(num_pending=1, num_waiting=0, room=99, **looked_up).source == LOOKUP
+            text.observe(2, 1, 1)
+        assert plans.plan(num_pending=1, room=99, offers=[looked_up(9, 2, text)]).source == LOOKUP
 
     def test_is_learnt_anew_in_each_answer(self):
         """Edits hold in all their length; a chat that comes next begins with less trust."""
-        known = Speculation(LiveCosts(FLAT), Acceptance([0.6] * 4))
-        first = AutoPlanner(known, num_draft_tokens=4)
-        looked_up = {"num_pending": 1, "num_waiting": 0, "room": 99, "num_lookup": 24, "match": 4}
+        general = LookupAcceptance()
+        first = general.in_text()
+
+        def expected(text: TextAcceptance) -> float:
+            offers = [looked_up(24, 4, text)]
+            return planner(FLAT).plan(num_pending=1, room=99, offers=offers).expected_tokens
+
         for _ in range(20):
-            decision = first.plan(**looked_up)
-            first.observe(
-                decision, num_accepted=24, context=9, ms=10.0, match=4, num_judged=24, num_right=24
-            )
-        trusted = first.plan(**looked_up).expected_tokens
-        again = AutoPlanner(known, num_draft_tokens=4).plan(**looked_up).expected_tokens
-        fresh = planner(FLAT).plan(**looked_up).expected_tokens
-        assert fresh < again < 0.8 * trusted
+            first.observe(4, 24, 24)
+        fresh = expected(LookupAcceptance().in_text())
+        assert fresh < expected(general.in_text()) < 0.8 * expected(first)
 
     def test_is_left_where_rows_are_dear_and_once_it_fails(self):
         plans = planner(STEEP)
-        assert not plans.plan(num_pending=1, num_waiting=0, room=99, num_lookup=9, match=9).source
-        plans = planner(FLAT, prior=0.0)
+        assert not plans.plan(num_pending=1, room=99, offers=[looked_up(9, 9)]).source
+        plans, text = planner(FLAT, prior=0.0), LookupAcceptance().in_text()
         sizes = []
         for _ in range(200):
-            decision = plans.plan(num_pending=1, num_waiting=0, room=99, num_lookup=9, match=9)
-            plans.observe(
-                decision, num_accepted=0, context=9, ms=10.5, match=9, num_judged=1, num_right=0
-            )
+            decision = plans.plan(num_pending=1, room=99, offers=[looked_up(9, 9, text)])
+            plans.observe(decision, num_accepted=0, context=9, ms=10.5)
+            text.observe(9, 1, 0)
             sizes.append(decision.layout.num_draft_tokens)
         assert sizes[0] > 4 and sizes[-1] <= 2
 

@@ -47,7 +47,7 @@ def of_optimum(
     mine, theirs, k = Tally(), Tally(), trace.num_draft_tokens
     for answer, other in zip(trace.answers, best, strict=True):
         counts = known.num_steps >= after
-        planner = AutoPlanner(known, num_draft_tokens=k, use_lookup=False)
+        planner = AutoPlanner(known, num_draft_tokens=k)
         tally = replay_answer(answer, planner, costs, max_tokens=trace.max_tokens)
         if counts:
             mine.add(tally)
@@ -113,7 +113,7 @@ class TestAGuess:
         plain = replay(trace, partial(FixedPlanner, "plain", num_draft_tokens=0), costs)
         known, auto = speculation(guess, trace.shares, 8), Tally()
         for answer in trace.answers:
-            planner = AutoPlanner(known, num_draft_tokens=8, use_lookup=False)
+            planner = AutoPlanner(known, num_draft_tokens=8)
             auto.add(replay_answer(answer, planner, costs, max_tokens=trace.max_tokens))
         assert auto.tps >= least * plain.total.tps
         if chances[0] == 0.9 and name not in ("m2", "m3-ultra-bf16", "linux-cpu-stock"):

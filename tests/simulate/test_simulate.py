@@ -83,7 +83,7 @@ class TestAgainstTheDecoder:
                     model, text.prompt, max_tokens=self.TOKENS, speculation=decoding, lookup=False
                 )
             )
-            planner = AutoPlanner(replaying, num_draft_tokens=4, use_lookup=False)
+            planner = AutoPlanner(replaying, num_draft_tokens=4)
             tally = replay_answer(answer, planner, costs, max_tokens=self.TOKENS)
             assert (tally.steps, tally.rows) == (
                 len(steps),
