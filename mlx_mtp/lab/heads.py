@@ -188,9 +188,7 @@ def speed_of(candidate: Candidate, chip: Chip) -> Speed:
             for size in range(1, k + 1):
                 make = partial(FixedPlanner, layout, num_draft_tokens=size)
                 replays[f"{layout} {size}"] = replay(trace, make, costs)
-    known = {
-        name: done for name, done in replays.items() if done.total.widest <= machine.max_rows
-    }
+    known = {name: done for name, done in replays.items() if done.total.widest <= machine.max_rows}
     name = max(known, key=lambda name: known[name].total.tps)
     base = plain.total.tps
     auto = None if candidate.head else replay_auto(trace, machine, costs).total.tps / base

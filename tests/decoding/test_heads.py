@@ -137,8 +137,9 @@ def test_sampled_answers_have_the_models_distribution() -> None:
     vocab, prompt = 6, [3, 4, 1]
     model = randomise(with_heads(tiny_base("llama", vocab_size=vocab), "mlp"), scale=0.5)
     counts, probs = np.zeros((vocab,) * 3), np.zeros((vocab,) * 3)
+    sampling = Sampling(temp=1.0)
     for seed in range(600):
-        options: dict[str, Any] = {"layout": "quadratic", "sampling": Sampling(temp=1.0), "seed": seed}
+        options: dict[str, Any] = {"layout": "quadratic", "sampling": sampling, "seed": seed}
         ids = [x for step in decode(model, prompt, max_tokens=3, **options) for x in step.tokens]
         counts[tuple(ids)] += 1
     for first in range(vocab):

@@ -34,9 +34,7 @@ def of_kind(head: str, **values: Any) -> TrainSettings:
 
 @pytest.mark.parametrize("head", HEAD_KINDS)
 def test_what_can_be_foreseen_is_learnt(tmp_path: Path, head: str) -> None:
-    settings = of_kind(
-        head, iters=120, learning_rate=1e-2, steps_per_eval=120, steps_per_report=20
-    )
+    settings = of_kind(head, iters=120, learning_rate=1e-2, steps_per_eval=120, steps_per_report=20)
     settings = dataclasses.replace(settings, teacher="sample", num_draft_tokens=2)
     data = TrainData(texts(1, period=5), texts(1, period=5), "hash")  # a state tells what follows
     result, events = run(tmp_path, settings, data=data)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import mlx.core as mx
 
@@ -17,6 +18,7 @@ Weights = dict[str, mx.array]
 
 def fresh_heads(model: MTPModel, settings: TrainSettings) -> tuple[HeadsConfig, Weights]:
     """Make heads whose drafts are all the model's own next token."""
+    sizes: dict[str, Any] = layer_sizes(model.hidden_size) if settings.head == LAYER else {}
     config = HeadsConfig(
         num_draft_tokens=settings.num_draft_tokens,
         head=settings.head,
@@ -26,7 +28,7 @@ def fresh_heads(model: MTPModel, settings: TrainSettings) -> tuple[HeadsConfig, 
         base_num_layers=len(model.base.layers),
         base_vocab_size=model.vocab_size,
         base_fingerprint=fingerprint(model.base),
-        **(layer_sizes(model.hidden_size) if settings.head == LAYER else {}),
+        **sizes,
     )
     return config, new_weights(config, key=mx.random.key(settings.seed))
 
