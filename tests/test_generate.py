@@ -194,16 +194,26 @@ def test_a_meter_without_time_or_steps_gives_finite_numbers():
     stats = GenerationStats(**meter.counts())
     assert stats.stats_dict()["tokens_per_step"] == 0.0
     assert stats.lines()[-1] == "MTP: 0/0 drafts accepted, 0.00 tokens/step"
-    meter.add_step(0)
+    meter.add_step()
     meter.add_token(from_draft=False)
     assert GenerationStats(**meter.counts()).generation_tps == 0.0
 
 
 def test_plain_decoding_prints_no_mtp_line(scripted):
-    scripted.k = None
-    assert len(answer(scripted, "abc")[-1].lines()) == 3
-    scripted.k = 4
     assert len(answer(scripted, "abc", layout="plain")[-1].lines()) == 3
+    assert len(answer(scripted, "abc", num_draft_tokens=0)[-1].lines()) == 3
+
+
+def test_the_line_names_the_drafters(scripted):
+    def line() -> str:
+        scripted.answers = [ids_of("Hello.")]
+        return answer(scripted, "abc")[-1].lines()[-1]
+
+    assert line().startswith("MTP (mask): ")
+    scripted.source = "lookup"
+    assert line().startswith("MTP (lookup): ")
+    scripted.k = None
+    assert line().startswith("MTP: 0/0 drafts accepted, ")
 
 
 def test_generate_prints_like_mlx_lm(scripted, capsys):
@@ -217,7 +227,7 @@ def test_generate_prints_like_mlx_lm(scripted, capsys):
         rf"Prompt: 2 tokens, {number} tokens-per-sec\n"
         rf"Generation: 7 tokens, {number} tokens-per-sec\n"
         rf"Peak memory: {number} GB\n"
-        rf"MTP: 4/6 drafts accepted \(66\.7%\), 2\.33 tokens/step\n",
+        rf"MTP \(mask\): 4/6 drafts accepted \(66\.7%\), 2\.33 tokens/step\n",
         out,
     )
 

@@ -1,7 +1,8 @@
 """Drafts from the MTP modules that a checkpoint was trained with (DeepSeek-V3, section 2.2).
 
-The module reads each row's final hidden state and the embedding of the id that follows, and its
-output predicts the id after that.  For further drafts it reads its own output and its own draft.
+The first module reads each row's final hidden state and the embedding of the id that follows, and
+its output predicts the id after that.  The next one reads its output and the id after that, and so
+on; after the last one the first continues from its output and its draft.
 """
 
 from __future__ import annotations
@@ -46,18 +47,27 @@ class NativeDrafter(HiddenRowsDrafter):
             max_drafts=max_drafts or MAX_DRAFTS, first_cost=cost, next_cost=cost,
         )  # fmt: skip
 
-    def _read(self, hidden: mx.array, next_ids: mx.array) -> mx.array:
-        """Read rows by the first module; ``[1, 1, D]`` of the last one."""
-        return self._module(hidden, next_ids, cache=self._rows.cache)[:, -1:]
+    def _read(self, hidden: mx.array, next_ids: mx.array) -> list[mx.array]:
+        """Read rows; the states ``[1, 1, D]`` of each module's last one."""
+        last = self._rows.last or ()
+        return self._module.read(hidden, next_ids, cache=self._rows.cache, last=last)
 
-    def _draft(self, last: mx.array, count: int, *, key: mx.array) -> Drafts:
-        """Chain drafts; module i makes draft i, and the first follows the last."""
+    def _draft(self, last: list[mx.array], count: int, *, key: mx.array) -> Drafts:
+        """Chain drafts; module i makes draft i, and the first follows the last.
+
+        Module i is i rows behind, so with the drafts before it first catches up with the text.
+        """
         drafts: list[Drafts] = []
-        hidden = last
+        states = last[0]
         for index, step_key in enumerate(mx.random.split(key, count)):
             if drafts:
-                token = drafts[-1].tokens[None]
-                hidden = self._module(hidden, token, cache=self._rows.cache, index=index)
-            logits = self._module.logits(hidden, index)[0]
+                if index >= self._module.num_modules:
+                    states = states[:, -1:]
+                elif 1 < index <= len(last):
+                    states = mx.concatenate([last[index - 1], states], axis=1)
+                ids = mx.concatenate([each.tokens for each in drafts])[None]
+                ids = ids[:, -states.shape[1] :]
+                states = self._module(states, ids, cache=self._rows.cache, index=index)
+            logits = self._module.logits(states[:, -1:], index)[0]
             drafts.append(draw(logits, self._distribution, key=step_key))
         return Drafts.joined(drafts)

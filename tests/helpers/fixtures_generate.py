@@ -155,8 +155,14 @@ class FakeModel:
     caches: list[FakeCache] = field(default_factory=list)
     cache_options: dict[str, Any] = field(default_factory=dict)
 
+    native = heads = draft_model = None
+
     def __post_init__(self) -> None:
         SPECULATIONS.set(self, self.speculation)
+
+    @property
+    def num_draft_tokens(self) -> int:
+        return self.k or 0
 
     @property
     def config(self) -> Any:
@@ -208,7 +214,7 @@ def _steps(
         yield SimpleNamespace(
             tokens=tokens,
             num_draft_tokens=drafts,
-            source=model.source if drafts else "",
+            parts=((model.source, drafts),) if drafts else (),
             num_accepted=min(len(tokens), max(size - 1, 0)) if drafts else 0,
             finish_reason=reason,
             logprobs=mx.zeros((len(tokens), VOCAB_SIZE)),

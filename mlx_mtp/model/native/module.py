@@ -14,9 +14,7 @@ thing is a norm.
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -28,15 +26,16 @@ from mlx_lm.models.cache import KVCache
 from mlx_mtp.model.caches.layers import LayerCache, WindowLayerCache
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import StepScope
+from mlx_mtp.model.native.layers import decoder_layer
 from mlx_mtp.model.native.names import Family, family_of, module_indices
 from mlx_mtp.model.one_row import is_latent_attention
 from mlx_mtp.model.parts import embedding_dims, find_parts, module_at, text_model, with_module
-from mlx_mtp.model.wrappers import HiddenStates, Wrapper
+from mlx_mtp.model.wrappers import HiddenStates
 
 _SHARED = ("embedding_norm", "hidden_norm", "projection", "norm")  # by modules that lack them
-_SPARSE_LISTS = {"is_moe_layer": (False, True), "mlp_layer_types": ("dense", "sparse")}
-_WINDOWED = ("is_sliding_window", "is_sliding", "is_swa")  # attributes of layers
-_WINDOWS = ("sliding_window", "sliding_window_size")  # attributes of a configuration
+
+_BITS, _GROUPS = (2, 3, 4, 5, 6, 8), (16, 32, 64, 128)  # of mx.quantize
+_MODES = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}  # without biases
 
 
 class Predictor(nn.Module):
@@ -135,6 +134,40 @@ class NativeModule(nn.Module):
             return own.norm(x)
         return self._final_norm(x)
 
+    def read(
+        self,
+        hidden: mx.array,
+        ids: mx.array,
+        *,
+        cache: MTPCache,
+        last: Sequence[mx.array] = (),
+    ) -> list[mx.array]:
+        """Run all modules over the rows of a text, as far as its ids are known.
+
+        Module k continues from the states of module k - 1 and is k rows behind the first: its row i
+        needs the id of position i + 1 + k.
+
+        Args:
+            hidden: the model's states of the rows, ``[1, L, D]``.
+            ids: the ids that follow them, ``[1, L]``.
+            cache: from ``make_cache``.
+            last: what this returned for the rows before; nothing at the beginning.
+
+        Returns:
+            The states ``[1, 1, D]`` of each module's last row; none of modules without a row yet.
+        """
+        done: list[mx.array] = []
+        for index in range(self.num_modules):
+            if hidden.shape[1] == 0:
+                break
+            states = self(hidden, ids, cache=cache, index=index)
+            done.append(states[:, -1:])
+            if index < len(last):
+                hidden = mx.concatenate([last[index], states[:, :-1]], axis=1)
+            else:
+                hidden, ids = states[:, :-1], ids[:, 1:]
+        return done
+
     def logits(self, hidden: mx.array, index: int = 0) -> mx.array:
         """Turn what a module returned, ``[1, L, D]``, into logits ``[1, L, V]``."""
         own = self.predictors[index % self.num_modules]
@@ -201,7 +234,9 @@ def _predictor(
     parts = find_parts(base)
     table = module_at(base, parts.embedding)
     dims, eps = embedding_dims(table), module_at(base, parts.backbone).norm.eps
-    layer, window = _layer(base, config, index, names)
+    in_layer = [name.removeprefix("layer.") for name in names if name.startswith("layer.")]
+    bare = [name for name in in_layer if not name.endswith((".scales", ".biases"))]
+    layer, window = decoder_layer(base, config, index, bare)
     own = Predictor(dims, eps, layer, bias="projection.bias" in names, window=window)
     if "norm.weight" in names:
         own.norm = nn.RMSNorm(dims, eps)
@@ -210,82 +245,6 @@ def _predictor(
     if "embedding.weight" in names:
         own.embedding = nn.Embedding(table.weight.shape[0], dims)
     return own
-
-
-def _layer(
-    base: Any, config: Mapping[str, Any], index: int, names: set[str]
-) -> tuple[nn.Module, int | None]:
-    """Make a decoder layer of the model's class, of the kind that has these tensors.
-
-    The layers that could follow the model's own are tried, then those that it has, from the last.
-
-    Returns:
-        The layer, and the number of rows that a row of it sees if it has a window.
-    """
-    wanted = {name.removeprefix("layer.") for name in names if name.startswith("layer.")}
-    wanted = {name for name in wanted if not name.endswith((".scales", ".biases"))}
-    candidates = list(_candidates(base, config, index, is_sparse=_is_sparse(wanted)))
-    fitting = [each for each in candidates if wanted == _parameter_names(each[0])]
-    layer, args = (fitting or candidates)[0]
-    has_window = any(getattr(layer, name, False) for name in _WINDOWED)
-    window = next((getattr(args, name) for name in _WINDOWS if hasattr(args, name)), None)
-    return layer, window if has_window else None
-
-
-def _parameter_names(module: nn.Module) -> set[str]:
-    parameters: Any = tree_flatten(module.parameters())
-    return {name for name, _ in parameters}
-
-
-def _is_sparse(names: set[str]) -> bool:
-    return any(".switch_mlp." in name for name in names)
-
-
-def _candidates(
-    base: Any, config: Mapping[str, Any], index: int, *, is_sparse: bool
-) -> Iterator[tuple[nn.Module, Any]]:
-    """Layers of the model's class that a module may have, the most likely first."""
-    kind: Any = _layer_class(base)
-    count = len(base.layers)
-    options = list(inspect.signature(kind.__init__).parameters)[2:]
-    args = _with_more_layers(base.args, config, count, count + index + 1, is_sparse=is_sparse)
-    for layer_index in (count + index, *reversed(range(count))):
-        values = {"is_moe": is_sparse, "is_sliding_window": True}  # of mimo_v2_flash
-        yield kind(args, *(values.get(name, layer_index) for name in options)), args
-
-
-def _layer_class(base: Any) -> type[nn.Module]:
-    layer = base.layers[-1]
-    while isinstance(layer, Wrapper):
-        layer = layer.wrapped
-    return type(layer)
-
-
-def _with_more_layers(
-    args: Any, config: Mapping[str, Any], count: int, needed: int, *, is_sparse: bool
-) -> Any:
-    """A configuration whose lists by layer reach as far as the layers of modules.
-
-    A configuration may say the modules' kinds (``mtp_layer_types``), or have them at the end of its
-    own lists; else they have a window if any layer has one.
-    """
-    lists = {
-        field.name: list(value)
-        for field in dataclasses.fields(args)
-        if isinstance(value := getattr(args, field.name), list | tuple) and len(value) >= count
-    }
-    kinds = lists.get("layer_types")
-    if kinds is not None:
-        kinds[count:] = config.get("mtp_layer_types") or kinds[count:]
-        usual = "sliding_attention" if "sliding_attention" in kinds else kinds[-1]
-        kinds += [usual] * (needed - len(kinds))
-    for name, values in lists.items():
-        while len(values) < needed:
-            same = [i for i in range(count) if kinds is None or kinds[i] == kinds[len(values)]]
-            values.append(values[same[-1] if same else count - 1])
-        if name in _SPARSE_LISTS:
-            values[count:] = [_SPARSE_LISTS[name][is_sparse]] * (len(values) - count)
-    return dataclasses.replace(args, **lists) if lists else args
 
 
 def _load(native: NativeModule, base: Any, tensors: Mapping[str, mx.array]) -> None:
@@ -326,10 +285,15 @@ def _quantisation(name: str, tensors: Mapping[str, mx.array], layer: Any) -> dic
     """How a layer is quantised, from the shapes and types of its tensors."""
     stem = name.removesuffix("scales")
     weight, scales = tensors.get(stem + "weight"), tensors[name]
-    width = layer.weight.shape[-1]
     if weight is None:
         raise ValueError(f"native modules: the tensor {stem}weight is missing")
+    width = layer.weight.shape[-1]
     bits, group_size = weight.shape[-1] * 32 // width, width // scales.shape[-1]
-    modes = {(4, 32): "mxfp4", (4, 16): "nvfp4", (8, 32): "mxfp8"}
-    mode = "affine" if stem + "biases" in tensors else modes.get((bits, group_size), "affine")
+    mode = "affine" if stem + "biases" in tensors else _MODES.get((bits, group_size))
+    if mode is None or bits not in _BITS or group_size not in _GROUPS:
+        shapes = f"{tuple(weight.shape)} and {tuple(scales.shape)}"
+        raise ValueError(
+            f"native modules: {stem}weight and its scales have the shapes {shapes}, which are "
+            f"those of no quantisation of {width} columns"
+        )
     return {"bits": bits, "group_size": group_size, "mode": mode}

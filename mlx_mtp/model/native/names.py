@@ -18,14 +18,14 @@ glm4_moe_lite          hnorm,eh_proj,shared_head.   hidden
 solar_open (a)         {norm,head},embed_tokens}
 bailing_moe,           the same, final_layernorm    embedding,     plain       after its norm
 _hybrid, _moe_v3 (a)   for shared_head.norm         hidden
-step3p5 (b)            the same, the layer also as  embedding,     zero-       before its norm
-                       ``transformer.*``, head as   hidden         centred
-                       shared_head.output
+step3p5 (b)            the same, some within        embedding,     zero-       before its norm
+                       ``transformer.``, the head   hidden         centred
+                       as shared_head.output
 qwen3_next, qwen3_5,   mtp.{pre_fc_norm_embedding,  embedding,     zero-       after its norm
 qwen3_5_moe            pre_fc_norm_hidden,fc,norm}  hidden         centred
                        and mtp.layers.{i}.*
 exaone_moe (c),        the same                     embedding,     plain       after its norm
-mellum (a)                                          hidden
+mellum                                              hidden
 mimo                   model.mtp_layers.{i}.{token_ hidden,        plain       after its norm
                        layernorm,hidden_layernorm,  embedding
                        input_proj,final_layernorm}
@@ -39,17 +39,19 @@ ernie4_5_moe (d)       model.mtp_{emb_norm,         embedding,     plain       b
 =====================  ===========================  =============  ==========  ==================
 
 Where a state is passed on after the module's norm, the model's hidden state comes after its final
-norm too.  vLLM passed DeepSeek's on before the norm; three projects measured that after is right
-(vLLM pulls 46075 and 47448, ATOM pull 1764).  vLLM and SGLang set the embedding of the first row to
-zero; the report does not, and neither do transformers and this code.
+norm too.  vLLM passed DeepSeek's on before the norm; after it more drafts were accepted (ATOM pull
+1764 for DeepSeek-R1, vLLM pulls 46075 and 47448 for GLM-5), as for Qwen3.5 (LightLLM pull 1402,
+llama.cpp pull 24025).  vLLM and SGLang set the embedding of the first row to zero; the report does
+not, and neither do transformers and this code.
 
-(a) Not compared with weights of that family anywhere here: names by analogy, unconfirmed.
+(a) Names and order by analogy, unconfirmed; of the Bailing family SGLang has bailing_moe's.
 (b) The model's hidden state before its final norm, as in vLLM's ``step3p5.py`` and SGLang;
     transformers takes it after.  Modules attend in a window and have a dense MLP.
-(c) vLLM: a dense MLP, the window of ``mtp_layer_types``; the default here, layer 0's kind, is
-    unconfirmed.
+(c) vLLM: a dense MLP, attention as ``mtp_layer_types`` says; that it has a window where the
+    configuration says nothing is unconfirmed.
 (d) PaddleFormers' training code; vLLM and SGLang take the state after the final norm and make
-    logits without a norm, which is not what was trained.
+    logits without a norm.  SGLang pull 7657 reports that the 300B model's projection was published
+    transposed.
 
 Left out: deepseek_v32, glm_moe_dsa and longcat_flash_ngram (refused models), longcat_flash and
 nemotron_h (a module's layer is not of the model's own class), fused ``qkv_proj`` of MiMo-V2.5-Pro.
@@ -191,9 +193,9 @@ def _place(name: str, num_layers: int) -> tuple[int, str] | None:
 
 
 def _canonical(index: int, name: str) -> str:
+    name = name.removeprefix("transformer.")
     part, _, leaf = name.rpartition(".")
     if part in _PARTS:
         return f"{index}.{_PARTS[part]}.{leaf}"
-    name = name.removeprefix("transformer.")
     first, dot, rest = name.partition(".")
     return f"{index}.layer.{_LAYER_NAMES.get(first, first)}{dot}{rest}"

@@ -54,6 +54,9 @@ def canonical_tensors(
         if family.zero_centred and _is_raw(norms):
             norms = {name: value + 1 for name, value in norms.items()}
         own = _stacked(_sanitised(base, own)) | norms
+        projection = own.get("projection.weight")
+        if projection is not None and projection.shape[0] == 2 * projection.shape[-1]:
+            own["projection.weight"] = projection.T  # of ERNIE-4.5-300B-A47B-PT
         done |= {prefix + name: value for name, value in own.items()}
     return done
 
@@ -105,7 +108,11 @@ def _sanitised(base: Any, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
     parts: Parts = find_parts(base)
     prefix = f"{parts.backbone}.layers.{len(base.layers) - 1}."
     marked = {prefix + name.removeprefix("layer."): value for name, value in tensors.items()}
-    out: dict[str, mx.array] = base.sanitize(marked)
+    try:
+        out: dict[str, mx.array] = base.sanitize(marked)
+    except KeyError as error:  # one of the tensors that it joins
+        name = str(error.args[0]).replace(prefix, "layer.")
+        raise ValueError(f"native modules: the tensor {name} is missing") from None
     kept = {name.removeprefix(prefix): x for name, x in out.items() if name.startswith(prefix)}
     return {
         name if name.partition(".")[0] in _OWN_PARTS else f"layer.{name}": value
@@ -126,7 +133,7 @@ def _stacked(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
             done[name] = value
     for name, by_index in experts.items():
         if sorted(by_index) != list(range(len(by_index))):
-            raise ValueError(f"experts of {name} are missing: {len(by_index)} were found")
+            raise ValueError(f"native modules: an expert of {name} is missing")
         done[name] = mx.stack([by_index[index] for index in range(len(by_index))])
     return done
 
@@ -153,4 +160,4 @@ def _equals(value: mx.array, own: Any) -> bool:
             value = mx.quantize(value, own.group_size, own.bits, mode=own.mode)[0]
     else:
         weight = own.weight
-    return value.shape == weight.shape and bool(mx.array_equal(value, weight.astype(value.dtype)))
+    return value.shape == weight.shape and bool(mx.array_equal(value.astype(weight.dtype), weight))
