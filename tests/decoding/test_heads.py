@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.drafting.drafter import Drafts
+from mlx_mtp.drafting.shortlist import draw
 from mlx_mtp.evaluation.acceptance import evaluate
 from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.lab.tiny_models import tiny_model
-from mlx_mtp.model.config import HEAD_KINDS
+from mlx_mtp.model.config import HEAD_KINDS, HeadsConfig
+from mlx_mtp.model.draft_heads import DraftHeads
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.gradient.adapter import new_adapter, trainable
 from mlx_mtp.train.gradient.step import StepGradient
 from mlx_mtp.train.settings import TrainSettings
-from tests.helpers.exact import p_value
+from tests.decoding.test_sampling import VOCAB, chain_p_values, table_model
+from tests.helpers.exact import holm
 from tests.helpers.planted_heads import PlantedHeads
-from tests.helpers.scripted import Script, mixed, right, wrong
+from tests.helpers.scripted import Script, TableModel, mixed, right, wrong
 from tests.helpers.tiny import tiny_base
 
 PROMPT, LENGTH, NUM_HEADS = [3, 9, 4, 1, 7], 40, 3
@@ -133,18 +139,42 @@ def test_another_answer_of_a_conversation_continues_with_the_same_memory(head: s
         ids += [*new, 5, 6]
 
 
-def test_sampled_answers_have_the_models_distribution() -> None:
-    vocab, prompt = 6, [3, 4, 1]
-    model = randomise(with_heads(tiny_base("llama", vocab_size=vocab), "mlp"), scale=0.5)
-    counts, probs = np.zeros((vocab,) * 3), np.zeros((vocab,) * 3)
-    sampling = Sampling(temp=1.0)
-    for seed in range(600):
-        options: dict[str, Any] = {"layout": "quadratic", "sampling": sampling, "seed": seed}
-        ids = [x for step in decode(model, prompt, max_tokens=3, **options) for x in step.tokens]
-        counts[tuple(ids)] += 1
-    for first in range(vocab):
-        for second in range(vocab):
-            hidden = model(mx.array([[*prompt, first, second]]), cache=model.make_cache())
-            rows = np.array(mx.softmax(model.logits(hidden)[0, -3:], axis=-1))
-            probs[first, second] = rows[0, first] * rows[1, second] * rows[2]
-    assert p_value(counts.reshape(1, -1), probs.reshape(1, -1)) > 1e-3
+def heads_on_a_table() -> TableModel:
+    """A Markov chain whose hidden states are logits, with heads that change them a little."""
+    model = table_model()
+    config = HeadsConfig(
+        num_draft_tokens=NUM_HEADS,
+        head="mlp",
+        base_model="table",
+        base_model_type="table",
+        base_hidden_size=VOCAB,
+        base_num_layers=1,
+        base_vocab_size=VOCAB,
+        base_fingerprint="",
+    )
+    rng = np.random.default_rng(3)
+    shapes = {"weight": (NUM_HEADS, VOCAB, VOCAB), "bias": (NUM_HEADS, VOCAB)}
+    weights = {name: mx.array(0.5 * rng.standard_normal(x)) for name, x in shapes.items()}
+    model.heads = DraftHeads(config, weights, dtype=mx.float32)
+    sizes: Any = model  # what the cost of proposing is estimated from
+    sizes.base, sizes.parts = nn.Embedding(VOCAB, VOCAB), SimpleNamespace(head="weight")
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["quadratic", "auto"])
+def test_sampled_answers_have_the_models_distribution(layout: str) -> None:
+    found = chain_p_values(layout, Sampling(temp=1.0), model=heads_on_a_table(), drafter="heads")
+    assert holm(found.values())[0] > 0.001, found
+
+
+@pytest.mark.slow
+def test_a_bias_of_the_drafts_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    def biased(logits: mx.array, distribution: Any, *, key: mx.array) -> Drafts:
+        drafts = draw(2 * logits, distribution, key=key)
+        return Drafts(drafts.tokens, drafts.candidates, draw(logits, distribution, key=key).probs)
+
+    monkeypatch.setattr("mlx_mtp.drafting.heads.draw", biased)
+    model = heads_on_a_table()
+    found = chain_p_values("quadratic", Sampling(temp=1.0), model=model, drafter="heads")
+    assert holm(found.values())[0] < 1e-6, found

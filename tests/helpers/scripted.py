@@ -112,6 +112,7 @@ class TableCache:
     def __init__(self) -> None:
         self.offset = 0
         self.state: list[Any] = []
+        self.drafter_memory: dict[str, Any] = {}
 
     def begin_step(self, num_prompt_left: int = 0) -> None:
         """Nothing to forget."""
@@ -138,7 +139,8 @@ class TableModel:
         head_table: ``[V, V]``; what the sampler head adds for the draft before.
     """
 
-    config = native = heads = draft_model = None
+    config = native = draft_model = None
+    heads: Any = None
     max_context = None
 
     def __init__(
