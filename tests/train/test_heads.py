@@ -17,6 +17,7 @@ from mlx_mtp.train.average import save_mean
 from mlx_mtp.train.gradient.adapter import adapter_tensors, new_adapter, trainable
 from mlx_mtp.train.gradient.step import StepGradient
 from mlx_mtp.train.loop import TrainData
+from mlx_mtp.train.run.checkpoint import newest_state, save_state
 from mlx_mtp.train.run.events import Evaluated, Reported
 from mlx_mtp.train.run.memory import estimate
 from mlx_mtp.train.settings import TrainSettings
@@ -76,6 +77,18 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, head: str) ->
     names = (CONFIG_FILE, WEIGHTS_FILE)
     files = [[(tmp_path / run / name).read_bytes() for name in names] for run in ("whole", "parts")]
     assert files[0] == files[1]
+
+
+def test_a_run_that_began_before_there_were_heads_is_resumed(tmp_path: Path) -> None:
+    run(tmp_path, dataclasses.replace(SETTINGS, iters=2))
+    state = newest_state(tmp_path / "training")
+    assert state is not None
+    for name in ("drafter", "head"):
+        del state.values["identity"][name]
+    save_state(tmp_path / "training", state)
+    assert run(tmp_path, SETTINGS, resume=True)[0].step == 4
+    with pytest.raises(ValueError, match="began with a different drafter"):
+        run(tmp_path, HEADS, resume=True)
 
 
 @pytest.mark.parametrize("head", HEAD_KINDS)
