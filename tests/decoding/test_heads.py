@@ -27,7 +27,7 @@ from tests.decoding.test_sampling import VOCAB, chain_p_values, table_model
 from tests.helpers.exact import holm
 from tests.helpers.planted_heads import PlantedHeads
 from tests.helpers.scripted import Script, TableModel, mixed, right, wrong
-from tests.helpers.tiny import tiny_base
+from tests.helpers.tiny import random_heads, tiny_base
 
 PROMPT, LENGTH, NUM_HEADS = [3, 9, 4, 1, 7], 40, 3
 KINDS = ("llama", "gemma3_text", "phi3", "qwen3_moe", "deepseek_v3", "smollm3", "olmo2", "granite")
@@ -45,23 +45,9 @@ def answer(model: MTPModel, **options: Any) -> tuple[list[int], int]:
     return [token for step in steps for token in step.tokens], len(steps)
 
 
-def with_heads(base: Any, head: str, **values: Any) -> MTPModel:
-    settings = TrainSettings(drafter="heads", head=head, num_draft_tokens=NUM_HEADS, **values)
-    model = new_adapter(MTPModel(base), settings)
-    assert model.heads is not None
-    return model
-
-
-def randomise(model: MTPModel, *, seed: int = 0, scale: float = 0.3) -> MTPModel:
-    rng = np.random.default_rng(seed)
-    assert model.heads is not None
-    model.heads.load_weights(
-        [
-            (name.removeprefix("heads."), mx.array(scale * rng.standard_normal(value.shape)))
-            for name, value in trainable(model).items()
-        ]
-    )
-    return model
+def with_random_heads(base: Any, head: str) -> MTPModel:
+    config, weights = random_heads(base, head=head, count=NUM_HEADS)
+    return MTPModel(base, config=config, weights=weights)
 
 
 @pytest.mark.parametrize("kind", (*KINDS, *FAMILIES))
@@ -89,7 +75,7 @@ def test_planted_drafts_decide_the_steps_and_not_the_text(kind: str, layout: str
 @pytest.mark.parametrize("kind", (*KINDS, *FAMILIES))
 def test_random_heads_leave_the_text_as_it_is(kind: str, head: str) -> None:
     text, _ = answer(MTPModel(small_base(kind)), layout="plain")
-    model = randomise(with_heads(small_base(kind), head))
+    model = with_random_heads(small_base(kind), head)
     for options in ({}, {"drafter": "heads"}, {"layout": "quadratic"}):
         assert answer(model, **options)[0] == text, options
 
@@ -121,7 +107,7 @@ def test_the_evaluation_counts_the_steps_of_a_decode(kind: str, head: str) -> No
 @pytest.mark.parametrize("head", HEAD_KINDS)
 def test_another_answer_of_a_conversation_continues_with_the_same_memory(head: str) -> None:
     base = small_base("llama")
-    model, plain = randomise(with_heads(base, head)), MTPModel(small_base("llama"))
+    model, plain = with_random_heads(base, head), MTPModel(small_base("llama"))
     cache, ids = model.make_cache(), list(PROMPT)
     for _ in range(3):
         options: dict[str, Any] = {"max_tokens": 12, "layout": "quadratic", "drafter": "heads"}
