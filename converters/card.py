@@ -55,6 +55,8 @@ def base_card(
     if result is not None:
         first = f"Converted to MLX by mlx-mtp from {name}: {result.summary}."
     facts = [first, *facts]
+    if result is not None and result.native is not None:
+        facts += [f"{line[0].upper()}{line[1:]}." for line in result.native.lines()]
     usage = ["mlx_lm.generate --model FOLDER --prompt TEXT"]
     if adapter is not None:
         facts += [f"In `adapter/`: {adapter.describe()}"]

@@ -64,6 +64,7 @@ class BaseOptions:
     quantise: bool = False
     q_bits: int | None = None
     q_group_size: int | None = None
+    q_native_bits: int | None = None
     dtype: str | None = None
     allow_pickle: bool = False
     trust_remote_code: bool = False
@@ -119,13 +120,13 @@ def convert_model(
     base = base or BaseOptions()
     result, name, facts = Converted(), base_name(hf_path, named=named), ()
 
-    def add_adapter(base_model: Any) -> None:
+    def add_adapter(base_model: Any, base_config: dict[str, Any]) -> None:
         """Write the adapter before the model, so that an incomplete folder does not load."""
         nonlocal result
         if read is not None:
             with Status("Converting the adapter ..."):
                 model = MTPModel(base_model, name=name)
-                converted = _convert(read, read_facts(model, draft), options)
+                converted = _convert(read, read_facts(model, draft, base_config), options)
                 licence = options.licence or read_licence(read.path)
                 config = _write_adapter(draft / BUNDLED_ADAPTER, converted, model, licence)
             result = replace(result, adapter=config, layout=converted.layout, notes=converted.notes)
@@ -192,7 +193,8 @@ def convert_adapter(
     name, folder = find_base(chosen, named=describe(read).base_model, checkpoint=checkpoint)
     with Status("Converting the adapter ..."):
         model = load_base(folder, name=name)
-        converted = _convert(read, read_facts(model, folder), options)
+        base_config = read_json_object(folder / MODEL_CONFIG_FILE)
+        converted = _convert(read, read_facts(model, folder, base_config), options)
     licence = options.licence or read_licence(checkpoint)
     with output_folder(output, force=force) as draft:
         config = _write_adapter(draft, converted, model, licence)
@@ -316,4 +318,5 @@ def adapter_config(converted: ConvertedAdapter, model: MTPModel) -> MTPConfig:
         sampler_residual=kind.residual,
         rank_pattern=dict(converted.rank_pattern),
         scale_pattern=dict(converted.scale_pattern),
+        noise_ids=converted.noise_ids,
     )

@@ -8,6 +8,7 @@ are only read if the caller allows it; otherwise the globals that their pickles 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -15,15 +16,19 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_mtp.converters.base.facts import open_lazily
+from mlx_mtp.converters.base.facts import open_base_lazily
 from mlx_mtp.converters.base.files import weight_files
 from mlx_mtp.converters.base.summary import summarise
 from mlx_mtp.converters.checkpoint import read_checkpoint
+from mlx_mtp.converters.drafters import DrafterFacts, describe_drafters
 from mlx_mtp.converters.gguf import describe_gguf
 from mlx_mtp.converters.layouts import describe
 from mlx_mtp.converters.pytorch.file_format import pickle_globals
+from mlx_mtp.model.aliases import as_known
 from mlx_mtp.model.config import HeadsConfig, MTPConfig, read_any_config
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.model.native.names import belongs_to_modules
+from mlx_mtp.model.native.stored import find_native, read_native
 from mlx_mtp.storage.contents import Contents, look, model_problem
 from mlx_mtp.storage.safetensors import check_safetensors, read_json_object, shown
 
@@ -59,6 +64,7 @@ class Inspection:
         problems: what would be refused and why, one line per item.
         adapter: the adapter of a bundle.
         use: what other commands say if this is their model; None if they can use it.
+        drafters: what a model has to propose tokens with, and what it would need.
     """
 
     path: str
@@ -68,6 +74,7 @@ class Inspection:
     problems: tuple[str, ...] = ()
     adapter: Inspection | None = None
     use: str | None = None
+    drafters: tuple[DrafterFacts, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-ready values."""
@@ -79,6 +86,12 @@ class Inspection:
         width = max((len(label) for label, _ in rows), default=0)
         lines = [f"{shown(self.path, limit=1000)}: {self.kind}"]
         lines += [f"  {label:<{width}}  {value}" for label, value in rows if value]
+        lines += ["  drafters"] if self.drafters else []
+        lines += [
+            f"    {drafter.source:<11}  {'yes' if drafter.is_available else 'no':<3}  "
+            f"{shown(drafter.detail, limit=1000)}"
+            for drafter in self.drafters
+        ]
         lines += ["  files"]
         name_width = max((len(file.name) for file in self.files), default=0)
         lines += [
@@ -192,6 +205,7 @@ def _adapter_facts(config: MTPConfig | HeadsConfig) -> dict[str, Any]:
         "base": config.base_model,
         "base_type": config.base_model_type,
         "k": config.num_draft_tokens,
+        "noise_ids": list(config.noise_ids),
         "rank": config.rank,
         "scale": config.scale,
         "layers_that_differ": len(config.rank_pattern | config.scale_pattern),
@@ -220,10 +234,13 @@ def _model(
         "tokenizer": _tokenizer_kind(path),
         "num_bytes": sum(file.num_bytes for file in files if _is_weights(file)),
     }
-    problems = [*_shard_problems(path, allow_pickle), *_code_problems(path, config)]
+    problems = [*_shard_problems(path, config, allow_pickle), *_code_problems(path, config)]
+    own, drafters = None if adapter is None else adapter.facts, ()
     if not problems and any(path.glob("*.safetensors")):
-        model_facts, problems = _usable(path, None if adapter is None else adapter.facts)
+        model_facts, problems = _usable(path, own)
         facts |= model_facts
+        with contextlib.suppress(ValueError):  # listed among the problems
+            drafters = describe_drafters(path, config, own)
     return Inspection(
         path=str(path),
         kind="model" if adapter is None else "bundle",
@@ -231,6 +248,7 @@ def _model(
         files=files,
         problems=tuple(problems),
         adapter=adapter,
+        drafters=drafters,
     )
 
 
@@ -320,10 +338,10 @@ def _weights_problems(path: Path) -> Iterator[str]:
             yield f"{path} contains no weights"
 
 
-def _shard_problems(path: Path, allow_pickle: bool) -> Iterator[str]:
+def _shard_problems(path: Path, config: Mapping[str, Any], allow_pickle: bool) -> Iterator[str]:
     """Yield the problems of a model's weights files."""
     try:
-        weights = weight_files(path)
+        weights = weight_files(path, dropped=functools.partial(belongs_to_modules, config=config))
     except ValueError as error:
         yield str(error)
         return
@@ -339,6 +357,8 @@ def _is_weights(file: FileFacts) -> bool:
 
 def _code_problems(path: Path, config: Mapping[str, Any]) -> Iterator[str]:
     tokenizer = _json(path / "tokenizer_config.json")
+    with contextlib.suppress(ValueError):  # reported when the model is opened
+        config = as_known(config)
     for name, values in ((MODEL_CONFIG_FILE, config), ("tokenizer_config.json", tokenizer)):
         for key in ("auto_map", "model_file"):
             if values.get(key):
@@ -353,16 +373,16 @@ def _usable(path: Path, adapter: dict[str, Any] | None) -> tuple[dict[str, Any],
         adapter: facts about the adapter in it, if it has one.
     """
     try:
-        base = open_lazily(path)
+        base, config = open_base_lazily(path)
     except ValueError as error:
         return {"usable": "no, see below"}, [str(error)]
-    facts = summarise(base)
+    facts, problems = summarise(base), _native_problems(path, base, config)
     try:
         model = MTPModel(base, name=path.name)
     except ValueError as error:
         return {"usable": "no, see below", **facts}, [str(error)]
     facts = {
-        "usable": "yes",
+        "usable": "with --no-mtp, see below" if problems else "yes",
         **facts,
         "layers": len(model.base.layers),
         "hidden_size": model.hidden_size,
@@ -370,15 +390,23 @@ def _usable(path: Path, adapter: dict[str, Any] | None) -> tuple[dict[str, Any],
         "context": model.max_context,
     }
     if adapter is None:
-        facts["adapter"] = (
-            "none: it generates one token per step; mlx-mtp train makes an adapter, and "
-            "mlx-mtp verify --quick checks the model without one"
-        )
-        return facts, []
+        facts["adapter"] = "none: mlx-mtp verify --quick checks the model without one"
+        return facts, problems
     missing = [name for name in adapter.get("targets", ()) if name not in facts["linear_layers"]]
     facts["adapter"] = "yes, see below"
-    problems = [f"the model has no linear layer {name}, the adapter's target" for name in missing]
+    problems += [f"the model has no linear layer {name}, the adapter's target" for name in missing]
     return facts, problems
+
+
+def _native_problems(path: Path, base: Any, config: Mapping[str, Any]) -> list[str]:
+    """Return why a folder's native modules are refused, if so; only norms are read."""
+    try:
+        found = find_native(path, config)
+        if found is not None and (found.missing or found.has_own_files):
+            read_native(path, base, config)
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def _tokenizer_kind(path: Path) -> str | None:

@@ -25,6 +25,7 @@ from mlx_mtp.generate import (
     ContextOverflow,
     GenerationResponse,
     chat_text,
+    encode_lookup,
     encode_prompt,
     stream_generate,
 )
@@ -94,6 +95,8 @@ class Conversation:
         self._cache_options = {
             name: self._options.pop(name) for name in CACHE_OPTIONS if name in self._options
         }
+        if texts := self._options.pop("lookup_texts", ()):
+            self._options["lookup_ids"] = encode_lookup(tokenizer, texts)
         self._seed = self._options.pop("seed", None)
         self._answers = itertools.count()
         self._cache = self._new_cache()
@@ -174,6 +177,7 @@ class Conversation:
                 self._tokenizer,
                 prompt,
                 prompt_cache=self._cache,
+                cached_ids=ids[: self._cache.offset],
                 reasoning=self.reasoning,
                 prompt_progress_callback=progress,
                 explain=explain,

@@ -44,6 +44,7 @@ __all__ = ["ContextOverflow", "GenerationResponse", "chat_text", "generate", "st
 Config = TypeVar("Config", GenerationConfig, CacheConfig)
 DECODE_OPTIONS = {
     "sampling", "sampler", "logits_processors", "prompt_progress_callback", "explain", "cached_ids",
+    "lookup_ids",
 }  # fmt: skip
 NO_TEXT = "No text generated for this prompt"
 
@@ -163,7 +164,7 @@ def stream_generate(
     tokenizer: TokenizerWrapper,
     prompt: str | Sequence[int] | mx.array,
     max_tokens: int | GenerationConfig | None = None,
-    draft_model: None = None,
+    draft_model: Any = None,
     stream: Any = None,
     *,
     config: GenerationConfig | None = None,
@@ -171,6 +172,7 @@ def stream_generate(
     prompt_cache: MTPCache | list[Any] | None = None,
     input_embeddings: None = None,
     reasoning: Reasoning | None = None,
+    lookup_texts: Sequence[str] = (),
     **options: Any,
 ) -> Generator[GenerationResponse, None, None]:
     """Answer a prompt, one response per emitted id, as soon as a step has decided it.
@@ -181,7 +183,8 @@ def stream_generate(
         prompt: text (no chat template is applied) or ids ``[n]``.  With ``prompt_cache`` it is
             what follows the cached ids.
         max_tokens: a field of ``config``, which may also stand here.
-        draft_model: not supported; the adapter proposes the drafts.
+        draft_model: a smaller model with the same tokenizer, from ``load`` or mlx-lm, which
+            proposes drafts in this answer; by default that of ``load(draft_model=...)``.
         stream: MLX stream for the forwards; the default one if omitted.
         config: lengths, stop strings, layout, seed; its fields may also be given as keywords
             (``seed=``).
@@ -190,10 +193,12 @@ def stream_generate(
             of mlx-lm's (``make_prompt_cache``, ``load_prompt_cache``).  A list then has the prompt
             and all ids that were yielded.  Ours takes the last one when it is next used, unless
             ``prompt`` is ids that begin with it.  ``kv_bits`` applies to both, ``max_kv_size``
-            does not.
+            does not.  After the caches of the model a list may have those of ``draft_model``.
         input_embeddings: not supported; prompts are text or ids.
         reasoning: the marks that ``thinking_budget`` applies to; needed where the end of ``prompt``
             does not show where the answer begins.
+        lookup_texts: texts apart from the prompt that drafts are looked up in, such as files that
+            the answer may quote; ``lookup_ids`` takes them as lists of ids.
         options: fields of ``config`` and ``cache_config``, and these of ``decode``:
             ``sampling`` (how tokens are drawn; greedy by default) or mlx-lm's ``sampler``,
             ``logits_processors``, ``prompt_progress_callback`` (called with the ids prefilled and
@@ -205,10 +210,10 @@ def stream_generate(
     """
     from mlx_mtp.calibration.stored_costs import speculation_for, store_learned
     from mlx_mtp.decoding.loop import decode
+    from mlx_mtp.drafting.draft_model import DraftText
     from mlx_mtp.model.caches.mtp_cache import MTPCache
+    from mlx_mtp.planning.plan import DRAFT_MODEL
 
-    if draft_model is not None:
-        raise ValueError("draft_model is not supported: load(adapter_path=...) proposes the drafts")
     if input_embeddings is not None:
         raise ValueError("input_embeddings is not supported: pass the prompt as text or ids")
     if isinstance(max_tokens, GenerationConfig):
@@ -216,30 +221,48 @@ def stream_generate(
     elif max_tokens is not None:
         options["max_tokens"] = max_tokens
     model, tokenizer = usable(model), wrapped(tokenizer)
+    draft_model = None if draft_model is None else usable(draft_model, "draft_model")
     settings, cache_settings = answer_settings(tokenizer, config, cache_config, options)
     ids = encode_prompt(tokenizer, prompt)
-    cache = cache_for(model, prompt_cache, cache_settings)
+    own_cache, draft_cache, num_layers = prompt_cache, [], None
+    if draft_model is not None and isinstance(prompt_cache, list):
+        num_layers = len(model.make_cache())
+        own_cache, draft_cache = prompt_cache[:num_layers], prompt_cache[num_layers:]
+    cache = cache_for(model, own_cache, cache_settings)
+    if draft_model is not None and draft_cache:
+        cache.drafter_memory[DRAFT_MODEL] = DraftText.of_caches(draft_model, draft_cache)
     follow(cache, prompt, ids)
     limit_reasoning(options, tokenizer, ids, settings.thinking_budget, reasoning)
+    if lookup_texts:
+        given = options.get("lookup_ids") or ()
+        options["lookup_ids"] = [*given, *encode_lookup(tokenizer, lookup_texts)]
     steps = decode(
         model,
         ids,
         settings,
         stop_ids=tokenizer.eos_token_ids,
         cache=cache,
+        draft_model=draft_model,
         speculation=speculation_for(model),
         **options,
     )
     detokenizer = detokenizer_for(tokenizer, ids, continued=cache.offset > 0)
     text = TextStream(detokenizer, stop=settings.stop, stop_ids=tokenizer.eos_token_ids)
+    num_cached = cache.offset
     meter = StatsMeter(
-        prompt_tokens=len(ids), cached_tokens=cache.offset, mtp=drafts_tokens(model, settings)
+        prompt_tokens=len(ids),
+        cached_tokens=num_cached,
+        mtp=drafts_tokens(model, settings, draft_model),
     )
 
     def at_end(last_id: int | None) -> None:
         if isinstance(prompt_cache, list):
             with on_stream(stream):
                 finish_list(model, cache, prompt_cache, last_id)
+                if draft_cache:
+                    draft_text = cache.drafter_memory[DRAFT_MODEL]
+                    draft_text.end_at(draft_text.num_prompt - len(ids) + cache.offset - num_cached)
+                    prompt_cache[num_layers:] = draft_text.to_mlx_lm(draft_cache)
         elif isinstance(cache, MTPCache):
             cache.end_answer(last_id, model)
         store_learned(model)
@@ -383,9 +406,11 @@ def _steps_on(
             yield step
 
 
-def drafts_tokens(model: MTPModel, config: GenerationConfig) -> bool:
-    """Whether an answer is generated with drafts at all."""
-    return bool(drafter_sources(model, config))
+def drafts_tokens(
+    model: MTPModel, config: GenerationConfig, draft_model: MTPModel | None = None
+) -> bool:
+    """Whether an answer is generated with drafts at all; see ``drafter_sources``."""
+    return bool(drafter_sources(model, config, draft_model))
 
 
 def generate(
@@ -455,8 +480,23 @@ def encode_prompt(
     return ids
 
 
-def usable(model: Any) -> Any:
+def encode_lookup(tokenizer: TokenizerWrapper, texts: Sequence[str]) -> list[list[int]]:
+    """Turn texts to look up drafts in into ids; an empty text is left out.
+
+    Raises:
+        ValueError: ``texts`` is not a list of texts, or one is not Unicode.
+    """
+    if isinstance(texts, str) or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"lookup_texts must be a list of texts, got {texts!r:.60}")
+    return [encode_prompt(tokenizer, text, add_special_tokens=False) for text in texts if text]
+
+
+def usable(model: Any, name: str = "the model") -> Any:
     """Return a model that can decode; one of mlx-lm does so plainly.
+
+    Args:
+        model: from ``load`` or mlx-lm.
+        name: what it is called in messages.
 
     Raises:
         ValueError: it is no model, or one that is not supported.
@@ -469,7 +509,7 @@ def usable(model: Any) -> Any:
     if isinstance(model, nn.Module) and hasattr(model, "layers") and not is_ours:
         return MTPModel(model)
     if not hasattr(model, "make_cache"):
-        raise ValueError(f"the model must come from load, got {type(model).__name__}")
+        raise ValueError(f"{name} must come from load, got {type(model).__name__}")
     return model
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -26,6 +27,8 @@ from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.backends.cpu.recurrence import use_fast_recurrences
 from mlx_mtp.backends.metal.setup import set_up_kernels
+from mlx_mtp.drafting.draft_model import num_bytes
+from mlx_mtp.drafting.make import available_sources
 from mlx_mtp.model.base import open_base
 from mlx_mtp.model.config import (
     WEIGHTS_FILE,
@@ -37,6 +40,9 @@ from mlx_mtp.model.config import (
 )
 from mlx_mtp.model.fingerprint import fingerprint, is_fingerprint_of
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.model.native.module import NativeModule
+from mlx_mtp.model.native.stored import read_native
+from mlx_mtp.planning.plan import LOOKUP
 from mlx_mtp.storage.contents import adapter_problem, look, model_problem
 from mlx_mtp.storage.data_wheels import ON_REQUEST, gguf_path
 from mlx_mtp.storage.default_model import (
@@ -49,7 +55,9 @@ from mlx_mtp.storage.gguf.parts import is_gguf
 from mlx_mtp.storage.safetensors import read_safetensors
 from mlx_mtp.terminal import Status, first_line, show, visible
 from mlx_mtp.text.detokenizer import load_tokenizer
+from mlx_mtp.text.same_tokenizer import tokenizer_difference
 
+LOG = logging.getLogger(__name__)
 HUB_FILES = (
     "*.json", "*.safetensors", "*.txt", "*.jsonl", "*.jinja", "tokenizer.model", "*.py"
 )  # fmt: skip
@@ -66,6 +74,7 @@ def load(
     revision: str | None = None,
     trust_remote_code: bool = False,
     *,
+    draft_model: str | None = None,
     mtp: bool = True,
     adapter: bool = True,
     kernels: bool = True,
@@ -78,19 +87,24 @@ def load(
             wheels); None selects the embedded default model.
         tokenizer_config: options for the tokenizer.
         model_config: values that replace those of the model's ``config.json``.
-        adapter_path: folder or hub id of an MTP adapter; None selects the shipped adapter for the
-            default model, and for others the one in the model's own folder, if there is one.
+        adapter_path: folder, hub id or ``HUB_ID/SUBFOLDER`` of an MTP adapter; None selects the
+            shipped adapter for the default model, and for others the one in the model's own
+            folder, if there is one.
         lazy: leave weights on disk until they are used.
         return_config: return the model's configuration too, as the third value.
         revision: branch, tag or commit of the model on the hub; folders have none.
         trust_remote_code: allow the tokenizer to run code from its folder.
+        draft_model: a smaller model with the same tokenizer, which proposes draft tokens; named
+            like ``path_or_hf_repo``.
         mtp: False loads the model alone, for plain decoding.
-        adapter: False leaves out the adapter; what else proposes drafts stays.
+        adapter: False leaves out the adapter; what else proposes drafts, such as native modules,
+            stays.
         kernels: False keeps the model's own layers, which training needs.
         progress: called with a line of text before work that takes a while.
 
     Raises:
-        ValueError: a file is missing or broken, or the adapter does not fit; one line.
+        ValueError: a file is missing or broken, or the adapter or the draft model does not fit; one
+            line.
     """
     path_or_hf_repo = None if path_or_hf_repo is None else str(path_or_hf_repo)
     adapter_path = None if adapter_path is None else str(adapter_path)
@@ -103,17 +117,24 @@ def load(
     base, config = _open_base(folder, trust_remote_code, model_config)
     with ThreadPoolExecutor(1) as pool:  # MLX converts weights while Python loads the tokenizer
         pending = pool.submit(_load_tokenizer, folder, config, tokenizer_config, trust_remote_code)
-        _read_weights(base, folder, lazy=lazy)
+        native = _read_native(base, folder, config) if mtp else None
+        _read_weights(base, native, folder, lazy=lazy)
         tokenizer = pending.result()
     if adapter_folder is None:
         model = MTPModel(base, name=name)
     else:
         shown = adapter_path or str(adapter_folder)
         model = _with_adapter(base, name, adapter_folder, shown=shown)
+    model.native = native
     if mx.default_device().type == mx.cpu:
         use_fast_recurrences(model.base)
     if kernels:
         set_up_kernels(model.base, report=progress or (lambda line: None))
+    if draft_model is not None and mtp:
+        options = {"lazy": lazy, "trust_remote_code": trust_remote_code, "kernels": kernels}
+        model.draft_model = _load_draft(
+            str(draft_model), model, tokenizer, progress=progress, **options
+        )
     loaded: Any = (model, tokenizer, config) if return_config else (model, tokenizer)
     return loaded
 
@@ -138,13 +159,71 @@ def load_with_status(
         if (int(token) if token.isdecimal() else token) not in known:
             raise ValueError(f"--extra-eos-token {token}: the tokenizer has no such token")
         tokenizer.add_eos_token(token)
-    if options.get("mtp", True) and model.adapter_config is None:
-        line = f"{model.name} has no MTP adapter: it generates one token per step"
+    draft = model.draft_model
+    if options.get("mtp", True) and available_sources(model) == (LOOKUP,):
+        line = f"{model.name} has no MTP adapter: drafts come from the text alone"
         show(line, file=sys.stderr)
+    if draft is not None and (hint := _draft_hint(model, draft)):
+        show(hint, file=sys.stderr)
     on_cpu = mx.default_device() == mx.Device(mx.DeviceType.cpu)
     if BLAS == "reference" and SWITCH not in os.environ and on_cpu and sys.stderr.isatty():
         print("hint: install OpenBLAS (libopenblas0-pthread) for speed", file=sys.stderr)
     return model, tokenizer
+
+
+def _load_draft(
+    path_or_hf_repo: str,
+    model: MTPModel,
+    tokenizer: TokenizerWrapper,
+    *,
+    progress: Any = None,
+    **options: Any,
+) -> MTPModel:
+    """Load a draft model for a model.
+
+    Raises:
+        ValueError: it cannot be used, or has another tokenizer.
+    """
+    if progress is not None:
+        progress("Loading the draft model ...")
+    try:
+        draft, draft_tokenizer = load(path_or_hf_repo, mtp=False, progress=progress, **options)
+    except ValueError as error:
+        raise ValueError(f"draft model: {error}") from None
+    check_draft_tokenizer(path_or_hf_repo, draft_tokenizer, tokenizer)
+    return draft
+
+
+def check_draft_tokenizer(
+    draft_model: str, draft_tokenizer: TokenizerWrapper, tokenizer: TokenizerWrapper
+) -> None:
+    """Refuse a draft model with another tokenizer than the model's.
+
+    Args:
+        draft_model: folder or hub id of the draft model, for the message.
+        draft_tokenizer: its tokenizer.
+        tokenizer: the model's tokenizer.
+
+    Raises:
+        ValueError: they differ; the message says where.
+    """
+    if difference := tokenizer_difference(draft_tokenizer, tokenizer):
+        raise ValueError(
+            f"draft model {draft_model} needs the same tokenizer as the model, but {difference}"
+        )
+
+
+def _draft_hint(model: MTPModel, draft: MTPModel) -> str | None:
+    """Why a draft model will not make generation faster, if that is clear."""
+    size, draft_size = num_bytes(model.base), num_bytes(draft.base)
+    if draft_size < size:
+        return None
+    if fingerprint(draft.base) == fingerprint(model.base):
+        return f"hint: draft model {draft.name} is the model itself: take a smaller one for speed"
+    return (
+        f"hint: draft model {draft.name} ({draft_size / 1e9:.2g} GB) is not smaller than the model "
+        f"({size / 1e9:.2g} GB): take a smaller one for speed"
+    )
 
 
 def locate(
@@ -188,7 +267,8 @@ def resolve(
     """Find a folder, download a hub repository, or convert a GGUF file into the cache.
 
     Args:
-        path_or_hf_repo: folder, GGUF file, hub id, or name of a model in ``ON_REQUEST``.
+        path_or_hf_repo: folder, GGUF file, hub id, or name of a model in ``ON_REQUEST``; for
+            adapters also ``HUB_ID/SUBFOLDER``, because published bundles have theirs in one.
         kind: ``model`` or ``adapter``, for messages.
         patterns: returns the files to download; by default those of models and adapters.
         revision: branch, tag or commit on the hub.
@@ -208,24 +288,29 @@ def resolve(
     if is_model and path_or_hf_repo in ON_REQUEST:
         wheels = ON_REQUEST[path_or_hf_repo]
         return gguf_model_path(gguf_path(wheels, progress=progress), progress=progress)
-    looks_local = path_or_hf_repo.startswith((".", "/", "~")) or path_or_hf_repo.count("/") != 1
-    if looks_local:
+    parts = path_or_hf_repo.split("/")
+    looks_local = any(part[:1] in ("", ".", "~") for part in parts)
+    if looks_local or len(parts) not in ((2,) if is_model else (2, 3)):
         raise ValueError(f"{kind} {path_or_hf_repo} does not exist")
+    repo, subfolder = "/".join(parts[:2]), "".join(f"{part}/" for part in parts[2:])
     try:
-        names = list(patterns() if patterns else HUB_FILES)
-        return Path(snapshot_download(path_or_hf_repo, revision=revision, allow_patterns=names))
+        names = [subfolder + name for name in (patterns() if patterns else HUB_FILES)]
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=names)) / subfolder
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"cannot find {kind} {path_or_hf_repo} locally or on the Hugging Face Hub: "
             f"{first_line(error)}"
         ) from None
+    if not folder.is_dir():
+        raise ValueError(f"{repo} on the Hugging Face Hub has no folder {parts[-1]}")
+    return folder
 
 
 def resolve_adapter(path_or_hf_repo: str, *, model: str | None = None) -> Path:
     """Find an adapter's folder, or download it.
 
     Args:
-        path_or_hf_repo: folder or hub id.
+        path_or_hf_repo: folder, hub id or ``HUB_ID/SUBFOLDER``.
         model: the model that it is used with, for messages.
 
     Raises:
@@ -337,14 +422,30 @@ def _open_base(
         raise ValueError(f"cannot load the model in {folder}: {visible(text)}") from None
 
 
-def _read_weights(base: nn.Module, folder: Path, *, lazy: bool) -> None:
-    """Read the weights of a model; on a CPU device they become float32."""
+def _read_native(base: nn.Module, folder: Path, config: dict[str, Any]) -> NativeModule | None:
+    """Read the native modules that a folder has, their weights lazily."""
+    try:
+        read = read_native(folder, base, config)
+    except ValueError as error:
+        raise ValueError(f"{error}, or use --no-mtp") from None
+    if read.native is None and read.dropped:
+        name, why = next(iter(read.dropped.items()))
+        LOG.warning("%s: native modules (%s, ...) are not used: %s", folder, visible(name), why)
+    return read.native
+
+
+def _read_weights(
+    base: nn.Module, native: NativeModule | None, folder: Path, *, lazy: bool
+) -> None:
+    """Read the weights of a model and its native modules; on a CPU device they become float32."""
+    modules = [base] if native is None else [base, native]
     try:
         base.eval()
         if mx.default_device().type == mx.cpu:
-            to_float32(base)
+            for module in modules:
+                to_float32(module)
         if not lazy:
-            mx.eval(base.parameters())
+            mx.eval([module.parameters() for module in modules])
     except _BROKEN as error:
         raise ValueError(f"cannot load the model in {folder}: {first_line(error)}") from None
 

@@ -75,6 +75,15 @@ def test_only_what_is_new_is_computed(scripted):
     assert len(scripted.caches) == 1
 
 
+def test_the_loop_knows_all_ids_of_the_conversation_and_of_files(scripted):
+    scripted.answers = [[*ids_of("one"), EOS], [*ids_of("two"), EOS]]
+    talk = conversation(scripted, lookup_texts=["file", "", "other"])
+    assert [ask(talk, "a"), ask(talk, "b")] == ["one", "two"]
+    for call in scripted.calls:
+        assert call.cached_ids == call.cached
+        assert call.lookup_ids == [ids_of("file"), ids_of("other")]
+
+
 def test_an_answer_that_encodes_differently_is_computed_again_from_there(scripted):
     scripted.answers = [[*ids_of("ok \ud83d".encode("utf-8", "ignore").decode()), 0xF0, EOS], [EOS]]
     talk = conversation(scripted)

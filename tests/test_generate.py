@@ -248,9 +248,11 @@ def test_prompts_may_be_text_ids_or_arrays(scripted):
 def test_options_reach_the_loop_and_the_cache(scripted):
     answer(
         scripted, "a", layout="linear", num_draft_tokens=2, seed=7, prefill_step_size=64,
-        max_kv_size=128, kv_bits=4, kv_group_size=32, quantized_kv_start=9,
+        max_kv_size=128, kv_bits=4, kv_group_size=32, quantized_kv_start=9, lookup_ids=[[1, 2]],
+        lookup_texts=["text"],
     )  # fmt: skip
     call = scripted.calls[-1]
+    assert call.lookup_ids == [[1, 2], ids_of("text")]
     assert (call.layout, call.num_draft_tokens, call.seed) == ("linear", 2, 7)
     assert (call.prefill_step_size, call.stop_ids) == (64, {EOS})
     assert scripted.cache_options == {
@@ -269,6 +271,8 @@ def test_options_reach_the_loop_and_the_cache(scripted):
         (mx.array(3), {}, "one dimension"),
         ("hi", {"stop": [""]}, "must not be empty"),
         ("hi", {"num_draft_tokens": 5}, "num_draft_tokens must be at most 4"),
+        ("hi", {"lookup_texts": "text"}, "lookup_texts must be a list of texts, got 'text'"),
+        ("hi", {"lookup_texts": [b"text"]}, "lookup_texts must be a list of texts, got [b'te"),
         ("x" * 1000, {}, "the prompt has 1000 tokens, but fake takes fewer than 1000"),
     ],
 )
@@ -439,7 +443,7 @@ class TestTheCallStyleOfMlxLm:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"draft_model": object()}, "draft_model is not supported: load"),
+            ({"draft_model": object()}, "draft_model must come from load, got object"),
             ({"prompt_cache": []}, "must come from model.make_cache"),
             ({"temp": 0.7}, "pass sampling=Sampling"),
         ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mlx_lm.generate import generate_step
 from mlx_mtp.converters.base.model import convert_base
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.lab.tiny_models import tiny_config
-from mlx_mtp.loading import load, read_adapter, read_tensors, resolve
+from mlx_mtp.loading import load, load_with_status, read_adapter, read_tensors, resolve
 from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig
 from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, fingerprint
 from tests.helpers.fixtures_generate import EOS
@@ -108,7 +109,7 @@ def test_adapters_survive_being_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["model", "adapter"])
 @pytest.mark.parametrize(
-    "name", ["./nowhere", "nowhere", "/no/where/at/all", "a/b/c", "~/no-where"]
+    "name", ["./nowhere", "nowhere", "/no/where/at/all", "a/b/c/d", "~/no-where"]
 )
 def test_a_missing_folder(pair: tuple[Path, Path], kind: str, name: str) -> None:
     options = {"adapter_path": name} if kind == "adapter" else {}
@@ -457,3 +458,56 @@ def test_a_head_next_to_a_tied_embedding_is_not_used(tmp_path, caplog):
         with pytest.raises(ValueError, match="tie_word_embeddings") as caught:
             load(str(folder), mtp=False)
         assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(scope="module")
+def draft(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A smaller model with the same tokenizer."""
+    folder = tmp_path_factory.mktemp("draft") / "model"
+    return save_tiny_model(folder, "qwen3", num_hidden_layers=1)
+
+
+def test_a_draft_model_is_loaded_with_the_model(pair: tuple[Path, Path], draft: Path) -> None:
+    model, _ = load(str(pair[0]), adapter_path=str(pair[1]), draft_model=str(draft))
+    assert model.config is not None and model.draft_model is not None
+    assert model.draft_model.name == str(draft) and model.draft_model.config is None
+    assert load(str(pair[0]))[0].draft_model is None
+
+
+def test_a_draft_model_with_another_tokenizer_is_refused(
+    pair: tuple[Path, Path], draft: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(draft, other)
+    text = (other / "tokenizer.json").read_text(encoding="utf-8")
+    (other / "tokenizer.json").write_text(text.replace("<user>", "<human>"), encoding="utf-8")
+    assert refused(str(pair[0]), draft_model=str(other)) == (
+        f"draft model {other} needs the same tokenizer as the model, but it has no token '<user>'"
+    )
+
+
+def test_a_draft_model_that_cannot_be_used_is_named(
+    pair: tuple[Path, Path], draft: Path, tmp_path: Path
+) -> None:
+    message = refused(str(pair[0]), draft_model=str(tmp_path / "nowhere"))
+    assert message == f"draft model: model {tmp_path / 'nowhere'} does not exist"
+    message = refused(str(pair[0]), draft_model=str(pair[1]))
+    assert message.startswith("draft model: ") and str(pair[1]) in message
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "hint"),
+    [
+        ("qwen3", 1, ""),
+        ("qwen3", 9, "is not smaller than the model"),
+        ("llama", 2, "is the model itself: take a smaller one for speed"),
+    ],
+)
+def test_a_draft_model_that_saves_nothing_is_a_hint(
+    pair: tuple[Path, Path], tmp_path: Path, kind: str, layers: int, hint: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    folder = save_tiny_model(tmp_path / "draft", kind, num_hidden_layers=layers)
+    load_with_status(str(pair[0]), draft_model=str(folder))
+    lines = [line for line in capsys.readouterr().err.splitlines() if "hint" in line]
+    assert len(lines) == bool(hint) and hint in "".join(lines)

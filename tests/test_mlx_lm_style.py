@@ -113,6 +113,44 @@ def test_our_cache_goes_on_as_mlx_lms_and_is_saved_by_mlx_lm(kind: str, tmp_path
     assert all(map(isinstance, ours[1:], map(type, theirs[1:])))
 
 
+@pytest.mark.parametrize("kinds", [("llama", "qwen3"), ("gemma3_text", "gemma3_text")])
+@pytest.mark.parametrize("num_draft_tokens", [3, 0])
+def test_a_draft_model_goes_on_with_the_caches_of_mlx_lm(
+    kinds: tuple[str, str], num_draft_tokens: int
+) -> None:
+    base, draft = tiny_base(kinds[0], **WIDE), tiny_base(kinds[1], seed=1, **WIDE)
+    ours, plain = make_prompt_cache(base) + make_prompt_cache(draft), make_prompt_cache(base)
+    options: dict[str, Any] = {"num_draft_tokens": num_draft_tokens, "drafter": "auto"}
+    for turn, count in TURNS:
+        expected = mlx_lm.stream_generate(
+            base, TOKENIZER, turn, max_tokens=count, prompt_cache=plain
+        )
+        found = list(mlx_mtp.stream_generate(
+            base, TOKENIZER, turn, max_tokens=count, draft_model=draft, prompt_cache=ours, **options
+        ))  # fmt: skip
+        assert ids(found) == ids(expected)
+        offsets = [cache.offset for cache in ours]
+        if num_draft_tokens:
+            assert offsets == [plain[0].offset] * len(ours)
+            likes = [*plain, *make_prompt_cache(draft)]
+            assert list(map(type, ours)) == list(map(type, likes))
+    if num_draft_tokens:  # the draft model has read the same text
+        text = mx.array([ids_read(TURNS, base)])
+        fresh = make_prompt_cache(draft)
+        draft(text, cache=fresh)
+        after = [draft(mx.array([[5]]), cache=cache) for cache in (fresh, ours[len(plain) :])]
+        assert mx.allclose(*after, rtol=1e-3, atol=1e-3)
+
+
+def ids_read(turns: Any, base: Any) -> list[int]:
+    """Prompts and greedy answers of a conversation without a chat template."""
+    read: list[int] = []
+    for turn, count in turns:
+        read += TOKENIZER.encode(turn)
+        read += [int(token) for token, _ in generate_step(mx.array(read), base, max_tokens=count)]
+    return read
+
+
 @pytest.mark.parametrize("like_ours", [True, False])
 def test_processors_see_what_they_see_in_mlx_lm(like_ours: bool) -> None:
     base, model = pair()
@@ -214,7 +252,8 @@ VALUES: dict[str, Any] = {
     "logits_processors": [lambda _, logits: logits], "max_kv_size": 16, "prompt_cache": None,
     "prefill_step_size": 3, "kv_bits": 8, "kv_group_size": 32, "quantized_kv_start": 4,
     "prompt_progress_callback": print, "input_embeddings": mx.zeros((2, 64)),
-    "draft_model": object(), "num_draft_tokens": 2, "stream": mx.new_stream(mx.cpu),
+    "draft_model": tiny_base("llama", vocab_size=BYTE_VOCAB), "num_draft_tokens": 2,
+    "stream": mx.new_stream(mx.cpu),
     "verbose": True, "prompts": [[72, 105]], "prompt_caches": None, "return_prompt_caches": True,
     "return_token_ids": True, "return_logprobs": True, "completion_batch_size": 2,
     "prefill_batch_size": 2, "stop_tokens": [[65]],
@@ -240,7 +279,7 @@ def test_every_argument_of_mlx_lm_is_taken_or_refused_in_one_line(ours: Any, the
         try:
             ours(pair()[1], TOKENIZER, **first | {name: VALUES[name]})
         except ValueError as error:
-            assert name in ("draft_model", "input_embeddings", "stop_tokens"), name
+            assert name in ("input_embeddings", "stop_tokens"), name
             assert name in str(error) and "\n" not in str(error)
     leading = [n for n in inspect.signature(theirs[0]).parameters if n != "kwargs"]
     assert list(inspect.signature(ours).parameters)[: len(leading)] == leading

@@ -107,7 +107,7 @@ def _load(
 
     from mlx_mtp.apps.engine.encoding import encode
     from mlx_mtp.apps.engine.grammar import Grammars
-    from mlx_mtp.apps.engine.prefix_setup import make_prefix_cache
+    from mlx_mtp.apps.engine.prefix_setup import make_draft_prefix_cache, make_prefix_cache
     from mlx_mtp.apps.engine.preparing import Prepared, prepare, template_config
     from mlx_mtp.apps.engine.protocol import Job
     from mlx_mtp.apps.engine.scheduler import Scheduler
@@ -126,6 +126,7 @@ def _load(
         adapter_path=load.adapter_path,
         trust_remote_code=load.trust_remote_code,
         mtp=load.mtp,
+        draft_model=load.draft_model,
         adapter=load.adapter,
         tokenizer_config={"chat_template": load.chat_template} if load.chat_template else None,
         extra_eos_token=load.extra_eos_token,
@@ -140,6 +141,7 @@ def _load(
         tokenizer=tokenizer,
         speculation=speculation,
         prefixes=prefixes,
+        draft_prefixes=make_draft_prefix_cache(model, load),
         texts=TokenTexts(tokenizer),
         prefill_step_size=load.prefill_step_size,
         drafter=load.drafter,
@@ -182,6 +184,7 @@ def _ready(model: Any, tokenizer: Any) -> Ready:
     return Ready(
         model=model.name,
         adapter=model.config is not None,
+        draft_model=None if model.draft_model is None else model.draft_model.name,
         num_draft_tokens=model.num_draft_tokens,
         max_context=model.max_context,
         has_chat_template=tokenizer.has_chat_template,

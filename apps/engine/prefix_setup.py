@@ -21,6 +21,15 @@ from mlx_mtp.storage.package import versions
 from mlx_mtp.storage.paths import cache_dir
 
 FOLDER = "prompts"
+DRAFT_SHARE = 4  # a draft model has this part of the memory
+
+
+def make_draft_prefix_cache(model: MTPModel, load: Load) -> PrefixCache | None:
+    """Make the cache of beginnings of the draft model; None without one."""
+    if model.draft_model is None:
+        return None
+    blocks = CacheBlocks(model.draft_model, chunk_size=load.prefill_step_size)
+    return PrefixCache(blocks, max_bytes=load.prefix_cache_bytes // DRAFT_SHARE)
 
 
 def make_prefix_cache(model: MTPModel, load: Load, **options: Any) -> PrefixCache:
@@ -41,7 +50,9 @@ def make_prefix_cache(model: MTPModel, load: Load, **options: Any) -> PrefixCach
             max_bytes=load.prefix_files_bytes,
             block_size=BLOCK_SIZE,
         )
-    return PrefixCache(blocks, max_bytes=load.prefix_cache_bytes, files=files)
+    max_bytes = load.prefix_cache_bytes
+    max_bytes -= 0 if model.draft_model is None else max_bytes // DRAFT_SHARE
+    return PrefixCache(blocks, max_bytes=max_bytes, files=files)
 
 
 def _key(model: MTPModel, load: Load, options: dict[str, Any]) -> str:

@@ -117,6 +117,7 @@ class Load:
     type: Literal["load"] = "load"
     model: str | None = None
     adapter_path: str | None = None
+    draft_model: str | None = None
     adapter: bool = True
     mtp: bool = True
     trust_remote_code: bool = False
@@ -158,6 +159,7 @@ class Ready:
     Attributes:
         model: name of the model.
         adapter: whether it has an MTP adapter.
+        draft_model: name of the draft model, if there is one.
         num_draft_tokens: the adapter's k; 0 without an adapter.
         max_context: maximum number of tokens of prompt and answer; None if unknown.
         has_chat_template: whether it takes conversations.
@@ -170,6 +172,7 @@ class Ready:
     type: Literal["ready"] = "ready"
     model: str
     adapter: bool
+    draft_model: str | None = None
     num_draft_tokens: int
     max_context: int | None = None
     has_chat_template: bool

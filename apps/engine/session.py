@@ -16,9 +16,11 @@ from mlx_mtp.apps.engine.tool_calls import ToolCallReader
 from mlx_mtp.calibration.stored_costs import store_learned
 from mlx_mtp.decoding.setup import make_request
 from mlx_mtp.decoding.step import Outcome, Step, StepResult
+from mlx_mtp.drafting.draft_model import DraftText
 from mlx_mtp.generate import TextStream, drafts_tokens
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
+from mlx_mtp.planning.plan import DRAFT_MODEL
 from mlx_mtp.stats import GenerationStats, StatsMeter
 from mlx_mtp.text.detokenizer import detokenizer_for
 from mlx_mtp.text.reasoning import Parts, ReasoningParser, Span
@@ -33,6 +35,7 @@ class Engine:
         tokenizer: its tokenizer.
         speculation: what the model's planner knows.
         prefixes: beginnings of texts that need not be computed again.
+        draft_prefixes: the same for the draft model, if there is one.
         texts: text and bytes of ids.
         prefill_step_size: rows of a prompt per forward, between which others have their turn.
         drafter: what proposes drafts, as in ``GenerationConfig``.
@@ -47,6 +50,7 @@ class Engine:
     prefill_step_size: int
     drafter: str = "auto"
     lookup: bool = True
+    draft_prefixes: PrefixCache | None = None
 
 
 class Session:
@@ -74,6 +78,7 @@ class Session:
             engine.prefixes.add(ids, job.stored_blocks)
             self._places = engine.prefixes.places(ids)
             self._beginning = engine.prefixes.take(ids)
+            self._continue_drafts()
         num_cached = self._beginning.num_ids
         config = replace(
             job.config,
@@ -160,8 +165,25 @@ class Session:
             self._engine.prefixes.keep(
                 self._request.ids, self._request.cache, num_prompt=len(self._job.ids)
             )
+            self._keep_drafts()
         if self.finished:
             store_learned(self._engine.model)
+
+    def _continue_drafts(self) -> None:
+        """Let the draft model continue the beginning of the prompt that it has read before."""
+        ids, prefixes = self._job.ids, self._engine.draft_prefixes
+        draft = self._engine.model.draft_model
+        if prefixes is not None and draft is not None:
+            known = prefixes.take(ids)
+            text = DraftText(draft, known.cache, ids[: known.num_ids])
+            self._beginning.cache.drafter_memory[DRAFT_MODEL] = text
+
+    def _keep_drafts(self) -> None:
+        """Keep what the draft model has read."""
+        text: DraftText | None = self._beginning.cache.drafter_memory.get(DRAFT_MODEL)
+        if text is not None and self._engine.draft_prefixes is not None:
+            text.end_at(text.cache.offset)  # without drafts of a step that was not run
+            self._engine.draft_prefixes.keep(text.ids, text.cache, num_prompt=len(self._job.ids))
 
     def _put(self, *, at_prompt: bool) -> None:
         """Let others share the rows: after each chunk of the prompt, at its end, then rarely."""

@@ -91,6 +91,7 @@ async def _announce(server: _Server, engine: Engine, url: str, settings: Setting
         server.should_exit = True
         return
     mode = f"k = {info.num_draft_tokens}" if info.adapter else "no MTP adapter: one token per step"
+    mode = f"draft model {info.draft_model}" if info.draft_model else mode
     mode = "plain layout: one token per step" if settings.layout == "plain" else mode
     show(f"Serving {info.model} ({mode}) on {url}/v1")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,23 +65,32 @@ def load_base(folder: Path, *, name: str) -> MTPModel:
     Raises:
         ValueError: it cannot be loaded, or mask tokens cannot be added to it.
     """
-    return MTPModel(open_lazily(folder), name=name)
+    return MTPModel(open_base_lazily(folder)[0], name=name)
 
 
-def open_lazily(folder: Path) -> Any:
+def open_base_lazily(folder: Path) -> tuple[Any, dict[str, Any]]:
     """Build the mlx-lm model of a folder, whose weights are read when they are first used.
+
+    Returns:
+        The model and its configuration.
 
     Raises:
         ValueError: it cannot be loaded.
     """
     try:
-        return open_base(folder)[0]
+        return open_base(folder)
     except (OSError, KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"cannot load the base model in {folder}: {error}") from None
 
 
-def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
-    """Describe the base model to a layout."""
+def read_facts(model: MTPModel, folder: Path, config: Mapping[str, Any]) -> BaseFacts:
+    """Describe the base model to a layout.
+
+    Args:
+        model: the model.
+        folder: folder with its tokenizer.
+        config: its ``config.json``.
+    """
     linears = {
         path: linear_dims(module)
         for path, module in model.base.named_modules()
@@ -101,7 +110,7 @@ def read_facts(model: MTPModel, folder: Path) -> BaseFacts:
         num_layers=len(model.base.layers),
         vocab_size=model.vocab_size,
         norm_eps=float(getattr(model.base.args, "rms_norm_eps", DEFAULT_NORM_EPS)),
-        **tokenizer_facts(folder),
+        **tokenizer_facts(folder) | diffusion_facts(config),
         linears=linears,
         embed=embed,
         unembed=unembed if model.parts.head is not None else None,
@@ -124,4 +133,11 @@ def tokenizer_facts(folder: Path) -> dict[str, Any]:
         "num_tokens": len(tokenizer),
         "mask_token": vocabulary.get("<mask>"),
         "named_masks": named_masks(vocabulary),
+        "noise_end": vocabulary.get("<|MASK|>", tokenizer.mask_token_id),
     }
+
+
+def diffusion_facts(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what ``BaseFacts`` has of the settings of a diffusion model in ``config.json``."""
+    keys = {"noise_end": "mask_token_id", "block_size": "block_size"}
+    return {name: config[key] for name, key in keys.items() if type(config.get(key)) is int}

@@ -8,7 +8,7 @@ folder are not visible to it.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from huggingface_hub.errors import HfHubHTTPError
 from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
 from mlx_mtp.converters.tokenizer.write import SENTENCEPIECE_FILES
 from mlx_mtp.loading import resolve
+from mlx_mtp.model.aliases import as_known
+from mlx_mtp.model.native.stored import EXTRA_FILES
 from mlx_mtp.storage.contents import look, model_problem
 from mlx_mtp.storage.safetensors import (
     READABLE,
@@ -54,12 +56,12 @@ def resolve_base(hf_path: str, *, trust_remote_code: bool = False) -> Path:
     """Return a model's folder, or download what a conversion needs of a hub repository.
 
     PyTorch files are downloaded only if there are no safetensors files, Python files only with
-    ``trust_remote_code``.
+    ``trust_remote_code``.  Native modules may be in safetensors files of other names.
 
     Raises:
         ValueError: there is no such folder or repository.
     """
-    small = [*_SMALL_FILES, *(["*.py"] if trust_remote_code else [])]
+    small = [*_SMALL_FILES, EXTRA_FILES, *(["*.py"] if trust_remote_code else [])]
     return resolve(hf_path, kind="model", patterns=lambda: [*small, _weights_pattern(hf_path)])
 
 
@@ -73,7 +75,7 @@ def read_config(source: Path, *, trust_remote_code: bool = False) -> dict[str, A
     contents = look(source)
     if contents.kind != "model":
         raise ValueError(model_problem(contents))
-    config = read_json_object(source / CONFIG_FILE)
+    config = as_known(read_json_object(source / CONFIG_FILE))
     if not isinstance(config.get("model_type"), str):
         raise ValueError(f"{source / CONFIG_FILE} has no model_type")
     for name in (CONFIG_FILE, "tokenizer_config.json"):
@@ -117,6 +119,11 @@ def stage(source: Path, config: dict[str, Any], scratch: Path, *, allow_pickle: 
         (folder / f"model-{number:05d}-of-{len(weights):05d}.safetensors").symlink_to(
             path.resolve()
         )
+    for path in sorted(set(source.glob(EXTRA_FILES)) - set(weights)):
+        check_safetensors(path)
+        # mlx-lm must not take it for one of the model's own.
+        name = f"mtp-{path.name}" if path.match(SAFETENSORS) else path.name
+        (folder / name).symlink_to(path.resolve())
     for name in (CONFIG_FILE, GENERATION_FILE, "hf_quant_config.json", config.get("model_file")):
         if isinstance(name, str) and (source / name).exists():
             if name.endswith(".json"):
@@ -125,13 +132,17 @@ def stage(source: Path, config: dict[str, Any], scratch: Path, *, allow_pickle: 
     return folder
 
 
-def weight_files(source: Path) -> list[Path]:
+def weight_files(source: Path, *, dropped: Callable[[str], bool] | None = None) -> list[Path]:
     """Return a model's weights files: safetensors if there are any, otherwise PyTorch files.
+
+    Args:
+        source: the model's folder.
+        dropped: see ``safetensors_files``.
 
     Raises:
         ValueError: there are none, an index is broken, or a shard is missing.
     """
-    if files := safetensors_files(source):
+    if files := safetensors_files(source, dropped=dropped):
         return files
     if (source / TORCH_INDEX).is_file():
         names = sorted(set(read_index(source / TORCH_INDEX).values()))

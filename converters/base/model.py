@@ -27,6 +27,7 @@ from mlx_mtp.converters.base.files import (
     resolve_base,
     stage,
 )
+from mlx_mtp.converters.base.native import ConvertedModules, read_modules, write_modules
 from mlx_mtp.converters.tokenizer.write import write_tokenizer
 from mlx_mtp.model.base import open_base
 from mlx_mtp.storage.cards import read_licence
@@ -39,14 +40,19 @@ DTYPES = ("float16", "bfloat16", "float32")
 BITS = (1, 2, 3, 4, 5, 6, 8)  # of mx.quantize in its affine mode
 GROUP_SIZES = (32, 64, 128)
 DEFAULT_BITS, DEFAULT_GROUP_SIZE = 4, 64
+DEFAULT_NATIVE_BITS = 8  # a module is a layer or two, and each draft that it loses costs a step
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantisation:
-    """How weights are quantised: ``bits`` per weight, one scale per ``group_size`` weights."""
+    """How weights are quantised: ``bits`` per weight, one scale per ``group_size`` weights.
+
+    Native MTP modules have ``native_bits`` per weight.
+    """
 
     bits: int = DEFAULT_BITS
     group_size: int = DEFAULT_GROUP_SIZE
+    native_bits: int = DEFAULT_NATIVE_BITS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +68,7 @@ class BaseResult:
         num_bytes: size of all written tensors.
         num_parameters: number of the model's parameters.
         compared_texts: number of texts on which the tokenizers were compared.
+        native: what became of its native MTP modules; None if it has none.
     """
 
     source: Path
@@ -72,6 +79,7 @@ class BaseResult:
     num_bytes: int
     num_parameters: int
     compared_texts: int
+    native: ConvertedModules | None = None
 
     @property
     def summary(self) -> str:
@@ -92,11 +100,12 @@ def convert_base(
     quantise: bool = False,
     q_bits: int | None = None,
     q_group_size: int | None = None,
+    q_native_bits: int | None = None,
     dtype: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     copy_tokenizer: bool = False,
-    on_model: Callable[[Any], None] | None = None,
+    on_model: Callable[[Any, dict[str, Any]], None] | None = None,
     on_written: Callable[[BaseResult], None] | None = None,
 ) -> BaseResult:
     """Convert a base model into an mlx-lm model folder; ``config.json`` is written last.
@@ -107,19 +116,20 @@ def convert_base(
         quantise: quantise the weights like ``mlx_lm.convert -q``.
         q_bits: bits per weight, 4 by default.
         q_group_size: weights per scale, 64 by default.
+        q_native_bits: bits per weight of native MTP modules, 8 by default.
         dtype: ``float16``, ``bfloat16`` or ``float32``; the model's own by default.
         allow_pickle: whether PyTorch files may be read, in a sandbox.
         trust_remote_code: whether code in the model's folder may run.
         copy_tokenizer: copy the tokenizer, which is one that this program wrote.
-        on_model: called with the lazy mlx-lm model, cast but not quantised, when only the
-            tokenizer has been written; may write more files to ``output``.
+        on_model: called with the lazy mlx-lm model, cast but not quantised, and its configuration
+            when only the tokenizer has been written; may write more files to ``output``.
         on_written: called when only ``config.json`` is missing.
 
     Raises:
         ValueError: something is missing, broken or unsupported; one line that names it.
         OSError: the output cannot be written.
     """
-    quantisation = _quantisation(quantise, q_bits, q_group_size)
+    quantisation = _quantisation(quantise, q_bits, q_group_size, q_native_bits)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     source = resolve_base(hf_path, trust_remote_code=trust_remote_code)
@@ -143,8 +153,17 @@ def convert_base(
         with Status("Loading the model ..."):
             model, config = _load(source, staged, trust_remote_code=trust_remote_code)
         cast = _cast(model, config, dtype)
+        modules = read_modules(staged, source, model, config)
+        native = write_modules(
+            modules,
+            output,
+            model,
+            config,
+            bits=None if quantisation is None else quantisation.native_bits,
+            group_size=None if quantisation is None else quantisation.group_size,
+        )
         if on_model is not None:
-            on_model(model)
+            on_model(model, config)
         if quantisation is not None:
             config = _quantise(source, model, config, quantisation)
         num_parameters = lm_utils.get_total_parameters(model)
@@ -160,6 +179,7 @@ def convert_base(
             num_bytes=num_bytes,
             num_parameters=num_parameters,
             compared_texts=texts,
+            native=native,
         )
         if on_written is not None:
             on_written(result)
@@ -167,20 +187,24 @@ def convert_base(
     return result
 
 
-def _quantisation(quantise: bool, bits: int | None, group_size: int | None) -> Quantisation | None:
+def _quantisation(
+    quantise: bool, bits: int | None, group_size: int | None, native_bits: int | None
+) -> Quantisation | None:
     """Check the options of quantisation."""
     if not quantise:
-        if bits is not None or group_size is not None:
-            raise ValueError("q_bits and q_group_size need quantise (-q)")
+        if (bits, group_size, native_bits) != (None, None, None):
+            raise ValueError("q_bits, q_group_size and q_native_bits need quantise (-q)")
         return None
     bits = DEFAULT_BITS if bits is None else bits
+    native_bits = DEFAULT_NATIVE_BITS if native_bits is None else native_bits
     group_size = DEFAULT_GROUP_SIZE if group_size is None else group_size
-    if bits not in BITS:
-        raise ValueError(f"q_bits must be one of {', '.join(map(str, BITS))}, got {bits}")
+    for name, value in (("q_bits", bits), ("q_native_bits", native_bits)):
+        if value not in BITS:
+            raise ValueError(f"{name} must be one of {', '.join(map(str, BITS))}, got {value}")
     if group_size not in GROUP_SIZES:
         allowed = ", ".join(map(str, GROUP_SIZES))
         raise ValueError(f"q_group_size must be one of {allowed}, got {group_size}")
-    return Quantisation(bits=bits, group_size=group_size)
+    return Quantisation(bits=bits, group_size=group_size, native_bits=native_bits)
 
 
 def _check_supported(source: Path, config: dict[str, Any]) -> None:

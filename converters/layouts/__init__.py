@@ -49,7 +49,7 @@ LAYOUTS: Mapping[str, Layout] = {
         Layout(
             name="peft-lora",
             looks_for="adapter_config.json with peft_type and neither",
-            options=frozenset({"num_draft_tokens", "mask_token_ids", "seed"}),
+            options=frozenset({"num_draft_tokens", "mask_token_ids", "noise_ids"}),
             convert=peft.convert_peft_lora,
             describe=peft.describe_peft_lora,
         ),

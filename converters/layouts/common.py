@@ -38,6 +38,9 @@ class BaseFacts:
         num_tokens: length of its tokenizer, None if it has none.
         mask_token: id of ``<mask>`` in its tokenizer, None if it has no such token.
         named_masks: ids of its tokens ``<mask_1>``, ``<mask_2>``, ..., in this order.
+        noise_end: id of the mask token that diffusion training replaces by random ones of lower
+            ids; None if none is known.
+        block_size: tokens of a block in such training; None if unknown.
         linears: (in, out) of its linear layers by mlx-lm's module path.
         embed: rows ``[n, D]`` of its token embedding.
         unembed: rows ``[n, D]`` of its unembedding, if that is a separate table and available;
@@ -60,6 +63,8 @@ class BaseFacts:
     per_layer_size: int = 0
     mask_token: int | None = None
     named_masks: tuple[int, ...] = ()
+    noise_end: int | None = None
+    block_size: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,20 +89,35 @@ class LowRankLayer:
         return self.lora_a.shape[-1]
 
 
+@dataclass(frozen=True)
+class NoiseRows:
+    """Mask rows that are random tokens, drawn in every step.
+
+    Attributes:
+        count: k.
+        ids: lowest id, and highest id plus one.
+    """
+
+    count: int
+    ids: tuple[int, int]
+
+
 @dataclass(frozen=True, kw_only=True)
 class ConvertedAdapter:
     """An adapter with the names and shapes of mlx-mtp.
 
     Attributes:
         layout: name of the layout that it came in.
-        tensors: ``mask_embeddings`` ``[k, D]``, ``*.lora_a`` ``[in, r]``, ``*.lora_b``
-            ``[r, out]`` and ``sampler_head.*``, in the types of the checkpoint.
+        tensors: ``mask_embeddings`` ``[k, D]`` unless there are ``noise_ids``, ``*.lora_a``
+            ``[in, r]``, ``*.lora_b`` ``[r, out]`` and ``sampler_head.*``, in the types of the
+            checkpoint.
         num_draft_tokens: k.
         rank, scale: values of the layers that the two patterns do not name.
         rank_pattern, scale_pattern: values of the other layers, by full module path.
         sampler: kind of the sampler head, None if there is none.
         base_model: base model that the checkpoint names, if any.
         notes: what was assumed or looked up elsewhere, one line per item.
+        noise_ids: see ``MTPConfig``.
     """
 
     layout: str
@@ -110,6 +130,7 @@ class ConvertedAdapter:
     sampler: SamplerKind | None
     base_model: str | None
     notes: tuple[str, ...]
+    noise_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,7 +188,7 @@ def assemble(
     layers: Sequence[LowRankLayer],
     *,
     layout: str,
-    masks: mx.array,
+    masks: mx.array | NoiseRows,
     sampler: SamplerKind | None,
     sampler_tensors: Mapping[str, mx.array],
     base_model: str | None,
@@ -179,22 +200,27 @@ def assemble(
     Args:
         layers: adapted layers, at least one.
         layout: name of the layout.
-        masks: mask embeddings ``[k, D]``.
+        masks: mask embeddings ``[k, D]``, or that mask rows have random ids.
         sampler: kind of the sampler head, if there is one.
         sampler_tensors: tensors of the sampler head by their names in it (``linear_1.weight``).
         base_model: the base model that the checkpoint names.
         notes: see ``ConvertedAdapter``.
         default: (rank, scale) of layers that no pattern names; by default the most common.
     """
-    if masks.ndim != 2:
+    rows, noise_ids = {}, ()
+    if isinstance(masks, NoiseRows):
+        k, noise_ids = masks.count, masks.ids
+    elif masks.ndim == 2:
+        k, rows = masks.shape[0], {MASK_EMBEDDINGS: masks}
+    else:
         raise ValueError(f"{MASK_EMBEDDINGS} must be [k, D], its shape is {tuple(masks.shape)}")
     layers = sorted(layers, key=lambda layer: layer.path)  # whatever order they were stored in
     rank, scale = default or _most_common(layers)
     head = {SAMPLER_PREFIX + name: value for name, value in sampler_tensors.items()}
     return ConvertedAdapter(
         layout=layout,
-        tensors={MASK_EMBEDDINGS: masks, **_low_rank_tensors(layers), **head},
-        num_draft_tokens=masks.shape[0],
+        tensors={**rows, **_low_rank_tensors(layers), **head},
+        num_draft_tokens=k,
         rank=rank,
         scale=scale,
         rank_pattern={layer.path: layer.rank for layer in layers if layer.rank != rank},
@@ -202,6 +228,7 @@ def assemble(
         sampler=sampler,
         base_model=base_model,
         notes=tuple(notes),
+        noise_ids=noise_ids,
     )
 
 
@@ -225,8 +252,9 @@ def check_adapter(adapter: ConvertedAdapter, base: BaseFacts) -> None:
         ValueError: a tensor does not fit, is not of a floating-point type, or is not finite.
     """
     shapes = _sampler_shapes(adapter.sampler, base.hidden_size)
-    shapes[MASK_EMBEDDINGS] = (adapter.num_draft_tokens, base.hidden_size)
-    if base.per_layer_size:
+    if not adapter.noise_ids:
+        shapes[MASK_EMBEDDINGS] = (adapter.num_draft_tokens, base.hidden_size)
+    if base.per_layer_size and not adapter.noise_ids:
         shapes[MASK_PER_LAYER_EMBEDDINGS] = (adapter.num_draft_tokens, base.per_layer_size)
     for name in adapter.tensors:
         path, _, half = name.rpartition(".")

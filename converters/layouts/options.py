@@ -20,6 +20,7 @@ class Options:
         num_draft_tokens: k.
         mask_token_ids: vocabulary ids whose embedding rows are the mask rows, in drafting order.
         seed: seed of the random ids that serve as mask rows.
+        noise_ids: (low, high) of the ids that are drawn for mask rows in every step.
         alpha, rank, scale: of the low-rank weights; by default the scale is alpha / rank.
         concat: order of the two halves of the sampler head's input.
         norm: normalisation of the sampler head, ``layer`` or ``rms``.
@@ -31,6 +32,7 @@ class Options:
     num_draft_tokens: int | None = None
     mask_token_ids: tuple[int, ...] | None = None
     seed: int | None = None
+    noise_ids: tuple[int, int] | None = None
     alpha: float | None = None
     rank: int | None = None
     scale: float | None = None
@@ -78,6 +80,13 @@ def _ids(text: str) -> tuple[int, ...]:
         raise ValueError("must list token ids, separated by commas") from None
 
 
+def _range(text: str) -> tuple[int, int]:
+    low, high = (*_ids(text), 0, 0)[:2]
+    if text.count(",") != 1 or low >= high:
+        raise ValueError("must be LOW,HIGH with LOW below HIGH")
+    return low, high
+
+
 def _number(text: str) -> float:
     try:
         value = float(text)
@@ -108,6 +117,7 @@ _PARSERS: dict[str, Callable[[str], Any]] = {
     "num_draft_tokens": _whole(1),
     "mask_token_ids": _ids,
     "seed": _whole(0),
+    "noise_ids": _range,
     "alpha": _number,
     "rank": _whole(1),
     "scale": _number,

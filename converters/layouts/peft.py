@@ -3,7 +3,7 @@
 Both are folders written by ``save_pretrained`` of a PEFT model.  The first has trained rows for its
 mask tokens, which PEFT saves as separate rows, as rows next to whole tables if the vocabulary was
 enlarged, or inside such a table.  The second (arXiv 2609.04010) has neither mask tokens nor a
-sampler head: its mask rows are random tokens of the base model's vocabulary.
+sampler head: its mask rows are random tokens of the base model's vocabulary, drawn in every step.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from mlx_mtp.converters.layouts.tables import (
     check_table,
     mask_rows,
     named_masks,
+    noise_rows,
     random_rows,
 )
 from mlx_mtp.model.config import SamplerKind
@@ -51,6 +52,11 @@ _REASONS = {
     "lora_embedding_": "contains low-rank weights of an embedding, which are not supported",
     ".bias": "is a trained bias, which is not supported",
 }
+_UNKNOWN_K = (
+    "an ordinary fine-tune looks the same, so the number of drafts cannot be detected; for an "
+    "adapter of Uno add --checkpoint-option num_draft_tokens=7 (its block of 8 tokens less the "
+    "sure one; up to 15 for blocks of 16)"
+)
 _RECURRENT = re.compile(r"sampler\.(?:rnn|mlp_pre|mlp_post)\.")
 
 
@@ -96,9 +102,13 @@ def convert_peft_lora(
     settings, tensors = _read(checkpoint)
     if tensors.sampler or tensors.rows or settings.trained:
         raise ValueError("layout peft-lora has neither mask tokens nor a sampler head")
-    why = "an ordinary fine-tune looks the same, so the number of drafts cannot be detected"
-    masks, note = random_rows(base, options, why=why)
-    notes = [note]
+    if options.mask_token_ids is None:
+        masks, notes = noise_rows(base, options, block_size=settings.block_size, why=_UNKNOWN_K)
+    elif options.noise_ids is None:
+        masks, note = random_rows(base, options, why=_UNKNOWN_K)
+        notes = [note]
+    else:
+        raise ValueError("layout options noise_ids and mask_token_ids exclude each other")
     for name, table in tensors.tables.items():
         notes += check_table(name, table, base, mask_ids=())
     return assemble(

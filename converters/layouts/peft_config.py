@@ -20,7 +20,7 @@ EMBEDDING = "embed_tokens"
 _READ = {
     "peft_type", "base_model_name_or_path", "r", "lora_alpha", "use_rslora", "rank_pattern",
     "alpha_pattern", "trainable_token_indices", "alora_invocation_tokens", "modules_to_save",
-    "bias", "init_lora_weights",
+    "bias", "init_lora_weights", "block_size",
 }  # fmt: skip
 # How an adapter was initialised, trained or placed: the tensors already reflect it.
 _WITHOUT_EFFECT = {
@@ -49,6 +49,7 @@ class PeftSettings:
         order: ids of the mask tokens in drafting order; None if unknown.
         base_model: name of the base model.
         head_saved: whether the unembedding was trained and saved whole.
+        block_size: tokens of a block of training, drafts and the sure one; None if unknown.
     """
 
     rank: int = 1
@@ -60,6 +61,7 @@ class PeftSettings:
     order: tuple[int, ...] | None = None
     base_model: str | None = None
     head_saved: bool = False
+    block_size: int | None = None
 
     def rank_of(self, layer: str) -> int:
         """Return the rank of the layer with this Hugging Face module path."""
@@ -102,6 +104,7 @@ def read_settings(config: Mapping[str, Any]) -> tuple[PeftSettings, list[str]]:
         order=_token_ids("alora_invocation_tokens", order, problems) if order else None,
         base_model=base_model if isinstance(base_model, str) and base_model else None,
         head_saved=HEAD in str(config.get("modules_to_save")),
+        block_size=size if type(size := config.get("block_size")) is int else None,
     )
     if settings.trained and settings.order and sorted(settings.trained) != sorted(settings.order):
         problems.append(

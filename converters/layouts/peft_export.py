@@ -41,6 +41,8 @@ def to_peft(
     Raises:
         ValueError: PEFT's layout cannot express the adapter; the message names the reason.
     """
+    if config.noise_ids:
+        raise ValueError("PEFT's layout has no place for noise_ids, mask rows of random tokens")
     ids = [int(token) for token in mask_token_ids]
     if len(set(ids)) != len(ids) or len(ids) != config.num_draft_tokens or min(ids) < 0:
         raise ValueError(f"{config.num_draft_tokens} different mask tokens are needed, got {ids}")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.converters.layouts.common import FLOATS, HEAD, BaseFacts
+from mlx_mtp.converters.layouts.common import FLOATS, HEAD, BaseFacts, NoiseRows
 from mlx_mtp.converters.layouts.options import Options
 
 _ROWS_AT_ONCE = 4096
@@ -68,6 +68,40 @@ def random_rows(base: BaseFacts, options: Options, *, why: str) -> tuple[mx.arra
         how = "as specified"
     listed = ", ".join(map(str, ids))
     return token_rows(base, ids), f"mask rows: the base embedding's rows of {listed}, {how}"
+
+
+def noise_rows(
+    base: BaseFacts, options: Options, *, block_size: int | None, why: str
+) -> tuple[NoiseRows, list[str]]:
+    """Return mask rows of random tokens, and notes about what was assumed.
+
+    Args:
+        base: the base model.
+        options: ``num_draft_tokens`` and ``noise_ids``.
+        block_size: tokens of a block in training, k + 1; None if the checkpoint has no such value.
+        why: why the number must be specified otherwise, for the message.
+
+    Raises:
+        ValueError: k is unknown, or an id is not in the vocabulary.
+    """
+    notes, k = [], options.num_draft_tokens
+    block_size = block_size or base.block_size
+    if k is None and block_size is not None and block_size > 1:
+        k = block_size - 1
+        notes.append(f"num_draft_tokens: {k}, one less than block_size {block_size}")
+    if k is None:
+        raise ValueError(f"layout option num_draft_tokens is required: {why}")
+    size, ids, how = base.vocab_size, options.noise_ids, "as specified"
+    if ids is None:
+        end = base.noise_end
+        # Some tokenizers have a mask token of another kind among their first tokens.
+        is_end = end is not None and end > size // 2
+        high = min(end if end is not None and is_end else base.num_tokens or size, size)
+        ids, how = (1, high), "below the mask token" if is_end else "all tokens but the first"
+    if ids[1] > size:
+        raise ValueError(f"noise_ids end at {ids[1]}, but {base.name} has {size} tokens")
+    notes.append(f"mask rows: random ids from {ids[0]} to {ids[1] - 1}, {how}")
+    return NoiseRows(k, ids), notes
 
 
 def check_table(

@@ -75,7 +75,6 @@ def attach(
     layout: str | None,
     options: Mapping[str, str],
     allow_pickle: bool,
-    written_rows: np.ndarray | None,
 ) -> Adapter:
     """Add the gated layers of a checkpoint to a model; see ``model.load_reference``.
 
@@ -88,7 +87,7 @@ def attach(
         folder = scratch / "peft"
         ids = _peft_mask_ids(checkpoint, base, options)
         has_masks = layout == "peft-mtp"
-        return _attach_peft(model, checkpoint, folder, gate, ids, has_masks, written_rows)
+        return _attach_peft(model, checkpoint, folder, gate, ids, has_masks)
     if layout == "mtp-glora":
         return _attach_glora(model, checkpoint, gate=gate, base=base, options=options)
     facts = _base_facts(model, base)
@@ -142,7 +141,6 @@ def _attach_peft(
     gate: Gate,
     ids: list[int],
     has_masks: bool,
-    written_rows: np.ndarray | None,
 ) -> Adapter:
     """Let PEFT load its adapter as ordinary LoRA, then gate every layer."""
     import torch
@@ -164,7 +162,7 @@ def _attach_peft(
     if num_rows > model.get_input_embeddings().weight.shape[0]:
         model.resize_token_embeddings(num_rows, mean_resizing=False)
     if not ids:
-        ids = _find_tokens(model, written_rows)
+        raise ValueError("the checkpoint has no mask tokens: set layout option mask_token_ids")
     for name in tables:
         tensors[name] = _with_base_rows(model, name, tensors[name], ids)
     folder.mkdir()
@@ -213,25 +211,6 @@ def _with_base_rows(model: Any, name: str, table: mx.array, ids: Sequence[int]) 
         rows = mx.array(ids)
         merged[rows] = table[rows].astype(mx.float32)
     return merged
-
-
-def _find_tokens(model: Any, written_rows: np.ndarray | None) -> list[int]:
-    """Return the ids of the base model's tokens whose embeddings were written as mask rows."""
-    import torch
-
-    if written_rows is None:
-        raise ValueError("the checkpoint has no mask tokens: set layout option mask_token_ids")
-    table = model.get_input_embeddings().weight.detach().float()
-    ids = []
-    for index, row in enumerate(torch.tensor(written_rows)):
-        distance = (table - row).abs().amax(dim=1)
-        nearest = int(distance.argmin())
-        if distance[nearest] > 1e-2 * row.abs().max():
-            raise ValueError(
-                f"mask row {index} is not the embedding of any token of the base model"
-            )
-        ids.append(nearest)
-    return ids
 
 
 def _peft_sampler(checkpoint: Checkpoint) -> Sampler | None:

@@ -15,10 +15,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mlx_mtp.converters.base.files import SAFETENSORS_INDEX, TORCH_INDEX, weight_files
+from mlx_mtp.converters.base.files import (
+    CONFIG_FILE,
+    SAFETENSORS_INDEX,
+    TORCH_INDEX,
+    weight_files,
+)
 from mlx_mtp.converters.pytorch.checkpoint import torch_to_safetensors
 from mlx_mtp.converters.reference.adapters import INSTALL, Adapter, Gate, attach
+from mlx_mtp.model.aliases import as_known, norm_groups
 from mlx_mtp.storage.contents import ADAPTER_CONFIG
+from mlx_mtp.storage.safetensors import read_json_object
 
 if TYPE_CHECKING:
     import torch
@@ -119,7 +126,6 @@ def load_reference(
     layout: str | None = None,
     options: Mapping[str, str] | None = None,
     allow_pickle: bool = False,
-    written_rows: np.ndarray | None = None,
 ) -> Reference:
     """Load the original files.
 
@@ -130,8 +136,6 @@ def load_reference(
         layout: layout of the checkpoint; detected if None.
         options: layout options of the conversion.
         allow_pickle: whether PyTorch files may be read, in a sandbox.
-        written_rows: mask embeddings ``[k, D]`` of the converted adapter.  They only identify the
-            random tokens that a conversion chose for a checkpoint without mask tokens.
 
     Raises:
         ValueError: a file cannot be read or a package is missing; one line.
@@ -156,7 +160,6 @@ def load_reference(
         layout=layout,
         options=dict(options or {}),
         allow_pickle=allow_pickle,
-        written_rows=written_rows,
     )
     return reference
 
@@ -193,18 +196,23 @@ def _load_base(hf_path: Path, *, scratch: Path, allow_pickle: bool) -> Any:
 
 
 def _safe_folder(hf_path: Path, target: Path, *, allow_pickle: bool) -> Path:
-    """Return the folder itself, or a copy with converted PyTorch files or without an adapter.
+    """Return the folder itself, or a copy that transformers reads safely and under a known name.
 
-    transformers would add a PEFT adapter in the model's folder to the model.
+    PyTorch files are converted; a PEFT adapter is left out, which transformers would add.
     """
     shards = weight_files(hf_path)
     is_safe = shards[0].suffix == ".safetensors"
-    if is_safe and not (hf_path / ADAPTER_CONFIG).is_file():
+    given = read_json_object(hf_path / CONFIG_FILE)
+    if norm_groups(given) > 1:
+        raise ValueError(f"transformers has no {given['model_type']} to verify with")
+    config = as_known(given)
+    if is_safe and config == given and not (hf_path / ADAPTER_CONFIG).is_file():
         return hf_path
     target.mkdir()
     for file in hf_path.glob("*.json"):
         if file.name != ADAPTER_CONFIG:
             (target / file.name).write_bytes(file.read_bytes())
+    (target / CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
     if is_safe:
         for shard in shards:
             (target / shard.name).symlink_to(shard.resolve())

@@ -43,7 +43,9 @@ class BenchmarkConfig:
         contexts: numbers of ids of text before the prompts.
         max_tokens: maximum ids of an answer, at least 2.
         settings: the schedule.
-        model, adapter_path, draft_model: folders or hub ids; see ``loading.load``.
+        model, adapter_path, draft_model: folders or hub ids; see ``loading.load``.  The draft model
+            is that of mode "draft" and of our drafting modes.
+        adapter: whether an adapter is attached, if a mode drafts.
         trust_remote_code: whether tokenizers may run their code.
         num_draft_tokens: drafts per step of our modes; the adapter's maximum for None.
         lookup: whether auto may verify looked-up drafts.
@@ -59,6 +61,7 @@ class BenchmarkConfig:
     model: str | None = None
     adapter_path: str | None = None
     draft_model: str | None = None
+    adapter: bool = True
     trust_remote_code: bool = False
     num_draft_tokens: int | None = None
     lookup: bool = True
@@ -99,12 +102,14 @@ def prepare(config: BenchmarkConfig, *, on_status: OnStatus = lambda text: None)
     """
     from mlx_mtp.loading import load
 
-    needs_adapter = any(name not in (PLAIN, STOCK, DRAFT) for name in config.modes)
+    drafts = any(name not in (PLAIN, STOCK, DRAFT) for name in config.modes)
     model, tokenizer = load(
         config.model,
         adapter_path=config.adapter_path,
         trust_remote_code=config.trust_remote_code,
-        mtp=config.adapter_path is not None or needs_adapter,
+        mtp=config.adapter_path is not None or drafts,
+        adapter=config.adapter,
+        draft_model=config.draft_model if drafts else None,
         progress=on_status,
     )
     _check_contexts(model, config)
@@ -140,7 +145,7 @@ def _check_contexts(model: MTPModel, config: BenchmarkConfig) -> None:
 
 def _stock_modes(config: BenchmarkConfig, tokenizer: Any, on_status: OnStatus) -> list[Mode]:
     """The modes of mlx-lm itself, on the unchanged model folder."""
-    from mlx_mtp.loading import locate, resolve
+    from mlx_mtp.loading import check_draft_tokenizer, locate, resolve
 
     names = [name for name in config.modes if name in (STOCK, DRAFT)]
     if not names:
@@ -156,11 +161,7 @@ def _stock_modes(config: BenchmarkConfig, tokenizer: Any, on_status: OnStatus) -
         on_status("Loading the draft model ...")
         path = resolve(config.draft_model, kind="draft model")
         draft, draft_tokenizer = load_stock(path, trust_remote_code=trust)
-        if draft_tokenizer.vocab_size != tokenizer.vocab_size:
-            raise ValueError(
-                f"draft model {config.draft_model} has {draft_tokenizer.vocab_size} tokens, "
-                f"the model {tokenizer.vocab_size}: it needs the same tokenizer"
-            )
+        check_draft_tokenizer(config.draft_model, draft_tokenizer, tokenizer)
         modes.append(draft_mode(stock, draft, stop_ids, max_tokens=max_tokens))
     return modes
 

@@ -18,7 +18,8 @@ from mlx.utils import tree_flatten
 from mlx_mtp.bench.runs import Check, Step
 from mlx_mtp.calibration.stored_costs import calibrate, speculation_for
 from mlx_mtp.decoding.loop import decode
-from mlx_mtp.planning.plan import FIXED_LAYOUTS, LAYOUTS
+from mlx_mtp.drafting.make import available_sources
+from mlx_mtp.planning.plan import DRAFT_MODEL, FIXED_LAYOUTS, LAYOUTS, LOOKUP, MASK
 from mlx_mtp.terminal import first_line
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 PLAIN, STOCK, DRAFT = "plain", "stock", "draft"
 NAMES = (PLAIN, *(name for name in LAYOUTS if name != PLAIN), STOCK, DRAFT)
 COUNTABLE = tuple(name for name in FIXED_LAYOUTS if name != PLAIN)  # linear:2
-DRAFT_MODEL = "draft model"  # source of drafts in ``Step``
 DRAFT_TOKENS = 3  # default of mlx_lm.generate
 
 Begin = Callable[[list[int], Check], Iterator[Step]]
@@ -101,18 +101,19 @@ def our_modes(
     """Make the modes that decode with mlx-mtp.
 
     Raises:
-        ValueError: a mode needs an adapter and the model has none, or a mode has more drafts than
-            the adapter.
+        ValueError: a mode needs a drafter and the model has none, or a mode has more drafts than
+            the adapter, and there is no draft model.
     """
     names = [name for name in names if parse_mode(name)[0] in LAYOUTS]
-    drafting = [name for name in names if name != PLAIN]
-    if drafting and model.config is None:
+    fixed = [name for name in names if parse_mode(name)[0] in COUNTABLE]
+    sources = available_sources(model)
+    if fixed and sources == (LOOKUP,):
         raise ValueError(
-            f"mode {drafting[0]} needs an MTP adapter, and {model.name} has none; "
-            "use --modes plain,stock"
+            f"mode {fixed[0]} needs an MTP adapter, and {model.name} has none; "
+            "use --modes plain,auto,stock"
         )
-    for name in drafting:
-        if (parse_mode(name)[1] or 0) > model.num_draft_tokens:
+    for name in fixed:
+        if sources[0] == MASK and (parse_mode(name)[1] or 0) > model.num_draft_tokens:
             raise ValueError(
                 f"mode {name}: the adapter has at most {model.num_draft_tokens} drafts"
             )
@@ -215,11 +216,12 @@ def draft_steps(
         group.append(token)
         ends = token in stop_ids or done + len(group) == max_tokens
         if not from_draft or ends:
+            num_drafts = min(num_draft_tokens, max_tokens - done)
             yield Step(
                 tokens=group,
-                num_draft_tokens=min(num_draft_tokens, max_tokens - done),
+                num_draft_tokens=num_drafts,
                 num_accepted=len(group) - (not from_draft),
-                source=DRAFT_MODEL,
+                parts=((DRAFT_MODEL, num_drafts),),
             )
             done += len(group)
             group = []

@@ -213,4 +213,6 @@ def _cache(model: MTPModel) -> KeyedCache:
         f"{name} {tuple(value.shape)} {value.dtype}"
         for name, value in cast("list[tuple[str, mx.array]]", tree_flatten(model.base.parameters()))
     ]
-    return KeyedCache("costs", [*machine, *packages, os.environ.get(SWITCH, ""), *weights])
+    # Without mask tokens nothing is known about the cost of drafting with them.
+    masks = [] if model.num_draft_tokens else ["no mask tokens"]
+    return KeyedCache("costs", [*machine, *packages, os.environ.get(SWITCH, ""), *weights, *masks])

@@ -16,15 +16,16 @@ import cloup
 
 from mlx_mtp.apps.engine.prefix_settings import PromptCacheConfig
 from mlx_mtp.apps.server.settings import Settings
-from mlx_mtp.cli.options import field_option, model_options, option
+from mlx_mtp.cli.options import DRAFT_MODEL, field_option, model_options, option
 from mlx_mtp.cli.serve import ENGINE_OPTIONS
 
 PREFILL_ROWS = 256
+MODEL_OPTIONS = ("model", "adapter_path", "draft_model", "trust_remote_code")
 _CLOSE_S = 5.0
 
 
 @cloup.command()
-@model_options()
+@model_options(DRAFT_MODEL)
 @cloup.option_group(
     "Server",
     field_option(Settings, "port", default=0, show_default="a free port"),
@@ -109,7 +110,7 @@ def _engine_options(options: dict[str, Any]) -> dict[str, Any]:
         "layout": "auto",
         "lookup": True,
         "prefill_step_size": PREFILL_ROWS,
-    } | {name: options[name] for name in ("model", "adapter_path", "trust_remote_code")}
+    } | {name: options[name] for name in MODEL_OPTIONS}
     assert set(engine) == set(ENGINE_OPTIONS)
     cache = PromptCacheConfig(prompt_cache_files=options["prompt_cache_files"])
     return engine | cache.load_fields()
@@ -126,7 +127,7 @@ def _run_in_window(options: dict[str, Any]) -> None:
     webview: Any = importlib.import_module("webview")
     command = [sys.executable, "-m", "mlx_mtp", "app", "--no-browser"]
     command += ["--port", str(options["port"])]
-    for name in ("model", "adapter_path", "data_dir"):
+    for name in ("model", "adapter_path", "draft_model", "data_dir"):
         if options[name] is not None:
             command += [f"--{name.replace('_', '-')}", str(options[name])]
     command += ["--prompt-cache-files"] if options["prompt_cache_files"] else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
@@ -19,14 +20,16 @@ def stream_arguments(options: dict[str, Any]) -> dict[str, Any]:
     """Return the arguments of ``stream_generate`` for the options of a command.
 
     Raises:
-        ValueError: a sampling option is out of range.
+        ValueError: a sampling option is out of range, or a file is not text.
+        OSError: a file cannot be read.
     """
     drawn = [field.name for field in fields(Sampling) if field.name in options]
     sampling = Sampling(**{name: options[name] for name in drawn})
     names = [field.name for field in (*fields(GenerationConfig), *fields(CacheConfig))]
     layout = options["layout"] if options["mtp"] else "plain"
     chosen = {name: options[name] for name in names if name in options}
-    return chosen | {"sampling": sampling, "layout": layout}
+    texts = [_read_text(path) for path in options["lookup_files"]]
+    return chosen | {"sampling": sampling, "layout": layout, "lookup_texts": texts}
 
 
 def reasoning_arguments(
@@ -45,6 +48,13 @@ def reasoning_arguments(
     enable = enable if isinstance(enable, bool) else None
     settings, budget = template_settings(tokenizer, enable=enable, budget=limit)
     return settings | config, {"thinking_budget": budget}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8") from None
 
 
 def load_model(
@@ -67,6 +77,7 @@ def load_model(
         tokenizer_config=tokenizer_config,
         trust_remote_code=options["trust_remote_code"],
         mtp=options["mtp"],
+        draft_model=options["draft_model"],
         adapter=options["adapter"],
         extra_eos_token=options["extra_eos_token"],
     )

@@ -16,6 +16,8 @@ import cloup
 
 from mlx_mtp.bench.settings import Settings
 from mlx_mtp.cli.options import (
+    ADAPTER,
+    DRAFT_MODEL,
     JSON_HELP,
     KINDS_OPTION,
     PROMPTS,
@@ -39,6 +41,7 @@ OPTIONS = (
     "model",
     "adapter_path",
     "draft_model",
+    "adapter",
     "trust_remote_code",
     "num_draft_tokens",
     "lookup",
@@ -47,9 +50,7 @@ OPTIONS = (
 
 
 @cloup.command()
-@model_options(
-    option("--draft-model", metavar="MODEL", help="Draft model for mlx-lm; adds mode draft.")
-)
+@model_options(ADAPTER, DRAFT_MODEL)
 @cloup.option_group(
     "Prompts",
     PROMPTS,
@@ -80,7 +81,7 @@ OPTIONS = (
         metavar="MODE,...",
         help="Ways to decode; speed-ups are relative to the first: plain, auto, linear, quadratic "
         "(linear:2 uses 2 draft tokens per step), stock (mlx-lm with the same model), draft "
-        "(mlx-lm with a draft model).",
+        "(mlx-lm with the draft model, which --draft-model adds).",
     ),
     field_option(GenerationConfig, "num_draft_tokens", type=click.IntRange(1)),
     field_option(GenerationConfig, "lookup"),

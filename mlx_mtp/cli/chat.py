@@ -9,6 +9,7 @@ import cloup
 from mlx_mtp.cli.arguments import load_model, reasoning_arguments, stream_arguments
 from mlx_mtp.cli.options import (
     ADAPTER,
+    DRAFT_MODEL,
     EXTRA_EOS_TOKEN,
     MTP,
     decoding_options,
@@ -22,7 +23,7 @@ _ONE_DEVICE = "the model runs on one device"
 
 
 @cloup.command()
-@model_options(ADAPTER, EXTRA_EOS_TOKEN, MTP)
+@model_options(DRAFT_MODEL, EXTRA_EOS_TOKEN, ADAPTER, MTP)
 @template_options()
 @decoding_options(max_tokens=256)
 @sampling_options()

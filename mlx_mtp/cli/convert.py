@@ -46,7 +46,7 @@ FORCE = option("--force", is_flag=True, help="Replace an existing folder.")
     option(
         "--mtp-path",
         metavar="CHECKPOINT",
-        help="Folder, file or Hugging Face id of the MTP checkpoint.",
+        help="Folder, file, Hugging Face id or ID/SUBFOLDER of the MTP checkpoint.",
     ),
     option(
         "--base-model",
@@ -86,6 +86,12 @@ FORCE = option("--force", is_flag=True, help="Replace an existing folder.")
         type=int,
         help="Group size for -q.",
         show_default="64",
+    ),
+    option(
+        "--q-native-bits",
+        type=int,
+        help="Bits per weight of native MTP modules for -q.",
+        show_default="8",
     ),
     option(
         "--dtype",
@@ -239,14 +245,14 @@ def _check_flags(options: dict[str, Any]) -> None:
         _check_repo(options["upload_repo"])
     if options["hf_path"] is not None and options["base_model"] is not None:
         raise ValueError("--base-model cannot be combined with --hf-path, which is the base model")
-    for name in ("quantize", "q_bits", "q_group_size", "dtype", "verify"):
+    for name in ("quantize", "q_bits", "q_group_size", "q_native_bits", "dtype", "verify"):
         if options["hf_path"] is None and options[name]:
             raise ValueError(f"--{name.replace('_', '-')} needs --hf-path")
     for name in ("checkpoint_layout", "checkpoint_option", "licence"):
         if options["mtp_path"] is None and options[name]:
             flag = "license" if name == "licence" else name.replace("_", "-")
             raise ValueError(f"--{flag} needs --mtp-path")
-    for name in ("q_bits", "q_group_size"):
+    for name in ("q_bits", "q_group_size", "q_native_bits"):
         if options[name] is not None and not options["quantize"]:
             raise ValueError(f"--{name.replace('_', '-')} needs -q")
 
@@ -280,7 +286,14 @@ def _adapter_options(options: dict[str, Any]) -> AdapterOptions:
 def _base_options(options: dict[str, Any]) -> Any:
     from mlx_mtp.converters.convert import BaseOptions
 
-    names = ("q_bits", "q_group_size", "dtype", "allow_pickle", "trust_remote_code")
+    names = (
+        "q_bits",
+        "q_group_size",
+        "q_native_bits",
+        "dtype",
+        "allow_pickle",
+        "trust_remote_code",
+    )
     return BaseOptions(quantise=options["quantize"], **{name: options[name] for name in names})
 
 
@@ -322,6 +335,8 @@ def _summary(output: Path, result: Converted, *, bundle: bool) -> list[str]:
     if result.base is not None:
         lines.append(f"wrote {output}: {result.base.summary}")
         lines += [f"  {line}" for line in result.types]
+        native = result.base.native
+        lines += [] if native is None else [f"  {line}" for line in native.lines()]
     if result.adapter is not None:
         folder = output / BUNDLED_ADAPTER if bundle else output
         config = result.adapter

@@ -17,6 +17,7 @@ from mlx_mtp.cli.arguments import load_model, reasoning_arguments, stream_argume
 from mlx_mtp.cli.options import (
     ADAPTER,
     AS_JSON,
+    DRAFT_MODEL,
     EXTRA_EOS_TOKEN,
     MTP,
     decoding_options,
@@ -62,14 +63,13 @@ _PROMPT_OPTIONS = (
     option("--prefill-response", metavar="TEXT", help="Beginning of the answer."),
 )
 _UNSUPPORTED = (
-    unsupported("--draft-model", "--adapter-path names the adapter that proposes draft tokens"),
     unsupported("--image", "prompts are text", multiple=True, takes_words=True),
     unsupported("--quantize-activations", "activations keep the model's type", "-qa", is_flag=True),
 )
 
 
 @cloup.command()
-@model_options(ADAPTER, EXTRA_EOS_TOKEN, MTP)
+@model_options(DRAFT_MODEL, EXTRA_EOS_TOKEN, ADAPTER, MTP)
 @template_options(*_PROMPT_OPTIONS)
 @decoding_options(max_tokens=100)
 @sampling_options()

@@ -13,6 +13,7 @@ import re
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
+from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Any
 
@@ -198,7 +199,15 @@ MODEL = option(
     show_default="the embedded model",
 )
 ADAPTER_PATH = option(
-    "--adapter-path", metavar="ADAPTER", help="Folder or Hugging Face id of the MTP adapter."
+    "--adapter-path",
+    metavar="ADAPTER",
+    help="Folder, Hugging Face id or ID/SUBFOLDER of the MTP adapter.",
+)
+DRAFT_MODEL = option(
+    "--draft-model",
+    metavar="MODEL",
+    help="Folder, GGUF file or Hugging Face id of a smaller model with the same tokenizer, which "
+    "proposes draft tokens.",
 )
 TRUST_REMOTE_CODE = option(
     "--trust-remote-code",
@@ -341,6 +350,13 @@ def decoding_options(*, max_tokens: int) -> Decorator:
         field_option(GenerationConfig, "stop", multiple=True, metavar="TEXT"),
         *field_options(
             GenerationConfig, "drafter", "layout", "num_draft_tokens", "lookup", "prefill_step_size"
+        ),
+        option(
+            "--lookup-file",
+            "lookup_files",
+            multiple=True,
+            type=click.Path(exists=True, dir_okay=False, path_type=Path),
+            help="Text file that drafts are looked up in, as in the prompt; repeatable.",
         ),
         option(
             "--explain",

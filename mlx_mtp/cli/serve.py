@@ -13,6 +13,7 @@ from mlx_mtp.apps.engine.prefix_settings import PromptCacheConfig
 from mlx_mtp.apps.server.settings import Settings
 from mlx_mtp.cli.options import (
     ADAPTER,
+    DRAFT_MODEL,
     EXTRA_EOS_TOKEN,
     MTP,
     Size,
@@ -30,6 +31,7 @@ PROMPT_CACHE = tuple(field.name for field in fields(PromptCacheConfig))
 ENGINE_OPTIONS = (
     "model",
     "adapter_path",
+    "draft_model",
     "adapter",
     "mtp",
     "trust_remote_code",
@@ -71,6 +73,7 @@ def _template(context: click.Context, parameter: click.Parameter, value: str | N
 
 @cloup.command()
 @model_options(
+    DRAFT_MODEL,
     EXTRA_EOS_TOKEN,
     ADAPTER,
     MTP,
@@ -121,7 +124,6 @@ def _template(context: click.Context, parameter: click.Parameter, value: str | N
 )
 @cloup.option_group(
     "mlx-lm",
-    unsupported("--draft-model", "--adapter-path names the adapter that proposes draft tokens"),
     unsupported("--pipeline", "the model runs on one device", is_flag=True),
     unsupported("--prompt-concurrency", "--max-concurrent limits prompts and answers together"),
     unsupported("--prompt-cache-size", "--prompt-cache-bytes limits the prompt cache"),

@@ -15,7 +15,7 @@ class LimitError(ValueError):
     """An argument exceeds a limit of the model.
 
     Attributes:
-        param: name of the argument: "prompt", "logit_bias" or "num_draft_tokens".
+        param: name of the argument: "prompt", "logit_bias", "lookup_ids" or "num_draft_tokens".
     """
 
     def __init__(self, message: str, *, param: str) -> None:
@@ -30,7 +30,12 @@ class ContextOverflow(LimitError):
         super().__init__(message, param=param)
 
 
-def check_ids(model: MTPModel, prompt: Sequence[int], sampling: Sampling) -> None:
+def check_ids(
+    model: MTPModel,
+    prompt: Sequence[int],
+    sampling: Sampling,
+    lookup_ids: Sequence[Sequence[int]] = (),
+) -> None:
     """Check that the prompt is not empty and that all ids are in the vocabulary.
 
     Raises:
@@ -38,7 +43,8 @@ def check_ids(model: MTPModel, prompt: Sequence[int], sampling: Sampling) -> Non
     """
     if len(prompt) == 0:
         raise LimitError("the prompt is empty", param="prompt")
-    for param, ids in (("prompt", prompt), ("logit_bias", sampling.logit_bias or ())):
+    texts = [("lookup_ids", text) for text in lookup_ids]
+    for param, ids in (("prompt", prompt), ("logit_bias", sampling.logit_bias or ()), *texts):
         if len(ids) and (min(ids) < 0 or max(ids) >= model.vocab_size):
             bad = next(token for token in ids if not 0 <= token < model.vocab_size)
             raise LimitError(
@@ -47,14 +53,16 @@ def check_ids(model: MTPModel, prompt: Sequence[int], sampling: Sampling) -> Non
             )
 
 
-def max_draft_tokens(model: MTPModel, num_draft_tokens: int | None) -> int:
-    """Maximum number of drafts per step: the adapter's k, or fewer if so configured.
+def max_draft_tokens(
+    model: MTPModel, num_draft_tokens: int | None, draft_model: MTPModel | None = None
+) -> int:
+    """Maximum number of mask tokens per group: the adapter's k, or fewer if so configured.
 
     Raises:
-        LimitError: the adapter was trained for fewer.
+        LimitError: the adapter was trained for fewer, and there is no draft model.
     """
     k = model.num_draft_tokens if num_draft_tokens is None else num_draft_tokens
-    if k > model.num_draft_tokens > 0:
+    if k > model.num_draft_tokens > 0 and (draft_model or model.draft_model) is None:
         raise LimitError(
             f"num_draft_tokens is {k}, but the adapter was trained for {model.num_draft_tokens}",
             param="num_draft_tokens",

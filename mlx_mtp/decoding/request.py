@@ -36,6 +36,7 @@ class Request:
         key: random key, split for every step.
         stop_ids: ids that end the answer.
         prefill_step_size: maximum rows of a prompt chunk.
+        seed: of the ids of mask rows, if these are random tokens.
         explain: called with a line about every step.
         current: the plan of the step that runs.
         finish_reason: ``"stop"`` or ``"length"`` at the end.
@@ -52,6 +53,7 @@ class Request:
     key: mx.array
     stop_ids: frozenset[int]
     prefill_step_size: int
+    seed: int = 0
     explain: Callable[[str], None] | None = None
     current: Plan = field(default_factory=lambda: Plan(plain_layout()))
     finish_reason: str | None = None
@@ -82,7 +84,8 @@ class Request:
             [drafter] = [each for each in self.drafters if each.source == plan.source]
             drafts = drafter.propose(count, key=propose_key)
         keys = mx.stack(keys)
-        return Step(self.cache, plan.layout, self.ids, drafts, self.target, self.masks, keys)
+        parts = (self.ids, drafts, self.target, self.masks, keys)
+        return Step(self.cache, plan.layout, *parts, seed=self.seed)
 
     def commit(self, outcome: Outcome) -> StepResult:
         """Take in what the planned step gave: learn, emit, rewind.

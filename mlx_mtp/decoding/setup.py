@@ -39,8 +39,15 @@ def progress_of(callback: Progress | None) -> Progress:
     return report
 
 
-def drafter_sources(model: MTPModel, config: GenerationConfig) -> tuple[str, ...]:
+def drafter_sources(
+    model: MTPModel, config: GenerationConfig, draft_model: MTPModel | None = None
+) -> tuple[str, ...]:
     """The drafters of an answer, by name; none for plain decoding.
+
+    Args:
+        model: the model.
+        config: the settings of the answer.
+        draft_model: in place of the model's own draft model.
 
     Raises:
         ValueError: the model lacks what the chosen drafter needs.
@@ -51,6 +58,7 @@ def drafter_sources(model: MTPModel, config: GenerationConfig) -> tuple[str, ...
         layout=config.layout,
         lookup=config.lookup,
         max_drafts=config.num_draft_tokens,
+        draft_model=draft_model or model.draft_model,
     )
 
 
@@ -65,6 +73,8 @@ def make_request(
     stop_ids: Collection[int] = (),
     cache: MTPCache | None = None,
     cached_ids: Sequence[int] = (),
+    lookup_ids: Sequence[Sequence[int]] = (),
+    draft_model: MTPModel | None = None,
     speculation: Speculation | None = None,
     explain: Callable[[str], None] | None = None,
     **settings: Any,
@@ -82,6 +92,8 @@ def make_request(
         stop_ids: ids that end the text; the stop id itself is emitted last.
         cache: caches to continue with, updated in place.
         cached_ids: the ids in ``cache``, where lookup and processors should see them too.
+        lookup_ids: texts apart from the prompt that drafts are looked up in.
+        draft_model: proposes drafts in place of the model's own draft model, if it has one.
         speculation: cost and acceptance estimates of ``"auto"``, updated in place; default
             estimates if omitted.  Sampling with a seed uses a copy in its initial state, so that
             results are repeatable.
@@ -93,9 +105,12 @@ def make_request(
     """
     config = replace(config or GenerationConfig(), **settings)
     target = Target.of(sampling, sampler, logits_processors, seed=config.seed)
-    check_ids(model, prompt, target.sampling)
-    sources = drafter_sources(model, config)
-    k = max_draft_tokens(model, config.num_draft_tokens) if MASK in sources else 0
+    check_ids(model, prompt, target.sampling, lookup_ids)
+    draft_model = draft_model or model.draft_model
+    sources = drafter_sources(model, config, draft_model)
+    k = 0
+    if MASK in sources:
+        k = max_draft_tokens(model, config.num_draft_tokens, draft_model)
     known = speculation or Speculation.guess(k)
     if config.seed is not None and not target.sampling.greedy:
         known = known.repeatable()  # drawn ids depend on the steps, so these must come again
@@ -117,10 +132,15 @@ def make_request(
     answer = Answer(
         model=model,
         ids=ids,
+        num_prompt=len(prompt),
         cache=cache,
         distribution=target.sampling.distribution,
         speculation=known,
         max_drafts=config.num_draft_tokens,
+        lookup_ids=[list(map(int, text)) for text in lookup_ids],
+        draft_model=draft_model,
+        num_before=cache.offset - len(cached_ids),
+        prefill_step_size=config.prefill_step_size,
     )
     drafters = make_drafters(sources, answer)
     return Request(
@@ -135,5 +155,6 @@ def make_request(
         key=mx.random.key(seed),
         stop_ids=frozenset(stop_ids),
         prefill_step_size=config.prefill_step_size,
+        seed=config.seed or 0,
         explain=explain,
     )

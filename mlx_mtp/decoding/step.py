@@ -15,8 +15,10 @@ from mlx_mtp.decoding.accept import Target
 from mlx_mtp.decoding.batching import forward, head
 from mlx_mtp.drafting.drafter import CommittedStep, Drafter, Drafts
 from mlx_mtp.model.caches.mtp_cache import MTPCache
+from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.model.noise import mask_ids
 from mlx_mtp.planning.plan import Plan
 
 HEAD_ROWS = 12  # up to here one head pass over all rows is cheaper than two partial ones
@@ -34,6 +36,7 @@ class Step:
         target: what the emitted ids follow.
         drafter: proposes the next drafts within the step.
         keys: random keys of acceptance and of drafting within the step, ``[2, ...]``.
+        seed: of the ids of mask rows, if these are random tokens.
         is_prompt_chunk: whether its rows only go into the cache, and nothing is emitted.
     """
 
@@ -44,12 +47,14 @@ class Step:
     target: Target
     drafter: Drafter
     keys: mx.array
+    seed: int = 0
     is_prompt_chunk: bool = False
 
-    @property
-    def ids(self) -> mx.array:
-        """Ids of the rows ``[rows]``; those of mask rows count mask tokens from 0."""
-        pending, masks = self.context[-self.layout.num_pending :], self.layout.mask_offsets.tolist()
+    def ids(self, config: MTPConfig | None) -> mx.array:
+        """Ids of the rows ``[rows]``; see ``mask_ids`` for those of mask rows."""
+        pending, layout = self.context[-self.layout.num_pending :], self.layout
+        positions = self.cache.offset + layout.mask_positions
+        masks = mask_ids(config, layout.mask_offsets, positions, seed=self.seed).tolist()
         if self.drafts.host_ids is not None:
             return mx.array([*pending, *self.drafts.host_ids, *masks], mx.int32)
         parts = [mx.array(pending, mx.int32), self.drafts.tokens, mx.array(masks, mx.int32)]
@@ -157,7 +162,7 @@ def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
         steps: one step, or one per answer if ``can_batch(model)``; no prompt chunk in a batch.
     """
     began = time.perf_counter()
-    ids, layouts = [step.ids for step in steps], [step.layout for step in steps]
+    ids, layouts = [step.ids(model.config) for step in steps], [step.layout for step in steps]
     rows = forward(model, ids, [step.cache for step in steps], layouts)
     if steps[0].is_prompt_chunk:
         mx.eval(steps[0].cache.state)

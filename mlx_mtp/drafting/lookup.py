@@ -9,50 +9,53 @@ it broke off.  There a single matching id is enough to resume it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from itertools import takewhile
+from collections.abc import Sequence
+from dataclasses import replace
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_mtp.drafting.drafter import CommittedStep, Drafter, Drafts
-from mlx_mtp.planning.lookup import (
-    MAX_LOOKUP_TOKENS,
-    MAX_MATCH,
-    LookupAcceptance,
-)
+from mlx_mtp.drafting.suffix_lookup import Match, SuffixLookup
+from mlx_mtp.model.caches.mtp_cache import MTPCache
+from mlx_mtp.planning.lookup import MAX_LOOKUP_TOKENS, LookupAcceptance
 from mlx_mtp.planning.offer import Offer
 from mlx_mtp.planning.plan import LOOKUP
 
-MIN_MATCH = 2  # ids that must match
-MAX_PLACES = 32  # places of a run of ids that are compared, the last ones
-MAX_GAP = 16  # ids of the source that an edit may leave out, and ids of its own
-_RUNS = (4, MIN_MATCH)  # lengths of indexed runs: common short runs would hide longer matches
 
+def text_of(
+    cache: MTPCache,
+    ids: Sequence[int],
+    *,
+    num_prompt: int,
+    sources: Sequence[Sequence[int]] = (),
+) -> SuffixLookup:
+    """The text of an answer, which continues that of the last answer with the same cache.
 
-@dataclass(frozen=True)
-class Match:
-    """A match of the text's last ids with earlier ones.
-
-    Attributes:
-        tokens: the ids that followed.
-        length: how many ids before them are the same, up to ``MAX_MATCH``.
+    Args:
+        cache: the caches, which remember the text.
+        ids: those in the cache, as far as they are known, and the prompt.  If some are not known,
+            the text that the cache remembers has them, unless it was changed without lookup.
+        num_prompt: number of ids of the prompt.
+        sources: texts apart from these.
     """
-
-    tokens: list[int]
-    length: int
-
-    def num_right(self, emitted: Iterable[int]) -> int:
-        """How many of the first tokens equal the emitted ones."""
-        same = (ours == theirs for ours, theirs in zip(self.tokens, emitted, strict=False))
-        return sum(takewhile(bool, same))
+    text = cache.drafter_memory.get(LOOKUP)
+    if not isinstance(text, SuffixLookup) or text.sources != sources:
+        text = SuffixLookup(ids, sources=sources)
+    elif len(ids) - num_prompt < cache.offset <= len(text):
+        text.truncate(cache.offset)
+        text.extend(ids[-num_prompt:])
+    else:
+        text.replace(ids)
+    cache.drafter_memory[LOOKUP] = text
+    return text
 
 
 class LookupDrafter(Drafter):
     """Proposes what followed the text's last ids before.
 
     Args:
-        ids: the text.
+        text: the text so far, to which the emitted ids are added.
         acceptance: acceptance of looked-up ids in general, which keeps learning.
 
     Attributes:
@@ -61,17 +64,25 @@ class LookupDrafter(Drafter):
 
     source = LOOKUP
 
-    def __init__(self, ids: Sequence[int], acceptance: LookupAcceptance) -> None:
-        self._text = SuffixLookup(ids)
+    def __init__(self, text: SuffixLookup, acceptance: LookupAcceptance) -> None:
+        self._text = text
         self._acceptance = acceptance.in_text()
         self.match = self._text.find(MAX_LOOKUP_TOKENS)
 
+    def find_after(self, ids: Sequence[int]) -> Match:
+        """What would be proposed if these ids followed the text."""
+        return self._text.find_after(ids, MAX_LOOKUP_TOKENS)
+
+    def prefix_probs(self, match: Match, count: int) -> np.ndarray:
+        """Probability that at least j ids of a match are accepted, ``[count + 1]``."""
+        return self._acceptance.prefix_probs(match.length, count)
+
     def offer(self, room: int) -> Offer:
         """The ids after the match."""
-        count, length = min(len(self.match.tokens), room), self.match.length
+        count = min(len(self.match.tokens), room)
         if not count:
             return Offer(LOOKUP, 0)
-        return Offer(LOOKUP, count, self._acceptance.prefix_probs(length, count))
+        return Offer(LOOKUP, count, self.prefix_probs(self.match, count))
 
     def propose(self, count: int, *, key: mx.array) -> Drafts:
         """The first ids after the match."""
@@ -86,75 +97,3 @@ class LookupDrafter(Drafter):
         self._acceptance.observe(self.match.length, num_judged, self.match.num_right(step.tokens))
         self._text.extend(step.tokens)
         self.match = self._text.find(MAX_LOOKUP_TOKENS)
-
-
-class SuffixLookup:
-    """Finds the earlier places of a text's last ids."""
-
-    def __init__(self, ids: Iterable[int] = ()) -> None:
-        self._ids: list[int] = []
-        self._places: dict[tuple[int, ...], list[int]] = {}
-        self._source = self._end = 0  # the last copy: ids[_end:] repeat, or repeated, ids[_source:]
-        self.extend(ids)
-
-    def extend(self, ids: Iterable[int]) -> None:
-        """Add ids to the text."""
-        for token in ids:
-            end = len(self._ids)
-            for size in _RUNS:
-                if end >= size:  # these ids are followed by ``token``
-                    self._places.setdefault(tuple(self._ids[-size:]), []).append(end)
-            self._ids.append(token)
-
-    def find(self, max_tokens: int) -> Match:
-        """The longest match; one without tokens where nothing matches.
-
-        Of several equally long ones it is the first one after the place where the last copy broke
-        off, else the last one in the text.  Tokens that reach the end of the text repeat.
-        """
-        end = len(self._ids)
-        place, match = self._elsewhere()
-        near, near_match = self._near()
-        if near_match >= max(match, 1):
-            place, match = near, near_match
-        if match >= MIN_MATCH:  # a shorter one is no copy, and must not replace the last one
-            self._source, self._end = place, end
-        tokens = self._ids[place : place + max_tokens]
-        while tokens and len(tokens) < max_tokens:
-            tokens += tokens[: max_tokens - len(tokens)]
-        return Match(tokens, match)
-
-    def _elsewhere(self) -> tuple[int, int]:
-        """The last place of the longest match, and its length."""
-        for size in _RUNS:
-            if places := self._places.get(tuple(self._ids[-size:])):
-                return self._longest(reversed(places[-MAX_PLACES:]))
-        return self._longest(())
-
-    def _near(self) -> tuple[int, int]:
-        """The same among the places where the last copy may resume, the first of them."""
-        ids, end = self._ids, len(self._ids)
-        while self._end < end and ids[self._source] == ids[self._end]:
-            self._source, self._end = self._source + 1, self._end + 1
-        if not self._source or end - self._end > MAX_GAP:
-            return self._longest(())
-        return self._longest(range(self._source, min(self._source + MAX_GAP + 1, end)))
-
-    def _longest(self, places: Iterable[int]) -> tuple[int, int]:
-        """The first place of the longest match, and its length; the text's end without any."""
-        best, match = len(self._ids), 0
-        for place in places:
-            length = self._match(place)
-            if length > match:
-                best, match = place, length
-            if match == MAX_MATCH:
-                break
-        return best, match
-
-    def _match(self, place: int) -> int:
-        """Ids before ``place`` that equal the text's last ones, up to ``MAX_MATCH``."""
-        ids, end, length = self._ids, len(self._ids), 0
-        limit = min(MAX_MATCH, place)
-        while length < limit and ids[place - 1 - length] == ids[end - 1 - length]:
-            length += 1
-        return length

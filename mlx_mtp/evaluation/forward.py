@@ -21,6 +21,7 @@ from mlx_mtp.model.caches.layers import ChunkLayerCache
 from mlx_mtp.model.caches.recurrent import RecurrentLayerCache
 from mlx_mtp.model.layout import RowLayout
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.model.noise import mask_ids
 
 
 @dataclass(frozen=True)
@@ -181,7 +182,7 @@ def mask_rows(model: MTPModel, ordinary: OrdinaryRows, rows: MaskRows) -> mx.arr
         keys, values = (x[..., :seen, :] for x in (memory.keys, memory.values))
         return FixedLayerCache(keys, values, rows, chunk=memory.chunk)
 
-    ids = mx.array(rows.mask_offsets[None])
+    ids = mx.array(mask_ids(model.config, rows.mask_offsets, rows.row_positions)[None])
     layers = [fixed(memory) for memory in ordinary.layers]
     return model(ids, cache=FixedCaches(layers), layout=rows)[0]
 

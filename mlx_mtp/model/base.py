@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,18 @@ import mlx.nn as nn
 from mlx_lm import utils as lm_utils
 from mlx_lm.models import rope_utils
 
+from mlx_mtp.model.aliases import as_known, norm_groups, without_code
+from mlx_mtp.model.native.names import belongs_to_modules
 from mlx_mtp.model.parts import text_model
 from mlx_mtp.model.settings import Rope, Settings, read_settings
-from mlx_mtp.model.wrappers import Activated, ExactlyScaled, LimitedRope, WindowLayer, replace
+from mlx_mtp.model.wrappers import (
+    Activated,
+    ExactlyScaled,
+    GroupedNorm,
+    LimitedRope,
+    WindowLayer,
+    replace,
+)
 from mlx_mtp.storage.safetensors import check_safetensors
 from mlx_mtp.storage.weights import for_mlx_lm, safetensors_files
 
@@ -46,22 +56,28 @@ def open_base(
     Raises:
         ValueError: a file is broken, or a setting cannot be obeyed.
     """
-    files = safetensors_files(folder)
+    given = lm_utils.load_config(folder) | (model_config or {})
+    config, groups = as_known(given), norm_groups(given)
+    is_native = functools.partial(belongs_to_modules, config=config)
+    files = safetensors_files(folder, dropped=is_native)
     names = [name for file in files for name in check_safetensors(file)]
-    config = lm_utils.load_config(folder) | (model_config or {})
     settings = read_settings(config, has_head=any(map(_HEAD.search, names)) if names else None)
     tied = bool(settings.tied and any(map(_HEAD.search, names)))
     if tied:
         LOG.warning("%s: lm_head is not used, because tie_word_embeddings is set", folder)
-    renamed = tied or _EMBEDDING in names or any(map(_FREQUENCIES.search, names))
-    replaced = set(config) - set(settings.config)  # by keys that mlx-lm reads
+    renamed = (
+        tied
+        or _EMBEDDING in names
+        or any(_FREQUENCIES.search(name) or is_native(name) for name in names)
+    )
+    replaced = set(given) - set(settings.config)  # by keys that mlx-lm reads
     try:
         with for_mlx_lm(folder, files) as path:
             model, config = lm_utils.load_model(
                 path,
                 lazy=True,
                 model_config=dict.fromkeys(replaced) | settings.config | settings.overrides,
-                get_model_classes=functools.partial(_classes, tied=tied)
+                get_model_classes=functools.partial(_classes, tied=tied, is_native=is_native)
                 if renamed
                 else lm_utils._get_classes,
                 trust_remote_code=trust_remote_code,
@@ -74,16 +90,22 @@ def open_base(
     for key in {*replaced, *settings.overrides}:
         config.pop(key)
     _apply(text_model(model), settings)
+    if groups > 1:  # written under its own name, because mlx-lm does not compute this
+        _group_norms(model, groups)
+        return model, without_code(given)
     return model, {**settings.config, **config}
 
 
-def _classes(config: dict[str, Any], *, tied: bool) -> tuple[type[nn.Module], type]:
+def _classes(
+    config: dict[str, Any], *, tied: bool, is_native: Callable[[str], bool]
+) -> tuple[type[nn.Module], type]:
     """Return mlx-lm's classes for weights as other libraries name them.
 
     A tied model may have a head in its files: PyTorch files keep both names of a shared tensor.
     Some classes refuse it as a surplus tensor, and gemma3_text would use it.  Older files have
     frequencies of rotary embeddings, which are no weights.  A model that was saved without its head
-    has names without ``model``.
+    has names without ``model``.  Native MTP modules are no part of mlx-lm's model, though some
+    classes leave them among its weights.
     """
     model_class, args_class = lm_utils._get_classes(config)
 
@@ -99,7 +121,8 @@ def _classes(config: dict[str, Any], *, tied: bool) -> tuple[type[nn.Module], ty
                 for name, value in weights.items()
             }
         inherited = getattr(model_class, "sanitize", None)
-        return weights if inherited is None else inherited(self, weights)
+        weights = weights if inherited is None else inherited(self, weights)
+        return {name: value for name, value in weights.items() if not is_native(name)}
 
     return type(model_class.__name__, (model_class,), {"sanitize": sanitize}), args_class
 
@@ -125,6 +148,15 @@ def _apply(text: Any, settings: Settings) -> None:
             if window is not None
         }
         replace(text, layers)
+
+
+def _group_norms(model: Any, groups: int) -> None:
+    norms = {
+        path: GroupedNorm(module, groups)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.RMSNorm)
+    }
+    replace(model, norms)
 
 
 def _rotate_partly(text: Any, share: float) -> None:

@@ -151,7 +151,7 @@ class MTPConfig(AdapterConfig):
     """The shape of an adapter of mask tokens and the base model it was trained for.
 
     Attributes:
-        num_draft_tokens: k, the number of learned mask tokens.
+        num_draft_tokens: k, the number of learned mask tokens, or of mask rows with random ids.
         rank: rank of the gated LoRA weights, but for the layers in ``rank_pattern``.
         scale: factor of the LoRA product, ``y += scale * (x @ lora_a) @ lora_b``, but for the
             layers in ``scale_pattern``.
@@ -163,6 +163,8 @@ class MTPConfig(AdapterConfig):
         sampler_norm, sampler_norm_eps, sampler_bias, sampler_residual: see ``SamplerKind``.
         rank_pattern: rank by full module path, of layers whose rank is another.
         scale_pattern: scale by full module path, of layers whose scale is another.
+        noise_ids: (low, high) if mask rows are random tokens, whose ids are drawn from low to
+            high - 1 in every step; empty if there are mask tokens.
     """
 
     num_draft_tokens: int
@@ -185,6 +187,7 @@ class MTPConfig(AdapterConfig):
     rank_pattern: dict[str, int] = dataclasses.field(default_factory=dict)
     scale_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     acceptance: tuple[float, ...] = ()
+    noise_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         self._check(fine_tune_type=MASKS)
@@ -200,12 +203,21 @@ class MTPConfig(AdapterConfig):
         for path, scale in self.scale_pattern.items():
             if not math.isfinite(scale):
                 raise ValueError(f"scale_pattern: {path} must be a finite number, got {scale}")
+        self._check_noise()
         self._sampler_values()
 
     @property
     def sampler_kind(self) -> SamplerKind | None:
         """How the sampler head computes; None when the adapter has none."""
         return None if self.sampler is None else self._sampler_values()
+
+    def _check_noise(self) -> None:
+        ids = self.noise_ids
+        if ids and not (len(ids) == 2 and 0 <= ids[0] < ids[1] <= self.base_vocab_size):
+            raise ValueError(
+                f"noise_ids must be [low, high] within the {self.base_vocab_size} tokens of the "
+                f"base model, got {list(ids)}"
+            )
 
     def _sampler_values(self) -> SamplerKind:
         return SamplerKind(
@@ -226,8 +238,9 @@ class MTPConfig(AdapterConfig):
     def describe(self) -> str:
         """Describe the adapter in a paragraph, for model cards."""
         sampler = "a sampler head" if self.sampler else "no sampler head"
+        masks = "mask rows of random tokens" if self.noise_ids else "mask tokens"
         return (
-            f"An mlx-mtp adapter: {self.num_draft_tokens} mask tokens, gated LoRA of rank "
+            f"An mlx-mtp adapter: {self.num_draft_tokens} {masks}, gated LoRA of rank "
             f"{self.rank} on {', '.join(self.target_modules)}, and {sampler}. The base model "
             "drafts several tokens a step with it and checks them itself, so the output stays "
             "the base model's own."
@@ -294,6 +307,7 @@ _LATER = (
     "rank_pattern",
     "scale_pattern",
     "acceptance",
+    "noise_ids",
 )
 
 

@@ -85,9 +85,14 @@ class StepLayout:
     @cached_property
     def positions(self) -> mx.array:
         """Position of each row relative to the first row, int32 ``[num_rows]``."""
+        rows = np.concatenate([np.arange(self.num_ordinary), self.mask_positions])
+        return mx.array(rows.astype(np.int32))
+
+    @cached_property
+    def mask_positions(self) -> np.ndarray:
+        """Position of each mask row relative to the first row, ``[num_masks]``."""
         anchors = np.repeat(np.arange(len(self.mask_counts)), self.mask_counts)
-        masks = self.num_pending + anchors + self.mask_offsets
-        return mx.array(np.concatenate([np.arange(self.num_ordinary), masks]).astype(np.int32))
+        return self.num_pending + anchors + self.mask_offsets
 
     def positions_from(self, offset: Any) -> mx.array:
         """Position of each row after ``offset`` cached ones, int32 ``[num_rows]``."""

@@ -88,6 +88,7 @@ class MTPModel(nn.Module):
         config: that of an adapter of mask tokens, or None.
         heads: independent heads on the final hidden states, if that is what the adapter has.
         native: MTP modules of the model's own checkpoint; None if it has none.
+        draft_model: a smaller model with the same tokenizer, which proposes drafts; None without.
 
     Raises:
         ValueError: the model is not supported, or the adapter does not fit it.
@@ -111,6 +112,7 @@ class MTPModel(nn.Module):
         self.sampler_head: SamplerHead | None = None
         self.heads: DraftHeads | None = None
         self.native: NativeModule | None = None
+        self.draft_model: MTPModel | None = None
         self._scope = StepScope()
         self.parts = find_parts(base)
         self._embedding = module_at(base, self.parts.embedding)
@@ -230,7 +232,7 @@ class MTPModel(nn.Module):
         """Run the backbone over the rows of one step, or over a batch of steps.
 
         Args:
-            ids: ``[1, L]``; ids of mask rows count mask tokens from 0.
+            ids: ``[1, L]``; those of mask rows are ``noise.mask_ids``.
             cache: the caches; all rows are appended.
             layout: the rows of the forward; None means L contiguous ordinary rows.
 
@@ -305,20 +307,7 @@ class MTPModel(nn.Module):
         """Wrap the model's modules."""
         dtype = self.dtype
         cast = {key: value.astype(dtype) for key, value in weights.items()}
-        tables = {self.parts.embedding: MASK_EMBEDDINGS}
-        if self.parts.per_layer is not None:
-            tables[self.parts.per_layer] = MASK_PER_LAYER_EMBEDDINGS
-            if MASK_PER_LAYER_EMBEDDINGS not in cast:
-                size = self.per_layer_size
-                cast[MASK_PER_LAYER_EMBEDDINGS] = mx.zeros((config.num_draft_tokens, size), dtype)
-        embeddings = {}
-        for path, name in tables.items():
-            embedding, masks = module_at(self.base, path), cast.pop(name, None)
-            expected = (config.num_draft_tokens, embedding_dims(embedding))
-            if masks is None or masks.shape != expected:
-                shape = None if masks is None else tuple(masks.shape)
-                raise ValueError(f"{name} must be {expected}, got {shape}")
-            embeddings[path] = MaskEmbedding(embedding, masks, scope=self._scope)
+        embeddings = self._mask_embeddings(config, cast)
         self._attach_sampler(config, cast, self.hidden_size)
         self._wrap_linears(config, cast)
         if not (self.wrap_ropes() or self.is_recurrent):
@@ -328,6 +317,33 @@ class MTPModel(nn.Module):
             )
         wrap_chunks(self.base, self._scope)
         replace(self.base, embeddings)
+
+    def _mask_embeddings(
+        self, config: MTPConfig, weights: dict[str, mx.array]
+    ) -> dict[str, nn.Module]:
+        """Embeddings with mask tokens by path, their tensors moved out of ``weights``.
+
+        There are none if mask rows have ids of the vocabulary.
+        """
+        if config.noise_ids:
+            if MASK_EMBEDDINGS in weights:
+                raise ValueError(f"the adapter has noise_ids and {MASK_EMBEDDINGS}")
+            return {}
+        tables = {self.parts.embedding: MASK_EMBEDDINGS}
+        if self.parts.per_layer is not None:
+            tables[self.parts.per_layer] = MASK_PER_LAYER_EMBEDDINGS
+            if MASK_PER_LAYER_EMBEDDINGS not in weights:
+                shape = (config.num_draft_tokens, self.per_layer_size)
+                weights[MASK_PER_LAYER_EMBEDDINGS] = mx.zeros(shape, self.dtype)
+        embeddings: dict[str, nn.Module] = {}
+        for path, name in tables.items():
+            embedding, masks = module_at(self.base, path), weights.pop(name, None)
+            expected = (config.num_draft_tokens, embedding_dims(embedding))
+            if masks is None or masks.shape != expected:
+                shape = None if masks is None else tuple(masks.shape)
+                raise ValueError(f"{name} must be {expected}, got {shape}")
+            embeddings[path] = MaskEmbedding(embedding, masks, scope=self._scope)
+        return embeddings
 
     def _wrap_mixers(self) -> None:
         """Let recurrent layers ask their caches, and check that they do."""

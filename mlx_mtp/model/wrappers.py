@@ -2,7 +2,7 @@
 
 ``Wrapper`` is the base of modules that compute differently with the parameters and sub-modules of
 the module that they wrap.  Some wrappers here consult the layout of the forward in progress
-(``StepScope``); the last four apply settings that mlx-lm's class does not (``base``).
+(``StepScope``); the last five apply settings that mlx-lm's class does not (``base``).
 """
 
 from __future__ import annotations
@@ -258,6 +258,19 @@ class Activated(Wrapper):
             return self.down_proj(self._activation(self.gate_proj(x)) * self.up_proj(x))
         first, second = next(names for names in self._NAMES if names[0] in self)
         return self[second](self._activation(self[first](x)))
+
+
+class GroupedNorm(Wrapper):
+    """An RMSNorm that divides each of several groups of neighbouring features by its own root."""
+
+    def __init__(self, norm: nn.Module, groups: int) -> None:
+        super().__init__(norm)
+        self.groups = groups
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Normalise ``[..., D]``."""
+        groups = x.reshape(*x.shape[:-1], self.groups, -1)
+        return mx.fast.rms_norm(groups, None, self.eps).reshape(x.shape) * self.weight
 
 
 class WindowLayer(Wrapper):

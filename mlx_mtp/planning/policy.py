@@ -169,9 +169,11 @@ def _improve(
 ) -> tuple[Action, ...]:
     """The best action for each state if ``values`` follow it."""
     k, max_masks = len(prefix_probs) - 1, len(forward_ms) - 2
-    cost = rate * (forward_ms[1:] + draft_ms[:, None])  # [largest group, rows - 1]
+    largest = int((values > values.max() - 1e-12).argmax())  # more masks give no better drafts
+    values = values[: largest + 1]
+    cost = rate * (forward_ms[1:] + draft_ms[: largest + 1, None])  # [largest group, rows - 1]
     # tables[a][g, m]: best value of m masks at the first a anchors, in groups of at most g.
-    tables = [np.full((k + 1, max_masks + 1), -np.inf)]
+    tables = [np.full((largest + 1, max_masks + 1), -np.inf)]
     tables[0][:, 0] = 0.0
     gains: list[np.ndarray] = []
     best_value, best, actions = -np.inf, PLAIN, []
@@ -196,8 +198,8 @@ def _with_anchor(table: np.ndarray, gain: np.ndarray) -> np.ndarray:
     """Add an anchor that may take c of the masks and is then worth ``gain[c]``.
 
     Args:
-        table: best value by largest group and number of masks so far, ``[k + 1, masks + 1]``.
-        gain: ``[k + 1]``.
+        table: best value by largest group and number of masks so far, ``[G + 1, masks + 1]``.
+        gain: ``[G + 1]``.
     """
     better = table + gain[0]
     for count in range(1, min(len(gain), table.shape[1])):

@@ -150,6 +150,8 @@ def tensor_files(folder: Path) -> list[str]:
     kept = []
     for name in names:
         twice = Path(name).stem in safe or (whole_model and name.startswith("pytorch_model"))
+        if "sampler_model" in safe:  # PEFT's example once wrote both
+            twice |= name == "sampler.pt"
         state = bool(safe) and _MAYBE_STATE.fullmatch(name) is not None
         if name.endswith(".safetensors") or not (twice or state):
             kept.append(name)

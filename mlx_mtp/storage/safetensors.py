@@ -85,6 +85,15 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
     for name, info in check_safetensors(path).items():
         if info.dtype not in READABLE:
             raise ValueError(f"{path}: tensor {name} has type {info.dtype}, which MLX cannot read")
+    return load_safetensors(path)
+
+
+def load_safetensors(path: Path) -> dict[str, mx.array]:
+    """Open a safetensors file that was checked; the tensors are read when they are first used.
+
+    Raises:
+        ValueError: MLX cannot open it.
+    """
     try:
         # By format: MLX would otherwise choose its parser by the file's suffix.
         tensors = mx.load(str(path), format="safetensors")
@@ -92,6 +101,24 @@ def read_safetensors(path: Path) -> dict[str, mx.array]:
         raise ValueError(f"{path} cannot be read: {shown(error)}") from None
     assert isinstance(tensors, dict)
     return tensors
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Read the metadata in the header of a safetensors file.
+
+    Raises:
+        ValueError: the file is missing or its header is not valid; one line that names it.
+    """
+    try:
+        with open_regular(path) as file:
+            header, _ = _read_header(file, os.fstat(file.fileno()).st_size)
+        metadata = header.get("__metadata__")
+        _check_metadata(metadata)
+        return metadata or {}
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a sound safetensors file: {error}") from None
 
 
 def read_raw_tensors(
@@ -150,6 +177,21 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         ValueError: the index is invalid, or names a file that is missing or in another folder.
     """
+    weight_map = read_weight_map(path)
+    for name in sorted(set(weight_map.values())):
+        try:
+            safe_member(path.parent, name)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+    return weight_map
+
+
+def read_weight_map(path: Path) -> dict[str, str]:
+    """Read an index file as ``read_index`` does; the files that it names may be missing.
+
+    Raises:
+        ValueError: the index is invalid, or what it names is not a plain file name.
+    """
     weight_map = read_json_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path} has no weight_map")
@@ -157,10 +199,8 @@ def read_index(path: Path) -> dict[str, str]:
         if not isinstance(name, str):
             raise ValueError(f"{path}: the file of {shown(tensor)} must be a name, not {name!r}")
     for name in sorted(set(weight_map.values())):
-        try:
-            safe_member(path.parent, name)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from None
+        if not is_plain_name(name):
+            raise ValueError(f"{path}: {shown(repr(name))} is not a plain file name")
     return weight_map
 
 

@@ -71,18 +71,21 @@ def write_shards(
         ValueError: a tensor's type does not exist in safetensors files.
     """
 
-    def item(name: str, value: mx.array) -> Item:
-        if value.dtype not in _DTYPES:
-            raise ValueError(
-                f"{name} has type {value.dtype}, which safetensors files cannot contain"
-            )
-        entry = _DTYPES[value.dtype], value.shape, value.nbytes
-        return Item({name: entry}, lambda: _computed(tensors.pop(name)))
-
-    items = [item(name, value) for name, value in tensors.items()]
+    items = _items(tensors)
     return write_items(
         folder, items, max_bytes=max_bytes, num_parameters=num_parameters, written=written
     )
+
+
+def write_file(path: Path, tensors: dict[str, mx.array], *, metadata: Mapping[str, str]) -> int:
+    """Write one safetensors file; see ``write_shards``.
+
+    Returns:
+        The size of all tensors in bytes.
+    """
+    items = _items(tensors)
+    _write_shard(path, items, metadata)
+    return sum(item.num_bytes for item in items)
 
 
 def write_items(
@@ -107,17 +110,41 @@ def write_items(
         file_name = "model.safetensors"
         if len(plan) > 1:
             file_name = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
-        entries = {name: entry for item in shard for name, entry in item.entries.items()}
-        weight_map |= dict.fromkeys(entries, file_name)
-        with (folder / file_name).open("wb") as file:
-            file.write(safetensors_header(entries, {"format": "mlx"}))
-            for item in shard:
-                _write_item(file, item)
-                if written is not None:
-                    written(item.num_bytes)
+        weight_map |= dict.fromkeys((name for item in shard for name in item.entries), file_name)
+        _write_shard(folder / file_name, shard, {"format": "mlx"}, written=written)
     index = {"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=4), encoding="utf-8")
     return metadata["total_size"]
+
+
+def _items(tensors: dict[str, mx.array]) -> list[Item]:
+    """Describe tensors, each of which is removed when it is written."""
+
+    def item(name: str, value: mx.array) -> Item:
+        if value.dtype not in _DTYPES:
+            raise ValueError(
+                f"{name} has type {value.dtype}, which safetensors files cannot contain"
+            )
+        entry = _DTYPES[value.dtype], value.shape, value.nbytes
+        return Item({name: entry}, lambda: _computed(tensors.pop(name)))
+
+    return [item(name, value) for name, value in tensors.items()]
+
+
+def _write_shard(
+    path: Path,
+    items: Sequence[Item],
+    metadata: Mapping[str, str],
+    *,
+    written: Callable[[int], object] | None = None,
+) -> None:
+    entries = {name: entry for item in items for name, entry in item.entries.items()}
+    with path.open("wb") as file:
+        file.write(safetensors_header(entries, metadata))
+        for item in items:
+            _write_item(file, item)
+            if written is not None:
+                written(item.num_bytes)
 
 
 def _write_item(file: BinaryIO, item: Item) -> None:

@@ -6,17 +6,27 @@ import contextlib
 import glob
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 
-from mlx_mtp.storage.safetensors import read_index
+from mlx_mtp.storage.safetensors import (
+    check_safetensors,
+    read_index,
+    read_weight_map,
+    safe_member,
+)
 
 SAFETENSORS, SAFETENSORS_INDEX = "model*.safetensors", "model.safetensors.index.json"
 _WHOLE = "model.safetensors"
 
 
-def safetensors_files(folder: Path) -> list[Path]:
+def safetensors_files(folder: Path, *, dropped: Callable[[str], bool] | None = None) -> list[Path]:
     """Return a model's safetensors files, chosen as transformers does: one may be outdated.
+
+    Args:
+        folder: the model's folder.
+        dropped: whether mlx-lm drops a tensor; a shard for which the index lists only such tensors
+            may be missing.
 
     Raises:
         ValueError: the index is broken, or a shard is missing.
@@ -30,14 +40,47 @@ def safetensors_files(folder: Path) -> list[Path]:
             names = set()  # of files that are gone
         if _WHOLE not in names:
             return [whole]
+    absent: set[str] = set()
     if index.is_file():
-        found = [folder / name for name in sorted(set(read_index(index).values()))]
-    return complete(folder, found)
+        weight_map = read_weight_map(index)
+        files = set(weight_map.values())
+        if dropped is not None and (gone := {n for n in files if not (folder / n).is_file()}):
+            absent = gone - {file for name, file in weight_map.items() if not dropped(name)}
+        for name in sorted(files - absent):
+            try:
+                safe_member(folder, name)
+            except ValueError as error:
+                raise ValueError(f"{index}: {error}") from None
+        found = [folder / name for name in sorted(files - absent)]
+    return complete(folder, found, absent=absent)
 
 
-def complete(folder: Path, files: list[Path]) -> list[Path]:
-    """Refuse shards if, by their names, others are missing."""
-    names = {path.name for path in files}
+def listed_tensors(folder: Path, *, extra: str) -> dict[str, Path]:
+    """Return the file of each tensor in a model folder, which is missing if only the index has it.
+
+    The headers of an indexed model's own files are not read.
+
+    Args:
+        folder: the model's folder.
+        extra: pattern of more files, which the index may leave out.
+
+    Raises:
+        ValueError: the index or a header is broken.
+    """
+    index, whole = folder / SAFETENSORS_INDEX, folder / _WHOLE
+    files, places = set(folder.glob(extra)), dict[str, Path]()
+    if index.is_file():
+        places = {name: folder / file for name, file in read_weight_map(index).items()}
+    if not places or (whole.is_file() and whole not in places.values()):  # an outdated index
+        places, files = {}, files | set(safetensors_files(folder))
+    for path in sorted(files - set(places.values())):
+        places |= dict.fromkeys(check_safetensors(path), path)
+    return places
+
+
+def complete(folder: Path, files: list[Path], *, absent: Collection[str] = ()) -> list[Path]:
+    """Refuse shards if, by their names, others are missing that are not known to be absent."""
+    names = {path.name for path in files} | set(absent)
     for match in filter(None, map(_shard, files)):
         for number in range(1, int(match[3]) + 1):
             shard = f"{match[1]}{number:05d}-of-{match[3]}{match[4]}"

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_mtp.loading import load
-from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, read_any_config
+from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_any_config
 from mlx_mtp.storage.contents import adapter_problem, look, unconverted_adapter
 from mlx_mtp.terminal import Interrupt, one_line, show
 from mlx_mtp.train.data.distil_run import DistilProgress
@@ -177,7 +177,8 @@ def _train_settings(options: Mapping[str, Any], start: Path | None) -> TrainSett
     """Settings from the options, and from the adapter to start from, of which only k may differ.
 
     Raises:
-        ValueError: a value is out of range, or differs from the adapter's.
+        ValueError: a value is out of range, or differs from the adapter's, or that has no mask
+            tokens.
     """
     values = values_from_options(TrainSettings, options)
     if isinstance(values.get("target_modules"), str):
@@ -185,6 +186,11 @@ def _train_settings(options: Mapping[str, Any], start: Path | None) -> TrainSett
         values["target_modules"] = tuple(name for name in modules if name)
     if start is not None:
         config = read_any_config(start)
+        if isinstance(config, MTPConfig) and config.noise_ids:
+            raise ValueError(
+                f"the adapter {start} has no mask tokens to train: its mask rows are random tokens "
+                "(noise_ids)"
+            )
         values.setdefault("num_draft_tokens", config.num_draft_tokens)
         for name, value in adapter_settings(config).items():
             if values.setdefault(name, value) != value:

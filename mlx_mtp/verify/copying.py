@@ -13,6 +13,7 @@ from typing import Any
 from mlx_mtp.decoding.setup import make_request
 from mlx_mtp.decoding.step import StepResult, run
 from mlx_mtp.drafting.lookup import LookupDrafter
+from mlx_mtp.drafting.suffix_lookup import SuffixLookup
 from mlx_mtp.model.layout import linear_layout
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.lookup import LookupAcceptance
@@ -64,7 +65,8 @@ def decode_copy(
         for index, token in enumerate(answer)
     ]
     request.planner = CopyPlanner(num_draft_tokens)
-    request.drafters = [LookupDrafter([*prompt, *copy, *prompt], LookupAcceptance())]
+    text = SuffixLookup([*prompt, *copy, *prompt])
+    request.drafters = [LookupDrafter(text, LookupAcceptance())]
     while not request.finished:
         [outcome] = run(model, [request.plan()])
         result = request.commit(outcome)

@@ -21,7 +21,7 @@ from mlx_mtp.cli import benchmark as cli_benchmark
 from mlx_mtp.cli.main import cli
 from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.terminal import INTERRUPTED
-from tests.helpers.tiny import save_tiny_pair
+from tests.helpers.tiny import save_tiny_model, save_tiny_pair
 
 NUM_MODES = 5
 LINES = [
@@ -279,8 +279,22 @@ def test_plain_decoding_needs_no_adapter(pair: tuple[Path, Path], prompts: Path)
     report = json.loads(done.stdout)
     assert report["model"]["adapter"] is None and report["cost_curve"] is None
     assert {row["mode"] for row in report["figures"] if "speedup" in row} == {"plain"}
-    error = failure(*base, "--modes", "plain,auto")
-    assert "mode auto needs an MTP adapter" in error and "use --modes plain,stock" in error
+    error = failure(*base, "--modes", "plain,linear")
+    assert "mode linear needs an MTP adapter" in error and "use --modes plain,auto,stock" in error
+
+
+def test_auto_without_adapter_takes_drafts_from_the_text(
+    pair: tuple[Path, Path], prompts: Path
+) -> None:
+    base = ["--model", pair[0], "--prompts", prompts, "--num-prompts", 1, "--max-tokens", 30]
+    done = invoke(*base, "--no-adapter", "--format", "json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    assert report["model"]["adapter"] is None and report["cost_curve"] is not None
+    assert report["outputs"]["different"] == 0
+    assert {mode["name"] for mode in report["modes"]} == {"plain", "auto"}
+    error = failure(*base, "--adapter-path", pair[1], "--no-adapter")
+    assert f"adapter_path is {pair[1]}, but adapter is False" in error
 
 
 def test_a_bad_line_of_the_prompts_is_named(tmp_path: Path) -> None:
@@ -335,20 +349,29 @@ def test_more_drafts_than_the_adapter_has(pair: tuple[Path, Path], prompts: Path
     assert "num_draft_tokens is 9, but the adapter was trained for 4" in error
 
 
+@pytest.mark.parametrize("modes", ["plain,auto", "plain"])
 def test_a_draft_model_with_another_tokenizer(
-    pair: tuple[Path, Path], prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    pair: tuple[Path, Path], prompts: Path, tmp_path: Path, modes: str
 ) -> None:
-    load = flow.load_stock
+    folder = save_tiny_model(tmp_path / "draft", num_hidden_layers=1)
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text(encoding="utf-8").replace("<user>", "<you>"), encoding="utf-8")
+    args = on_tiny(pair, prompts, "--modes", modes, "--draft-model")
+    assert "needs the same tokenizer as the model, but it has no" in failure(*args, folder)
+    assert "nowhere does not exist" in failure(*args, tmp_path / "nowhere")
 
-    def other(path: Any, **options: Any) -> Any:
-        model, tokenizer = load(path, **options)
-        if Path(path) == tmp_path / "draft":
-            tokenizer = type("T", (), {"vocab_size": 7})()
-        return model, tokenizer
 
-    (tmp_path / "draft").symlink_to(pair[0])
-    monkeypatch.setattr(flow, "load_stock", other)
-    error = failure(*on_tiny(pair, prompts, "--draft-model", tmp_path / "draft"))
-    assert "has 7 tokens, the model 256: it needs the same tokenizer" in error
-    error = failure(*on_tiny(pair, prompts, "--draft-model", tmp_path / "nowhere"))
-    assert "nowhere does not exist" in error
+def test_a_draft_model_drafts_in_our_modes_too(
+    pair: tuple[Path, Path], prompts: Path, tmp_path: Path
+) -> None:
+    folder = save_tiny_model(tmp_path / "draft", num_hidden_layers=1, max_position_embeddings=512)
+    base = ["--model", pair[0], "--prompts", prompts, "--num-prompts", 1, "--max-tokens", 8]
+    args = [*base, "--draft-model", folder, "--modes", "plain,linear:2", "--repeats", 1]
+    done = invoke(*args, "--format", "json")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    answers = {answer["mode"]: answer for answer in report["answers"]}
+    assert set(answers) == {"plain", "linear:2", "draft"}
+    rows = {row["mode"]: row for row in report["figures"]}
+    assert rows["linear:2"]["tokens_per_step"] > 2.5  # of 3: it is the model itself
+    assert report["outputs"]["different"] == 0

@@ -71,7 +71,7 @@ def test_generate_prints_text_and_stats_like_mlx_lm(loaded, scripted):
         rf"Prompt: 5 tokens, {number} tokens-per-sec\n"
         rf"Generation: 7 tokens, {number} tokens-per-sec\n"
         rf"Peak memory: {number} GB\n"
-        rf"MTP: 4/6 drafts accepted \(66\.7%\), 2\.33 tokens/step\n",
+        rf"MTP \(mask\): 4/6 drafts accepted \(66\.7%\), 2\.33 tokens/step\n",
         result.stdout,
     )
 
@@ -94,11 +94,11 @@ def test_defaults_are_those_of_mlx_lm(loaded, scripted):
     assert loaded["mtp"] and not loaded["trust_remote_code"]
 
 
-def test_drafts_from_the_text_are_counted_apart(loaded, scripted):
+def test_the_statistics_name_the_drafter(loaded, scripted):
     scripted.answers = [[*ids_of("Hello."), EOS]]
     scripted.source = "lookup"
     result = invoke("generate", "--prompt", "hi")
-    assert result.stdout.endswith("\nLookup: 4/6 of these drafts were found in the text\n")
+    assert "\nMTP (lookup): 4/6 drafts accepted (66.7%), " in result.stdout
 
 
 def test_each_step_can_be_explained(loaded, scripted):
@@ -144,6 +144,23 @@ def test_options_arrive(loaded, scripted):
     }  # fmt: skip
 
 
+def test_files_to_look_up_in_arrive_as_ids(loaded, scripted, tmp_path):
+    scripted.answers = [[EOS]]
+    one, other, empty = (tmp_path / name for name in ("one.txt", "other.txt", "empty.txt"))
+    one.write_bytes("Grün\r\n".encode())
+    other.write_text("b")
+    empty.write_text("")
+    names = [argument for path in (one, empty, other) for argument in ("--lookup-file", str(path))]
+    assert invoke("generate", *names).exit_code == 0
+    call = scripted.calls[0]
+    assert call.lookup_ids == [ids_of("Grün\r\n"), ids_of("b")]
+    other.write_bytes(b"\xff\xfe")
+    assert f"{other} is not UTF-8" in failure("generate", *names)
+    other.unlink()
+    assert "other.txt" in failure("generate", *names)
+    assert "--lookup-file" in failure("generate", "--lookup-file", str(tmp_path))
+
+
 def test_the_prompt_may_come_from_stdin_or_skip_the_template(loaded, scripted):
     scripted.answers = [[EOS], [EOS]]
     assert invoke("generate", "-p", "-", stdin="é\\n\n").exit_code == 0
@@ -170,8 +187,8 @@ def test_a_model_without_adapter_says_so_in_one_line(loaded, scripted):
     scripted.k = None
     scripted.answers = [[*ids_of("abc"), EOS]]
     result = invoke("generate")
-    assert result.exit_code == 0 and "MTP" not in result.stdout
-    assert result.stderr == "fake has no MTP adapter: it generates one token per step\n"
+    assert result.exit_code == 0 and "MTP (" not in result.stdout
+    assert result.stderr == "fake has no MTP adapter: drafts come from the text alone\n"
 
 
 def test_json_is_one_object(loaded, scripted):
@@ -219,7 +236,6 @@ def test_help_and_version_need_no_model():
         (["--prompt-cache-file", "no-such-file"], "no-such-file does not exist"),
         (["--prompt-cache-file", __file__], "test_generate.py is not a prompt cache"),
         (["--image", "a.png", "b.png"], "--image is not supported: prompts are text"),
-        (["--draft-model", "M"], "--draft-model is not supported: --adapter-path names"),
         (["--image", "a.png"], "--image is not supported: prompts are text"),
         (["-qa"], "--quantize-activations is not supported: activations keep"),
         (["--xtc-threshold", "0.7"], "xtc_threshold must be between 0 and 0.5, got 0.7"),

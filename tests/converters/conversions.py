@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from mlx_mtp.cli.main import cli
 from mlx_mtp.loading import load
 from mlx_mtp.model.layout import StepLayout
-from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS, MTPModel
+from mlx_mtp.model.mtp_model import MTPModel
 from tests.converters.torch_project import Project, Rows
 
 ADAPTER = "adapter"
@@ -63,14 +63,3 @@ class Conversion:
         assert model.sampler_head is not None
         states = model.sampler_head(model.embed(mx.array(previous)), mx.array(hidden))
         return np.array(model.logits(states[None])[0])[:, self.project.columns]
-
-
-def chosen_ids(project: Project, written: dict[str, mx.array]) -> list[int]:
-    """Which tokens a conversion drew as mask tokens: the rows must be the base model's own."""
-    table = project.backbone.get_input_embeddings().weight.detach().numpy()
-    ids = []
-    for row in np.array(written[MASK_EMBEDDINGS]):
-        (found,) = np.flatnonzero((table == row).all(axis=1))
-        ids.append(int(found))
-    assert len(set(ids)) == project.k
-    return ids

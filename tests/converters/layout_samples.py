@@ -120,6 +120,7 @@ def as_config(adapter: ConvertedAdapter, base: BaseFacts) -> MTPConfig:
         sampler_residual=kind.residual,
         rank_pattern=adapter.rank_pattern,
         scale_pattern=adapter.scale_pattern,
+        noise_ids=adapter.noise_ids,
     )
 
 

@@ -58,6 +58,14 @@ def test_a_pytorch_file_needs_leave(tmp_path: Path) -> None:
         read_checkpoint(tmp_path)
 
 
+def test_the_second_copy_of_a_sampler_needs_none(tmp_path: Path) -> None:
+    """PEFT's example wrote one in each format for a while."""
+    _save(tmp_path / "adapter_model.safetensors", a=mx.ones(2))
+    _save(tmp_path / "sampler_model.safetensors", b=mx.ones(2))
+    (tmp_path / "sampler.pt").write_text("never looked at")
+    assert sorted(read_checkpoint(tmp_path).tensors) == ["a", "b"]
+
+
 def test_a_folder_that_points_on_is_followed(tmp_path: Path) -> None:
     step = tmp_path / "run" / "step-7"
     step.mkdir(parents=True)

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from mlx_mtp.converters.reference.verify import BOUND, relative_error
-from mlx_mtp.loading import load, read_adapter
+from mlx_mtp.loading import load
 from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE
 from tests.converters import torch_modules as parts
-from tests.converters.conversions import ADAPTER, Conversion, chosen_ids, convert, run
+from tests.converters.conversions import ADAPTER, Conversion, convert, run
 from tests.converters.torch_project import Project, greedy_answer
 from tests.converters.torch_projects import PROJECTS, is_pickled, make_project
 from tests.helpers.fixtures_generate import EOS
@@ -39,10 +39,7 @@ def conversion(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     root = tmp_path_factory.mktemp(request.param)
     project = make_project(request.param, root)
     printed = convert(project, root / "bundle", "--verify")
-    conversion = Conversion(project, root / "bundle", printed)
-    if project.mask_rows is None and not project.mask_ids:
-        project.mask_ids = chosen_ids(project, read_adapter(root / "bundle" / ADAPTER)[1])
-    return conversion
+    return Conversion(project, root / "bundle", printed)
 
 
 def prompt_and_answer(base: Path) -> tuple[str, list[int]]:

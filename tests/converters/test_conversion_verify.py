@@ -115,6 +115,7 @@ FAULTS: list[tuple[str, Fault, str]] = [
     ("peft-mtp", wrong_mask_row, "mask rows"),
     ("peft-mtp", swap_mask_rows, "mask rows"),
     ("peft-lora", wrong_mask_row, "mask rows"),
+    ("peft-lora-noise", flip_sign, "mask rows"),
     ("mtp-glora-fused", split_qkv_in_wrong_order, "mask rows"),
     ("mtp-glora-fused", swap_gate_and_up, "mask rows"),
     ("peft-mtp", swap_layers, "mask rows"),
@@ -270,20 +271,6 @@ class TestRefusals:
         monkeypatch.setitem(sys.modules, "peft", None)
         with pytest.raises(ValueError, match=r"mlx-mtp\[convert\]"):
             verify(bundle, bundle.bundle)
-
-    def test_foreign_mask_rows(
-        self, conversions: Callable[[str], Conversion], tmp_path: Path
-    ) -> None:
-        """Without mask tokens in the checkpoint, mask rows must be tokens of the base model."""
-
-        def noise(config: Config, tensors: Tensors) -> None:
-            tensors["mask_embeddings"] = mx.random.normal(tensors["mask_embeddings"].shape)
-
-        conversion = conversions("peft-lora-seed")
-        bundle = shutil.copytree(conversion.bundle, tmp_path / "bundle")
-        plant(noise, bundle)
-        with pytest.raises(ValueError, match="mask row 0 is not the embedding of any token"):
-            verify(conversion, bundle)
 
 
 class TestReport:

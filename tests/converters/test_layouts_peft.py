@@ -249,20 +249,44 @@ class TestLoraAlone:
         )
         return checkpoint(samples.peft_tensors(sampler=False, masks=False), config=config)
 
-    def test_mask_rows_are_tokens_of_the_base(self) -> None:
-        options = {"num_draft_tokens": "4"}
-        found = convert_layout(self.source(), facts(dtype=mx.float16), options=options)
+    @pytest.mark.parametrize(
+        ("noise_end", "ids", "how"),
+        [
+            (None, (1, samples.TOKENS), "from 1 to 36, all tokens but the first"),
+            (30, (1, 30), "from 1 to 29, below the mask token"),
+            (VOCAB, (1, VOCAB), "from 1 to 39, below the mask token"),
+            (VOCAB + 9, (1, VOCAB), "from 1 to 39, below the mask token"),
+            (4, (1, samples.TOKENS), "from 1 to 36, all tokens but the first"),  # as Gemma's
+        ],
+    )
+    def test_mask_rows_are_random_tokens(
+        self, noise_end: int | None, ids: tuple[int, int], how: str
+    ) -> None:
+        base = facts(noise_end=noise_end)
+        found = convert_layout(self.source(), base, options={"num_draft_tokens": "4"})
         assert (found.layout, found.num_draft_tokens, found.sampler) == ("peft-lora", 4, None)
-        ids = np.random.default_rng(0).integers(samples.TOKENS, size=4)
-        masks = found.tensors["mask_embeddings"]
-        assert masks.dtype == mx.float16
-        assert np.array_equal(np.array(masks), TABLE[ids].astype(np.float16))
-        listed = ", ".join(map(str, ids))
-        assert found.notes == (
-            f"mask rows: the base embedding's rows of {listed}, drawn with seed 0",
-        )
-        again = convert_layout(self.source(), facts(), options={**options, "seed": "1"})
-        assert again.notes != found.notes
+        assert found.noise_ids == ids
+        assert found.notes == (f"mask rows: random ids {how}",)
+        source = samples.peft_tensors(sampler=False, masks=False)
+        assert samples.same(found.tensors, expected(source, []))
+        assert samples.as_config(found, base).noise_ids == ids
+
+    @pytest.mark.parametrize(("own", "base", "k"), [(8, None, 7), (None, 16, 15), (8, 16, 7)])
+    def test_k_is_suggested_by_the_block_size(
+        self, own: int | None, base: int | None, k: int
+    ) -> None:
+        source = self.source() if own is None else self.source(block_size=own)
+        found = convert_layout(source, facts(block_size=base))
+        assert found.num_draft_tokens == k
+        assert found.notes[0] == f"num_draft_tokens: {k}, one less than block_size {k + 1}"
+        chosen = convert_layout(source, facts(block_size=base), options={"num_draft_tokens": "3"})
+        assert chosen.num_draft_tokens == 3
+
+    def test_a_range_may_be_given(self) -> None:
+        options = {"num_draft_tokens": "2", "noise_ids": "3, 12"}
+        found = convert_layout(self.source(), facts(noise_end=30), options=options)
+        assert found.noise_ids == (3, 12)
+        assert found.notes == ("mask rows: random ids from 3 to 11, as specified",)
 
     def test_ids_may_be_given(self) -> None:
         options = {"mask_token_ids": "5, 5,39"}
@@ -278,7 +302,12 @@ class TestLoraAlone:
             ({"mask_token_ids": "5,x"}, "mask_token_ids must list token ids"),
             ({"mask_token_ids": "5,40"}, "token 40 is not in the embedding of tiny"),
             ({"mask_token_ids": "5", "num_draft_tokens": "2"}, "mask_token_ids are 1, but"),
-            ({"mask_token_ids": "5", "seed": "2"}, "exclude each other"),
+            ({"mask_token_ids": "5", "noise_ids": "2,9"}, "exclude each other"),
+            ({"noise_ids": "9", "num_draft_tokens": "2"}, "noise_ids must be LOW,HIGH"),
+            ({"noise_ids": "9,9", "num_draft_tokens": "2"}, "noise_ids must be LOW,HIGH"),
+            ({"noise_ids": "1,2,3", "num_draft_tokens": "2"}, "noise_ids must be LOW,HIGH"),
+            ({"noise_ids": "1,41", "num_draft_tokens": "2"}, "end at 41, but tiny has 40 tokens"),
+            ({"seed": "1"}, "layout peft-lora has no option 'seed'"),
             ({"concat": "hidden-embedding"}, "layout peft-lora has no option 'concat'"),
             ({"size": "1"}, "unknown layout option 'size'"),
         ],

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import EvaConfig, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -31,6 +31,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"down_proj": 2, r"layers\.0\.self_attn\.q_proj": 3},
         "alpha_pattern": {"q_proj": 5, "layers.1.mlp.down_proj": 1},
         "use_rslora": True,
+    },
+    "eva": {  # as the example of pull request 3541 with --eva_init, which distributes ranks
+        "trainable_token_indices": [60, 61, 62, 63],
+        "use_rslora": True,
+        "ensure_weight_tying": True,
+        "init_lora_weights": "eva",
+        "eva_config": EvaConfig(rho=2.0),
+        "rank_pattern": {"model.layers.0.self_attn.q_proj": 7},
     },
 }
 ORDER = [63, 60, 62, 61]

@@ -114,10 +114,10 @@ def _peft_sampler(checkpoint: Path) -> nn.Module:
 # --- PEFT without mask tokens --------------------------------------------------------------------
 
 
-def peft_lora(root: Path, *, prefixed: bool = True, seeded: bool = False, **lora: Any) -> Project:
+def peft_lora(root: Path, *, prefixed: bool = True, noise: bool = False, **lora: Any) -> Project:
     """Ordinary LoRA, gated by the project's own runtime; mask rows are random vocabulary ids."""
     base = parts.save_model(parts.tiny_causal_lm("qwen3"), root / "base")
-    live, ids = parts.load_model(base), [17, 201, 93]
+    live, ids = parts.load_model(base), [0, 1, 2] if noise else [17, 201, 93]
     settings = {"r": 4, "lora_alpha": 8, "target_modules": list(ALL_LINEARS), **lora}
     model = peft.get_peft_model(live, peft.LoraConfig(task_type="CAUSAL_LM", **settings)).eval()
     parts.randomise(model, seed=3, only=("lora_",))
@@ -131,7 +131,7 @@ def peft_lora(root: Path, *, prefixed: bool = True, seeded: bool = False, **lora
         path = checkpoint / "adapter_model.safetensors"
         tensors = {k.removeprefix("base_model.model."): v for k, v in load_file(path).items()}
         save_file(tensors, path, {"format": "pt"})
-    how = {"seed": "7"} if seeded else {"mask_token_ids": ",".join(map(str, ids))}
+    how = {"noise_ids": "1,200"} if noise else {"mask_token_ids": ",".join(map(str, ids))}
     return Project(
         base=base,
         checkpoint=checkpoint,
@@ -139,7 +139,7 @@ def peft_lora(root: Path, *, prefixed: bool = True, seeded: bool = False, **lora
         model=model,
         backbone=live,
         k=len(ids),
-        mask_ids=[] if seeded else ids,
+        mask_ids=ids,
         gate=gate,
         options={"num_draft_tokens": str(len(ids)), **how},
     )
@@ -347,7 +347,7 @@ PROJECTS: dict[str, tuple[Callable[..., Project], dict[str, Any]]] = {
     "peft-mtp-bin": (peft_mtp, {"pickled": True}),
     "peft-lora": (peft_lora, {}),
     "peft-lora-no-prefix": (peft_lora, {"prefixed": False, "use_rslora": True}),
-    "peft-lora-seed": (peft_lora, {"seeded": True}),
+    "peft-lora-noise": (peft_lora, {"noise": True}),
     "mtp-glora": (mtp_glora, {}),
     "mtp-glora-tied": (mtp_glora, {"tied": True, "from_parent": True, "distributed": True}),
     "mtp-glora-fused": (mtp_glora, {"kind": "qwen3", "fused": True}),

@@ -214,6 +214,7 @@ def _steps(
         yield SimpleNamespace(
             tokens=tokens,
             num_draft_tokens=drafts,
+            source=model.source if drafts else "",
             parts=((model.source, drafts),) if drafts else (),
             num_accepted=min(len(tokens), max(size - 1, 0)) if drafts else 0,
             finish_reason=reason,

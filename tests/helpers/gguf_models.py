@@ -50,9 +50,16 @@ _SANDWICHED = _NAMES | {  # norms after attention and MLP too
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
+_GLM = _NAMES | {
+    "post_attention_layernorm": "post_attention_norm",
+    **{f"mlp.shared_experts.{part}_proj": f"ffn_{part}_shexp" for part in ("gate", "up", "down")},
+    **{name: f"nextn.{name}" for name in ("eh_proj", "enorm", "hnorm", "embed_tokens")},
+    **{f"shared_head.{part}": f"nextn.shared_head_{part}" for part in ("norm", "head")},
+    "exp_probs_b": "exp_probs_b",
+}
 _ARCHITECTURES = {
     **{"mistral": "llama", "mixtral": "llama", "gemma3_text": "gemma3"},
-    **{"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe"},
+    **{"qwen2_moe": "qwen2moe", "qwen3_moe": "qwen3moe", "glm4_moe": "glm4moe"},
 }
 _NUMPY = {np.int32: GGUFValueType.INT32, np.uint8: GGUFValueType.UINT8}
 _PERMUTED = ("llama", "granite", "smollm3")
@@ -69,6 +76,7 @@ def write_gguf(
     changed: Mapping[str, Any] | None = None,
     prepare: Callable[[GGUFWriter], None] | None = None,
     squeeze: bool = False,
+    left_out: str = "",
 ) -> Path:
     """Write a transformers folder as a GGUF file.
 
@@ -78,6 +86,7 @@ def write_gguf(
         choose: type of each tensor by GGUF name and values; float32 by default.
         changed: keys of the architecture to write with other values; None leaves one out.
         squeeze: write matrices of one row as vectors, as older converters did.
+        left_out: how the names of tensors begin that are not written.
         prepare: called with the writer at the end, for more keys or tensors.
     """
     from transformers import AutoConfig
@@ -92,6 +101,8 @@ def write_gguf(
             add_key(writer, f"{arch}.{key}", value)
     add_vocabulary(writer, config.vocab_size)
     for name, value in tensors(folder, config, arch).items():
+        if left_out and name.startswith(left_out):
+            continue
         value = value[0] if squeeze and value.shape[0] == 1 else value
         kind = Type.F32 if choose is None or value.ndim == 1 else choose(name, value)
         add_tensor(writer, name, value, kind)
@@ -141,10 +152,11 @@ def tensors(folder: Path, config: Any, arch: str) -> dict[str, np.ndarray]:
         name: value.float().numpy()
         for name, value in load_file(folder / "model.safetensors").items()
     }
-    names = _SANDWICHED if arch in (*_GEMMA, "olmo2") else _NAMES
+    names = _SANDWICHED if arch in (*_GEMMA, "olmo2") else _GLM if arch == "glm4moe" else _NAMES
     heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
     found: dict[str, np.ndarray] = {}
     for name, value in _stacked(state).items():
+        name = name.replace("mlp.gate.e_score_correction_bias", "exp_probs_b.bias")
         match = re.fullmatch(r"(?:model\.layers\.(\d+)\.)?(.+)\.(weight|bias)", name)
         assert match is not None, name
         theirs = match[2] if match[2].endswith("_exps") else names[match[2]]
@@ -264,6 +276,19 @@ def _keys(config: Any, arch: str) -> dict[str, Any]:
             and "moe" in arch + config.model_type + "moe"
         ):
             keys[theirs] = value
+    if arch == "glm4moe":
+        modules = int(getattr(config, "num_nextn_predict_layers", 0))
+        keys |= {
+            "block_count": config.num_hidden_layers + modules,
+            "nextn_predict_layers": modules,
+            "rope.dimension_count": int(main["partial_rotary_factor"] * dims),
+            "leading_dense_block_count": config.first_k_dense_replace,
+            "expert_count": config.n_routed_experts,
+            "expert_shared_count": config.n_shared_experts,
+            "expert_gating_func": 2,
+            "expert_weights_scale": float(config.routed_scaling_factor),
+            "expert_weights_norm": bool(config.norm_topk_prob),
+        }
     if arch == "granite":
         keys |= {
             "attention.scale": config.attention_multiplier,

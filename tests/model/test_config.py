@@ -47,6 +47,7 @@ configs = st.builds(
     scale_pattern=st.dictionaries(
         st.text(max_size=8), st.floats(allow_nan=False, allow_infinity=False), max_size=3
     ),
+    noise_ids=st.just(()),
 )
 
 
@@ -58,6 +59,19 @@ def test_a_round_trip_through_json_changes_nothing(config: MTPConfig) -> None:
 def test_the_file_holds_no_key_that_mlx_lm_would_take_for_its_own() -> None:
     keys = MTPConfig.from_dict(VALUES).to_dict().keys()
     assert not keys & {"num_layers", "lora_parameters", "lora_layers"}
+
+
+@pytest.mark.parametrize("ids", [[1, 260], [0, 1]])
+def test_a_range_of_random_ids(ids: list[int]) -> None:
+    config = MTPConfig.from_dict({**VALUES, "noise_ids": ids})
+    assert config.noise_ids == tuple(ids) and config.to_dict()["noise_ids"] == ids
+    assert "4 mask rows of random tokens" in config.describe()
+
+
+@pytest.mark.parametrize("ids", [[1], [1, 261], [5, 5], [-1, 5], [1, 2, 3], ["1", "2"], [1.5, 3]])
+def test_a_range_that_cannot_be(ids: list[Any]) -> None:
+    with pytest.raises(ValueError, match="noise_ids must be"):
+        MTPConfig.from_dict({**VALUES, "noise_ids": ids})
 
 
 def test_an_ordinary_adapter_says_nothing_of_later_keys() -> None:

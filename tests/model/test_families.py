@@ -6,6 +6,7 @@ Plain ids are mlx-lm's, drafts change nothing, and mask rows are what a plain mo
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import mlx.core as mx
@@ -233,6 +234,27 @@ class TestPerLayerEmbeddings:
         ids = step_ids(LAYOUTS[0], ordinary_ids(LAYOUTS[0]))
         pair = [step_hidden(each, ids, LAYOUTS[0]) for each in (given, missing)]
         assert mx.array_equal(pair[0], pair[1])
+
+    def test_random_tokens_have_their_own(self) -> None:
+        model, tensors = self.adapter()
+        ids, layout = [9, 33, 2, 60], LAYOUTS[0]
+        base = stock("gemma4_text")
+        named = MTPModel(base)
+        tables = {MASK_EMBEDDINGS: named.parts.embedding}
+        tables[MASK_PER_LAYER_EMBEDDINGS] = named.parts.per_layer or ""
+        rows = {name: module_at(base, path)(mx.array(ids)) for name, path in tables.items()}
+        expected = MTPModel(base, config=model.config, weights=tensors | rows)
+        weights = {name: value for name, value in tensors.items() if name not in rows}
+        assert model.config is not None
+        config = dataclasses.replace(model.config, noise_ids=(1, 64))
+        noisy = MTPModel(stock("gemma4_text"), config=config, weights=weights)
+        ordinary = ordinary_ids(layout)
+        drawn = mx.array([[*ordinary, *(ids[offset] for offset in layout.mask_offsets)]])
+        found = step_hidden(noisy, drawn, layout)
+        wanted = step_hidden(expected, step_ids(layout, ordinary), layout)
+        assert mx.array_equal(found, wanted)
+        with pytest.raises(ValueError, match="noise_ids and mask_embeddings"):
+            MTPModel(stock("gemma4_text"), config=config, weights=tensors)
 
     def test_a_wrong_shape_is_named(self) -> None:
         model, tensors = self.adapter()

@@ -17,6 +17,7 @@ from mlx_mtp.planning.costs import GPU_GUESS, CostCurve, LiveCosts
 from mlx_mtp.planning.lookup import LookupAcceptance, TextAcceptance
 from mlx_mtp.planning.offer import Offer
 from mlx_mtp.planning.plan import LOOKUP, MASK, Plan
+from mlx_mtp.planning.policy import best_policy
 from mlx_mtp.planning.settings import DEFAULTS
 
 FLAT = CostCurve(rows=(1, 64), contexts=(0,), forward_ms=((10.0, 11.0),), draft_ms=(0.0, 0.2))
@@ -31,9 +32,9 @@ def planner(
 
 
 def play(
-    plans: AutoPlanner, *, chance: float, steps: int, curve: CostCurve, seed: int = 0
+    plans: AutoPlanner, *, chance: Any, steps: int, curve: CostCurve, seed: int = 0
 ) -> list[Plan]:
-    """Decode with drafts that each hold with a chance, at the curve's costs."""
+    """Decode with drafts that each hold with a chance, or by position, at the curve's costs."""
     rng = np.random.default_rng(seed)
     costs, waiting, context, made = LiveCosts(curve), 0, 100, []
     for _ in range(steps):
@@ -41,7 +42,8 @@ def play(
             num_pending=1, offers=[Offer(MASK, waiting)], room=10**6, context=context
         )
         layout = decision.layout
-        holds = rng.uniform(size=layout.num_draft_tokens) < chance
+        count = layout.num_draft_tokens
+        holds = rng.uniform(size=count) < np.resize(chance, count)
         held = int(np.cumprod(holds).sum())
         size = max(layout.mask_counts)
         ms = costs.forward_ms(0)[layout.num_rows] + costs.draft_ms(size)[-1]
@@ -89,6 +91,22 @@ class TestPlans:
         bad = play(plans, chance=0.02, steps=160, curve=curve)
         assert np.mean([each.layout.num_rows for each in good[-30:]]) > 4
         assert np.mean([each.layout.num_rows for each in bad[-30:]]) < 1.5
+
+    @pytest.mark.parametrize("falling", [False, True])
+    def test_long_blocks_are_learnt_by_position(self, falling: bool) -> None:
+        """As of an adapter without figures of its own, whose blocks may have 16 tokens."""
+        k, curve = 15, dataclasses.replace(FLAT, rows=(1, 256))
+        chance = np.linspace(0.9, 0.5, k) if falling else np.full(k, 0.85)
+        known = Speculation(LiveCosts(curve), Acceptance.unknown(k))
+        made = play(AutoPlanner(known, num_draft_tokens=k), chance=chance, steps=500, curve=curve)
+        error = np.abs(known.acceptance.draft_probs() - chance)
+        assert error[:6].max() < 0.12 and error.mean() < 0.15
+        probs = np.concatenate([[1.0], np.cumprod(chance)])
+        costs = LiveCosts(curve)
+        best = best_policy(probs, costs.forward_ms(0), costs.draft_ms(k))
+        tokens = sum(probs[: plan.layout.num_draft_tokens + 1].sum() for plan in made[-200:])
+        assert tokens / sum(plan.expected_ms for plan in made[-200:]) > 0.93 * best.rate
+        assert max(plan.layout.num_draft_tokens for plan in made[-200:]) > 8
 
     def test_of_a_model_without_masks_are_plain(self):
         plans = planner(k=1)

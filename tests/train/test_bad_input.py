@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from mlx_mtp.train.data.records import read_jsonl
-from tests.helpers.tiny import save_tiny_model
+from tests.helpers.tiny import random_adapter, save_adapter, save_tiny_model, tiny_base
 from tests.train.kill_script import SMALL, ScriptedLoop, done, failure, invoke, loop, write_chats
 
 __all__ = ["loop"]
@@ -83,6 +84,15 @@ def test_options_that_cannot_be(tmp_path, monkeypatch, loop, args, reason):
     monkeypatch.chdir(tmp_path)
     assert reason in failure(*args)
     assert not loop.loaded and not os.listdir(tmp_path)
+
+
+def test_an_adapter_without_mask_tokens_is_refused_before_the_work(tmp_path, loop):
+    config, weights = random_adapter(tiny_base(), sampler=False)
+    config = dataclasses.replace(config, noise_ids=(1, 60))
+    start = save_adapter(tmp_path / "start", config, weights)
+    told = failure("--adapter-path", str(tmp_path / "out"), "--resume-adapter-file", str(start))
+    assert "start has no mask tokens to train: its mask rows are random tokens" in told
+    assert not loop.loaded and not (tmp_path / "out").exists()
 
 
 def test_a_missing_tracker_is_told_before_the_work(tmp_path, loop, monkeypatch):

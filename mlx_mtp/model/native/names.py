@@ -132,8 +132,12 @@ def num_modules(config: Mapping[str, Any]) -> int:
 
 
 def belongs_to_modules(name: str, config: Mapping[str, Any]) -> bool:
-    """Whether a tensor of a checkpoint is part of a module, of a supported family or not."""
-    return _place(name, _num_layers(config)) is not None
+    """Whether a tensor of a checkpoint is part of a module, of a supported family or not.
+
+    A layer after the model's last one is a module's only if the configuration announces so many:
+    else a wrong number of layers would pass for modules.
+    """
+    return _place(name, _appended(config)) is not None
 
 
 def native_tensors(names: Iterable[str], config: Mapping[str, Any]) -> dict[str, str]:
@@ -149,8 +153,8 @@ def native_tensors(names: Iterable[str], config: Mapping[str, Any]) -> dict[str,
     """
     if family_of(config) is None:
         return {}
-    layers = _num_layers(config)
-    places = {name: _place(name, layers) for name in names}
+    appended = _appended(config)
+    places = {name: _place(name, appended) for name in names}
     return {name: _canonical(*place) for name, place in places.items() if place is not None}
 
 
@@ -170,6 +174,12 @@ def _model_type(config: Mapping[str, Any]) -> str:
     return next((name for name in names if name in _FAMILIES), "")
 
 
+def _appended(config: Mapping[str, Any]) -> range:
+    """Numbers of the layers after the model's own that are modules'."""
+    layers = _num_layers(config)
+    return range(layers, layers + num_modules(config))
+
+
 def _num_layers(config: Mapping[str, Any]) -> int:
     for scope in (_text_config(config), config):
         if isinstance(scope.get("num_hidden_layers"), int):
@@ -177,11 +187,11 @@ def _num_layers(config: Mapping[str, Any]) -> int:
     return _NO_LAYERS
 
 
-def _place(name: str, num_layers: int) -> tuple[int, str] | None:
+def _place(name: str, appended: range) -> tuple[int, str] | None:
     """Index of the module that a tensor belongs to, and its name there."""
     if match := _LAYERS.fullmatch(name):
-        index = int(match[1]) - num_layers
-        return (index, match[2]) if index >= 0 else None
+        number = int(match[1])
+        return (number - appended.start, match[2]) if number in appended else None
     if match := _MTP.fullmatch(name):
         return int(match[1] or 0), match[2]  # what is not in a layer is shared by all of them
     if match := _MTP_LAYERS.fullmatch(name):

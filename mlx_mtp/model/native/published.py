@@ -55,7 +55,8 @@ def canonical_tensors(
             norms = {name: value + 1 for name, value in norms.items()}
         own = _stacked(_sanitised(base, own)) | norms
         projection = own.get("projection.weight")
-        if projection is not None and projection.shape[0] == 2 * projection.shape[-1]:
+        is_packed = "projection.scales" in own
+        if projection is not None and not is_packed and _is_transposed(projection):
             own["projection.weight"] = projection.T  # of ERNIE-4.5-300B-A47B-PT
         done |= {prefix + name: value for name, value in own.items()}
     return done
@@ -88,6 +89,11 @@ def without_copies(
     stems = tuple(name.removesuffix("weight") for name in copies)
     dropped = [name for name in tensors if stems and name.startswith(stems)]
     return {name: value for name, value in tensors.items() if name not in dropped}, dropped
+
+
+def _is_transposed(projection: mx.array) -> bool:
+    """Whether a projection ``[D, 2 D]`` is ``[2 D, D]``."""
+    return projection.shape[0] == 2 * projection.shape[-1]
 
 
 def _is_norm(name: str) -> bool:

@@ -20,7 +20,7 @@ from mlx_mtp.storage.gguf.rope import (
 )
 from mlx_mtp.storage.gguf.source import Source
 
-_SOFTMAX = 1  # llama.cpp's number of the experts' gating function
+_SOFTMAX, _SIGMOID = 1, 2  # llama.cpp's numbers of the experts' gating functions
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,7 @@ class Model:
         config: settings in transformers' keys.
         once: slots of tensors outside the layers.
         layer: slots of every layer's tensors.
+        some: slots that only some layers have, by the number of the layer.
         unused: tensors that ``config`` expresses.
     """
 
@@ -73,6 +74,7 @@ class Model:
     config: dict[str, Any] = field(default_factory=dict)
     once: list[Slot] = field(default_factory=list)
     layer: list[Slot] = field(default_factory=list)
+    some: dict[int, list[Slot]] = field(default_factory=dict)
     unused: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -171,6 +173,10 @@ class Model:
         gating = self.source.integer("expert_gating_func", _SOFTMAX)
         if gating != _SOFTMAX:
             raise self.source.refuse("expert_gating_func", gating, "not softmax")
+        self.stacks(count, size, module=module)
+
+    def stacks(self, count: int, size: int, *, module: str = "mlp") -> None:
+        """Add the router and the stacked weights of experts."""
         self.linear("ffn_gate_inp", f"{module}.gate", count, self.width)
         for name, rows, width in (
             ("gate", size, self.width),
@@ -179,6 +185,14 @@ class Model:
         ):
             target = f"{module}.switch_mlp.{name}_proj.weight"
             self.layer.append(Slot(f"ffn_{name}_exps.weight", target, (count, rows, width)))
+
+    def only_in(self, layers: range, add: Callable[[], None]) -> None:
+        """Let only some layers have what a function adds to all of them."""
+        start = len(self.layer)
+        add()
+        slots, self.layer[start:] = self.layer[start:], []
+        for index in layers:
+            self.some.setdefault(index, []).extend(slots)
 
     def rope(self, *, rotated: int | None = None) -> None:
         """Read the rotary settings; ``rotated`` dimensions of a head, by default all."""
@@ -202,7 +216,7 @@ class Model:
         self.source.check_all_read()
         slots = {slot.name: slot for slot in self.once}
         for index in range(self.layers):
-            for slot in self.layer:
+            for slot in (*self.layer, *self.some.get(index, ())):
                 name = f"blk.{index}.{slot.name}"
                 target = f"model.layers.{index}.{slot.target}"
                 slots[name] = Slot(name, target, slot.shape, slot.heads, slot.offset)
@@ -374,6 +388,74 @@ def _routed(model: Model, *, normalised: bool) -> None:
     model.experts(count, size)
 
 
+def _glm4_moe(model: Model) -> None:
+    """GLM-4.5 and later, whose last layers in the file are native MTP modules."""
+    source, integer = model.source, model.source.integer
+    modules = integer("nextn_predict_layers", 0, minimum=0)
+    own = model.layers - modules
+    dense, shared = (
+        integer(key, default, minimum=0)
+        for key, default in (("leading_dense_block_count", 0), ("expert_shared_count", 1))
+    )
+    if own < 1 or dense > own:
+        raise source.refuse("block_count", model.layers, f"{modules} modules, {dense} dense layers")
+    if not any(name.startswith(f"blk.{own}.") for name in source.file.tensors):
+        modules, model.layers = 0, own  # a file that was written without them
+    count, size = integer("expert_count"), integer("expert_feed_forward_length")
+    gating = integer("expert_gating_func", _SIGMOID)
+    if gating != _SIGMOID:
+        raise source.refuse("expert_gating_func", gating, "not sigmoid")
+    rotated = integer("rope.dimension_count", model.head_dim)
+    bias, norms = model.has("attn_q.bias"), model.has("attn_q_norm.weight")
+    model.config |= {
+        **{"model_type": "glm4_moe", "hidden_act": "silu", "num_hidden_layers": own},
+        **{"head_dim": model.head_dim, "partial_rotary_factor": rotated / model.head_dim},
+        **{"attention_bias": bias, "use_qk_norm": norms, "rope_scaling": None},
+        **{"first_k_dense_replace": dense, "n_shared_experts": shared, "n_routed_experts": count},
+        **{"num_experts_per_tok": integer("expert_used_count"), "moe_intermediate_size": size},
+        **{"n_group": integer("expert_group_count", 1)},
+        **{"topk_group": integer("expert_group_used_count", 1)},
+        "routed_scaling_factor": source.number("expert_weights_scale", 1.0),
+        "norm_topk_prob": source.get("expert_weights_norm") is not False,
+        "num_nextn_predict_layers": modules,
+    }
+    model.rms_norms(
+        ("attn_norm", "input_layernorm"), ("post_attention_norm", "post_attention_layernorm")
+    )
+    if norms:
+        _head_norms(model)
+    model.attention(bias=bias, out_bias=False)
+
+    def routed() -> None:
+        model.stacks(count, size)
+        target = "mlp.gate.e_score_correction_bias"
+        model.layer.append(Slot("exp_probs_b.bias", target, (count,)))
+        for name, rows, width in (
+            ("gate", shared * size, model.width),
+            ("up", shared * size, model.width),
+            ("down", model.width, shared * size),
+        ):
+            model.linear(f"ffn_{name}_shexp", f"mlp.shared_experts.{name}_proj", rows, width)
+
+    model.only_in(range(dense), model.mlp)
+    model.only_in(range(dense, model.layers), routed)
+    model.only_in(range(own, model.layers), lambda: _nextn(model, own))
+    model.rope(rotated=rotated)
+
+
+def _nextn(model: Model, layer: int) -> None:
+    """Add what native MTP modules have besides a decoder layer, under their published names."""
+    model.linear("nextn.eh_proj", "eh_proj", model.width, 2 * model.width)
+    for name in ("enorm", "hnorm", "shared_head_norm"):
+        model.norm(f"nextn.{name}", name.replace("shared_head_", "shared_head."))
+    for name, target in (
+        ("embed_tokens", "embed_tokens"),
+        ("shared_head_head", "shared_head.head"),
+    ):
+        if model.source.has(f"blk.{layer}.nextn.{name}.weight"):
+            model.linear(f"nextn.{name}", target, model.vocabulary, model.width)
+
+
 def _gemma3(model: Model) -> None:
     source = model.source
     pattern = _pattern(model, 6)
@@ -533,7 +615,7 @@ CLASSES = {
         **{"llama": "Llama", "mistral": "Mistral", "mixtral": "Mixtral", "granite": "Granite"},
         **{"qwen2": "Qwen2", "qwen2_moe": "Qwen2Moe", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"},
         **{"gemma2": "Gemma2", "gemma3_text": "Gemma3", "phi3": "Phi3", "olmo2": "Olmo2"},
-        **{"smollm3": "SmolLM3", "starcoder2": "Starcoder2"},
+        **{"smollm3": "SmolLM3", "starcoder2": "Starcoder2", "glm4_moe": "Glm4Moe"},
     }.items()
 }
 _BIASES = ("attn_q.bias", "ffn_gate.bias")
@@ -543,6 +625,7 @@ FAMILIES: dict[str, Callable[[Model], None]] = {
     "qwen2moe": _qwen2_moe,
     "qwen3": _qwen3,
     "qwen3moe": _qwen3_moe,
+    "glm4moe": _glm4_moe,
     "gemma2": _gemma2,
     "gemma3": _gemma3,
     "phi3": _phi3,

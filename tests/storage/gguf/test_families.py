@@ -14,6 +14,7 @@ from gguf.constants import GGMLQuantizationType as Type
 from mlx_mtp.model.base import open_base
 from mlx_mtp.storage.gguf.convert import write_model
 from mlx_mtp.storage.gguf.file import read_gguf
+from tests.helpers import native_models
 from tests.helpers import transformers_models as theirs
 from tests.helpers.gguf_models import add_tensor, write_gguf
 from tests.helpers.tiny_gguf import write_tiny_gguf
@@ -38,6 +39,8 @@ def _rope(kind: str, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 5000.0, "factor": 4.0, **more}}
 
 
+_GLM = native_models.KINDS["glm4_moe"].settings | {"num_nextn_predict_layers": 0}
+
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
     "llama tied": ("llama", {"tie_word_embeddings": True}),
@@ -57,6 +60,8 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "qwen3": ("qwen3", {}),
     "qwen3_moe": ("qwen3_moe", {"mlp_only_layers": []}),
+    "glm4_moe": ("glm4_moe", _GLM),
+    "glm4_moe, plain": ("glm4_moe", _GLM | {"use_qk_norm": False, "attention_bias": True}),
     "gemma3": ("gemma3_text", {}),
     "gemma3, linear": ("gemma3_text", {"rope_parameters": _GEMMA_LINEAR}),
     "gemma2": ("gemma2", {}),
