@@ -111,6 +111,7 @@ class HiddenRowsDrafter(Drafter):
 
     def propose(self, count: int, *, key: mx.array) -> Drafts:
         """Read the rows that wait, then draft."""
+        self._drop_assumed()  # the step that was planned before may not have been run
         self._read_rows()
         self._offsets = self._rows_by_layer()
         return self._draft(self._rows.last, count, key=key)
@@ -118,8 +119,7 @@ class HiddenRowsDrafter(Drafter):
     def commit(self, step: CommittedStep) -> None:
         """Drop assumed rows and take up those that stay."""
         rows, count = self._rows, len(step.next_ids)
-        for layer, offset in zip(rows.cache.layers, self._offsets, strict=True):
-            layer.rewind(layer.offset - offset)
+        self._drop_assumed()
         rows.hidden.append(step.hidden[:count])
         rows.next_ids += step.next_ids
         rows.end += count
@@ -127,6 +127,10 @@ class HiddenRowsDrafter(Drafter):
             self._read_rows()
             self._offsets = self._rows_by_layer()
             mx.eval(rows.cache.state, rows.last)
+
+    def _drop_assumed(self) -> None:
+        for layer, offset in zip(self._rows.cache.layers, self._offsets, strict=True):
+            layer.rewind(layer.offset - offset)
 
     def _rows_by_layer(self) -> list[int]:
         return [layer.offset for layer in self._rows.cache.layers]
