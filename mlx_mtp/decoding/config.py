@@ -67,7 +67,7 @@ class GenerationConfig:
         None, "Maximum number of draft tokens per step; by default that of the drafter.", min=0
     )
     drafter: str = setting(
-        "auto", "Drafter to propose tokens; all that the model has by default.", choices=DRAFTERS
+        "auto", "Source of the draft tokens; all that the model has by default.", choices=DRAFTERS
     )
     lookup: bool = setting(
         True, "With layout auto, also propose drafts by looking up the last tokens in the text."
