@@ -33,7 +33,14 @@ from mlx_mtp.drafting.draft_model import num_bytes
 from mlx_mtp.drafting.make import available_sources
 from mlx_mtp.drafting.words import in_words, what_would_help
 from mlx_mtp.model.base import open_base
-from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
+from mlx_mtp.model.config import (
+    WEIGHTS_FILE,
+    AdapterConfig,
+    HeadsConfig,
+    MTPConfig,
+    read_any_config,
+    read_config,
+)
 from mlx_mtp.model.fingerprint import fingerprint, is_fingerprint_of
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.native.module import NativeModule
@@ -343,7 +350,7 @@ def resolve_adapter(path_or_hf_repo: str, *, model: str | None = None) -> Path:
 
 
 def read_adapter(folder: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
-    """Read an adapter folder.
+    """Read the folder of an adapter of mask tokens.
 
     Returns:
         The configuration and the tensors by name: ``mask_embeddings`` ``[k, D]``,
@@ -352,17 +359,32 @@ def read_adapter(folder: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
         have embeddings of their own.
 
     Raises:
+        ValueError: a file is missing or broken, a tensor is not finite, or the adapter has heads.
+    """
+    return read_config(folder), _finite_tensors(folder / WEIGHTS_FILE)
+
+
+def read_any_adapter(folder: Path) -> tuple[MTPConfig | HeadsConfig, dict[str, mx.array]]:
+    """Read an adapter folder, of mask tokens or of heads.
+
+    Returns:
+        The configuration and the tensors by name: see ``read_adapter``, or those of
+        ``draft_heads.DraftHeads``.
+
+    Raises:
         ValueError: a file is missing or broken, or a tensor is not finite.
     """
-    config = read_config(folder)
-    path = folder / WEIGHTS_FILE
+    return read_any_config(folder), _finite_tensors(folder / WEIGHTS_FILE)
+
+
+def _finite_tensors(path: Path) -> dict[str, mx.array]:
     weights = read_tensors(path)
     finite = {name: mx.isfinite(value).all() for name, value in weights.items()}
     mx.eval(finite)
     for name, value in finite.items():
         if not value.item():
             raise ValueError(f"{path}: {name} has NaN or infinite values")
-    return config, weights
+    return weights
 
 
 def read_tensors(path: Path) -> dict[str, mx.array]:
@@ -381,7 +403,7 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     return tensors
 
 
-def check_base(base: nn.Module, config: MTPConfig, *, adapter: str, name: str) -> None:
+def check_base(base: nn.Module, config: AdapterConfig, *, adapter: str, name: str) -> None:
     """Refuse an adapter that was trained for another base model.
 
     Raises:
@@ -456,7 +478,7 @@ def _read_weights(
 
 def _with_adapter(base: nn.Module, name: str, folder: Path, *, shown: str) -> MTPModel:
     """Join a base model and an adapter."""
-    config, weights = read_adapter(folder)
+    config, weights = read_any_adapter(folder)
     check_base(base, config, adapter=shown, name=name)
     try:
         return MTPModel(base, name=name, config=config, weights=weights)
