@@ -192,7 +192,6 @@ def _ready(model: Any, tokenizer: Any, drafters: Sequence[str]) -> Ready:
     return Ready(
         model=model.name,
         adapter=model.config is not None,
-        draft_model=None if model.draft_model is None else model.draft_model.name,
         num_draft_tokens=model.num_draft_tokens,
         drafters=list(drafters),
         max_context=model.max_context,

@@ -161,7 +161,6 @@ class Ready:
     Attributes:
         model: name of the model.
         adapter: whether it has an MTP adapter.
-        draft_model: name of the draft model, if there is one.
         num_draft_tokens: the adapter's k; 0 without an adapter.
         drafters: what proposes drafts where a job sets no options.
         max_context: maximum number of tokens of prompt and answer; None if unknown.
@@ -175,7 +174,6 @@ class Ready:
     type: Literal["ready"] = "ready"
     model: str
     adapter: bool
-    draft_model: str | None = None
     num_draft_tokens: int
     drafters: list[str] = field(default_factory=list)
     max_context: int | None = None

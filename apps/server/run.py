@@ -61,7 +61,7 @@ def serve(
     gc.freeze()  # objects that exist now stay; collections need not scan them again
     (greet or _greet)(url)
     with listener:
-        asyncio.run(_run(server, listener, engine, url, settings))
+        asyncio.run(_run(server, listener, engine, url))
     if engine.info is None and engine.error:
         raise ValueError(engine.error)
 
@@ -70,11 +70,9 @@ def _greet(url: str) -> None:
     print(f"Listening on {url} ...", flush=True)
 
 
-async def _run(
-    server: _Server, listener: socket.socket, engine: Engine, url: str, settings: Settings
-) -> None:
+async def _run(server: _Server, listener: socket.socket, engine: Engine, url: str) -> None:
     tasks = [
-        asyncio.create_task(_announce(server, engine, url, settings)),
+        asyncio.create_task(_announce(server, engine, url)),
         asyncio.create_task(engine.metrics.watch_loop()),
     ]
     try:
@@ -84,7 +82,7 @@ async def _run(
             task.cancel()
 
 
-async def _announce(server: _Server, engine: Engine, url: str, settings: Settings) -> None:
+async def _announce(server: _Server, engine: Engine, url: str) -> None:
     """Print the model when it is loaded; stop the server if it cannot be."""
     await engine.settled.wait()
     info = engine.info

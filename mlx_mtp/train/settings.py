@@ -128,7 +128,7 @@ class TrainSettings:
 
     drafter: str = _adapter(
         MASK_DRAFTER,
-        "What to train: mask tokens, or independent heads on the frozen model.",
+        "Drafter to train: mask tokens, or independent heads on the frozen model.",
         choices=(MASK_DRAFTER, HEADS_DRAFTER),
     )
     head: str = _adapter(

@@ -25,6 +25,7 @@ ALLOWED = ("held out", "held-out", "most likely")
 # Options whose meaning depends on the command, which their help text says.
 VARIANTS = {
     "--adapter-path": "folder to read, or to write in train and average",
+    "--drafter": "train: the one to train",
     "--max-tokens": "limit of an answer: for one, per prompt, or where a request sets none",
     "--min-p": "serve: where a request sets none",
     "--model": "convert and export: the base model",
