@@ -14,6 +14,7 @@ from mlx_mtp.planning.probing import Probing
 from mlx_mtp.planning.settings import DEFAULTS
 
 _SETTLED, _SLOW = 18, 0.05  # observations of the cost after which each counts for little
+_LEAST_CHANGE = 0.25  # of the cost by one observation
 
 
 @dataclass
@@ -31,6 +32,11 @@ class Estimates:
     cost_factor: float = 1.0
     num_seen: int = 0
     probing: Probing = field(default_factory=Probing)
+
+    @property
+    def is_cost_new(self) -> bool:
+        """Whether too few steps have shown what proposing takes."""
+        return self.num_seen < _SETTLED
 
     def draft_ms(self, offer: Offer, count: int, plain_ms: float) -> np.ndarray:
         """Milliseconds to propose j drafts, ``[count + 1]``, 0.0 at 0.
@@ -92,9 +98,16 @@ class Estimates:
         )
 
     def _observe_cost(self, ratio: float, share: float) -> None:
-        """Let the cost follow a step's time, by the part of proposing in it."""
+        """Let the cost follow a step's time.
+
+        At first all of the difference is due to proposing, whose cost is a guess; later a part of
+        it that is as large as the part of proposing in the step.
+        """
         if not share > 0:  # NaN of a step whose time was not expected
             return
-        rate = 1 / (self.num_seen + 2) if self.num_seen < _SETTLED else _SLOW
-        self.cost_factor *= ratio ** (rate * share)
+        if self.is_cost_new:
+            change = 1 + (ratio - 1) / share / (self.num_seen + 2)
+            self.cost_factor *= max(change, _LEAST_CHANGE)
+        else:
+            self.cost_factor *= ratio ** (_SLOW * share)
         self.num_seen += 1
