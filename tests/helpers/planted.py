@@ -51,7 +51,7 @@ class PlantedNative(nn.Module):
         super().__init__()
         self.num_modules = num_modules
         self.table = mx.array(list(ids))
-        self._vocab_size = model.vocab_size
+        self._vocab_size, self._dims = model.vocab_size, model.hidden_size
 
     def make_cache(self) -> MTPCache:
         """A cache for each module."""
@@ -65,7 +65,7 @@ class PlantedNative(nn.Module):
         """Continue from a state and a draft."""
         layer = cache.layers[index % self.num_modules]
         assert ids.shape[1] == hidden.shape[1]
-        rows = mx.zeros((1, 1, ids.shape[1], layer_width(layer, hidden)))
+        rows = mx.zeros((1, 1, ids.shape[1], self._dims))
         layer.update_and_fetch(rows, ids[:, None, :, None].astype(mx.float32))
         return hidden + 1
 
@@ -75,24 +75,19 @@ class PlantedNative(nn.Module):
         """Keep rows of the text; module i is i rows behind."""
         states = []
         for index, layer in enumerate(cache.layers):
-            if index >= len(last):  # the first rows of a text
-                hidden, ids = hidden[:, : hidden.shape[1] - (index > 0)], ids[:, int(index > 0) :]
             if not ids.shape[1]:
                 break
             keys = hidden if index == 0 else mx.zeros_like(hidden)  # of the module before
             layer.update_and_fetch(keys[:, None], ids[:, None, :, None].astype(mx.float32))
             states.append(mx.full((1, 1, 1), layer.offset + index + 1))
+            if index >= len(last):  # the first rows of a text
+                hidden, ids = hidden[:, :-1], ids[:, 1:]
         return states
 
     def logits(self, hidden: mx.array, index: int = 0) -> mx.array:
         """Of the token that a state predicts, ``[1, L, V]``."""
         del index
         return CERTAIN * mx.eye(self._vocab_size)[self.table[hidden[..., 0]]]
-
-
-def layer_width(layer: Any, hidden: mx.array) -> int:
-    """Width of the keys in a cache, or of these states where it is empty."""
-    return hidden.shape[-1] if layer.inner.keys is None else layer.inner.keys.shape[-1]
 
 
 class PlantedDraftModel:

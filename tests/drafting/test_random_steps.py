@@ -1,0 +1,232 @@
+"""Conversations of random steps: caches and what drafters remember are as if the text were new."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_mtp.decoding.loop import decode
+from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.decoding.setup import make_request
+from mlx_mtp.decoding.together import decode_together
+from mlx_mtp.model.caches.mtp_cache import MTPCache
+from mlx_mtp.model.layout import StepLayout
+from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.planning.auto import Speculation
+from mlx_mtp.planning.offer import Offer
+from mlx_mtp.planning.plan import CHAIN, DRAFT_MODEL, LOOKUP, MASK, NATIVE, Plan
+from tests.drafting.test_exactness import CASES, Case, K, WIDE, small_draft
+from tests.helpers.planted import PlantedNative
+from tests.helpers.scripted import ScriptedModel
+
+VOCAB = 12  # small, so that random drafts are right now and then
+MAX_TEXT = 160
+SOME = [Case(each.kind, {**each.sizes, "vocab_size": VOCAB}, each.cache) for each in CASES]
+
+
+class AnyPlanner:
+    """Takes any offer, any number of its drafts and any masks."""
+
+    def __init__(self, k: int, rng: np.random.Generator, used: set[str]) -> None:
+        self._k, self._rng, self._used = k, rng, used
+
+    def plan(self, *, num_pending: int, room: int, offers: Sequence[Offer] = (), **_: Any) -> Plan:
+        rng = self._rng
+        usable = [each for each in offers if 0 < each.num_drafts <= room - 1 - each.follows]
+        drafts, source, first = 0, "", 0
+        if usable and rng.random() < 0.85:
+            offer = usable[rng.integers(len(usable))]
+            source, first = offer.source, offer.follows
+            drafts = first + int(rng.integers(1, offer.num_drafts + 1))
+            self._used.add(source)
+        masks = rng.integers(0, min(self._k, room) + 1, drafts + 1).tolist()
+        return Plan(StepLayout(num_pending, drafts, tuple(masks)), source=source, num_first=first)
+
+    def observe(self, plan: Plan, **_: Any) -> None:
+        """Learn nothing."""
+
+
+def second(logprobs: mx.array) -> mx.array:
+    """A sampler function: the second most likely token."""
+    return mx.argsort(-logprobs.reshape(-1))[1]
+
+
+def grammar(tokens: mx.array, logits: mx.array) -> mx.array:
+    """A logits processor that allows what a rule allows after the last id."""
+    allowed = (mx.arange(logits.shape[-1]) + tokens[-1]) % 3 != 1
+    return mx.where(allowed, logits, -mx.inf)
+
+
+TARGETS: list[dict[str, Any]] = [
+    {},
+    {},
+    {"sampler": second},
+    {"logits_processors": [grammar]},
+    {"sampling": Sampling(repetition_penalty=1.4, repetition_context_size=8)},
+]
+
+
+class Conversation:
+    """Random answers on one cache, each compared with plain decoding on a copy of the cache.
+
+    Attributes:
+        ids: ids of the text; the last one may not be in the cache yet.
+        stale: places at which the text went on in another way before.
+    """
+
+    def __init__(self, model: Any, case: Case, rng: np.random.Generator, draft: MTPModel) -> None:
+        self.model, self.case, self.rng, self.draft = model, case, rng, draft
+        self.cache = self._new_cache()
+        self.ids: list[int] = []
+        self.stale: set[int] = set()
+
+    def _new_cache(self) -> MTPCache:
+        cache = self.model.make_cache(**self.case.cache)
+        cache.keeps_checkpoints = True
+        return cache
+
+    def rewind(self) -> None:
+        """Begin anew, go back, or continue from a copy."""
+        choice = self.rng.random()
+        if len(self.ids) > MAX_TEXT:
+            self.cache, self.ids, self.stale = self._new_cache(), [], set()
+        elif choice < 0.4:
+            end = self.cache.rewind_point(int(self.rng.integers(0, self.cache.offset + 1)))
+            if end:
+                self.cache.rewind(self.cache.offset - end)
+                self.ids = self.ids[:end]
+        elif choice < 0.5:
+            self.cache, self.stale = self.cache.copied(), set()
+
+    def request(self) -> tuple[list[int], dict[str, Any]]:
+        """A prompt and options; the prompt begins with the last id if that is not cached."""
+        rng, cached = self.rng, self.ids[: self.cache.offset]
+        waiting = self.ids[self.cache.offset :]
+        if waiting and rng.random() < 0.2:
+            waiting = []  # as where the id that ended an answer is left out
+        self.stale.add(self.cache.offset)  # the id there may have been another
+        more = rng.integers(0, VOCAB, rng.integers(1, 1 + rng.choice([2, 40]))).tolist()
+        if waiting and rng.random() < 0.3:
+            more = []
+        self.ids = [*cached, *waiting, *more]
+        return self.ids[len(cached) :], {
+            "cached_ids": cached,
+            "max_tokens": int(rng.integers(1, 25)),
+            "stop_ids": set(rng.integers(0, VOCAB, rng.integers(0, 2)).tolist()),
+            "prefill_step_size": int(rng.choice([1, 3, 7, 64])),
+            **TARGETS[rng.integers(len(TARGETS))],
+        }
+
+    def answer(self) -> int:
+        """One answer, perhaps abandoned; returns its number of steps."""
+        self.rewind()
+        twin = self.cache.copied()
+        prompt, options = self.request()
+        limit = self.rng.choice([3, 1000])
+        emitted, num_steps = [], 0
+        steps = decode(
+            self.model, prompt, cache=self.cache, draft_model=self.draft, layout="auto", **options
+        )
+        for step in steps:
+            emitted += step.tokens
+            num_steps += 1
+            if num_steps == limit:
+                steps.close()
+        self.ids += emitted
+        assert emitted == self.plain(prompt, twin, len(emitted), options)
+        self.check_cache(twin)
+        self.check_memory()
+        return num_steps
+
+    def plain(
+        self, prompt: list[int], twin: MTPCache, count: int, options: dict[str, Any]
+    ) -> list[int]:
+        """The first ids of the same answer by plain decoding."""
+        steps = decode(
+            self.model, prompt, cache=twin, layout="plain", **{**options, "max_tokens": count}
+        )
+        return [token for step in steps for token in step.tokens]
+
+    def check_cache(self, twin: MTPCache) -> None:
+        """The cache is that of plain decoding and, where chunks do not matter, of a new prefill."""
+        end = self.cache.offset
+        assert end == twin.offset == len(self.ids) - 1
+        fresh = self.model.make_cache()
+        others = [twin] if self.case.cache else [twin, fresh]
+        if not self.case.cache:
+            self.model(mx.array([self.ids[:end]]), cache=fresh)
+        probe = mx.array([[7, 11, 2]])
+        after = self.model(probe, cache=self.cache.copied())
+        for other in others:
+            expected = self.model(probe, cache=other.copied())
+            assert mx.allclose(after, expected, rtol=1e-3, atol=1e-3)
+
+    def check_memory(self) -> None:
+        """Lookup has the text, modules have read its rows, a draft model has read some of it."""
+        memory, ids, end = self.cache.drafter_memory, self.ids, self.cache.offset
+        assert memory[LOOKUP]._ids[memory[LOOKUP]._start :][: len(ids)] == ids
+        rows = memory[NATIVE]
+        rows.drop_drafts()
+        assert rows.end == end and len(rows.next_ids) == sum(len(x) for x in rows.hidden)
+        self.check_module(rows)
+        text = memory[DRAFT_MODEL]
+        assert text.ids == ids and text.cache.offset <= len(ids) + 8
+        self.check_draft(text.cache.copied())
+
+    def check_module(self, rows: Any) -> None:
+        """Rows are at their places, and have the state of the place and the id after it.
+
+        Where the text once went on in another way, the id may be the earlier one.
+        """
+        first, *others = rows.cache.layers
+        found = list(rows.next_ids)
+        if first.offset:
+            keys, values = first.keys_and_values()
+            found = [*values[0, 0, :, 0].astype(mx.int32).tolist(), *found]
+            if not self.case.cache:
+                hidden = self.model(mx.array([self.ids[:-1]]), cache=self.model.make_cache())[0]
+                expected = hidden[rows.start : rows.start + first.offset]
+                assert mx.allclose(keys[0, 0], expected, rtol=1e-3, atol=1e-3)
+        assert rows.start + len(found) == self.cache.offset
+        pairs = enumerate(zip(found, self.ids[rows.start + 1 :], strict=True), rows.start + 1)
+        assert {place for place, (one, other) in pairs if one != other} <= self.stale
+        for index, layer in enumerate(others, 1):
+            assert first.offset - index <= layer.offset <= first.offset
+
+    def check_draft(self, cache: MTPCache) -> None:
+        """A draft model's rows of the text are as if it had read the text anew."""
+        end = min(cache.offset, len(self.ids))
+        cache.rewind(cache.offset - end)
+        fresh, probe = self.draft.make_cache(), mx.array([[7, 11, 2]])
+        if end:
+            self.draft(mx.array([self.ids[:end]]), cache=fresh)
+        found, expected = (self.draft(probe, cache=each) for each in (cache, fresh))
+        assert mx.allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def drafted(case: Case, rng: np.random.Generator) -> Any:
+    """A model all of whose drafters propose random ids."""
+    model = case.model
+    ids = rng.integers(0, VOCAB, 4 * MAX_TEXT).tolist()
+    model.native = PlantedNative(model, ids, int(rng.integers(1, 4)))  # type: ignore[assignment]
+    return model
+
+
+@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("case", SOME, ids=str)
+def test_caches_and_memories_after_random_steps(
+    case: Case, count: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng, done, used = np.random.default_rng([seed, len(str(case))]), 0, set[str]()
+    model = drafted(case, rng)
+    monkeypatch.setattr(
+        "mlx_mtp.decoding.setup.make_planner", lambda *_, **__: AnyPlanner(K, rng, used)
+    )
+    talk = Conversation(model, case, rng, small_draft(VOCAB))
+    while done < count:
+        done += talk.answer()
+    assert used == {MASK, NATIVE, DRAFT_MODEL, LOOKUP, CHAIN}
