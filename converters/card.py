@@ -55,11 +55,13 @@ def base_card(
     if result is not None:
         first = f"Converted to MLX by mlx-mtp from {name}: {result.summary}."
     facts = [first, *facts]
-    if result is not None and result.native is not None:
-        facts += [f"{line[0].upper()}{line[1:]}." for line in result.native.lines()]
+    native = None if result is None else result.native
+    if native is not None:
+        facts += [f"{line[0].upper()}{line[1:]}." for line in native.lines()]
     usage = ["mlx_lm.generate --model FOLDER --prompt TEXT"]
     if adapter is not None:
         facts += [f"In `adapter/`: {adapter.describe()}"]
+    if adapter is not None or (native is not None and native.num_modules):
         usage = ["mlx-mtp generate --model FOLDER --prompt TEXT"]
     return model_card(
         kind="model" if adapter is None else "bundle",

@@ -25,7 +25,7 @@ from mlx_mtp.converters.gguf import describe_gguf
 from mlx_mtp.converters.layouts import describe
 from mlx_mtp.converters.pytorch.file_format import pickle_globals
 from mlx_mtp.model.aliases import as_known
-from mlx_mtp.model.config import MTPConfig, read_config
+from mlx_mtp.model.config import HeadsConfig, MTPConfig, read_any_config
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.native.names import belongs_to_modules
 from mlx_mtp.model.native.stored import find_native, read_native
@@ -175,7 +175,7 @@ def human_bytes(count: float) -> str:
 def _adapter(path: Path, files: tuple[FileFacts, ...]) -> Inspection:
     """Describe an adapter folder of mlx-mtp."""
     try:
-        config = read_config(path)
+        config = read_any_config(path)
     except ValueError as error:
         return Inspection(
             path=str(path), kind="adapter", facts={}, files=files, problems=(str(error),)
@@ -189,7 +189,16 @@ def _adapter(path: Path, files: tuple[FileFacts, ...]) -> Inspection:
     )
 
 
-def _adapter_facts(config: MTPConfig) -> dict[str, Any]:
+def _adapter_facts(config: MTPConfig | HeadsConfig) -> dict[str, Any]:
+    if isinstance(config, HeadsConfig):
+        return {
+            "layout": "mlx-mtp heads",
+            "base": config.base_model,
+            "base_type": config.base_model_type,
+            "k": config.num_draft_tokens,
+            "head": config.head,
+            "base_fingerprint": config.base_fingerprint,
+        }
     kind = config.sampler_kind
     return {
         "layout": "mlx-mtp",

@@ -27,15 +27,26 @@ from mlx_mtp.backends.cpu.blas import BLAS, SWITCH
 from mlx_mtp.backends.cpu.float32 import to_float32
 from mlx_mtp.backends.cpu.recurrence import use_fast_recurrences
 from mlx_mtp.backends.metal.setup import set_up_kernels
+from mlx_mtp.decoding.config import GenerationConfig
+from mlx_mtp.decoding.setup import drafter_sources
 from mlx_mtp.drafting.draft_model import num_bytes
 from mlx_mtp.drafting.make import available_sources
+from mlx_mtp.drafting.words import in_words, what_would_help
 from mlx_mtp.model.base import open_base
-from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig, read_config
+from mlx_mtp.model.config import (
+    WEIGHTS_FILE,
+    AdapterConfig,
+    HeadsConfig,
+    MTPConfig,
+    read_any_config,
+    read_config,
+)
 from mlx_mtp.model.fingerprint import fingerprint, is_fingerprint_of
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.native.module import NativeModule
+from mlx_mtp.model.native.names import num_modules
 from mlx_mtp.model.native.stored import read_native
-from mlx_mtp.planning.plan import LOOKUP
+from mlx_mtp.planning.plan import AUTO, LOOKUP
 from mlx_mtp.storage.contents import adapter_problem, look, model_problem
 from mlx_mtp.storage.data_wheels import ON_REQUEST, gguf_path
 from mlx_mtp.storage.default_model import (
@@ -133,33 +144,55 @@ def load(
 
 
 def load_with_status(
-    path_or_hf_repo: str | None = None, *, extra_eos_token: Sequence[str] = (), **options: Any
+    path_or_hf_repo: str | None = None,
+    *,
+    extra_eos_token: Sequence[str] = (),
+    config: GenerationConfig | None = None,
+    show_drafters: bool = True,
+    show_hints: bool = True,
+    **options: Any,
 ) -> tuple[MTPModel, TokenizerWrapper]:
-    """Load a model as ``load`` does; show a status line and hints on stderr.
+    """Load a model as ``load`` does; show a status line, its drafters and hints on stderr.
 
     Args:
         path_or_hf_repo: folder or hub id; None is the embedded default model.
         extra_eos_token: more tokens that end an answer, by text or id.
+        config: settings of the answers.
+        show_drafters: whether to show what drafts their tokens.
+        show_hints: whether to show what the model lacks to be faster.
         options: more arguments of ``load``.
 
     Raises:
-        ValueError: the model or adapter cannot be used, or an end token does not exist.
+        ValueError: the model or adapter cannot be used, the model lacks what the settings choose to
+            draft with, or an end token does not exist.
     """
     with Status("Loading the model ...") as status:
-        model, tokenizer = load(path_or_hf_repo, progress=status.update, **options)
+        loaded: Any = load(path_or_hf_repo, progress=status.update, return_config=True, **options)
+    model, tokenizer, model_config = loaded
     for token in extra_eos_token:
         known = tokenizer.get_vocab().values() if token.isdecimal() else tokenizer.get_vocab()
         if (int(token) if token.isdecimal() else token) not in known:
             raise ValueError(f"--extra-eos-token {token}: the tokenizer has no such token")
         tokenizer.add_eos_token(token)
+    config = config or GenerationConfig()
+    sources = drafter_sources(model, config) if options.get("mtp", True) else ()
+    if show_drafters and sources:
+        show(f"Drafting with {in_words(sources)}", file=sys.stderr)
+    is_chosen = config.drafter != AUTO or not options.get("adapter", True)
+    if show_hints and available_sources(model) == sources == (LOOKUP,) and not is_chosen:
+        lost = num_modules(model_config)
+        show(what_would_help(model.name, num_lost_modules=lost), file=sys.stderr)
     draft = model.draft_model
-    if options.get("mtp", True) and available_sources(model) == (LOOKUP,):
-        line = f"{model.name} has no MTP adapter: drafts come from the text alone"
-        show(line, file=sys.stderr)
-    if draft is not None and (hint := _draft_hint(model, draft)):
+    if show_hints and draft is not None and (hint := _draft_hint(model, draft)):
         show(hint, file=sys.stderr)
     on_cpu = mx.default_device() == mx.Device(mx.DeviceType.cpu)
-    if BLAS == "reference" and SWITCH not in os.environ and on_cpu and sys.stderr.isatty():
+    if (
+        show_hints
+        and BLAS == "reference"
+        and SWITCH not in os.environ
+        and on_cpu
+        and sys.stderr.isatty()
+    ):
         print("hint: install OpenBLAS (libopenblas0-pthread) for speed", file=sys.stderr)
     return model, tokenizer
 
@@ -317,7 +350,7 @@ def resolve_adapter(path_or_hf_repo: str, *, model: str | None = None) -> Path:
 
 
 def read_adapter(folder: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
-    """Read an adapter folder.
+    """Read the folder of an adapter of mask tokens.
 
     Returns:
         The configuration and the tensors by name: ``mask_embeddings`` ``[k, D]``,
@@ -326,17 +359,32 @@ def read_adapter(folder: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
         have embeddings of their own.
 
     Raises:
+        ValueError: a file is missing or broken, a tensor is not finite, or the adapter has heads.
+    """
+    return read_config(folder), _finite_tensors(folder / WEIGHTS_FILE)
+
+
+def read_any_adapter(folder: Path) -> tuple[MTPConfig | HeadsConfig, dict[str, mx.array]]:
+    """Read an adapter folder, of mask tokens or of heads.
+
+    Returns:
+        The configuration and the tensors by name: see ``read_adapter``, or those of
+        ``draft_heads.DraftHeads``.
+
+    Raises:
         ValueError: a file is missing or broken, or a tensor is not finite.
     """
-    config = read_config(folder)
-    path = folder / WEIGHTS_FILE
+    return read_any_config(folder), _finite_tensors(folder / WEIGHTS_FILE)
+
+
+def _finite_tensors(path: Path) -> dict[str, mx.array]:
     weights = read_tensors(path)
     finite = {name: mx.isfinite(value).all() for name, value in weights.items()}
     mx.eval(finite)
     for name, value in finite.items():
         if not value.item():
             raise ValueError(f"{path}: {name} has NaN or infinite values")
-    return config, weights
+    return weights
 
 
 def read_tensors(path: Path) -> dict[str, mx.array]:
@@ -355,7 +403,7 @@ def read_tensors(path: Path) -> dict[str, mx.array]:
     return tensors
 
 
-def check_base(base: nn.Module, config: MTPConfig, *, adapter: str, name: str) -> None:
+def check_base(base: nn.Module, config: AdapterConfig, *, adapter: str, name: str) -> None:
     """Refuse an adapter that was trained for another base model.
 
     Raises:
@@ -430,7 +478,7 @@ def _read_weights(
 
 def _with_adapter(base: nn.Module, name: str, folder: Path, *, shown: str) -> MTPModel:
     """Join a base model and an adapter."""
-    config, weights = read_adapter(folder)
+    config, weights = read_any_adapter(folder)
     check_base(base, config, adapter=shown, name=name)
     try:
         return MTPModel(base, name=name, config=config, weights=weights)

@@ -120,9 +120,10 @@ class StatsMeter:
         Args:
             parts: sources of its drafts, in order, with the number of drafts of each.
         """
-        self._sources = [source for source, count in parts for _ in range(count)][::-1]
-        for source in self._sources:
+        sources = [source for source, count in parts for _ in range(count)]
+        for source in sources:
             self._count(source, verified=1)
+        self._sources = sources[::-1]
         self._last_step = self._clock()
         if self._steps == 0:
             self._first_step = self._last_step

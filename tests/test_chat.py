@@ -223,7 +223,7 @@ def test_the_repl_obeys_commands(scripted, capsys):
     assert rest[2] == "one"
     assert re.fullmatch(r"4 tokens, \d+\.\d tokens/s, 2\.00 tokens/step", rest[3])
     assert rest[4].startswith("Prompt: 4 tokens, ")
-    assert rest[7] == "MTP: 2/3 drafts accepted (66.7%), 2.00 tokens/step"
+    assert rest[7] == "MTP (mask): 2/3 drafts accepted (66.7%), 2.00 tokens/step"
     assert rest[8] == "two"
     assert rest[10:13] == [
         "system prompt: (none)",
@@ -257,11 +257,12 @@ def test_ctrl_c_stops_the_answer_not_the_program(scripted, capsys, monkeypatch):
 
 
 def test_chat_reads_lines_from_a_pipe(scripted, monkeypatch):
-    monkeypatch.setattr("mlx_mtp.loading.load", lambda *_, **__: (scripted, byte_tokenizer()))
+    monkeypatch.setattr("mlx_mtp.loading.load", lambda *_, **__: (scripted, byte_tokenizer(), {}))
     scripted.answers = [[*ids_of("né"), EOS], [*ids_of("two"), EOS]]
     args = ["chat", "--system-prompt", "S", "--temp", "0.5", "--seed", "3", "--kv-bits", "8"]
     result = CliRunner().invoke(cli, args, input="hé\nb")
-    assert result.exit_code == 0 and result.stderr == ""
+    assert result.exit_code == 0
+    assert result.stderr == "Drafting with mask tokens and lookup\n"
     lines = result.stdout.splitlines()
     assert (lines[1], lines[3], len(lines)) == ("né", "two", 5)
     call = scripted.calls[0]
@@ -271,11 +272,12 @@ def test_chat_reads_lines_from_a_pipe(scripted, monkeypatch):
 
 
 def test_chat_explains_each_step(scripted, monkeypatch):
-    monkeypatch.setattr("mlx_mtp.loading.load", lambda *_, **__: (scripted, byte_tokenizer()))
+    monkeypatch.setattr("mlx_mtp.loading.load", lambda *_, **__: (scripted, byte_tokenizer(), {}))
     scripted.answers = [[*ids_of("Hello."), EOS], [*ids_of("Hello."), EOS]]
     result = CliRunner().invoke(cli, ["chat", "--explain"], input="hi\n/regenerate\n")
     assert result.exit_code == 0
-    assert result.stderr.splitlines() == 2 * [f"step: {number} tokens" for number in (1, 3, 3)]
+    steps = [f"step: {number} tokens" for number in (1, 3, 3)]
+    assert result.stderr.splitlines() == ["Drafting with mask tokens and lookup", *steps, *steps]
     assert result.stdout.splitlines()[1:4:2] == ["Hello.", "Hello."]
 
 

@@ -216,6 +216,25 @@ def test_the_line_names_the_drafters(scripted):
     assert line().startswith("MTP: 0/0 drafts accepted, ")
 
 
+def test_drafts_of_a_chain_are_counted_by_drafter():
+    meter = StatsMeter(prompt_tokens=3, cached_tokens=0, mtp=True)
+    steps = [
+        (5, (("mask", 3), ("lookup", 4))),  # emitted ids, the last one of which is no draft
+        (2, (("mask", 3), ("lookup", 4))),
+        (3, (("lookup", 2),)),
+        (1, ()),
+    ]
+    for size, parts in steps:
+        meter.add_step(parts)
+        for index in range(size):
+            meter.add_token(from_draft=index < size - 1)
+    stats = GenerationStats(**meter.counts())
+    assert stats.drafters == {"mask": (6, 4), "lookup": (10, 3)}
+    assert stats.lines()[-1] == (
+        "MTP (mask 4/6, lookup 3/10): 7/16 drafts accepted (43.8%), 2.75 tokens/step"
+    )
+
+
 def test_generate_prints_like_mlx_lm(scripted, capsys):
     scripted.answers = [[*ids_of("Hello."), EOS]]
     text = generate(scripted, byte_tokenizer(), prompt="hi", verbose=True, max_tokens=50)

@@ -102,10 +102,11 @@ def job_for(
     Args:
         messages: from ``chat_messages``.
         options: of the conversation.
-        max_draft_tokens: k of the loaded adapter, which limits the conversation's own k.
+        max_draft_tokens: k of the loaded adapter, which limits the conversation's own k; 0 without
+            an adapter.
     """
     job = Job(messages=messages, pieces=True, **options.model_dump())
-    if job.num_draft_tokens is not None:
+    if job.num_draft_tokens is not None and max_draft_tokens:
         job.num_draft_tokens = min(job.num_draft_tokens, max_draft_tokens)
     return job
 

@@ -146,6 +146,7 @@ def _state(server: ServerContext, context: ChatContext) -> dict[str, Any]:
         else {
             "name": server.model_id,
             "adapter": info.adapter,
+            "drafters": info.drafters,
             "num_draft_tokens": info.num_draft_tokens,
             "max_context": info.max_context,
             "has_chat_template": info.has_chat_template,

@@ -47,8 +47,8 @@ async def race(request: Request) -> Any:
     """Run a race and stream the events of ``Lanes``."""
     server = server_context(request)
     body = await read_body(request, bodies.Race, server.settings)
-    if server.info.num_draft_tokens == 0:
-        raise refused("the model has no adapter, so there is nothing to compare")
+    if not server.info.drafters:
+        raise refused("nothing proposes draft tokens, so there is nothing to compare")
     if body.options.layout == "plain":
         raise refused(
             "layout is plain: both sides would use plain decoding", param="options.layout"

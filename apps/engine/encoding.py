@@ -25,5 +25,5 @@ def encode(job: Job, tokenizer: TokenizerWrapper, *, vocab_size: int) -> list[Jo
         message = f"the id {bad} does not exist; the vocabulary has {vocab_size} ids"
         raise Refusal(message, param="tokens")
     text = tokenizer.decode(ids) if job.only == "text" and ids else ""
-    group = Group(text=text, ids=ids, tokens=0, accepted=0, drafted=0, source="")
+    group = Group(text=text, ids=ids, tokens=0, accepted=0)
     return [Started(prompt_tokens=len(ids), cached_tokens=0), group, Finished(reason="stop")]

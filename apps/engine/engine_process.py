@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, cast
 
 from mlx_mtp.apps.engine.protocol import (
@@ -108,19 +108,25 @@ def _load(
     from mlx_mtp.apps.engine.encoding import encode
     from mlx_mtp.apps.engine.grammar import Grammars
     from mlx_mtp.apps.engine.prefix_setup import make_draft_prefix_cache, make_prefix_cache
-    from mlx_mtp.apps.engine.preparing import Prepared, prepare, template_config
+    from mlx_mtp.apps.engine.preparing import Prepared, check_drafts, prepare, template_config
     from mlx_mtp.apps.engine.protocol import Job
     from mlx_mtp.apps.engine.scheduler import Scheduler
     from mlx_mtp.apps.engine.session import Engine, Session, must_wait, with_stored_blocks
     from mlx_mtp.apps.engine.token_text import TokenTexts
     from mlx_mtp.calibration.stored_costs import speculation_for
+    from mlx_mtp.decoding.config import GenerationConfig
     from mlx_mtp.decoding.grouping import StepGrouper
-    from mlx_mtp.decoding.limits import max_draft_tokens
     from mlx_mtp.decoding.step import run
     from mlx_mtp.loading import load_with_status
 
     _wire_memory(mx)
     mx.random.seed(int.from_bytes(os.urandom(7), "little"))
+    config = GenerationConfig(
+        drafter=load.drafter,
+        layout=load.layout if load.mtp else "plain",
+        lookup=load.lookup,
+        num_draft_tokens=load.num_draft_tokens,
+    )
     model, tokenizer = load_with_status(
         load.model,
         adapter_path=load.adapter_path,
@@ -130,8 +136,10 @@ def _load(
         adapter=load.adapter,
         tokenizer_config={"chat_template": load.chat_template} if load.chat_template else None,
         extra_eos_token=load.extra_eos_token,
+        config=config,
+        show_drafters=False,  # the server does
     )
-    max_draft_tokens(model, load.num_draft_tokens)
+    drafters = check_drafts(model, config)
     grammars = Grammars(tokenizer)
     speculation = speculation_for(model)
     prefixes = make_prefix_cache(model, load, **load.cache)
@@ -144,12 +152,12 @@ def _load(
         draft_prefixes=make_draft_prefix_cache(model, load),
         texts=TokenTexts(tokenizer),
         prefill_step_size=load.prefill_step_size,
-        drafter=load.drafter,
         lookup=load.lookup,
     )
 
     def prepare_job(values: dict[str, Any]) -> Any:
         job = Job.from_dict(values)
+        job.drafter = job.drafter or load.drafter
         if job.messages is not None:
             job.template_config = template_config(job, tokenizer, load.chat_template_args)
         if job.only:
@@ -164,7 +172,7 @@ def _load(
         mx.clear_cache()
         prefixes.resume_writing()
 
-    send(_ready(model, tokenizer))
+    send(_ready(model, tokenizer, drafters))
     return Scheduler(
         prepare=prepare_job,
         begin=begin,
@@ -177,7 +185,7 @@ def _load(
     )
 
 
-def _ready(model: Any, tokenizer: Any) -> Ready:
+def _ready(model: Any, tokenizer: Any, drafters: Sequence[str]) -> Ready:
     """The description of the model."""
     from mlx_mtp.text.reasoning import reasoning_marks
 
@@ -186,6 +194,7 @@ def _ready(model: Any, tokenizer: Any) -> Ready:
         adapter=model.config is not None,
         draft_model=None if model.draft_model is None else model.draft_model.name,
         num_draft_tokens=model.num_draft_tokens,
+        drafters=list(drafters),
         max_context=model.max_context,
         has_chat_template=tokenizer.has_chat_template,
         has_reasoning=reasoning_marks(tokenizer) is not None,

@@ -25,9 +25,11 @@ from mlx_mtp.decoding.limits import (
     max_new_tokens,
 )
 from mlx_mtp.decoding.sampling import LogitsProcessor, Sampling
+from mlx_mtp.decoding.setup import drafter_sources
 from mlx_mtp.decoding.thinking_budget import budget_processors
 from mlx_mtp.generate import chat_text, encode_prompt, with_special_tokens
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.planning.plan import AUTO, MASK
 from mlx_mtp.terminal import one_line
 from mlx_mtp.text.reasoning import Reasoning, ReasoningTracker, template_settings
 from mlx_mtp.text.tool_prompt import with_tools
@@ -114,10 +116,11 @@ def prepare(
             stop=tuple(job.stop or ()),
             seed=job.seed,
             layout=job.layout,
+            drafter=job.drafter or AUTO,
             num_draft_tokens=job.num_draft_tokens,
         )
         check_ids(model, ids, sampling)
-        max_draft_tokens(model, config.num_draft_tokens)
+        check_drafts(model, config)
         max_new_tokens(model, len(ids), config.max_tokens)
     except LimitError as error:
         param = "messages" if error.param == "prompt" and job.messages is not None else error.param
@@ -141,6 +144,21 @@ def prepare(
         pieces=job.pieces,
         fresh=job.fresh,
     )
+
+
+def check_drafts(model: MTPModel, config: GenerationConfig) -> tuple[str, ...]:
+    """Check what an answer is to be drafted with; return the drafters.
+
+    Raises:
+        LimitError: the model lacks what the drafter needs, or the adapter has fewer drafts.
+    """
+    try:
+        sources = drafter_sources(model, config)
+    except ValueError as error:
+        raise LimitError(str(error), param="drafter") from None
+    if MASK in sources:
+        max_draft_tokens(model, config.num_draft_tokens)
+    return sources
 
 
 def template_config(

@@ -45,6 +45,7 @@ class Job:
         frequency_penalty, presence_penalty: see ``answer_penalty``.
         seed: random seed.
         layout: placement of mask tokens; "plain" decodes without drafts.
+        drafter: what proposes drafts, as in ``GenerationConfig``; None is that of ``Load``.
         num_draft_tokens: draft tokens per step.
         stop: strings that end the answer.
         top_logprobs: number of most likely tokens to report per token; None for no logprobs.
@@ -81,6 +82,7 @@ class Job:
     logit_bias: dict[int, float] | None = None
     seed: int | None = None
     layout: str = "auto"
+    drafter: str | None = None
     num_draft_tokens: int | None = None
     stop: list[str] | None = None
     top_logprobs: int | None = None
@@ -161,6 +163,7 @@ class Ready:
         adapter: whether it has an MTP adapter.
         draft_model: name of the draft model, if there is one.
         num_draft_tokens: the adapter's k; 0 without an adapter.
+        drafters: what proposes drafts where a job sets no options.
         max_context: maximum number of tokens of prompt and answer; None if unknown.
         has_chat_template: whether it takes conversations.
         has_reasoning: whether it has marks of reasoning.
@@ -174,6 +177,7 @@ class Ready:
     adapter: bool
     draft_model: str | None = None
     num_draft_tokens: int
+    drafters: list[str] = field(default_factory=list)
     max_context: int | None = None
     has_chat_template: bool
     has_reasoning: bool = False
@@ -255,8 +259,7 @@ class Group(JobMessage):
         reasoning: new text of the reasoning.
         tokens: number of emitted tokens.
         accepted: accepted draft tokens among them.
-        drafted: verified draft tokens.
-        source: what proposed the drafts, such as "mask" or "mask+lookup"; "" without any.
+        parts: what proposed the verified drafts, in order, with the number of drafts of each.
         pieces: text of each token, with reasoning and marks, if the job asks for it.
         span: where the reasoning is in all pieces, if the job asks for them and it has changed; see
             ``ReasoningParser``.
@@ -268,13 +271,22 @@ class Group(JobMessage):
     text: str
     tokens: int
     accepted: int
-    drafted: int
-    source: str
+    parts: list[tuple[str, int]] = field(default_factory=list)
     reasoning: str = ""
     pieces: list[str] | None = None
     span: list[int] | None = None
     ids: list[int] | None = None
     logprobs: list[dict[str, Any]] | None = None
+
+    @property
+    def drafted(self) -> int:
+        """Verified draft tokens."""
+        return sum(count for _, count in self.parts)
+
+    @property
+    def source(self) -> str:
+        """What proposed the drafts, such as "mask" or "mask+lookup"; "" without any."""
+        return "+".join(source for source, _ in self.parts)
 
 
 @dataclass(kw_only=True, slots=True)

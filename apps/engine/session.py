@@ -38,7 +38,6 @@ class Engine:
         draft_prefixes: the same for the draft model, if there is one.
         texts: text and bytes of ids.
         prefill_step_size: rows of a prompt per forward, between which others have their turn.
-        drafter: what proposes drafts, as in ``GenerationConfig``.
         lookup: whether layout "auto" may take drafts from the text so far.
     """
 
@@ -48,7 +47,6 @@ class Engine:
     prefixes: PrefixCache
     texts: TokenTexts
     prefill_step_size: int
-    drafter: str = "auto"
     lookup: bool = True
     draft_prefixes: PrefixCache | None = None
 
@@ -82,7 +80,6 @@ class Session:
         num_cached = self._beginning.num_ids
         config = replace(
             job.config,
-            drafter=engine.drafter,
             lookup=engine.lookup,
             prefill_step_size=engine.prefill_step_size,
         )
@@ -210,8 +207,7 @@ class Session:
             reasoning=reasoning,
             tokens=count,
             accepted=min(step.num_accepted, count),
-            drafted=step.num_draft_tokens,
-            source=step.source,
+            parts=list(step.parts),
         )
         if self._job.pieces:
             message.pieces = [piece.text for piece in pieces]

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from mlx_mtp.apps.engine.protocol import CacheCounts, Group, Started
+from mlx_mtp.planning.plan import counts_by_source
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 CHECK_S = 0.1  # interval of the checks of the event loop's delay
@@ -98,9 +99,9 @@ class Metrics:
         """Count a step; ``seconds`` since the previous step, or since the request for the first."""
         self._tokens.inc(message.tokens)
         self._steps.inc()
-        if message.drafted:
-            self._drafted.labels(message.source).inc(message.drafted)
-            self._accepted.labels(message.source).inc(message.accepted)
+        for source, drafted, accepted in counts_by_source(message.parts, message.accepted):
+            self._drafted.labels(source).inc(drafted)
+            self._accepted.labels(source).inc(accepted)
         if first:
             self._first.observe(seconds)
         else:

@@ -18,6 +18,7 @@ from mlx_mtp.apps.engine.supervisor import Engine
 from mlx_mtp.apps.server.connection import protocol_class
 from mlx_mtp.apps.server.hints import LOG
 from mlx_mtp.apps.server.settings import Settings
+from mlx_mtp.drafting.words import in_words
 from mlx_mtp.terminal import show
 
 GRACE_S = 1  # for running answers after Ctrl-C
@@ -90,9 +91,8 @@ async def _announce(server: _Server, engine: Engine, url: str, settings: Setting
     if info is None:
         server.should_exit = True
         return
-    mode = f"k = {info.num_draft_tokens}" if info.adapter else "no MTP adapter: one token per step"
-    mode = f"draft model {info.draft_model}" if info.draft_model else mode
-    mode = "plain layout: one token per step" if settings.layout == "plain" else mode
+    words = in_words(info.drafters)
+    mode = f"drafting with {words}" if words else "plain decoding: one token per step"
     show(f"Serving {info.model} ({mode}) on {url}/v1")
 
 

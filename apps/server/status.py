@@ -25,6 +25,7 @@ async def health(request: Request) -> Response:
             "model": context.model_id,
             "adapter": engine.info.adapter,
             "num_draft_tokens": engine.info.num_draft_tokens,
+            "drafters": engine.info.drafters,
         }
     return json_response(content, status=200 if engine.state == "ok" else 503)
 
@@ -100,6 +101,7 @@ def _model(context: ServerContext) -> dict[str, Any]:
         **dict.fromkeys(CONTEXT_FIELDS, info.max_context),
         "num_draft_tokens": info.num_draft_tokens,
         "adapter": info.adapter,
+        "drafters": info.drafters,
         "tools": info.has_chat_template,
         "reasoning": info.has_reasoning,
     }

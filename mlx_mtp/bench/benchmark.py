@@ -10,15 +10,17 @@ from mlx_mtp.bench import contexts as context_texts
 from mlx_mtp.bench.machine_state import PowerMeter, swap_bytes
 from mlx_mtp.bench.measure import measure
 from mlx_mtp.bench.modes import (
+    COUNTABLE,
     DRAFT,
     DRAFT_TOKENS,
-    PLAIN,
+    NEED_ADAPTER,
     STOCK,
     Mode,
     check_modes,
     draft_mode,
     load_stock,
     our_modes,
+    parse_mode,
     stock_mode,
 )
 from mlx_mtp.bench.report import Setup, build_report
@@ -26,6 +28,7 @@ from mlx_mtp.bench.runs import Check
 from mlx_mtp.bench.settings import Settings
 from mlx_mtp.calibration.stored_costs import SPECULATIONS
 from mlx_mtp.evaluation.prompts import Prompt
+from mlx_mtp.planning.plan import AUTO
 
 if TYPE_CHECKING:
     from mlx_mtp.model.mtp_model import MTPModel
@@ -45,7 +48,7 @@ class BenchmarkConfig:
         settings: the schedule.
         model, adapter_path, draft_model: folders or hub ids; see ``loading.load``.  The draft model
             is that of mode "draft" and of our drafting modes.
-        adapter: whether an adapter is attached, if a mode drafts.
+        adapter: whether the model's adapter is used.
         trust_remote_code: whether tokenizers may run their code.
         num_draft_tokens: drafts per step of our modes; the adapter's maximum for None.
         lookup: whether auto may verify looked-up drafts.
@@ -102,13 +105,15 @@ def prepare(config: BenchmarkConfig, *, on_status: OnStatus = lambda text: None)
     """
     from mlx_mtp.loading import load
 
-    drafts = any(name not in (PLAIN, STOCK, DRAFT) for name in config.modes)
+    kinds = {parse_mode(name)[0] for name in config.modes}
+    drafts, uses_adapter = kinds & {AUTO, *COUNTABLE}, kinds & NEED_ADAPTER
+    has_path = config.adapter_path is not None
     model, tokenizer = load(
         config.model,
         adapter_path=config.adapter_path,
         trust_remote_code=config.trust_remote_code,
-        mtp=config.adapter_path is not None or drafts,
-        adapter=config.adapter,
+        mtp=has_path or bool(drafts),
+        adapter=config.adapter and (has_path or bool(uses_adapter)),
         draft_model=config.draft_model if drafts else None,
         progress=on_status,
     )
@@ -218,6 +223,7 @@ def _setup(prepared: Prepared) -> Setup:
 
 
 def _model_facts(config: BenchmarkConfig, model: MTPModel) -> dict[str, Any]:
+    from mlx_mtp.drafting.make import available_sources
     from mlx_mtp.loading import locate
     from mlx_mtp.model.mtp_model import fingerprint
     from mlx_mtp.storage.files import hash_weights
@@ -232,5 +238,6 @@ def _model_facts(config: BenchmarkConfig, model: MTPModel) -> dict[str, Any]:
         "dtype": str(model.dtype).removeprefix("mlx.core."),
         "fingerprint": fingerprint(model.base),
         "adapter": adapter,
+        "drafters": list(available_sources(model)),
         "draft_model": config.draft_model,
     }

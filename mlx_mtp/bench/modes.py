@@ -1,11 +1,13 @@
-"""The modes of a benchmark: our layouts, stock mlx-lm, and mlx-lm with a draft model.
+"""The modes of a benchmark: our layouts and drafters, stock mlx-lm, and mlx-lm with a draft model.
 
-All are greedy and start with empty caches.  Stock mlx-lm uses the unchanged model folder, as its
-own command does, so on a CPU its weights may be quantised while ours are float32.
+All are greedy and start with empty caches, and none uses what the planner learns in another.  Stock
+mlx-lm uses the unchanged model folder, as its own command does, so on a CPU its weights may be
+quantised while ours are float32.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,17 +19,22 @@ from mlx.utils import tree_flatten
 
 from mlx_mtp.bench.runs import Check, Step
 from mlx_mtp.calibration.stored_costs import calibrate, speculation_for
+from mlx_mtp.decoding.config import GenerationConfig
+from mlx_mtp.decoding.limits import max_draft_tokens
 from mlx_mtp.decoding.loop import decode
-from mlx_mtp.drafting.make import available_sources
-from mlx_mtp.planning.plan import DRAFT_MODEL, FIXED_LAYOUTS, LAYOUTS, LOOKUP, MASK
+from mlx_mtp.decoding.setup import drafter_sources
+from mlx_mtp.planning.plan import AUTO, DRAFT_MODEL, HEADS, MASK, SOURCES
 from mlx_mtp.terminal import first_line
 
 if TYPE_CHECKING:
     from mlx_mtp.model.mtp_model import MTPModel
 
 PLAIN, STOCK, DRAFT = "plain", "stock", "draft"
-NAMES = (PLAIN, *(name for name in LAYOUTS if name != PLAIN), STOCK, DRAFT)
-COUNTABLE = tuple(name for name in FIXED_LAYOUTS if name != PLAIN)  # linear:2
+_FIXED = ("linear", "quadratic")
+OURS = (PLAIN, AUTO, *_FIXED, *SOURCES)
+NAMES = (*OURS, STOCK, DRAFT)
+COUNTABLE = (*_FIXED, *SOURCES)  # linear:2
+NEED_ADAPTER = {AUTO, *_FIXED, MASK, HEADS}  # they use one that is there
 DRAFT_TOKENS = 3  # default of mlx_lm.generate
 
 Begin = Callable[[list[int], Check], Iterator[Step]]
@@ -56,20 +63,21 @@ def parse_mode(name: str) -> tuple[str, int | None]:
     """Split the name of a mode into its kind and its number of drafts per step, if any.
 
     Args:
-        name: one of ``NAMES``, or a fixed layout with a number of drafts: ``linear:2``.
+        name: one of ``NAMES``, or one of ``COUNTABLE`` with a number of drafts: ``lookup:2``.
 
     Raises:
         ValueError: there is no such mode.
     """
-    layout, colon, number = name.partition(":")
-    if layout not in NAMES:
+    kind, colon, number = name.partition(":")
+    if kind not in NAMES:
         raise ValueError(f"unknown mode {name!r}; modes: {', '.join(NAMES)}")
     if not colon:
-        return layout, None
-    if layout not in COUNTABLE or not number.isdecimal() or int(number) < 1:
-        layouts = " and ".join(COUNTABLE)
-        raise ValueError(f"unknown mode {name!r}; only {layouts} take a number, as in linear:2")
-    return layout, int(number)
+        return kind, None
+    if kind not in COUNTABLE or not number.isdecimal() or int(number) < 1:
+        raise ValueError(
+            f"unknown mode {name!r}; a number, as in linear:2, may follow {', '.join(COUNTABLE)}"
+        )
+    return kind, int(number)
 
 
 def check_modes(names: Sequence[str], *, draft_model: str | None) -> None:
@@ -84,8 +92,9 @@ def check_modes(names: Sequence[str], *, draft_model: str | None) -> None:
             raise ValueError(f"mode {name} is given twice")
     if not names:
         raise ValueError("no mode is given")
-    if DRAFT in names and draft_model is None:
-        raise ValueError("mode draft needs --draft-model")
+    needing = [name for name in names if parse_mode(name)[0] in (DRAFT, DRAFT_MODEL)]
+    if needing and draft_model is None:
+        raise ValueError(f"mode {needing[0]} needs --draft-model")
 
 
 def our_modes(
@@ -100,38 +109,61 @@ def our_modes(
 ) -> list[Mode]:
     """Make the modes that decode with mlx-mtp.
 
+    Args:
+        names: names of modes, of which others are left out.
+        model: the model with all that they draft with.
+        stop_ids: ids that end an answer.
+        max_tokens: maximum ids of an answer.
+        num_draft_tokens: maximum drafts per step of modes without a number.
+        lookup: whether mode auto may look drafts up.
+        on_status: called with a line about the work in progress.
+
     Raises:
-        ValueError: a mode needs a drafter and the model has none, or a mode has more drafts than
-            the adapter, and there is no draft model.
+        ValueError: the model lacks what a mode drafts with, or a mode has more drafts than the
+            adapter.
     """
-    names = [name for name in names if parse_mode(name)[0] in LAYOUTS]
-    fixed = [name for name in names if parse_mode(name)[0] in COUNTABLE]
-    sources = available_sources(model)
-    if fixed and sources == (LOOKUP,):
-        raise ValueError(
-            f"mode {fixed[0]} needs an MTP adapter, and {model.name} has none; "
-            "use --modes plain,auto,stock"
+    configs = {
+        name: _config(
+            name, model, max_tokens=max_tokens, num_draft_tokens=num_draft_tokens, lookup=lookup
         )
-    for name in fixed:
-        if sources[0] == MASK and (parse_mode(name)[1] or 0) > model.num_draft_tokens:
-            raise ValueError(
-                f"mode {name}: the adapter has at most {model.num_draft_tokens} drafts"
-            )
-    if "auto" in names:
-        calibrate(model, on_status=on_status)
-    options: dict[str, Any] = {
-        "max_tokens": max_tokens,
-        "stop_ids": stop_ids,
-        "speculation": speculation_for(model) if "auto" in names else None,
-        "lookup": lookup,
+        for name in names
+        if parse_mode(name)[0] in OURS
     }
+    if any(config.layout == AUTO for config in configs.values()):
+        calibrate(model, on_status=on_status)
     modes = []
-    for name in names:
-        layout, number = parse_mode(name)
-        own = {"layout": layout, "num_draft_tokens": number or num_draft_tokens}
-        begin = partial(_our_steps, model, options | own)
+    for name, config in configs.items():
+        known = copy.deepcopy(speculation_for(model)) if config.layout == AUTO else None
+        options = {"config": config, "stop_ids": stop_ids, "speculation": known}
+        begin = partial(_our_steps, model, options)
         modes.append(Mode(name, begin, True, _parameters(model.base), _bytes(model)))
     return modes
+
+
+def _config(
+    name: str, model: MTPModel, *, num_draft_tokens: int | None, **settings: Any
+) -> GenerationConfig:
+    """The settings of one of our modes.
+
+    Raises:
+        ValueError: the model lacks what it drafts with, or the adapter has fewer drafts.
+    """
+    kind, number = parse_mode(name)
+    settings["num_draft_tokens"] = number or num_draft_tokens
+    if kind in SOURCES:
+        settings |= {"drafter": kind, "layout": "linear" if number else AUTO}
+    else:
+        settings["layout"] = kind
+    config = GenerationConfig(**settings)
+    try:
+        sources = drafter_sources(model, config)
+        if kind in _FIXED and not sources:
+            raise ValueError(f"{model.name} has no drafter that drafts in every step")
+        if MASK in sources:
+            max_draft_tokens(model, config.num_draft_tokens)
+    except ValueError as error:
+        raise ValueError(f"mode {name}: {error}") from None
+    return config
 
 
 def _our_steps(

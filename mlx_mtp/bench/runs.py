@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_mtp.planning.plan import LOOKUP
+from mlx_mtp.planning.plan import LOOKUP, counts_by_source
 
 Check = Callable[[], None]
 RUN = 4  # consecutive ids that count as a repetition, not as chance
@@ -50,7 +50,7 @@ class Timing:
         steps: forwards that emitted ids.
         verified, accepted: by draft position, how often a draft was verified and how often it was
             accepted with all drafts before it; without looked-up drafts.
-        lookup: looked-up drafts verified and accepted.
+        drafters: drafts verified and accepted, by what proposed them.
         layouts: number and seconds of the steps after the first, by (drafts, masks).
         peak_bytes: maximum memory in use above that before the answer.
     """
@@ -62,7 +62,7 @@ class Timing:
     steps: int = 0
     verified: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
-    lookup: tuple[int, int] = (0, 0)
+    drafters: dict[str, tuple[int, int]] = field(default_factory=dict)
     layouts: dict[tuple[int, int], tuple[int, float]] = field(default_factory=dict)
     peak_bytes: int = 0
 
@@ -85,21 +85,27 @@ class Timing:
         self._add_drafts(step)
 
     def _add_drafts(self, step: Step) -> None:
-        """Count by position; drafts after the end of the answer were not verified."""
-        verified, accepted = step.num_draft_tokens, step.num_accepted
-        if accepted == len(step.tokens):
-            verified = accepted
-        looked_up = dict(step.parts).get(LOOKUP, 0)
-        others = step.num_draft_tokens - looked_up  # they come first
-        found = max(verified - others, 0), max(accepted - others, 0)
-        self.lookup = (self.lookup[0] + found[0], self.lookup[1] + found[1])
-        verified, accepted = min(verified, others), min(accepted, others)
-        missing = verified - len(self.verified)
+        """Count by source and position; drafts after the end of the answer were not verified."""
+        num_left = step.num_draft_tokens
+        if step.num_accepted == len(step.tokens):
+            num_left = step.num_accepted
+        position = 0
+        for source, count, accepted in counts_by_source(step.parts, step.num_accepted):
+            verified = min(count, num_left)
+            num_left -= verified
+            before = self.drafters.get(source, (0, 0))
+            self.drafters[source] = (before[0] + verified, before[1] + accepted)
+            if source != LOOKUP:
+                self._add_positions(position, verified, accepted)
+                position += verified
+
+    def _add_positions(self, first: int, verified: int, accepted: int) -> None:
+        missing = first + verified - len(self.verified)
         self.verified += [0] * missing
         self.accepted += [0] * missing
-        for position in range(verified):
-            self.verified[position] += 1
-            self.accepted[position] += position < accepted
+        for index in range(verified):
+            self.verified[first + index] += 1
+            self.accepted[first + index] += index < accepted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +148,7 @@ class Answer:
         ids = timing.pop("ids")
         timing["layouts"] = [[*key, *value] for key, value in timing["layouts"].items()]
         timing = {"held" if key == "accepted" else key: value for key, value in timing.items()}
+        timing["lookup"] = list(self.timing.drafters.get(LOOKUP, (0, 0)))
         return values | timing | {"tokens": len(ids), "ids_sha256": ids_hash(ids)}
 
 

@@ -12,6 +12,7 @@ import numpy as np
 
 from mlx_mtp.bench.interval import ratio_interval
 from mlx_mtp.bench.runs import Answer
+from mlx_mtp.planning.plan import LOOKUP
 
 MIN_FOR_DRIFT = 8  # answers in the baseline mode; a quarter of fewer is too little
 _MAX_EXAMPLES = 10  # of answers that differ
@@ -106,18 +107,30 @@ def _rates(answers: Sequence[Answer], measure: Measure) -> tuple[float | None, f
 
 
 def _acceptance(answers: Sequence[Answer]) -> dict[str, Any]:
-    """By position, how often drafts were verified, and accepted with all drafts before them."""
+    """By position and by drafter, how often drafts were verified, and how often accepted.
+
+    By position only those count that were not looked up, and an accepted draft is one that was
+    accepted with all drafts before it.
+    """
     timings = [answer.timing for answer in answers]
     size = max(len(timing.verified) for timing in timings)
     verified, accepted = np.zeros(size, int), np.zeros(size, int)
     for timing in timings:
         verified[: len(timing.verified)] += np.array(timing.verified, int)
         accepted[: len(timing.accepted)] += np.array(timing.accepted, int)
+    drafters: dict[str, dict[str, int]] = {}
+    for timing in timings:
+        for source, counts in timing.drafters.items():
+            total = drafters.setdefault(source, {"verified": 0, "accepted": 0})
+            for name, count in zip(total, counts, strict=True):
+                total[name] += count
+    lookup = drafters.get(LOOKUP, {"verified": 0, "accepted": 0})
     return {
         "verified": verified.tolist(),
         "held": accepted.tolist(),
-        "lookup_verified": sum(timing.lookup[0] for timing in timings),
-        "lookup_held": sum(timing.lookup[1] for timing in timings),
+        "lookup_verified": lookup["verified"],
+        "lookup_held": lookup["accepted"],
+        "drafters": drafters,
     }
 
 

@@ -17,6 +17,7 @@ _HEAD = (
     "model", "size", "params", "backend", "threads", "test", "t/s", "ttft p50 / p99 ms",
     "tok/step", "speed-up",
 )  # fmt: skip
+_DRAFTERS = ("mode", "drafter", "verified", "accepted", "accepted, %")
 _KINDS = ("kind", "mode", "prompts", "t/s", "tok/step", "speed-up", "accepted by position, %")
 
 
@@ -100,19 +101,55 @@ def _test(cell: dict[str, Any], test: str, limit: int) -> dict[str, Any]:
         "ttft_p99_ms": cell["ttft_p99_ms"] if is_prompt else None,
         **generation,
         "held_by_position": " ".join(f"{rate:.3f}" for rate in rates),
+        "drafters": "" if is_prompt else _drafters(cell),
     }
+
+
+def _drafters(cell: dict[str, Any]) -> str:
+    """Accepted and verified drafts by drafter, in a field."""
+    pairs = cell["drafters"].items()
+    return " ".join(f"{source}={c['accepted']}/{c['verified']}" for source, c in pairs)
 
 
 def _markdown(report: dict[str, Any]) -> list[str]:
     totals = [cell for cell in report["figures"] if cell["kind"] is None]
     rows = [row for cell in totals for row in _tests(report, cell)]
     lines = markdown(_HEAD, [_cells(row) for row in rows])
+    for cells in _by_context(totals):
+        if drafts := [line for cell in cells for line in _drafter_cells(cell)]:
+            title = _after("Drafts by drafter", cells[0])
+            lines += ["", title, "", *markdown(_DRAFTERS, drafts, left=2)]
     kinds = [cell for cell in report["figures"] if cell["kind"] is not None]
-    for context in dict.fromkeys(cell["context"] for cell in kinds):
-        title = f"By kind of text, after {context} tokens:" if context else "By kind of text:"
-        cells = [_kind_cells(cell) for cell in kinds if cell["context"] == context]
-        lines += ["", title, "", *markdown(_KINDS, cells, left=2)]
+    for cells in _by_context(kinds):
+        title = _after("By kind of text", cells[0])
+        lines += ["", title, "", *markdown(_KINDS, [_kind_cells(cell) for cell in cells], left=2)]
     return [*lines, "", *(f"- {note}" for note in notes(report))]
+
+
+def _by_context(cells: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    groups: dict[int, list[dict[str, Any]]] = {}
+    for cell in cells:
+        groups.setdefault(cell["context"], []).append(cell)
+    return list(groups.values())
+
+
+def _after(title: str, cell: dict[str, Any]) -> str:
+    return f"{title}, after {cell['context']} tokens:" if cell["context"] else f"{title}:"
+
+
+def _drafter_cells(cell: dict[str, Any]) -> list[list[str]]:
+    """A row for each drafter of a mode."""
+    return [
+        [
+            cell["mode"],
+            source,
+            str(counts["verified"]),
+            str(counts["accepted"]),
+            f"{100 * counts['accepted'] / counts['verified']:.1f}",
+        ]
+        for source, counts in cell["drafters"].items()
+        if counts["verified"]
+    ]
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

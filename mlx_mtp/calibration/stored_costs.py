@@ -36,7 +36,9 @@ from mlx_mtp.planning.costs import (
     CostCurve,
     LiveCosts,
 )
+from mlx_mtp.planning.estimates import Estimates
 from mlx_mtp.planning.lookup import MAX_LOOKUP_TOKENS
+from mlx_mtp.planning.plan import HEADS
 from mlx_mtp.storage.keyed_cache import KeyedCache
 from mlx_mtp.storage.package import package_version
 
@@ -143,6 +145,8 @@ def speculation_for(model: MTPModel) -> Speculation:
         k = model.num_draft_tokens
         prior = Acceptance.from_shares(shares) if shares else Acceptance.unknown(k)
         known = Speculation(stored, prior, num_stored_steps=stored.corrections.num_steps)
+        if model.heads is not None and (shares := model.heads.config.acceptance):
+            known.drafters[HEADS] = Estimates(Acceptance.from_shares(shares))
         SPECULATIONS.set(model, known)
     return known
 

@@ -58,19 +58,25 @@ def _read_text(path: Path) -> str:
 
 
 def load_model(
-    options: dict[str, Any], *, tokenizer_config: dict[str, Any] | None = None
+    options: dict[str, Any],
+    *,
+    tokenizer_config: dict[str, Any] | None = None,
+    is_quiet: bool = False,
 ) -> tuple[MTPModel, TokenizerWrapper]:
-    """Load the model that the options name; print a line on stderr if it has no adapter.
+    """Load the model that the options name; print on stderr what drafts its tokens.
 
     Args:
         options: of the command.
         tokenizer_config: arguments of the tokenizer.
+        is_quiet: whether to print nothing but errors.
 
     Raises:
         ValueError: the model or adapter cannot be used, or an end token does not exist.
     """
     from mlx_mtp.loading import load_with_status
 
+    arguments = stream_arguments(options)
+    settings = {field.name: arguments[field.name] for field in fields(GenerationConfig)}
     return load_with_status(
         options["model"],
         adapter_path=options["adapter_path"],
@@ -80,4 +86,7 @@ def load_model(
         draft_model=options["draft_model"],
         adapter=options["adapter"],
         extra_eos_token=options["extra_eos_token"],
+        config=GenerationConfig(**settings),
+        show_drafters=not is_quiet,
+        show_hints=not is_quiet,
     )

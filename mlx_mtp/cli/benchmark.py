@@ -40,8 +40,8 @@ OPTIONS = (
     "max_tokens",
     "model",
     "adapter_path",
-    "draft_model",
     "adapter",
+    "draft_model",
     "trust_remote_code",
     "num_draft_tokens",
     "lookup",
@@ -79,9 +79,10 @@ OPTIONS = (
         type=ListOf(str),
         default=("plain", "auto"),
         metavar="MODE,...",
-        help="Ways to decode; speed-ups are relative to the first: plain, auto, linear, quadratic "
-        "(linear:2 uses 2 draft tokens per step), stock (mlx-lm with the same model), draft "
-        "(mlx-lm with the draft model, which --draft-model adds).",
+        help="Ways to decode; speed-ups are relative to the first: plain, auto, linear, quadratic, "
+        "a drafter alone (mask, native, heads, draft-model, lookup), stock (mlx-lm with the same "
+        "model), draft (mlx-lm with the draft model). linear:2 or lookup:2 verifies 2 draft tokens "
+        "in each step.",
     ),
     field_option(GenerationConfig, "num_draft_tokens", type=click.IntRange(1)),
     field_option(GenerationConfig, "lookup"),
@@ -200,7 +201,8 @@ def _config(options: dict[str, Any]) -> BenchmarkConfig:
     from mlx_mtp.evaluation.prompt_sets import prompts_of, spread
 
     modes = options["modes"]
-    if options["draft_model"] is not None and "draft" not in modes:
+    kinds = {name.partition(":")[0] for name in modes}
+    if options["draft_model"] is not None and kinds.isdisjoint(("draft", "draft-model")):
         modes = (*modes, "draft")
     contexts = tuple(sorted(set(options["contexts"])))
     if not contexts:

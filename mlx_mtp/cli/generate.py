@@ -98,14 +98,16 @@ def generate(verbose: str, as_json: bool, prompt_cache_file: str | None, **optio
             )
         metadata = _cache_metadata(prompt_cache_file)
         options["model"] = _cached_model(options["model"], metadata["model"], prompt_cache_file)
-    model, tokenizer = load_model(options, tokenizer_config=metadata.get("tokenizer_config"))
+    mode = "json" if as_json else "plain" if verbose.lower() in ("false", "f") else "verbose"
+    model, tokenizer = load_model(
+        options, tokenizer_config=metadata.get("tokenizer_config"), is_quiet=mode != "verbose"
+    )
     options["chat_template_config"], more = reasoning_arguments(options, tokenizer)
     ids = _prompt_ids(tokenizer, prompt, options, is_suffix=bool(metadata))
     reasoning = Reasoning.of(tokenizer, ids, prefill=options["prefill_response"] or "")
     arguments |= more | {"reasoning": reasoning}
     if prompt_cache_file is not None:
         arguments["prompt_cache"], _ = model.load_prompt_cache(Path(prompt_cache_file))
-    mode = "json" if as_json else "plain" if verbose.lower() in ("false", "f") else "verbose"
     if not _answer(model, tokenizer, ids, arguments, mode=mode, explain=options["explain"]):
         sys.exit(INTERRUPTED)
 

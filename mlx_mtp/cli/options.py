@@ -227,7 +227,7 @@ MTP = option(
 ADAPTER = option(
     "--adapter/--no-adapter",
     default=True,
-    help="Use the adapter of the model, if there is one, or only what else can propose drafts.",
+    help="Use the adapter of the model, if there is one, or only other drafters.",
 )
 KINDS_OPTION = option(
     "--kinds",

@@ -220,6 +220,11 @@ def _record(options: dict[str, Any]) -> None:
             trust_remote_code=options["trust_remote_code"],
         )
         checked_num_masks(model, None)  # before the slow part
+        if model.heads is not None:
+            raise ValueError(
+                f"{options['adapter_path']} has heads, and simulate replays mask tokens; "
+                "python -m mlx_mtp.lab.heads compares both"
+            )
         texts = greedy_texts(
             model,
             tokenizer,

@@ -45,7 +45,7 @@ class GenerationConfig:
         stop: strings that end the answer and are not part of it; used by the text functions only.
         seed: random seed; None draws one from mlx's global state.
         layout: ``"auto"``, ``"linear"``, ``"quadratic"`` or ``"plain"``.
-        num_draft_tokens: drafts per step, at most the adapter's k, which is the default.
+        num_draft_tokens: maximum drafts per step; by default that of the drafter, k of an adapter.
         drafter: what proposes drafts; ``"auto"`` uses all that the model has the means for.
         lookup: whether ``"auto"`` may take drafts from the text so far.
         prefill_step_size: prompt rows per forward.
@@ -64,10 +64,10 @@ class GenerationConfig:
     )
     layout: str = setting("auto", "Placement of mask tokens in a step.", choices=LAYOUTS)
     num_draft_tokens: int | None = setting(
-        None, "Draft tokens per step; the adapter's maximum by default.", min=0
+        None, "Maximum number of draft tokens per step; by default that of the drafter.", min=0
     )
     drafter: str = setting(
-        "auto", "What proposes draft tokens; all that the model has by default.", choices=DRAFTERS
+        "auto", "Drafter to propose tokens; all that the model has by default.", choices=DRAFTERS
     )
     lookup: bool = setting(
         True, "With layout auto, also propose drafts by looking up the last tokens in the text."

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mlx_mtp.drafting.chain import ChainDrafter
 from mlx_mtp.drafting.draft_model import DraftModelDrafter
 from mlx_mtp.drafting.drafter import Distribution, Drafter
+from mlx_mtp.drafting.heads import HeadsDrafter
 from mlx_mtp.drafting.lookup import LookupDrafter, text_of
 from mlx_mtp.drafting.mask_tokens import MaskTokenDrafter
 from mlx_mtp.drafting.native import NativeDrafter
@@ -73,6 +74,12 @@ def _native(answer: Answer) -> Drafter:
     )
 
 
+def _heads(answer: Answer) -> Drafter:
+    return HeadsDrafter(
+        answer.model, answer.cache, answer.distribution, max_drafts=answer.max_drafts
+    )
+
+
 def _draft_model(answer: Answer) -> Drafter:
     assert answer.draft_model is not None
     return DraftModelDrafter(
@@ -90,6 +97,7 @@ def _draft_model(answer: Answer) -> Drafter:
 _MAKERS: dict[str, Callable[[Answer], Drafter]] = {
     MASK: _mask,
     NATIVE: _native,
+    HEADS: _heads,
     DRAFT_MODEL: _draft_model,
     LOOKUP: _lookup,
 }
@@ -105,6 +113,7 @@ def available_sources(model: MTPModel, draft_model: MTPModel | None = None) -> t
     has = {
         MASK: model.num_draft_tokens > 0,
         NATIVE: model.native is not None,
+        HEADS: model.heads is not None,
         DRAFT_MODEL: draft_model is not None or model.draft_model is not None,
         LOOKUP: True,
     }

@@ -25,7 +25,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.drafting.mask_tokens import SHORTLIST, shortlisted
-from mlx_mtp.evaluation.forward import OrdinaryRows, mask_rows, ordinary_rows
+from mlx_mtp.evaluation.forward import OrdinaryRows, draft_states, ordinary_rows
 from mlx_mtp.evaluation.mask_blocks import MaskRows
 
 if TYPE_CHECKING:
@@ -115,6 +115,7 @@ def accepted_counts(
     A draft is accepted if it equals the token in ``ids`` and all drafts before it are accepted;
     none is after the end of ``ids``.  Drafts are those of greedy decoding.  If the drafts before
     are accepted, they are tokens of the text, so the sampler head gets those as previous tokens.
+    Drafts of independent heads are counted likewise: head j is mask j.
 
     Args:
         model: with its adapter.
@@ -300,14 +301,14 @@ def evaluate(
 
 
 def checked_num_masks(model: MTPModel, num_draft_tokens: int | None) -> int:
-    """Number of masks of a block; by default the adapter's k.
+    """Number of drafts after an anchor; by default the adapter's k.
 
     Raises:
         ValueError: the adapter has fewer, or there is no adapter.
     """
-    maximum = model.num_draft_tokens
-    if maximum == 0:
+    if model.adapter_config is None:
         raise ValueError(f"{model.name} has no adapter, so there are no drafts to evaluate")
+    maximum = model.adapter_config.num_draft_tokens
     k = maximum if num_draft_tokens is None else num_draft_tokens
     if not 1 <= k <= maximum:
         raise ValueError(f"num_draft_tokens must be between 1 and the adapter's {maximum}, got {k}")
@@ -331,7 +332,7 @@ def _count(
     use_sampler: bool,
 ) -> np.ndarray:
     """Count the accepted drafts after each of some anchors, ``[A]``."""
-    rows = mask_rows(model, ordinary, MaskRows(tuple(anchors), k))
+    rows = draft_states(model, ordinary, MaskRows(tuple(anchors), k))
     rows = rows.reshape(len(anchors), k, -1)  # [A, k, D]
     mx.eval(rows)
     counts = np.zeros(len(anchors), dtype=np.int64)

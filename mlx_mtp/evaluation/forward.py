@@ -187,6 +187,28 @@ def mask_rows(model: MTPModel, ordinary: OrdinaryRows, rows: MaskRows) -> mx.arr
     return model(ids, cache=FixedCaches(layers), layout=rows)[0]
 
 
+def draft_states(model: MTPModel, ordinary: OrdinaryRows, rows: MaskRows) -> mx.array:
+    """Compute the states whose logits are those of the drafts, by mask rows or by heads.
+
+    Args:
+        model: with its adapter.
+        ordinary: the sequence's ordinary rows.
+        rows: drafts after some anchors, as mask blocks.
+
+    Returns:
+        ``[R, D]``, block by block; with gradients of the adapter only.
+    """
+    if model.heads is None:
+        return mask_rows(model, ordinary, rows)
+    if model.heads.remembers:
+        states, places = model.heads(ordinary.hidden[None, : max(rows.anchors) + 1]), rows.anchors
+    else:
+        states = model.heads(ordinary.hidden[mx.array(rows.anchors)][None])
+        places = range(len(rows.anchors))
+    blocks = mx.array(list(places))[mx.array(rows.row_blocks)]
+    return states[mx.array(rows.mask_offsets), blocks]
+
+
 def _flat(memory: Memory) -> Iterator[KeysAndValues | RecordedRows]:
     """The parts of a layer's memory."""
     for part in memory if isinstance(memory, list) else [memory]:

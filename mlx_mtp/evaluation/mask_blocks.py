@@ -61,6 +61,11 @@ class MaskRows:
         return np.arange(self.num_masks, dtype=np.int32) - np.repeat(starts, self._counts)
 
     @cached_property
+    def row_blocks(self) -> np.ndarray:
+        """Index of each row's block, int ``[R]``."""
+        return np.repeat(np.arange(len(self.anchors)), self._counts)
+
+    @cached_property
     def row_anchors(self) -> np.ndarray:
         """The anchor of each row, int32 ``[R]``."""
         return np.repeat(np.array(self.anchors, dtype=np.int32), self._counts)
@@ -91,8 +96,7 @@ class MaskRows:
 
     def joined_groups(self, y: mx.array) -> mx.array:
         """Put blocks ``[G, largest block, ...]`` into rows ``[1, R, ...]``."""
-        blocks = np.repeat(np.arange(len(self.anchors)), self._counts)
-        return y[mx.array(blocks), mx.array(self.mask_offsets)][None]
+        return y[mx.array(self.row_blocks), mx.array(self.mask_offsets)][None]
 
     def positions_from(self, offset: Any) -> mx.array:
         """Position of each row, int32 ``[R]``; it is known without ``offset``."""
@@ -111,7 +115,7 @@ class MaskRows:
         """
         cached = np.arange(num_cached)
         sees_cached = cached[None] <= self.row_anchors[:, None]
-        blocks = np.repeat(np.arange(len(self.anchors)), self._counts)
+        blocks = self.row_blocks
         sees_masks = (blocks[:, None] == blocks[None]) & (
             self.mask_offsets[None] <= self.mask_offsets[:, None]
         )

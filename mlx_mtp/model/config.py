@@ -1,6 +1,7 @@
 """What an adapter is, as data: the one configuration that travels with its weights.
 
-``adapter_config.json`` is this dataclass and nothing else.  mlx-lm would load an adapter folder as
+``adapter_config.json`` is one of these dataclasses and nothing else: ``MTPConfig`` of mask tokens
+or ``HeadsConfig`` of independent heads.  mlx-lm would load an adapter folder as
 plain, ungated LoRA if it found its own keys (``num_layers``, ``lora_parameters``) in it, and the
 output would change silently; those two names are therefore never used here.
 """
@@ -16,12 +17,15 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self, cast
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapters.safetensors"
 BUNDLED_ADAPTER = "adapter"  # folder in a model's folder, as published bundles have it
 FORMAT_VERSION = 1
+MASKS, HEADS = "mtp", "mtp-heads"  # values of fine_tune_type
+MLP, LAYER = "mlp", "layer"
+HEAD_KINDS = (MLP, LAYER)
 SAMPLER_NORMS = ("layer", "rms")
 SAMPLER_RESIDUALS = ("hidden", "inner", "none")
 
@@ -57,9 +61,94 @@ class SamplerKind:
             raise ValueError(f"sampler_norm_eps must be 0 or more, got {self.norm_eps}")
 
 
+class AdapterConfig:
+    """What the configurations of all kinds of adapters have in common.
+
+    Attributes:
+        num_draft_tokens: k, the maximum number of drafts of a step.
+        base_model: name of the base model, for messages and model cards.
+        base_model_type: mlx-lm's ``model_type`` of the base model.
+        base_hidden_size: width D of the base model.
+        base_num_layers: number of its layers.
+        base_vocab_size: rows of its embedding table.
+        base_fingerprint: hash that identifies that base (``mtp_model.fingerprint``).
+        format_version: version of this folder format.
+        acceptance: rate at which each draft was accepted, with all drafts before it, when the
+            adapter was last evaluated, ``[k]``; empty if it never was.
+    """
+
+    num_draft_tokens: int
+    base_model: str
+    base_model_type: str
+    base_hidden_size: int
+    base_num_layers: int
+    base_vocab_size: int
+    base_fingerprint: str
+    fine_tune_type: str
+    format_version: int
+    acceptance: tuple[float, ...]
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Build a configuration from parsed JSON.
+
+        Raises:
+            ValueError: a key is unknown, missing, or of the wrong type; the message names it.
+        """
+        fields = {field.name: field for field in _fields(cls)}
+        unknown = sorted(set(values) - set(fields))
+        if unknown:
+            raise ValueError(f"unknown keys: {', '.join(unknown)}")
+        missing = [
+            name for name, field in fields.items() if _is_required(field) and name not in values
+        ]
+        if missing:
+            raise ValueError(f"missing keys: {', '.join(missing)}")
+        hints = typing.get_type_hints(cls)
+        return cls(**{name: _coerce(name, value, hints[name]) for name, value in values.items()})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON-ready values, keys in declaration order.
+
+        What came after the first version of the format is left out where it is the default, so
+        that older readers understand what they can.
+        """
+        values = dataclasses.asdict(cast(Any, self))
+        for field in _fields(type(self)):
+            if field.name in _LATER and values[field.name] == _default(field):
+                del values[field.name]
+        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
+        return values | lists
+
+    def describe(self) -> str:
+        """Describe the adapter in a paragraph, for model cards."""
+        raise NotImplementedError
+
+    def _check(self, *, fine_tune_type: str) -> None:
+        """Refuse values that no adapter has."""
+        for name in ("num_draft_tokens", "base_hidden_size", "base_num_layers"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.fine_tune_type != fine_tune_type:
+            raise ValueError(
+                f"fine_tune_type must be {fine_tune_type!r}, got {self.fine_tune_type!r}"
+            )
+        if self.format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version {self.format_version} is not supported (this is {FORMAT_VERSION})"
+            )
+        shares = self.acceptance
+        falls = all(1 >= a >= b >= 0 for a, b in itertools.pairwise((1.0, *shares)))
+        if shares and (len(shares) != self.num_draft_tokens or not falls):
+            raise ValueError(
+                f"acceptance must be {self.num_draft_tokens} shares that fall from 1 to 0, "
+                f"got {list(shares)}"
+            )
+
+
 @dataclass(frozen=True, kw_only=True)
-class MTPConfig:
-    """The shape of an adapter and the base model it was trained for.
+class MTPConfig(AdapterConfig):
+    """The shape of an adapter of mask tokens and the base model it was trained for.
 
     Attributes:
         num_draft_tokens: k, the number of learned mask tokens, or of mask rows with random ids.
@@ -68,19 +157,12 @@ class MTPConfig:
             layers in ``scale_pattern``.
         target_modules: leaf names of the adapted linear layers, such as ``q_proj``.
         sampler: kind of the sampler head (``"mlp"``) or None when the adapter has none.
-        base_model: name of the base model, for messages and model cards.
-        base_model_type: mlx-lm's ``model_type`` of the base model.
-        base_hidden_size: width D of the base model.
-        base_num_layers: number of its layers.
-        base_vocab_size: rows of its embedding table.
-        base_fingerprint: hash that identifies that base (``mtp_model.fingerprint``).
+        base_model, base_model_type, base_hidden_size, base_num_layers, base_vocab_size,
+            base_fingerprint, format_version, acceptance: see ``AdapterConfig``.
         fine_tune_type: always ``"mtp"``, the kind of adapter.
-        format_version: version of this folder format.
         sampler_norm, sampler_norm_eps, sampler_bias, sampler_residual: see ``SamplerKind``.
         rank_pattern: rank by full module path, of layers whose rank is another.
         scale_pattern: scale by full module path, of layers whose scale is another.
-        acceptance: rate at which the draft of each mask was accepted, with all drafts before it,
-            when the adapter was last evaluated, ``[k]``; empty if it never was.
         noise_ids: (low, high) if mask rows are random tokens, whose ids are drawn from low to
             high - 1 in every step; empty if there are mask tokens.
     """
@@ -96,7 +178,7 @@ class MTPConfig:
     base_num_layers: int
     base_vocab_size: int
     base_fingerprint: str
-    fine_tune_type: str = "mtp"
+    fine_tune_type: str = MASKS
     format_version: int = FORMAT_VERSION
     sampler_norm: str = "layer"
     sampler_norm_eps: float = 1e-5
@@ -108,26 +190,19 @@ class MTPConfig:
     noise_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("num_draft_tokens", "rank", "base_hidden_size", "base_num_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        self._check(fine_tune_type=MASKS)
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
         if not math.isfinite(self.scale):
             raise ValueError(f"scale must be a finite number, got {self.scale}")
         if self.sampler not in (None, "mlp"):
             raise ValueError(f"sampler must be 'mlp' or null, got {self.sampler!r}")
-        if self.fine_tune_type != "mtp":
-            raise ValueError(f"fine_tune_type must be 'mtp', got {self.fine_tune_type!r}")
-        if self.format_version != FORMAT_VERSION:
-            raise ValueError(
-                f"format_version {self.format_version} is not supported (this is {FORMAT_VERSION})"
-            )
         for path, rank in self.rank_pattern.items():
             if rank < 1:
                 raise ValueError(f"rank_pattern: {path} must be at least 1, got {rank}")
         for path, scale in self.scale_pattern.items():
             if not math.isfinite(scale):
                 raise ValueError(f"scale_pattern: {path} must be a finite number, got {scale}")
-        self._check_acceptance()
         self._check_noise()
         self._sampler_values()
 
@@ -135,15 +210,6 @@ class MTPConfig:
     def sampler_kind(self) -> SamplerKind | None:
         """How the sampler head computes; None when the adapter has none."""
         return None if self.sampler is None else self._sampler_values()
-
-    def _check_acceptance(self) -> None:
-        shares = self.acceptance
-        falls = all(1 >= a >= b >= 0 for a, b in itertools.pairwise((1.0, *shares)))
-        if shares and (len(shares) != self.num_draft_tokens or not falls):
-            raise ValueError(
-                f"acceptance must be {self.num_draft_tokens} shares that fall from 1 to 0, "
-                f"got {list(shares)}"
-            )
 
     def _check_noise(self) -> None:
         ids = self.noise_ids
@@ -169,25 +235,6 @@ class MTPConfig:
         """Scale of the layer at that module path."""
         return self.scale_pattern.get(path, self.scale)
 
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> MTPConfig:
-        """Build a configuration from parsed JSON.
-
-        Raises:
-            ValueError: a key is unknown, missing, or of the wrong type; the message names it.
-        """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        unknown = sorted(set(values) - set(fields))
-        if unknown:
-            raise ValueError(f"unknown keys: {', '.join(unknown)}")
-        missing = [
-            name for name, field in fields.items() if _is_required(field) and name not in values
-        ]
-        if missing:
-            raise ValueError(f"missing keys: {', '.join(missing)}")
-        hints = typing.get_type_hints(cls)
-        return cls(**{name: _coerce(name, value, hints[name]) for name, value in values.items()})
-
     def describe(self) -> str:
         """Describe the adapter in a paragraph, for model cards."""
         sampler = "a sampler head" if self.sampler else "no sampler head"
@@ -199,18 +246,57 @@ class MTPConfig:
             "the base model's own."
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as JSON-ready values, keys in declaration order.
 
-        What came after the first version of the format is left out where it is the default, so
-        that older readers understand what they can.
-        """
-        values = dataclasses.asdict(self)
-        for field in dataclasses.fields(self):
-            if field.name in _LATER and values[field.name] == _default(field):
-                del values[field.name]
-        lists = {name: list(value) for name, value in values.items() if isinstance(value, tuple)}
-        return values | lists
+@dataclass(frozen=True, kw_only=True)
+class HeadsConfig(AdapterConfig):
+    """The shape of independent heads and the base model they were trained for.
+
+    Attributes:
+        head: ``"mlp"`` or ``"layer"``, see ``draft_heads``.
+        num_attention_heads: of a layer; 0 for an MLP.
+        intermediate_size: of a layer's feed-forward part; 0 for an MLP.
+        num_draft_tokens, base_model, base_model_type, base_hidden_size, base_num_layers,
+            base_vocab_size, base_fingerprint, format_version, acceptance: see ``AdapterConfig``;
+            there are as many heads as drafts.
+        fine_tune_type: always ``"mtp-heads"``, the kind of adapter.
+    """
+
+    num_draft_tokens: int
+    head: str
+    base_model: str
+    base_model_type: str
+    base_hidden_size: int
+    base_num_layers: int
+    base_vocab_size: int
+    base_fingerprint: str
+    num_attention_heads: int = 0
+    intermediate_size: int = 0
+    fine_tune_type: str = HEADS
+    format_version: int = FORMAT_VERSION
+    acceptance: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._check(fine_tune_type=HEADS)
+        if self.head not in HEAD_KINDS:
+            raise ValueError(f"head must be one of {', '.join(HEAD_KINDS)}, got {self.head!r}")
+        if self.head == MLP:
+            return
+        heads = self.num_attention_heads
+        if heads < 1 or self.base_hidden_size % (2 * heads):  # rotary embeddings turn pairs
+            raise ValueError(
+                f"num_attention_heads must divide half of {self.base_hidden_size}, got {heads}"
+            )
+        if self.intermediate_size < 1:
+            raise ValueError(f"intermediate_size must be at least 1, got {self.intermediate_size}")
+
+    def describe(self) -> str:
+        """Describe the adapter in a paragraph, for model cards."""
+        kind = "a residual MLP block" if self.head == MLP else "a decoder layer"
+        return (
+            f"An mlx-mtp adapter: {self.num_draft_tokens} independent heads of {kind} each on the "
+            "final hidden states of the frozen base model, whose own output head they share. The "
+            "base model checks the drafts itself, so the output stays the base model's own."
+        )
 
 
 _LATER = (
@@ -225,6 +311,10 @@ _LATER = (
 )
 
 
+def _fields(kind: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(kind)
+
+
 def _is_required(field: dataclasses.Field[Any]) -> bool:
     missing = dataclasses.MISSING
     return field.default is missing and field.default_factory is missing
@@ -236,6 +326,18 @@ def _default(field: dataclasses.Field[Any]) -> Any:
 
 
 def read_config(folder: Path) -> MTPConfig:
+    """Read ``adapter_config.json`` of an adapter of mask tokens.
+
+    Raises:
+        ValueError: see ``read_any_config``, or the adapter has heads.
+    """
+    config = read_any_config(folder)
+    if not isinstance(config, MTPConfig):
+        raise ValueError(f"{folder} has independent heads, not mask tokens")
+    return config
+
+
+def read_any_config(folder: Path) -> MTPConfig | HeadsConfig:
     """Read ``adapter_config.json`` of an adapter folder.
 
     Raises:
@@ -256,8 +358,9 @@ def read_config(folder: Path) -> MTPConfig:
             f"{folder} is a PEFT checkpoint, not an adapter folder: convert it first "
             "(mlx-mtp convert --mtp-path)"
         )
+    kind = HeadsConfig if values.get("fine_tune_type") == HEADS else MTPConfig
     try:
-        return MTPConfig.from_dict(values)
+        return kind.from_dict(values)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

@@ -30,7 +30,8 @@ from mlx_mtp.model.attention import AttentionSeam, attention_blocks, wrap_verify
 from mlx_mtp.model.caches import make as kv_cache
 from mlx_mtp.model.caches.mtp_cache import Caches, MTPCache
 from mlx_mtp.model.chunks import wrap_chunks
-from mlx_mtp.model.config import MTPConfig
+from mlx_mtp.model.config import AdapterConfig, HeadsConfig, MTPConfig
+from mlx_mtp.model.draft_heads import DraftHeads
 from mlx_mtp.model.experts import GatedLoRASwitchLinear, is_switch, wrap_gated_experts
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
 from mlx_mtp.model.fingerprint import model_args
@@ -84,6 +85,8 @@ class MTPModel(nn.Module):
         weights: the adapter's tensors by name (see ``loading``).
 
     Attributes:
+        config: that of an adapter of mask tokens, or None.
+        heads: independent heads on the final hidden states, if that is what the adapter has.
         native: MTP modules of the model's own checkpoint; None if it has none.
         draft_model: a smaller model with the same tokenizer, which proposes drafts; None without.
 
@@ -96,7 +99,7 @@ class MTPModel(nn.Module):
         base: Any,
         *,
         name: str = "",
-        config: MTPConfig | None = None,
+        config: MTPConfig | HeadsConfig | None = None,
         weights: Mapping[str, mx.array] | None = None,
     ) -> None:
         super().__init__()
@@ -105,8 +108,9 @@ class MTPModel(nn.Module):
         if reason := _refusal(base) or kv_cache.unsupported_reason(base):
             raise ValueError(f"{self.name} ({base.model_type}) cannot be used: {reason}")
         self.base = base
-        self.config = config
+        self.config = config if isinstance(config, MTPConfig) else None
         self.sampler_head: SamplerHead | None = None
+        self.heads: DraftHeads | None = None
         self.native: NativeModule | None = None
         self.draft_model: MTPModel | None = None
         self._scope = StepScope()
@@ -123,17 +127,26 @@ class MTPModel(nn.Module):
             self._has_forms |= has_chunks(base)
         if config is not None:
             assert weights is not None
-            self._attach(config, weights)
+            self._check_shape(config)
+            if isinstance(config, MTPConfig):
+                self._attach(config, weights)
+            else:
+                self.heads = DraftHeads(config, weights, dtype=self.dtype)
         self._hidden_states = HiddenStates(module_at(base, self.parts.backbone))
         self._head = with_module(base, self.parts.backbone, self._hidden_states)
         self._check_caches()
-        if config is not None:
+        if self.config is not None:
             self._probe()
 
     @property
     def num_draft_tokens(self) -> int:
-        """k, the maximum number of drafts per step; 0 without an adapter."""
+        """k, the number of mask tokens; 0 without an adapter that has them."""
         return self.config.num_draft_tokens if self.config else 0
+
+    @property
+    def adapter_config(self) -> MTPConfig | HeadsConfig | None:
+        """Configuration of the adapter, of mask tokens or of heads."""
+        return self.config if self.heads is None else self.heads.config
 
     @property
     def scope(self) -> StepScope:
@@ -273,8 +286,8 @@ class MTPModel(nn.Module):
             mode=head.mode,
         )
 
-    def _attach(self, config: MTPConfig, weights: Mapping[str, mx.array]) -> None:
-        """Check the adapter against the model, then wrap the model's modules."""
+    def _check_shape(self, config: AdapterConfig) -> None:
+        """Refuse an adapter for a model of another shape."""
         dims = embedding_dims(self._embedding)
         shape = "{}, {} layers of {}, {} tokens".format
         actual = shape(self.base.model_type, len(self.base.layers), dims, self.vocab_size)
@@ -289,10 +302,13 @@ class MTPModel(nn.Module):
                 f"the adapter is for {config.base_model} ({expected}), "
                 f"not for {self.name} ({actual})"
             )
+
+    def _attach(self, config: MTPConfig, weights: Mapping[str, mx.array]) -> None:
+        """Wrap the model's modules."""
         dtype = self.dtype
         cast = {key: value.astype(dtype) for key, value in weights.items()}
         embeddings = self._mask_embeddings(config, cast)
-        self._attach_sampler(config, cast, dims)
+        self._attach_sampler(config, cast, self.hidden_size)
         self._wrap_linears(config, cast)
         if not (self.wrap_ropes() or self.is_recurrent):
             raise ValueError(

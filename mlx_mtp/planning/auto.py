@@ -121,13 +121,13 @@ class Speculation:
     def repeatable(self) -> Speculation:
         """A copy as before the first step, whose plans depend on no clock and no history."""
         costs = LiveCosts(self.costs.curve, learns=False)
-        return Speculation(costs, self.acceptance.fresh())
+        drafters = {source: known.fresh() for source, known in self.drafters.items()}
+        return Speculation(costs, self.acceptance.fresh(), drafters=drafters)
 
     def estimates(self, offer: Offer) -> Estimates:
         """What is known about the drafter of an offer."""
         if (known := self.drafters.get(offer.source)) is None:
-            known = Estimates(Acceptance.unknown(offer.num_drafts))
-            self.drafters[offer.source] = known
+            known = self.drafters[offer.source] = Estimates.unknown()
         return known
 
 

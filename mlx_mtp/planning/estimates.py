@@ -13,6 +13,7 @@ from mlx_mtp.planning.policy import Action, expected_tokens
 from mlx_mtp.planning.probing import Probing
 from mlx_mtp.planning.settings import DEFAULTS
 
+_MAX_DRAFTS = 16  # positions that are told apart; those after them are like the last
 _SETTLED, _SLOW = 18, 0.05  # observations of the cost after which each counts for little
 _LEAST_CHANGE = 0.25  # of the cost by one observation
 
@@ -32,6 +33,15 @@ class Estimates:
     cost_factor: float = 1.0
     num_seen: int = 0
     probing: Probing = field(default_factory=Probing)
+
+    @classmethod
+    def unknown(cls) -> Estimates:
+        """Start where nothing is known of the drafter."""
+        return cls(Acceptance.unknown(_MAX_DRAFTS))
+
+    def fresh(self) -> Estimates:
+        """The same prior acceptance, with nothing observed yet."""
+        return Estimates(self.acceptance.fresh())
 
     @property
     def is_cost_new(self) -> bool:

@@ -18,7 +18,7 @@ _PRIOR = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 _PRIOR_WEIGHT = 40.0  # observations that the prior is worth
 _MAX_WEIGHT = 40.0  # of a class; more would be slow to follow
 _TEXT_WEIGHT, _MAX_TEXT_WEIGHT = 0.4, 2.0  # of no shift, and of what a text has shown
-_CLASS_OF = np.searchsorted(_CLASSES, np.arange(MAX_MATCH + 1), side="right") - 1
+_CLASS_OF = (np.searchsorted(_CLASSES, np.arange(MAX_MATCH + 1), side="right") - 1).tolist()
 
 
 class LookupAcceptance:
@@ -57,15 +57,17 @@ class TextAcceptance:
 
     def prefix_probs(self, match: int, num_draft_tokens: int) -> np.ndarray:
         """Probability that at least j drafts are accepted, ``[drafts + 1]``."""
-        chances = 1 / (1 + np.exp(-self._shift - np.array(self._general.logits)))
-        lengths = np.minimum(match + np.arange(num_draft_tokens), MAX_MATCH)
-        return np.concatenate([[1.0], np.cumprod(chances[_CLASS_OF[lengths]])])
+        logits, probs = self._general.logits, [1.0]
+        chances = [1 / (1 + math.exp(-self._shift - logit)) for logit in logits]
+        for length in range(match, match + num_draft_tokens):
+            probs.append(probs[-1] * chances[_CLASS_OF[min(length, MAX_MATCH)]])
+        return np.array(probs)
 
     def observe(self, match: int, num_judged: int, num_right: int) -> None:
         """Count looked-up ids of which the first ``num_right`` were right."""
         logits, weights = self._general.logits, self._general.weights
         for place in range(min(num_judged, num_right + 1)):
-            index = int(_CLASS_OF[min(match + place, MAX_MATCH)])
+            index = _CLASS_OF[min(match + place, MAX_MATCH)]
             chance = 1 / (1 + math.exp(-self._shift - logits[index]))
             error, weight = (place < num_right) - chance, chance * (1 - chance)
             self._weight = min(self._weight + weight, _MAX_TEXT_WEIGHT)

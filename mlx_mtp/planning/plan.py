@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from mlx_mtp.model.layout import StepLayout
@@ -15,6 +16,24 @@ DRAFTERS = (AUTO, *SOURCES)
 CHAIN = f"{MASK}+{LOOKUP}"  # drafts of mask rows, then looked-up ones
 FIXED_LAYOUTS = ("linear", "quadratic", "plain")
 LAYOUTS = ("auto", *FIXED_LAYOUTS)
+
+
+def counts_by_source(
+    parts: Sequence[tuple[str, int]], num_accepted: int
+) -> Iterator[tuple[str, int, int]]:
+    """Divide the accepted drafts of a step among what proposed them.
+
+    Args:
+        parts: sources of its drafts, in order, with the number of drafts of each.
+        num_accepted: accepted drafts, which come first.
+
+    Yields:
+        The source, its verified drafts and its accepted drafts.
+    """
+    for source, count in parts:
+        accepted = min(count, num_accepted)
+        num_accepted -= accepted
+        yield source, count, accepted
 
 
 @dataclass(frozen=True)

@@ -237,11 +237,11 @@ def record(
         room = np.arange(len(answer.counts), 0, -1)  # drafts after the cut are never emitted
         counts = np.minimum(answer.counts, room).tolist()
         answers.append(TracedAnswer(text.id, text.kind, len(text.prompt), tuple(counts)))
-    assert model.config is not None
+    assert model.adapter_config is not None
     return Trace(
         answers=tuple(answers),
         num_draft_tokens=k,
         max_tokens=max_tokens,
-        shares=tuple(model.config.acceptance),
+        shares=tuple(model.adapter_config.acceptance),
         source=source,
     )

@@ -21,6 +21,7 @@ ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapters.safetensors"
 MODEL_CONFIG = "config.json"
 ADAPTER_FOLDER = "adapter"
+_OWN_ADAPTERS = ("mtp", "mtp-heads")  # values of fine_tune_type in an adapter's configuration
 LATEST_FILE = "latest.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 TENSOR_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
@@ -276,7 +277,7 @@ def _adapter_in(folder: Path, *, is_model: bool) -> Contents | None:
     }
     adapter = configs.get(ADAPTER_CONFIG, {})
     base = _base_in(configs.values())
-    if adapter.get("fine_tune_type") == "mtp":
+    if adapter.get("fine_tune_type") in _OWN_ADAPTERS:
         weights = ADAPTER_WEIGHTS if (folder / ADAPTER_WEIGHTS).is_file() else None
         return Contents(path=folder, kind="adapter", base=base, weights=weights)
     files = tensor_files(folder)

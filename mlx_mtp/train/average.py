@@ -13,16 +13,15 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_mtp.loading import read_adapter
-from mlx_mtp.model.config import MTPConfig
-from mlx_mtp.train.gradient.adapter import read_state_adapter
+from mlx_mtp.loading import read_any_adapter
+from mlx_mtp.train.gradient.adapter import AnyConfig, read_state_adapter
 from mlx_mtp.train.run.card import training_card
 from mlx_mtp.train.run.checkpoint import is_state, save_adapter
 
 Tensors = dict[str, mx.array]
 
 
-def mean_adapter(folders: Sequence[Path]) -> tuple[MTPConfig, Tensors]:
+def mean_adapter(folders: Sequence[Path]) -> tuple[AnyConfig, Tensors]:
     """The mean of adapters.
 
     Args:
@@ -50,7 +49,7 @@ def mean_adapter(folders: Sequence[Path]) -> tuple[MTPConfig, Tensors]:
     return first, {name: value / len(folders) for name, value in sums.items()}
 
 
-def save_mean(folders: Sequence[Path], output: Path, *, names: Sequence[str] = ()) -> MTPConfig:
+def save_mean(folders: Sequence[Path], output: Path, *, names: Sequence[str] = ()) -> AnyConfig:
     """Write the mean of adapters as an adapter folder.
 
     Args:
@@ -70,24 +69,26 @@ def save_mean(folders: Sequence[Path], output: Path, *, names: Sequence[str] = (
     return config
 
 
-def _read(folder: Path) -> tuple[MTPConfig, Tensors]:
-    return read_state_adapter(folder) if is_state(folder) else read_adapter(folder)
+def _read(folder: Path) -> tuple[AnyConfig, Tensors]:
+    return read_state_adapter(folder) if is_state(folder) else read_any_adapter(folder)
 
 
-def _without_acceptance(config: MTPConfig) -> MTPConfig:
+def _without_acceptance(config: AnyConfig) -> AnyConfig:
     return dataclasses.replace(config, acceptance=())
 
 
 def _check_same_shape(
     one: Path,
-    config: MTPConfig,
+    config: AnyConfig,
     sums: Tensors,
     other: Path,
-    other_config: MTPConfig,
+    other_config: AnyConfig,
     weights: Tensors,
 ) -> None:
     """Refuse an adapter of another shape or for another model."""
-    for field in dataclasses.fields(MTPConfig):
+    if type(config) is not type(other_config):
+        raise ValueError(f"{one} and {other} are adapters of different kinds")
+    for field in dataclasses.fields(config):
         first, second = getattr(config, field.name), getattr(other_config, field.name)
         if first != second:
             raise ValueError(f"{other} has {field.name} {second}, but {one} has {first}")

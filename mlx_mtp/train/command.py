@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_mtp.loading import load
-from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, read_config
+from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_any_config
 from mlx_mtp.storage.contents import adapter_problem, look, unconverted_adapter
 from mlx_mtp.terminal import Interrupt, one_line, show
 from mlx_mtp.train.data.distil_run import DistilProgress
@@ -32,7 +32,7 @@ from mlx_mtp.train.data.pipeline import (
 )
 from mlx_mtp.train.data.records import Record
 from mlx_mtp.train.data.topics import read_topics
-from mlx_mtp.train.gradient.adapter import new_adapter
+from mlx_mtp.train.gradient.adapter import adapter_settings, new_adapter
 from mlx_mtp.train.gradient.workers import WorkerSpec
 from mlx_mtp.train.loop import TrainData, TrainResult
 from mlx_mtp.train.loop import train as run_loop
@@ -185,16 +185,14 @@ def _train_settings(options: Mapping[str, Any], start: Path | None) -> TrainSett
         modules = (name.strip() for name in values["target_modules"].split(","))
         values["target_modules"] = tuple(name for name in modules if name)
     if start is not None:
-        config = read_config(start)
-        if config.noise_ids:
+        config = read_any_config(start)
+        if isinstance(config, MTPConfig) and config.noise_ids:
             raise ValueError(
                 f"the adapter {start} has no mask tokens to train: its mask rows are random tokens "
                 "(noise_ids)"
             )
         values.setdefault("num_draft_tokens", config.num_draft_tokens)
-        fixed = {"rank": config.rank, "scale": config.scale, "sampler": config.sampler is not None}
-        fixed |= {"target_modules": config.target_modules} if config.target_modules else {}
-        for name, value in fixed.items():
+        for name, value in adapter_settings(config).items():
             if values.setdefault(name, value) != value:
                 raise ValueError(f"the adapter {start} has {name} {value}, not {values[name]}")
     return TrainSettings(**values)

@@ -196,7 +196,8 @@ class _Run:
             write_json(self.folder / SETTINGS_FILE, identity | self.settings.to_dict())
             return 0
         saved = state.values["identity"]
-        changed = [key for key in identity if saved.get(key) != identity[key]]
+        defaults = TrainSettings().to_dict()  # of settings that came after the run began
+        changed = [key for key in identity if saved.get(key, defaults.get(key)) != identity[key]]
         if is_fingerprint_of(self.model.base, saved.get("base_fingerprint")):  # a former one
             changed = [key for key in changed if key != "base_fingerprint"]
         if changed == ["processes"]:
@@ -301,11 +302,10 @@ class _Run:
 
     def _save_adapter(self) -> None:
         """Write the adapter, unless it was trained without the gate, which decoding always has."""
-        assert self.model.config is not None and self.best is not None
+        config = self.model.adapter_config
+        assert config is not None and self.best is not None
         if self.settings.gate:
-            config = dataclasses.replace(
-                self.model.config, acceptance=self.best.monotonic_acceptance()
-            )
+            config = dataclasses.replace(config, acceptance=self.best.monotonic_acceptance())
             save_adapter(self.output, config, adapter_tensors(self.parameters))
 
     def _save(self) -> None:
@@ -329,10 +329,10 @@ class _Run:
 
     def _identity(self) -> dict[str, Any]:
         """What must not change when a run is resumed."""
-        assert self.model.config is not None
+        assert self.model.adapter_config is not None
         settings = self.settings.to_dict()
         return {
-            "base_fingerprint": self.model.config.base_fingerprint,
+            "base_fingerprint": self.model.adapter_config.base_fingerprint,
             "data_hash": self.data.data_hash,
             "processes": worker_count(self.settings.workers, batch_size=self.settings.batch_size),
         } | {name: value for name, value in settings.items() if name not in _FREE}

@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mlx_mtp.model.mtp_model import MTPModel
 
+MASK_DRAFTER, HEADS_DRAFTER = "mask", "heads"
+HEAD_KINDS = ("mlp", "layer")
 ADAPTED = ("attention", "shared", "all")
 TEACHERS = ("argmax", "sample", "dist")
 PROJECTIONS = (
@@ -124,8 +126,18 @@ class TrainSettings:
         ValueError: a value is out of range; the message names the field.
     """
 
+    drafter: str = _adapter(
+        MASK_DRAFTER,
+        "What to train: mask tokens, or independent heads on the frozen model.",
+        choices=(MASK_DRAFTER, HEADS_DRAFTER),
+    )
+    head: str = _adapter(
+        HEAD_KINDS[0], "Kind of the heads: an MLP block or a decoder layer.", choices=HEAD_KINDS
+    )
     num_draft_tokens: int = _adapter(
-        8, "Number of mask tokens (k), the maximum number of draft tokens per step.", min=1
+        8,
+        "Number of mask tokens or heads (k), the maximum number of draft tokens per step.",
+        min=1,
     )
     rank: int = _adapter(32, "Rank of the LoRA weights.", min=1)
     scale: float = _adapter(2.0, "Factor of the LoRA product.")
@@ -201,6 +213,12 @@ class TrainSettings:
             raise ValueError("target_modules must name at least one layer")
         if not (self.base_weight or self.sampler_weight or self.lcm_weight):
             raise ValueError("all weights of the loss are 0")
+        if self.drafter == HEADS_DRAFTER and not self.base_weight:
+            raise ValueError("base_weight is 0, and heads have no other loss")
+        if self.drafter == HEADS_DRAFTER and not self.gate:
+            raise ValueError("heads are trained on the frozen model: they have no gate to omit")
+        if self.drafter == HEADS_DRAFTER and self.grad_checkpoint:
+            raise ValueError("grad_checkpoint is for mask rows, which heads do not have")
         if self.grad_checkpoint and not self.gate:  # ordinary rows would get no gradient
             raise ValueError("grad_checkpoint cannot be used without the gate")
         if self.val_batches == 0:

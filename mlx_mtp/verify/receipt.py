@@ -45,8 +45,8 @@ def build_receipt(
         prompts_from: source of the prompts.
     """
     adapter = None
-    if model.config is not None:
-        adapter = {"sha256": hash_weights(adapter_folder), "config": model.config.to_dict()}
+    if (config := model.adapter_config) is not None:
+        adapter = {"sha256": hash_weights(adapter_folder), "config": config.to_dict()}
     return {
         "receipt_version": RECEIPT_VERSION,
         "quick": report.settings.is_quick,

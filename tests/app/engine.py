@@ -31,6 +31,7 @@ def ready(options: dict[str, Any]) -> dict[str, Any]:
         "model": options.get("model") or "fake/model",
         "adapter": True,
         "num_draft_tokens": K,
+        "drafters": ["mask", "lookup"],
         "max_context": 1000,
         "has_chat_template": True,
         "facts": {
@@ -82,8 +83,7 @@ def steps(text: str, most: int) -> Iterator[dict[str, Any]]:
             "pieces": pieces,
             "ids": [sum(piece.encode()) for piece in pieces],
             "accepted": len(pieces) - 1,
-            "drafted": most - 1,
-            "source": "mask" if most > 1 else "",
+            "parts": [["mask", most - 1]] if most > 1 else [],
         }
 
 

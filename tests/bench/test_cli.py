@@ -15,7 +15,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mlx_mtp.bench import benchmark as flow
-from mlx_mtp.bench import modes
+from mlx_mtp.bench import modes, tables
 from mlx_mtp.calibration.stored_costs import SPECULATIONS
 from mlx_mtp.cli import benchmark as cli_benchmark
 from mlx_mtp.cli.main import cli
@@ -201,7 +201,7 @@ def test_a_planted_wrong_id_is_caught(
 
     def wrong(model: Any, ids: list[int], **options: Any) -> Any:
         for number, step in enumerate(right(model, ids, **options)):
-            if number == 1 and options["layout"] == "linear":
+            if number == 1 and options["config"].layout == "linear":
                 step = replace(step, tokens=[(step.tokens[0] + 1) % 260, *step.tokens[1:]])
             yield step
 
@@ -279,22 +279,80 @@ def test_plain_decoding_needs_no_adapter(pair: tuple[Path, Path], prompts: Path)
     report = json.loads(done.stdout)
     assert report["model"]["adapter"] is None and report["cost_curve"] is None
     assert {row["mode"] for row in report["figures"] if "speedup" in row} == {"plain"}
-    error = failure(*base, "--modes", "plain,linear")
-    assert "mode linear needs an MTP adapter" in error and "use --modes plain,auto,stock" in error
 
 
-def test_auto_without_adapter_takes_drafts_from_the_text(
-    pair: tuple[Path, Path], prompts: Path
-) -> None:
-    base = ["--model", pair[0], "--prompts", prompts, "--num-prompts", 1, "--max-tokens", 30]
-    done = invoke(*base, "--no-adapter", "--format", "json")
+@pytest.fixture(scope="module")
+def repeating(tmp_path_factory: Any) -> Path:
+    """A prompt whose answer by a random model repeats itself before long."""
+    file = tmp_path_factory.mktemp("prompts") / "repeating.jsonl"
+    file.write_text(json.dumps({"kind": "copy", "prompt": "ab cd " * 20}) + "\n")
+    return file
+
+
+def figures_of(report: dict[str, Any]) -> dict[str, Any]:
+    return {row["mode"]: row for row in report["figures"] if row["kind"] is None}
+
+
+def test_drafters_are_compared_in_one_run(pair: tuple[Path, Path], repeating: Path) -> None:
+    names = "plain,auto,mask,lookup,mask:2,lookup:2"
+    args = on_tiny(pair, repeating, "--max-tokens", 64, "--modes", names)
+    done = invoke(*args, "--num-warmups", 0, "--format", "json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
-    assert report["model"]["adapter"] is None and report["cost_curve"] is not None
-    assert report["outputs"]["different"] == 0
-    assert {mode["name"] for mode in report["modes"]} == {"plain", "auto"}
-    error = failure(*base, "--adapter-path", pair[1], "--no-adapter")
-    assert f"adapter_path is {pair[1]}, but adapter is False" in error
+    rows = figures_of(report)
+    assert list(rows) == names.split(",") and report["model"]["drafters"] == ["mask", "lookup"]
+    assert (report["outputs"]["compared"], report["outputs"]["different"]) == (5, 0)
+    assert rows["plain"]["drafters"] == {} and set(rows["auto"]["drafters"]) <= {"mask", "lookup"}
+    for name in ("mask", "lookup", "mask:2", "lookup:2"):
+        assert set(rows[name]["drafters"]) <= {name.partition(":")[0]}, name
+    for name in ("mask:2", "lookup:2"):
+        counts = rows[name]["drafters"][name.partition(":")[0]]
+        assert 0 <= counts["accepted"] <= counts["verified"] > 0
+    lookup = rows["lookup:2"]
+    pairs = [(lookup["lookup_verified"], lookup["lookup_held"])]
+    assert pairs == [tuple(lookup["drafters"]["lookup"].values())]
+    assert max(row["drafts"] for row in report["layouts"] if ":2" in row["mode"]) == 2
+    shown = tables.render(report, "md").splitlines()
+    title = shown.index("Drafts by drafter:")
+    assert any(line.startswith("| lookup:2") for line in shown[title:])
+
+
+def test_without_an_adapter_there_is_lookup(pair: tuple[Path, Path], repeating: Path) -> None:
+    bundle = ["--model", pair[0], "--prompts", repeating, "--max-tokens", 64]
+    args = [*bundle, "--num-warmups", 0, "--no-adapter", "--format", "json"]
+    done = invoke(*args, "--modes", "plain,auto,lookup:4")
+    assert done.exit_code == 0, done.output
+    report = json.loads(done.stdout)
+    rows = figures_of(report)
+    assert report["model"]["adapter"] is None and report["model"]["drafters"] == ["lookup"]
+    assert report["outputs"]["different"] == 0 and report["outputs"]["compared"] == 2
+    assert rows["lookup:4"]["drafters"]["lookup"]["verified"] > 0
+    assert set(rows["auto"]["drafters"]) <= {"lookup"}
+
+
+MISSING = {
+    "mask": "mode mask: drafter is mask, but {} has no adapter with mask tokens",
+    "mask:2": "mode mask:2: drafter is mask, but {} has no adapter with mask tokens",
+    "native": "mode native: drafter is native, but {} has no MTP modules of its own",
+    "heads:3": "mode heads:3: drafter is heads, but {} has no adapter with heads",
+    "linear": "mode linear: {} has no drafter that drafts in every step",
+    "quadratic:2": "mode quadratic:2: {} has no drafter that drafts in every step",
+}
+
+
+@pytest.mark.parametrize(("mode", "message"), MISSING.items())
+def test_a_mode_without_its_means(
+    pair: tuple[Path, Path], prompts: Path, mode: str, message: str
+) -> None:
+    error = failure("--model", pair[0], "--prompts", prompts, "--modes", f"plain,{mode}")
+    assert error == f"Error: {message.format(pair[0])}"
+
+
+def test_an_adapter_that_is_named_must_not_be_left_out(
+    pair: tuple[Path, Path], prompts: Path
+) -> None:
+    error = failure(*on_tiny(pair, prompts, "--no-adapter"))
+    assert error == f"Error: adapter_path is {pair[1]}, but adapter is False"
 
 
 def test_a_bad_line_of_the_prompts_is_named(tmp_path: Path) -> None:
@@ -346,7 +404,9 @@ def test_contexts_beyond_the_models_are_one_clear_line(
 
 def test_more_drafts_than_the_adapter_has(pair: tuple[Path, Path], prompts: Path) -> None:
     error = failure(*on_tiny(pair, prompts, "--num-draft-tokens", 9))
-    assert "num_draft_tokens is 9, but the adapter was trained for 4" in error
+    assert error == ("Error: mode auto: num_draft_tokens is 9, but the adapter was trained for 4")
+    error = failure(*on_tiny(pair, prompts, "--modes", "plain,mask:5"))
+    assert "mode mask:5: num_draft_tokens is 5, but the adapter was trained for 4" in error
 
 
 @pytest.mark.parametrize("modes", ["plain,auto", "plain"])
@@ -366,12 +426,16 @@ def test_a_draft_model_drafts_in_our_modes_too(
 ) -> None:
     folder = save_tiny_model(tmp_path / "draft", num_hidden_layers=1, max_position_embeddings=512)
     base = ["--model", pair[0], "--prompts", prompts, "--num-prompts", 1, "--max-tokens", 8]
-    args = [*base, "--draft-model", folder, "--modes", "plain,linear:2", "--repeats", 1]
+    modes = "plain,linear:2,draft-model,draft-model:3"
+    args = [*base, "--draft-model", folder, "--modes", modes, "--repeats", 1]
     done = invoke(*args, "--format", "json")
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     answers = {answer["mode"]: answer for answer in report["answers"]}
-    assert set(answers) == {"plain", "linear:2", "draft"}
-    rows = {row["mode"]: row for row in report["figures"]}
+    assert list(answers) == modes.split(",")
+    rows = figures_of(report)
     assert rows["linear:2"]["tokens_per_step"] > 2.5  # of 3: it is the model itself
+    counts = rows["draft-model:3"]["drafters"]["draft-model"]
+    assert counts["verified"] == counts["accepted"] > 0
+    assert report["model"]["drafters"] == ["draft-model", "lookup"]
     assert report["outputs"]["different"] == 0

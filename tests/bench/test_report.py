@@ -184,6 +184,36 @@ def test_a_comparison_in_each_shape(shape):
         assert len(lines) == 2 + len(rows) and len({len(line) for line in lines}) == 1
 
 
+def test_a_report_from_before_drafters_were_counted_can_be_compared():
+    old, new = copy.deepcopy(made()), made(seed=1)
+    for cell in old["figures"]:
+        del cell["drafters"]
+    new["model"] |= {"drafters": ["lookup"]}
+    assert len(compare.compare(old, new)) == len(new["figures"])
+    assert compare.warnings(old, new) == []
+
+
+def test_drafters_have_a_table_of_their_own():
+    report = made()
+    assert "Drafts by drafter:" not in tables.render(report, "md").split("\n")
+    whole = next(c for c in report["figures"] if c["kind"] is None and c["mode"] == "auto")
+    whole["drafters"] = {
+        "mask": {"verified": 60, "accepted": 50},
+        "lookup": {"verified": 32, "accepted": 31},
+        "native": {"verified": 0, "accepted": 0},
+    }
+    lines = tables.render(report, "md").split("\n")
+    at = lines.index("Drafts by drafter:")
+    assert [cells_of(line) for line in lines[at + 4 : at + 6]] == [
+        ["auto", "mask", "60", "50", "83.3"],
+        ["auto", "lookup", "32", "31", "96.9"],
+    ]
+    assert lines[at + 6] == ""
+    row = next(r for r in tables.flat_rows(report) if r["drafters"])
+    assert (row["mode"], row["kind"], row["measure"]) == ("auto", "all", "tg")
+    assert row["drafters"] == "mask=50/60 lookup=31/32 native=0/0"
+
+
 def changed(report: dict[str, Any], *path: str, to: Any) -> dict[str, Any]:
     other = copy.deepcopy(report)
     place = other

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,7 @@ from mlx_mtp.bench.runs import RUN, Step, num_repeated, time_answer
 from mlx_mtp.bench.settings import Settings
 from mlx_mtp.evaluation import prompt_sets
 from mlx_mtp.evaluation.prompts import BENCHMARK_KINDS, ENGLISH_KINDS, Prompt, builtin_prompts
+from tests.helpers.benchmark_answers import answer
 from tests.helpers.fixtures_generate import byte_tokenizer
 
 
@@ -31,24 +33,41 @@ def test_the_first_step_is_not_timed(monkeypatch):
     assert done.layouts == {(0, 0): (2, 5.0)}
 
 
-def drafted(tokens, drafts, accepted, source="mask"):
+def drafted(tokens, accepted, *parts):
+    drafts = sum(count for _, count in parts)
     return Step(
-        tokens=tokens, num_draft_tokens=drafts, num_accepted=accepted, num_masks=3, source=source
+        tokens=tokens, num_draft_tokens=drafts, num_accepted=accepted, num_masks=3, parts=parts
     )
 
 
-def test_drafts_are_counted_by_position():
+def test_drafts_are_counted_by_position_and_drafter():
     steps = [
         Step(tokens=[1]),
-        drafted([1, 2, 3], 3, 2),
-        drafted([1], 2, 0),
-        drafted([1, 2, 3], 5, 2, "lookup"),
-        drafted([1, 2], 4, 2),  # the answer ends among its drafts: two were never verified
+        drafted([1, 2, 3], 2, ("mask", 3)),
+        drafted([1], 0, ("mask", 2)),
+        drafted([1, 2, 3], 2, ("lookup", 5)),
+        drafted([1, 2, 3, 4], 3, ("mask", 2), ("lookup", 4)),
+        drafted([1, 2], 1, ("mask", 2), ("lookup", 4)),
+        drafted([1, 2], 2, ("mask", 4)),  # the answer ends among its drafts: two not verified
     ]
     done = time_answer(lambda: iter(steps))
-    assert (done.verified, done.accepted) == ([3, 3, 1], [2, 2, 0])
-    assert done.lookup == (5, 2)
-    assert done.layouts.keys() == {(3, 3), (2, 3), (5, 3), (4, 3)}
+    assert (done.verified, done.accepted) == ([5, 5, 1], [4, 3, 0])
+    assert done.drafters == {"mask": (11, 7), "lookup": (13, 3)}
+    assert done.layouts.keys() == {(3, 3), (2, 3), (5, 3), (4, 3), (6, 3)}
+
+
+def test_drafts_after_the_end_count_for_no_drafter():
+    """The stop id is the first looked-up draft of a chain."""
+    done = time_answer(lambda: iter([drafted([1, 2, 3], 3, ("mask", 2), ("lookup", 4))]))
+    assert done.drafters == {"mask": (2, 2), "lookup": (1, 1)}
+    assert (done.verified, done.accepted) == ([1, 1], [1, 1])
+
+
+def test_an_answer_as_json_keeps_its_former_keys():
+    timing = time_answer(lambda: iter([drafted([1, 2], 1, ("lookup", 2))]))
+    made = replace(answer(), timing=timing).to_dict()
+    assert made["lookup"] == [2, 1] and made["drafters"] == {"lookup": (2, 1)}
+    assert made["verified"] == made["held"] == [] and "accepted" not in made
 
 
 @pytest.mark.parametrize(
@@ -227,11 +246,13 @@ def test_a_prompt_that_does_not_fit_is_named():
         ([], "no mode is given"),
         (
             ["plain", "auto:2"],
-            "unknown mode 'auto:2'; only linear and quadratic take a number",
+            "unknown mode 'auto:2'; a number, as in linear:2, may follow linear, quadratic, mask",
         ),
         (["linear:0"], "unknown mode 'linear:0'"),
         (["linear:"], "unknown mode 'linear:'"),
         (["plain", "draft"], "mode draft needs --draft-model"),
+        (["plain", "draft-model:2"], "mode draft-model:2 needs --draft-model"),
+        (["stock:2"], "unknown mode 'stock:2'"),
     ],
 )
 def test_modes_that_cannot_be_measured(names, message):

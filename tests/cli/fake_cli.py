@@ -30,8 +30,8 @@ def slow_decode(*args: Any, **options: Any) -> Any:
         yield step
 
 
-def load(*args: Any, **options: Any) -> tuple[Any, Any]:
-    return FakeModel(answers=[[*ids_of(COUNT), EOS]] * 9, max_context=None), byte_tokenizer()
+def load(*args: Any, **options: Any) -> tuple[Any, Any, Any]:
+    return FakeModel(answers=[[*ids_of(COUNT), EOS]] * 9, max_context=None), byte_tokenizer(), {}
 
 
 if __name__ == "__main__":

@@ -35,11 +35,12 @@ def loaded(scripted: FakeModel, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
     """Let ``load`` return the fake model; return what it was called with."""
     calls: dict[str, Any] = {}
 
-    def load(path: str | None, **options: Any) -> tuple[FakeModel, Any]:
+    def load(path: str | None, **options: Any) -> tuple[FakeModel, Any, Any]:
         calls.update(options, path=path)
         if not options["mtp"]:
             scripted.k = None
-        return scripted, byte_tokenizer(template=calls.get("template", TEMPLATE))
+        tokenizer = byte_tokenizer(template=calls.get("template", TEMPLATE))
+        return scripted, tokenizer, calls.get("model_config", {})
 
     from tests.helpers.fixtures_generate import TEMPLATE
 
@@ -47,16 +48,19 @@ def loaded(scripted: FakeModel, monkeypatch: pytest.MonkeyPatch) -> dict[str, An
     return calls
 
 
+DRAFTING = "Drafting with mask tokens and lookup\n"
+
+
 def invoke(*args: str, stdin: str | bytes | None = None) -> Result:
     return CliRunner().invoke(cli, list(args), input=stdin)
 
 
 def failure(*args: str, stdin: bytes | None = None) -> str:
-    """Run a command that must fail politely; return its one line."""
+    """Run a command that must fail politely; return its one line of error."""
     result = invoke(*args, stdin=stdin)
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
-    lines = result.stderr.splitlines()
+    lines = result.stderr.removeprefix(DRAFTING).splitlines()
     assert len(lines) == 1 and lines[0].startswith("Error: "), result.stderr
     return lines[0]
 
@@ -64,7 +68,7 @@ def failure(*args: str, stdin: bytes | None = None) -> str:
 def test_generate_prints_text_and_stats_like_mlx_lm(loaded, scripted):
     scripted.answers = [[*ids_of("Hello."), EOS]]
     result = invoke("generate", "--prompt", "hi")
-    assert result.exit_code == 0 and result.stderr == ""
+    assert (result.exit_code, result.stderr) == (0, DRAFTING)
     number = r"\d+\.\d{3}"
     assert re.fullmatch(
         rf"==========\nHello\.\n==========\n"
@@ -94,18 +98,20 @@ def test_defaults_are_those_of_mlx_lm(loaded, scripted):
     assert loaded["mtp"] and not loaded["trust_remote_code"]
 
 
-def test_the_statistics_name_the_drafter(loaded, scripted):
+def test_the_stats_name_the_drafter(loaded, scripted):
     scripted.answers = [[*ids_of("Hello."), EOS]]
     scripted.source = "lookup"
     result = invoke("generate", "--prompt", "hi")
-    assert "\nMTP (lookup): 4/6 drafts accepted (66.7%), " in result.stdout
+    line = "MTP (lookup): 4/6 drafts accepted (66.7%), 2.33 tokens/step"
+    assert result.stdout.splitlines()[-1] == line
 
 
 def test_each_step_can_be_explained(loaded, scripted):
     scripted.answers = [[*ids_of("Hello."), EOS]]
     result = invoke("generate", "--explain", "--no-lookup")
     assert result.exit_code == 0 and result.stdout.splitlines()[1] == "Hello."
-    assert result.stderr.splitlines() == [f"step: {number} tokens" for number in (1, 3, 3)]
+    steps = [f"step: {number} tokens" for number in (1, 3, 3)]
+    assert result.stderr.splitlines() == ["Drafting with mask tokens", *steps]
     call = scripted.calls[0]
     assert not call.lookup and callable(call.explain)
 
@@ -183,12 +189,53 @@ def test_no_mtp_is_plain_and_says_nothing(loaded, scripted):
     assert result.stderr == "" and "MTP" not in result.stdout
 
 
-def test_a_model_without_adapter_says_so_in_one_line(loaded, scripted):
-    scripted.k = None
-    scripted.answers = [[*ids_of("abc"), EOS]]
+HINT = (
+    "hint: fake could draft more with {}an adapter (mlx-mtp train --model fake) or a smaller model "
+    "with the same tokenizer (--draft-model)"
+)
+
+
+def test_what_would_help_a_model_without_adapter(loaded, scripted):
+    scripted.k, scripted.answers = None, [[*ids_of("abc"), EOS] for _ in range(2)]
     result = invoke("generate")
-    assert result.exit_code == 0 and "MTP (" not in result.stdout
-    assert result.stderr == "fake has no MTP adapter: drafts come from the text alone\n"
+    assert result.exit_code == 0
+    assert result.stderr.splitlines() == ["Drafting with lookup", HINT.format("")]
+    loaded["model_config"] = {"num_nextn_predict_layers": 1}
+    modules = "its MTP modules (mlx-mtp convert keeps those of the original), "
+    assert invoke("generate").stderr.splitlines()[1] == HINT.format(modules)
+
+
+CHOICES = {
+    "no adapter": (["--no-adapter"], "Drafting with lookup\n"),
+    "lookup": (["--drafter", "lookup"], "Drafting with lookup\n"),
+    "no lookup": (["--no-lookup"], ""),
+    "no drafts": (["--num-draft-tokens", "0"], ""),
+    "plain": (["--layout", "plain"], ""),
+    "json": (["--json"], ""),
+    "quiet": (["--verbose", "False"], ""),
+}
+
+
+@pytest.mark.parametrize(("args", "line"), CHOICES.values(), ids=CHOICES.keys())
+def test_there_is_no_hint_about_what_was_chosen(loaded, scripted, args, line):
+    scripted.k, scripted.answers = None, [[*ids_of("abc"), EOS]]
+    result = invoke("generate", *args)
+    assert (result.exit_code, result.stderr) == (0, line)
+
+
+@pytest.mark.parametrize(
+    ("drafter", "message"),
+    [
+        ("mask", "fake has no adapter with mask tokens"),
+        ("native", "fake has no MTP modules of its own"),
+        ("heads", "fake has no adapter with heads"),
+        ("draft-model", "fake has no draft model (draft_model, --draft-model)"),
+    ],
+)
+def test_a_drafter_that_the_model_lacks(loaded, scripted, drafter, message):
+    scripted.k = None
+    line = failure("generate", "--drafter", drafter)
+    assert line == f"Error: drafter is {drafter}, but {message}"
 
 
 def test_json_is_one_object(loaded, scripted):

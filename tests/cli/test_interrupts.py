@@ -29,7 +29,10 @@ def start(*args: str, step_ms: int = 20) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         text=True,
     )
-    assert process.stderr and process.stderr.readline() == "begun\n"
+    assert process.stderr
+    if "--json" not in args:
+        assert process.stderr.readline() == "Drafting with mask tokens and lookup\n"
+    assert process.stderr.readline() == "begun\n"
     return process
 
 
@@ -44,7 +47,9 @@ def test_ctrl_c_prints_the_stats_so_far():
     assert (process.returncode, err) == (INTERRUPTED, "")
     match = re.fullmatch(r"={10}\n(.*)\n={10}\n(.*)", seen + out, re.DOTALL)
     assert match and match[1].startswith("0 1 2 3")
-    assert re.fullmatch(r"Prompt: .*\nGeneration: .*\nPeak memory: .*\nMTP: .*\n", match[2])
+    assert re.fullmatch(
+        r"Prompt: .*\nGeneration: .*\nPeak memory: .*\nMTP \(mask\): .*\n", match[2]
+    )
 
 
 @SIGNALS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import mlx.core as mx
 import mlx_lm
 import pytest
+import torch
 from click.testing import CliRunner
 from gguf.constants import GGMLQuantizationType as Type
 from mlx.utils import tree_flatten
+from safetensors.torch import load_file, save_file
 
 from mlx_mtp.cli.main import cli
 from mlx_mtp.converters.base.native import read_modules
@@ -271,6 +274,26 @@ def test_tensors_that_a_layer_does_not_use_are_named(copied):
     unused = {f"model.mtp_layers.{i}.self_attn.rotary_emb.inv_freq": mx.ones((8,)) for i in (0, 1)}
     write(folder / "model.safetensors", tensors(folder) | unused)
     assert dropped_by_convert(folder) == dict.fromkeys(unused, "mlx-lm's mimo has no use for it")
+
+
+def test_modules_in_float8(copied, tmp_path):
+    """As DeepSeek-V3 is published; the scales of blocks count as kept."""
+    folder = copied("deepseek_v3")
+    before = modules_of(folder)
+    state, packed = load_file(folder / "model.safetensors"), {}
+    for name, value in state.items():
+        if re.match(r"model\.layers\.[23]\.(mlp|self_attn).*_proj\.weight$", name):
+            packed[name] = value.to(torch.float8_e4m3fn)
+            packed[f"{name}_scale_inv"] = torch.ones(1, 1)
+    assert len(packed) > 50
+    save_file(state | packed, folder / "model.safetensors", {"format": "pt"})
+    said = convert(folder, tmp_path / "out")
+    assert "scale_inv" not in said and said.count("dropped") == 1
+    after = modules_of(tmp_path / "out")
+    assert_same(modules_of(folder), after)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        assert (mx.abs(value - after[name]).max() <= mx.abs(value).max() / 8).item(), name
 
 
 def dropped_by_convert(folder: Path) -> dict[str, str]:

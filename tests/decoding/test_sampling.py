@@ -40,10 +40,12 @@ def sampled_ids(model: Any, prompt: list[int], **options: Any) -> list[int]:
     return [token for step in decode(model, prompt, **options) for token in step.tokens]
 
 
-def chain_p_values(layout: str, sampling: Sampling) -> dict[str, float]:
+def chain_p_values(
+    layout: str, sampling: Sampling, *, model: TableModel | None = None, **more: Any
+) -> dict[str, float]:
     """Each token given the one before, and given the two before, in each of the three phases."""
-    model, counts = table_model(), np.zeros((3, VOCAB, VOCAB, VOCAB))
-    options: dict[str, Any] = {"layout": layout, "num_draft_tokens": 3, "sampling": sampling}
+    model, counts = model or table_model(), np.zeros((3, VOCAB, VOCAB, VOCAB))
+    options: dict[str, Any] = {"layout": layout, "num_draft_tokens": 3, "sampling": sampling} | more
     for seed in range(SEEDS):
         ids = [*PROMPT, *sampled_ids(model, PROMPT, seed=seed, max_tokens=TOKENS, **options)]
         for place in range(len(PROMPT), len(ids)):

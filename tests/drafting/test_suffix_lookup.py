@@ -90,7 +90,7 @@ def test_looks_up_what_would_follow_more_ids(
     text = SuffixLookup(sources=sources)
     for number, ids in enumerate(answer):
         text.extend(ids)
-        copy = SuffixLookup(sources=sources)
+        copy, expected = SuffixLookup(sources=sources), Match([], 0)
         for earlier in answer[: number + 1]:
             copy.extend(earlier)
             expected = copy.find(max_tokens)

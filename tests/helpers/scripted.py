@@ -139,7 +139,8 @@ class TableModel:
         head_table: ``[V, V]``; what the sampler head adds for the draft before.
     """
 
-    config = native = heads = draft_model = None
+    config = native = draft_model = None
+    heads: Any = None
     max_context = None
 
     def __init__(

@@ -16,7 +16,15 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.utils import _get_classes
 
-from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig
+from mlx_mtp.model.config import (
+    CONFIG_FILE,
+    LAYER,
+    WEIGHTS_FILE,
+    AdapterConfig,
+    HeadsConfig,
+    MTPConfig,
+)
+from mlx_mtp.model.draft_heads import layer_sizes, new_weights
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.lora import linear_dims
 from mlx_mtp.model.mtp_model import (
@@ -275,7 +283,34 @@ def save_tiny_model(
     return folder
 
 
-def save_adapter(folder: Path, config: MTPConfig, weights: dict[str, mx.array]) -> Path:
+def random_heads(
+    base: Any, *, head: str = "mlp", count: int = 4, scale: float = 0.3, seed: int = 1
+) -> tuple[HeadsConfig, dict[str, mx.array]]:
+    """Random independent heads; the weights of new ones with noise of that scale."""
+    rng = np.random.default_rng(seed)
+    base = text_model(base)
+    embedding = dict(base.named_modules())[find_parts(base).embedding]
+    dims = embedding_dims(embedding)
+    sizes: dict[str, Any] = layer_sizes(dims) if head == LAYER else {}
+    config = HeadsConfig(
+        num_draft_tokens=count,
+        head=head,
+        base_model=f"tiny-{base.model_type}",
+        base_model_type=base.model_type,
+        base_hidden_size=dims,
+        base_num_layers=len(base.layers),
+        base_vocab_size=embedding.weight.shape[0],
+        base_fingerprint=fingerprint(base),
+        **sizes,
+    )
+    weights = new_weights(config, key=mx.random.key(seed))
+    noise = {name: scale * rng.standard_normal(x.shape) for name, x in weights.items()}
+    return config, {
+        name: x + mx.array(noise[name].astype(np.float32)) for name, x in weights.items()
+    }
+
+
+def save_adapter(folder: Path, config: AdapterConfig, weights: dict[str, mx.array]) -> Path:
     """Write an adapter folder; returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict()), encoding="utf-8")

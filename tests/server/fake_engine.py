@@ -24,6 +24,7 @@ READY = {
     "model": "fake/model",
     "adapter": True,
     "num_draft_tokens": 4,
+    "drafters": ["mask", "lookup"],
     "max_context": 1000,
     "has_chat_template": True,
     "has_reasoning": True,
@@ -53,8 +54,8 @@ def entry(letter: str) -> dict[str, Any]:
 
 
 def group(text: str, logprobs: bool) -> dict[str, Any]:
-    values = {"tokens": max(1, len(text)), "accepted": max(0, len(text) - 1), "drafted": 4}
-    found = {"type": "group", "text": text, "source": "mask", **values}
+    values = {"tokens": max(1, len(text)), "accepted": max(0, len(text) - 1)}
+    found = {"type": "group", "text": text, "parts": [["mask", 4]], **values}
     return found | ({"logprobs": [entry(letter) for letter in text]} if logprobs else {})
 
 
@@ -86,6 +87,9 @@ def answer(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
         if exceeds_limit(job, param):
             yield {"type": "refused", "message": f"{param} is too large", "param": param}
             return
+    if job.get("drafter") not in (None, "auto", *READY["drafters"]):
+        yield {"type": "refused", "message": "drafter is not available", "param": "drafter"}
+        return
     yield {"type": "started", "prompt_tokens": 10, "cached_tokens": 4}
     if "only" in job:
         prompt = job.get("prompt", "")

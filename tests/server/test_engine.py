@@ -153,9 +153,51 @@ def test_every_group_is_one_step(engine):
     assert len(groups) == stats["num_steps"]
     assert sum(group["tokens"] for group in groups) == stats["generation_tokens"] == 24
     assert sum(group["accepted"] for group in groups) == stats["num_accepted"]
-    assert sum(group["drafted"] for group in groups) == stats["num_draft_tokens"] > 0
-    assert all(group["tokens"] <= group["drafted"] + 1 for group in groups)
-    assert {group["source"] for group in groups if group["drafted"]} == {"mask"}
+    parts = [dict(group["parts"]) for group in groups]
+    assert sum(sum(each.values()) for each in parts) == stats["num_draft_tokens"] > 0
+    steps = zip(groups, parts, strict=True)
+    assert all(group["tokens"] <= sum(each.values()) + 1 for group, each in steps)
+    assert set().union(*parts) == {"mask"}
+
+
+@pytest.mark.parametrize("drafter", ["mask", "lookup"])
+def test_a_job_may_choose_the_drafter(engine, drafter):
+    whole = job("abcabcabc" * 3, max_tokens=48, layout="linear")
+    messages = messages_of(engine, whole | {"drafter": drafter})
+    stats = messages[-1]["stats"]
+    assert list(stats["drafters"]) == [drafter] and stats["num_draft_tokens"] > 0
+    assert text_of(messages) == text_of(messages_of(engine, whole | {"layout": "plain"}))
+
+
+@pytest.mark.parametrize(
+    ("more", "message", "param"),
+    [
+        (
+            {"drafter": "native"},
+            "drafter is native, but .* has no MTP modules of its own",
+            "drafter",
+        ),
+        (
+            {"drafter": "draft-model"},
+            "drafter is draft-model, but .* has no draft model",
+            "drafter",
+        ),
+        ({"drafter": "magic"}, "drafter must be one of auto, .*, got 'magic'", None),
+        ({"drafter": "mask", "num_draft_tokens": 9}, "num_draft_tokens is 9", "num_draft_tokens"),
+    ],
+)
+def test_a_drafter_that_the_model_lacks_is_refused(engine, more, message, param):
+    with pytest.raises(Refusal, match=message) as refusal:
+        prepare(Job.from_dict(job("Why?") | more), engine.model, engine.tokenizer)
+    assert refusal.value.param == param
+
+
+def test_the_adapter_limits_only_its_own_drafts(engine):
+    text = "abcabcabc" * 3
+    whole = job(text, max_tokens=48, layout="linear", drafter="lookup", num_draft_tokens=9)
+    messages = messages_of(engine, whole)
+    counts = [sum(dict(m["parts"]).values()) for m in messages if m["type"] == "group"]
+    assert max(counts) == 9 > engine.model.num_draft_tokens
 
 
 def test_a_job_may_turn_speculation_off(engine):

@@ -13,8 +13,10 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
+from mlx_mtp.apps.engine.protocol import Group
 from mlx_mtp.apps.engine.supervisor import Engine
 from mlx_mtp.apps.server.app import create_app
+from mlx_mtp.apps.server.metrics import Metrics
 from mlx_mtp.apps.server.settings import Settings
 from tests.server.host import HI, PATHS, Host, hosted
 
@@ -195,6 +197,8 @@ def test_tool_calls_come_in_every_shape(host):
         ("chat/completions", {"tool_choice": {"type": "function"}}, "tool_choice"),
         ("chat/completions", {"mtp": {"layout": "round"}}, "mtp.layout"),
         ("chat/completions", {"mtp": {"num_draft_tokens": 5}}, "mtp.num_draft_tokens"),
+        ("chat/completions", {"mtp": {"drafter": "native"}}, "mtp.drafter"),
+        ("chat/completions", {"mtp": {"drafter": "magic"}}, "mtp.drafter"),
         ("chat/completions", {"mtp": 1}, "mtp"),
         ("chat/completions", {"messages": [{"role": "user"}]}, "messages.0.content"),
         ("chat/completions", {"messages": [{"role": "king", "content": "x"}]}, "messages.0.role"),
@@ -238,13 +242,42 @@ def test_anthropic_errors_have_its_shape(host, fields, name):
     assert name in body["error"]["message"]
 
 
+def test_drafts_of_a_chain_are_counted_by_drafter():
+    metrics = Metrics()
+    steps = [
+        Group(text="", tokens=5, accepted=4, parts=[("mask", 3), ("lookup", 4)]),
+        Group(text="", tokens=2, accepted=1, parts=[("mask", 3), ("lookup", 4)]),
+        Group(text="", tokens=1, accepted=0),
+    ]
+    for step in steps:
+        metrics.group(step, seconds=1.0, first=False)
+    lines = metrics.text().decode().splitlines()
+    for name, source, count in (
+        ("drafts", "mask", 6), ("drafts", "lookup", 8),
+        ("drafts_accepted", "mask", 4), ("drafts_accepted", "lookup", 1),
+    ):  # fmt: skip
+        assert f'mlx_mtp_{name}_total{{source="{source}"}} {count}.0' in lines
+    assert (steps[0].source, steps[0].drafted) == ("mask+lookup", 7)
+    assert (steps[2].source, steps[2].drafted) == ("", 0)
+
+
+def test_a_request_chooses_the_drafter(host):
+    reply = host.chat("job", mtp={"drafter": "lookup"}).json()
+    job = json.loads(reply["choices"][0]["message"]["content"])
+    assert job["drafter"] == "lookup"
+    reply = host.chat("job", mtp={"layout": "linear"}).json()
+    assert "drafter" not in json.loads(reply["choices"][0]["message"]["content"])
+
+
 def test_models_health_and_metrics(host):
     listed = host.client.get("/v1/models").json()["data"]
     assert [each["id"] for each in listed] == ["fake/model"]
+    assert listed[0]["drafters"] == ["mask", "lookup"]
     assert host.client.get("/v1/models/fake/model").json() == listed[0]
     assert host.client.get("/v1/models/gpt-9").status_code == 404
     assert host.chat("hello", model="gpt-9").json()["model"] == "fake/model"
-    assert host.client.get("/health").json()["status"] == "ok"
+    health = host.client.get("/health").json()
+    assert (health["status"], health["drafters"]) == ("ok", ["mask", "lookup"])
     host.chat("hello")
     text = host.client.get("/metrics").text
     for name in (

@@ -10,11 +10,12 @@ import pytest
 from click.testing import CliRunner, Result
 
 from mlx_mtp.cli.main import cli
+from mlx_mtp.loading import load
 from mlx_mtp.simulate.chips import chip_named, chips
 from mlx_mtp.simulate.report import HEAD, list_lines
 from mlx_mtp.simulate.trace import Trace, read_trace, write_trace
 from tests.helpers.simulated import ACCEPT_PROBS, CURVE, synthetic
-from tests.helpers.tiny import save_tiny_pair
+from tests.helpers.tiny import random_heads, save_adapter, save_tiny_pair
 
 
 def invoke(*args: object) -> Result:
@@ -160,6 +161,13 @@ class TestCommand:
         (tmp_path / "cache" / "costs").mkdir(parents=True)
         (tmp_path / "cache" / "costs" / "of-another.json").write_text(json.dumps(CURVE.to_dict()))
         assert "no step costs are stored for" in failure("--here", *where)
+
+    def test_heads_are_not_replayed_as_masks(self, tmp_path: Path) -> None:
+        model, _ = save_tiny_pair(tmp_path)
+        base, _ = load(str(model), mtp=False)
+        heads = save_adapter(tmp_path / "heads", *random_heads(base.base))
+        where = ("--model", model, "--adapter-path", heads, "--record", tmp_path / "t.json")
+        assert f"{heads} has heads, and simulate replays mask tokens" in failure(*where)
 
     def test_records_what_it_replays(self, tmp_path: Path) -> None:
         model, adapter = save_tiny_pair(tmp_path)

@@ -309,7 +309,7 @@ def test_a_terminal_shows_reasoning_faintly_and_a_pipe_gets_the_text(capsys, mon
 def command(scripted: FakeModel, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Run a command over the scripted loop; returns stdout and the call of the loop."""
     tokenizer = reasoning_tokenizer()
-    monkeypatch.setattr("mlx_mtp.loading.load", lambda *_, **__: (scripted, tokenizer))
+    monkeypatch.setattr("mlx_mtp.loading.load", lambda *_, **__: (scripted, tokenizer, {}))
 
     def run(*args: str, stdin: str | None = None) -> tuple[str, str, Any]:
         scripted.answers = [[*tokenizer.encode("hm</think>\n\nok"), EOS] for _ in range(2)]

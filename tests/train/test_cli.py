@@ -238,22 +238,27 @@ CHATTY = ("--data-as-is", "--batch-size", "2", "--num-anchors", "4", "--num-draf
 
 
 @pytest.mark.slow
-def test_a_tiny_model_is_trained_resumed_and_used(tmp_path):
+@pytest.mark.parametrize("drafter", ["mask", "heads"])
+def test_a_tiny_model_is_trained_resumed_and_used(tmp_path, drafter):
     model, out = save_tiny_model(tmp_path / "model"), tmp_path / "out"
     data = str(write_chats(tmp_path / "chats.jsonl"))
-    options = ("--model", str(model), "--data", data, *CHATTY)
+    options = ("--model", str(model), "--data", data, *CHATTY, "--drafter", drafter)
     result = done("--adapter-path", str(out), *options, "--iters", "4")
     assert "tokens per step: " in result.stdout and "drafts accepted" in result.stdout
     assert len(list((out / "training").glob("state-*"))) == 2
     card = (out / "README.md").read_text()
     assert "--num-anchors 4" in card
     assert json.loads((out / "adapter_config.json").read_text())["base_model"] == "model"
-    assert set(arrays(out / "adapters.safetensors")) > {"mask_embeddings"}
+    names = {"mask": {"mask_embeddings"}, "heads": {"weight", "bias"}}[drafter]
+    assert set(arrays(out / "adapters.safetensors")) >= names
     done("--adapter-path", str(out), "--resume")  # all steps are done: nothing changes
     words = ["generate", "--model", str(model), "--adapter-path", str(out), "-m", "12", "--json"]
     answer = CliRunner().invoke(cli, words)
     assert answer.exit_code == 0, answer.output
-    assert len(json.loads(answer.stdout)["tokens"]) >= 1
+    tokens = json.loads(answer.stdout)["tokens"]
+    assert len(tokens) >= 1
+    plain = CliRunner().invoke(cli, [*words, "--layout", "plain"])
+    assert json.loads(plain.stdout)["tokens"] == tokens
 
 
 @pytest.mark.slow

@@ -3,6 +3,14 @@
 import type { Group } from "./types";
 import { counted } from "./words";
 
+const ORIGINS: Record<string, string> = {
+  mask: "mask tokens",
+  native: "MTP modules",
+  heads: "heads",
+  "draft-model": "the draft model",
+  lookup: "lookup",
+};
+
 export interface Position {
   /** Drafts at this position that were verified, because all earlier ones were accepted. */
   verified: number;
@@ -20,7 +28,7 @@ export interface StepSummary {
   tokensPerStep: number;
   /** Tokens per second after the first step. */
   tokensPerSecond: number;
-  /** By position of the mask token, starting with the first. */
+  /** By position of the draft, starting with the first, in steps without lookup. */
   positions: Position[];
 }
 
@@ -38,7 +46,7 @@ export function summarise(groups: readonly Group[]): StepSummary {
     lookupSteps: groups.filter((group) => group.source === "lookup").length,
     tokensPerStep: groups.length ? tokens / groups.length : 0,
     tokensPerSecond: ms > 0 ? (total(later, (group) => group.tokens.length) / ms) * 1000 : 0,
-    positions: positionsOf(groups.filter((group) => group.source === "mask")),
+    positions: positionsOf(groups.filter((group) => group.source && !group.source.includes("lookup"))),
   };
 }
 
@@ -64,8 +72,8 @@ export function describeStep(groups: readonly Group[], index: number): string {
   const group = groups[index]!;
   const head = `Step ${index + 1} of ${groups.length}: ${counted(group.tokens.length, "token")}`;
   if (!group.drafted) return `${head}, no draft tokens`;
-  const origin = group.source === "lookup" ? "from lookup" : "from mask tokens";
-  return `${head}, ${group.accepted} of ${counted(group.drafted, "draft")} accepted, ${origin}`;
+  const origins = group.source.split("+").map((source) => ORIGINS[source] ?? source);
+  return `${head}, ${group.accepted} of ${counted(group.drafted, "draft")} accepted, from ${origins.join(" and ")}`;
 }
 
 /** Describe the origin of one token of a step. */

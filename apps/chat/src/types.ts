@@ -59,6 +59,8 @@ export interface Conversation extends Summary {
 export interface ModelInfo {
   name: string;
   adapter: boolean;
+  /** What proposes draft tokens by default, such as mask or lookup. */
+  drafters: string[];
   num_draft_tokens: number;
   max_context: number | null;
   has_chat_template: boolean;

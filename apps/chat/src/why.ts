@@ -14,8 +14,12 @@ export function reasons(
   summary: StepSummary,
 ): string[] {
   const sentences: string[] = [];
-  if (!model.adapter) {
-    sentences.push("This model has no adapter, so every step generates one token. Train one with mlx-mtp train.");
+  if (model.drafters.every((drafter) => drafter === "lookup")) {
+    sentences.push(
+      model.drafters.length
+        ? "This model can only look up draft tokens in the text. An adapter proposes more: train one with mlx-mtp train."
+        : "Nothing proposes draft tokens, so every step generates one token.",
+    );
   }
   if (options.layout === "plain" || options.num_draft_tokens === 0) {
     sentences.push("Drafting is turned off in the settings of this conversation.");

@@ -119,7 +119,7 @@ class ServerContext:
                 return await unless_disconnected(request.receive, reply.whole(batch, first))
         except ApiError as error:
             batch.cancel()
-            if error.param == "num_draft_tokens":  # in requests it is a field of ``mtp``
+            if error.param in ("num_draft_tokens", "drafter"):  # in requests, fields of ``mtp``
                 raise refused(f"mtp.{error}", param=f"mtp.{error.param}") from None
             if error.param == "messages":
                 error.param = messages_param
@@ -165,6 +165,7 @@ class ServerContext:
             or None,
             seed=None if body.seed is None else body.seed % NUM_SEEDS,
             layout=options.layout or settings.layout,
+            drafter=options.drafter,
             num_draft_tokens=_or_default(options.num_draft_tokens, settings.num_draft_tokens),
         )
 

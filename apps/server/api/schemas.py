@@ -89,11 +89,13 @@ class MtpOptions(Fields):
         details: report the counts of each step with its event.
         num_draft_tokens: draft tokens per step.
         layout: placement of mask tokens.
+        drafter: what proposes the drafts.
     """
 
     details: bool = False
     num_draft_tokens: int | None = Field(None, ge=0, le=1024)
     layout: Literal["auto", "linear", "quadratic", "plain"] | None = None
+    drafter: Literal["auto", "mask", "native", "heads", "draft-model", "lookup"] | None = None
 
 
 class Thinking(Fields):

@@ -114,8 +114,8 @@ class MTPCache:
 
     @property
     def offset(self) -> int:
-        """Number of rows so far, which is the position of the next row."""
-        return self.layers[0].offset
+        """Number of rows so far, which is the position of the next row; 0 without layers."""
+        return self.layers[0].offset if self.layers else 0
 
     def __len__(self) -> int:
         return len(self.layers)

@@ -301,7 +301,7 @@ def _unused(
 ) -> list[str]:
     """Find tensors without which ``canonical_tensors`` returns the same as with them.
 
-    Of tensors whose names differ only in a number, such as experts', one is left out at a time.
+    Tensors whose names differ only in a number, such as experts', are left out together.
     """
     groups: dict[str, list[str]] = {}
     for name, canonical in native_tensors(published, config).items():
@@ -309,7 +309,7 @@ def _unused(
             groups.setdefault(_INDEX.sub(".#.", canonical), []).append(name)
     whole, unused = _signature(tensors), list[str]()
     for names in groups.values():
-        others = {name: value for name, value in published.items() if name != names[-1]}
+        others = {name: value for name, value in published.items() if name not in set(names)}
         try:
             is_used = _signature(canonical_tensors(base, others, config)) != whole
         except (KeyError, ValueError, IndexError):

@@ -1,8 +1,8 @@
 """The adapter that is trained: new, or continued from an existing one.
 
-A new adapter leaves the base model's computation on mask rows unchanged: the low-rank product and
-the sampler head's last norm begin at zero, the mask embeddings near the mean of the token
-embeddings.
+A new adapter of mask tokens leaves the base model's computation on mask rows unchanged: the
+low-rank product and the sampler head's last norm begin at zero, the mask embeddings near the mean
+of the token embeddings.  For heads see ``heads``.
 """
 
 from __future__ import annotations
@@ -11,14 +11,15 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_mtp.loading import check_base, read_adapter
-from mlx_mtp.model.config import MTPConfig, read_config
+from mlx_mtp.loading import check_base, read_any_adapter
+from mlx_mtp.model.config import HeadsConfig, MTPConfig, read_any_config
+from mlx_mtp.model.draft_heads import DraftHeads
 from mlx_mtp.model.experts import GatedLoRASwitchLinear, is_switch, switch_dims
 from mlx_mtp.model.lora import GatedLoRALinear, linear_dims
 from mlx_mtp.model.mtp_model import (
@@ -31,10 +32,13 @@ from mlx_mtp.model.mtp_model import (
 from mlx_mtp.model.parts import PER_LAYER_TABLE, module_at
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import MaskEmbedding
+from mlx_mtp.train.gradient.heads import continued_heads, fresh_heads
 from mlx_mtp.train.run.checkpoint import PARAMETERS, read_state, under
-from mlx_mtp.train.settings import PROJECTIONS, TrainSettings
+from mlx_mtp.train.settings import HEADS_DRAFTER, MASK_DRAFTER, PROJECTIONS, TrainSettings
 
-_BASE_PREFIX = "base."
+AnyConfig = MTPConfig | HeadsConfig
+
+_OWNERS = ("base.", "heads.")  # prefixes of parameters that an adapter file does not have
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # names of layers that choose experts
 _SMALLEST = 16  # width of a layer worth an adapter; smaller ones are gates and coefficients
 _FEED_FORWARD = re.compile(r"mlp|moe|ffn|feed_forward|ff_|expert|\.fc\d")
@@ -53,9 +57,12 @@ def new_adapter(model: MTPModel, settings: TrainSettings, *, start: Path | None 
     Raises:
         ValueError: no layer has one of the target names, or ``start`` does not fit the model.
     """
-    if model.config is not None:
+    if model.adapter_config is not None:
         raise ValueError(f"{model.name} already has an adapter")
-    if start is None:
+    config: AnyConfig
+    if start is None and settings.drafter == HEADS_DRAFTER:
+        config, weights = fresh_heads(model, settings)
+    elif start is None:
         config, weights = _fresh(model, settings)
     else:
         config, weights = _continued(model, settings, start)
@@ -66,7 +73,7 @@ def new_adapter(model: MTPModel, settings: TrainSettings, *, start: Path | None 
             module.unfreeze(keys=["lora_a", "lora_b"], recurse=False)
         elif isinstance(module, MaskEmbedding):
             module.unfreeze(keys=[MASK_EMBEDDINGS], recurse=False)
-        elif isinstance(module, SamplerHead):
+        elif isinstance(module, SamplerHead | DraftHeads):
             module.unfreeze()
     return adapted
 
@@ -85,24 +92,34 @@ def adapter_tensors(parameters: Mapping[str, mx.array]) -> dict[str, mx.array]:
 def _tensor_name(parameter: str) -> str:
     module, _, name = parameter.rpartition(".")
     if name != MASK_EMBEDDINGS:
-        return parameter.removeprefix(_BASE_PREFIX)
+        owner = next((owner for owner in _OWNERS if parameter.startswith(owner)), "")
+        return parameter.removeprefix(owner)
     is_per_layer = module.endswith(PER_LAYER_TABLE)
     return MASK_PER_LAYER_EMBEDDINGS if is_per_layer else MASK_EMBEDDINGS
 
 
-def read_state_adapter(state: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
+def adapter_settings(config: AnyConfig) -> dict[str, Any]:
+    """Values of the settings that a run which starts from an adapter must have."""
+    if isinstance(config, HeadsConfig):
+        return {"drafter": HEADS_DRAFTER, "head": config.head}
+    fixed = {"drafter": MASK_DRAFTER, "rank": config.rank, "scale": config.scale}
+    fixed |= {"sampler": config.sampler is not None}
+    return fixed | ({"target_modules": config.target_modules} if config.target_modules else {})
+
+
+def read_state_adapter(state: Path) -> tuple[AnyConfig, dict[str, mx.array]]:
     """Read the adapter of a state of a run, which need not be its best one.
 
     Args:
         state: ``RUN/training/state-0000100``.
 
     Returns:
-        See ``loading.read_adapter``; without the acceptance, which is that of the best one.
+        See ``loading.read_any_adapter``; without the acceptance, which is that of the best one.
 
     Raises:
         ValueError: the state is damaged, or ``RUN`` has no adapter.
     """
-    config = dataclasses.replace(read_config(state.resolve().parents[1]), acceptance=())
+    config = dataclasses.replace(read_any_config(state.resolve().parents[1]), acceptance=())
     try:
         tensors = read_state(state).tensors
     except (OSError, ValueError) as error:
@@ -208,9 +225,11 @@ def _sampler_weights(dims: int, key: mx.array) -> dict[str, mx.array]:
 
 def _continued(
     model: MTPModel, settings: TrainSettings, start: Path
-) -> tuple[MTPConfig, dict[str, mx.array]]:
-    config, weights = read_adapter(start)
+) -> tuple[AnyConfig, dict[str, mx.array]]:
+    config, weights = read_any_adapter(start)
     check_base(model.base, config, adapter=str(start), name=model.name)
+    if isinstance(config, HeadsConfig):
+        return continued_heads(config, weights, settings)
     count = settings.num_draft_tokens
     for name in (MASK_EMBEDDINGS, MASK_PER_LAYER_EMBEDDINGS):
         if name in weights:

@@ -5,7 +5,8 @@
 - lcm: mean squared distance between a mask row's final hidden state and that of the ordinary row
   that predicts the same token (latent consistency).
 
-Each is a mean over the mask rows of a forward.
+Each is a mean over the mask rows of a forward.  Independent heads have the first term only: the
+cross-entropy of the base model's head on the states of their drafts (arXiv 2404.19737, section 2).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_mtp.backends.cpu import fast_math
-from mlx_mtp.evaluation.forward import OrdinaryRows, mask_rows, ordinary_rows
+from mlx_mtp.evaluation.forward import OrdinaryRows, draft_states, ordinary_rows
 from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.mtp_model import MTPModel
@@ -102,16 +103,18 @@ def loss_terms(
             ones of any row, and the targets.  0 uses the whole vocabulary.
 
     Returns:
-        The terms by name, float32 scalars; ``sampler`` only with a sampler head.
+        The terms by name, float32 scalars; ``sampler`` only with a sampler head, ``lcm`` only of
+        mask rows.
     """
-    hidden = mask_rows(model, ordinary, rows)
+    hidden = draft_states(model, ordinary, rows)
     head = _head(model, hidden, targets, candidates)
     terms = {"base": _cross_entropy(head, hidden, targets)}
     if model.sampler_head is not None:
         state = model.sampler_head(model.embed(targets.previous), hidden)
         terms["sampler"] = _cross_entropy(head, state, targets)
-    difference = _wide(hidden - ordinary.hidden[targets.twins])
-    terms["lcm"] = mx.square(difference).mean()
+    if model.heads is None:
+        difference = _wide(hidden - ordinary.hidden[targets.twins])
+        terms["lcm"] = mx.square(difference).mean()
     return terms
 
 

@@ -6,13 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_mtp.evaluation.acceptance import Evaluation
-from mlx_mtp.model.config import MTPConfig
+from mlx_mtp.model.config import LAYER, MLP, HeadsConfig, MTPConfig
 from mlx_mtp.storage.cards import model_card
 
 _COMMAND, _LICENCE = "command", "licence"
+_METHOD = "Samragh et al. 2025, arXiv 2507.11851"
+_HEADS_METHODS = {
+    MLP: "Cai et al. 2024, arXiv 2401.10774",
+    LAYER: "Gloeckle et al. 2024, arXiv 2404.19737",
+}
 
 
-def training_card(config: MTPConfig, *, recipe: Mapping[str, Any], best: Evaluation | None) -> str:
+def training_card(
+    config: MTPConfig | HeadsConfig, *, recipe: Mapping[str, Any], best: Evaluation | None
+) -> str:
     """Return ``README.md`` of an adapter folder.
 
     Args:
@@ -23,7 +30,8 @@ def training_card(config: MTPConfig, *, recipe: Mapping[str, Any], best: Evaluat
         best: its evaluation on held-out text, if any.
     """
     rest = {name: value for name, value in recipe.items() if name not in (_COMMAND, _LICENCE)}
-    rows = [("method", "Samragh et al. 2025, arXiv 2507.11851")]
+    has_heads = isinstance(config, HeadsConfig)
+    rows = [("method", _HEADS_METHODS[config.head] if has_heads else _METHOD)]
     rows += [(name, _cell(value)) for name, value in rest.items() if value not in (None, "")]
     training = ["## Training", "", *_table(["", ""], rows)]
     if command := recipe.get(_COMMAND):
@@ -32,9 +40,8 @@ def training_card(config: MTPConfig, *, recipe: Mapping[str, Any], best: Evaluat
     if best is not None:
         facts.append(_results(best))
     facts.append("\n".join(training))
-    facts.append(
-        "The adapter acts on mask rows only and cannot be fused; mlx-lm alone does not load it."
-    )
+    where = "next to the model" if has_heads else "on mask rows only"
+    facts.append(f"The adapter acts {where} and cannot be fused; mlx-lm alone does not load it.")
     return model_card(
         kind="adapter",
         base_model=config.base_model,
@@ -50,7 +57,7 @@ def _results(best: Evaluation) -> str:
     shares = [f"{share:.0%}" for share in best.acceptance]
     text = (
         f"On {best.num_tokens} tokens of {best.num_sequences} held-out sequences, greedy decoding "
-        f"with masks after every draft takes {best.num_steps} steps: "
+        f"with new drafts at every step takes {best.num_steps} steps: "
         f"**{best.tokens_per_step:.2f} tokens per step**. Acceptance rate of a draft together "
         "with all drafts before it:"
     )

@@ -24,7 +24,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig
+from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
 from mlx_mtp.storage.files import write_atomically
 from mlx_mtp.storage.safetensors import check_safetensors, read_json_object
 
@@ -139,7 +139,7 @@ def state_name(step: int) -> str:
 
 def save_adapter(
     folder: Path,
-    config: MTPConfig,
+    config: AdapterConfig,
     weights: Mapping[str, mx.array],
     *,
     readme: str | None = None,
@@ -153,7 +153,7 @@ def save_adapter(
     Args:
         folder: created if missing.
         config: the adapter's configuration.
-        weights: its tensors by name, see ``loading.read_adapter``.
+        weights: its tensors by name, see ``loading.read_any_adapter``.
         readme: text of ``README.md``; None does not change it.
         dtype: type of the tensors in the file.
 

@@ -14,6 +14,9 @@ Weights of the adapter, moments and logits are float32; the rest has the model's
 the sequence itself needs n (1.25 o + 9 D + 8 h n) for one layer on a CPU, where attention is not
 fused (h n on a GPU); that counts if it is more than mask rows and logits, which come later.
 
+Heads keep no activations of the model's layers: in place of the mask rows they have k layers over
+s rows, k (s (2.6 o + D) + 1.25 h s^2), with s = n, or for an MLP as many as there are anchors.
+
 The factors of copies were fitted to MLX's peaks on a CPU in float32, for models of width 128 with 2
 or 6 layers; they were never compared with a GPU.  The program itself is not included: on Linux a
 process took 0.45 GB more than MLX counted.
@@ -34,6 +37,7 @@ from mlx.utils import tree_flatten
 
 from mlx_mtp.backends.cpu.fast_math import PIECE
 from mlx_mtp.evaluation.forward import ordinary_rows
+from mlx_mtp.model.draft_heads import DraftHeads
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.gradient.workers import worker_count
 from mlx_mtp.train.settings import TrainSettings
@@ -42,8 +46,8 @@ MEMORY_SHARE = 0.9  # of a machine's memory; the rest is left to the system
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _ADVICE = {
     "weights of the model": "use a smaller model, or one quantised to fewer bits",
-    "adapter and its gradients": "lower --rank or adapt fewer layers (--target-modules)",
-    "optimiser": "lower --rank or adapt fewer layers (--target-modules)",
+    "adapter and its gradients": "make it smaller (--rank, --target-modules, --num-draft-tokens)",
+    "optimiser": "make the adapter smaller (--rank, --target-modules, --num-draft-tokens)",
     "tokens of the longest sequence": "lower --max-seq-length",
     "mask rows": "lower --rows-per-forward or use --grad-checkpoint",
     "logits of the mask rows": "lower --rows-per-forward",
@@ -138,6 +142,8 @@ def estimate(model: MTPModel, settings: TrainSettings, *, longest: int) -> Memor
         kept * (2.6 * output + width) + (longest + kept) * (1.25 * heads * kept + key)
         for output, key in zip_longest(outputs, keys, fillvalue=0)  # some layers share their keys
     ]
+    if model.heads is not None:
+        layers = [_head_values(model.heads, longest=longest, num_anchors=-(-rows // k))] * k
     if settings.grad_checkpoint:
         layers = [max(layers), len(layers) * kept * width]
     activations = item * sum(layers)
@@ -173,6 +179,15 @@ def available_bytes() -> int:
     with contextlib.suppress(OSError, ValueError):  # a container may get less than the machine has
         machine = min(machine, int(_CGROUP_LIMIT.read_text()))
     return int(MEMORY_SHARE * machine)
+
+
+def _head_values(heads: DraftHeads, *, longest: int, num_anchors: int) -> float:
+    """Values that the gradient of one head needs."""
+    width = heads.config.base_hidden_size
+    if not heads.remembers:
+        return num_anchors * 3.6 * width
+    scores = 1.25 * heads.config.num_attention_heads * longest
+    return longest * (2.6 * _num_outputs(heads.layers[0], 1) + width + scores)
 
 
 def _num_heads(args: Any) -> int:

@@ -62,9 +62,9 @@ def finish(
             draw_curves(records, folder.curves)
         except ValueError as error:  # the training is complete without the picture
             log(f"No {folder.curves.name}: {one_line(error)}")
-    if result.best is not None and model.config is not None:
+    if result.best is not None and model.adapter_config is not None:
         recipe = recipe_of(command, seed=seed, seconds=_seconds(records), result=result)
-        card = training_card(model.config, recipe=recipe, best=result.best)
+        card = training_card(model.adapter_config, recipe=recipe, best=result.best)
         write_atomically(folder.path / README_FILE, card)
     if not result.finished:
         return
