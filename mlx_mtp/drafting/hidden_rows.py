@@ -29,8 +29,9 @@ MAX_UNREAD = 256  # rows that wait to be read; more are read without being neede
 class ModuleRows:
     """What a module has read of a text.
 
-    The row at which another text was continued keeps the id that followed it before: its hidden
-    state, which would be needed to read it again, is gone.
+    The row at which the text went on in another way keeps the id that followed it before: its
+    hidden state, which would be needed to read it again, is gone.  There modules that are further
+    behind than the text was rewound lack rows.
 
     Attributes:
         cache: the module's caches.

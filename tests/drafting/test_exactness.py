@@ -6,7 +6,6 @@ tokens, with wrong ones 1, and the ids are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -16,7 +15,7 @@ import pytest
 from mlx_mtp.decoding.loop import StepResult, decode
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.plan import DRAFT_MODEL, LOOKUP, MASK, NATIVE
-from tests.helpers.hybrid import HYBRIDS, hybrid_base, hybrid_mtp
+from tests.helpers.hybrid import HYBRIDS, hybrid_mtp
 from tests.helpers.planted import (
     PlantedDraftModel,
     PlantedNative,

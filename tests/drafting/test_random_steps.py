@@ -12,19 +12,22 @@ import pytest
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.decoding.sampling import Sampling
 from mlx_mtp.decoding.setup import make_request
+from mlx_mtp.decoding.step import run
 from mlx_mtp.decoding.together import decode_together
 from mlx_mtp.model.caches.mtp_cache import MTPCache
+from mlx_mtp.model.draft_heads import DraftHeads
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.planning.offer import Offer
-from mlx_mtp.planning.plan import CHAIN, DRAFT_MODEL, LOOKUP, MASK, NATIVE, Plan
-from tests.drafting.test_exactness import CASES, Case, K, WIDE, small_draft
+from mlx_mtp.planning.plan import CHAIN, DRAFT_MODEL, HEADS, LOOKUP, NATIVE, SOURCES, Plan
+from tests.drafting.test_exactness import CASES, Case, K, small_draft
 from tests.helpers.planted import PlantedNative
-from tests.helpers.scripted import ScriptedModel
+from tests.helpers.tiny import random_heads
 
 VOCAB = 12  # small, so that random drafts are right now and then
 MAX_TEXT = 160
+BATCHED = ("llama", "qwen3_moe", "qwen3_5")
 SOME = [Case(each.kind, {**each.sizes, "vocab_size": VOCAB}, each.cache) for each in CASES]
 
 
@@ -39,7 +42,10 @@ class AnyPlanner:
         usable = [each for each in offers if 0 < each.num_drafts <= room - 1 - each.follows]
         drafts, source, first = 0, "", 0
         if usable and rng.random() < 0.85:
-            offer = usable[rng.integers(len(usable))]
+            chains = [
+                each for each in usable if each.follows and rng.random() < 0.5
+            ]  # they are rare
+            offer = [*chains, *rng.permuted(np.array(usable, object))][0]
             source, first = offer.source, offer.follows
             drafts = first + int(rng.integers(1, offer.num_drafts + 1))
             self._used.add(source)
@@ -173,6 +179,8 @@ class Conversation:
         rows.drop_drafts()
         assert rows.end == end and len(rows.next_ids) == sum(len(x) for x in rows.hidden)
         self.check_module(rows)
+        if not self.case.cache:
+            self.check_heads(memory[HEADS])
         text = memory[DRAFT_MODEL]
         assert text.ids == ids and text.cache.offset <= len(ids) + 8
         self.check_draft(text.cache.copied())
@@ -194,8 +202,24 @@ class Conversation:
         assert rows.start + len(found) == self.cache.offset
         pairs = enumerate(zip(found, self.ids[rows.start + 1 :], strict=True), rows.start + 1)
         assert {place for place, (one, other) in pairs if one != other} <= self.stale
+        num_lost = len(self.stale) + 1  # by a module that was further behind than the rewind went
         for index, layer in enumerate(others, 1):
-            assert first.offset - index <= layer.offset <= first.offset
+            assert first.offset - index * num_lost <= layer.offset <= first.offset
+
+    def check_heads(self, rows: Any) -> None:
+        """The heads have read every row at its place, as if they had read the text anew."""
+        rows.drop_drafts()
+        end = rows.end - len(rows.next_ids)
+        assert rows.end == self.cache.offset
+        hidden = self.model(mx.array([self.ids[: rows.end]]), cache=self.model.make_cache())
+        waiting = mx.concatenate([hidden[0, :0], *rows.hidden])
+        assert mx.allclose(waiting, hidden[0, end:], rtol=1e-3, atol=1e-3)
+        if end > rows.start:
+            fresh = self.model.heads.make_cache()
+            self.model.heads(hidden[:, rows.start : end], cache=fresh)
+            for layer, other in zip(rows.cache.layers, fresh.layers, strict=True):
+                pairs = zip(layer.keys_and_values(), other.keys_and_values(), strict=True)
+                assert all(mx.allclose(*pair, rtol=1e-3, atol=1e-3) for pair in pairs)
 
     def check_draft(self, cache: MTPCache) -> None:
         """A draft model's rows of the text are as if it had read the text anew."""
@@ -213,6 +237,8 @@ def drafted(case: Case, rng: np.random.Generator) -> Any:
     model = case.model
     ids = rng.integers(0, VOCAB, 4 * MAX_TEXT).tolist()
     model.native = PlantedNative(model, ids, int(rng.integers(1, 4)))  # type: ignore[assignment]
+    config, weights = random_heads(model.base, head="layer", count=2)
+    model.heads = DraftHeads(config, weights, dtype=mx.float32)
     return model
 
 
@@ -229,4 +255,50 @@ def test_caches_and_memories_after_random_steps(
     talk = Conversation(model, case, rng, small_draft(VOCAB))
     while done < count:
         done += talk.answer()
-    assert used == {MASK, NATIVE, DRAFT_MODEL, LOOKUP, CHAIN}
+    assert used == {*SOURCES, CHAIN}
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("case", [each for each in SOME if str(each) in BATCHED], ids=str)
+def test_batched_answers_that_end_anywhere(
+    case: Case, count: int, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several answers at once; some of their last steps were planned and never run."""
+    rng, done, used, sizes = np.random.default_rng([seed, 7]), 0, set[str](), set[int]()
+    model, draft = drafted(case, rng), small_draft(VOCAB)
+    monkeypatch.setattr(
+        "mlx_mtp.decoding.setup.make_planner", lambda *_, **__: AnyPlanner(K, rng, used)
+    )
+
+    def counted(model: Any, steps: Any) -> Any:
+        sizes.add(len(steps))
+        return run(model, steps)
+
+    monkeypatch.setattr("mlx_mtp.decoding.together.run", counted)
+    talks = [Conversation(model, case, rng, draft) for _ in range(3)]
+    while done < count:
+        for talk in talks:
+            talk.rewind()
+        twins = [talk.cache.copied() for talk in talks]
+        asked = [talk.request() for talk in talks]
+        requests = [
+            make_request(model, prompt, cache=talk.cache, draft_model=draft, **options)
+            for talk, (prompt, options) in zip(talks, asked, strict=True)
+        ]
+        limit = int(rng.choice([5, 12, 1000]))
+        known = Speculation.guess(K)
+        steps = decode_together(model, requests, speculation=known, max_answers=3)
+        for number, _ in enumerate(steps, 1):
+            done += 1
+            if number == limit:
+                steps.close()
+        for talk, twin, one, (prompt, options) in zip(talks, twins, requests, asked, strict=True):
+            found = one.ids[len(talk.ids) :]
+            if not found:  # some of its prompt is in the cache
+                talk.ids = talk.ids[: talk.cache.offset + 1]
+                continue
+            talk.ids += found
+            assert found == talk.plain(prompt, twin, len(found), options)
+            talk.check_cache(twin)
+            talk.check_memory()
+    assert used == {*SOURCES, CHAIN} and max(sizes) > 1

@@ -19,7 +19,9 @@ from mlx_mtp.model.mtp_model import MTPModel
 from tests.helpers.scripted import CERTAIN
 
 
-def written_down(sequence: Sequence[int], name: str, *, vocab_size: int, seed: int = 0) -> list[int]:
+def written_down(
+    sequence: Sequence[int], name: str, *, vocab_size: int, seed: int = 0
+) -> list[int]:
     """What is drafted at each position: ``"right"``, ``"wrong"`` or ``"mixed"`` ids.
 
     Args:
@@ -55,9 +57,7 @@ class PlantedNative(nn.Module):
 
     def make_cache(self) -> MTPCache:
         """A cache for each module."""
-        return MTPCache(
-            [LayerCache(KVCache(), scope=StepScope()) for _ in range(self.num_modules)]
-        )
+        return MTPCache([LayerCache(KVCache(), scope=StepScope()) for _ in range(self.num_modules)])
 
     def __call__(
         self, hidden: mx.array, ids: mx.array, *, cache: MTPCache, index: int = 0

@@ -191,4 +191,6 @@ def test_it_is_hardly_ever_slower_than_plain(
         Simulated(source, chance, cost, prior=cost / wrong)
         for source, chance, cost in zip(sources, chances, costs, strict=True)
     ]
-    assert Machine(curve, noise=noise, seed=seed).speed(drafters, 60) >= 0.97 * math.exp(-noise**2)
+    assert Machine(curve, noise=noise, seed=seed).speed(drafters, 60) >= 0.97 * math.exp(
+        -(noise**2)
+    )
