@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from functools import partial
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -46,9 +46,9 @@ class TableNative(nn.Module):
 
     def __call__(self, hidden: mx.array, ids: mx.array, *, cache: MTPCache, index: int) -> mx.array:
         del hidden, index
-        rows = mx.zeros((1, 1, ids.shape[1], 1))
-        cache.layers[0].update_and_fetch(rows, rows)
-        place = mx.full((1, 1), cache.layers[0].offset + 1)
+        rows, layer = mx.zeros((1, 1, ids.shape[1], 1)), cast(LayerCache, cache.layers[0])
+        layer.update_and_fetch(rows, rows)
+        place = mx.full((1, 1), layer.offset + 1)
         return mx.stack([place, ids[:, -1:]], axis=-1)
 
     def read(

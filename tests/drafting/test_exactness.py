@@ -1,7 +1,8 @@
 """Whatever is drafted, by whom and however, the text is that of plain decoding.
 
 Planted drafters cover every source on models of every kind: with right drafts a step emits k + 1
-tokens, with wrong ones 1, and the ids are the same.
+tokens, with wrong ones 1, and the ids are the same.  ``tests/decoding/test_heads.py`` has the same
+for heads.
 """
 
 from __future__ import annotations
@@ -14,6 +15,9 @@ import pytest
 
 from mlx_mtp.decoding.loop import StepResult, decode
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.planning.acceptance import Acceptance
+from mlx_mtp.planning.auto import Speculation
+from mlx_mtp.planning.costs import CostCurve, LiveCosts
 from mlx_mtp.planning.plan import DRAFT_MODEL, LOOKUP, MASK, NATIVE
 from tests.helpers.hybrid import HYBRIDS, hybrid_mtp
 from tests.helpers.planted import (
@@ -128,3 +132,25 @@ def check_steps(steps: list[StepResult], name: str, *, may_be_short: bool) -> No
         assert sizes == [1] * LENGTH
     else:
         assert {1, K + 1} <= set(sizes) and len(steps) < LENGTH
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_all_drafters_at_once(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The planner chooses among a right, a wrong and two mixed ones where rows cost little."""
+    text, model = plain_text(str(case)), case.model
+    names = {MASK: "mixed", NATIVE: "wrong", DRAFT_MODEL: "right", LOOKUP: "mixed"}
+    drafted, options = model, {}
+    for seed, (source, name) in enumerate(names.items()):
+        ids = written_down(text, name, vocab_size=model.vocab_size, seed=seed)
+        made, more = planted(model, source, ids, monkeypatch)
+        drafted, options = (made if source == MASK else drafted), {**options, **more}
+    curve = CostCurve(rows=(1, 32), contexts=(0,), forward_ms=((1.0, 1.1),), draft_ms=(0.0, 0.1))
+    steps = list(
+        decode(
+            drafted, PROMPT, cache=model.make_cache(**case.cache), max_tokens=LENGTH,
+            speculation=Speculation(LiveCosts(curve, learns=False), Acceptance.unknown(K)),
+            **options,
+        )
+    )  # fmt: skip
+    assert [token for step in steps for token in step.tokens] == text[len(PROMPT) :]
+    assert sum(step.num_accepted for step in steps) > 3

@@ -176,7 +176,6 @@ class Conversation:
         memory, ids, end = self.cache.drafter_memory, self.ids, self.cache.offset
         assert memory[LOOKUP]._ids[memory[LOOKUP]._start :][: len(ids)] == ids
         rows = memory[NATIVE]
-        rows.drop_drafts()
         assert rows.end == end and len(rows.next_ids) == sum(len(x) for x in rows.hidden)
         self.check_module(rows)
         if not self.case.cache:
@@ -190,25 +189,24 @@ class Conversation:
 
         Where the text once went on in another way, the id may be the earlier one.
         """
-        first, *others = rows.cache.layers
+        first, (count, *others) = rows.cache.layers[0], rows.counts
         found = list(rows.next_ids)
-        if first.offset:
-            keys, values = first.keys_and_values()
+        if count:  # more rows are those of drafts
+            keys, values = (each[:, :, :count] for each in first.keys_and_values())
             found = [*values[0, 0, :, 0].astype(mx.int32).tolist(), *found]
             if not self.case.cache:
                 hidden = self.model(mx.array([self.ids[:-1]]), cache=self.model.make_cache())[0]
-                expected = hidden[rows.start : rows.start + first.offset]
+                expected = hidden[rows.start : rows.start + count]
                 assert mx.allclose(keys[0, 0], expected, rtol=1e-3, atol=1e-3)
         assert rows.start + len(found) == self.cache.offset
         pairs = enumerate(zip(found, self.ids[rows.start + 1 :], strict=True), rows.start + 1)
         assert {place for place, (one, other) in pairs if one != other} <= self.stale
         num_lost = len(self.stale) + 1  # by a module that was further behind than the rewind went
-        for index, layer in enumerate(others, 1):
-            assert first.offset - index * num_lost <= layer.offset <= first.offset
+        for index, other in enumerate(others, 1):
+            assert count - index * num_lost <= other <= count
 
     def check_heads(self, rows: Any) -> None:
         """The heads have read every row at its place, as if they had read the text anew."""
-        rows.drop_drafts()
         end = rows.end - len(rows.next_ids)
         assert rows.end == self.cache.offset
         hidden = self.model(mx.array([self.ids[: rows.end]]), cache=self.model.make_cache())

@@ -63,7 +63,7 @@ class PlantedNative(nn.Module):
         self, hidden: mx.array, ids: mx.array, *, cache: MTPCache, index: int = 0
     ) -> mx.array:
         """Continue from a state and a draft."""
-        layer = cache.layers[index % self.num_modules]
+        layer: Any = cache.layers[index % self.num_modules]
         assert ids.shape[1] == hidden.shape[1]
         rows = mx.zeros((1, 1, ids.shape[1], self._dims))
         layer.update_and_fetch(rows, ids[:, None, :, None].astype(mx.float32))
@@ -73,8 +73,8 @@ class PlantedNative(nn.Module):
         self, hidden: mx.array, ids: mx.array, *, cache: MTPCache, last: Sequence[mx.array] = ()
     ) -> list[mx.array]:
         """Keep rows of the text; module i is i rows behind."""
-        states = []
-        for index, layer in enumerate(cache.layers):
+        states, layers = [], list[Any](cache.layers)
+        for index, layer in enumerate(layers):
             if not ids.shape[1]:
                 break
             keys = hidden if index == 0 else mx.zeros_like(hidden)  # of the module before
