@@ -42,6 +42,10 @@ def decode_together(
             began = time.perf_counter()
             outcomes = run(model, [steps[i] for i in group])
             ms = (time.perf_counter() - began) * 1e3 / len(group)
-            for i, outcome in zip(group, outcomes, strict=True):
-                yield active[i], requests[active[i]].commit(outcome), ms
+            pairs = [(active[i], outcome) for i, outcome in zip(group, outcomes, strict=True)]
+            # All before the first is yielded, and those that raise last: whatever ends this
+            # generator, no cache is left with rows of a step that nobody has taken in.
+            pairs.sort(key=lambda pair: pair[1].error is not None)
+            for i, result in [(i, requests[i].commit(outcome)) for i, outcome in pairs]:
+                yield i, result, ms
         active = [i for i in active if not requests[i].finished]

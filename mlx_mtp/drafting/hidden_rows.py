@@ -29,42 +29,63 @@ MAX_UNREAD = 256  # rows that wait to be read; more are read without being neede
 class ModuleRows:
     """What a module has read of a text.
 
+    The row at which the text went on in another way keeps the id that followed it before: its
+    hidden state, which would be needed to read it again, is gone.  There modules that are further
+    behind than the text was rewound lack rows.
+
     Attributes:
         cache: the module's caches.
+        start: number of rows of the model's cache before the first one that was read.
         end: number of rows of the model's cache that were read or wait to be.
+        counts: rows that were read, by layer of the module; more are drafts'.
         hidden: final hidden states of the rows that wait, ``[rows, D]`` each.
         next_ids: the ids that follow them.
         last: the module's output for the last row that was read; None before the first.
     """
 
     cache: MTPCache
+    start: int
     end: int
+    counts: list[int]
     hidden: list[mx.array] = field(default_factory=list)
     next_ids: list[int] = field(default_factory=list)
     last: Any = None
 
+    @classmethod
+    def begin(cls, cache: MTPCache, end: int) -> ModuleRows:
+        """Nothing of a text that has ``end`` rows."""
+        return cls(cache, end, end, [0] * len(cache.layers))
+
     def rewind_to(self, end: int) -> bool:
-        """Forget the rows from ``end`` on, and the one before, whose next id may have changed.
+        """Forget the rows from ``end`` on.
 
         Returns:
             Whether that was possible; the memory is of no use otherwise.
         """
-        if end == self.end:
-            return True
-        num_read = self.end - max(end - 1, 0) - len(self.next_ids)  # to be dropped
-        if end > self.end or num_read < 0 or not self.rewind(num_read):
+        num_waiting = len(self.next_ids) - (self.end - end)
+        if not self.start <= end <= self.end:
             return False
-        self.hidden, self.next_ids, self.last, self.end = [], [], None, end
+        if num_waiting < 0:
+            counts = [min(count, end - self.start) for count in self.counts]
+            if not self._drop_to(counts):
+                return False
+            self.counts, self.last = counts, None
+        waiting = max(num_waiting, 0)
+        self.hidden = [mx.concatenate(self.hidden)[:waiting]] if waiting else []
+        self.next_ids, self.end = self.next_ids[:waiting], end
         return True
 
-    def rewind(self, num_rows: int) -> bool:
-        """Drop the last rows that were read, if that is possible; shorter caches become empty."""
-        counts = [min(num_rows, layer.offset) for layer in self.cache.layers]
-        layers = list(zip(self.cache.layers, counts, strict=True))
-        if not all(layer.can_rewind(count) for layer, count in layers):
+    def drop_drafts(self) -> None:
+        """Drop the rows of drafts."""
+        assert self._drop_to(self.counts), "a window had dropped rows that were needed"
+
+    def _drop_to(self, counts: list[int]) -> bool:
+        """Drop rows until there are these numbers of them, if that is possible."""
+        pairs = list(zip(self.cache.layers, counts, strict=True))
+        if not all(layer.can_rewind(layer.offset - count) for layer, count in pairs):
             return False
-        for layer, count in layers:
-            layer.rewind(count)
+        for layer, count in pairs:
+            layer.rewind(layer.offset - count)
         return True
 
 
@@ -98,9 +119,8 @@ class HiddenRowsDrafter(Drafter):
         self._costs = first_cost, next_cost
         rows = cache.drafter_memory.get(source)
         if rows is None or not rows.rewind_to(cache.offset):
-            rows = cache.drafter_memory[source] = ModuleRows(make_cache(), cache.offset)
+            rows = cache.drafter_memory[source] = ModuleRows.begin(make_cache(), cache.offset)
         self._rows: ModuleRows = rows
-        self._offsets = self._rows_by_layer()  # in the module's caches, without assumed rows
 
     def offer(self, room: int) -> Offer:
         """Drafts after the last row, once there is one."""
@@ -111,29 +131,20 @@ class HiddenRowsDrafter(Drafter):
 
     def propose(self, count: int, *, key: mx.array) -> Drafts:
         """Read the rows that wait, then draft."""
-        self._drop_assumed()  # the step that was planned before may not have been run
+        self._rows.drop_drafts()  # of a step that was planned before and not run
         self._read_rows()
-        self._offsets = self._rows_by_layer()
         return self._draft(self._rows.last, count, key=key)
 
     def commit(self, step: CommittedStep) -> None:
         """Drop assumed rows and take up those that stay."""
         rows, count = self._rows, len(step.next_ids)
-        self._drop_assumed()
+        rows.drop_drafts()
         rows.hidden.append(step.hidden[:count])
         rows.next_ids += step.next_ids
         rows.end += count
         if len(rows.next_ids) >= MAX_UNREAD or not step.tokens:
             self._read_rows()
-            self._offsets = self._rows_by_layer()
             mx.eval(rows.cache.state, rows.last)
-
-    def _drop_assumed(self) -> None:
-        for layer, offset in zip(self._rows.cache.layers, self._offsets, strict=True):
-            layer.rewind(layer.offset - offset)
-
-    def _rows_by_layer(self) -> list[int]:
-        return [layer.offset for layer in self._rows.cache.layers]
 
     def _read_rows(self) -> None:
         """Let the module read the rows that wait."""
@@ -144,6 +155,7 @@ class HiddenRowsDrafter(Drafter):
         rows.cache.begin_step()
         rows.last = self._read(hidden[None], ids[None])
         rows.hidden, rows.next_ids = [], []
+        rows.counts = [layer.offset for layer in rows.cache.layers]
 
     def _read(self, hidden: mx.array, next_ids: mx.array) -> Any:
         """Append rows to the module's caches.

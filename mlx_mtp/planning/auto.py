@@ -198,12 +198,16 @@ class AutoPlanner:
             ms: duration; NaN in a batch, where it says nothing about one answer's rows.
         """
         layout, known = plan.layout, self._known
-        largest, of_expected = max(layout.mask_counts), 1.0
+        largest, of_expected, share = max(layout.mask_counts), 1.0, 0.0
         if layout.num_pending == 1 and not math.isnan(ms):
+            proposer = known.drafters.get(plan.source)
             of_expected = known.costs.observe(
                 rows=layout.num_rows, largest_group=largest, context=context, ms=ms,
                 proposal_ms=plan.proposal_ms,
+                is_proposal_new=plan.proposal_ms > 0 and proposer is not None
+                and proposer.is_cost_new,
             )  # fmt: skip
+            share = plan.proposal_ms / plan.expected_ms if known.costs.knows_pace else 0.0
         drafts = dict(plan.parts)
         num_mask = drafts.get(MASK, 0)
         num_mask_accepted = min(num_accepted, num_mask)
@@ -211,8 +215,7 @@ class AutoPlanner:
             known.acceptance.observe(num_mask, num_mask_accepted)
         for source, estimates in known.drafters.items():
             estimates.observe(
-                drafts.get(source, 0), num_accepted, of_expected=of_expected,
-                share=plan.proposal_ms / plan.expected_ms,
+                drafts.get(source, 0), num_accepted, of_expected=of_expected, share=share,
                 is_probe=plan.is_probe and plan.source == source,
             )  # fmt: skip
         known.num_steps += 1
@@ -282,7 +285,9 @@ class AutoPlanner:
         known = [
             self._priced_offer(priced, offer, min(offer.num_drafts, limit - offer.follows))
             for offer in offers
-            if offer.source != MASK and min(offer.num_drafts, limit - offer.follows) > 0
+            if offer.source != MASK
+            and min(offer.num_drafts, limit - offer.follows) > 0
+            and not self._waits_for_pace(offer)
         ]
         if not known:
             return None
@@ -305,6 +310,13 @@ class AutoPlanner:
                 if probe := estimates.probe(each, prices):
                     return probe
         return best
+
+    def _waits_for_pace(self, offer: Offer) -> bool:
+        """Whether the cost of proposing is unknown, and the pace that would show it as well."""
+        known = self._known
+        if offer.prefix_probs is not None or known.sharers > 1 or known.costs.knows_pace:
+            return False
+        return offer.first_cost > 0 and known.estimates(offer).is_cost_new
 
     def _priced_offer(self, priced: PricedPolicy, offer: Offer, count: int) -> PricedOffer:
         """An offer of up to ``count`` drafts with what is known about its drafter."""

@@ -239,6 +239,7 @@ class LiveCosts:
         self._num_steps = 0
         self._num_pace_steps = _PLAIN_STEPS if self.needs_plain_steps else _SETTLED
         self._num_undercut = 0
+        self._num_known = 0  # steps all of whose parts were known
         self._forward: dict[int, tuple[np.ndarray, list[float]]] = {}
         self._draft = list(curve.draft_ms)  # plain numbers, for single look-ups in every step
 
@@ -247,6 +248,14 @@ class LiveCosts:
         """Whether the next steps should be plain ones, which set the pace of a guess."""
         is_new = self.corrections.num_steps < _PLAIN_STEPS
         return is_new and self.curve.is_guess and self._learns
+
+    @property
+    def knows_pace(self) -> bool:
+        """Whether enough steps without proposals of unknown cost have run to compare others with.
+
+        Otherwise what proposing takes would be mistaken for the machine's pace, or the reverse.
+        """
+        return not self._learns or self._num_known >= _PLAIN_STEPS
 
     @property
     def is_disproved(self) -> bool:
@@ -274,7 +283,14 @@ class LiveCosts:
         return np.maximum.accumulate(ms)
 
     def observe(
-        self, *, rows: int, largest_group: int, context: int, ms: float, proposal_ms: float = 0.0
+        self,
+        *,
+        rows: int,
+        largest_group: int,
+        context: int,
+        ms: float,
+        proposal_ms: float = 0.0,
+        is_proposal_new: bool = False,
     ) -> float:
         """Learn from a step; one with more rows than the curve has teaches nothing.
 
@@ -284,6 +300,7 @@ class LiveCosts:
             context: ids in the cache before it.
             ms: duration.
             proposal_ms: expected part of proposing its drafts, at the pace of the measurement.
+            is_proposal_new: whether that is a first guess, so that the step teaches nothing else.
 
         Returns:
             The time that it took over the time expected; 1.0 where nothing was learned.
@@ -301,6 +318,9 @@ class LiveCosts:
             pace = ms / expected
             known.pace = min(pace, known.pace) if known.num_steps else pace
         ratio = min(max(ms / (expected * known.pace), _LEAST_RATIO), _MOST_RATIO)
+        if is_proposal_new:
+            return ratio if self.knows_pace else 1.0
+        self._num_known += 1
         self._num_steps += 1
         known.num_steps += 1
         is_settled = self._num_steps > self._num_pace_steps  # until then only the pace is learned

@@ -15,6 +15,7 @@ from mlx_mtp.planning.settings import DEFAULTS
 
 _MAX_DRAFTS = 16  # positions that are told apart; those after them are like the last
 _SETTLED, _SLOW = 18, 0.05  # observations of the cost after which each counts for little
+_LEAST_CHANGE = 0.25  # of the cost by one observation
 
 
 @dataclass
@@ -41,6 +42,11 @@ class Estimates:
     def fresh(self) -> Estimates:
         """The same prior acceptance, with nothing observed yet."""
         return Estimates(self.acceptance.fresh())
+
+    @property
+    def is_cost_new(self) -> bool:
+        """Whether too few steps have shown what proposing takes."""
+        return self.num_seen < _SETTLED
 
     def draft_ms(self, offer: Offer, count: int, plain_ms: float) -> np.ndarray:
         """Milliseconds to propose j drafts, ``[count + 1]``, 0.0 at 0.
@@ -102,9 +108,16 @@ class Estimates:
         )
 
     def _observe_cost(self, ratio: float, share: float) -> None:
-        """Let the cost follow a step's time, by the part of proposing in it."""
+        """Let the cost follow a step's time.
+
+        At first all of the difference is due to proposing, whose cost is a guess; later a part of
+        it that is as large as the part of proposing in the step.
+        """
         if not share > 0:  # NaN of a step whose time was not expected
             return
-        rate = 1 / (self.num_seen + 2) if self.num_seen < _SETTLED else _SLOW
-        self.cost_factor *= ratio ** (rate * share)
+        if self.is_cost_new:
+            change = 1 + (ratio - 1) / share / (self.num_seen + 2)
+            self.cost_factor *= max(change, _LEAST_CHANGE)
+        else:
+            self.cost_factor *= ratio ** (_SLOW * share)
         self.num_seen += 1
