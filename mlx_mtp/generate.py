@@ -25,7 +25,6 @@ import mlx.core as mx
 from mlx_mtp.decoding.config import CacheConfig, GenerationConfig
 from mlx_mtp.decoding.limits import ContextOverflow
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.decoding.setup import drafter_sources
 from mlx_mtp.decoding.thinking_budget import budget_processors
 from mlx_mtp.stats import RULE, GenerationStats, StatsMeter
 from mlx_mtp.terminal import show
@@ -410,6 +409,8 @@ def drafts_tokens(
     model: MTPModel, config: GenerationConfig, draft_model: MTPModel | None = None
 ) -> bool:
     """Whether an answer is generated with drafts at all; see ``drafter_sources``."""
+    from mlx_mtp.decoding.setup import drafter_sources
+
     return bool(drafter_sources(model, config, draft_model))
 
 

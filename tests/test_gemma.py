@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import _get_classes
 
+from mlx_mtp.backends.cpu.float32 import DenseEmbedding
 from mlx_mtp.decoding.loop import decode
 from mlx_mtp.evaluation.prompts import builtin_prompts
 from mlx_mtp.evaluation.sequences import TokenSequence
@@ -59,7 +60,9 @@ class Gemma:
             config |= {"num_hidden_layers": LAYERS, "vocab_size": ROWS}
             base.args.num_hidden_layers, base.args.vocab_size = LAYERS, ROWS
             base.model.layers = base.model.layers[:LAYERS]
-            base.model.embed_tokens.weight = mx.contiguous(base.model.embed_tokens.weight[:ROWS])
+            table = base.model.embed_tokens  # it has its weights as blocks too
+            rows = mx.contiguous(table.weight[:ROWS])
+            base.model.embed_tokens = DenseEmbedding(rows, helper=table.helper)
         self.rows = config["vocab_size"]
         weights: Any = tree_flatten(base.parameters())
         self._config = config
