@@ -35,13 +35,18 @@ def config(kind: str, **more) -> dict:
     return {"model_type": kind, "num_hidden_layers": 4, **more}
 
 
+def announcing(kind: str) -> dict:
+    """A configuration that announces three modules."""
+    return config(kind, num_nextn_predict_layers=3)
+
+
 @pytest.mark.parametrize("kind", PARTS)
 def test_names_of_each_family(kind):
     outer, inner = PREFIXES[kind]
     own = [f"{outer}{part}.weight" for part in PARTS[kind]]
     layer = [f"{inner}{name}" for name in LAYER]
     ordinary = [f"model.layers.3.{name}" for name in LAYER]
-    found = native_tensors([*MAIN, *own, *layer, *ordinary], config(kind))
+    found = native_tensors([*MAIN, *own, *layer, *ordinary], announcing(kind))
     expected = [f"0.{part}.weight" for part in OTHERS] + [f"0.layer.{name}" for name in LAYER]
     assert found == dict(zip([*own, *layer], expected, strict=True))
 
@@ -87,7 +92,13 @@ def test_names_of_ernie():
     ],
 )
 def test_single_names(kind, name, canonical):
-    assert native_tensors([name], config(kind)) == {name: canonical}
+    assert native_tensors([name], announcing(kind)) == {name: canonical}
+
+
+def test_a_layer_that_is_not_announced_is_no_module():
+    name = "model.layers.4.enorm.weight"
+    assert native_tensors([name], config("deepseek_v3")) == {}
+    assert not belongs_to_modules(name, config("deepseek_v3"))
 
 
 def test_a_text_configuration_inside_another_counts():
@@ -95,7 +106,7 @@ def test_a_text_configuration_inside_another_counts():
     outer = {"model_type": "qwen3_5", "text_config": text, "num_hidden_layers": 99}
     assert num_modules(outer) == 1
     assert native_tensors(["mtp.norm.weight"], outer) == {"mtp.norm.weight": "0.norm.weight"}
-    appended = {"model_type": "glm4v_moe", "text_config": config("glm4_moe")}
+    appended = {"model_type": "glm4v_moe", "text_config": announcing("glm4_moe")}
     assert native_tensors(["model.language_model.layers.4.enorm.weight"], appended)
 
 
