@@ -33,7 +33,7 @@ from mlx_mtp.model.parts import PER_LAYER_TABLE, module_at
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import MaskEmbedding
 from mlx_mtp.train.gradient.heads import continued_heads, fresh_heads
-from mlx_mtp.train.run.checkpoint import PARAMETERS, read_state, under
+from mlx_mtp.train.run.checkpoint import RAW, WEIGHTS, read_state, under
 from mlx_mtp.train.settings import HEADS_DRAFTER, MASK_DRAFTER, PROJECTIONS, TrainSettings
 
 AnyConfig = MTPConfig | HeadsConfig
@@ -124,7 +124,7 @@ def read_state_adapter(state: Path) -> tuple[AnyConfig, dict[str, mx.array]]:
         tensors = read_state(state).tensors
     except (OSError, ValueError) as error:
         raise ValueError(f"{state} is damaged: {error}") from None
-    return config, adapter_tensors(under(PARAMETERS, tensors))
+    return config, adapter_tensors(under(WEIGHTS[RAW], tensors))
 
 
 def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[str, mx.array]]:
