@@ -36,7 +36,7 @@ from mlx_mtp.terminal import Status
 from mlx_mtp.train.gradient.adapter import new_adapter, trainable
 from mlx_mtp.train.gradient.step import Parameters, StepGradient, blocks_of
 from mlx_mtp.train.gradient.workers import Workers, WorkerSpec, one_blas_thread, worker_count
-from mlx_mtp.train.loop import schedule
+from mlx_mtp.train.optimiser import schedule
 from mlx_mtp.train.settings import TrainSettings
 
 if TYPE_CHECKING:
