@@ -27,7 +27,8 @@ from mlx_mtp.train.gradient.step import (
     checkpoint_layers,
     sequences_of_step,
 )
-from mlx_mtp.train.loop import TrainData, TrainResult, schedule, train
+from mlx_mtp.train.loop import TrainData, TrainResult, train
+from mlx_mtp.train.optimiser import schedule
 from mlx_mtp.train.run.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
 from mlx_mtp.train.run.history import read_history
 from mlx_mtp.train.settings import TrainSettings
