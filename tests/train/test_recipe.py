@@ -161,7 +161,7 @@ def test_two_hours_on_two_cores():
 
 def test_given_texts_fill_the_time_with_more_anchors():
     task = dataclasses.replace(TASK, num_records=300, generated_tokens=0.0)
-    short, long = (choose(s, RATES, task, {}) for s in (600, 36000))
+    short, long = (choose(s, RATES, task, {}) for s in (250, 36000))
     assert short.settings["num_anchors"] == ANCHORS < long.settings["num_anchors"]
     assert long.passes <= MAX_PASSES and long.generate_s == 0
     fixed = choose(36000, RATES, task, {"num_anchors": 12})

@@ -1,0 +1,178 @@
+"""Rates of this machine with this model, from about a minute of the work that a run does.
+
+Text is generated as for a run and thrown away.  Training steps and evaluations are those of random
+sequences: their time depends on lengths only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_mtp.evaluation.acceptance import evaluate
+from mlx_mtp.evaluation.batch_generation import generate_batch
+from mlx_mtp.evaluation.sequences import TokenSequence
+from mlx_mtp.generate import chat_text
+from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.train.data.sequences import token_ids
+from mlx_mtp.train.data.topics import default_topics
+from mlx_mtp.train.gradient.adapter import trainable
+from mlx_mtp.train.gradient.step import StepGradient
+from mlx_mtp.train.gradient.workers import Workers, WorkerSpec, one_blas_thread, worker_count
+from mlx_mtp.train.recipe import ANCHORS, CANDIDATES, DROP_LATE, ORDINARY_ROW, Rates, Task
+from mlx_mtp.train.settings import DataSettings, TrainSettings
+
+if TYPE_CHECKING:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+_TEXT_PART, _STEP_PART = 0.4, 0.4  # of the time; the rest is for evaluations
+_TRAINED = 1.2  # an evaluation with accepted drafts takes longer than one of new weights
+
+
+class _TimeIsUp(Exception):
+    """Stops a measurement."""
+
+
+def measure(
+    model: MTPModel,
+    tokenizer: TokenizerWrapper,
+    *,
+    task: Task,
+    data: DataSettings,
+    spec: WorkerSpec,
+    seconds: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> Rates:
+    """Measure the rates from which the recipe of a run is chosen.
+
+    Args:
+        model: with a new adapter; it is not changed.
+        tokenizer: of the model.
+        task: gives the lengths of the texts.
+        data: settings of the text; without text to generate its rate is infinite.
+        spec: how other processes load the model, and the settings of the run.
+        seconds: time for it; at least one batch, one step and one evaluation are done.
+        clock: current time in seconds.
+    """
+    text_tps = float("inf")
+    if task.generated_tokens:
+        text_tps = _text_tps(model, tokenizer, data, seconds=_TEXT_PART * seconds, clock=clock)
+    sequences = _random_sequences(task, vocab_size=model.vocab_size)
+    rows_per_s = _rows_per_s(model, sequences, spec, seconds=_STEP_PART * seconds, clock=clock)
+    evaluate(model, sequences[:1], rows_per_forward=spec.settings.rows_per_forward)  # compiles
+    start = clock()
+    evaluate(model, sequences[1:2], rows_per_forward=spec.settings.rows_per_forward)
+    return Rates(
+        text_tps=text_tps,
+        rows_per_s=rows_per_s,
+        eval_text_s=max(_TRAINED * (clock() - start), 1e-6),
+    )
+
+
+def _text_tps(
+    model: MTPModel,
+    tokenizer: TokenizerWrapper,
+    data: DataSettings,
+    *,
+    seconds: float,
+    clock: Callable[[], float],
+) -> float:
+    """Generated tokens per second, after the first step."""
+    topics = itertools.islice(itertools.cycle(data.topics or default_topics()), data.batch_size)
+    prompts = [_prompt(tokenizer, topic) for topic in topics]
+    counts: list[tuple[float, int]] = []  # time of each step, and its tokens
+
+    def on_step(count: int) -> None:
+        counts.append((clock(), count))
+        if len(counts) > 1 and counts[-1][0] - counts[0][0] >= seconds:
+            raise _TimeIsUp
+
+    texts = generate_batch(
+        model,
+        prompts,
+        max_tokens=data.token_limits(model)[1],
+        stops=[[token] for token in sorted(tokenizer.eos_token_ids)],
+        samplers=[_greedy] * len(prompts),
+        batch_size=data.batch_size,
+        on_step=on_step,
+    )
+    with contextlib.suppress(_TimeIsUp):
+        for _ in texts:
+            pass
+    elapsed = counts[-1][0] - counts[0][0]
+    tokens = sum(count for _, count in counts[1:])
+    return max(tokens, 1) / max(elapsed, 1e-6)
+
+
+def _prompt(tokenizer: TokenizerWrapper, topic: str) -> list[int]:
+    if not tokenizer.has_chat_template:
+        return token_ids(tokenizer, topic, special=True)
+    return token_ids(tokenizer, chat_text(tokenizer, [{"role": "user", "content": topic}]))
+
+
+def _greedy(logprobs: mx.array) -> mx.array:
+    return mx.argmax(logprobs, axis=-1)
+
+
+def _random_sequences(task: Task, *, vocab_size: int, count: int = 16) -> list[TokenSequence]:
+    rng = np.random.default_rng(0)
+    length = max(4, round(task.sequence_tokens))
+    prompt = max(1, length - max(3, round(task.answer_tokens)))
+    answer = tuple(index >= prompt for index in range(length))
+    return [
+        TokenSequence(ids=rng.integers(0, vocab_size, length).tolist(), answer=answer)
+        for _ in range(count)
+    ]
+
+
+def _rows_per_s(
+    model: MTPModel,
+    sequences: list[TokenSequence],
+    spec: WorkerSpec,
+    *,
+    seconds: float,
+    clock: Callable[[], float],
+) -> float:
+    """Rows of training steps per second, after a first step."""
+    processes = worker_count(spec.settings.workers, batch_size=len(sequences))
+    on_cpu = mx.default_device().type == mx.cpu
+    changes = {"batch_size": processes, "num_anchors": ANCHORS, "drop_late": DROP_LATE}
+    if on_cpu and model.vocab_size > 2 * CANDIDATES:
+        changes["candidates"] = CANDIDATES
+    settings = dataclasses.replace(spec.settings, **changes)
+    gradient, parameters = StepGradient(model, settings), trainable(model)
+    spec = dataclasses.replace(spec, settings=settings)
+    with _workers(spec, sequences, count=processes, like=parameters) as workers:
+        cost, elapsed = 0.0, 0.0
+        for step in itertools.count():
+            chosen = [(step * processes + place) % len(sequences) for place in range(processes)]
+            start = clock()
+            result = gradient(parameters, sequences, chosen, step=step, workers=workers)
+            mx.eval(result.gradients)
+            took = clock() - start
+            if step > 0 or took > seconds:  # the first step compiles, unless it is all there is
+                cost += result.num_rows + ORDINARY_ROW * result.num_tokens
+                elapsed += took
+            if elapsed >= seconds:
+                break
+    gradient.load(parameters)
+    return cost / max(elapsed, 1e-6)
+
+
+@contextlib.contextmanager
+def _workers(
+    spec: WorkerSpec, sequences: list[TokenSequence], *, count: int, like: dict[str, mx.array]
+) -> Iterator[Workers | None]:
+    """The processes that share the steps of a run, if there is more than one."""
+    if count == 1:
+        yield None
+        return
+    with Workers(spec, sequences, count=count, like=like) as workers, one_blas_thread(True):
+        yield workers
