@@ -259,6 +259,8 @@ class _Run:
             self._plan()
             self._evaluate()
             self._save()
+        elif self.timing is not None and self.step < self.iters:
+            self._announce(self.timing)
         while self.step < self.iters and not should_stop():
             self._do_step()
             self._plan()
@@ -306,9 +308,14 @@ class _Run:
         progress = self.optimiser.pace.progress(step)
         record = {"step": step, "iters": iters, "progress": progress}
         self._write("plan", record | {"spent_s": timing.spent_s, "step_s": timing.step_s})
-        left_s = (iters - step) * timing.step_s + timing.eval_s
-        left_s += (iters - step) // self.settings.steps_per_eval * timing.eval_s
-        self.on_event(Planned(step=step, iters=iters, left_s=left_s))
+        self._announce(timing)
+
+    def _announce(self, timing: Timing) -> None:
+        """Report the number of steps and the time that they will take."""
+        steps = self.iters - self.step
+        num_evals = 1 + steps // self.settings.steps_per_eval
+        left_s = steps * timing.step_s + num_evals * timing.eval_s
+        self.on_event(Planned(step=self.step, iters=self.iters, left_s=left_s))
 
     def _affordable_iters(self, timing: Timing, *, evaluates_now: bool) -> int:
         """Number of steps of the whole run that the time and the texts allow."""

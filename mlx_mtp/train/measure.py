@@ -27,7 +27,7 @@ from mlx_mtp.train.gradient.adapter import trainable
 from mlx_mtp.train.gradient.step import StepGradient
 from mlx_mtp.train.gradient.workers import Workers, WorkerSpec, one_blas_thread, worker_count
 from mlx_mtp.train.recipe import ANCHORS, CANDIDATES, DROP_LATE, ORDINARY_ROW, Rates, Task
-from mlx_mtp.train.settings import DataSettings, TrainSettings
+from mlx_mtp.train.settings import DataSettings
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -56,12 +56,12 @@ def measure(
         model: with a new adapter; it is not changed.
         tokenizer: of the model.
         task: gives the lengths of the texts.
-        data: settings of the text; without text to generate its rate is infinite.
+        data: settings of the text.
         spec: how other processes load the model, and the settings of the run.
         seconds: time for it; at least one batch, one step and one evaluation are done.
         clock: current time in seconds.
     """
-    text_tps = float("inf")
+    text_tps = 0.0
     if task.generated_tokens:
         text_tps = _text_tps(model, tokenizer, data, seconds=_TEXT_PART * seconds, clock=clock)
     sequences = _random_sequences(task, vocab_size=model.vocab_size)
@@ -125,7 +125,7 @@ def _random_sequences(task: Task, *, vocab_size: int, count: int = 16) -> list[T
     rng = np.random.default_rng(0)
     length = max(4, round(task.sequence_tokens))
     prompt = max(1, length - max(3, round(task.answer_tokens)))
-    answer = tuple(index >= prompt for index in range(length))
+    answer = [index >= prompt for index in range(length)]
     return [
         TokenSequence(ids=rng.integers(0, vocab_size, length).tolist(), answer=answer)
         for _ in range(count)

@@ -71,7 +71,7 @@ class Rates:
     """What this machine does with this model.
 
     Attributes:
-        text_tps: generated tokens per second.
+        text_tps: generated tokens per second; not used if no text is generated.
         rows_per_s: cost of training steps in mask rows per second; an ordinary row counts as
             ``ORDINARY_ROW``.
         eval_text_s: seconds to evaluate one text with one set of weights.
@@ -179,7 +179,7 @@ class _Costs:
     @classmethod
     def of(cls, rates: Rates, task: Task, *, masks: float) -> _Costs:
         return cls(
-            text_s=task.generated_tokens / rates.text_tps,
+            text_s=task.generated_tokens / rates.text_tps if task.generated_tokens else 0.0,
             ordinary_s=ORDINARY_ROW * task.sequence_tokens / rates.rows_per_s,
             anchor_s=masks / rates.rows_per_s,
             max_blocks=max(1.0, task.answer_tokens - 2),
