@@ -384,6 +384,7 @@ def _timed_run(
         )
         for line in run.lines():
             display.log(line)
+        run.save_spent()
     run.save()
     return run
 

@@ -99,7 +99,7 @@ class TimedRun:
         """
         if num_records > self.num_saved:
             self.num_saved = num_records
-            self._save_spent()
+            self.save_spent()
         if num_records >= MIN_RECORDS and self._spent() >= self.text_until_s:
             raise TextTimeIsUp
 
@@ -121,7 +121,7 @@ class TimedRun:
         )
 
     def save(self) -> None:
-        """Write the files of the run."""
+        """Write the recipe."""
         values = {
             "total_s": self.total_s,
             "text_until_s": self.text_until_s,
@@ -130,7 +130,11 @@ class TimedRun:
             "recipe": dataclasses.asdict(self.recipe),
         }
         write_atomically(self.folder.recipe, json.dumps(values, indent=2) + "\n")
-        self._save_spent()
+
+    def save_spent(self) -> None:
+        """Write the time spent on the text so far."""
+        values = {"seconds": self._spent(), "records": self.num_saved}
+        write_atomically(self.folder.spent, json.dumps(values) + "\n")
 
     def lines(self) -> list[str]:
         """What the run will do, and when it will be done."""
@@ -159,10 +163,6 @@ class TimedRun:
 
     def _spent(self) -> float:
         return self.spent_s + CLOCK() - self.began
-
-    def _save_spent(self) -> None:
-        values = {"seconds": self._spent(), "records": self.num_saved}
-        write_atomically(self.folder.spent, json.dumps(values) + "\n")
 
 
 def begin(
