@@ -9,20 +9,21 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.evaluation.acceptance import evaluate
-from mlx_mtp.evaluation.batch_generation import generate_batch
 from mlx_mtp.evaluation.sequences import TokenSequence
-from mlx_mtp.generate import chat_text
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.train.data.sequences import token_ids
-from mlx_mtp.train.data.topics import default_topics
+from mlx_mtp.train.data.distil_run import DistilProgress
+from mlx_mtp.train.data.pipeline import make_records
+from mlx_mtp.train.data.records import Record
 from mlx_mtp.train.gradient.adapter import trainable
 from mlx_mtp.train.gradient.step import StepGradient
 from mlx_mtp.train.gradient.workers import Workers, WorkerSpec, one_blas_thread, worker_count
@@ -45,6 +46,7 @@ def measure(
     tokenizer: TokenizerWrapper,
     *,
     task: Task,
+    source: Sequence[Record],
     data: DataSettings,
     spec: WorkerSpec,
     seconds: float,
@@ -56,6 +58,7 @@ def measure(
         model: with a new adapter; it is not changed.
         tokenizer: of the model.
         task: gives the lengths of the texts.
+        source: the user's data, if any.
         data: settings of the text.
         spec: how other processes load the model, and the settings of the run.
         seconds: time for it; at least one batch, one step and one evaluation are done.
@@ -63,7 +66,9 @@ def measure(
     """
     text_tps = 0.0
     if task.generated_tokens:
-        text_tps = _text_tps(model, tokenizer, data, seconds=_TEXT_PART * seconds, clock=clock)
+        text_tps = _text_tps(
+            model, tokenizer, source, data, seconds=_TEXT_PART * seconds, clock=clock
+        )
     sequences = _random_sequences(task, vocab_size=model.vocab_size)
     rows_per_s = _rows_per_s(model, sequences, spec, seconds=_STEP_PART * seconds, clock=clock)
     evaluate(model, sequences[:1], rows_per_forward=spec.settings.rows_per_forward)  # compiles
@@ -79,46 +84,26 @@ def measure(
 def _text_tps(
     model: MTPModel,
     tokenizer: TokenizerWrapper,
+    source: Sequence[Record],
     data: DataSettings,
     *,
     seconds: float,
     clock: Callable[[], float],
 ) -> float:
-    """Generated tokens per second, after the first step."""
-    topics = itertools.islice(itertools.cycle(data.topics or default_topics()), data.batch_size)
-    prompts = [_prompt(tokenizer, topic) for topic in topics]
-    counts: list[tuple[float, int]] = []  # time of each step, and its tokens
+    """Generated tokens per second, after the first ones."""
+    marks: list[tuple[float, int]] = []  # times, and tokens generated until then
 
-    def on_step(count: int) -> None:
-        counts.append((clock(), count))
-        if len(counts) > 1 and counts[-1][0] - counts[0][0] >= seconds:
+    def on_progress(progress: DistilProgress) -> None:
+        if progress.num_tokens:
+            marks.append((clock(), progress.num_tokens))
+        if len(marks) > 1 and marks[-1][0] - marks[0][0] >= seconds:
             raise _TimeIsUp
 
-    texts = generate_batch(
-        model,
-        prompts,
-        max_tokens=data.token_limits(model)[1],
-        stops=[[token] for token in sorted(tokenizer.eos_token_ids)],
-        samplers=[_greedy] * len(prompts),
-        batch_size=data.batch_size,
-        on_step=on_step,
-    )
-    with contextlib.suppress(_TimeIsUp):
-        for _ in texts:
-            pass
-    elapsed = counts[-1][0] - counts[0][0]
-    tokens = sum(count for _, count in counts[1:])
-    return max(tokens, 1) / max(elapsed, 1e-6)
-
-
-def _prompt(tokenizer: TokenizerWrapper, topic: str) -> list[int]:
-    if not tokenizer.has_chat_template:
-        return token_ids(tokenizer, topic, special=True)
-    return token_ids(tokenizer, chat_text(tokenizer, [{"role": "user", "content": topic}]))
-
-
-def _greedy(logprobs: mx.array) -> mx.array:
-    return mx.argmax(logprobs, axis=-1)
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(_TimeIsUp):
+        path = Path(folder) / "data.jsonl"
+        make_records(model, tokenizer, source, path, data, progress=on_progress)
+    (start, first), (end, last) = marks[0], marks[-1]
+    return max(last - first, 1) / max(end - start, 1e-6)
 
 
 def _random_sequences(task: Task, *, vocab_size: int, count: int = 16) -> list[TokenSequence]:

@@ -201,6 +201,7 @@ def begin(
         model,
         tokenizer,
         task=task,
+        source=source,
         data=data,
         spec=spec,
         seconds=measuring_s(total_s),
