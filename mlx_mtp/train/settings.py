@@ -184,6 +184,11 @@ class TrainSettings:
         max=1,
         max_open=True,
     )
+    draft_ramp: int = _adapter(
+        0,
+        "Number of steps in which the masks of a block grow from 1 to k.",
+        min=0,
+    )
     teacher: str = _adapter(
         "argmax",
         "Target of the mask tokens: the model's most likely token, the token in the text, or the "
