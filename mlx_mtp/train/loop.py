@@ -24,6 +24,7 @@ import numpy as np
 
 from mlx_mtp.evaluation.acceptance import Evaluation, evaluate
 from mlx_mtp.evaluation.sequences import TokenSequence
+from mlx_mtp.evaluation.statistics import count_vocabulary
 from mlx_mtp.model.fingerprint import is_fingerprint_of
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.files import remove_drafts
@@ -178,6 +179,7 @@ class _Run:
         self.step, self.sums, self.grad_norm = 0, _Sums(), 0.0
         self.best: Evaluation | None = None
         self.best_step = 0
+        self.vocabulary = count_vocabulary(data.train, data.held_out)
         self.history: History | None = None
         self.workers: Workers | None = None
 
@@ -306,7 +308,9 @@ class _Run:
         assert config is not None and self.best is not None
         if self.settings.gate:
             config = dataclasses.replace(config, acceptance=self.best.monotonic_acceptance())
-            save_adapter(self.output, config, adapter_tensors(self.parameters))
+            statistics = self.best.statistics("held-out text of the training run", self.vocabulary)
+            tensors = adapter_tensors(self.parameters)
+            save_adapter(self.output, config, tensors, statistics=statistics)
 
     def _save(self) -> None:
         assert self.history is not None
