@@ -53,10 +53,10 @@ if TYPE_CHECKING:
         help="Read answers from this JSONL file, and append missing ones.",
     ),
     option(
-        "--data",
+        "--training-text",
         multiple=True,
         metavar="FILE",
-        help="Training text, in whose answers the tokens are counted; repeatable.",
+        help="JSONL file of training text, in whose answers the tokens are counted; repeatable.",
         show_default="keep the counts of the adapter",
     ),
 )
@@ -171,7 +171,7 @@ def _statistics(
     options: dict[str, Any],
     status: Status,
 ) -> AdapterStatistics:
-    """The statistics of the answers, and the vocabulary of ``--data`` or the one at hand."""
+    """The statistics of the answers, with the vocabulary of ``--training-text`` or the old one."""
     from mlx_mtp.evaluation.acceptance import checked_num_masks, summarise
     from mlx_mtp.evaluation.statistics import count_vocabulary
     from mlx_mtp.train.data.sequences import encode_all
@@ -180,9 +180,9 @@ def _statistics(
 
     k = checked_num_masks(model, None)
     known = model.statistics and model.statistics.vocabulary
-    if options["data"]:
+    if options["training_text"]:
         status.update("Counting tokens ...")
-        records = [record for path in options["data"] for record in read_data(path)]
+        records = [record for path in options["training_text"] for record in read_data(path)]
         encoded = encode_all(records, tokenizer, max_seq_length=TrainSettings().max_seq_length)
         unique = {tuple(sequence.ids): sequence for sequence in encoded.sequences}
         known = count_vocabulary(list(unique.values()), [text.sequence for text in texts])

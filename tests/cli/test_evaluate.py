@@ -63,7 +63,7 @@ def test_it_stores_the_result_with_the_adapter(pair: tuple[Path, Path], tmp_path
         json.dumps({"text": "an answer of the model"}) + "\n" + '{"text": "zzzzzzzzzz"}'
     )
     before = files(pair[1])
-    result = run(pair, "--save", "--data", str(data), "--data", str(data))
+    result = run(pair, "--save", "--training-text", str(data), "--training-text", str(data))
     assert result.exit_code == 0, result.output
     assert result.stdout.splitlines()[-1] == f"saved in {pair[1]}"
     after = files(pair[1])
@@ -78,7 +78,7 @@ def test_it_stores_the_result_with_the_adapter(pair: tuple[Path, Path], tmp_path
     ]
     assert found.vocabulary.num_tokens == len(ids)  # the same file twice is counted once
     assert set(found.vocabulary.ids) == set(ids)
-    again = run(pair, "--save", "--kinds", "chat")  # without --data: the counts stay
+    again = run(pair, "--save", "--kinds", "chat")  # without --training-text: the counts stay
     assert again.exit_code == 0, again.output
     kept = read_statistics(pair[1], read_any_config(pair[1]))
     assert kept is not None and kept.vocabulary == found.vocabulary and list(kept.kinds) == ["chat"]
