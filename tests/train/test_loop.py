@@ -96,7 +96,9 @@ def test_events_files_and_the_result_agree(tmp_path):
 
 
 def test_the_best_adapter_has_the_statistics_of_its_evaluation(tmp_path):
-    held_out = [dataclasses.replace(text, kind=kind) for text, kind in zip(texts(2), "ab", strict=True)]
+    held_out = [
+        dataclasses.replace(text, kind=kind) for text, kind in zip(texts(2), "ab", strict=True)
+    ]
     data = TrainData(texts(seed=3), held_out, "hash")
     result, _ = run(tmp_path / "whole", data=data)
     config, _ = read_adapter(tmp_path / "whole")
