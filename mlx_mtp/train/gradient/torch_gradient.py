@@ -62,15 +62,25 @@ class TorchGradient(StepGradient):
         place = torch_device(device)
         if place.type == "cpu":
             torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
+        self.shares_cores = place.type == "cpu"
         self._rows = TorchRows(model, dtype=dtype, device=place)
         self._is_warm = True  # it compiles nothing that workers could find
         parameters = trainable(model)
         self._masks = next(name for name in parameters if name.endswith(MASK_EMBEDDINGS))
-        linears = {f"{_BASE}{path}.{x}" for path in self._rows.linears for x in ("lora_a", "lora_b")}
+        linears = {
+            f"{_BASE}{path}.{x}" for path in self._rows.linears for x in ("lora_a", "lora_b")
+        }
         for name in parameters:
             if not (name in linears or name == self._masks or name.startswith(SAMPLER_PREFIX)):
                 raise refusal(model, f"it does not know the parameter {name}")
         self._check(parameters)
+
+    @property
+    def line(self) -> str:
+        """What computes the gradients, for the user."""
+        device, kind = self._rows.device, str(self._rows.dtype).removeprefix("torch.")
+        place = "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        return f"Gradients are computed by PyTorch in {kind} on {place}"
 
     def part(
         self,
@@ -88,9 +98,12 @@ class TorchGradient(StepGradient):
             rows = blocks_of(sequence, self._settings, key=(step, place))
             for terms, share in self._terms(leaves, sequence, rows, total=total):
                 weights = self._settings.loss_weights
-                loss = share * torch.stack(
-                    [term * getattr(weights, name) for name, term in terms.items()]
-                ).sum()
+                loss = (
+                    share
+                    * torch.stack(
+                        [term * getattr(weights, name) for name, term in terms.items()]
+                    ).sum()
+                )
                 gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
                 for total_gradient, gradient in zip(sums.values(), gradients, strict=True):
                     if gradient is not None:
@@ -136,9 +149,11 @@ class TorchGradient(StepGradient):
             terms = loss_terms(
                 model,
                 ordinary,
+                part,
                 self._hidden(leaves, ordinary, part),
                 make_targets(model, ordinary, ids, part, teacher=self._settings.teacher),
                 candidates=self._candidates,
+                weights=self._settings.row_weights,
                 sampler=sampler,
             )
             yield terms, part.num_rows / total
