@@ -46,7 +46,7 @@ DEFAULTS: Mapping[str, Any] = {
 """Values of options whose default differs from that of ``mlx-mtp train``."""
 OPTIONS = (*DEFAULTS, "batch_size", "num_anchors", "num_draft_tokens", "drop_late", "teacher",
            "candidates", "rows_per_forward", "workers", "val_batches", "seed", "scale", "ema",
-           "min_learning_rate", "lora_b_rate", "row_weights", "draft_ramp")  # fmt: skip
+           "min_learning_rate", "lora_b_rate", "row_weights", "draft_ramp", "backend")  # fmt: skip
 FIGURES, RECIPE = "figures", "recipe"
 CONTROL = "control"
 COMPARISON = "comparison.md"

@@ -27,10 +27,10 @@ from mlx_mtp.model.fingerprint import is_fingerprint_of
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.files import remove_drafts
 from mlx_mtp.train.gradient.adapter import adapter_tensors, trainable
+from mlx_mtp.train.gradient.backend import make_gradient
 from mlx_mtp.train.gradient.losses import next_token_loss
 from mlx_mtp.train.gradient.step import (
     Parameters,
-    StepGradient,
     StepResult,
     checkpoint_layers,
     sequences_of_step,
@@ -58,7 +58,7 @@ from mlx_mtp.train.run.events import (
 )
 from mlx_mtp.train.run.folder import HISTORY_FILE, SETTINGS_FILE, TRAINING
 from mlx_mtp.train.run.history import History
-from mlx_mtp.train.settings import TrainSettings
+from mlx_mtp.train.settings import MLX, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -179,11 +179,16 @@ class _Run:
         on_event: Callable[[Event], None],
         budget: Budget | None,
     ) -> None:
-        self.model, self.data, self.settings = model, data, settings
+        self.model, self.data = model, data
         self.budget, self.timing = budget, budget and budget.timing()
         self.clock = budget.clock if budget else time.perf_counter
         self.output, self.folder, self.on_event = output, output / TRAINING, on_event
-        self.gradient = StepGradient(model, settings)
+        count = worker_count(settings.workers, batch_size=settings.batch_size)
+        made = make_gradient(model, settings, num_threads=1 if count > 1 else 0)
+        self.gradient, self.settings, line = made
+        self.processes = count if self.gradient.shares_cores else 1
+        if line is not None:
+            on_event(Noticed(step=0, text=line))
         self.optimiser = Optimiser(settings, trainable(model))
         self.step, self.sums, self.grad_norm = 0, _Sums(), 0.0
         self.best: Evaluation | None = None
@@ -195,10 +200,12 @@ class _Run:
 
     def with_workers(self, spec: WorkerSpec | None) -> contextlib.AbstractContextManager[Any]:
         """Start the workers, if there is more than one process."""
-        count = worker_count(self.settings.workers, batch_size=self.settings.batch_size)
+        count, parameters = self.processes, self.optimiser.parameters
         if spec is None or count == 1:
             return contextlib.nullcontext()
-        self.workers = Workers(spec, self.data.train, count=count, like=self.optimiser.parameters)
+        settings = dataclasses.replace(spec.settings, backend=self.settings.backend)
+        spec = dataclasses.replace(spec, settings=settings)
+        self.workers = Workers(spec, self.data.train, count=count, like=parameters)
         return self.workers
 
     def restore(self, state: TrainState | None) -> int:
@@ -208,7 +215,7 @@ class _Run:
             write_json(self.folder / SETTINGS_FILE, identity | self.settings.to_dict())
             return 0
         saved = state.values["identity"]
-        defaults = TrainSettings().to_dict()  # of settings that came after the run began
+        defaults = TrainSettings(backend=MLX).to_dict()  # of settings that came after it began
         changed = [key for key in identity if saved.get(key, defaults.get(key)) != identity[key]]
         if is_fingerprint_of(self.model.base, saved.get("base_fingerprint")):  # a former one
             changed = [key for key in changed if key != "base_fingerprint"]
@@ -448,7 +455,7 @@ class _Run:
         return {
             "base_fingerprint": self.model.adapter_config.base_fingerprint,
             "data_hash": self.data.data_hash,
-            "processes": worker_count(self.settings.workers, batch_size=self.settings.batch_size),
+            "processes": self.processes,
         } | {name: value for name, value in settings.items() if name not in _FREE}
 
 

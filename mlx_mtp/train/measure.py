@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +25,7 @@ from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.data.pipeline import make_records
 from mlx_mtp.train.data.records import Record
 from mlx_mtp.train.gradient.adapter import trainable
-from mlx_mtp.train.gradient.step import StepGradient
+from mlx_mtp.train.gradient.backend import make_gradient
 from mlx_mtp.train.gradient.workers import Workers, WorkerSpec, one_blas_thread, worker_count
 from mlx_mtp.train.recipe import ANCHORS, CANDIDATES, DROP_LATE, ORDINARY_ROW, Rates, Task
 from mlx_mtp.train.settings import DataSettings
@@ -126,13 +126,15 @@ def _rows_per_s(
     clock: Callable[[], float],
 ) -> float:
     """Rows of training steps per second, after a first step."""
-    processes = worker_count(spec.settings.workers, batch_size=len(sequences))
     on_cpu = mx.default_device().type == mx.cpu
-    changes = {"batch_size": processes, "num_anchors": ANCHORS, "drop_late": DROP_LATE}
+    changes: dict[str, Any] = {"num_anchors": ANCHORS, "drop_late": DROP_LATE}
     if on_cpu and model.vocab_size > 2 * CANDIDATES:
         changes["candidates"] = CANDIDATES
     settings = dataclasses.replace(spec.settings, **changes)
-    gradient, parameters = StepGradient(model, settings), trainable(model)
+    processes = worker_count(settings.workers, batch_size=len(sequences))
+    gradient, settings, _ = make_gradient(model, settings, num_threads=1 if processes > 1 else 0)
+    processes = processes if gradient.shares_cores else 1
+    parameters = trainable(model)
     spec = dataclasses.replace(spec, settings=settings)
     with _workers(spec, sequences, count=processes, like=parameters) as workers:
         cost, elapsed = 0.0, 0.0

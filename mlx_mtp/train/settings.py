@@ -30,6 +30,7 @@ HEAD_KINDS = ("mlp", "layer")
 ADAPTED = ("attention", "shared", "all")
 TEACHERS = ("argmax", "sample", "dist")
 EVEN, REACH = "even", "reach"
+AUTO, MLX, TORCH = "auto", "mlx", "torch"  # back-ends
 ROW_WEIGHTS = (EVEN, REACH)
 PROJECTIONS = (
     "q_proj",
@@ -216,6 +217,11 @@ class TrainSettings:
     )
     workers: int = _training(
         0, "Number of processes; 0 is one per core on a Linux CPU, otherwise one.", min=0
+    )
+    backend: str = _training(
+        AUTO,
+        "Library that computes gradients; auto takes PyTorch in bfloat16 instead of MLX on a CPU.",
+        choices=(AUTO, MLX, TORCH),
     )
     grad_checkpoint: bool = _training(
         False, "Recompute layers for the gradient, to save memory.", flag="--grad-checkpoint"

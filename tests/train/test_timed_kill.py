@@ -66,7 +66,8 @@ def work(task):
     def make_records(model, *args, **options):
         return command_make(readable(), *args, **options)
     loop_evaluate, command_make = loop.evaluate, command.make_records
-    loop.StepGradient, loop.evaluate, command.make_records = Slow, evaluate, make_records
+    loop.make_gradient = lambda model, settings, **options: (Slow(model, settings), settings, None)
+    loop.evaluate, command.make_records = evaluate, make_records
     command.load = lambda name, **options: (
         MTPModel(tiny_base(vocab_size=BYTE_VOCAB), name="tiny"), byte_tokenizer()
     )

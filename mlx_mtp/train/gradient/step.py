@@ -160,7 +160,12 @@ class StepGradient:
     Args:
         model: from ``adapter.new_adapter``.
         settings: of the run.
+
+    Attributes:
+        shares_cores: whether several processes, one per core, are faster than one.
     """
+
+    shares_cores = True
 
     def __init__(self, model: MTPModel, settings: TrainSettings) -> None:
         self._model = model
