@@ -151,17 +151,18 @@ def test_text_ends_when_its_time_is_over(
 
     def slow(writer: RecordWriter, record: object) -> None:
         append(writer, record)  # type: ignore
-        clock.now += 0.5
+        clock.now += 2.0
 
     monkeypatch.setattr(RecordWriter, "append", slow)
+    monkeypatch.setattr(timed, "MIN_RECORDS", 6)
     out = tmp_path / "out"
     limits = ("--max-prompt-tokens", "40", "--max-answer-tokens", "20", "--distil-batch-size", "32")
     result = done("--adapter-path", str(out), "--time", "60s", *limits)
     plan = saved(out, "recipe.json")
     count = len(read_jsonl(out / "training" / "data.jsonl"))
-    assert count == max(40, -(-plan["text_until_s"] // 0.5)) == plan["recipe"]["num_records"]
+    assert count == -(-plan["text_until_s"] // 2.0) == plan["recipe"]["num_records"]
     assert f"The time for text is over with {count} records" in result.stderr
-    assert loop.calls[0].budget.spent() == 0.5 * count
+    assert loop.calls[0].budget.spent() == 2.0 * count
     done("--adapter-path", str(out), "--resume")
     first, second = loop.calls
     assert first.data.train == second.data.train and first.settings == second.settings
