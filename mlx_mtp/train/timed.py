@@ -139,9 +139,8 @@ class TimedRun:
     def lines(self) -> list[str]:
         """What the run will do, and when it will be done."""
         recipe, settings = self.recipe, self.recipe.settings
-        text = f"{self.rates.text_tps:.0f} tokens of text, " if self.task.generated_tokens else ""
         lines = [
-            f"Measured per second: {text}{self.rates.rows_per_s:.0f} mask rows of training; "
+            f"Measured per second: {_rates_text(self.rates, self.task)}; "
             f"{recipe.eval_s:.1f} s per evaluation"
         ]
         parts = []
@@ -276,7 +275,7 @@ def _chosen(
         needed = duration(error.needed_s + before_s + 60)
         raise ValueError(
             f"--time {time_text} is too short for {name} on this machine: at least {needed} are "
-            "needed"
+            f"needed, at {_rates_text(rates, task)} per second"
         ) from None
     return TimedRun(
         folder=folder,
@@ -288,6 +287,11 @@ def _chosen(
         spent_s=spent_s,
         began=began,
     )
+
+
+def _rates_text(rates: Rates, task: Task) -> str:
+    text = f"{rates.text_tps:.0f} tokens of text, " if task.generated_tokens else ""
+    return f"{text}{rates.rows_per_s:.0f} mask rows of training"
 
 
 def task_of(
