@@ -13,6 +13,7 @@ matrices in every version of NumPy and MLX.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TypeGuard
 
 import mlx.core as mx
 import numpy as np
@@ -116,6 +117,6 @@ def vectors(
     return found
 
 
-def is_vera(config: object) -> bool:
+def is_vera(config: object) -> TypeGuard[MTPConfig]:
     """Whether an adapter's low-rank weights are made of random ones."""
     return isinstance(config, MTPConfig) and config.adapter_kind == VERA

@@ -34,7 +34,7 @@ from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.vera import INITIAL_D, LAMBDA_B, LAMBDA_D, is_vera, leaf_of, materialised
 from mlx_mtp.model.wrappers import MaskEmbedding
 from mlx_mtp.train.gradient.heads import continued_heads, fresh_heads
-from mlx_mtp.train.run.checkpoint import PARAMETERS, read_state, under
+from mlx_mtp.train.run.checkpoint import RAW, WEIGHTS, read_state, under
 from mlx_mtp.train.settings import HEADS_DRAFTER, MASK_DRAFTER, PROJECTIONS, TrainSettings
 
 AnyConfig = MTPConfig | HeadsConfig
@@ -125,8 +125,8 @@ def read_state_adapter(state: Path) -> tuple[AnyConfig, dict[str, mx.array]]:
         tensors = read_state(state).tensors
     except (OSError, ValueError) as error:
         raise ValueError(f"{state} is damaged: {error}") from None
-    weights = adapter_tensors(under(PARAMETERS, tensors))
-    return config, materialised(weights, cast(MTPConfig, config)) if is_vera(config) else weights
+    weights = adapter_tensors(under(WEIGHTS[RAW], tensors))
+    return config, materialised(weights, config) if is_vera(config) else weights
 
 
 def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[str, mx.array]]:

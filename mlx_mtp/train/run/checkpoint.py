@@ -33,7 +33,9 @@ from mlx_mtp.storage.safetensors import check_safetensors, read_json_object
 TENSORS_FILE = "state.safetensors"
 VALUES_FILE = "state.json"
 README_FILE = "README.md"
-PARAMETERS, OPTIMISER = "parameters.", "optimizer."  # prefixes of a state's tensors
+RAW, EMA = "raw", "ema"  # the newest weights, and their exponential moving average
+WEIGHTS = {RAW: "parameters.", EMA: "ema."}  # prefixes of a state's tensors
+OPTIMISER = "optimizer."  # likewise
 
 _FORMAT = 1
 _STATE = re.compile(r"state-(\d{7,})")
@@ -197,7 +199,7 @@ def write_json(path: Path, values: Any) -> None:
     write_atomically(path, _json(values, where=path.name, indent=2) + "\n")
 
 
-def under(prefix: str, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+def under(prefix: str, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Tensors whose names have a prefix, without it, sorted by name."""
     names = sorted(name for name in tensors if name.startswith(prefix))
     return {name.removeprefix(prefix): tensors[name] for name in names}
