@@ -47,7 +47,7 @@ def to_file(
     """
     tensors = {}
     for name, value in weights.items():
-        bits = _bits(name, value.shape, config)
+        bits = _bits_of(name, value.shape, config)
         if not bits:
             tensors[name] = value.astype(dtype)
             continue
@@ -81,16 +81,9 @@ def from_file(tensors: Mapping[str, mx.array], config: MTPConfig | HeadsConfig) 
 
 
 def rounded(weights: Mapping[str, mx.array], config: MTPConfig | HeadsConfig) -> Tensors:
-    """The weights that are loaded from a file of these, in the type that they have here.
-
-    Only quantised weights change.
-    """
-    result = dict(weights)
-    for name, value in weights.items():
-        if _bits(name, value.shape, config):
-            one = from_file(to_file({name: value}, config), config)[name]
-            result[name] = one.astype(value.dtype)
-    return result
+    """The weights, float32, that are loaded from a file of these, see ``to_file``."""
+    loaded = from_file(to_file(weights, config), config)
+    return {name: value.astype(mx.float32) for name, value in loaded.items()}
 
 
 def is_quantised(config: MTPConfig | HeadsConfig) -> bool:
@@ -103,7 +96,7 @@ def file_shapes(
 ) -> Iterator[tuple[str, tuple[int, ...], mx.Dtype]]:
     """Names, shapes and types of what ``to_file`` makes of weights of some shapes."""
     for name, shape in shapes.items():
-        bits = _bits(name, shape, config)
+        bits = _bits_of(name, shape, config)
         if not bits:
             yield name, shape, mx.float16
             continue
@@ -114,28 +107,33 @@ def file_shapes(
             yield f"{owner}.{part}", (*rows, columns // size), mx.float16
 
 
-def _bits(name: str, shape: tuple[int, ...], config: MTPConfig | HeadsConfig) -> int:
-    """Bits of a weight in the file; 0 if it is not quantised."""
-    if not isinstance(config, MTPConfig):
-        return 0
-    bits = config.bits if name.endswith(_LOW_RANK) else config.sampler_bits
-    if not bits or not (name.endswith(_LOW_RANK) or name in _SAMPLER):
+def _bits_of(name: str, shape: tuple[int, ...], config: MTPConfig | HeadsConfig) -> int:
+    """Bits of a weight of a shape in the file; 0 if it is not quantised."""
+    bits = _bits(name, config)
+    if not bits:
         return 0
     long = shape[-2] if _is_a(name) else shape[-1]
-    return 0 if long % config.group_size else bits
+    return 0 if long % _group_size(config) else bits
+
+
+def _bits(name: str, config: MTPConfig | HeadsConfig) -> int:
+    """Bits of weights of that name, if their shape fits."""
+    if not isinstance(config, MTPConfig):
+        return 0
+    if name.endswith(_LOW_RANK):
+        return config.bits
+    return config.sampler_bits if name in _SAMPLER else 0
 
 
 def _restored(name: str, parts: list[Any], config: MTPConfig | HeadsConfig) -> mx.array:
     if any(part is None for part in parts):
         raise ValueError(f"{name} lacks one of {', '.join(_PARTS)}")
     weight, scales, biases = parts
-    size, columns = _group_size(config), scales.shape[-1]
-    shape = (*scales.shape[:-1], columns * size)
-    bits = _bits(name, (*shape[:-2], shape[-1], shape[-2]) if _is_a(name) else shape, config)
+    size, bits = _group_size(config), _bits(name, config)
     if not bits:
         raise ValueError(f"{name} is quantised, but the configuration names no bits for it")
     is_packed = weight.dtype == mx.uint32 and scales.shape == biases.shape and scales.ndim > 1
-    if not is_packed or weight.shape != (*shape[:-1], shape[-1] * bits // 32):
+    if not is_packed or weight.shape != (*scales.shape[:-1], scales.shape[-1] * size * bits // 32):
         raise ValueError(
             f"{name} is not packed in {bits} bits and groups of {size}: its weight is "
             f"{list(weight.shape)} and its scales are {list(scales.shape)}"

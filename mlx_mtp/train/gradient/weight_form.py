@@ -50,10 +50,10 @@ class WeightForm:
             step: number of the training step that they are for; None returns those of the file.
         """
         low_rank, rest = _divided(parameters)
+        if is_quantised(self._config) and (step is None or step >= self._first_quantised):
+            return _joined(rounded(low_rank, self._config), rounded(rest, self._config))
         if is_vera(self._config):
             low_rank = materialised(low_rank, self._config)
-        if is_quantised(self._config) and (step is None or step >= self._first_quantised):
-            low_rank, rest = rounded(low_rank, self._config), rounded(rest, self._config)
         return _joined(low_rank, rest)
 
     def gradients(self, gradients: Parameters) -> Parameters:
