@@ -292,15 +292,27 @@ class MTPConfig(AdapterConfig):
         """Scale of the layer at that module path."""
         return self.scale_pattern.get(path, self.scale)
 
+    def storage_words(self) -> str:
+        """How the weights are stored if they are not float16 matrices, or an empty text."""
+        if self.adapter_kind == VERA:
+            parts = [f"vectors of shared random matrices (VeRA, seed {self.vera_seed})"]
+        else:
+            parts = [f"low-rank weights {self.bits} bits"] if self.bits else []
+        parts += [f"sampler head {self.sampler_bits} bits"] if self.sampler_bits else []
+        if self.bits or self.sampler_bits:
+            parts.append(f"groups of {self.group_size}")
+        return ", ".join(parts)
+
     def describe(self) -> str:
         """Describe the adapter in a paragraph, for model cards."""
+        stored = f" The file has {words}." if (words := self.storage_words()) else ""
         sampler = "a sampler head" if self.sampler else "no sampler head"
         masks = "mask rows of random tokens" if self.noise_ids else "mask tokens"
         return (
             f"An mlx-mtp adapter: {self.num_draft_tokens} {masks}, gated LoRA of rank "
             f"{self.rank} on {', '.join(self.target_modules)}, and {sampler}. The base model "
             "drafts several tokens a step with it and checks them itself, so the output stays "
-            "the base model's own."
+            f"the base model's own.{stored}"
         )
 
 
