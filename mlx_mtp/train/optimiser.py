@@ -126,7 +126,7 @@ class Optimiser:
             adamw.state = {"step": state["step"], "learning_rate": rate, **moments}
         if self.average is not None:
             self.average = under(WEIGHTS[EMA], tensors) or dict(self.parameters)
-            self._updates = int(tensors[_UPDATES].item()) if _UPDATES in tensors else 0
+            self._updates = int(np.array(tensors[_UPDATES])) if _UPDATES in tensors else 0
 
 
 def is_decayed(name: str, value: mx.array) -> bool:

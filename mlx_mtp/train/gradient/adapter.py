@@ -34,7 +34,7 @@ from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.vera import INITIAL_D, LAMBDA_B, LAMBDA_D, is_vera, leaf_of, materialised
 from mlx_mtp.model.wrappers import MaskEmbedding
 from mlx_mtp.train.gradient.heads import continued_heads, fresh_heads
-from mlx_mtp.train.run.checkpoint import RAW, WEIGHTS, read_state, under
+from mlx_mtp.train.run.checkpoint import WEIGHTS, read_state, state_weights, under
 from mlx_mtp.train.settings import HEADS_DRAFTER, MASK_DRAFTER, PROJECTIONS, TrainSettings
 
 AnyConfig = MTPConfig | HeadsConfig
@@ -112,21 +112,24 @@ def read_state_adapter(state: Path) -> tuple[AnyConfig, dict[str, mx.array]]:
     """Read the adapter of a state of a run, which need not be its best one.
 
     Args:
-        state: ``RUN/training/state-0000100``.
+        state: ``RUN/training/state-0000100`` for its newest weights, with ``/ema`` for the average.
 
     Returns:
         See ``loading.read_any_adapter``; without the acceptance, which is that of the best one.
 
     Raises:
-        ValueError: the state is damaged, or ``RUN`` has no adapter.
+        ValueError: the state is damaged or has no average, or ``RUN`` has no adapter.
     """
+    state, weights = state_weights(state)
     config = dataclasses.replace(read_any_config(state.resolve().parents[1]), acceptance=())
     try:
         tensors = read_state(state).tensors
     except (OSError, ValueError) as error:
         raise ValueError(f"{state} is damaged: {error}") from None
-    weights = adapter_tensors(under(WEIGHTS[RAW], tensors))
-    return config, materialised(weights, config) if is_vera(config) else weights
+    if not (parameters := under(WEIGHTS[weights], tensors)):
+        raise ValueError(f"{state} has no {weights} weights")
+    found = adapter_tensors(parameters)
+    return config, materialised(found, config) if is_vera(config) else found
 
 
 def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[str, mx.array]]:

@@ -218,8 +218,13 @@ def _values_text(state: TrainState, tensors_sha256: str) -> str:
 
 
 def is_state(path: Path) -> bool:
-    """Whether a folder has the name of a state."""
-    return _STATE.fullmatch(path.name) is not None
+    """Whether a path names weights of a state, see ``state_weights``."""
+    return _STATE.fullmatch(state_weights(path)[0].name) is not None
+
+
+def state_weights(path: Path) -> tuple[Path, str]:
+    """The folder and the weights that ``state-0000100`` (raw) or ``state-0000100/ema`` name."""
+    return (path.parent, path.name) if path.name in WEIGHTS else (path, RAW)
 
 
 def read_state(path: Path) -> TrainState:
