@@ -145,7 +145,7 @@ def test_vera_learns_vectors_and_stores_nothing_else(tmp_path):
     events: list[Event] = []
     run(tmp_path, settings, on_event=events.append)
     losses = [event.terms["base"] for event in events if isinstance(event, Reported)]
-    assert losses[-1] < 0.8 * losses[0]
+    assert losses[-1] < 0.9 * losses[0]
     tensors, (config, weights) = read_tensors(tmp_path / WEIGHTS_FILE), read_adapter(tmp_path)
     vectors = {name: value for name, value in tensors.items() if name != "mask_embeddings"}
     assert all(value.ndim == 1 for value in vectors.values())
