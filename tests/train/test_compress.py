@@ -14,7 +14,7 @@ from mlx_mtp.cli.main import cli
 from mlx_mtp.lab.adapter_sizes import main as adapter_sizes
 from mlx_mtp.lab.adapter_sizes import parse_variant, use
 from mlx_mtp.loading import load, read_adapter
-from mlx_mtp.model.config import WEIGHTS_FILE
+from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.compress import Compression, compress, save_compressed, shortened
 from tests.helpers.tiny import (
@@ -103,6 +103,7 @@ def test_the_command_writes_a_smaller_adapter_that_loads(tmp_path):
     sizes = [(folder / WEIGHTS_FILE).stat().st_size for folder in (adapter, out)]
     assert sizes[1] < sizes[0] and f"{sizes[1] / 1e3:.1f} kB, from" in result.output
     config = load(str(model), adapter_path=str(out))[0].adapter_config
+    assert isinstance(config, MTPConfig)
     assert (config.bits, config.sampler_bits, config.group_size, config.rank) == (4, 8, 32, 2)
     inspected = CliRunner().invoke(cli, ["inspect", str(out)])
     assert "4 bits, sampler head 8 bits, groups of 32" in inspected.output

@@ -12,10 +12,11 @@ import pytest
 
 from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.loading import read_adapter, read_tensors
-from mlx_mtp.model.config import WEIGHTS_FILE
+from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train import loop
 from mlx_mtp.train.average import mean_adapter
+from mlx_mtp.train.command import make_plan
 from mlx_mtp.train.gradient.adapter import (
     adapter_tensors,
     new_adapter,
@@ -25,6 +26,7 @@ from mlx_mtp.train.gradient.adapter import (
 from mlx_mtp.train.gradient.step import StepGradient
 from mlx_mtp.train.loop import TrainData, train
 from mlx_mtp.train.run.events import Event, Reported
+from mlx_mtp.train.run.folder import RunFolder
 from mlx_mtp.train.settings import TrainSettings
 from tests.helpers.tiny import tiny_base
 
@@ -66,6 +68,17 @@ def run(
 ) -> Any:
     data = TrainData(texts(4, 1), texts(2, 1), "hash")
     return train(model or model_for(settings), data, settings, output, **options)
+
+
+def config_of(model: MTPModel) -> MTPConfig:
+    assert isinstance(model.adapter_config, MTPConfig)
+    return model.adapter_config
+
+
+def mean_of(folders: list[Path]) -> tuple[MTPConfig, dict[str, mx.array]]:
+    config, mean = mean_adapter(folders)
+    assert isinstance(config, MTPConfig)
+    return config, mean
 
 
 def recorded(monkeypatch: pytest.MonkeyPatch) -> tuple[list[Any], list[Any]]:
@@ -114,7 +127,6 @@ def test_only_the_last_gradients_are_those_of_quantised_weights(tmp_path, monkey
     settings = change(adapter_bits=4, quantized_share=0.5)
     model = model_for(settings)
     run(tmp_path, settings, model)
-    assert model.adapter_config is not None
     name = "model.layers.0.mlp.down_proj.lora_a"
     numbers = [len(np.unique(np.array(weights[name])[:32, 0])) for weights in gradients]
     assert numbers[:2] == [32, 32] and max(numbers[2:]) <= 16  # values of a group of 32
@@ -152,7 +164,7 @@ def test_vera_learns_vectors_and_stores_nothing_else(tmp_path):
     assert config.adapter_kind == "vera" and len(vectors) == 2 * 2 * 7
     assert weights["model.layers.0.mlp.down_proj.lora_a"].shape == (64, 64)
     loaded = MTPModel(tiny_base("llama"), config=config, weights=weights)
-    assert loaded.adapter_config == config
+    assert config_of(loaded) == config
 
 
 def test_a_new_adapter_of_vectors_changes_nothing(tmp_path):
@@ -165,12 +177,11 @@ def test_vera_is_continued_as_vera_or_as_trained_matrices(tmp_path):
     vera = change(adapter_kind="vera", rank=8)
     run(tmp_path / "vera", vera)
     again = model_for(vera, start=tmp_path / "vera")
-    assert again.adapter_config is not None and again.adapter_config.adapter_kind == "vera"
+    assert config_of(again).adapter_kind == "vera"
     expected = read_adapter(tmp_path / "vera")[1]
     assert same(adapter_tensors(trainable(again)), expected)
     plain = model_for(change(rank=8, adapter_bits=4), start=tmp_path / "vera")
-    assert plain.adapter_config is not None
-    assert plain.adapter_config.adapter_kind == "lora" and plain.adapter_config.bits == 4
+    assert config_of(plain).adapter_kind == "lora" and config_of(plain).bits == 4
     run(tmp_path / "lora", change(rank=8))
     with pytest.raises(ValueError, match="is not of kind vera, so it cannot be continued as such"):
         model_for(vera, start=tmp_path / "lora")
@@ -179,11 +190,11 @@ def test_vera_is_continued_as_vera_or_as_trained_matrices(tmp_path):
 def test_a_quantised_adapter_is_continued_and_averaged(tmp_path):
     run(tmp_path / "one", change(adapter_bits=4))
     model = model_for(SETTINGS, start=tmp_path / "one")
-    assert model.adapter_config is not None and model.adapter_config.bits == 0
+    assert config_of(model).bits == 0
     weights = read_adapter(tmp_path / "one")[1]
     assert same(adapter_tensors(trainable(model)), weights)
     run(tmp_path / "two", SETTINGS, model)
-    config, mean = mean_adapter([tmp_path / "one", tmp_path / "two"])
+    config, mean = mean_of([tmp_path / "one", tmp_path / "two"])
     assert config.bits == 0 and config == config.as_plain()
     other = read_adapter(tmp_path / "two")[1]
     for name, value in mean.items():
@@ -194,7 +205,7 @@ def test_a_quantised_adapter_is_continued_and_averaged(tmp_path):
 def test_states_of_vera_are_averaged_as_low_rank_weights(tmp_path):
     run(tmp_path, change(adapter_kind="vera", rank=8))
     states = [tmp_path / "training" / f"state-000000{step}" for step in (2, 4)]
-    config, mean = mean_adapter(states)
+    config, mean = mean_of(states)
     assert config.adapter_kind == "lora"
     assert mean["model.layers.0.mlp.down_proj.lora_a"].shape == (64, 8)
 
@@ -207,8 +218,7 @@ def test_ranks_by_layer(tmp_path):
     layers = "model.layers.{}.{}".format
     assert ranks[layers(0, "mlp.up_proj")] == 2 and ranks[layers(0, "mlp.down_proj")] == 6
     assert ranks[layers(1, "mlp.down_proj")] == 8 and ranks[layers(0, "self_attn.q_proj")] == 4
-    assert model.adapter_config is not None
-    pattern = model.adapter_config.rank_pattern
+    pattern = config_of(model).rank_pattern
     assert layers(1, "self_attn.q_proj") not in pattern  # it has the rank of the others
     run(tmp_path, settings, model)
     config, weights = read_adapter(tmp_path)
@@ -218,6 +228,19 @@ def test_ranks_by_layer(tmp_path):
         ValueError, match="rank_by_layer cannot be used with .*, which has its ranks"
     ):
         model_for(settings, start=tmp_path)
+
+
+def test_an_adapter_is_continued_as_it_is_stored_unless_options_say_otherwise(tmp_path):
+    run(tmp_path / "one", change(adapter_bits=4, sampler_bits=8))
+    command = {"resume_adapter_file": str(tmp_path / "one"), "adapter_path": str(tmp_path / "two")}
+
+    def storage(**options: Any) -> tuple[int, int, int]:
+        settings = make_plan(command | options, RunFolder(tmp_path / "two")).settings
+        return settings.adapter_bits, settings.bits_of_sampler, settings.adapter_group_size
+
+    assert storage() == (4, 8, 32)
+    assert storage(adapter_bits=3) == (3, 3, 64)
+    assert storage(adapter_bits=0) == (0, 0, 64)
 
 
 @pytest.mark.parametrize(

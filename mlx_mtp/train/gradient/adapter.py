@@ -39,6 +39,9 @@ from mlx_mtp.train.settings import HEADS_DRAFTER, MASK_DRAFTER, PROJECTIONS, Tra
 
 AnyConfig = MTPConfig | HeadsConfig
 
+STORAGE = {"adapter_kind", "adapter_bits", "sampler_bits", "adapter_group_size"}
+"""Settings that decide how an adapter is stored."""
+
 _OWNERS = ("base.", "heads.")  # prefixes of parameters that an adapter file does not have
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # names of layers that choose experts
 _SMALLEST = 16  # width of a layer worth an adapter; smaller ones are gates and coefficients
@@ -52,7 +55,7 @@ def new_adapter(model: MTPModel, settings: TrainSettings, *, start: Path | None 
 
     Args:
         model: loaded without an adapter; its modules are wrapped in place.
-        settings: shape of a new adapter; only k may differ from ``start``.
+        settings: shape of a new adapter; only k and how it is stored may differ from ``start``.
         start: adapter folder to continue from; additional masks begin as its last one.
 
     Raises:
@@ -106,6 +109,18 @@ def adapter_settings(config: AnyConfig) -> dict[str, Any]:
     fixed = {"drafter": MASK_DRAFTER, "rank": config.rank, "scale": config.scale}
     fixed |= {"sampler": config.sampler is not None}
     return fixed | ({"target_modules": config.target_modules} if config.target_modules else {})
+
+
+def storage_settings(config: AnyConfig) -> dict[str, Any]:
+    """Values of the settings in ``STORAGE`` with which an adapter is stored as it was."""
+    if not isinstance(config, MTPConfig):
+        return {}
+    return {
+        "adapter_kind": config.adapter_kind,
+        "adapter_bits": config.bits,
+        "sampler_bits": config.sampler_bits,
+        "adapter_group_size": config.group_size,
+    }
 
 
 def read_state_adapter(state: Path) -> tuple[AnyConfig, dict[str, mx.array]]:
@@ -186,10 +201,7 @@ def _storage(settings: TrainSettings, layers: Mapping[str, nn.Module]) -> dict[s
     Raises:
         ValueError: VeRA cannot be used with a layer.
     """
-    values: dict[str, Any] = {"bits": settings.adapter_bits}
-    values["sampler_bits"] = settings.bits_of_sampler if settings.sampler else 0
-    if values["bits"] or values["sampler_bits"]:
-        values["group_size"] = settings.adapter_group_size
+    values = _quantisation(settings)
     if settings.adapter_kind != VERA:
         return values
     dims: dict[str, int] = {}
@@ -202,6 +214,14 @@ def _storage(settings: TrainSettings, layers: Mapping[str, nn.Module]) -> dict[s
                 f"vera cannot be used with {leaf_of(path)}, whose layers differ in their inputs"
             )
     return values | {"adapter_kind": VERA, "vera_seed": settings.seed, "vera_dims": dims}
+
+
+def _quantisation(settings: TrainSettings) -> dict[str, Any]:
+    """Values of a configuration about quantised weights."""
+    bits = settings.bits_of_sampler if settings.sampler else 0
+    is_quantised = bits or settings.adapter_bits
+    size = {"group_size": settings.adapter_group_size} if is_quantised else {}
+    return {"bits": settings.adapter_bits, "sampler_bits": bits, **size}
 
 
 def target_layers(base: nn.Module, settings: TrainSettings) -> dict[str, nn.Module]:
@@ -274,9 +294,10 @@ def _with_storage(config: AnyConfig, settings: TrainSettings, start: Path) -> An
     if settings.adapter_kind == VERA:
         if not is_vera(config):
             raise ValueError(f"{start} is not of kind vera, so it cannot be continued as such")
-        kept = {"adapter_kind": VERA, "vera_seed": config.vera_seed, "vera_dims": config.vera_dims}
-        return dataclasses.replace(config.as_plain(), **kept, sampler_bits=settings.bits_of_sampler)
-    return dataclasses.replace(config.as_plain(), **_storage(settings, {}))
+        stored = _quantisation(settings)
+        stored |= {"vera_seed": config.vera_seed, "vera_dims": config.vera_dims}
+        return dataclasses.replace(config.as_plain(), adapter_kind=VERA, **stored)
+    return dataclasses.replace(config.as_plain(), **_quantisation(settings))
 
 
 def _continued(
