@@ -47,6 +47,7 @@ from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.native.module import NativeModule
 from mlx_mtp.model.native.names import num_modules
 from mlx_mtp.model.native.stored import read_native
+from mlx_mtp.model.statistics import read_statistics
 from mlx_mtp.planning.plan import AUTO, LOOKUP
 from mlx_mtp.storage.contents import adapter_problem, look, model_problem
 from mlx_mtp.storage.data_wheels import ON_REQUEST, gguf_path
@@ -489,9 +490,14 @@ def _with_adapter(base: nn.Module, name: str, folder: Path, *, shown: str) -> MT
     config, weights = read_any_adapter(folder)
     check_base(base, config, adapter=shown, name=name)
     try:
-        return MTPModel(base, name=name, config=config, weights=weights)
+        model = MTPModel(base, name=name, config=config, weights=weights)
     except ValueError as error:
         raise ValueError(f"{shown}: {error}") from None
+    try:
+        model.statistics = read_statistics(folder, config)
+    except ValueError as error:  # decoding does not need them
+        LOG.warning("the statistics of the adapter are not used: %s", first_line(error))
+    return model
 
 
 def _load_tokenizer(

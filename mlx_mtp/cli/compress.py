@@ -6,24 +6,18 @@ from pathlib import Path
 
 import cloup
 
-from mlx_mtp.cli.options import option
+from mlx_mtp.cli.options import field_option, option
 from mlx_mtp.terminal import Status, human_bytes, show
+from mlx_mtp.train.settings import TrainSettings
 
 
 @cloup.command()
 @cloup.argument("adapter", help="Folder or Hugging Face id.")
 @option("--adapter-path", required=True, metavar="OUT", help="Folder to write the adapter to.")
-@option(
-    "--adapter-bits", default=0, help="Bits of the quantized LoRA weights, such as 4; 0 is float16."
-)
-@option(
-    "--sampler-bits",
-    type=int,
-    help="Bits of the sampler head's quantized weights.",
-    show_default="those of --adapter-bits",
-)
-@option("--adapter-group-size", default=64, help="Number of quantized weights with the same scale.")
-@option("--rank", type=int, help="Highest rank of a layer.", show_default="the adapter's own")
+@field_option(TrainSettings, "adapter_bits")
+@field_option(TrainSettings, "sampler_bits")
+@field_option(TrainSettings, "adapter_group_size")
+@option("--max-rank", type=int, help="Maximum rank of a layer.", show_default="the adapter's own")
 @option(
     "--energy",
     default=1.0,
@@ -35,7 +29,7 @@ def compress(
     adapter_bits: int,
     sampler_bits: int | None,
     adapter_group_size: int,
-    rank: int | None,
+    max_rank: int | None,
     energy: float,
 ) -> None:
     """Make an adapter smaller by quantizing its weights or lowering its ranks.
@@ -49,7 +43,7 @@ def compress(
         bits=adapter_bits,
         sampler_bits=sampler_bits,
         group_size=adapter_group_size,
-        rank=rank,
+        max_rank=max_rank,
         energy=energy,
     )
     with Status("Compressing the adapter ..."):

@@ -25,6 +25,7 @@ from mlx_mtp.cli.chat import chat
 from mlx_mtp.cli.compress import compress
 from mlx_mtp.cli.convert import convert, export, inspect
 from mlx_mtp.cli.doctor import doctor
+from mlx_mtp.cli.evaluate import evaluate
 from mlx_mtp.cli.generate import generate
 from mlx_mtp.cli.options import CONTEXT
 from mlx_mtp.cli.serve import serve
@@ -39,10 +40,11 @@ SECTIONS = (
     cloup.Section("Generate", [generate, chat]),
     cloup.Section("Serve", [serve, app]),
     cloup.Section("Convert and train", [convert, export, inspect, train, average, compress]),
-    cloup.Section("Measure", [benchmark, verify, tune, doctor, simulate]),
+    cloup.Section("Measure", [benchmark, evaluate, verify, tune, doctor, simulate]),
 )
 WITHOUT_TORCH = (
-    average, benchmark, chat, compress, convert, export, generate, inspect, simulate, train, tune,
+    average, benchmark, chat, compress, convert, evaluate, export, generate, inspect, simulate,
+    train, tune,
     verify,
 )  # fmt: skip
 WITH_TORCH = {"--trust-remote-code", "--against-pytorch", "--allow-pickle", "--verify"}

@@ -44,7 +44,7 @@ def parse_variant(text: str) -> Compression:
         bits=int(bits) % 16,
         sampler_bits=int(sampler) % 16,
         group_size=int(group or 64),
-        rank=None if rank is None else int(rank),
+        max_rank=None if rank is None else int(rank),
         energy=float(energy or 1),
     )
 

@@ -33,7 +33,7 @@ class Compression:
         bits: bits of the low-rank weights; 0 is float16.
         sampler_bits: bits of the sampler head's linear layers; None is ``bits``.
         group_size: number of quantised weights with the same scale.
-        rank: highest rank of a layer; None keeps the ranks.
+        max_rank: maximum rank of a layer; None keeps the ranks.
         energy: share of the sum of a layer's squared singular values that its rank has to keep.
 
     Raises:
@@ -43,23 +43,23 @@ class Compression:
     bits: int = 0
     sampler_bits: int | None = None
     group_size: int = 64
-    rank: int | None = None
+    max_rank: int | None = None
     energy: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if self.max_rank is not None and self.max_rank < 1:
+            raise ValueError(f"max_rank must be at least 1, got {self.max_rank}")
         if not 0 < self.energy <= 1:
             raise ValueError(f"energy must be above 0 and at most 1, got {self.energy}")
 
     @property
     def keeps_ranks(self) -> bool:
         """Whether no layer gets another rank."""
-        return self.rank is None and self.energy == 1
+        return self.max_rank is None and self.energy == 1
 
     def words(self) -> str:
         """Describe the compression, for the card."""
-        parts = [] if self.rank is None else [f"rank at most {self.rank}"]
+        parts = [] if self.max_rank is None else [f"rank at most {self.max_rank}"]
         parts += [] if self.energy == 1 else [f"{self.energy:.4g} of the energy of each layer"]
         sampler = self.bits if self.sampler_bits is None else self.sampler_bits
         if self.bits or sampler:
@@ -97,7 +97,9 @@ def compress(
     made, ranks = dict(weights), {}
     for name in [name for name in weights if name.endswith(".lora_a")]:
         path = name.removesuffix(".lora_a")
-        a, b = shortened(made[name], made[f"{path}.lora_b"], rank=how.rank, energy=how.energy)
+        a, b = shortened(
+            made[name], made[f"{path}.lora_b"], max_rank=how.max_rank, energy=how.energy
+        )
         made |= {name: a, f"{path}.lora_b": b}
         ranks[path] = a.shape[-1]
     usual = Counter(ranks.values()).most_common(1)[0][0] if ranks else config.rank
@@ -106,14 +108,14 @@ def compress(
 
 
 def shortened(
-    lora_a: mx.array, lora_b: mx.array, *, rank: int | None = None, energy: float = 1.0
+    lora_a: mx.array, lora_b: mx.array, *, max_rank: int | None = None, energy: float = 1.0
 ) -> tuple[mx.array, mx.array]:
     """The nearest product of a lower rank.
 
     Args:
         lora_a: ``[in, r]``, or ``[E, in, r]`` of experts.
         lora_b: ``[r, out]``, or ``[E, r, out]``.
-        rank: highest rank of the result.
+        max_rank: maximum rank of the result.
         energy: share of the squared singular values, of all experts together, to keep.
 
     Returns:
@@ -125,7 +127,7 @@ def shortened(
     squares = (values**2).reshape(-1, values.shape[-1]).sum(0)
     shares = np.cumsum(squares) / max(float(squares.sum()), 1e-300)
     needed = 1 + int(np.searchsorted(shares, energy * (1 - 1e-12)))
-    size = min(needed, values.shape[-1], rank or values.shape[-1])
+    size = min(needed, values.shape[-1], max_rank or values.shape[-1])
     root = np.sqrt(values[..., None, :size])
     a = left @ (u[..., :size] * root)
     b = right @ (v_t.swapaxes(-1, -2)[..., :size] * root)

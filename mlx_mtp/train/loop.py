@@ -22,6 +22,7 @@ import mlx.core as mx
 
 from mlx_mtp.evaluation.acceptance import Evaluation, evaluate
 from mlx_mtp.evaluation.sequences import TokenSequence
+from mlx_mtp.evaluation.statistics import count_vocabulary
 from mlx_mtp.model.fingerprint import is_fingerprint_of
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.files import remove_drafts
@@ -176,6 +177,7 @@ class _Run:
         self.step, self.sums, self.grad_norm = 0, _Sums(), 0.0
         self.best: Evaluation | None = None
         self.best_step, self.best_weights = 0, RAW
+        self.vocabulary = count_vocabulary(data.train, data.held_out)
         self.next_token_loss: float | None = None
         self.history: History | None = None
         self.workers: Workers | None = None
@@ -329,7 +331,9 @@ class _Run:
         assert config is not None and self.best is not None
         if self.settings.gate:
             config = dataclasses.replace(config, acceptance=self.best.monotonic_acceptance())
-            save_adapter(self.output, config, adapter_tensors(parameters))
+            statistics = self.best.statistics("held-out text of the training run", self.vocabulary)
+            tensors = adapter_tensors(parameters)
+            save_adapter(self.output, config, tensors, statistics=statistics)
 
     def _save(self) -> None:
         assert self.history is not None

@@ -228,8 +228,8 @@ class TrainSettings:
     )
     ema: float = _training(
         0.995,
-        "Maximum decay of the exponential moving average of the weights, which is evaluated beside "
-        "the newest weights; 0 turns it off.",
+        "Maximum decay of the exponential moving average of the weights, which is evaluated next "
+        "to the newest weights; 0 turns it off.",
         min=0,
         max=1,
         max_open=True,

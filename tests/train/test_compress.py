@@ -38,7 +38,7 @@ def test_a_lower_rank_is_the_nearest_product(rank):
     a, b = factors(24)
     full = np.array(a, np.float64) @ np.array(b, np.float64)
     values = np.linalg.svd(full, compute_uv=False)
-    low_a, low_b = shortened(a, b, rank=rank)
+    low_a, low_b = shortened(a, b, max_rank=rank)
     assert low_a.shape == (24, min(rank, 6)) and low_b.shape == (min(rank, 6), 16)
     error = np.linalg.norm(full - np.array(low_a) @ np.array(low_b))
     assert error == pytest.approx(np.sqrt((values[rank:6] ** 2).sum()), rel=1e-4, abs=1e-4)
@@ -65,10 +65,10 @@ def test_ranks_that_are_not_needed_go(tmp_path):
 
 def test_experts_are_shortened_together():
     a, b = factors(3, 24)
-    low_a, low_b = shortened(a, b, rank=2)
+    low_a, low_b = shortened(a, b, max_rank=2)
     assert low_a.shape == (3, 24, 2) and low_b.shape == (3, 2, 16)
     for index in range(3):
-        alone = shortened(a[index], b[index], rank=2)
+        alone = shortened(a[index], b[index], max_rank=2)
         assert mx.allclose(low_a[index] @ low_b[index], alone[0] @ alone[1], atol=1e-4)
 
 
@@ -85,7 +85,7 @@ def test_layers_get_the_ranks_that_they_need(tmp_path):
     a, b = weights[f"{path}.lora_a"], weights[f"{path}.lora_b"]
     weights |= {f"{path}.lora_a": a * mx.array([1.0, 0, 0, 0]), f"{path}.lora_b": b}
     source = save_adapter(tmp_path / "in", config, weights)
-    made = save_compressed(source, tmp_path / "out", Compression(energy=0.999, rank=3))
+    made = save_compressed(source, tmp_path / "out", Compression(energy=0.999, max_rank=3))
     assert made.rank == 3 and made.rank_pattern == {path: 1}
     model = MTPModel(tiny_base("llama"), config=made, weights=read_adapter(tmp_path / "out")[1])
     assert model.adapter_config == made
@@ -97,7 +97,7 @@ def test_the_command_writes_a_smaller_adapter_that_loads(tmp_path):
     model, adapter = save_tiny_pair(tmp_path)
     out = tmp_path / "small"
     words = ["compress", str(adapter), "--adapter-path", str(out), "--adapter-bits", "4"]
-    words += ["--sampler-bits", "8", "--adapter-group-size", "32", "--rank", "2"]
+    words += ["--sampler-bits", "8", "--adapter-group-size", "32", "--max-rank", "2"]
     result = CliRunner().invoke(cli, words)
     assert result.exit_code == 0, result.output
     sizes = [(folder / WEIGHTS_FILE).stat().st_size for folder in (adapter, out)]
@@ -115,8 +115,8 @@ def test_the_command_writes_a_smaller_adapter_that_loads(tmp_path):
     ("words", "message"),
     [
         (["--adapter-bits", "7"], "bits must be one of 2, 3, 4, 5, 6, 8, got 7"),
-        (["--adapter-bits", "4", "--adapter-group-size", "7"], "group_size must be one of"),
-        (["--rank", "0"], "rank must be at least 1, got 0"),
+        (["--adapter-bits", "4", "--adapter-group-size", "48"], "group_size must be one of"),
+        (["--max-rank", "0"], "max_rank must be at least 1, got 0"),
         (["--energy", "0"], "energy must be above 0 and at most 1, got 0.0"),
     ],
 )
@@ -139,7 +139,7 @@ def test_heads_and_existing_folders_are_refused(tmp_path):
 def test_variants_of_the_table():
     assert parse_variant("16/16") == Compression(sampler_bits=0)
     assert parse_variant("4/8g32r16e0.9") == Compression(
-        bits=4, sampler_bits=8, group_size=32, rank=16, energy=0.9
+        bits=4, sampler_bits=8, group_size=32, max_rank=16, energy=0.9
     )
     with pytest.raises(ValueError, match="variant '4' must be BITS/BITS"):
         parse_variant("4")
@@ -148,7 +148,7 @@ def test_variants_of_the_table():
 def test_a_model_of_the_table_computes_as_one_that_loads_the_file(tmp_path):
     config, weights = random_adapter(tiny_base("llama"))
     model = tiny_mtp("llama")
-    how = Compression(bits=4, sampler_bits=8, group_size=32, rank=2)
+    how = Compression(bits=4, sampler_bits=8, group_size=32, max_rank=2)
     made, tensors = compress(config, weights, how)
     use(model, made, tensors)
     source = save_adapter(tmp_path / "in", config, weights)

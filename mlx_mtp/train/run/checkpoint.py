@@ -27,6 +27,7 @@ import numpy as np
 
 from mlx_mtp.model.adapter_file import file_shapes, from_file, to_file
 from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, HeadsConfig, MTPConfig
+from mlx_mtp.model.statistics import STATISTICS_FILE, AdapterStatistics, write_statistics
 from mlx_mtp.storage.files import write_atomically
 from mlx_mtp.storage.safetensors import check_safetensors, read_json_object
 
@@ -147,18 +148,21 @@ def save_adapter(
     weights: Mapping[str, mx.array],
     *,
     readme: str | None = None,
+    statistics: AdapterStatistics | None = None,
     dtype: mx.Dtype = mx.float16,
 ) -> None:
     """Write an adapter folder, so that a loader never finds weights with another configuration.
 
     Each file is replaced atomically.  A different configuration is removed before the weights
     change, and the new one is written last; in between the folder is not an adapter folder.
+    Statistics of other weights are removed too.
 
     Args:
         folder: created if missing.
         config: the adapter's configuration, which decides what is quantised.
         weights: by name, see ``adapter_file.to_file``.
         readme: text of ``README.md``; None does not change it.
+        statistics: of these weights, if they were evaluated.
         dtype: type of the tensors in the file that are not quantised.
 
     Raises:
@@ -179,9 +183,12 @@ def save_adapter(
         same = _text(folder / CONFIG_FILE) == text
         if not same:
             (folder / CONFIG_FILE).unlink(missing_ok=True)
+        (folder / STATISTICS_FILE).unlink(missing_ok=True)
         os.replace(draft, folder / WEIGHTS_FILE)
     finally:
         draft.unlink(missing_ok=True)
+    if statistics is not None:
+        write_statistics(folder, statistics)
     if not same:
         write_atomically(folder / CONFIG_FILE, text)
     if readme is not None:
