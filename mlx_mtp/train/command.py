@@ -32,7 +32,12 @@ from mlx_mtp.train.data.pipeline import (
 )
 from mlx_mtp.train.data.records import Record
 from mlx_mtp.train.data.topics import read_topics
-from mlx_mtp.train.gradient.adapter import adapter_settings, new_adapter
+from mlx_mtp.train.gradient.adapter import (
+    STORAGE,
+    adapter_settings,
+    new_adapter,
+    storage_settings,
+)
 from mlx_mtp.train.gradient.workers import WorkerSpec
 from mlx_mtp.train.loop import TrainData, TrainResult
 from mlx_mtp.train.loop import train as run_loop
@@ -174,7 +179,7 @@ def _resumed(options: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
 
 
 def _train_settings(options: Mapping[str, Any], start: Path | None) -> TrainSettings:
-    """Settings from the options, and from the adapter to start from, of which only k may differ.
+    """Settings from the options, and from the adapter to start from, whose shape they must have.
 
     Raises:
         ValueError: a value is out of range, or differs from the adapter's, or that has no mask
@@ -192,6 +197,8 @@ def _train_settings(options: Mapping[str, Any], start: Path | None) -> TrainSett
                 "(noise_ids)"
             )
         values.setdefault("num_draft_tokens", config.num_draft_tokens)
+        if not STORAGE & set(values):  # what is named decides for all of them
+            values |= storage_settings(config)
         for name, value in adapter_settings(config).items():
             if values.setdefault(name, value) != value:
                 raise ValueError(f"the adapter {start} has {name} {value}, not {values[name]}")
