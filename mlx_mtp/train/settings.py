@@ -33,6 +33,7 @@ GROUP_SIZES = (32, 64, 128)
 ADAPTED = ("attention", "shared", "all")
 TEACHERS = ("argmax", "sample", "dist")
 EVEN, REACH = "even", "reach"
+AUTO, MLX, TORCH = "auto", "mlx", "torch"  # back-ends
 ROW_WEIGHTS = (EVEN, REACH)
 PROJECTIONS = (
     "q_proj",
@@ -243,6 +244,11 @@ class TrainSettings:
         max=1,
         max_open=True,
     )
+    draft_ramp: int = _adapter(
+        0,
+        "Number of steps in which the masks of a block grow from 1 to k.",
+        min=0,
+    )
     teacher: str = _adapter(
         "argmax",
         "Target of the mask tokens: the model's most likely token, the token in the text, or the "
@@ -270,6 +276,11 @@ class TrainSettings:
     )
     workers: int = _training(
         0, "Number of processes; 0 is one per core on a Linux CPU, otherwise one.", min=0
+    )
+    backend: str = _training(
+        AUTO,
+        "Library that computes gradients; auto takes PyTorch in bfloat16 instead of MLX on a CPU.",
+        choices=(AUTO, MLX, TORCH),
     )
     grad_checkpoint: bool = _training(
         False, "Recompute layers for the gradient, to save memory.", flag="--grad-checkpoint"
@@ -333,11 +344,6 @@ class TrainSettings:
     def bits_of_sampler(self) -> int:
         """Bits of the sampler head's weights; 0 is float16."""
         return self.adapter_bits if self.sampler_bits is None else self.sampler_bits
-
-    @property
-    def first_quantised_step(self) -> int:
-        """Number of the first step, from 0, whose gradient is that of quantised weights."""
-        return round((1 - self.quantized_share) * self.iters)
 
     def rank_of(self, path: str) -> int:
         """Rank of the layer at a module path, as ``rank`` and ``rank_by_layer`` have it."""

@@ -28,12 +28,10 @@ class WeightForm:
 
     Args:
         config: of the adapter.
-        first_quantised_step: number of the first step, from 0, with quantised weights.
     """
 
-    def __init__(self, config: MTPConfig | HeadsConfig, *, first_quantised_step: int = 0) -> None:
+    def __init__(self, config: MTPConfig | HeadsConfig) -> None:
         self._config = config
-        self._first_quantised = first_quantised_step
 
     def trained(self, weights: Parameters) -> Parameters:
         """What is trained, float32, from weights as ``adapter.trainable`` returns them."""
@@ -42,15 +40,15 @@ class WeightForm:
         low_rank, rest = _divided(weights)
         return _joined(vectors(low_rank, self._config), rest)
 
-    def weights(self, parameters: Parameters, *, step: int | None = None) -> Parameters:
+    def weights(self, parameters: Parameters, *, rounds: bool = True) -> Parameters:
         """The weights of the model.
 
         Args:
             parameters: what is trained.
-            step: number of the training step that they are for; None returns those of the file.
+            rounds: whether a quantised adapter gets the numbers of its file.
         """
         low_rank, rest = _divided(parameters)
-        if is_quantised(self._config) and (step is None or step >= self._first_quantised):
+        if rounds and is_quantised(self._config):
             return _joined(rounded(low_rank, self._config), rounded(rest, self._config))
         if is_vera(self._config):
             low_rank = materialised(low_rank, self._config)
