@@ -16,19 +16,18 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_mtp.converters.reference.model import load_reference
 from mlx_mtp.converters.reference.verify import BOUND, on_cpu, relative_error
 from mlx_mtp.loading import load
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.model.plain_weights import plain_weights
 from mlx_mtp.storage.safetensors import check_safetensors
 from mlx_mtp.terminal import Status
 
 PROMPT_SIZES = (64, 7, 1)
 MAX_WINDOW = 512  # longer windows are not filled: a forward in float32 would take minutes
 _STACKED = ".switch_mlp."
-_QUANTISED_LEAVES = ("scales", "biases", "global_scale")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +122,6 @@ def _logits(model: MTPModel, ids: Sequence[int]) -> np.ndarray:
 def _plain_folder(folder: Path, target: Path, model: MTPModel) -> Path:
     """Return the folder itself, or a copy whose weights are as transformers reads them."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    parameters: Any = tree_flatten(model.base.parameters())
     stacked = any(
         _STACKED in name
         for file in folder.glob("model*.safetensors")
@@ -132,22 +130,7 @@ def _plain_folder(folder: Path, target: Path, model: MTPModel) -> Path:
     if "quantization" not in config and not stacked:
         return folder
     tensors: dict[str, mx.array] = {}
-    modules: Any = dict(model.base.named_modules())
-    for path, value in parameters:
-        owner, _, leaf = path.rpartition(".")
-        module = modules[owner]
-        quantised = "scales" in module
-        if quantised and leaf in _QUANTISED_LEAVES:
-            continue
-        if quantised and leaf == "weight":
-            value = mx.dequantize(
-                value,
-                module["scales"],
-                module.get("biases"),
-                group_size=module.group_size,
-                bits=module.bits,
-                mode=module.mode,
-            )
+    for path, value in plain_weights(model.base):
         tensors.update(_unstacked(path, value))
     target.mkdir()
     for key in ("quantization", "quantization_config"):

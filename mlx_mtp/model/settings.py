@@ -137,12 +137,12 @@ def read_settings(config: Mapping[str, Any], *, has_head: bool | None = None) ->
     if not isinstance(inner, dict) or (
         classes is not None and "text_config" not in _fields(classes[1])
     ):
-        known = _transformers_config(config)
+        known = transformers_config(config)
         return _read_flat(config, known, has_head=has_head, classes=classes)
-    outer = _transformers_config(config)
+    outer = transformers_config(config)
     known: Any = outer.get_text_config() if outer is not None else None
     if not isinstance(known, PreTrainedConfig):  # some classes keep it as it is in the file
-        known = _transformers_config(inner)
+        known = transformers_config(inner)
     if known is not None:
         inner = {"model_type": known.model_type, **inner}
     if "tie_word_embeddings" in config:
@@ -245,7 +245,7 @@ def _is_required(field: dataclasses.Field[Any]) -> bool:
     return field.default is field.default_factory is dataclasses.MISSING
 
 
-def _transformers_config(config: Mapping[str, Any]) -> PreTrainedConfig | None:
+def transformers_config(config: Mapping[str, Any]) -> PreTrainedConfig | None:
     """Read a configuration by transformers' class; None if it does not know the model type."""
     model_type = config.get("model_type")
     if model_type == "mistral" and "layer_types" in config:  # as AutoConfig does
@@ -342,7 +342,7 @@ def _check_fixed(
 
 def _is_derived(config: Mapping[str, Any], key: str, value: Any) -> bool:
     """Return whether transformers derives a setting's value from the others."""
-    known = _transformers_config({k: v for k, v in config.items() if k != key})
+    known = transformers_config({k: v for k, v in config.items() if k != key})
     return getattr(known, key, None) == value
 
 
