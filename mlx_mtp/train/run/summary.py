@@ -116,6 +116,7 @@ def recipe_of(
         "command": command.get("command", ""),
         "seed": seed,
         "data hash": command.get("data_hash", ""),
+        "benchmarks": command.get("contamination", ""),
         "steps": result.step,
         "hardware": hardware(),
         "time": duration(seconds),
