@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
 PROJECT = "mlx-mtp"
 _COMPARED = "compared_with"  # in the command of a run: benchmarks its text was compared with
+_DATA_FACTS = ("data_hash", _COMPARED, "contamination")
 _SHARED = {"seed", "backend"}  # options of the text and of the training
 _DATA_OPTIONS = {option_name(field) for field in dataclasses.fields(DataSettings)} - _SHARED
 _PATHS = ("model", "data", "topics", "resume_adapter_file")
@@ -288,15 +289,15 @@ def _run_in(
     )
     command = {"command": command_line(folder, plan.typed)}
     command |= {"options": plan.options, "typed": plan.typed}
-    saved_hash = folder.read_command().get("data_hash") if plan.resume else None
-    command |= {"data_hash": saved_hash} if saved_hash else {}
+    saved = folder.read_command() if plan.resume else {}
+    command |= {name: saved[name] for name in _DATA_FACTS if name in saved}
     if not plan.resume or folder.newest_step() is None:  # else the loop may refuse the options
         folder.write_command(command)
     with Interrupt() as interrupt:
         try:
             with _errors_name_what_is_saved(folder):
                 prepared = _prepare(
-                    folder, plan, model, tokenizer, source, saved_hash, display, interrupt
+                    folder, plan, model, tokenizer, source, saved, display, interrupt
                 )
                 command |= {"data_hash": prepared.data_hash}
                 if (contamination := prepared.contamination) is not None:
@@ -325,7 +326,7 @@ def _prepare(
     model: MTPModel,
     tokenizer: TokenizerWrapper,
     source: list[Record],
-    saved_hash: str | None,
+    saved: Mapping[str, Any],
     display: Display,
     interrupt: Interrupt,
 ) -> Prepared:
@@ -335,6 +336,8 @@ def _prepare(
         display.data(progress)
         interrupt.check()
 
+    saved_hash = saved.get("data_hash")
+    compare_with = BENCHMARKS if saved_hash is None else saved.get(_COMPARED)
     if saved_hash is not None and not plan.data.as_is:
         records = saved_records(folder.data, plan.data, data_sha256=saved_hash)
     else:
@@ -355,10 +358,14 @@ def _prepare(
         tokenizer,
         max_seq_length=plan.settings.max_seq_length,
         held_out=plan.data.held_out,
-        compare_with=BENCHMARKS if saved_hash is None else folder.read_command().get(_COMPARED),
+        compare_with=compare_with,
     )
     if saved_hash is not None and prepared.data_hash != saved_hash:
         raise ValueError(f"{plan.data.data} was changed since the run began")
+    if saved_hash is not None and prepared.contamination is not None:
+        missing = {*(compare_with or ())} - {*prepared.contamination.names}
+        if missing:  # other texts would be left out than when the run began
+            raise ValueError(prepared.lines[0])
     for line in prepared.lines:
         display.log(line)
     return prepared

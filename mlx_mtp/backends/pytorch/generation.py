@@ -114,7 +114,7 @@ class TorchGenerator:
             yield from self._step(batch, on_step)
             batch = batch if batch.rows else None
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _begin(self, rows: list[_Row]) -> _Batch:
         """Read all ids but the last that every prompt of a batch has."""
         length = len(rows[0].ids) - 1
@@ -128,7 +128,7 @@ class TorchGenerator:
             batch.join(part)
         return batch
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _step(
         self, batch: _Batch, on_step: Callable[[int], None]
     ) -> list[tuple[int, list[int], str]]:
