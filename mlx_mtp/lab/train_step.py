@@ -21,9 +21,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import click
-import mlx.core as mx
-import mlx.optimizers as optim
-import numpy as np
 
 from mlx_mtp.bench.machine_state import threads
 from mlx_mtp.cli.options import AS_JSON, MODEL, field_option, option
@@ -36,7 +33,7 @@ from mlx_mtp.terminal import Status
 from mlx_mtp.train.gradient.adapter import new_adapter, trainable
 from mlx_mtp.train.gradient.step import Parameters, StepGradient, blocks_of
 from mlx_mtp.train.gradient.workers import Workers, WorkerSpec, one_blas_thread, worker_count
-from mlx_mtp.train.loop import schedule
+from mlx_mtp.train.optimiser import Optimiser
 from mlx_mtp.train.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -55,24 +52,19 @@ class OurStep:
     def __init__(
         self, model: MTPModel, settings: TrainSettings, *, workers: Workers | None = None
     ) -> None:
-        self._settings, self._workers = settings, workers
+        self._workers = workers
         self._gradient = StepGradient(model, settings)
-        self._parameters = trainable(model)
-        self._optimiser = optim.AdamW(
-            learning_rate=schedule(settings),
-            weight_decay=settings.weight_decay,
-            bias_correction=True,
-        )
-        self._optimiser.init(self._parameters)
+        self._optimiser = Optimiser(settings, trainable(model))
 
     def __call__(self, data: Sequence[TokenSequence], chosen: Sequence[int], *, step: int) -> None:
         """Run a step on the sequences with the indices ``chosen``."""
-        result = self._gradient(self._parameters, data, chosen, step=step, workers=self._workers)
-        gradients, norm = optim.clip_grad_norm(result.gradients, self._settings.clip or math.inf)
-        assert math.isfinite(float(np.array(norm)))
-        self._parameters = self._optimiser.apply_gradients(gradients, self._parameters)
-        mx.eval(self._parameters, self._optimiser.state)
-        self._gradient.load(self._parameters)
+        result = self._gradient(
+            self._optimiser.parameters, data, chosen, step=step, workers=self._workers
+        )
+        gradients, norm = self._optimiser.clip(result.gradients)
+        assert math.isfinite(norm)
+        self._optimiser.update(gradients)
+        self._gradient.load(self._optimiser.parameters)
 
 
 def sample_sequences(tokenizer: Any, *, count: int, length: int) -> list[TokenSequence]:

@@ -13,28 +13,38 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_mtp.loading import read_any_adapter
+from mlx_mtp.loading import read_any_adapter, resolve_adapter
 from mlx_mtp.train.gradient.adapter import AnyConfig, read_state_adapter
 from mlx_mtp.train.run.card import training_card
-from mlx_mtp.train.run.checkpoint import is_state, save_adapter
+from mlx_mtp.train.run.checkpoint import is_state, save_adapter, state_weights
 
 Tensors = dict[str, mx.array]
+
+
+def find_adapter(name: str) -> Path:
+    """Find an adapter by folder or hub id, or weights of a state.
+
+    Raises:
+        ValueError: it does not exist or is not an adapter of mlx-mtp.
+    """
+    path = Path(name).expanduser()
+    return path if is_state(path) and state_weights(path)[0].is_dir() else resolve_adapter(name)
 
 
 def mean_adapter(folders: Sequence[Path]) -> tuple[AnyConfig, Tensors]:
     """The mean of adapters.
 
     Args:
-        folders: two or more; adapter folders, or states of training runs, see
+        folders: two or more, or one state; adapter folders, or states of training runs, see
             ``adapter.read_state_adapter``.
 
     Returns:
         Their configuration without an acceptance, and the mean of their tensors by name, float32.
 
     Raises:
-        ValueError: there are fewer than two, one cannot be read, or their shapes differ.
+        ValueError: there are too few, one cannot be read, or their shapes differ.
     """
-    if len(folders) < 2:
+    if len(folders) < 2 and not any(map(is_state, folders)):
         raise ValueError(f"a mean needs at least two adapters, got {len(folders)}")
     first, sums = _read(folders[0])
     first, sums = (
@@ -64,7 +74,8 @@ def save_mean(folders: Sequence[Path], output: Path, *, names: Sequence[str] = (
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} already exists")
     config, weights = mean_adapter(folders)
-    recipe = {"mean of": ", ".join(names or [str(folder) for folder in folders])}
+    source = "mean of" if len(folders) > 1 else "copy of"
+    recipe = {source: ", ".join(names or [str(folder) for folder in folders])}
     save_adapter(output, config, weights, readme=training_card(config, recipe=recipe, best=None))
     return config
 

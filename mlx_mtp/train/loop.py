@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.optimizers as optim
-import numpy as np
 
 from mlx_mtp.evaluation.acceptance import Evaluation, evaluate
 from mlx_mtp.evaluation.sequences import TokenSequence
@@ -30,21 +28,21 @@ from mlx_mtp.storage.files import remove_drafts
 from mlx_mtp.train.gradient.adapter import adapter_tensors, trainable
 from mlx_mtp.train.gradient.losses import next_token_loss
 from mlx_mtp.train.gradient.step import (
+    Parameters,
     StepGradient,
     StepResult,
     checkpoint_layers,
     sequences_of_step,
 )
 from mlx_mtp.train.gradient.workers import Workers, WorkerSpec, one_blas_thread, worker_count
+from mlx_mtp.train.optimiser import Optimiser
 from mlx_mtp.train.run.checkpoint import (
-    OPTIMISER,
-    PARAMETERS,
+    RAW,
     TrainState,
     newest_state,
     remove_old_states,
     save_adapter,
     save_state,
-    under,
     write_json,
 )
 from mlx_mtp.train.run.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
@@ -77,12 +75,14 @@ class TrainResult:
         finished: False if it was stopped early.
         best: the best evaluation, whose adapter is in the folder.
         best_step: step of that evaluation.
+        best_weights: which weights of that step, ``raw`` or ``ema``.
     """
 
     step: int
     finished: bool
     best: Evaluation | None
     best_step: int
+    best_weights: str = RAW
 
 
 def train(
@@ -168,16 +168,11 @@ class _Run:
         self.model, self.data, self.settings = model, data, settings
         self.output, self.folder, self.on_event = output, output / TRAINING, on_event
         self.gradient = StepGradient(model, settings)
-        self.parameters = trainable(model)
-        self.optimiser = optim.AdamW(
-            learning_rate=schedule(settings),
-            weight_decay=settings.weight_decay,
-            bias_correction=True,  # without it, MLX's default, the first steps are 3 times as long
-        )
-        self.optimiser.init(self.parameters)
+        self.optimiser = Optimiser(settings, trainable(model))
         self.step, self.sums, self.grad_norm = 0, _Sums(), 0.0
         self.best: Evaluation | None = None
-        self.best_step = 0
+        self.best_step, self.best_weights = 0, RAW
+        self.next_token_loss: float | None = None
         self.history: History | None = None
         self.workers: Workers | None = None
 
@@ -186,7 +181,7 @@ class _Run:
         count = worker_count(self.settings.workers, batch_size=self.settings.batch_size)
         if spec is None or count == 1:
             return contextlib.nullcontext()
-        self.workers = Workers(spec, self.data.train, count=count, like=self.parameters)
+        self.workers = Workers(spec, self.data.train, count=count, like=self.optimiser.parameters)
         return self.workers
 
     def restore(self, state: TrainState | None) -> int:
@@ -211,13 +206,13 @@ class _Run:
                 "it cannot be resumed"
             )
         self.step = state.step
-        self.parameters = under(PARAMETERS, state.tensors)
-        self.optimiser.state = _nested(under(OPTIMISER, state.tensors), self.parameters)
+        self.optimiser.restore(state.tensors)
         self.sums = _Sums(**state.values["sums"])
         if state.values["best"]:
             self.best = Evaluation.from_dict(state.values["best"])
         self.best_step = state.values["best_step"]
-        self.gradient.load(self.parameters)
+        self.best_weights = state.values.get("best_weights", RAW)
+        self.gradient.load(self.optimiser.parameters)
         return state.values["history_lines"]
 
     def finish(self, should_stop: Callable[[], bool]) -> TrainResult:
@@ -238,7 +233,9 @@ class _Run:
         is_finished = self.step >= settings.iters
         if not is_finished and self.step % settings.save_every:
             self._save()
-        return TrainResult(self.step, is_finished, self.best, self.best_step)
+        return TrainResult(
+            self.step, is_finished, self.best, self.best_step, best_weights=self.best_weights
+        )
 
     def _do_step(self) -> None:
         start = time.perf_counter()
@@ -250,10 +247,9 @@ class _Run:
             seed=settings.seed,
         )
         result = self.gradient(
-            self.parameters, self.data.train, chosen, step=self.step, workers=self.workers
+            self.optimiser.parameters, self.data.train, chosen, step=self.step, workers=self.workers
         )
-        gradients, norm = optim.clip_grad_norm(result.gradients, settings.clip or math.inf)
-        self.grad_norm = float(np.array(norm))
+        gradients, self.grad_norm = self.optimiser.clip(result.gradients)
         if not (math.isfinite(result.loss) and math.isfinite(self.grad_norm)):
             name = "gradient" if math.isfinite(result.loss) else "loss"
             numbers = ", ".join(map(str, chosen))
@@ -261,9 +257,8 @@ class _Run:
                 f"the {name} of step {self.step + 1} is not finite, in training sequences "
                 f"{numbers} (from 0); a lower learning rate may help"
             )
-        self.parameters = self.optimiser.apply_gradients(gradients, self.parameters)
-        mx.eval(self.parameters, self.optimiser.state)
-        self.gradient.load(self.parameters)
+        self.optimiser.update(gradients)
+        self.gradient.load(self.optimiser.parameters)
         self.step += 1
         seconds = time.perf_counter() - start
         self.sums.add(result, seconds)
@@ -276,7 +271,7 @@ class _Run:
             step=self.step,
             loss=sums.loss / sums.steps,
             terms={name: value / sums.steps for name, value in sums.terms.items()},
-            learning_rate=float(np.array(self.optimiser.learning_rate)),
+            learning_rate=self.optimiser.learning_rate,
             grad_norm=self.grad_norm,
             tokens_per_s=sums.num_tokens / seconds,
             rows_per_s=sums.num_rows / seconds,
@@ -286,38 +281,57 @@ class _Run:
         self.on_event(report)
 
     def _evaluate(self) -> None:
+        """Evaluate the raw and the averaged weights on the same texts; the better ones count.
+
+        The next-token loss, which takes as long as one of the two, is constant with the gate and
+        computed once.
+        """
         count = self.settings.val_batches
         chosen = self.data.held_out if count == -1 else self.data.held_out[:count]
-        evaluation = evaluate(self.model, chosen, rows_per_forward=self.settings.rows_per_forward)
-        loss = next_token_loss(self.model, chosen)
+        versions, results = self.optimiser.versions(), {}
+        for name, parameters in versions.items():
+            self.gradient.load(parameters)
+            results[name] = evaluate(
+                self.model, chosen, rows_per_forward=self.settings.rows_per_forward
+            )
+        weights = max(results, key=lambda name: results[name].tokens_per_step)
+        evaluation = results[weights]
+        if self.next_token_loss is None or not self.settings.gate:
+            self.gradient.load(versions[weights])
+            self.next_token_loss = next_token_loss(self.model, chosen)
         is_best = self.best is None or evaluation.tokens_per_step > self.best.tokens_per_step
         if is_best:
-            self.best, self.best_step = evaluation, self.step
-            self._save_adapter()
-        record = evaluation.to_dict() | {"next_token_loss": loss, "is_best": is_best}
-        self._write("evaluation", {"step": self.step} | record)
-        self.on_event(
-            Evaluated(step=self.step, evaluation=evaluation, next_token_loss=loss, is_best=is_best)
+            self.best, self.best_step, self.best_weights = evaluation, self.step, weights
+            self._save_adapter(versions[weights])
+        self.gradient.load(self.optimiser.parameters)
+        event = Evaluated(
+            step=self.step,
+            evaluation=evaluation,
+            next_token_loss=self.next_token_loss,
+            is_best=is_best,
+            weights=weights,
+            results=results,
         )
+        self._write("evaluation", event.to_dict())
+        self.on_event(event)
 
-    def _save_adapter(self) -> None:
+    def _save_adapter(self, parameters: Parameters) -> None:
         """Write the adapter, unless it was trained without the gate, which decoding always has."""
         config = self.model.adapter_config
         assert config is not None and self.best is not None
         if self.settings.gate:
             config = dataclasses.replace(config, acceptance=self.best.monotonic_acceptance())
-            save_adapter(self.output, config, adapter_tensors(self.parameters))
+            save_adapter(self.output, config, adapter_tensors(parameters))
 
     def _save(self) -> None:
         assert self.history is not None
-        moments = _flat(self.optimiser.state)
-        tensors = {PARAMETERS + name: value for name, value in self.parameters.items()}
-        tensors |= {OPTIMISER + name: value for name, value in moments.items()}
+        tensors = self.optimiser.tensors()
         values = {
             "identity": self._identity(),
             "sums": dataclasses.asdict(self.sums),
             "best": self.best and self.best.to_dict(),
             "best_step": self.best_step,
+            "best_weights": self.best_weights,
             "history_lines": len(self.history),
         }
         path = save_state(self.folder, TrainState(step=self.step, tensors=tensors, values=values))
@@ -350,42 +364,9 @@ _FREE = (
 )
 
 
-def schedule(settings: TrainSettings) -> Callable[[mx.array], mx.array]:
-    """Learning rate by step: a linear warm-up, then a cosine decay."""
-    peak, warmup = settings.learning_rate, min(settings.warmup, settings.iters - 1)
-    decay = optim.cosine_decay(peak, settings.iters - warmup, end=peak * settings.min_learning_rate)
-    if warmup == 0:
-        return decay
-    rise = optim.linear_schedule(peak / (warmup + 1), peak, steps=warmup)
-    return optim.join_schedules([rise, decay], [warmup])
-
-
 def peak_memory_bytes() -> int:
     """Peak memory so far: MLX's count on a GPU, that of the process on a CPU."""
     if mx.default_device().type != mx.cpu:
         return mx.get_peak_memory()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _flat(state: Any) -> dict[str, mx.array]:
-    """The optimiser's state as tensors by name: its own numbers and the moments of parameters."""
-    tensors = {}
-    for name, value in state.items():
-        if isinstance(value, dict):
-            tensors |= {f"{name}.{key}": part for key, part in value.items()}
-        else:
-            tensors[name] = value
-    return tensors
-
-
-def _nested(tensors: dict[str, mx.array], parameters: dict[str, mx.array]) -> dict[str, Any]:
-    """The inverse of ``_flat``."""
-    state: dict[str, Any] = {}
-    for name, value in tensors.items():
-        owner, _, key = name.rpartition(".")
-        if owner in parameters:
-            state.setdefault(owner, {})[key] = value
-        else:
-            state[name] = value
-    return state

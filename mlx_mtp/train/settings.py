@@ -29,6 +29,8 @@ MASK_DRAFTER, HEADS_DRAFTER = "mask", "heads"
 HEAD_KINDS = ("mlp", "layer")
 ADAPTED = ("attention", "shared", "all")
 TEACHERS = ("argmax", "sample", "dist")
+EVEN, REACH = "even", "reach"
+ROW_WEIGHTS = (EVEN, REACH)
 PROJECTIONS = (
     "q_proj",
     "k_proj",
@@ -159,7 +161,20 @@ class TrainSettings:
     min_learning_rate: float = _training(
         0.05, "Final learning rate of the cosine schedule, as a fraction of the peak.", min=0
     )
-    weight_decay: float = _training(0.01, "Weight decay of AdamW.", min=0)
+    weight_decay: float = _training(
+        0.01, "Weight decay of AdamW; norms, biases and mask embeddings have none.", min=0
+    )
+    lora_b_rate: float = _training(
+        1.0, "Learning rate of lora_b as a multiple of the others (LoRA+).", min=0, min_open=True
+    )
+    ema: float = _training(
+        0.995,
+        "Maximum decay of the exponential moving average of the weights, which is evaluated beside "
+        "the newest weights; 0 turns it off.",
+        min=0,
+        max=1,
+        max_open=True,
+    )
     clip: float = _training(1.0, "Maximum norm of the gradient; 0 turns clipping off.", min=0)
     num_anchors: int = _adapter(32, "Number of mask blocks per text.", min=1)
     drop_late: float = _adapter(
@@ -178,6 +193,12 @@ class TrainSettings:
     base_weight: float = _adapter(1.0, "Weight of the cross-entropy.", min=0)
     sampler_weight: float = _adapter(1.0, "Weight of the sampler head's cross-entropy.", min=0)
     lcm_weight: float = _adapter(1.0, "Weight of the latent consistency loss.", min=0)
+    row_weights: str = _adapter(
+        EVEN,
+        "Weights of the mask rows in the cross-entropies: all equal, or more for drafts that a "
+        "decode is likely to reach.",
+        choices=ROW_WEIGHTS,
+    )
     candidates: int = _training(
         0,
         "Number of likely tokens over which the losses are computed; 0 uses the whole vocabulary, "
@@ -219,6 +240,10 @@ class TrainSettings:
             raise ValueError("heads are trained on the frozen model: they have no gate to omit")
         if self.drafter == HEADS_DRAFTER and self.grad_checkpoint:
             raise ValueError("grad_checkpoint is for mask rows, which heads do not have")
+        if self.row_weights == REACH and self.teacher == "dist":
+            raise ValueError(
+                "row_weights reach needs one target token per mask, which the teacher dist has not"
+            )
         if self.grad_checkpoint and not self.gate:  # ordinary rows would get no gradient
             raise ValueError("grad_checkpoint cannot be used without the gate")
         if self.val_batches == 0:

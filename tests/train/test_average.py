@@ -48,9 +48,37 @@ def test_takes_the_state_of_a_run_too(tmp_path):
     name = "mask_embeddings"
     wanted = (weights[0][name].astype(mx.float32) + 2 * weights[1][name].astype(mx.float32)) / 2
     assert mx.allclose(mean[name], wanted, rtol=0, atol=1e-3)
+    with pytest.raises(ValueError, match="state-0000007 has no ema weights"):
+        mean_adapter([folders[0], path / "ema"])
     (path / "state.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="state-0000007 is damaged"):
         mean_adapter([folders[0], path])
+
+
+def test_names_the_newest_or_the_averaged_weights_of_a_state(tmp_path):
+    folder = three(tmp_path)[0]
+    weights = {"base." + name: value for name, value in read_adapter(folder)[1].items()}
+    tensors = {"parameters." + name: value for name, value in weights.items()}
+    tensors |= {"ema." + name: 3 * value for name, value in weights.items()}
+    path = save_state(folder / "training", TrainState(step=7, tensors=tensors, values={}))
+    for name, factor in ((path, 1), (path / "raw", 1), (path / "ema", 3)):
+        out = tmp_path / f"out-{factor}-{name.name}"
+        words = ["average", str(name), "--adapter-path", str(out)]
+        result = CliRunner().invoke(cli, words)
+        assert result.exit_code == 0, result.output
+        assert f"wrote {out}: {name} for " in result.output
+        assert f"copy of | {name}" in (out / "README.md").read_text()
+        for key, value in read_adapter(out)[1].items():
+            wanted = factor * weights["base." + key].astype(mx.float32)
+            assert mx.allclose(value, wanted, rtol=1e-3, atol=1e-4), key
+    _, mean = mean_adapter([path, path / "ema"])
+    assert mx.allclose(mean["mask_embeddings"], 2 * weights["base.mask_embeddings"], rtol=1e-3)
+
+
+def test_a_state_that_is_not_there_is_named(tmp_path):
+    words = ["average", str(tmp_path / "state-0000009" / "ema"), "--adapter-path", str(tmp_path)]
+    result = CliRunner().invoke(cli, words)
+    assert result.exit_code == 2 and "state-0000009/ema does not exist" in result.output
 
 
 def test_does_not_keep_what_one_of_them_was_measured_to_accept(tmp_path):

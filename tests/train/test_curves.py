@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_mtp.train.run.curves import draw_curves, terminal_curves
+from mlx_mtp.train.run.curves import _speeds, draw_curves, terminal_curves
 
 
 def history(steps: int = 200, *, masks: int = 4) -> list[dict[str, Any]]:
@@ -31,17 +31,44 @@ def history(steps: int = 200, *, masks: int = 4) -> list[dict[str, Any]]:
     return records
 
 
+def both(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A history with an average from the second evaluation on."""
+    for record in [record for record in records if record["kind"] == "evaluation"]:
+        speed = record["tokens_per_step"]
+        record["results"] = {"raw": {"tokens_per_step": speed - 0.1}}
+        if record["step"] > 50:
+            record["results"]["ema"] = {"tokens_per_step": speed}
+    return records
+
+
+def test_both_weights_have_a_line() -> None:
+    lines = _speeds(both(history()))
+    assert [step for step, _ in lines["raw weights"]] == [50, 100, 150, 200]
+    assert [step for step, _ in lines["EMA weights"]] == [100, 150, 200]
+    assert lines["EMA weights"][-1][1] == pytest.approx(2.75)
+    assert list(_speeds(history())) == ["raw weights"]
+
+
 @pytest.mark.parametrize(
     "records",
     [
         history(),
+        both(history()),
         history(10),
         [],
         [{"kind": "report", "step": 1, "loss": math.nan, "terms": {"base": math.nan}}],
         history(50, masks=2) + history(100, masks=8)[-1:],
         [{"kind": "evaluation", "step": 0, "tokens_per_step": 1.0, "acceptance": []}],
     ],
-    ids=["whole", "one report", "empty", "nan", "more masks later", "before the first step"],
+    ids=[
+        "whole",
+        "averaged",
+        "one report",
+        "empty",
+        "nan",
+        "more masks later",
+        "before the first step",
+    ],
 )
 def test_every_history_is_drawn(tmp_path: Path, records: list[dict[str, Any]]) -> None:
     pytest.importorskip("matplotlib")

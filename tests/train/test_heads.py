@@ -20,7 +20,7 @@ from mlx_mtp.train.loop import TrainData
 from mlx_mtp.train.run.checkpoint import newest_state, save_state
 from mlx_mtp.train.run.events import Evaluated, Reported
 from mlx_mtp.train.run.memory import estimate
-from mlx_mtp.train.settings import TrainSettings
+from mlx_mtp.train.settings import ROW_WEIGHTS, TrainSettings
 from tests.helpers.tiny import save_tiny_model, save_tiny_pair, tiny_base
 from tests.train import test_loop
 from tests.train.test_loop import SETTINGS, flat, model_for, run, texts
@@ -62,9 +62,10 @@ def test_only_the_heads_are_trained(tmp_path: Path, head: str) -> None:
     assert any(bool(mx.any(x != began[name]).item()) for name, x in trainable(model).items())
 
 
+@pytest.mark.parametrize("rows", ROW_WEIGHTS)
 @pytest.mark.parametrize("head", HEAD_KINDS)
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, head: str) -> None:
-    settings = of_kind(head)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, head: str, rows: str) -> None:
+    settings = of_kind(head, row_weights=rows)
     whole, parts = model_for(settings), model_for(settings)
     run(tmp_path / "whole", settings, model=whole)
     stops = iter([False, False, True, True])

@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 
+from mlx_mtp.train.settings import ROW_WEIGHTS
 from tests.helpers.processes import ForkServer
 
 _TIMING = ("seconds", "tokens_per_s", "rows_per_s", "peak_memory_bytes")
 
 _SOURCE = """
+import sys
 from pathlib import Path
 import mlx_mtp.backends.cpu.blas
 import mlx.core as mx
@@ -40,6 +42,7 @@ def work(task):
         num_draft_tokens=3, rank=4, iters=14, batch_size=2, num_anchors=4, warmup=3,
         learning_rate=3e-3, rows_per_forward=9, steps_per_report=2, steps_per_eval=5,
         save_every=3, val_batches=2, drop_late=0.1, seed=5, workers=1,
+        ema=0.6, lora_b_rate=4.0, row_weights=sys.argv[1],
     )
     model = new_adapter(MTPModel(tiny_base()), settings)
     data = TrainData(train=texts(7, 1), held_out=texts(2, 2), data_hash="x")
@@ -69,10 +72,13 @@ def outcome(output: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", ROW_WEIGHTS)
 @pytest.mark.parametrize("min_kills", [8, pytest.param(50, marks=pytest.mark.soak)])
-def test_a_killed_training_resumes_bit_for_bit(tmp_path: Path, seed: int, min_kills: int) -> None:
+def test_a_killed_training_resumes_bit_for_bit(
+    tmp_path: Path, seed: int, min_kills: int, rows: str
+) -> None:
     rng = random.Random(seed)
-    with ForkServer(_SOURCE) as server:
+    with ForkServer(_SOURCE, [rows]) as server:
         assert server.run(str(tmp_path / "first")) == 0  # warms up
         started = time.perf_counter()
         assert server.run(str(tmp_path / "whole")) == 0
@@ -88,3 +94,5 @@ def test_a_killed_training_resumes_bit_for_bit(tmp_path: Path, seed: int, min_ki
             assert outcome(output) == wanted, f"run {runs} after {kills} kills"
             runs += 1
     assert len(wanted["history"]) == 11  # 7 reports; evaluations at steps 0, 5, 10 and 14
+    last = wanted["history"][-1]
+    assert set(last["results"]) == {"raw", "ema"} and last["weights"] in last["results"]

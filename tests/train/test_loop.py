@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_mtp.evaluation.acceptance import Evaluation, evaluate
 from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.loading import read_adapter
 from mlx_mtp.model.mtp_model import MTPModel
@@ -27,7 +28,9 @@ from mlx_mtp.train.gradient.step import (
     checkpoint_layers,
     sequences_of_step,
 )
-from mlx_mtp.train.loop import TrainData, TrainResult, schedule, train
+from mlx_mtp.train.loop import TrainData, TrainResult, train
+from mlx_mtp.train.optimiser import schedule
+from mlx_mtp.train.run.checkpoint import TrainState, read_state, save_state
 from mlx_mtp.train.run.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
 from mlx_mtp.train.run.history import read_history
 from mlx_mtp.train.settings import TrainSettings
@@ -172,6 +175,8 @@ def test_without_the_gate_the_model_changes_and_no_adapter_is_written(tmp_path):
         {"rows_per_forward": 4, "clip": 0.0},
         {"warmup": 0, "num_draft_tokens": 1},
         {"target_modules": ("q_proj", "down_proj")},
+        {"row_weights": "reach", "drop_late": 0.3},
+        {"row_weights": "reach", "sampler": False, "lora_b_rate": 4.0},
     ],
     ids=str,
 )
@@ -362,3 +367,116 @@ def test_the_learning_rate_rises_and_falls():
     assert values[:11] == sorted(values[:11])
     assert values[10:] == sorted(values[10:], reverse=True)
     assert values[100] == pytest.approx(0.1, abs=1e-3)
+
+
+class TestAverage:
+    """The moving average of the weights in a run."""
+
+    def favour(self, monkeypatch: pytest.MonkeyPatch, better: list[str]) -> None:
+        """Make one version of the weights the better one at each evaluation after the first."""
+        names: list[str] = []
+
+        def scripted(*args: Any, **kwargs: Any) -> Evaluation:
+            result = evaluate(*args, **kwargs)
+            call, names[:] = len(names), [*names, ""]
+            if not call:
+                return dataclasses.replace(result, tokens_per_step=1.0)
+            at, is_ema = divmod(call - 1, 2)
+            wins = better[at] == ("ema" if is_ema else "raw")
+            return dataclasses.replace(result, tokens_per_step=2.0 + at + 0.5 * wins)
+
+        monkeypatch.setattr("mlx_mtp.train.loop.evaluate", scripted)
+
+    @pytest.mark.parametrize("better", ["raw", "ema"])
+    def test_or_the_newest_weights_are_kept_whichever_draft_better(
+        self, tmp_path, monkeypatch, better
+    ):
+        self.favour(monkeypatch, ["raw", better])
+        result, events = run(tmp_path)
+        assert (result.best_step, result.best_weights) == (4, better)
+        evaluations = [event for event in events if isinstance(event, Evaluated)]
+        assert [event.weights for event in evaluations] == ["raw", "raw", better]
+        assert [list(event.results) for event in evaluations] == [["raw"], *[["raw", "ema"]] * 2]
+        lines = read_history(tmp_path / "training" / "history.jsonl")
+        last = lines[-1]
+        assert last["weights"] == better and last["is_best"]
+        assert last["results"][better]["tokens_per_step"] == last["tokens_per_step"] == 3.5
+        other = "raw" if better == "ema" else "ema"
+        assert last["results"][other]["tokens_per_step"] == 3.0
+        state = tmp_path / "training" / "state-0000004"
+        versions = {name: read_state_adapter(state / name)[1] for name in ("raw", "ema")}
+        kept = read_adapter(tmp_path)[1]
+        for name, value in kept.items():
+            assert mx.array_equal(value, versions[better][name].astype(mx.float16)), name
+        assert any(
+            not mx.array_equal(value.astype(mx.float16), kept[name])
+            for name, value in versions[other].items()
+        )
+
+    def test_is_evaluated_with_its_own_weights(self, tmp_path):
+        """Each result is what ``evaluate`` says about the weights in the state."""
+        settings = change(iters=30, learning_rate=1e-2, steps_per_eval=30, teacher="sample")
+        data = TrainData(texts(3, period=4), texts(3, period=4), "hash")
+        _, events = run(tmp_path, settings, data=data)
+        last = [event for event in events if isinstance(event, Evaluated)][-1]
+        model = model_for(settings)
+        names = {tensor: name for name, tensor in zip(*named(model), strict=True)}
+        for weights, result in last.results.items():
+            tensors = read_state_adapter(tmp_path / "training" / "state-0000030" / weights)[1]
+            model.load_weights([(names[name], x) for name, x in tensors.items()], strict=False)
+            assert evaluate(model, data.held_out) == result
+        assert last.evaluation == last.results[last.weights]
+        assert len({result.num_steps for result in last.results.values()}) == 2
+
+    def test_does_not_change_the_steps(self, tmp_path):
+        models = [model_for(SETTINGS) for _ in range(2)]
+        events = [
+            run(tmp_path / str(ema), change(ema=ema), model=model)[1]
+            for ema, model in zip((0.0, 0.9), models, strict=True)
+        ]
+        left, right = map(trainable, models)
+        assert all(mx.array_equal(value, right[name]) for name, value in left.items())
+        alone = [event for event in events[0] if isinstance(event, Evaluated)]
+        assert all(list(event.results) == ["raw"] for event in alone)
+        both = [event for event in events[1] if isinstance(event, Evaluated)]
+        assert [e.results["raw"] for e in alone] == [e.results["raw"] for e in both]
+        with pytest.raises(ValueError, match="state-0000004 has no ema weights"):
+            read_state_adapter(tmp_path / "0.0" / "training" / "state-0000004" / "ema")
+
+    def test_begins_at_the_weights_of_an_old_state(self, tmp_path):
+        """A run of before there was an average, a rate of lora_b or weights of rows."""
+        stops = iter([False, False, True])
+        run(tmp_path, should_stop=lambda: next(stops))
+        path = tmp_path / "training" / "state-0000002"
+        state = read_state(path)
+        tensors = {n: x for n, x in state.tensors.items() if not n.startswith("ema")}
+        values = {key: x for key, x in state.values.items() if key != "best_weights"}
+        new = ("ema", "lora_b_rate", "row_weights")
+        values["identity"] = {k: x for k, x in values["identity"].items() if k not in new}
+        tensors["optimizer.learning_rate"] = mx.array(1e-3)
+        save_state(path.parent, TrainState(step=2, tensors=tensors, values=values))
+        result, events = run(tmp_path, resume=True)
+        assert result.finished
+        assert list([e for e in events if isinstance(e, Evaluated)][-1].results) == ["raw", "ema"]
+        whole = model_for(SETTINGS)
+        run(tmp_path / "whole", model=whole)
+        last = read_state(tmp_path / "training" / "state-0000004").tensors
+        wanted = read_state(tmp_path / "whole" / "training" / "state-0000004").tensors
+        assert last.keys() == wanted.keys()
+        for name, value in last.items():
+            if not name.startswith("ema"):
+                assert mx.array_equal(value, wanted[name]), name
+
+    @pytest.mark.parametrize(
+        "values", [{"ema": 0.9}, {"lora_b_rate": 2.0}, {"row_weights": "reach"}], ids=str
+    )
+    def test_settings_cannot_change_in_a_run(self, tmp_path, values):
+        run(tmp_path, change(iters=2))
+        with pytest.raises(ValueError, match=f"different {next(iter(values))}"):
+            run(tmp_path, change(**values), resume=True)
+
+
+def named(model: MTPModel) -> tuple[list[str], list[str]]:
+    """Names of the parameters of a model, and of their tensors in a file."""
+    parameters = trainable(model)
+    return list(parameters), list(adapter_tensors(parameters))

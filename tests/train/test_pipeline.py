@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from collections import Counter
@@ -23,6 +24,7 @@ from mlx_mtp.train.data.pipeline import (
 from mlx_mtp.train.data.prompts import draw_prompt
 from mlx_mtp.train.data.records import Record, data_hash
 from mlx_mtp.train.data.topics import read_topics
+from mlx_mtp.train.loop import TrainResult
 from mlx_mtp.train.run.display import (
     Display,
     data_line,
@@ -32,6 +34,7 @@ from mlx_mtp.train.run.display import (
 )
 from mlx_mtp.train.run.events import Evaluated, Reported, Stepped
 from mlx_mtp.train.run.folder import RunFolder
+from mlx_mtp.train.run.summary import recipe_of, summary_lines, tracked_values
 from mlx_mtp.train.settings import DataSettings
 from tests.helpers.fixtures_generate import byte_tokenizer
 from tests.train.test_distil import readable
@@ -278,3 +281,26 @@ def test_texts_of_the_display():
     assert step_line(7, 7, report=None, left_s=0) == "step 7/7"
     other = Evaluated(step=3, evaluation=EVALUATION, next_token_loss=1.0, is_best=False)
     assert not evaluation_line(other).endswith("(best)")
+
+
+def test_the_weights_of_an_evaluation_are_shown_and_tracked(tmp_path):
+    worse = dataclasses.replace(EVALUATION, tokens_per_step=2.4)
+    event = Evaluated(
+        step=10,
+        evaluation=EVALUATION,
+        next_token_loss=1.0,
+        is_best=True,
+        weights="ema",
+        results={"raw": worse, "ema": EVALUATION},
+    )
+    assert evaluation_line(event) == (
+        "step 10: 2.500 tokens per step (EMA; raw 2.400), drafts accepted 80% 50%  (best)"
+    )
+    values = tracked_values(event)
+    assert values["tokens_per_step"] == values["tokens_per_step/ema"] == 2.5
+    assert values["tokens_per_step/raw"] == 2.4
+    result = TrainResult(20, True, EVALUATION, 10, best_weights="ema")
+    lines = summary_lines(RunFolder(tmp_path), [], result, model=None)
+    assert "2.50 at step 10 (best, EMA weights), over 100 held-out tokens" in lines[0]
+    recipe = recipe_of({}, seed=0, seconds=1.0, result=result)
+    assert recipe["weights"] == "exponential moving average of step 10"

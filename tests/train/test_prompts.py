@@ -48,9 +48,9 @@ def test_functions_do_what_their_examples_say():
     generator = random.Random(0)
     for _ in range(300):
         function = draw_function(generator.choice, arguments=["values", "items"], words=WORDS)
+        names: dict[str, Any] = {}
         for style in STYLES:
             source = function.header + function.docstring(style) + function.body
-            names: dict[str, Any] = {}
             exec("from typing import Dict, List\n" + source, names)
             assert function.summary in names[function.name].__doc__
             for call, value in function.examples:

@@ -8,8 +8,7 @@ the model is used, so a model that transformers computes otherwise is refused, n
 from __future__ import annotations
 
 import dataclasses
-import functools
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -86,8 +85,9 @@ def torch_model(
     torch = _torch()
     place = device if isinstance(device, torch.device) else torch_device(device)
     dtype = torch_dtype(place) if dtype is None else dtype
-    result = _build(model, dtype=dtype, attention=attention).to(place)
+    result = _build(model, dtype=dtype).to(place)
     _check(model, result, dtype=dtype)
+    result.set_attn_implementation(attention)
     return result
 
 
@@ -98,9 +98,32 @@ def tensor(value: mx.array) -> torch.Tensor:
     return _torch().from_numpy(np.array(value))
 
 
+def head_logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
+    """Turn final hidden states ``[B, L, D]`` into logits ``[B, L, V]``.
+
+    The forward of the causal language model does so, with a backbone that returns the states:
+    it may scale or cap what its head computes.
+    """
+    torch = _torch()
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    class Given(torch.nn.Module):
+        def forward(self, *args: Any, **options: Any) -> BaseModelOutputWithPast:
+            del args, options
+            return BaseModelOutputWithPast(last_hidden_state=cast(Any, hidden))
+
+    name = model.base_model_prefix
+    backbone = getattr(model, name)
+    setattr(model, name, Given())
+    try:
+        return model(input_ids=hidden.new_zeros((1, 1), dtype=torch.long)).logits
+    finally:
+        setattr(model, name, backbone)
+
+
 def refusal(model: MTPModel, reason: str) -> ValueError:
     """The error for a model that this back-end cannot compute."""
-    return ValueError(f"PyTorch cannot train {model.name} ({model.base.model_type}): {reason}")
+    return ValueError(f"PyTorch cannot run {model.name} ({model.base.model_type}): {reason}")
 
 
 def _torch() -> Any:
@@ -111,7 +134,7 @@ def _torch() -> Any:
     return torch
 
 
-def _build(model: MTPModel, *, dtype: torch.dtype, attention: str) -> Any:
+def _build(model: MTPModel, *, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -119,7 +142,7 @@ def _build(model: MTPModel, *, dtype: torch.dtype, attention: str) -> Any:
     loader: Any = AutoModelForCausalLM
     try:
         with no_init_weights():
-            result = loader.from_config(config, dtype=dtype, attn_implementation=attention)
+            result = loader.from_config(config, dtype=dtype, attn_implementation="sdpa")
     except (ValueError, TypeError, KeyError, AttributeError, ImportError) as error:
         raise refusal(model, _first_line(error)) from None
     result.tie_weights()  # as the initialisation, which is left out, does
@@ -174,31 +197,12 @@ def _check(model: MTPModel, result: Any, *, dtype: torch.dtype) -> None:
     with torch.no_grad():
         rows = torch.from_numpy(ids[None]).to(result.device)
         hidden = result.base_model(input_ids=rows, use_cache=False).last_hidden_state
-        head: Any = functools.partial(_logits, result)
-        actual = [hidden[0], head(hidden[:, -4:])[0]]
+        actual = [hidden[0], head_logits(result, hidden[:, -4:])[0]]
     wanted = [tensor(expected[0]), tensor(model.logits(expected[:, -4:])[0])]
     for a, b in zip(actual, wanted, strict=True):
         error = float((a.float().cpu() - b).norm() / b.norm())
         if not error <= _MAX_ERROR[str(dtype)]:
             raise refusal(model, f"transformers computes something else (by {error:.1g})")
-
-
-def _logits(model: Any, hidden: torch.Tensor) -> torch.Tensor:
-    """Turn final hidden states ``[B, L, D]`` into logits by the model's own forward.
-
-    So they include what it does after its head, such as scaling and capping.
-    """
-
-    def replaced(module: Any, args: Any, output: Any) -> Any:
-        del module, args
-        output.last_hidden_state = hidden
-        return output
-
-    handle = model.base_model.register_forward_hook(replaced)
-    try:
-        return model(inputs_embeds=hidden[:, :1], use_cache=False).logits
-    finally:
-        handle.remove()
 
 
 def _first_line(error: BaseException) -> str:

@@ -112,7 +112,7 @@ class _Drawing:
             rest -= share
             if rest < 0:
                 return name
-        return name
+        return next(reversed(shares))  # rounding
 
     def filled(self, forms: Sequence[str]) -> str:
         """A form with its places filled."""

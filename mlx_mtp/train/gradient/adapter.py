@@ -33,7 +33,7 @@ from mlx_mtp.model.parts import PER_LAYER_TABLE, module_at
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.wrappers import MaskEmbedding
 from mlx_mtp.train.gradient.heads import continued_heads, fresh_heads
-from mlx_mtp.train.run.checkpoint import PARAMETERS, read_state, under
+from mlx_mtp.train.run.checkpoint import WEIGHTS, read_state, state_weights, under
 from mlx_mtp.train.settings import HEADS_DRAFTER, MASK_DRAFTER, PROJECTIONS, TrainSettings
 
 AnyConfig = MTPConfig | HeadsConfig
@@ -111,20 +111,23 @@ def read_state_adapter(state: Path) -> tuple[AnyConfig, dict[str, mx.array]]:
     """Read the adapter of a state of a run, which need not be its best one.
 
     Args:
-        state: ``RUN/training/state-0000100``.
+        state: ``RUN/training/state-0000100`` for its newest weights, with ``/ema`` for the average.
 
     Returns:
         See ``loading.read_any_adapter``; without the acceptance, which is that of the best one.
 
     Raises:
-        ValueError: the state is damaged, or ``RUN`` has no adapter.
+        ValueError: the state is damaged or has no average, or ``RUN`` has no adapter.
     """
+    state, weights = state_weights(state)
     config = dataclasses.replace(read_any_config(state.resolve().parents[1]), acceptance=())
     try:
         tensors = read_state(state).tensors
     except (OSError, ValueError) as error:
         raise ValueError(f"{state} is damaged: {error}") from None
-    return config, adapter_tensors(under(PARAMETERS, tensors))
+    if not (parameters := under(WEIGHTS[weights], tensors)):
+        raise ValueError(f"{state} has no {weights} weights")
+    return config, adapter_tensors(parameters)
 
 
 def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[str, mx.array]]:

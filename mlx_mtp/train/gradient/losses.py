@@ -5,7 +5,8 @@
 - lcm: mean squared distance between a mask row's final hidden state and that of the ordinary row
   that predicts the same token (latent consistency).
 
-Each is a mean over the mask rows of a forward.  Independent heads have the first term only: the
+Each is a mean over the mask rows of a forward; those of the cross-entropies may have weights, see
+``row_weights``.  Independent heads have the first term only: the
 cross-entropy of the base model's head on the states of their drafts (arXiv 2404.19737, section 2).
 """
 
@@ -23,7 +24,9 @@ from mlx_mtp.evaluation.forward import OrdinaryRows, draft_states, ordinary_rows
 from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.mtp_model import MTPModel
-from mlx_mtp.train.settings import TEACHERS, LossWeights
+from mlx_mtp.train.settings import EVEN, REACH, TEACHERS, LossWeights
+
+_SMALLEST = 1e-30  # a mean of probabilities that underflow
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,7 @@ def loss_terms(
     targets: Targets,
     *,
     candidates: int = 0,
+    weights: str = EVEN,
 ) -> dict[str, mx.array]:
     """Compute the terms of the loss.
 
@@ -101,6 +105,7 @@ def loss_terms(
         targets: of the rows.
         candidates: number of tokens over which the cross-entropies are computed: the most likely
             ones of any row, and the targets.  0 uses the whole vocabulary.
+        weights: ``even``, or ``reach`` for the weights of ``row_weights``.
 
     Returns:
         The terms by name, float32 scalars; ``sampler`` only with a sampler head, ``lcm`` only of
@@ -108,14 +113,55 @@ def loss_terms(
     """
     hidden = draft_states(model, ordinary, rows)
     head = _head(model, hidden, targets, candidates)
-    terms = {"base": _cross_entropy(head, hidden, targets)}
+    losses = {"base": _cross_entropy(head, hidden, targets)}
     if model.sampler_head is not None:
         state = model.sampler_head(model.embed(targets.previous), hidden)
-        terms["sampler"] = _cross_entropy(head, state, targets)
+        losses["sampler"] = _cross_entropy(head, state, targets)
+    if weights == REACH:
+        drafted = losses.get("sampler", losses["base"])
+        factors = row_weights(drafted, rows)
+        losses = {name: loss * factors[name] for name, loss in losses.items()}
+    terms = {name: loss.mean() for name, loss in losses.items()}
     if model.heads is None:
         difference = _wide(hidden - ordinary.hidden[targets.twins])
         terms["lcm"] = mx.square(difference).mean()
     return terms
+
+
+def row_weights(losses: mx.array, rows: MaskRows) -> dict[str, mx.array]:
+    """Weights of mask rows by how much their drafts matter to a decode.
+
+    With q_j = exp(-loss_j), the probability that mask j's draft is accepted if all before it are,
+    and R_j = q_1 ... q_j that all up to it are, a block of k masks has these terms:
+
+    - base: R_(j-1), the probability that a decode reaches the draft,
+    - sampler: R_j + ... + R_k, the factor of mask j's loss in the gradient of E = R_1 + ... + R_k,
+      the expected number of accepted drafts: dE / dlog q_j.
+
+    A weight is half of 1 and half of its term, scaled to a mean of 1 over the forward.  Without the
+    first half, rows that are hardly ever reached would not be learnt.
+
+    Args:
+        losses: cross-entropy of what makes the drafts, with the correct previous token, ``[R]``.
+        rows: the blocks.
+
+    Returns:
+        Weights without gradient by term, ``[R]``; their mean is 1.
+    """
+    shape = (len(rows.anchors), int(rows.mask_offsets.max()) + 1)  # [G, k]; blocks may be short
+    places = mx.array(rows.row_blocks), mx.array(rows.mask_offsets)
+    empty = mx.zeros(shape, losses.dtype)
+    log_q = empty.at[places].add(-mx.stop_gradient(losses))
+    accepted = empty.at[places].add(mx.exp(mx.cumsum(log_q, axis=1))[places])
+    parts = {
+        "base": mx.exp(mx.cumsum(log_q, axis=1, inclusive=False)),
+        "sampler": mx.cumsum(accepted, axis=1, reverse=True),
+    }
+    weights = {}
+    for name, part in parts.items():
+        term = part[places]
+        weights[name] = 0.5 + 0.5 * term / mx.maximum(term.mean(), _SMALLEST)
+    return weights
 
 
 def total_loss(terms: dict[str, mx.array], weights: LossWeights) -> mx.array:
@@ -162,7 +208,7 @@ def is_plain_head(model: MTPModel) -> bool:
 
 
 def _cross_entropy(head: _Head, hidden: mx.array, targets: Targets) -> mx.array:
-    """Cross-entropy of the base model's head over hidden states ``[R, D]``."""
+    """Cross-entropy of the base model's head over hidden states ``[R, D]``, of each row ``[R]``."""
     logits, tokens, probs = head.logits(hidden), targets.tokens, targets.probs
     if head.chosen is not None:
         tokens = (head.chosen[None] < tokens[:, None]).sum(axis=-1)  # index among the candidates
@@ -170,10 +216,10 @@ def _cross_entropy(head: _Head, hidden: mx.array, targets: Targets) -> mx.array:
             probs = probs[:, head.chosen]
             probs = probs / probs.sum(axis=-1, keepdims=True)
     if probs is not None:
-        return (_logsumexp(logits) - (probs * logits).sum(axis=-1)).mean()
+        return _logsumexp(logits) - (probs * logits).sum(axis=-1)
     if _is_fast(logits):
-        return fast_math.cross_entropy(logits, tokens).mean()
-    return nn.losses.cross_entropy(logits, tokens, reduction="mean")
+        return fast_math.cross_entropy(logits, tokens)
+    return nn.losses.cross_entropy(logits, tokens, reduction="none")
 
 
 def _logsumexp(logits: mx.array) -> mx.array:

@@ -269,7 +269,14 @@ class StepGradient:
         self.load(parameters)
         if not self._model.scope.gated:  # then ordinary rows depend on the parameters too
             ordinary = ordinary_rows(self._model, ids, gradient=True)
-        terms = loss_terms(self._model, ordinary, rows, targets, candidates=self._candidates)
+        terms = loss_terms(
+            self._model,
+            ordinary,
+            rows,
+            targets,
+            candidates=self._candidates,
+            weights=self._settings.row_weights,
+        )
         return total_loss(terms, self._settings.loss_weights), terms
 
     def load(self, parameters: Parameters) -> None:

@@ -31,7 +31,9 @@ from mlx_mtp.storage.safetensors import check_safetensors, read_json_object
 TENSORS_FILE = "state.safetensors"
 VALUES_FILE = "state.json"
 README_FILE = "README.md"
-PARAMETERS, OPTIMISER = "parameters.", "optimizer."  # prefixes of a state's tensors
+RAW, EMA = "raw", "ema"  # the newest weights, and their exponential moving average
+WEIGHTS = {RAW: "parameters.", EMA: "ema."}  # prefixes of a state's tensors
+OPTIMISER = "optimizer."  # likewise
 
 _FORMAT = 1
 _STATE = re.compile(r"state-(\d{7,})")
@@ -195,7 +197,7 @@ def write_json(path: Path, values: Any) -> None:
     write_atomically(path, _json(values, where=path.name, indent=2) + "\n")
 
 
-def under(prefix: str, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+def under(prefix: str, tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Tensors whose names have a prefix, without it, sorted by name."""
     names = sorted(name for name in tensors if name.startswith(prefix))
     return {name.removeprefix(prefix): tensors[name] for name in names}
@@ -214,8 +216,13 @@ def _values_text(state: TrainState, tensors_sha256: str) -> str:
 
 
 def is_state(path: Path) -> bool:
-    """Whether a folder has the name of a state."""
-    return _STATE.fullmatch(path.name) is not None
+    """Whether a path names weights of a state, see ``state_weights``."""
+    return _STATE.fullmatch(state_weights(path)[0].name) is not None
+
+
+def state_weights(path: Path) -> tuple[Path, str]:
+    """The folder and the weights that ``state-0000100`` (raw) or ``state-0000100/ema`` name."""
+    return (path.parent, path.name) if path.name in WEIGHTS else (path, RAW)
 
 
 def read_state(path: Path) -> TrainState:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_mtp.storage.figures import figure_class, save_figure
+from mlx_mtp.train.run.checkpoint import RAW
+from mlx_mtp.train.run.display import short_name
 
 Points = list[tuple[float, float]]
 
@@ -18,8 +20,8 @@ Points = list[tuple[float, float]]
 def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Draw the curves of a history into a PNG file, written atomically.
 
-    Three panels: the terms of the loss over the steps; tokens per step of the evaluations; and
-    their acceptance by position.
+    Three panels: the terms of the loss over the steps; tokens per step of the evaluations, with raw
+    and averaged weights; and the better ones' acceptance by position.
 
     Args:
         records: the history, see ``history``; may be empty.
@@ -32,7 +34,7 @@ def draw_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     figure = figure_class("train")(figsize=(12, 3.6), layout="constrained")
     loss, speed, acceptance = figure.subplots(1, 3)
     _draw_loss(loss, records)
-    _draw_lines(speed, {"tokens per step": _points(records, "evaluation", "tokens_per_step")})
+    _draw_lines(speed, _speeds(records))
     speed.set_title("tokens per step, held out")
     _draw_acceptance(acceptance, _evaluations(records))
     for axes in (loss, speed, acceptance):
@@ -87,6 +89,18 @@ def _points(records: Sequence[dict[str, Any]], kind: str, key: str) -> Points:
     """(step, value) of the records that have a finite value."""
     pairs = [(record["step"], record.get(key)) for record in records if record.get("kind") == kind]
     return [(step, value) for step, value in pairs if value is not None and math.isfinite(value)]
+
+
+def _speeds(records: Sequence[dict[str, Any]]) -> dict[str, Points]:
+    """Tokens per step by weights; histories from before there was an average have one line."""
+    lines: dict[str, Points] = {}
+    for record in _evaluations(records):
+        results = record.get("results") or {RAW: record}
+        for name, result in results.items():
+            value = result.get("tokens_per_step")
+            if value is not None and math.isfinite(value):
+                lines.setdefault(f"{short_name(name)} weights", []).append((record["step"], value))
+    return lines
 
 
 def _draw_loss(axes: Any, records: Sequence[dict[str, Any]]) -> None:

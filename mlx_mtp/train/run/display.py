@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from mlx_mtp.evaluation.acceptance import Evaluation
 from mlx_mtp.terminal import progress, visible
 from mlx_mtp.train.data.distil_run import DistilProgress
+from mlx_mtp.train.run.checkpoint import EMA
 from mlx_mtp.train.run.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
 
 if TYPE_CHECKING:
@@ -158,9 +159,23 @@ def evaluation_line(event: Evaluated) -> str:
     """Return the result of an evaluation."""
     best = "  (best)" if event.is_best else ""
     return (
-        f"step {event.step}: {event.evaluation.tokens_per_step:.3f} tokens per step, "
-        f"{acceptance_text(event.evaluation)}{best}"
+        f"step {event.step}: {event.evaluation.tokens_per_step:.3f} tokens per step"
+        f"{_weights_text(event)}, {acceptance_text(event.evaluation)}{best}"
     )
+
+
+def _weights_text(event: Evaluated) -> str:
+    """Which weights were better, and the result of the others: `` (EMA; raw 2.481)``."""
+    others = [name for name in event.results if name != event.weights]
+    if not others:
+        return ""
+    texts = (f"{short_name(name)} {event.results[name].tokens_per_step:.3f}" for name in others)
+    return f" ({short_name(event.weights)}; {', '.join(texts)})"
+
+
+def short_name(weights: str) -> str:
+    """Name of ``raw`` or ``ema`` weights in a line."""
+    return weights.upper() if weights == EMA else weights
 
 
 def acceptance_text(evaluation: Evaluation) -> str:

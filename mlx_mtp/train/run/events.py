@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from mlx_mtp.evaluation.acceptance import Evaluation
+from mlx_mtp.train.run.checkpoint import RAW
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,15 +57,30 @@ class Evaluated:
 
     Attributes:
         step: training steps so far.
-        evaluation: the result.
+        evaluation: the result of the better weights.
         next_token_loss: cross-entropy of the ordinary rows, nats per token.
         is_best: whether it has more tokens per step than all earlier ones.
+        weights: the better weights, ``raw`` or ``ema``.
+        results: of all weights that were evaluated, by name.
     """
 
     step: int
     evaluation: Evaluation
     next_token_loss: float
     is_best: bool
+    weights: str = RAW
+    results: Mapping[str, Evaluation] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return a line of the history: the better evaluation, and the others by name."""
+        return {
+            "step": self.step,
+            **self.evaluation.to_dict(),
+            "next_token_loss": self.next_token_loss,
+            "is_best": self.is_best,
+            "weights": self.weights,
+            "results": {name: result.to_dict() for name, result in self.results.items()},
+        }
 
 
 @dataclass(frozen=True, kw_only=True)

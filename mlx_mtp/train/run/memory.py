@@ -4,7 +4,7 @@ With r mask rows per forward, n tokens of the longest sequence, width D, V ids, 
 and, per layer, o outputs of its linear layers, k numbers of a row's keys and values and h heads:
 
     adapter            3 P          weights, summed gradients and newest gradients
-    optimiser          2 P          AdamW's moments
+    optimiser          2 P or 3 P   AdamW's moments, and the average of the weights if there is one
     sequence           n (D + all k)
     mask rows          sum over layers of  2.6 r o + r D + (n + r) (1.25 h r + k)
     logits             r V (4 + 1.6 per head + 4 for the teacher "dist"), and on a CPU three copies
@@ -61,7 +61,7 @@ class MemoryEstimate:
     Attributes:
         weights_bytes: the base model.
         trainable_bytes: weights and gradients of the adapter, with copies shared by processes.
-        optimizer_bytes: AdamW's moments.
+        optimizer_bytes: AdamW's moments and the average of the weights.
         ordinary_bytes: the longest sequence.
         activation_bytes: activations of the mask rows that the gradient needs.
         logits_bytes: logits of the mask rows.
@@ -160,7 +160,7 @@ def estimate(model: MTPModel, settings: TrainSettings, *, longest: int) -> Memor
     return MemoryEstimate(
         weights_bytes=count * (_num_bytes(model.parameters()) - narrow),
         trainable_bytes=trainable,
-        optimizer_bytes=2 * wide,  # only the first process has one
+        optimizer_bytes=(3 if settings.ema else 2) * wide,  # only the first process has one
         ordinary_bytes=count * round(sequence + max(0, prefill - activations - logits)),
         activation_bytes=count * round(activations),
         logits_bytes=count * round(logits),

@@ -19,9 +19,9 @@ from mlx_mtp.storage.files import write_atomically
 from mlx_mtp.storage.package import package_version
 from mlx_mtp.terminal import one_line, show
 from mlx_mtp.train.run.card import training_card
-from mlx_mtp.train.run.checkpoint import README_FILE
+from mlx_mtp.train.run.checkpoint import EMA, RAW, README_FILE
 from mlx_mtp.train.run.curves import draw_curves, terminal_curves
-from mlx_mtp.train.run.display import acceptance_text, duration
+from mlx_mtp.train.run.display import acceptance_text, duration, short_name
 from mlx_mtp.train.run.events import Evaluated, Event, Reported
 from mlx_mtp.train.run.folder import RunFolder
 from mlx_mtp.train.run.history import read_history
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mlx_mtp.train.loop import TrainResult
 
 CURVES_SIZE = (72, 16)
+_NAMES = {RAW: "raw", EMA: "exponential moving average"}
 
 
 def finish(
@@ -95,7 +96,8 @@ def summary_lines(
             before = f"{first['tokens_per_step']:.2f} at step {first['step']}, "
         lines.append(
             f"tokens per step: {before}{best.tokens_per_step:.2f} at step {result.best_step} "
-            f"(best), over {best.num_tokens} held-out tokens"
+            f"(best, {short_name(result.best_weights)} weights), over {best.num_tokens} held-out "
+            "tokens"
         )
         lines.append(acceptance_text(best))
     if (folder.path / CONFIG_FILE).exists():
@@ -118,6 +120,7 @@ def recipe_of(
         "data hash": command.get("data_hash", ""),
         "benchmarks": command.get("contamination", ""),
         "steps": result.step,
+        "weights": f"{_NAMES[result.best_weights]} of step {result.best_step}",
         "hardware": hardware(),
         "time": duration(seconds),
         "versions": versions_text(),
@@ -156,7 +159,12 @@ def tracked_values(event: Event) -> dict[str, float]:
                 "tokens_per_s": event.tokens_per_s,
             }
         case Evaluated():
-            return _evaluated(event.evaluation) | {"next_token_loss": event.next_token_loss}
+            each = {
+                f"tokens_per_step/{name}": result.tokens_per_step
+                for name, result in event.results.items()
+            }
+            values = _evaluated(event.evaluation) | each
+            return values | {"next_token_loss": event.next_token_loss}
         case _:
             return {}
 
