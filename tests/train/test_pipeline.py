@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mlx_mtp.evaluation.acceptance import Evaluation
+from mlx_mtp.evaluation.prompts import builtin_prompts
 from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.data.pipeline import (
     expected_length,
@@ -124,6 +125,22 @@ def test_sequences_are_divided_and_told(tmp_path):
     assert prepared.lines[-1].endswith("of the sequences are held out for evaluation")
     with pytest.raises(ValueError, match="too little data: 1 usable"):
         prepare(records[:1], byte_tokenizer(), max_seq_length=22, held_out=0.2)
+
+
+def test_texts_of_benchmarks_are_left_out_and_counted():
+    records = [Record(text=f"{number} text number {number} of them") for number in range(30)]
+    stolen = Record(text=f"As they say: {builtin_prompts()[0].text}")
+    options: dict[str, Any] = {"max_seq_length": 99, "held_out": 0.2}
+    prepared = prepare([*records, stolen], byte_tokenizer(), **options)
+    clean = prepare(records, byte_tokenizer(), **options)
+    assert [each.ids for each in prepared.train] == [each.ids for each in clean.train]
+    assert prepared.data_hash == data_hash([*records, stolen]) != clean.data_hash
+    assert prepared.contamination is not None
+    assert str(prepared.contamination) in prepared.lines
+    assert prepared.contamination.counts == {"builtin": 1}
+    former = prepare([*records, stolen], byte_tokenizer(), compare_with=None, **options)
+    assert former.contamination is None
+    assert len(former.train) + len(former.held_out) == 31
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,7 @@ def continue_text(
 
 def _user_messages(run: Run, numbers: range) -> list[Job]:
     """The user's part of conversations; the model continues the messages that are incomplete."""
-    topics = run.settings.topics
+    topics, longest = run.settings.topics, run.settings.max_prompt_tokens
     jobs, texts = [], {}  # what is around a message that the model writes, by number
     for number in numbers:
         if topics:
@@ -183,7 +183,9 @@ def _user_messages(run: Run, numbers: range) -> list[Job]:
             texts[number] = _around(run, topic), {"topic": topic}
             continue
         prompt = draw_prompt(run.settings.seed, number)
-        if prompt.is_complete:
+        if prompt.is_complete and len(token_ids(run.tokenizer, prompt.first)) > longest:
+            run.drop("prompt: too long")
+        elif prompt.is_complete:
             jobs.append(_prompt_job(run, number, prompt))
         else:
             texts[number] = _around(run, prompt.first + OPEN_END), {"kind": prompt.kind}
