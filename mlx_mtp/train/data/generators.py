@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import mlx.core as mx
+import psutil
+from mlx.utils import tree_flatten
 
 from mlx_mtp.evaluation.batch_generation import Draw, generate_batch
 from mlx_mtp.model.mtp_model import MTPModel
@@ -59,13 +61,14 @@ def choose_generator(model: MTPModel, backend: str = AUTO, *, max_tokens: int) -
     Args:
         model: from ``load``.
         backend: "mlx", "torch", or "auto": PyTorch if MLX computes on a CPU that has instructions
-            for bfloat16, PyTorch is installed and knows the architecture.
+            for bfloat16, PyTorch is installed and knows the architecture, and memory is left for
+            its copy of the weights.
         max_tokens: maximum length of a text with its prompt.
 
     Raises:
         ValueError: PyTorch was asked for, but is missing or does not know the architecture.
     """
-    if backend == TORCH or (backend == AUTO and _torch_is_faster()):
+    if backend == TORCH or (backend == AUTO and _torch_is_faster() and _copy_fits(model)):
         try:
             return _torch_generator(model, max_tokens=max_tokens)
         except ValueError:
@@ -96,3 +99,11 @@ def _torch_is_faster() -> bool:
         return has_bfloat16(torch_device("cpu"))
     except (ValueError, ImportError):
         return False
+
+
+def _copy_fits(model: MTPModel) -> bool:
+    """Whether the weights in bfloat16, and what is computed with them, fit half of the free memory."""
+    weights: list[tuple[str, mx.array]] = tree_flatten(model.base.parameters())  # pyright: ignore
+    packed = {mx.uint32: 8, mx.uint8: 2}  # numbers of 4 bits in one
+    numbers = sum(value.size * packed.get(value.dtype, 1) for _, value in weights)
+    return 2 * numbers < psutil.virtual_memory().available / 2
