@@ -404,7 +404,7 @@ class DataSettings:
     topics: tuple[str, ...] | None = _data(
         None,
         "File with one topic per line; a line that ends in ... begins the user's message.",
-        default_text="a built-in list",
+        default_text="messages made by construction",
     )
     max_prompt_tokens: int | None = _data(
         None,
@@ -415,8 +415,12 @@ class DataSettings:
     max_answer_tokens: int | None = _data(
         None, "Maximum number of tokens of an answer.", min=1, default_text=str(ANSWER_TOKENS)
     )
-    batch_size: int = _data(
-        16, "Number of texts generated together.", min=1, flag="--distil-batch-size"
+    batch_size: int | None = _data(
+        None,
+        "Number of texts generated together.",
+        min=1,
+        flag="--distil-batch-size",
+        default_text="16, or up to 128 with PyTorch",
     )
     held_out: float = _data(
         0.05,
@@ -427,6 +431,7 @@ class DataSettings:
         max_open=True,
     )
     seed: int = 0  # the seed of TrainSettings
+    backend: str = "auto"  # the back-end of TrainSettings
 
     def __post_init__(self) -> None:
         check_fields(self)

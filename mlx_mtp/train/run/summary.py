@@ -120,6 +120,7 @@ def recipe_of(
         "command": command.get("command", ""),
         "seed": seed,
         "data hash": command.get("data_hash", ""),
+        "benchmarks": command.get("contamination", ""),
         "steps": result.step,
         "weights": f"{_NAMES[result.best_weights]} of step {result.best_step}",
         "hardware": hardware(),
