@@ -32,6 +32,7 @@ from mlx_mtp.model.native.stored import find_native, read_native
 from mlx_mtp.model.statistics import read_statistics, summary_lines
 from mlx_mtp.storage.contents import Contents, look, model_problem
 from mlx_mtp.storage.safetensors import check_safetensors, read_json_object, shown
+from mlx_mtp.terminal import human_bytes
 
 MODEL_CONFIG_FILE = "config.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -169,15 +170,6 @@ def _describe(
     return _checkpoint(path, files, allow_pickle, kind=contents.kind)
 
 
-def human_bytes(count: float) -> str:
-    """Return a number of bytes with a unit, in powers of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
 def _adapter(path: Path, files: tuple[FileFacts, ...]) -> Inspection:
     """Describe an adapter folder of mlx-mtp."""
     try:
@@ -221,6 +213,7 @@ def _adapter_facts(config: MTPConfig | HeadsConfig) -> dict[str, Any]:
         "noise_ids": list(config.noise_ids),
         "rank": config.rank,
         "scale": config.scale,
+        "weights": config.storage_words(),
         "layers_that_differ": len(config.rank_pattern | config.scale_pattern),
         "targets": list(config.target_modules),
         "sampler": None if kind is None else f"mlp, {kind.norm} norm, residual {kind.residual}",

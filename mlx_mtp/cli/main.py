@@ -22,6 +22,7 @@ from mlx_mtp.cli.app import app
 from mlx_mtp.cli.average import average
 from mlx_mtp.cli.benchmark import benchmark
 from mlx_mtp.cli.chat import chat
+from mlx_mtp.cli.compress import compress
 from mlx_mtp.cli.convert import convert, export, inspect
 from mlx_mtp.cli.doctor import doctor
 from mlx_mtp.cli.evaluate import evaluate
@@ -38,11 +39,12 @@ from mlx_mtp.terminal import CLOSED_PIPE, INTERRUPTED, BadInput, one_line
 SECTIONS = (
     cloup.Section("Generate", [generate, chat]),
     cloup.Section("Serve", [serve, app]),
-    cloup.Section("Convert and train", [convert, export, inspect, train, average]),
+    cloup.Section("Convert and train", [convert, export, inspect, train, average, compress]),
     cloup.Section("Measure", [benchmark, evaluate, verify, tune, doctor, simulate]),
 )
 WITHOUT_TORCH = (
-    average, benchmark, chat, convert, evaluate, export, generate, inspect, simulate, train, tune,
+    average, benchmark, chat, compress, convert, evaluate, export, generate, inspect, simulate,
+    train, tune,
     verify,
 )  # fmt: skip
 WITH_TORCH = {"--trust-remote-code", "--against-pytorch", "--allow-pickle", "--verify"}

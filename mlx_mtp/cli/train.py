@@ -22,7 +22,12 @@ from mlx_mtp.train.settings import ADAPTER, DATA, TRAINING, DataSettings, TrainS
 
 TRACKERS = ("trackio", "wandb")
 PATHS = ("model", "adapter_path", "data", "topics", "resume_adapter_file")
-PLACEHOLDERS = {"data": "DATA", "topics": "FILE", "target_modules": "NAME,..."}  # of text options
+PLACEHOLDERS = {
+    "data": "DATA",
+    "topics": "FILE",
+    "target_modules": "NAME,...",
+    "rank_by_layer": "LAYERS=RANK,...",
+}  # of text options
 
 
 class RunTime(click.ParamType):

@@ -6,8 +6,8 @@ needs to know which tokens are frequent and what share of a text they cover.  Ev
 count, so that sums and intervals can be computed, and nothing is needed for decoding: a folder
 without the file, or with a damaged one, decodes as before.
 
-The size is bounded by the ids: with all 49,152 of the default model, 290 kB; in training text some
-20,000 occur.  Counts take little, as runs of equal ones.
+The size is bounded by the ids: with all 49,152 of the default model, 290 kB; in 250,000 tokens of
+its training text 11,311 occur, 61 kB.  Counts take little, as runs of equal ones.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_any_
 from mlx_mtp.storage.contents import adapter_problem, look, unconverted_adapter
 from mlx_mtp.terminal import Interrupt, one_line, show
 from mlx_mtp.train import timed
+from mlx_mtp.train.data.contamination import BENCHMARKS
 from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.data.pipeline import (
     Prepared,
@@ -34,7 +35,12 @@ from mlx_mtp.train.data.pipeline import (
 )
 from mlx_mtp.train.data.records import Record, read_jsonl
 from mlx_mtp.train.data.topics import read_topics
-from mlx_mtp.train.gradient.adapter import adapter_settings, new_adapter
+from mlx_mtp.train.gradient.adapter import (
+    STORAGE,
+    adapter_settings,
+    new_adapter,
+    storage_settings,
+)
 from mlx_mtp.train.gradient.workers import WorkerSpec
 from mlx_mtp.train.loop import TrainData, TrainResult
 from mlx_mtp.train.loop import train as run_loop
@@ -58,7 +64,10 @@ if TYPE_CHECKING:
     from mlx_mtp.model.mtp_model import MTPModel
 
 PROJECT = "mlx-mtp"
-_DATA_OPTIONS = {option_name(field) for field in dataclasses.fields(DataSettings)} - {"seed"}
+_COMPARED = "compared_with"  # in the command of a run: benchmarks its text was compared with
+_DATA_FACTS = ("data_hash", _COMPARED, "contamination")
+_SHARED = {"seed", "backend"}  # options of the text and of the training
+_DATA_OPTIONS = {option_name(field) for field in dataclasses.fields(DataSettings)} - _SHARED
 _PATHS = ("model", "data", "topics", "resume_adapter_file")
 _NOT_SAVED = ("adapter_path", "resume", "estimate")
 
@@ -211,7 +220,7 @@ def _resumed(options: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
 
 
 def _train_settings(options: Mapping[str, Any], start: Path | None) -> TrainSettings:
-    """Settings from the options, and from the adapter to start from, of which only k may differ.
+    """Settings from the options, and from the adapter to start from, whose shape they must have.
 
     Raises:
         ValueError: a value is out of range, or differs from the adapter's, or that has no mask
@@ -229,6 +238,8 @@ def _train_settings(options: Mapping[str, Any], start: Path | None) -> TrainSett
                 "(noise_ids)"
             )
         values.setdefault("num_draft_tokens", config.num_draft_tokens)
+        if not STORAGE & set(values):  # what is named decides for all of them
+            values |= storage_settings(config)
         for name, value in adapter_settings(config).items():
             if values.setdefault(name, value) != value:
                 raise ValueError(f"the adapter {start} has {name} {value}, not {values[name]}")
@@ -322,21 +333,24 @@ def _run_in(
     )
     command = {"command": command_line(folder, plan.typed)}
     command |= {"options": plan.options, "typed": plan.typed}
-    saved_hash = folder.read_command().get("data_hash") if plan.resume else None
-    run = _timed_run(folder, plan, model, tokenizer, source, saved_hash, display)
+    saved = folder.read_command() if plan.resume else {}
+    run = _timed_run(folder, plan, model, tokenizer, source, saved.get("data_hash"), display)
     if run is not None:
         plan = _with_recipe(plan, run.recipe)
         source = sampled(source, plan.data)
-    command |= {"data_hash": saved_hash} if saved_hash else {}
+    command |= {name: saved[name] for name in _DATA_FACTS if name in saved}
     if not plan.resume or folder.newest_step() is None:  # else the loop may refuse the options
         folder.write_command(command)
     with Interrupt() as interrupt:
         try:
             with _errors_name_what_is_saved(folder):
                 prepared = _prepare(
-                    folder, plan, run, model, tokenizer, source, saved_hash, display, interrupt
+                    folder, plan, run, model, tokenizer, source, saved, display, interrupt
                 )
                 command |= {"data_hash": prepared.data_hash}
+                if (contamination := prepared.contamination) is not None:
+                    command |= {_COMPARED: list(contamination.names)}
+                    command |= {"contamination": str(contamination)}
                 if not plan.resume or folder.newest_step() is None:
                     folder.write_command(command)
                 _check_memory(model, plan, longest=prepared.longest, refuse=True)
@@ -406,7 +420,7 @@ def _prepare(
     model: MTPModel,
     tokenizer: TokenizerWrapper,
     source: list[Record],
-    saved_hash: str | None,
+    saved: Mapping[str, Any],
     display: Display,
     interrupt: Interrupt,
 ) -> Prepared:
@@ -418,6 +432,8 @@ def _prepare(
         if run is not None:
             run.on_text(progress.num_records)
 
+    saved_hash = saved.get("data_hash")
+    compare_with = BENCHMARKS if saved_hash is None else saved.get(_COMPARED)
     if saved_hash is not None and not plan.data.as_is:
         records = saved_records(folder.data, plan.data, data_sha256=saved_hash)
     else:
@@ -444,9 +460,14 @@ def _prepare(
         tokenizer,
         max_seq_length=plan.settings.max_seq_length,
         held_out=plan.data.held_out,
+        compare_with=compare_with,
     )
     if saved_hash is not None and prepared.data_hash != saved_hash:
         raise ValueError(f"{plan.data.data} was changed since the run began")
+    if saved_hash is not None and prepared.contamination is not None:
+        missing = {*(compare_with or ())} - {*prepared.contamination.names}
+        if missing:  # other texts would be left out than when the run began
+            raise ValueError(prepared.lines[0])
     for line in prepared.lines:
         display.log(line)
     return prepared

@@ -35,6 +35,7 @@ from mlx_mtp.train.gradient.step import (
     checkpoint_layers,
     sequences_of_step,
 )
+from mlx_mtp.train.gradient.weight_form import WeightForm
 from mlx_mtp.train.gradient.workers import Workers, WorkerSpec, one_blas_thread, worker_count
 from mlx_mtp.train.optimiser import Optimiser
 from mlx_mtp.train.pace import Budget, Pace, Timing
@@ -189,7 +190,9 @@ class _Run:
         self.processes = count if self.gradient.shares_cores else 1
         if line is not None:
             on_event(Noticed(step=0, text=line))
-        self.optimiser = Optimiser(settings, trainable(model))
+        assert model.adapter_config is not None
+        self.form = WeightForm(model.adapter_config)
+        self.optimiser = Optimiser(settings, self.form.trained(trainable(model)))
         self.step, self.sums, self.grad_norm = 0, _Sums(), 0.0
         self.best: Evaluation | None = None
         self.best_step, self.best_weights = 0, RAW
@@ -200,13 +203,19 @@ class _Run:
 
     def with_workers(self, spec: WorkerSpec | None) -> contextlib.AbstractContextManager[Any]:
         """Start the workers, if there is more than one process."""
-        count, parameters = self.processes, self.optimiser.parameters
+        count = self.processes
         if spec is None or count == 1:
             return contextlib.nullcontext()
         settings = dataclasses.replace(spec.settings, backend=self.settings.backend)
         spec = dataclasses.replace(spec, settings=settings)
-        self.workers = Workers(spec, self.data.train, count=count, like=parameters)
+        self.workers = Workers(spec, self.data.train, count=count, like=self._weights())
         return self.workers
+
+    def _weights(self) -> Parameters:
+        """The model's weights in the next training step."""
+        progress = self.optimiser.pace.progress(self.step)
+        rounds = progress >= 1 - self.settings.quantized_share
+        return self.form.weights(self.optimiser.parameters, rounds=rounds)
 
     def restore(self, state: TrainState | None) -> int:
         """Load a state, or begin; return the number of history lines to keep."""
@@ -236,7 +245,7 @@ class _Run:
             self.best = Evaluation.from_dict(state.values["best"])
         self.best_step = state.values["best_step"]
         self.best_weights = state.values.get("best_weights", RAW)
-        self.gradient.load(self.optimiser.parameters)
+        self.gradient.load(self._weights())
         if self.budget is not None:
             self._restore_time(state)
         return state.values["history_lines"]
@@ -346,9 +355,9 @@ class _Run:
             seed=settings.seed,
         )
         result = self.gradient(
-            self.optimiser.parameters, self.data.train, chosen, step=self.step, workers=self.workers
+            self._weights(), self.data.train, chosen, step=self.step, workers=self.workers
         )
-        gradients, self.grad_norm = self.optimiser.clip(result.gradients)
+        gradients, self.grad_norm = self.optimiser.clip(self.form.gradients(result.gradients))
         if not (math.isfinite(result.loss) and math.isfinite(self.grad_norm)):
             name = "gradient" if math.isfinite(result.loss) else "loss"
             numbers = ", ".join(map(str, chosen))
@@ -357,7 +366,7 @@ class _Run:
                 f"{numbers} (from 0); a lower learning rate may help"
             )
         self.optimiser.update(gradients)
-        self.gradient.load(self.optimiser.parameters)
+        self.gradient.load(self._weights())
         self.step += 1
         seconds = self.clock() - start
         self.sums.add(result, seconds)
@@ -389,20 +398,20 @@ class _Run:
         chosen = self.data.held_out if count == -1 else self.data.held_out[:count]
         versions, results = self.optimiser.versions(), {}
         for name, parameters in versions.items():
-            self.gradient.load(parameters)
+            self.gradient.load(self.form.weights(parameters))
             results[name] = evaluate(
                 self.model, chosen, rows_per_forward=self.settings.rows_per_forward
             )
         weights = max(results, key=lambda name: results[name].tokens_per_step)
         evaluation = results[weights]
         if self.next_token_loss is None or not self.settings.gate:
-            self.gradient.load(versions[weights])
+            self.gradient.load(self.form.weights(versions[weights]))
             self.next_token_loss = next_token_loss(self.model, chosen)
         is_best = self.best is None or evaluation.tokens_per_step > self.best.tokens_per_step
         if is_best:
             self.best, self.best_step, self.best_weights = evaluation, self.step, weights
             self._save_adapter(versions[weights])
-        self.gradient.load(self.optimiser.parameters)
+        self.gradient.load(self._weights())
         event = Evaluated(
             step=self.step,
             evaluation=evaluation,
