@@ -42,7 +42,7 @@ class GreedyText:
     def sequence(self) -> TokenSequence:
         """The text with its answer marked, for ``acceptance.evaluate``."""
         flags = [False] * len(self.prompt) + [True] * len(self.answer)
-        return TokenSequence(self.prompt + self.answer, flags)
+        return TokenSequence(self.prompt + self.answer, flags, kind=self.kind)
 
 
 def greedy_texts(

@@ -47,7 +47,8 @@ def test_the_model_writes_text_and_is_trained_on_it(tmp_path, loop):
     assert "step 3: 1.300 tokens per step, drafts accepted 75% 50%  (best)" in result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == (
-        "tokens per step: 1.10 at step 1, 1.30 at step 3 (best), over 120 held-out tokens"
+        "tokens per step: 1.10 at step 1, 1.30 at step 3 (best, raw weights), over 120 held-out "
+        "tokens"
     )
     assert f'use it: mlx-mtp generate --adapter-path {out} --prompt "hello"' in lines
 

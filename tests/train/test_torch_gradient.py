@@ -32,6 +32,8 @@ CASES: dict[str, dict[str, Any]] = {
     "candidates": {"candidates": 40},
     "dist over candidates": {"candidates": 40, "teacher": "dist"},
     "no sampler": {"sampler": False},
+    "reach": {"row_weights": "reach", "drop_late": 0.3},
+    "reach without a sampler": {"row_weights": "reach", "sampler": False},
     "other weights": {"base_weight": 0.5, "sampler_weight": 2.0, "lcm_weight": 0.0},
     "attention only": {"adapt": "attention"},
 }
@@ -78,8 +80,11 @@ def error(expected: StepResult, actual: StepResult) -> float:
     return (difference / sum(float(np.square(a).sum()) for a, _ in pairs)) ** 0.5
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "case"),
+    [("llama", case) for case in CASES]
+    + [(kind, case) for kind in KINDS[1:] for case in ("argmax", "late rows dropped", "reach")],
+)
 def test_losses_and_gradients_are_those_of_mlx(kind, case):
     settings = dataclasses.replace(SETTINGS, **CASES[case])
     expected, actual = results(kind, settings, dtype=torch.float32)
@@ -95,7 +100,7 @@ def test_losses_and_gradients_are_those_of_mlx(kind, case):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_is_near(kind):
     expected, actual = results(kind, SETTINGS, dtype=torch.bfloat16)
-    assert error(expected, actual) < 0.1
+    assert error(expected, actual) < 0.2
     assert actual.loss == pytest.approx(expected.loss, rel=0.02)
 
 

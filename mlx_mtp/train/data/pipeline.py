@@ -103,11 +103,15 @@ def read_source(
         raise ValueError(
             f"{output} is inside the data's folder {source}, where it would become data itself"
         )
-    records = read_data(settings.data, log=log)
-    if settings.num_records is not None and settings.num_records < len(records):
-        chosen = random.Random(settings.seed).sample(range(len(records)), settings.num_records)
-        records = [records[index] for index in sorted(chosen)]
-    return records
+    return sampled(read_data(settings.data, log=log), settings)
+
+
+def sampled(records: list[Record], settings: DataSettings) -> list[Record]:
+    """At most ``settings.num_records`` of the records, drawn at random, in their order."""
+    if settings.num_records is None or settings.num_records >= len(records):
+        return records
+    chosen = random.Random(settings.seed).sample(range(len(records)), settings.num_records)
+    return [records[index] for index in sorted(chosen)]
 
 
 def make_records(

@@ -26,7 +26,7 @@ from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.settings import EVEN, REACH, TEACHERS, LossWeights
 
-_SMALLEST = 1e-30  # a mean of probabilities that underflow
+SMALLEST = 1e-30  # a mean of probabilities that underflow
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def row_weights(losses: mx.array, rows: MaskRows) -> dict[str, mx.array]:
     weights = {}
     for name, part in parts.items():
         term = part[places]
-        weights[name] = 0.5 + 0.5 * term / mx.maximum(term.mean(), _SMALLEST)
+        weights[name] = 0.5 + 0.5 * term / mx.maximum(term.mean(), SMALLEST)
     return weights
 
 

@@ -62,6 +62,7 @@ class TorchGradient(StepGradient):
         place = torch_device(device)
         if place.type == "cpu":
             torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
+        self.shares_cores = place.type == "cpu"
         self._rows = TorchRows(model, dtype=dtype, device=place)
         self._is_warm = True  # it compiles nothing that workers could find
         parameters = trainable(model)
@@ -73,6 +74,13 @@ class TorchGradient(StepGradient):
             if not (name in linears or name == self._masks or name.startswith(SAMPLER_PREFIX)):
                 raise refusal(model, f"it does not know the parameter {name}")
         self._check(parameters)
+
+    @property
+    def line(self) -> str:
+        """What computes the gradients, for the user."""
+        device, kind = self._rows.device, str(self._rows.dtype).removeprefix("torch.")
+        place = "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
+        return f"Gradients are computed by PyTorch in {kind} on {place}"
 
     def part(
         self,
@@ -141,9 +149,11 @@ class TorchGradient(StepGradient):
             terms = loss_terms(
                 model,
                 ordinary,
+                part,
                 self._hidden(leaves, ordinary, part),
                 make_targets(model, ordinary, ids, part, teacher=self._settings.teacher),
                 candidates=self._candidates,
+                weights=self._settings.row_weights,
                 sampler=sampler,
             )
             yield terms, part.num_rows / total

@@ -13,6 +13,8 @@ from torch import Tensor
 from mlx_mtp.backends.pytorch.rows import OrdinaryRows, TorchRows
 from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.model.config import SamplerKind
+from mlx_mtp.train.gradient.losses import SMALLEST
+from mlx_mtp.train.settings import REACH
 
 
 @dataclass(frozen=True)
@@ -44,10 +46,12 @@ def make_targets(
 def loss_terms(
     model: TorchRows,
     ordinary: OrdinaryRows,
+    rows: MaskRows,
     hidden: Tensor,
     targets: Targets,
     *,
     candidates: int,
+    weights: str,
     sampler: Callable[[Tensor, Tensor], Tensor] | None,
 ) -> dict[str, Tensor]:
     """Compute the terms of the loss; see ``losses.loss_terms``.
@@ -55,22 +59,43 @@ def loss_terms(
     Args:
         model: for its head and embeddings.
         ordinary: the sequence's ordinary rows.
-        hidden: final hidden states of its mask rows ``[R, D]``.
+        rows: mask blocks of it.
+        hidden: final hidden states of these rows ``[R, D]``.
         targets: of the rows.
         candidates: number of tokens over which the cross-entropies are computed; 0 is all.
+        weights: ``even``, or ``reach`` for the weights of ``row_weights``.
         sampler: the sampler head; None without one.
 
     Returns:
         The terms by name, float32 scalars.
     """
     head = _head(model, hidden, targets, candidates)
-    terms = {"base": _cross_entropy(head, hidden, targets).mean()}
+    losses = {"base": _cross_entropy(head, hidden, targets)}
     if sampler is not None:
         state = sampler(model.embed(targets.previous), hidden)
-        terms["sampler"] = _cross_entropy(head, state, targets).mean()
+        losses["sampler"] = _cross_entropy(head, state, targets)
+    if weights == REACH:
+        factors = row_weights(losses.get("sampler", losses["base"]).detach(), rows)
+        losses = {name: loss * factors[name] for name, loss in losses.items()}
+    terms = {name: loss.mean() for name, loss in losses.items()}
     difference = hidden.float() - ordinary.hidden[targets.twins].float()
     terms["lcm"] = difference.square().mean()
     return terms
+
+
+def row_weights(losses: Tensor, rows: MaskRows) -> dict[str, Tensor]:
+    """Weights of mask rows by term; see ``losses.row_weights``."""
+    places = torch.from_numpy(rows.row_blocks), torch.from_numpy(rows.mask_offsets.astype(np.int64))
+    places = tuple(place.to(losses.device) for place in places)
+    empty = losses.new_zeros(len(rows.anchors), int(rows.mask_offsets.max()) + 1)
+    log_q = empty.index_put(places, -losses)
+    accepted = empty.index_put(places, log_q.cumsum(1).exp()[places])
+    parts = {
+        "base": (log_q.cumsum(1) - log_q).exp(),
+        "sampler": accepted.flip(1).cumsum(1).flip(1),
+    }
+    terms = {name: part[places] for name, part in parts.items()}
+    return {name: 0.5 + 0.5 * x / x.mean().clamp_min(SMALLEST) for name, x in terms.items()}
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,6 @@ import numpy as np
 
 from mlx_mtp.backends.cpu.blas import BLAS, LIBRARY
 from mlx_mtp.evaluation.sequences import TokenSequence
-from mlx_mtp.train.gradient.step import StepGradient
 from mlx_mtp.train.settings import TrainSettings
 
 _THREADS = "OPENBLAS_NUM_THREADS"
@@ -209,6 +208,7 @@ def _work(
     """Run a worker: load, then compute one step at a time until the connection is closed."""
     from mlx_mtp.loading import load
     from mlx_mtp.train.gradient.adapter import new_adapter, trainable
+    from mlx_mtp.train.gradient.backend import make_gradient
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides when to stop
     try:
@@ -216,7 +216,7 @@ def _work(
             spec.model, trust_remote_code=spec.trust_remote_code, mtp=False, kernels=False
         )
         model = new_adapter(model, spec.settings, start=spec.start)
-        gradient = StepGradient(model, spec.settings)
+        gradient, *_ = make_gradient(model, spec.settings, num_threads=1)
         layout = SharedParameters(trainable(model))
         numbers = np.frombuffer(memory, dtype=np.float32).reshape(-1, layout.size)
         while True:
