@@ -391,8 +391,7 @@ class _Run:
     def _evaluate(self) -> None:
         """Evaluate the raw and the averaged weights on the same texts; the better ones count.
 
-        The next-token loss, which takes as long as one of the two, is constant with the gate and
-        computed once.
+        The next-token loss is constant with the gate, and computed once.
         """
         start, count = self.clock(), self.settings.val_batches
         chosen = self.data.held_out if count == -1 else self.data.held_out[:count]

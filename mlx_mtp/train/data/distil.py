@@ -36,7 +36,7 @@ from mlx_mtp.train.data.distil_run import (
 from mlx_mtp.train.data.generators import AUTO, choose_generator
 from mlx_mtp.train.data.prompts import DrawnPrompt, draw_prompt
 from mlx_mtp.train.data.records import Record, data_hash
-from mlx_mtp.train.data.sequences import token_ids
+from mlx_mtp.train.data.sequences import MIN_ANSWER_TOKENS, token_ids
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -296,6 +296,9 @@ def _complete(run: Run, jobs: list[Job]) -> Generator[Record, None, None]:
         prompts = [ids for _, ids in fitting]
         for index, ids, reason in run.generate(prompts, numbers, part="answer"):
             job, stopped = fitting[index][0], reason == STOP
+            if reason == LOOP and len(ids) < MIN_ANSWER_TOKENS:
+                run.drop("answer: loop")
+                continue
             answer = _answer_text(run, ids, stopped=stopped)
             if answer is None:
                 continue

@@ -102,7 +102,7 @@ def _torch_is_faster() -> bool:
 
 
 def _copy_fits(model: MTPModel) -> bool:
-    """Whether the weights in bfloat16, and what is computed with them, fit half of the free memory."""
+    """Whether the weights in bfloat16 fit half of the free memory."""
     weights: list[tuple[str, mx.array]] = tree_flatten(model.base.parameters())  # pyright: ignore
     packed = {mx.uint32: 8, mx.uint8: 2}  # numbers of 4 bits in one
     numbers = sum(value.size * packed.get(value.dtype, 1) for _, value in weights)
