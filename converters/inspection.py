@@ -29,8 +29,10 @@ from mlx_mtp.model.config import HeadsConfig, MTPConfig, read_any_config
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.native.names import belongs_to_modules
 from mlx_mtp.model.native.stored import find_native, read_native
+from mlx_mtp.model.statistics import read_statistics, summary_lines
 from mlx_mtp.storage.contents import Contents, look, model_problem
 from mlx_mtp.storage.safetensors import check_safetensors, read_json_object, shown
+from mlx_mtp.terminal import human_bytes
 
 MODEL_CONFIG_FILE = "config.json"
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -65,6 +67,8 @@ class Inspection:
         adapter: the adapter of a bundle.
         use: what other commands say if this is their model; None if they can use it.
         drafters: what a model has to propose tokens with, and what it would need.
+        statistics: what evaluations have shown of an adapter's drafts, see
+            ``AdapterStatistics.summary``.
     """
 
     path: str
@@ -75,6 +79,7 @@ class Inspection:
     adapter: Inspection | None = None
     use: str | None = None
     drafters: tuple[DrafterFacts, ...] = ()
+    statistics: dict[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as JSON-ready values."""
@@ -99,6 +104,8 @@ class Inspection:
             f"{_hash_text(file)}{_tensor_text(file.tensors)}".rstrip()
             for file in self.files
         ]
+        if self.statistics is not None:
+            lines += [f"  {line}" for line in summary_lines(self.statistics)]
         lines += [f"  refused: {shown(problem, limit=1000)}" for problem in self.problems]
         lines += [f"  as a model: {shown(self.use, limit=1000)}"] if self.use else []
         return "\n".join(lines + ([self.adapter.text()] if self.adapter else []))
@@ -163,15 +170,6 @@ def _describe(
     return _checkpoint(path, files, allow_pickle, kind=contents.kind)
 
 
-def human_bytes(count: float) -> str:
-    """Return a number of bytes with a unit, in powers of 1000."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} GB"
-
-
 def _adapter(path: Path, files: tuple[FileFacts, ...]) -> Inspection:
     """Describe an adapter folder of mlx-mtp."""
     try:
@@ -180,12 +178,18 @@ def _adapter(path: Path, files: tuple[FileFacts, ...]) -> Inspection:
         return Inspection(
             path=str(path), kind="adapter", facts={}, files=files, problems=(str(error),)
         )
+    facts, statistics = _adapter_facts(config), None
+    try:
+        statistics = read_statistics(path, config)
+    except ValueError as error:
+        facts["statistics"] = f"not used: {error}"
     return Inspection(
         path=str(path),
         kind="adapter",
-        facts=_adapter_facts(config),
+        facts=facts,
         files=files,
         problems=tuple(_weights_problems(path)),
+        statistics=None if statistics is None else statistics.summary(),
     )
 
 
@@ -197,6 +201,7 @@ def _adapter_facts(config: MTPConfig | HeadsConfig) -> dict[str, Any]:
             "base_type": config.base_model_type,
             "k": config.num_draft_tokens,
             "head": config.head,
+            "acceptance": list(config.acceptance),
             "base_fingerprint": config.base_fingerprint,
         }
     kind = config.sampler_kind
@@ -208,9 +213,11 @@ def _adapter_facts(config: MTPConfig | HeadsConfig) -> dict[str, Any]:
         "noise_ids": list(config.noise_ids),
         "rank": config.rank,
         "scale": config.scale,
+        "weights": config.storage_words(),
         "layers_that_differ": len(config.rank_pattern | config.scale_pattern),
         "targets": list(config.target_modules),
         "sampler": None if kind is None else f"mlp, {kind.norm} norm, residual {kind.residual}",
+        "acceptance": list(config.acceptance),
         "base_fingerprint": config.base_fingerprint,
     }
 

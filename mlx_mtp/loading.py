@@ -32,6 +32,7 @@ from mlx_mtp.decoding.setup import drafter_sources
 from mlx_mtp.drafting.draft_model import num_bytes
 from mlx_mtp.drafting.make import available_sources
 from mlx_mtp.drafting.words import in_words, what_would_help
+from mlx_mtp.model.adapter_file import from_file
 from mlx_mtp.model.base import open_base
 from mlx_mtp.model.config import (
     WEIGHTS_FILE,
@@ -46,6 +47,7 @@ from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.native.module import NativeModule
 from mlx_mtp.model.native.names import num_modules
 from mlx_mtp.model.native.stored import read_native
+from mlx_mtp.model.statistics import read_statistics
 from mlx_mtp.planning.plan import AUTO, LOOKUP
 from mlx_mtp.storage.contents import adapter_problem, look, model_problem
 from mlx_mtp.storage.data_wheels import ON_REQUEST, gguf_path
@@ -353,15 +355,17 @@ def read_adapter(folder: Path) -> tuple[MTPConfig, dict[str, mx.array]]:
     """Read the folder of an adapter of mask tokens.
 
     Returns:
-        The configuration and the tensors by name: ``mask_embeddings`` ``[k, D]``,
+        The configuration and the weights by name: ``mask_embeddings`` ``[k, D]``,
         ``sampler_head.*`` and, for each adapted layer, ``*.lora_a`` ``[in, r]`` and ``*.lora_b``
         ``[r, out]``; ``mask_per_layer_embeddings`` ``[k, layers * size]`` for a model whose layers
-        have embeddings of their own.
+        have embeddings of their own.  Quantised weights and vectors are restored, see
+        ``adapter_file``.
 
     Raises:
         ValueError: a file is missing or broken, a tensor is not finite, or the adapter has heads.
     """
-    return read_config(folder), _finite_tensors(folder / WEIGHTS_FILE)
+    config = read_config(folder)
+    return config, _weights(folder / WEIGHTS_FILE, config)
 
 
 def read_any_adapter(folder: Path) -> tuple[MTPConfig | HeadsConfig, dict[str, mx.array]]:
@@ -374,11 +378,16 @@ def read_any_adapter(folder: Path) -> tuple[MTPConfig | HeadsConfig, dict[str, m
     Raises:
         ValueError: a file is missing or broken, or a tensor is not finite.
     """
-    return read_any_config(folder), _finite_tensors(folder / WEIGHTS_FILE)
+    config = read_any_config(folder)
+    return config, _weights(folder / WEIGHTS_FILE, config)
 
 
-def _finite_tensors(path: Path) -> dict[str, mx.array]:
-    weights = read_tensors(path)
+def _weights(path: Path, config: MTPConfig | HeadsConfig) -> dict[str, mx.array]:
+    """Read the weights of an adapter file and check that they are finite."""
+    try:
+        weights = from_file(read_tensors(path), config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}" if path.name not in str(error) else error) from None
     finite = {name: mx.isfinite(value).all() for name, value in weights.items()}
     mx.eval(finite)
     for name, value in finite.items():
@@ -481,9 +490,14 @@ def _with_adapter(base: nn.Module, name: str, folder: Path, *, shown: str) -> MT
     config, weights = read_any_adapter(folder)
     check_base(base, config, adapter=shown, name=name)
     try:
-        return MTPModel(base, name=name, config=config, weights=weights)
+        model = MTPModel(base, name=name, config=config, weights=weights)
     except ValueError as error:
         raise ValueError(f"{shown}: {error}") from None
+    try:
+        model.statistics = read_statistics(folder, config)
+    except ValueError as error:  # decoding does not need them
+        LOG.warning("the statistics of the adapter are not used: %s", first_line(error))
+    return model
 
 
 def _load_tokenizer(

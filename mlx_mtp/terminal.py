@@ -106,6 +106,15 @@ class Interrupt:
         self.requested = True
 
 
+def human_bytes(count: float) -> str:
+    """Return a number of bytes with a unit, in powers of 1000."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
 def progress(
     iterable: Iterable[Any] | None = None,
     *,

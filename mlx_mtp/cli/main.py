@@ -22,8 +22,10 @@ from mlx_mtp.cli.app import app
 from mlx_mtp.cli.average import average
 from mlx_mtp.cli.benchmark import benchmark
 from mlx_mtp.cli.chat import chat
+from mlx_mtp.cli.compress import compress
 from mlx_mtp.cli.convert import convert, export, inspect
 from mlx_mtp.cli.doctor import doctor
+from mlx_mtp.cli.evaluate import evaluate
 from mlx_mtp.cli.generate import generate
 from mlx_mtp.cli.options import CONTEXT
 from mlx_mtp.cli.serve import serve
@@ -37,11 +39,13 @@ from mlx_mtp.terminal import CLOSED_PIPE, INTERRUPTED, BadInput, one_line
 SECTIONS = (
     cloup.Section("Generate", [generate, chat]),
     cloup.Section("Serve", [serve, app]),
-    cloup.Section("Convert and train", [convert, export, inspect, train, average]),
-    cloup.Section("Measure", [benchmark, verify, tune, doctor, simulate]),
+    cloup.Section("Convert and train", [convert, export, inspect, train, average, compress]),
+    cloup.Section("Measure", [benchmark, evaluate, verify, tune, doctor, simulate]),
 )
 WITHOUT_TORCH = (
-    average, benchmark, chat, convert, export, generate, inspect, simulate, train, tune, verify
+    average, benchmark, chat, compress, convert, evaluate, export, generate, inspect, simulate,
+    train, tune,
+    verify,
 )  # fmt: skip
 WITH_TORCH = {"--trust-remote-code", "--against-pytorch", "--allow-pickle", "--verify"}
 

@@ -17,11 +17,31 @@ from click.core import ParameterSource
 
 from mlx_mtp.cli.options import MODEL, TRUST_REMOTE_CODE, Decorator, field_option, option
 from mlx_mtp.terminal import INTERRUPTED
+from mlx_mtp.train.recipe import parse_time
 from mlx_mtp.train.settings import ADAPTER, DATA, TRAINING, DataSettings, TrainSettings
 
 TRACKERS = ("trackio", "wandb")
 PATHS = ("model", "adapter_path", "data", "topics", "resume_adapter_file")
-PLACEHOLDERS = {"data": "DATA", "topics": "FILE", "target_modules": "NAME,..."}  # of text options
+PLACEHOLDERS = {
+    "data": "DATA",
+    "topics": "FILE",
+    "target_modules": "NAME,...",
+    "rank_by_layer": "LAYERS=RANK,...",
+}  # of text options
+
+
+class RunTime(click.ParamType):
+    """A time that ``recipe.parse_time`` reads; the text is kept."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        """Check the text."""
+        try:
+            parse_time(str(value))
+        except ValueError as error:
+            self.fail(str(error), param, ctx)
+        return str(value)
 
 
 def _group(title: str, *more: Decorator) -> Decorator:
@@ -46,9 +66,17 @@ def _attributes(name: str) -> dict[str, Any]:
     MODEL,
     option("--adapter-path", metavar="OUT", help="Folder to write the adapter to (required)."),
     option(
+        "--time",
+        type=RunTime(),
+        metavar="TIME",
+        help="Time for the whole run, such as 30m, 2h, 1h30m or overnight (10 hours). All other "
+        "settings follow from it, unless they are given.",
+    ),
+    option(
         "--resume",
         is_flag=True,
-        help="Resume the run in OUT with its options.",
+        help="Resume the run in OUT with its options. With --time, the time left is kept; another "
+        "--time is a new total.",
     ),
     option(
         "--resume-adapter-file",
@@ -81,8 +109,8 @@ def _attributes(name: str) -> dict[str, Any]:
 def train(context: click.Context, **options: Any) -> None:
     """Train an adapter for a model.
 
-    Without --data the model generates its own training text. Ctrl-C saves the run, and --resume
-    continues it bit for bit.
+    With --time, nothing else needs to be set. Without --data the model generates its own training
+    text. Ctrl-C saves the run, and --resume continues it bit for bit.
     """
     chosen = {
         name: value

@@ -18,15 +18,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_mtp.drafting.mask_tokens import SHORTLIST, shortlisted
-from mlx_mtp.evaluation.forward import OrdinaryRows, draft_states, ordinary_rows
+from mlx_mtp.evaluation.forward import draft_states, ordinary_rows
 from mlx_mtp.evaluation.mask_blocks import MaskRows
+from mlx_mtp.evaluation.statistics import by_frequency, rank_counts
+from mlx_mtp.model.statistics import MAX_RANK, AdapterStatistics, DraftVocabulary, RankCounts
 
 if TYPE_CHECKING:
     from mlx_mtp.evaluation.sequences import TokenSequence
@@ -46,6 +48,8 @@ class Evaluation:
         num_tokens: tokens of the answers.
         num_steps: steps of the decode, including the last prompt chunks.
         num_sequences: sequences with answers.
+        kinds: ranks of the right tokens by kind of text, for an adapter's statistics; empty if
+            they were not measured, and not among the values of ``to_dict``.
     """
 
     tokens_per_step: float
@@ -53,14 +57,29 @@ class Evaluation:
     num_tokens: int
     num_steps: int
     num_sequences: int
+    kinds: Mapping[str, RankCounts] = field(default_factory=dict, compare=False, repr=False)
 
     def monotonic_acceptance(self) -> tuple[float, ...]:
         """The acceptance for an adapter's configuration: rounded and never increasing."""
         return tuple(np.minimum.accumulate(np.round(self.acceptance, 4)).tolist())
 
+    def statistics(
+        self, source: str, vocabulary: DraftVocabulary | None
+    ) -> AdapterStatistics | None:
+        """The statistics of the evaluated adapter; None if ranks were not measured.
+
+        Args:
+            source: the evaluated texts, in words.
+            vocabulary: counts of the training text, if any.
+        """
+        if not self.kinds:
+            return None
+        return AdapterStatistics(source=source, kinds=self.kinds, vocabulary=vocabulary)
+
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON-ready values."""
-        return dataclasses.asdict(self) | {"acceptance": list(self.acceptance)}
+        """Return JSON-ready values, without ``kinds``."""
+        values = {name: getattr(self, name) for name in _SAVED}
+        return values | {"acceptance": list(self.acceptance)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Evaluation:
@@ -69,12 +88,14 @@ class Evaluation:
         Raises:
             ValueError: a key is missing.
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        if missing := [name for name in names if name not in values]:
+        if missing := [name for name in _SAVED if name not in values]:
             raise ValueError(f"an evaluation lacks {', '.join(missing)}")
-        fields: dict[str, Any] = {name: values[name] for name in names}
+        fields: dict[str, Any] = {name: values[name] for name in _SAVED}
         fields["acceptance"] = tuple(fields["acceptance"])
         return cls(**fields)
+
+
+_SAVED = tuple(item.name for item in dataclasses.fields(Evaluation) if item.name != "kinds")
 
 
 @dataclass(frozen=True)
@@ -87,6 +108,9 @@ class Answer:
         end: position after its last token, at least ``last + 1``.
         counts: accepted drafts after anchors ``first - 1 .. last - 2``, ``[last - first]``.
         sequence: index of its sequence.
+        kind: kind of its sequence.
+        ranks: ranks of the right tokens after these anchors, see ``draft_ranks``, if they were
+            measured, ``[last - first, k]``.
     """
 
     first: int
@@ -94,11 +118,18 @@ class Answer:
     end: int
     counts: np.ndarray
     sequence: int
+    kind: str = ""
+    ranks: np.ndarray | None = None
 
     @property
     def num_tokens(self) -> int:
         """Number of evaluated tokens."""
         return self.last - self.first + 1
+
+    @property
+    def rooms(self) -> np.ndarray:
+        """Tokens of the answer after the one that follows each anchor, ``[last - first]``."""
+        return self.end - 1 - np.arange(self.first, self.last)
 
 
 def accepted_counts(
@@ -118,10 +149,48 @@ def accepted_counts(
     Drafts of independent heads are counted likewise: head j is mask j.
 
     Args:
+        model, ids, anchors, num_draft_tokens, rows_per_forward, use_sampler: see ``draft_ranks``.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    return _leading(
+        draft_ranks(
+            model,
+            ids,
+            anchors,
+            num_draft_tokens=num_draft_tokens,
+            num_candidates=1,
+            rows_per_forward=rows_per_forward,
+            use_sampler=use_sampler,
+        )
+    )
+
+
+def draft_ranks(
+    model: MTPModel,
+    ids: Sequence[int],
+    anchors: Sequence[int],
+    *,
+    num_draft_tokens: int | None = None,
+    num_candidates: int = MAX_RANK,
+    rows_per_forward: int = 512,
+    use_sampler: bool = True,
+) -> np.ndarray:
+    """Rank the right tokens among the candidates of the drafts after each anchor, int ``[A, k]``.
+
+    A rank is 1 if the draft is the token in ``ids``, and 1 more for each candidate that the drafter
+    prefers to that token; a token that is no candidate has the last rank.  The drafter sees the
+    right tokens as previous ones.  A block is followed for as long as the right token has at most
+    rank ``num_candidates``; a higher rank is given as ``num_candidates + 1``, and 0 follows it, as
+    it follows the end of ``ids``.
+
+    Args:
         model: with its adapter.
         ids: the text ``[L]``.
         anchors: positions of the last tokens that the blocks see, from 0 to L - 1.
         num_draft_tokens: masks of a block; the adapter's k by default.
+        num_candidates: ranks to tell apart, at least 1.
         rows_per_forward: maximum mask rows per forward, which limits the memory; a block stays
             whole.
         use_sampler: False drafts with the base model's head only.
@@ -132,9 +201,9 @@ def accepted_counts(
     k = checked_num_masks(model, num_draft_tokens)
     if rows_per_forward < 1:
         raise ValueError(f"rows_per_forward must be at least 1, got {rows_per_forward}")
-    counts = np.zeros(len(anchors), dtype=np.int64)
+    ranks = np.zeros((len(anchors), k), dtype=np.int64)
     if not len(anchors):
-        return counts
+        return ranks
     if min(anchors) < 0 or max(anchors) >= len(ids):
         raise ValueError(f"anchors must lie between 0 and {len(ids) - 1}")
     order = np.argsort(np.array(anchors), kind="stable")
@@ -144,8 +213,11 @@ def accepted_counts(
     for start in range(0, len(order), size):
         chunk = order[start : start + size]
         part = [int(anchors[index]) for index in chunk]
-        counts[chunk] = _count(model, ordinary, np.array(ids), part, k, use_sampler)
-    return counts
+        rows = draft_states(model, ordinary, MaskRows(tuple(part), k))
+        rows = rows.reshape(len(part), k, -1)  # [A, k, D]
+        mx.eval(rows)
+        ranks[chunk] = _follow(model, rows, np.array(ids), part, num_candidates, use_sampler)
+    return ranks
 
 
 def walk(
@@ -189,11 +261,15 @@ def count_answers(
     *,
     max_tokens: int = 64,
     num_draft_tokens: int | None = None,
+    num_candidates: int = 1,
     rows_per_forward: int = 512,
     use_sampler: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Answer]:
-    """Count the accepted drafts along the answers of sequences; see ``evaluate``."""
+    """Count the accepted drafts along the answers of sequences; see ``evaluate``.
+
+    ``num_candidates`` is that of ``draft_ranks``; with 1, only accepted drafts are followed.
+    """
     if max_tokens < 1:
         raise ValueError(f"max_tokens must be at least 1, got {max_tokens}")
     for index, sequence in enumerate(sequences):
@@ -204,17 +280,20 @@ def count_answers(
         ]
         if not spans:
             continue
-        counts = accepted_counts(
+        ranks = draft_ranks(
             model,
             sequence.ids,
             [anchor for first, last, _ in spans for anchor in range(first - 1, last - 1)],
             num_draft_tokens=num_draft_tokens,
+            num_candidates=num_candidates,
             rows_per_forward=rows_per_forward,
             use_sampler=use_sampler,
         )
         start = 0
         for first, last, end in spans:
-            yield Answer(first, last, end, counts[start : start + last - first], index)
+            part = ranks[start : start + last - first]
+            measured = part if num_candidates == MAX_RANK else None
+            yield Answer(first, last, end, _leading(part), index, sequence.kind, measured)
             start += last - first
     if progress:
         progress(len(sequences), len(sequences))
@@ -243,9 +322,7 @@ def summarise(
     )
     tokens = sum(answer.num_tokens for answer in answers)
     counts = np.concatenate([answer.counts for answer in answers])
-    rooms = np.concatenate(  # tokens of the answer after the one that follows the anchor
-        [answer.end - 1 - np.arange(answer.first, answer.last) for answer in answers]
-    )
+    rooms = np.concatenate([answer.rooms for answer in answers])
     return Evaluation(
         tokens_per_step=tokens / steps,
         acceptance=tuple(
@@ -255,7 +332,22 @@ def summarise(
         num_tokens=tokens,
         num_steps=steps,
         num_sequences=len({answer.sequence for answer in answers}),
+        kinds=_kinds(answers, num_draft_tokens),
     )
+
+
+def _kinds(answers: Sequence[Answer], k: int) -> dict[str, RankCounts]:
+    """The ranks of answers by kind, most frequent kinds first; empty if not all have ranks."""
+    names = by_frequency(answer.kind for answer in answers)
+    groups: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {name: [] for name in names.values()}
+    for answer in answers:
+        if answer.ranks is None:
+            return {}
+        groups[names[answer.kind]].append((answer.ranks[:, :k], answer.rooms))
+    return {
+        name: rank_counts(*(np.concatenate(parts) for parts in zip(*group, strict=True)))
+        for name, group in groups.items()
+    }
 
 
 def evaluate(
@@ -269,7 +361,7 @@ def evaluate(
     use_sampler: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Measure tokens per step on the answers of sequences.
+    """Measure tokens per step on the answers of sequences, and the ranks of their tokens.
 
     Args:
         model: with its adapter; nothing is changed and no gradients are kept.
@@ -292,6 +384,7 @@ def evaluate(
             sequences,
             max_tokens=max_tokens,
             num_draft_tokens=k,
+            num_candidates=MAX_RANK,
             rows_per_forward=rows_per_forward,
             use_sampler=use_sampler,
             progress=progress,
@@ -323,20 +416,23 @@ def _answers(sequence: TokenSequence) -> list[tuple[int, int]]:
     return [(first, end) for first, end in spans if end > first]
 
 
-def _count(
+def _leading(ranks: np.ndarray) -> np.ndarray:
+    """Number of leading ranks of 1 of each anchor, ``[A]``."""
+    return np.logical_and.accumulate(ranks == 1, axis=1).sum(axis=1)
+
+
+def _follow(
     model: MTPModel,
-    ordinary: OrdinaryRows,
+    rows: mx.array,
     ids: np.ndarray,
     anchors: list[int],
-    k: int,
+    num_candidates: int,
     use_sampler: bool,
 ) -> np.ndarray:
-    """Count the accepted drafts after each of some anchors, ``[A]``."""
-    rows = draft_states(model, ordinary, MaskRows(tuple(anchors), k))
-    rows = rows.reshape(len(anchors), k, -1)  # [A, k, D]
-    mx.eval(rows)
-    counts = np.zeros(len(anchors), dtype=np.int64)
-    alive = np.arange(len(anchors))  # anchors after which all drafts so far are accepted
+    """Rank the right tokens after some anchors, see ``draft_ranks``; rows are ``[A, k, D]``."""
+    k = rows.shape[1]
+    ranks = np.zeros((len(anchors), k), dtype=np.int64)
+    alive = np.arange(len(anchors))  # anchors whose blocks are followed so far
     for j in range(k):
         positions = np.array(anchors)[alive] + 2 + j
         alive = alive[positions < len(ids)]
@@ -344,30 +440,42 @@ def _count(
             break
         positions = np.array(anchors)[alive] + 2 + j
         hidden = rows[mx.array(alive), j]
-        drafts = _drafts(model, hidden, mx.array(ids[positions - 1]), use_sampler)
-        alive = alive[np.array(drafts) == ids[positions]]
-        counts[alive] += 1
-    return counts
+        previous, right = mx.array(ids[positions - 1]), mx.array(ids[positions])
+        found = np.array(_ranks(model, hidden, previous, right, use_sampler))
+        ranks[alive, j] = np.minimum(found, num_candidates + 1)
+        alive = alive[found <= num_candidates]
+    return ranks
 
 
-def _drafts(model: MTPModel, hidden: mx.array, previous: mx.array, use_sampler: bool) -> mx.array:
-    """The greedy draft of each mask row, as decoding drafts it.
+def _ranks(
+    model: MTPModel, hidden: mx.array, previous: mx.array, right: mx.array, use_sampler: bool
+) -> mx.array:
+    """Rank of the right token among each mask row's candidates, as decoding scores them, ``[A]``.
+
+    Of equal scores the first is preferred, as by argmax.  A token that is no candidate comes after
+    all of them.
 
     Args:
         model: with its adapter.
         hidden: final hidden states ``[A, D]``.
         previous: the token before each draft ``[A]``.
-        use_sampler: False does not use the sampler head.
+        right: the right token ``[A]``.
+        use_sampler: False does not use the sampler head; all tokens are candidates then.
     """
     logits = model.logits(hidden[None])[0]  # [A, V]
     head = model.sampler_head if use_sampler else None
     if head is None:
-        return mx.argmax(logits, axis=-1)
-    candidates = shortlisted(logits, SHORTLIST)  # [A, S]
-    states = head(model.embed(previous), hidden)  # [A, D]
-    scores = (model.unembed_rows(candidates) @ states[..., None])[..., 0]  # [A, S]
-    picks = mx.argmax(scores, axis=-1, keepdims=True)
-    return mx.take_along_axis(candidates, picks, axis=-1)[:, 0]
+        candidates, scores = mx.arange(logits.shape[-1])[None], logits
+    else:
+        candidates = shortlisted(logits, SHORTLIST)  # [A, S]
+        states = head(model.embed(previous), hidden)  # [A, D]
+        scores = (model.unembed_rows(candidates) @ states[..., None])[..., 0]  # [A, S]
+    is_right = (candidates == right[:, None]).astype(mx.int32)
+    place = mx.argmax(is_right, axis=-1, keepdims=True)
+    score = mx.take_along_axis(scores, place, axis=-1)
+    is_before = mx.arange(scores.shape[-1])[None] < place
+    num_better = ((scores > score) | ((scores == score) & is_before)).sum(axis=-1)
+    return 1 + mx.where(is_right.max(axis=-1) > 0, num_better, scores.shape[-1])
 
 
 def _check_layout(layout: str) -> None:

@@ -23,6 +23,7 @@ from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.fingerprint import fingerprint, is_fingerprint_of
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.files import write_atomically
+from mlx_mtp.text.ending import STOP
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -41,7 +42,7 @@ class GreedyText:
     def sequence(self) -> TokenSequence:
         """The text with its answer marked, for ``acceptance.evaluate``."""
         flags = [False] * len(self.prompt) + [True] * len(self.answer)
-        return TokenSequence(self.prompt + self.answer, flags)
+        return TokenSequence(self.prompt + self.answer, flags, kind=self.kind)
 
 
 def greedy_texts(
@@ -115,21 +116,16 @@ def _answers(
     """Greedy answers, stop ids included."""
     answers: list[list[int]] = [[] for _ in prompts]
     stops = sorted(tokenizer.eos_token_ids)
-    for index, ids, stopped in generate_batch(
+    for index, ids, reason in generate_batch(
         model,
         prompts,
         max_tokens=max_tokens,
         stops=[[stop] for stop in stops],
-        samplers=[_greedy] * len(prompts),
         batch_size=batch_size,
     ):
-        ending = [_likeliest(model, prompts[index] + ids, stops)] if stopped else []
+        ending = [_likeliest(model, prompts[index] + ids, stops)] if reason == STOP else []
         answers[index] = ids + ending
     return answers
-
-
-def _greedy(logprobs: mx.array) -> mx.array:
-    return mx.argmax(logprobs, axis=-1)
 
 
 def _likeliest(model: MTPModel, ids: list[int], stops: list[int]) -> int:

@@ -13,11 +13,13 @@ class TokenSequence:
         ids: ``[L]``.
         answer: for each id, whether it belongs to an answer, ``[L]``.
         cut: whether the text was truncated.
+        kind: kind of the text, by which acceptance is counted; empty if it is not known.
     """
 
     ids: list[int]
     answer: list[bool]
     cut: bool = False
+    kind: str = ""
 
     @property
     def num_answer_tokens(self) -> int:

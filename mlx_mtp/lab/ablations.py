@@ -1,14 +1,20 @@
 """Small training runs that differ in one setting each: ``python -m mlx_mtp.lab.ablations``.
 
-All runs see the same records in the same order for the same number of steps: ranks from 1 to 64,
-and at one rank without the latent consistency loss, without the sampler head and without the gate.
+All runs see the same records in the same order for the same number of steps.  ``--suite figures``:
+ranks from 1 to 64, and at one rank without the latent consistency loss, without the sampler head
+and without the gate; ``mlx_mtp.lab.reproduction`` draws the runs.  ``--suite recipe``: the choices
+behind the defaults of ``mlx-mtp train``, each against ``control`` with the same seed.  Its last
+weights are compared on held-out texts that no run evaluates itself, and the differences with their
+standard errors are written to ``comparison.md`` (``mlx_mtp.lab.paired``).
+
 Each run has its own folder in ``--output``.  The command may be repeated: finished runs are
-skipped and stopped runs are resumed.  ``mlx_mtp.lab.reproduction`` draws the runs.
+skipped and stopped runs are resumed.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import shlex
 import sys
 import time
@@ -17,9 +23,12 @@ from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 
 from mlx_mtp.cli.options import MODEL, ListOf, field_option, option
 from mlx_mtp.lab.commands import command, evaluations, machine_info
+from mlx_mtp.lab.paired import TextSteps, difference, table, text_steps
+from mlx_mtp.storage.files import write_atomically
 from mlx_mtp.terminal import Interrupt
 from mlx_mtp.train.data.pipeline import prepare, room_for
 from mlx_mtp.train.run.folder import RunFolder
@@ -36,7 +45,11 @@ DEFAULTS: Mapping[str, Any] = {
 }
 """Values of options whose default differs from that of ``mlx-mtp train``."""
 OPTIONS = (*DEFAULTS, "batch_size", "num_anchors", "num_draft_tokens", "drop_late", "teacher",
-           "candidates", "rows_per_forward", "workers", "val_batches", "seed")  # fmt: skip
+           "candidates", "rows_per_forward", "workers", "val_batches", "seed", "scale", "ema",
+           "min_learning_rate", "lora_b_rate", "row_weights", "draft_ramp", "backend")  # fmt: skip
+FIGURES, RECIPE = "figures", "recipe"
+CONTROL = "control"
+COMPARISON = "comparison.md"
 WITHOUT: Mapping[str, Mapping[str, Any]] = {
     "no-lcm": {"lcm_weight": 0.0},
     "no-sampler": {"sampler": False, "sampler_weight": 0.0},
@@ -58,6 +71,36 @@ def variants(settings: TrainSettings, ranks: Sequence[int]) -> dict[str, TrainSe
         name: dataclasses.replace(settings, **change)
         for name, change in (changes | dict(WITHOUT)).items()
     }
+
+
+def recipe_variants(settings: TrainSettings) -> dict[str, TrainSettings]:
+    """Settings of each run of the suite ``recipe`` by name: the control and one change each.
+
+    All have the same number of steps; with other anchors the rows of a step stay the same.
+    """
+    anchors, batch = settings.num_anchors, settings.batch_size
+    changes: dict[str, Mapping[str, Any]] = {
+        CONTROL: {},
+        "reach-weights": {"row_weights": "reach"},
+        "rate-x0.5": {"learning_rate": 0.5 * settings.learning_rate},
+        "rate-x2": {"learning_rate": 2 * settings.learning_rate},
+        "lora-b-x4": {"lora_b_rate": 4 * settings.lora_b_rate},
+        "lora-b-x16": {"lora_b_rate": 16 * settings.lora_b_rate},
+        "scale-x0.5": {"scale": 0.5 * settings.scale},
+        "scale-x2": {"scale": 2 * settings.scale},
+        "rank-x0.5": {"rank": max(1, settings.rank // 2)},
+        "rank-x2": {"rank": 2 * settings.rank},
+        "fewer-anchors": {"num_anchors": max(1, anchors // 2), "batch_size": 2 * batch},
+        "more-anchors": {"num_anchors": 2 * anchors, "batch_size": max(1, batch // 2)},
+        "draft-ramp": {"draft_ramp": max(1, settings.iters // 4)},
+        "no-lcm": WITHOUT["no-lcm"],
+        "no-base": {"base_weight": 0.0},
+        "no-sampler": WITHOUT["no-sampler"],
+        "no-ema": {"ema": 0.0},
+        "ema-0.98": {"ema": 0.98},
+        "ema-0.999": {"ema": 0.999},
+    }
+    return {name: dataclasses.replace(settings, **change) for name, change in changes.items()}
 
 
 def train_variant(
@@ -134,6 +177,13 @@ def _train_options(function: Any) -> Any:
 @option("--data", required=True, help="JSONL file with the records that all runs train on.")
 @option("--output", required=True, type=click.Path(path_type=Path), help="Folder of the runs.")
 @option("--only", multiple=True, help="Name of a run to train, such as rank-8; repeatable.")
+@option(
+    "--suite",
+    type=click.Choice((FIGURES, RECIPE)),
+    default=FIGURES,
+    help="Runs to train: those of the figures, or those behind the defaults.",
+)
+@option("--seeds", type=ListOf(int, min=0), help="Seeds of each run, in place of --seed.")
 @option("--ranks", type=ListOf(int, min=1), default=RANKS, help="Ranks to train.")
 @option("--num-records", type=int, help="Number of records to use, from the first.")
 @field_option(DataSettings, "held_out")
@@ -151,30 +201,117 @@ def ablate(
     from mlx_mtp.train.data.sources import read_data
 
     shared = TrainSettings(**{name: options[name] for name in OPTIONS})
-    runs = variants(shared, options["ranks"])
+    is_recipe = options["suite"] == RECIPE
+    runs = recipe_variants(shared) if is_recipe else variants(shared, options["ranks"])
     if unknown := set(options["only"]) - set(runs):
         raise ValueError(f"no run is named {sorted(unknown)[0]}; there are {', '.join(runs)}")
-    runs = {name: runs[name] for name in options["only"] or runs}
+    chosen = [*([CONTROL] if is_recipe else []), *options["only"]] if options["only"] else runs
+    seeds = options["seeds"] or (shared.seed,)
+    runs = {  # all variants of a seed before the next one
+        (name, seed): dataclasses.replace(runs[name], seed=seed)
+        for seed in seeds
+        for name in dict.fromkeys(chosen)
+    }
     records = read_data(options["data"])[: options["num_records"]]
     output, finished = options["output"].expanduser(), 0
-    for name, settings in runs.items():
+    folders = {
+        (name, seed): output / (name if len(seeds) == 1 else f"{name}-seed-{seed}")
+        for name, seed in runs
+    }
+    for key, settings in runs.items():
         if should_stop():
             break
         finished += train_variant(
             settings,
-            output / name,
+            folders[key],
             model_name=options["model"],
             records=records,
             held_out=options["held_out"],
             should_stop=should_stop,
         )
-    return {
+    result = {
         "settings": shared.to_dict(),
         "num_records": len(records),
-        "runs": {name: _last_evaluation(output / name) for name in runs},
+        "runs": {folder.name: _last_evaluation(folder) for folder in folders.values()},
         "finished": finished == len(runs),
-        "figures": " ".join(f"--run {shlex.quote(f'{name}={output / name}')}" for name in runs),
-    } | machine_info()
+    }
+    if is_recipe and result["finished"]:
+        result |= _compare(options, runs, folders, records)
+    if not is_recipe:
+        shown = (f"--run {shlex.quote(f'{path.name}={path}')}" for path in folders.values())
+        result["figures"] = " ".join(shown)
+    return result | machine_info()
+
+
+def _compare(
+    options: Mapping[str, Any],
+    runs: Mapping[tuple[str, int], TrainSettings],
+    folders: Mapping[tuple[str, int], Path],
+    records: Sequence[Any],
+) -> dict[str, Any]:
+    """Evaluate the last weights of all runs on the texts that none has evaluated; write the table.
+
+    Of raw and averaged weights, a run counts with those that were better in its last evaluation.
+    """
+    results: dict[str, list[TextSteps]] = {}
+    for key, settings in runs.items():
+        values = _text_steps(options, folders[key], settings, records)
+        results.setdefault(key[0], []).append(values)
+    text = table(results, control=CONTROL)
+    write_atomically(options["output"].expanduser() / COMPARISON, text)
+    print(text, file=sys.stderr)
+    found = {
+        name: dataclasses.asdict(difference(steps, results[CONTROL]))
+        for name, steps in results.items()
+        if name != CONTROL
+    }
+    return {
+        "tokens_per_step": {
+            name: [round(run.tokens_per_step, 4) for run in steps]
+            for name, steps in results.items()
+        },
+        "differences": found,
+        "num_texts": len(results[CONTROL][0].tokens),
+    }
+
+
+def _text_steps(
+    options: Mapping[str, Any], folder: Path, settings: TrainSettings, records: Sequence[Any]
+) -> TextSteps:
+    """Evaluate a run, or read what was found before."""
+    from mlx_mtp.loading import load
+    from mlx_mtp.train.gradient.adapter import new_adapter, trainable
+    from mlx_mtp.train.gradient.step import StepGradient
+    from mlx_mtp.train.run.checkpoint import WEIGHTS, newest_state, under
+
+    path = folder / "text-steps.json"
+    model, tokenizer = load(options["model"], mtp=False, kernels=False)
+    room = room_for(model, settings.max_seq_length, settings.num_draft_tokens)
+    data = prepare(records, tokenizer, max_seq_length=room, held_out=options["held_out"])
+    texts = data.held_out[settings.val_batches :] if settings.val_batches > 0 else []
+    if len(texts) < 2:
+        raise ValueError(
+            f"{len(data.held_out)} texts are held out, of which the runs evaluate "
+            f"{settings.val_batches}: lower --val-batches or raise --held-out"
+        )
+    key = {"data_hash": data.data_hash, "texts": len(texts), "step": settings.iters}
+    if path.exists():
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        if saved["key"] == key:
+            return TextSteps(np.array(saved["tokens"]), np.array(saved["steps"]))
+    state = newest_state(RunFolder(folder).training)
+    if state is None:
+        raise ValueError(f"{folder} has no checkpoint to evaluate")
+    model = new_adapter(model, settings)
+    weights = evaluations(RunFolder(folder))[-1].get("weights", "raw")
+    parameters = under(WEIGHTS[weights], state.tensors)
+    if set(parameters) != set(trainable(model)):
+        raise ValueError(f"{folder} has a checkpoint of another adapter")
+    StepGradient(model, settings).load(parameters)
+    found = text_steps(model, texts, rows_per_forward=settings.rows_per_forward)
+    values = {"key": key, "tokens": found.tokens.tolist(), "steps": found.steps.tolist()}
+    write_atomically(path, json.dumps(values) + "\n")
+    return found
 
 
 def _last_evaluation(folder: Path) -> dict[str, Any]:

@@ -28,6 +28,9 @@ MLP, LAYER = "mlp", "layer"
 HEAD_KINDS = (MLP, LAYER)
 SAMPLER_NORMS = ("layer", "rms")
 SAMPLER_RESIDUALS = ("hidden", "inner", "none")
+ADAPTER_KINDS = LORA, VERA = ("lora", "vera")
+BITS = (2, 3, 4, 5, 6, 8)  # of ``mx.quantize``
+GROUP_SIZES = (32, 64, 128)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +168,15 @@ class MTPConfig(AdapterConfig):
         scale_pattern: scale by full module path, of layers whose scale is another.
         noise_ids: (low, high) if mask rows are random tokens, whose ids are drawn from low to
             high - 1 in every step; empty if there are mask tokens.
+        bits: bits of a quantised low-rank weight in the file, see ``adapter_file``; 0 if these
+            weights are not quantised.
+        sampler_bits: the same of the sampler head's linear layers.
+        group_size: number of quantised weights that share a scale.
+        adapter_kind: ``"lora"``, or ``"vera"`` if the low-rank weights are scaled random ones, see
+            ``vera``.
+        vera_seed: seed of the random weights.
+        vera_dims: input dimensions by leaf name of the adapted layers; empty if the low-rank
+            weights are stored.
     """
 
     num_draft_tokens: int
@@ -188,6 +200,12 @@ class MTPConfig(AdapterConfig):
     scale_pattern: dict[str, float] = dataclasses.field(default_factory=dict)
     acceptance: tuple[float, ...] = ()
     noise_ids: tuple[int, ...] = ()
+    bits: int = 0
+    sampler_bits: int = 0
+    group_size: int = 64
+    adapter_kind: str = LORA
+    vera_seed: int = 0
+    vera_dims: dict[str, int] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._check(fine_tune_type=MASKS)
@@ -204,6 +222,7 @@ class MTPConfig(AdapterConfig):
             if not math.isfinite(scale):
                 raise ValueError(f"scale_pattern: {path} must be a finite number, got {scale}")
         self._check_noise()
+        self._check_storage()
         self._sampler_values()
 
     @property
@@ -218,6 +237,44 @@ class MTPConfig(AdapterConfig):
                 f"noise_ids must be [low, high] within the {self.base_vocab_size} tokens of the "
                 f"base model, got {list(ids)}"
             )
+
+    def _check_storage(self) -> None:
+        """Refuse what no file has."""
+        for name in ("bits", "sampler_bits"):
+            if getattr(self, name) not in (0, *BITS):
+                raise ValueError(f"{name} must be one of {_words(BITS)}, got {getattr(self, name)}")
+        if self.group_size not in GROUP_SIZES:
+            raise ValueError(
+                f"group_size must be one of {_words(GROUP_SIZES)}, got {self.group_size}"
+            )
+        if self.adapter_kind not in ADAPTER_KINDS:
+            raise ValueError(
+                f"adapter_kind must be one of {_words(ADAPTER_KINDS)}, got {self.adapter_kind!r}"
+            )
+        if self.adapter_kind == LORA:
+            return
+        missing = sorted(set(self.target_modules) ^ set(self.vera_dims))
+        if missing:
+            raise ValueError(f"vera_dims and target_modules differ in {missing[0]}")
+        if self.bits:
+            raise ValueError(f"bits is {self.bits}, but adapter_kind vera has no low-rank weights")
+        if self.vera_seed < 0:
+            raise ValueError(f"vera_seed must be 0 or more, got {self.vera_seed}")
+        for name, dims in self.vera_dims.items():
+            if dims < 1:
+                raise ValueError(f"vera_dims: {name} must be at least 1, got {dims}")
+
+    def as_plain(self) -> MTPConfig:
+        """The configuration of the same adapter in a file of float16 low-rank weights."""
+        return dataclasses.replace(
+            self,
+            bits=0,
+            sampler_bits=0,
+            group_size=64,
+            adapter_kind=LORA,
+            vera_seed=0,
+            vera_dims={},
+        )
 
     def _sampler_values(self) -> SamplerKind:
         return SamplerKind(
@@ -235,15 +292,27 @@ class MTPConfig(AdapterConfig):
         """Scale of the layer at that module path."""
         return self.scale_pattern.get(path, self.scale)
 
+    def storage_words(self) -> str:
+        """How the weights are stored if they are not float16 matrices, or an empty text."""
+        if self.adapter_kind == VERA:
+            parts = [f"vectors of shared random matrices (VeRA, seed {self.vera_seed})"]
+        else:
+            parts = [f"low-rank weights {self.bits} bits"] if self.bits else []
+        parts += [f"sampler head {self.sampler_bits} bits"] if self.sampler_bits else []
+        if self.bits or self.sampler_bits:
+            parts.append(f"groups of {self.group_size}")
+        return ", ".join(parts)
+
     def describe(self) -> str:
         """Describe the adapter in a paragraph, for model cards."""
+        stored = f" The file has {words}." if (words := self.storage_words()) else ""
         sampler = "a sampler head" if self.sampler else "no sampler head"
         masks = "mask rows of random tokens" if self.noise_ids else "mask tokens"
         return (
             f"An mlx-mtp adapter: {self.num_draft_tokens} {masks}, gated LoRA of rank "
             f"{self.rank} on {', '.join(self.target_modules)}, and {sampler}. The base model "
             "drafts several tokens a step with it and checks them itself, so the output stays "
-            "the base model's own."
+            f"the base model's own.{stored}"
         )
 
 
@@ -308,7 +377,17 @@ _LATER = (
     "scale_pattern",
     "acceptance",
     "noise_ids",
+    "bits",
+    "sampler_bits",
+    "group_size",
+    "adapter_kind",
+    "vera_seed",
+    "vera_dims",
 )
+
+
+def _words(values: tuple[Any, ...]) -> str:
+    return ", ".join(map(str, values))
 
 
 def _fields(kind: Any) -> tuple[dataclasses.Field[Any], ...]:

@@ -51,6 +51,7 @@ from mlx_mtp.model.parts import (
 from mlx_mtp.model.positions import counts_keys, wrap_positions
 from mlx_mtp.model.recurrence import has_chunks
 from mlx_mtp.model.sampler_head import SamplerHead
+from mlx_mtp.model.statistics import AdapterStatistics
 from mlx_mtp.model.wrappers import (
     HiddenStates,
     MaskEmbedding,
@@ -87,6 +88,7 @@ class MTPModel(nn.Module):
     Attributes:
         config: that of an adapter of mask tokens, or None.
         heads: independent heads on the final hidden states, if that is what the adapter has.
+        statistics: what evaluations have shown of the adapter's drafts; None if that is not known.
         native: MTP modules of the model's own checkpoint; None if it has none.
         draft_model: a smaller model with the same tokenizer, which proposes drafts; None without.
 
@@ -111,6 +113,7 @@ class MTPModel(nn.Module):
         self.config = config if isinstance(config, MTPConfig) else None
         self.sampler_head: SamplerHead | None = None
         self.heads: DraftHeads | None = None
+        self.statistics: AdapterStatistics | None = None
         self.native: NativeModule | None = None
         self.draft_model: MTPModel | None = None
         self._scope = StepScope()

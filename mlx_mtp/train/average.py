@@ -14,6 +14,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_mtp.loading import read_any_adapter, resolve_adapter
+from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.train.gradient.adapter import AnyConfig, read_state_adapter
 from mlx_mtp.train.run.card import training_card
 from mlx_mtp.train.run.checkpoint import is_state, save_adapter, state_weights
@@ -85,7 +86,9 @@ def _read(folder: Path) -> tuple[AnyConfig, Tensors]:
 
 
 def _without_acceptance(config: AnyConfig) -> AnyConfig:
-    return dataclasses.replace(config, acceptance=())
+    """The configuration of a mean, which is stored in float16 and was not evaluated."""
+    plain = config.as_plain() if isinstance(config, MTPConfig) else config
+    return dataclasses.replace(plain, acceptance=())
 
 
 def _check_same_shape(

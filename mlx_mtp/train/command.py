@@ -20,6 +20,8 @@ from mlx_mtp.loading import load
 from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, MTPConfig, read_any_config
 from mlx_mtp.storage.contents import adapter_problem, look, unconverted_adapter
 from mlx_mtp.terminal import Interrupt, one_line, show
+from mlx_mtp.train import timed
+from mlx_mtp.train.data.contamination import BENCHMARKS
 from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.data.pipeline import (
     Prepared,
@@ -28,14 +30,21 @@ from mlx_mtp.train.data.pipeline import (
     prepare,
     read_source,
     room_for,
+    sampled,
     saved_records,
 )
-from mlx_mtp.train.data.records import Record
+from mlx_mtp.train.data.records import Record, read_jsonl
 from mlx_mtp.train.data.topics import read_topics
-from mlx_mtp.train.gradient.adapter import adapter_settings, new_adapter
+from mlx_mtp.train.gradient.adapter import (
+    STORAGE,
+    adapter_settings,
+    new_adapter,
+    storage_settings,
+)
 from mlx_mtp.train.gradient.workers import WorkerSpec
 from mlx_mtp.train.loop import TrainData, TrainResult
 from mlx_mtp.train.loop import train as run_loop
+from mlx_mtp.train.recipe import Recipe, parse_time
 from mlx_mtp.train.run.display import Display
 from mlx_mtp.train.run.events import Event
 from mlx_mtp.train.run.folder import RunFolder
@@ -55,7 +64,10 @@ if TYPE_CHECKING:
     from mlx_mtp.model.mtp_model import MTPModel
 
 PROJECT = "mlx-mtp"
-_DATA_OPTIONS = {option_name(field) for field in dataclasses.fields(DataSettings)} - {"seed"}
+_COMPARED = "compared_with"  # in the command of a run: benchmarks its text was compared with
+_DATA_FACTS = ("data_hash", _COMPARED, "contamination")
+_SHARED = {"seed", "backend"}  # options of the text and of the training
+_DATA_OPTIONS = {option_name(field) for field in dataclasses.fields(DataSettings)} - _SHARED
 _PATHS = ("model", "data", "topics", "resume_adapter_file")
 _NOT_SAVED = ("adapter_path", "resume", "estimate")
 
@@ -71,6 +83,8 @@ class Plan:
         typed: options as the user typed them, for the adapter's card.
         start: folder of the adapter to start from.
         resume: whether the run is resumed.
+        total_s: seconds of the whole run, if it has a time.
+        began: value of the clock when the process began.
     """
 
     settings: TrainSettings
@@ -79,6 +93,23 @@ class Plan:
     typed: dict[str, Any]
     start: Path | None
     resume: bool
+    total_s: float | None = None
+    began: float = 0.0
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """Values of ``TrainSettings`` that a recipe must not change."""
+        chosen = values_from_options(TrainSettings, self.options)
+        return chosen | {"num_draft_tokens": self.settings.num_draft_tokens}
+
+    def worker_spec(self) -> WorkerSpec:
+        """How other processes load the model."""
+        return WorkerSpec(
+            model=self.options.get("model"),
+            trust_remote_code=bool(self.options.get("trust_remote_code")),
+            start=self.start,
+            settings=self.settings,
+        )
 
 
 def run(options: Mapping[str, Any]) -> bool:
@@ -95,8 +126,9 @@ def run(options: Mapping[str, Any]) -> bool:
             continue; one line.
         OSError: a file cannot be read or written.
     """
+    began = timed.CLOCK()
     folder = RunFolder(Path(options["adapter_path"]).expanduser())
-    plan = make_plan(options, folder)
+    plan = dataclasses.replace(make_plan(options, folder), began=began)
     only_estimate = bool(options.get("estimate"))
     with Display() as display:
         source: list[Record] = []
@@ -153,7 +185,17 @@ def make_plan(options: Mapping[str, Any], folder: RunFolder) -> Plan:
         typed=typed,
         start=start,
         resume=resume,
+        total_s=_total_s(options),
     )
+
+
+def _total_s(options: Mapping[str, Any]) -> float | None:
+    """Seconds of ``--time``, if it is among the options."""
+    if "time" not in options:
+        return None
+    if "iters" in options:
+        raise ValueError("--iters cannot be used with --time, which decides the number of steps")
+    return parse_time(options["time"])
 
 
 def _resumed(options: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
@@ -170,11 +212,15 @@ def _resumed(options: Mapping[str, Any], folder: RunFolder) -> dict[str, Any]:
                 f"{flag} was {saved.get(name, 'not set')} when the run began, not "
                 f"{options[name]}: it cannot be changed when a run is resumed"
             )
+    if "time" in options and "time" not in saved:
+        raise ValueError(
+            f"--time is not for the run in {folder.path}, which began without it: raise --iters"
+        )
     return {**saved, **options}
 
 
 def _train_settings(options: Mapping[str, Any], start: Path | None) -> TrainSettings:
-    """Settings from the options, and from the adapter to start from, of which only k may differ.
+    """Settings from the options, and from the adapter to start from, whose shape they must have.
 
     Raises:
         ValueError: a value is out of range, or differs from the adapter's, or that has no mask
@@ -192,6 +238,8 @@ def _train_settings(options: Mapping[str, Any], start: Path | None) -> TrainSett
                 "(noise_ids)"
             )
         values.setdefault("num_draft_tokens", config.num_draft_tokens)
+        if not STORAGE & set(values):  # what is named decides for all of them
+            values |= storage_settings(config)
         for name, value in adapter_settings(config).items():
             if values.setdefault(name, value) != value:
                 raise ValueError(f"the adapter {start} has {name} {value}, not {values[name]}")
@@ -285,22 +333,29 @@ def _run_in(
     )
     command = {"command": command_line(folder, plan.typed)}
     command |= {"options": plan.options, "typed": plan.typed}
-    saved_hash = folder.read_command().get("data_hash") if plan.resume else None
-    command |= {"data_hash": saved_hash} if saved_hash else {}
+    saved = folder.read_command() if plan.resume else {}
+    run = _timed_run(folder, plan, model, tokenizer, source, saved.get("data_hash"), display)
+    if run is not None:
+        plan = _with_recipe(plan, run.recipe)
+        source = sampled(source, plan.data)
+    command |= {name: saved[name] for name in _DATA_FACTS if name in saved}
     if not plan.resume or folder.newest_step() is None:  # else the loop may refuse the options
         folder.write_command(command)
     with Interrupt() as interrupt:
         try:
             with _errors_name_what_is_saved(folder):
                 prepared = _prepare(
-                    folder, plan, model, tokenizer, source, saved_hash, display, interrupt
+                    folder, plan, run, model, tokenizer, source, saved, display, interrupt
                 )
                 command |= {"data_hash": prepared.data_hash}
+                if (contamination := prepared.contamination) is not None:
+                    command |= {_COMPARED: list(contamination.names)}
+                    command |= {"contamination": str(contamination)}
                 if not plan.resume or folder.newest_step() is None:
                     folder.write_command(command)
                 _check_memory(model, plan, longest=prepared.longest, refuse=True)
                 on_event = _event_handler(display, tracker, lambda: folder.write_command(command))
-                result = _train(folder, plan, model, prepared, on_event, interrupt)
+                result = _train(folder, plan, run, model, prepared, on_event, interrupt)
         except KeyboardInterrupt:
             is_saved = folder.is_begun()
             rest = f"Resume with: {folder.resume_command()}" if is_saved else "Nothing was saved."
@@ -313,13 +368,59 @@ def _run_in(
     return result.finished
 
 
-def _prepare(
+def _timed_run(
     folder: RunFolder,
     plan: Plan,
     model: MTPModel,
     tokenizer: TokenizerWrapper,
     source: list[Record],
     saved_hash: str | None,
+    display: Display,
+) -> timed.TimedRun | None:
+    """Measure and choose the recipe of a run with a time, or read it; None without a time."""
+    if plan.total_s is None:
+        return None
+    shared: dict[str, Any] = {
+        "time_text": plan.options["time"],
+        "total_s": plan.total_s,
+        "began": plan.began,
+        "user": plan.chosen,
+    }
+    if plan.resume:
+        run = timed.resume(folder, model, may_change=saved_hash is None, **shared)
+        if folder.newest_step() is None:  # else the loop reports it
+            display.log(run.resume_line())
+    else:
+        display.status("Measuring the speed of this machine ...")
+        spec = plan.worker_spec()
+        run = timed.begin(
+            folder, model, tokenizer, data=plan.data, source=source, spec=spec, **shared
+        )
+        for line in run.lines():
+            display.log(line)
+        run.save_spent()
+    run.save()
+    return run
+
+
+def _with_recipe(plan: Plan, recipe: Recipe) -> Plan:
+    """The plan with what a recipe decides; given options win."""
+    values = {name: value for name, value in recipe.settings.items() if name not in plan.chosen}
+    data = plan.data
+    if not data.as_is:
+        data = dataclasses.replace(data, num_records=recipe.num_records)
+    settings = dataclasses.replace(plan.settings, **values)
+    return dataclasses.replace(plan, settings=settings, data=data)
+
+
+def _prepare(
+    folder: RunFolder,
+    plan: Plan,
+    run: timed.TimedRun | None,
+    model: MTPModel,
+    tokenizer: TokenizerWrapper,
+    source: list[Record],
+    saved: Mapping[str, Any],
     display: Display,
     interrupt: Interrupt,
 ) -> Prepared:
@@ -328,30 +429,45 @@ def _prepare(
     def on_progress(progress: DistilProgress) -> None:
         display.data(progress)
         interrupt.check()
+        if run is not None:
+            run.on_text(progress.num_records)
 
+    saved_hash = saved.get("data_hash")
+    compare_with = BENCHMARKS if saved_hash is None else saved.get(_COMPARED)
     if saved_hash is not None and not plan.data.as_is:
         records = saved_records(folder.data, plan.data, data_sha256=saved_hash)
     else:
         if not plan.data.as_is:
             display.status("Generating text ...")
-        records = make_records(
-            model,
-            tokenizer,
-            source,
-            folder.data,
-            plan.data,
-            progress=on_progress,
-            log=display.log,
-        )
+        try:
+            records = make_records(
+                model,
+                tokenizer,
+                source,
+                folder.data,
+                plan.data,
+                progress=on_progress,
+                log=display.log,
+            )
+        except timed.TextTimeIsUp:
+            assert run is not None
+            records = read_jsonl(folder.data)
+            run.end_text(len(records))
+            display.log(f"The time for text is over with {len(records)} records")
     interrupt.check()
     prepared = prepare(
         records,
         tokenizer,
         max_seq_length=plan.settings.max_seq_length,
         held_out=plan.data.held_out,
+        compare_with=compare_with,
     )
     if saved_hash is not None and prepared.data_hash != saved_hash:
         raise ValueError(f"{plan.data.data} was changed since the run began")
+    if saved_hash is not None and prepared.contamination is not None:
+        missing = {*(compare_with or ())} - {*prepared.contamination.names}
+        if missing:  # other texts would be left out than when the run began
+            raise ValueError(prepared.lines[0])
     for line in prepared.lines:
         display.log(line)
     return prepared
@@ -360,6 +476,7 @@ def _prepare(
 def _train(
     folder: RunFolder,
     plan: Plan,
+    run: timed.TimedRun | None,
     model: MTPModel,
     prepared: Prepared,
     on_event: Callable[[Event], None],
@@ -372,12 +489,8 @@ def _train(
         plan.settings,
         folder.path,
         resume=plan.resume and folder.newest_step() is not None,
-        workers=WorkerSpec(
-            model=plan.options.get("model"),
-            trust_remote_code=bool(plan.options.get("trust_remote_code")),
-            start=plan.start,
-            settings=plan.settings,
-        ),
+        budget=run and run.budget(),
+        workers=plan.worker_spec(),
         on_event=on_event,
         should_stop=lambda: interrupt.requested,
     )

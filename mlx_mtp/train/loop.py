@@ -22,6 +22,7 @@ import mlx.core as mx
 
 from mlx_mtp.evaluation.acceptance import Evaluation, evaluate
 from mlx_mtp.evaluation.sequences import TokenSequence
+from mlx_mtp.evaluation.statistics import count_vocabulary
 from mlx_mtp.model.fingerprint import is_fingerprint_of
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.files import remove_drafts
@@ -34,8 +35,10 @@ from mlx_mtp.train.gradient.step import (
     checkpoint_layers,
     sequences_of_step,
 )
+from mlx_mtp.train.gradient.weight_form import WeightForm
 from mlx_mtp.train.gradient.workers import Workers, WorkerSpec, one_blas_thread, worker_count
 from mlx_mtp.train.optimiser import Optimiser
+from mlx_mtp.train.pace import Budget, Pace, Timing
 from mlx_mtp.train.run.checkpoint import (
     RAW,
     TrainState,
@@ -45,7 +48,15 @@ from mlx_mtp.train.run.checkpoint import (
     save_state,
     write_json,
 )
-from mlx_mtp.train.run.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
+from mlx_mtp.train.run.events import (
+    Evaluated,
+    Event,
+    Noticed,
+    Planned,
+    Reported,
+    Saved,
+    Stepped,
+)
 from mlx_mtp.train.run.folder import HISTORY_FILE, SETTINGS_FILE, TRAINING
 from mlx_mtp.train.run.history import History
 from mlx_mtp.train.settings import MLX, TrainSettings
@@ -92,6 +103,7 @@ def train(
     output: Path,
     *,
     resume: bool = False,
+    budget: Budget | None = None,
     workers: WorkerSpec | None = None,
     on_event: Callable[[Event], None] = lambda event: None,
     should_stop: Callable[[], bool] = lambda: False,
@@ -104,6 +116,8 @@ def train(
         settings: of the run; a resumed run may only change those in ``_FREE``.
         output: the adapter folder.
         resume: resume from the newest state in it.
+        budget: time of the run, from which the number of steps is planned again at every
+            checkpoint; None does ``settings.iters`` steps.
         workers: how other processes load the same model; None trains in this process only.
         on_event: called with each event.
         should_stop: called after each step; if True, the run saves and ends.
@@ -116,7 +130,7 @@ def train(
     model.scope.gated = settings.gate
     if settings.grad_checkpoint:
         checkpoint_layers(model)
-    run = _Run(model, data, settings, output, on_event)
+    run = _Run(model, data, settings, output, on_event, budget)
     damaged: list[str] = []
     state = newest_state(output / TRAINING, log=damaged.append) if resume else None
     for line in damaged:
@@ -164,8 +178,11 @@ class _Run:
         settings: TrainSettings,
         output: Path,
         on_event: Callable[[Event], None],
+        budget: Budget | None,
     ) -> None:
         self.model, self.data = model, data
+        self.budget, self.timing = budget, budget and budget.timing()
+        self.clock = budget.clock if budget else time.perf_counter
         self.output, self.folder, self.on_event = output, output / TRAINING, on_event
         count = worker_count(settings.workers, batch_size=settings.batch_size)
         made = make_gradient(model, settings, num_threads=1 if count > 1 else 0)
@@ -173,23 +190,32 @@ class _Run:
         self.processes = count if self.gradient.shares_cores else 1
         if line is not None:
             on_event(Noticed(step=0, text=line))
-        self.optimiser = Optimiser(settings, trainable(model))
+        assert model.adapter_config is not None
+        self.form = WeightForm(model.adapter_config)
+        self.optimiser = Optimiser(settings, self.form.trained(trainable(model)))
         self.step, self.sums, self.grad_norm = 0, _Sums(), 0.0
         self.best: Evaluation | None = None
         self.best_step, self.best_weights = 0, RAW
+        self.vocabulary = count_vocabulary(data.train, data.held_out)
         self.next_token_loss: float | None = None
         self.history: History | None = None
         self.workers: Workers | None = None
 
     def with_workers(self, spec: WorkerSpec | None) -> contextlib.AbstractContextManager[Any]:
         """Start the workers, if there is more than one process."""
-        count, parameters = self.processes, self.optimiser.parameters
+        count = self.processes
         if spec is None or count == 1:
             return contextlib.nullcontext()
         settings = dataclasses.replace(spec.settings, backend=self.settings.backend)
         spec = dataclasses.replace(spec, settings=settings)
-        self.workers = Workers(spec, self.data.train, count=count, like=parameters)
+        self.workers = Workers(spec, self.data.train, count=count, like=self._weights())
         return self.workers
+
+    def _weights(self) -> Parameters:
+        """The model's weights in the next training step."""
+        progress = self.optimiser.pace.progress(self.step)
+        rounds = progress >= 1 - self.settings.quantized_share
+        return self.form.weights(self.optimiser.parameters, rounds=rounds)
 
     def restore(self, state: TrainState | None) -> int:
         """Load a state, or begin; return the number of history lines to keep."""
@@ -219,33 +245,108 @@ class _Run:
             self.best = Evaluation.from_dict(state.values["best"])
         self.best_step = state.values["best_step"]
         self.best_weights = state.values.get("best_weights", RAW)
-        self.gradient.load(self.optimiser.parameters)
+        self.gradient.load(self._weights())
+        if self.budget is not None:
+            self._restore_time(state)
         return state.values["history_lines"]
+
+    def _restore_time(self, state: TrainState) -> None:
+        """Continue with the plan of a state, or plan again for another total."""
+        assert self.budget is not None
+        if "timing" not in state.values:
+            raise ValueError(f"the run in {self.output} began without a time")
+        timing = self.timing = Timing(**state.values["timing"])
+        self.optimiser.pace = Pace(**state.values["pace"])
+        self.budget.spent_s = timing.spent_s
+        if timing.total_s == self.budget.total_s:
+            return
+        if timing.spent_s >= self.budget.total_s:
+            raise ValueError(
+                f"the run in {self.output} has already taken {timing.spent_s / 60:.0f} minutes: "
+                "--time must be longer"
+            )
+        timing.total_s = self.budget.total_s
+        iters = self._affordable_iters(timing, evaluates_now=False)
+        # As if the total had been known from the beginning, like --iters.
+        self.optimiser.pace = Pace.of(iters, warmup=self.optimiser.pace.warmup)
 
     def finish(self, should_stop: Callable[[], bool]) -> TrainResult:
         """Do the remaining steps."""
         settings = self.settings
         if self.best is None:  # not if the run was stopped at step 0
+            self._plan()
             self._evaluate()
             self._save()
-        while self.step < settings.iters and not should_stop():
+        elif self.timing is not None and self.step < self.iters:
+            self._announce(self.timing)
+        while self.step < self.iters and not should_stop():
             self._do_step()
-            is_last = self.step == settings.iters
+            self._plan()
+            is_last = self.step == self.iters
             if is_last or self.step % settings.steps_per_report == 0:
                 self._report()
             if is_last or self.step % settings.steps_per_eval == 0:
                 self._evaluate()
             if is_last or self.step % settings.save_every == 0:
                 self._save()
-        is_finished = self.step >= settings.iters
+        is_finished = self.step >= self.iters
         if not is_finished and self.step % settings.save_every:
             self._save()
         return TrainResult(
             self.step, is_finished, self.best, self.best_step, best_weights=self.best_weights
         )
 
+    @property
+    def iters(self) -> int:
+        """Number of steps, as last planned."""
+        return self.optimiser.pace.iters if self.budget else self.settings.iters
+
+    def _plan(self) -> None:
+        """At the beginning and before each checkpoint, fit the number of steps to the time left.
+
+        When the time is over between two checkpoints, this step is the last one.
+        """
+        if self.budget is None or self.timing is None or self.step == self.iters:
+            return
+        timing, pace, step = self.timing, self.optimiser.pace, self.step
+        timing.spent_s = self.budget.spent()
+        if step % self.settings.save_every == 0:
+            timing.measure(step)
+            iters = self._affordable_iters(
+                timing, evaluates_now=step % self.settings.steps_per_eval == 0
+            )
+        elif timing.is_over:
+            iters = step
+        else:
+            return
+        if step == 0:
+            self.optimiser.pace = Pace.of(iters, warmup=pace.warmup)
+        else:
+            self.optimiser.pace = pace.replanned(step, iters)
+        progress = self.optimiser.pace.progress(step)
+        record = {"step": step, "iters": iters, "progress": progress}
+        self._write("plan", record | {"spent_s": timing.spent_s, "step_s": timing.step_s})
+        self._announce(timing)
+
+    def _announce(self, timing: Timing) -> None:
+        """Report the number of steps and the time that they will take."""
+        steps = self.iters - self.step
+        num_evals = 1 + steps // self.settings.steps_per_eval
+        left_s = steps * timing.step_s + num_evals * timing.eval_s
+        self.on_event(Planned(step=self.step, iters=self.iters, left_s=left_s))
+
+    def _affordable_iters(self, timing: Timing, *, evaluates_now: bool) -> int:
+        """Number of steps of the whole run that the time and the texts allow."""
+        assert self.budget is not None
+        steps = timing.steps_left(
+            steps_per_eval=self.settings.steps_per_eval, evaluates_now=evaluates_now
+        )
+        texts = self.budget.max_passes * len(self.data.train)
+        limit = max(1, math.floor(texts / self.settings.batch_size))
+        return max(self.step, 1, min(self.step + steps, limit))
+
     def _do_step(self) -> None:
-        start = time.perf_counter()
+        start = self.clock()
         settings = self.settings
         chosen = sequences_of_step(
             self.step,
@@ -254,9 +355,9 @@ class _Run:
             seed=settings.seed,
         )
         result = self.gradient(
-            self.optimiser.parameters, self.data.train, chosen, step=self.step, workers=self.workers
+            self._weights(), self.data.train, chosen, step=self.step, workers=self.workers
         )
-        gradients, self.grad_norm = self.optimiser.clip(result.gradients)
+        gradients, self.grad_norm = self.optimiser.clip(self.form.gradients(result.gradients))
         if not (math.isfinite(result.loss) and math.isfinite(self.grad_norm)):
             name = "gradient" if math.isfinite(result.loss) else "loss"
             numbers = ", ".join(map(str, chosen))
@@ -265,11 +366,11 @@ class _Run:
                 f"{numbers} (from 0); a lower learning rate may help"
             )
         self.optimiser.update(gradients)
-        self.gradient.load(self.optimiser.parameters)
+        self.gradient.load(self._weights())
         self.step += 1
-        seconds = time.perf_counter() - start
+        seconds = self.clock() - start
         self.sums.add(result, seconds)
-        self.on_event(Stepped(step=self.step, iters=settings.iters, seconds=seconds))
+        self.on_event(Stepped(step=self.step, iters=self.iters, seconds=seconds))
 
     def _report(self) -> None:
         sums, self.sums = self.sums, _Sums()
@@ -290,27 +391,26 @@ class _Run:
     def _evaluate(self) -> None:
         """Evaluate the raw and the averaged weights on the same texts; the better ones count.
 
-        The next-token loss, which takes as long as one of the two, is constant with the gate and
-        computed once.
+        The next-token loss is constant with the gate, and computed once.
         """
-        count = self.settings.val_batches
+        start, count = self.clock(), self.settings.val_batches
         chosen = self.data.held_out if count == -1 else self.data.held_out[:count]
         versions, results = self.optimiser.versions(), {}
         for name, parameters in versions.items():
-            self.gradient.load(parameters)
+            self.gradient.load(self.form.weights(parameters))
             results[name] = evaluate(
                 self.model, chosen, rows_per_forward=self.settings.rows_per_forward
             )
         weights = max(results, key=lambda name: results[name].tokens_per_step)
         evaluation = results[weights]
         if self.next_token_loss is None or not self.settings.gate:
-            self.gradient.load(versions[weights])
+            self.gradient.load(self.form.weights(versions[weights]))
             self.next_token_loss = next_token_loss(self.model, chosen)
         is_best = self.best is None or evaluation.tokens_per_step > self.best.tokens_per_step
         if is_best:
             self.best, self.best_step, self.best_weights = evaluation, self.step, weights
             self._save_adapter(versions[weights])
-        self.gradient.load(self.optimiser.parameters)
+        self.gradient.load(self._weights())
         event = Evaluated(
             step=self.step,
             evaluation=evaluation,
@@ -320,6 +420,8 @@ class _Run:
             results=results,
         )
         self._write("evaluation", event.to_dict())
+        if self.timing is not None:
+            self.timing.add_evaluation(self.clock() - start)
         self.on_event(event)
 
     def _save_adapter(self, parameters: Parameters) -> None:
@@ -328,7 +430,9 @@ class _Run:
         assert config is not None and self.best is not None
         if self.settings.gate:
             config = dataclasses.replace(config, acceptance=self.best.monotonic_acceptance())
-            save_adapter(self.output, config, adapter_tensors(parameters))
+            statistics = self.best.statistics("held-out text of the training run", self.vocabulary)
+            tensors = adapter_tensors(parameters)
+            save_adapter(self.output, config, tensors, statistics=statistics)
 
     def _save(self) -> None:
         assert self.history is not None
@@ -341,6 +445,10 @@ class _Run:
             "best_weights": self.best_weights,
             "history_lines": len(self.history),
         }
+        if self.budget is not None and self.timing is not None:
+            self.timing.spent_s = self.budget.spent()
+            values["timing"] = dataclasses.asdict(self.timing)
+            values["pace"] = dataclasses.asdict(self.optimiser.pace)
         path = save_state(self.folder, TrainState(step=self.step, tensors=tensors, values=values))
         self.on_event(Saved(step=self.step, path=path))
 

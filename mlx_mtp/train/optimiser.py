@@ -23,6 +23,7 @@ import mlx.optimizers as optim
 import numpy as np
 
 from mlx_mtp.model.mtp_model import MASK_EMBEDDINGS
+from mlx_mtp.train.pace import Pace
 from mlx_mtp.train.run.checkpoint import EMA, OPTIMISER, RAW, WEIGHTS, under
 from mlx_mtp.train.settings import TrainSettings
 
@@ -44,6 +45,7 @@ class Optimiser:
     Attributes:
         parameters: the newest weights by name.
         average: their moving average, if ``settings.ema`` is above 0.
+        pace: progress of the schedule; may be replaced between updates.
     """
 
     def __init__(self, settings: TrainSettings, parameters: Mapping[str, mx.array]) -> None:
@@ -51,7 +53,7 @@ class Optimiser:
         self.average: Parameters | None = dict(parameters) if settings.ema else None
         self._settings = settings
         self._updates = 0  # of the average
-        self._schedule = schedule(settings)
+        self.pace = Pace.of(settings.iters, warmup=settings.warmup)
         self._groups: list[tuple[list[str], optim.AdamW]] = []
         groups: dict[tuple[float, float], list[str]] = {}
         for name, value in self.parameters.items():
@@ -60,7 +62,7 @@ class Optimiser:
             groups.setdefault((rate, decay), []).append(name)
         for (rate, decay), names in groups.items():
             adamw = optim.AdamW(
-                learning_rate=_times(self._schedule, rate),
+                learning_rate=lambda step, rate=rate: rate * self._rate(step),
                 weight_decay=decay,
                 bias_correction=True,
             )
@@ -71,7 +73,10 @@ class Optimiser:
     def learning_rate(self) -> float:
         """Learning rate of the last update; that of ``lora_b`` is ``lora_b_rate`` times as high."""
         step = self._groups[0][1].step
-        return float(np.array(self._schedule(mx.maximum(step, 1) - 1)))
+        return float(np.array(self._rate(mx.maximum(step, 1) - 1)))
+
+    def _rate(self, step: mx.array) -> mx.array:
+        return schedule(self._settings, self.pace)(step)
 
     def versions(self) -> dict[str, Parameters]:
         """The newest weights (``raw``) and, once they differ, the averaged ones (``ema``)."""
@@ -139,18 +144,25 @@ def ema_decay(maximum: float, updates: int) -> float:
     return min(maximum, (1 + updates) / (10 + updates))
 
 
-def schedule(settings: TrainSettings) -> Schedule:
-    """Learning rate by step: a linear warm-up, then a cosine decay."""
-    peak, warmup = settings.learning_rate, min(settings.warmup, settings.iters - 1)
-    decay = optim.cosine_decay(peak, settings.iters - warmup, end=peak * settings.min_learning_rate)
-    if warmup == 0:
-        return decay
-    rise = optim.linear_schedule(peak / (warmup + 1), peak, steps=warmup)
-    return optim.join_schedules([rise, decay], [warmup])
+def schedule(settings: TrainSettings, pace: Pace | None = None) -> Schedule:
+    """Learning rate by step: a linear warm-up, then a cosine decay by the progress of the run.
 
+    Args:
+        settings: of the run.
+        pace: its progress by step; by default that of ``settings.iters`` steps.
+    """
+    pace = pace or Pace.of(settings.iters, warmup=settings.warmup)
+    peak, warmup = settings.learning_rate, pace.warmup
+    end = peak * settings.min_learning_rate
 
-def _times(rate: Schedule, factor: float) -> Schedule:
-    return rate if factor == 1 else lambda step: factor * rate(step)
+    def rate(step: mx.array) -> mx.array:
+        step = step.astype(mx.float32)
+        part = mx.clip((step - pace.start) / max(1, pace.iters - pace.start), 0, 1)
+        progress = pace.begun + (1 - pace.begun) * part
+        decayed = end + (peak - end) * 0.5 * (1 + mx.cos(math.pi * progress))
+        return mx.where(step < warmup, peak * (step + 1) / (warmup + 1), decayed)
+
+    return rate
 
 
 def _leaf(name: str) -> str:

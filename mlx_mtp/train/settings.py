@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 MASK_DRAFTER, HEADS_DRAFTER = "mask", "heads"
 HEAD_KINDS = ("mlp", "layer")
+ADAPTER_KINDS = ("lora", "vera")
+BITS = (0, 2, 3, 4, 5, 6, 8)
+GROUP_SIZES = (32, 64, 128)
 ADAPTED = ("attention", "shared", "all")
 TEACHERS = ("argmax", "sample", "dist")
 EVEN, REACH = "even", "reach"
@@ -112,6 +115,27 @@ def values_from_options(cls: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     return values
 
 
+def parse_ranks(text: str) -> list[tuple[str | range, int]]:
+    """Parse ``rank_by_layer``: names of linear layers or numbers of layers, with their ranks.
+
+    Raises:
+        ValueError: a part is not LAYERS=RANK.
+    """
+    ranks: list[tuple[str | range, int]] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        layers, _, rank = (piece.strip() for piece in part.partition("="))
+        first, dash, last = layers.partition("-")
+        if not (layers and rank.isdecimal() and int(rank)):
+            raise ValueError(f"rank_by_layer must be LAYERS=RANK with ranks from 1, got {part!r}")
+        if not first.isdecimal():
+            ranks.append((layers, int(rank)))
+        elif (dash and not last.isdecimal()) or (dash and int(last) < int(first)):
+            raise ValueError(f"rank_by_layer: {layers} are not numbers of layers such as 0-9")
+        else:
+            ranks.append((range(int(first), int(last if dash else first) + 1), int(rank)))
+    return ranks
+
+
 @dataclass(frozen=True)
 class LossWeights:
     """Weight of each term of the loss."""
@@ -154,6 +178,41 @@ class TrainSettings:
         "Layers to adapt: those of attention, also dense ones and shared experts, or all experts.",
         choices=ADAPTED,
     )
+    rank_by_layer: str = _adapter(
+        "",
+        "Ranks of some layers, as LAYERS=RANK separated by commas; LAYERS are the name of a linear "
+        "layer, such as down_proj, or numbers of layers, such as 0-9; the last match counts.",
+        default_text="the same in all layers",
+    )
+    adapter_kind: str = _adapter(
+        ADAPTER_KINDS[0],
+        "Kind of the low-rank weights: trained matrices, or random ones with trained vectors "
+        "(VeRA), which are far smaller and need a higher rank.",
+        choices=ADAPTER_KINDS,
+    )
+    adapter_bits: int = _adapter(
+        0,
+        "Bits of the quantized LoRA weights, 8 or 4 for example; 0 is float16.",
+        min=0,
+        max=8,
+    )
+    sampler_bits: int | None = _adapter(
+        None,
+        "Bits of the sampler head's quantized weights; 0 is float16.",
+        min=0,
+        max=8,
+        default_text="those of --adapter-bits",
+    )
+    adapter_group_size: int = _adapter(
+        64, "Number of quantized weights with the same scale.", min=32, max=128
+    )
+    quantized_share: float = _adapter(
+        0.2,
+        "Fraction of the training steps, the last ones, whose gradients are those of the "
+        "quantized weights.",
+        min=0,
+        max=1,
+    )
     sampler: bool = _adapter(True, "Train without a sampler head.", flag="--no-sampler")
     iters: int = _training(1000, "Number of training steps.", min=1)
     batch_size: int = _training(4, "Number of texts per training step.", min=1)
@@ -170,8 +229,8 @@ class TrainSettings:
     )
     ema: float = _training(
         0.995,
-        "Maximum decay of the exponential moving average of the weights, which is evaluated beside "
-        "the newest weights; 0 turns it off.",
+        "Maximum decay of the exponential moving average of the weights, which is evaluated next "
+        "to the newest weights; 0 turns it off.",
         min=0,
         max=1,
         max_open=True,
@@ -184,6 +243,11 @@ class TrainSettings:
         min=0,
         max=1,
         max_open=True,
+    )
+    draft_ramp: int = _adapter(
+        0,
+        "Number of steps in which the masks of a block grow from 1 to k.",
+        min=0,
     )
     teacher: str = _adapter(
         "argmax",
@@ -252,8 +316,45 @@ class TrainSettings:
             )
         if self.grad_checkpoint and not self.gate:  # ordinary rows would get no gradient
             raise ValueError("grad_checkpoint cannot be used without the gate")
+        self._check_size()
         if self.val_batches == 0:
             raise ValueError("val_batches must be at least 1, or -1 for all texts, got 0")
+
+    def _check_size(self) -> None:
+        """Check the settings that decide how large the adapter is."""
+        known = {"adapter_bits": BITS, "sampler_bits": BITS, "adapter_group_size": GROUP_SIZES}
+        for name, choices in known.items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(str, choices))}, got {value}"
+                )
+        if self.drafter == HEADS_DRAFTER:
+            if self.adapter_bits or self.sampler_bits:
+                raise ValueError("adapter_bits are for mask tokens: heads are not quantised")
+            if self.adapter_kind != ADAPTER_KINDS[0] or self.rank_by_layer:
+                raise ValueError(
+                    "adapter_kind and rank_by_layer are for mask tokens, not for heads"
+                )
+        if self.adapter_kind == "vera" and self.adapter_bits:
+            raise ValueError("adapter_bits cannot be used with vera, which stores vectors only")
+        parse_ranks(self.rank_by_layer)
+
+    @property
+    def bits_of_sampler(self) -> int:
+        """Bits of the sampler head's weights; 0 is float16."""
+        return self.adapter_bits if self.sampler_bits is None else self.sampler_bits
+
+    def rank_of(self, path: str) -> int:
+        """Rank of the layer at a module path, as ``rank`` and ``rank_by_layer`` have it."""
+        *owners, leaf = path.split(".")
+        number = next((int(name) for name in owners if name.isdigit()), -1)
+        fitting = [
+            rank
+            for layers, rank in parse_ranks(self.rank_by_layer)
+            if layers == leaf or (isinstance(layers, range) and number in layers)
+        ]
+        return fitting[-1] if fitting else self.rank
 
     @property
     def loss_weights(self) -> LossWeights:
@@ -303,7 +404,7 @@ class DataSettings:
     topics: tuple[str, ...] | None = _data(
         None,
         "File with one topic per line; a line that ends in ... begins the user's message.",
-        default_text="a built-in list",
+        default_text="messages made by construction",
     )
     max_prompt_tokens: int | None = _data(
         None,
@@ -314,8 +415,12 @@ class DataSettings:
     max_answer_tokens: int | None = _data(
         None, "Maximum number of tokens of an answer.", min=1, default_text=str(ANSWER_TOKENS)
     )
-    batch_size: int = _data(
-        16, "Number of texts generated together.", min=1, flag="--distil-batch-size"
+    batch_size: int | None = _data(
+        None,
+        "Number of texts generated together.",
+        min=1,
+        flag="--distil-batch-size",
+        default_text="16, or up to 128 with PyTorch",
     )
     held_out: float = _data(
         0.05,
@@ -326,6 +431,7 @@ class DataSettings:
         max_open=True,
     )
     seed: int = 0  # the seed of TrainSettings
+    backend: str = "auto"  # the back-end of TrainSettings
 
     def __post_init__(self) -> None:
         check_fields(self)

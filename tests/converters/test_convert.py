@@ -192,6 +192,20 @@ class TestExport:
         assert str(adapter) in line and "rms" in line.lower()
         assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 
+    def test_a_quantised_adapter_is_exported_as_the_weights_that_it_loads(
+        self, sources: tuple[Path, Path, Path], tmp_path: Path
+    ) -> None:
+        model, adapter, _ = sources
+        small, again = tmp_path / "small", tmp_path / "again"
+        words = ["--adapter-bits", "4", "--adapter-group-size", "32"]
+        run("compress", adapter, "--adapter-path", small, *words)
+        run("export", "--adapter-path", small, "--peft-path", tmp_path / "peft", "--model", model)
+        convert_adapter(tmp_path / "peft", again, base_model=model)
+        (_, left), (config, right) = read_adapter(small), read_adapter(again)
+        assert config.bits == 0 and left.keys() == right.keys()
+        for name, value in left.items():
+            assert mx.array_equal(value.astype(mx.float32), right[name].astype(mx.float32))
+
     def test_mask_tokens_stand_behind_the_tokenizers_own(
         self, sources: tuple[Path, Path, Path]
     ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ from mlx_mtp.evaluation.acceptance import (
     Evaluation,
     accepted_counts,
     count_answers,
+    draft_ranks,
     evaluate,
     summarise,
     walk,
@@ -148,6 +150,87 @@ def test_drafts_are_those_of_decoding(kind: str, quantised: bool, monkeypatch: A
         ]
         assert found.tolist() == wanted
         assert len(set(wanted)) > 2
+
+
+def ranks_of_decoding(
+    model: MTPModel, ids: list[int], anchor: int, shortlist: int, use_sampler: bool
+) -> list[int]:
+    """Ranks of the tokens of a text among the candidates of the step that ends at an anchor.
+
+    The candidates are sorted, one mask row at a time, with NumPy.
+    """
+    k = model.num_draft_tokens
+    rows = mx.array([ids[: anchor + 1] + list(range(k))])
+    layout = StepLayout(anchor + 1, 0, (k,))
+    hidden = model(rows, cache=model.make_cache(), layout=layout)[0, anchor + 1 :]
+    ranks = []
+    for j, target in enumerate(ids[anchor + 2 : anchor + 2 + k]):
+        logits = np.array(model.logits(hidden[None, j : j + 1])[0, 0])
+        if use_sampler and model.sampler_head is not None:
+            candidates = np.argsort(-logits, kind="stable")[:shortlist]
+            previous = model.embed(mx.array([ids[anchor + 1 + j]]))
+            state = model.sampler_head(previous, hidden[j : j + 1])[0]
+            unembed = model.unembed_rows(mx.array(candidates)[None])[0]  # [S, D]
+            order = candidates[np.argsort(-np.array(unembed @ state), kind="stable")]
+        else:
+            order = np.argsort(-logits, kind="stable")
+        places = np.flatnonzero(order == target)
+        ranks.append(1 + int(places[0]) if len(places) else len(order) + 1)
+    return ranks
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("num_candidates", [1, 3, 8])
+def test_ranks_are_those_of_sorted_candidates(
+    kind: str, num_candidates: int, monkeypatch: Any
+) -> None:
+    model, ids = tiny_mtp(kind, vocab_size=20), random_ids(5, 50, 20)
+    anchors = range(49)
+    for shortlist, use_sampler in ((20, True), (5, True), (20, False)):
+        monkeypatch.setattr(room, "SHORTLIST", shortlist)
+        options: dict[str, Any] = {"num_candidates": num_candidates, "use_sampler": use_sampler}
+        found = draft_ranks(model, ids, anchors, **options)
+        for anchor in anchors:
+            wanted = ranks_of_decoding(model, ids, anchor, shortlist, use_sampler)
+            wanted = [min(rank, num_candidates + 1) for rank in wanted]
+            if num_candidates + 1 in wanted:  # the block is not followed after it
+                wanted = wanted[: wanted.index(num_candidates + 1) + 1]
+            assert found[anchor].tolist() == wanted + [0] * (4 - len(wanted))
+        assert len(np.unique(found)) == num_candidates + 2 or shortlist < num_candidates
+        counts = accepted_counts(model, ids, anchors, use_sampler=use_sampler)
+        right = np.logical_and.accumulate(found == 1, axis=1).sum(axis=1)
+        assert np.array_equal(right, counts)
+
+
+def test_equal_scores_rank_as_argmax_takes_them() -> None:
+    """All tokens have the same logits: the draft is token 0, and token t has rank t + 1."""
+    model = tiny_mtp(vocab_size=8, sampler=False)
+    flat = type(
+        "Flat", (), {"sampler_head": None, "logits": lambda _, x: mx.zeros((*x.shape[:2], 8))}
+    )
+    right = mx.arange(8)
+    found = room._ranks(
+        cast(MTPModel, flat()), mx.zeros((8, model.hidden_size)), right, right, True
+    )
+    assert found.tolist() == list(range(1, 9))
+
+
+def test_an_evaluation_has_the_ranks_of_each_kind() -> None:
+    model = tiny_mtp(vocab_size=FEW)
+    texts = [answer_only(40, seed=seed, given=3) for seed in range(4)]
+    texts = [dataclasses.replace(text, kind="ab"[at % 2]) for at, text in enumerate(texts)]
+    found = evaluate(model, texts, max_tokens=20)
+    assert set(found.kinds) == {"a", "b"}
+    statistics = found.statistics("texts", None)
+    assert statistics is not None and statistics.total.acceptance == found.acceptance
+    for kind, counts in found.kinds.items():
+        alone = evaluate(model, [text for text in texts if text.kind == kind], max_tokens=20)
+        assert counts.acceptance == alone.acceptance
+        assert alone.kinds == {kind: counts}
+    assert "kinds" not in found.to_dict()
+    assert Evaluation.from_dict(found.to_dict()).statistics("texts", None) is None
+    fewer = evaluate(model, texts, max_tokens=20, num_draft_tokens=2)
+    assert fewer.kinds["a"].ranks == found.kinds["a"].ranks[:2]
 
 
 def test_chunks_and_order_make_no_difference() -> None:

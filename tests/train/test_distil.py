@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
 from mlx_mtp.evaluation.batch_generation import generate_batch
@@ -64,7 +65,7 @@ def write(path: Path, **options: Any) -> list[Record]:
 
 def test_conversations_are_written_and_kept(tmp_path):
     told: list[Any] = []
-    records = write(tmp_path / "data.jsonl", progress=told.append)
+    records = write(tmp_path / "data.jsonl", progress=told.append, topics=["..."])
     assert read_jsonl(tmp_path / "data.jsonl") == records
     assert len(records) == 8 == told[-1].num_records == told[-1].total
     assert told[-1].num_tokens > 100
@@ -118,7 +119,12 @@ def test_other_settings_are_refused_by_name(tmp_path):
         write(path, seed=7, answer_temp=0.5)
     other = MTPModel(tiny_base(vocab_size=BYTE_VOCAB, seed=5))
     with pytest.raises(ValueError, match="was begun with fingerprint"):
-        distil(other, byte_tokenizer(), path, num_records=2, **OPTIONS)
+        distil(other, byte_tokenizer(), path, num_records=2, backend="mlx", **OPTIONS)
+    saved = json.loads(path.with_suffix(".settings.json").read_text())
+    assert saved["generator"] == "mlx float32" and saved["version"] == distil_run.VERSION
+    path.with_suffix(".settings.json").write_text(json.dumps(saved | {"version": 1}))
+    with pytest.raises(ValueError, match="was begun by another version of mlx-mtp"):
+        write(path, num_records=2)
     settings = path.with_suffix(".settings.json")
     settings.write_text("{")
     with pytest.raises(ValueError, match="is damaged"):
@@ -213,7 +219,8 @@ def test_a_model_that_writes_nothing_usable_is_told(tmp_path):
     with pytest.raises(
         ValueError, match=r"tiny generated no usable text \(dropped: .*prompt: empty"
     ):
-        distil(readable(end=1e4), byte_tokenizer(), tmp_path / "a.jsonl", num_records=1, **OPTIONS)
+        options = OPTIONS | {"num_records": 1, "topics": ["..."]}
+        distil(readable(end=1e4), byte_tokenizer(), tmp_path / "a.jsonl", **options)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
@@ -227,7 +234,6 @@ def test_batched_answers_are_the_model_s_own(kind):
         prompts,
         max_tokens=12,
         stops=[[EOS]],
-        samplers=[distil_run._greedy] * 5,
         batch_size=2,
     ):
         found[index] = ids
@@ -244,6 +250,34 @@ def test_stops_of_several_ids_end_a_message(tmp_path):
     tokenizer = byte_tokenizer(template=template)
     assert token_ids(tokenizer, around_user(tokenizer)[1]) == [ord("e")]
     records = distil(
-        readable(end=-1e9), tokenizer, tmp_path / "data.jsonl", num_records=2, **OPTIONS
+        readable(end=-1e9),
+        tokenizer,
+        tmp_path / "data.jsonl",
+        num_records=2,
+        topics=["..."],
+        **OPTIONS,
     )
     assert all("e" not in record.prompt for record in records)
+
+
+def test_answers_end_where_they_repeat(tmp_path):
+    """Greedy text of a random model repeats soon; the part before is kept."""
+    records = write(tmp_path / "data.jsonl", answer_temp=0.0, max_answer_tokens=200)
+    cut = [record for record in records if record.meta.get("loop")]
+    assert cut and all(record.meta["cut"] for record in cut)
+    for record in records:
+        letters = record.answers[-1].encode()
+        runs = [letters[i : i + 16] for i in range(len(letters) - 15)]
+        assert len(set(runs)) == len(runs)
+
+
+def test_draws_depend_on_their_number_only_and_keep_to_the_likely_ids():
+    logits = np.log(np.array([0.5, 0.3, 0.17, 0.02, 0.01]))
+    ids = [distil_run.Draw(0, number, "prompt", temp=1.0)(logits) for number in range(2000)]
+    assert ids == [distil_run.Draw(0, n, "prompt", temp=1.0)(logits) for n in range(2000)]
+    counts = np.bincount(ids, minlength=5) / 2000
+    assert np.allclose(counts, np.array([0.5, 0.3, 0.17, 0, 0]) / 0.97, atol=0.04)
+    cold = [distil_run.Draw(0, number, "prompt", temp=0.01)(logits) for number in range(50)]
+    assert set(cold) == {0}
+    flat = np.zeros(1000)  # more likely ids than are looked at first
+    assert {distil_run.Draw(0, n, "a", temp=1.0)(flat) > 256 for n in range(50)} == {False, True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlx_mtp.evaluation.acceptance import Evaluation, evaluate
 from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.loading import read_adapter
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.model.statistics import STATISTICS_FILE, read_statistics
 from mlx_mtp.train.gradient.adapter import (
     adapter_tensors,
     new_adapter,
@@ -94,6 +96,27 @@ def test_events_files_and_the_result_agree(tmp_path):
     assert config.num_draft_tokens == 3 and weights["mask_embeddings"].shape == (3, 32)
     best = max(line["tokens_per_step"] for line in history if line["kind"] == "evaluation")
     assert result.best is not None and result.best.tokens_per_step == best
+
+
+def test_the_best_adapter_has_the_statistics_of_its_evaluation(tmp_path):
+    held_out = [
+        dataclasses.replace(text, kind=kind) for text, kind in zip(texts(2), "ab", strict=True)
+    ]
+    data = TrainData(texts(seed=3), held_out, "hash")
+    result, _ = run(tmp_path / "whole", data=data)
+    config, _ = read_adapter(tmp_path / "whole")
+    found = read_statistics(tmp_path / "whole", config)
+    assert found is not None and found.vocabulary is not None and result.best is not None
+    assert found.total.acceptance == result.best.acceptance and set(found.kinds) == {"a", "b"}
+    answers = Counter(token for text in data.train for token in text.ids[4:])
+    assert dict(zip(found.vocabulary.ids, found.vocabulary.counts, strict=True)) == answers
+    steps = iter([False, False, False, True])
+    part, _ = run(tmp_path / "parts", data=data, should_stop=lambda: next(steps))
+    assert not part.finished
+    run(tmp_path / "parts", data=data, resume=True)
+    for name in ("adapters.safetensors", "adapter_config.json", STATISTICS_FILE):
+        whole = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "parts" / name).read_bytes() == whole
 
 
 def test_the_adapter_of_every_state_can_be_read(tmp_path):

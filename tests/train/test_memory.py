@@ -62,6 +62,15 @@ def test_every_process_counts() -> None:
     assert three.optimizer_bytes == one.optimizer_bytes
 
 
+def test_the_average_is_a_third_copy() -> None:
+    model = new_adapter(MTPModel(tiny_base()), TrainSettings(rank=4))
+    sizes = [
+        estimate(model, TrainSettings(rank=4, ema=ema), longest=64).optimizer_bytes
+        for ema in (0.0, 0.9)
+    ]
+    assert 2 * sizes[1] == 3 * sizes[0] > 0
+
+
 def test_candidates_take_less_than_the_whole_vocabulary() -> None:
     settings = TrainSettings(rank=4, rows_per_forward=64)
     model = new_adapter(MTPModel(tiny_base(vocab_size=4096)), settings)

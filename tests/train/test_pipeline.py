@@ -22,8 +22,9 @@ from mlx_mtp.train.data.pipeline import (
     room_for,
     saved_records,
 )
+from mlx_mtp.train.data.prompts import draw_prompt
 from mlx_mtp.train.data.records import Record, data_hash
-from mlx_mtp.train.data.topics import default_topics, read_topics
+from mlx_mtp.train.data.topics import read_topics
 from mlx_mtp.train.loop import TrainResult
 from mlx_mtp.train.run.display import (
     Display,
@@ -50,12 +51,14 @@ def make(path: Path, *, template: bool = True, told: list[str] | None = None, **
     return make_records(readable(), tokenizer, source, path, settings, log=log)
 
 
-def test_without_data_the_model_writes_after_built_in_openings(tmp_path):
+def test_without_data_the_model_answers_constructed_messages(tmp_path):
     records = make(tmp_path / "data.jsonl", num_records=5)
     assert len(records) == 5
-    openings = [topic.removesuffix("...") for topic in default_topics()]
-    assert all(any(each.prompt.startswith(first) for first in openings) for each in records)
-    assert any(each.meta["topic"] != "..." for each in records)
+    for record in records:
+        prompt = draw_prompt(0, record.meta["number"])
+        assert record.meta["kind"] == prompt.kind
+        assert record.prompt.startswith(prompt.first.strip())
+        assert record.prompt == prompt.first or not prompt.is_complete
     kept = saved_records(
         tmp_path / "data.jsonl", DataSettings(num_records=5), data_sha256=data_hash(records)
     )
@@ -124,6 +127,22 @@ def test_sequences_are_divided_and_told(tmp_path):
         prepare(records[:1], byte_tokenizer(), max_seq_length=22, held_out=0.2)
 
 
+def test_texts_of_benchmarks_are_left_out_and_counted():
+    records = [Record(text=f"{number} text number {number} of them") for number in range(30)]
+    stolen = Record(text=f"As they say: {builtin_prompts()[0].text}")
+    options: dict[str, Any] = {"max_seq_length": 99, "held_out": 0.2}
+    prepared = prepare([*records, stolen], byte_tokenizer(), **options)
+    clean = prepare(records, byte_tokenizer(), **options)
+    assert [each.ids for each in prepared.train] == [each.ids for each in clean.train]
+    assert prepared.data_hash == data_hash([*records, stolen]) != clean.data_hash
+    assert prepared.contamination is not None
+    assert str(prepared.contamination) in prepared.lines
+    assert prepared.contamination.counts == {"builtin": 1}
+    former = prepare([*records, stolen], byte_tokenizer(), compare_with=None, **options)
+    assert former.contamination is None
+    assert len(former.train) + len(former.held_out) == 31
+
+
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -157,18 +176,6 @@ def test_the_adapters_folder_may_not_lie_in_the_data(tmp_path):
     settings = DataSettings(data=str(tmp_path))
     with pytest.raises(ValueError, match="is inside the data's folder"):
         read_source(settings, output=tmp_path / "deep" / "out")
-
-
-def test_openings_are_of_many_kinds_and_begin_no_benchmark():
-    topics = default_topics()
-    assert 60 <= len(topics) <= 90 and all(topic.endswith("...") for topic in topics)
-    repeated = [topic for topic, count in Counter(topics).items() if count > 1]
-    assert repeated == ["..."]
-    prompts = [each.text for each in builtin_prompts()]
-    openings = [topic.removesuffix("...") for topic in topics if topic != "..."]
-    assert not [first for first in openings if any(each.startswith(first) for each in prompts)]
-    assert any("Python" in topic for topic in topics[:12])
-    assert any(not topic.isascii() for topic in topics[:12])
 
 
 def test_topics_are_read_a_line_each(tmp_path):

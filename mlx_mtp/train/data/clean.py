@@ -80,7 +80,7 @@ class Seen:
 
     def add(self, text: str) -> bool:
         """Add a text; return False, and do not add it, if it is a near-duplicate."""
-        words = _words(text)
+        words = words_of(text)
         if self._has(words):
             return False
         shingles = _shingles(words)
@@ -92,7 +92,7 @@ class Seen:
 
     def has(self, text: str) -> bool:
         """Whether a text is a near-duplicate."""
-        return self._has(_words(text))
+        return self._has(words_of(text))
 
     def _has(self, words: Sequence[str]) -> bool:
         if " ".join(words) in self._exact:
@@ -132,7 +132,7 @@ def clean(
     return kept, dropped
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
     """Words without case and punctuation; languages without spaces are split by character."""
     words = re.findall(r"\w+", text.casefold())
     return [piece for word in words for piece in ([word] if word.isascii() else _pieces(word))]

@@ -1,9 +1,10 @@
 """Training text that the model generates itself.
 
-``distil`` needs no data.  A model with a chat template continues the template's text up to the user
-message as the user, at temperature 1 (Magpie, arXiv 2406.08464); then it answers, greedily by
-default.  A model without one continues its own beginnings.  ``continue_text`` takes the user
-messages, or the beginnings of texts, from existing records.
+``distil`` needs no data.  A model with a chat template answers messages that are made by
+construction (``prompts``), greedily by default; some of them are beginnings, which it first
+continues as the user, at temperature 1 (Magpie, arXiv 2406.08464).  A model without one continues
+its own beginnings.  ``continue_text`` takes the user messages, or the beginnings of texts, from
+existing records.
 
 Records are appended to a JSONL file as they are completed; a run that was interrupted can be
 resumed and ends with the same file (``distil_run``).
@@ -12,15 +13,19 @@ resumed and ends with the same file (``distil_run``).
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_mtp.generate import chat_text
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.text.ending import LOOP, STOP
 from mlx_mtp.train.data.clean import why_degenerate
 from mlx_mtp.train.data.distil_run import (
+    CONTINUE,
+    MAGPIE,
+    PLAIN,
+    PROMPTS,
     DistilProgress,
     Job,
     Run,
@@ -28,6 +33,8 @@ from mlx_mtp.train.data.distil_run import (
     around_user,
     decoded,
 )
+from mlx_mtp.train.data.generators import AUTO, choose_generator
+from mlx_mtp.train.data.prompts import DrawnPrompt, draw_prompt
 from mlx_mtp.train.data.records import Record, data_hash
 from mlx_mtp.train.data.sequences import token_ids
 
@@ -44,7 +51,6 @@ _OPENINGS = {
     "questions": ("Question: ", "Q: ", "What is ", "Why do ", "Problem: ", "Dear ", "To: ", "A: "),
     "languages": ("El ", "Die ", "La ", "Le ", "Il ", "Os ", "В ", "日本"),
 }
-_PARTS = (1, 3 / 4, 1 / 2, 1 / 4)  # of a continuation that ends in a loop
 
 
 def distil(
@@ -57,9 +63,10 @@ def distil(
     seed: int = 0,
     max_prompt_tokens: int = 256,
     max_answer_tokens: int = 512,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     prompt_temp: float = 1.0,
     answer_temp: float = 0.0,
+    backend: str = AUTO,
     progress: Callable[[DistilProgress], None] | None = None,
     log: Callable[[str], None] | None = None,
 ) -> list[Record]:
@@ -70,14 +77,16 @@ def distil(
         tokenizer: from ``load``.
         output: JSONL file; its records count.
         num_records: number of records; may be raised later.
-        topics: used in turn, in a system prompt for the user message only; a topic that ends in
-            "..." is the beginning of the user message itself, which small models follow better.
+        topics: used in turn instead of constructed messages, in a system prompt for the user
+            message only; a topic that ends in "..." is the beginning of the user message itself,
+            which small models follow better.
         seed: random seed.
         max_prompt_tokens: longer user messages are dropped.
         max_answer_tokens: longer answers are truncated and marked ``cut``.
-        batch_size: number of sequences generated together.
+        batch_size: number of sequences generated together; None is the generator's own.
         prompt_temp: temperature of the user messages, with top-p 0.95.
         answer_temp: temperature of the answers; 0 is greedy.
+        backend: what generates; see ``choose_generator``.
         progress: called as texts are completed.
         log: called with a line for the user.
 
@@ -92,19 +101,21 @@ def distil(
     if num_records < 1:
         raise ValueError(f"num_records must be at least 1, got {num_records}")
     plain = not tokenizer.has_chat_template
+    generator = choose_generator(model, backend, max_tokens=max_prompt_tokens + max_answer_tokens)
     settings = Settings(
-        method="plain" if plain else "magpie",
+        method=PLAIN if plain else MAGPIE if topics else PROMPTS,
         seed=seed,
         max_prompt_tokens=max_prompt_tokens,
         max_answer_tokens=max_answer_tokens,
-        batch_size=batch_size,
+        batch_size=generator.batch_size if batch_size is None else batch_size,
         prompt_temp=prompt_temp,
         answer_temp=answer_temp,
         topics=list(topics),
+        generator=generator.name,
     )
     if plain and log:
         log(f"{model.name} has no chat template: it continues plain text instead")
-    with Run(model, tokenizer, output, settings, progress=progress) as run:
+    with Run(model, tokenizer, output, settings, generator=generator, progress=progress) as run:
         run.total = num_records
         draw = _plain_beginnings if plain else _user_messages
         for group in itertools.count(run.first_group):
@@ -124,8 +135,9 @@ def continue_text(
     seed: int = 0,
     max_prompt_tokens: int = 512,
     max_answer_tokens: int = 512,
-    batch_size: int = 16,
+    batch_size: int | None = None,
     answer_temp: float = 0.0,
+    backend: str = AUTO,
     progress: Callable[[DistilProgress], None] | None = None,
     log: Callable[[str], None] | None = None,
 ) -> list[Record]:
@@ -137,20 +149,22 @@ def continue_text(
     """
     if not records:
         raise ValueError("there are no records to continue")
+    generator = choose_generator(model, backend, max_tokens=max_prompt_tokens + max_answer_tokens)
     settings = Settings(
-        method="continue",
+        method=CONTINUE,
         seed=seed,
         max_prompt_tokens=max_prompt_tokens,
         max_answer_tokens=max_answer_tokens,
-        batch_size=batch_size,
+        batch_size=generator.batch_size if batch_size is None else batch_size,
         prompt_temp=0.0,
         answer_temp=answer_temp,
         topics=[],
+        generator=generator.name,
         data=data_hash(records),
     )
     if log and not tokenizer.has_chat_template and any(record.messages for record in records):
         log(f"{model.name} has no chat template: conversations are continued as plain text")
-    with Run(model, tokenizer, output, settings, progress=progress) as run:
+    with Run(model, tokenizer, output, settings, generator=generator, progress=progress) as run:
         run.total = len(records)
         for first in range(run.first_group * run.group_size, len(records), run.group_size):
             numbers = range(first, min(first + run.group_size, len(records)))
@@ -160,36 +174,53 @@ def continue_text(
 
 
 def _user_messages(run: Run, numbers: range) -> list[Job]:
-    """Generate user messages."""
-    topics = run.settings.topics
-    chosen = [topics[number % len(topics)] if topics else None for number in numbers]
-    around = {topic: _around(run, topic) for topic in dict.fromkeys(chosen)}
-    before = {
-        topic: token_ids(run.tokenizer, "".join(texts[:2])) for topic, texts in around.items()
-    }
-    jobs = []
-    prompts = [before[topic] for topic in chosen]
-    for index, ids, stopped in run.generate(prompts, numbers, part="prompt"):
-        _, opening, end = around[chosen[index]]
+    """The user's part of conversations; the model continues the messages that are incomplete."""
+    topics, longest = run.settings.topics, run.settings.max_prompt_tokens
+    jobs, texts = [], {}  # what is around a message that the model writes, by number
+    for number in numbers:
+        if topics:
+            topic = topics[number % len(topics)]
+            texts[number] = _around(run, topic), {"topic": topic}
+            continue
+        prompt = draw_prompt(run.settings.seed, number)
+        if prompt.is_complete and len(token_ids(run.tokenizer, prompt.first)) > longest:
+            run.drop("prompt: too long")
+        elif prompt.is_complete:
+            jobs.append(_prompt_job(run, number, prompt))
+        else:
+            texts[number] = _around(run, prompt.first + OPEN_END), {"kind": prompt.kind}
+    written = list(texts)
+    prompts = [
+        token_ids(run.tokenizer, before + opening) for (before, opening, _), _ in texts.values()
+    ]
+    for index, ids, reason in run.generate(prompts, written, part="prompt"):
+        (_, opening, end), meta = texts[written[index]]
         text = opening + decoded(run.tokenizer, ids)
         text = (text.split(end)[0] if end else text).strip()
-        reason = why_degenerate(text) or ("unreadable" if "\ufffd" in text else None)
-        if reason or not stopped:
-            run.drop(f"prompt: {reason or 'too long'}")
+        defect = why_degenerate(text) or ("unreadable" if "\ufffd" in text else None)
+        if defect or reason != STOP:
+            run.drop(f"prompt: {defect or 'too long'}")
             continue
-        meta = {"topic": chosen[index]} if topics else {}
         message = {"role": "user", "content": text}
-        jobs.append(Job(numbers[index], messages=[message], meta=meta))
+        jobs.append(Job(written[index], messages=[message], meta=meta))
     return sorted(jobs, key=lambda job: job.number)
 
 
-def _around(run: Run, topic: str | None) -> tuple[str, str, str]:
+def _prompt_job(run: Run, number: int, prompt: DrawnPrompt) -> Job:
+    """A conversation that begins with a complete message."""
+    messages = [{"role": "user", "content": prompt.first}]
+    if prompt.system is not None and run.accepts_system:
+        messages.insert(0, {"role": "system", "content": prompt.system})
+    return Job(number, messages, later=list(prompt.later), meta={"kind": prompt.kind})
+
+
+def _around(run: Run, topic: str) -> tuple[str, str, str]:
     """Text before a user message, the beginning of the message, and the text after it."""
-    opening = ""
-    if topic is not None and topic.endswith(OPEN_END):
-        opening, topic = topic.removesuffix(OPEN_END).rstrip(), None
+    if topic.endswith(OPEN_END):
+        before, after = around_user(run.tokenizer)
+        return before, topic.removesuffix(OPEN_END).rstrip(), after
     before, after = around_user(run.tokenizer, topic)
-    return before, opening, after
+    return before, "", after
 
 
 def _plain_beginnings(run: Run, numbers: range) -> list[Job]:
@@ -204,9 +235,9 @@ def _plain_beginnings(run: Run, numbers: range) -> list[Job]:
         token_ids(tokenizer, text, special=True) if text else [int(bos or 0)] for text in chosen
     ]
     jobs = []
-    for index, ids, stopped in run.generate(prompts, numbers, part="prompt"):
+    for index, ids, reason in run.generate(prompts, numbers, part="prompt"):
         text = chosen[index] + decoded(tokenizer, ids).rstrip("\ufffd")
-        if stopped or not text.strip() or "\ufffd" in text:
+        if reason == STOP or not text.strip() or "\ufffd" in text:
             run.drop("prompt: unreadable" if "\ufffd" in text else "prompt: too short")
         else:
             meta = {"topic" if topics else "kind": kinds[index], "beginning": len(text)}
@@ -263,15 +294,14 @@ def _complete(run: Run, jobs: list[Job]) -> Generator[Record, None, None]:
         jobs = []
         numbers = [job.number for job, _ in fitting]
         prompts = [ids for _, ids in fitting]
-        for index, ids, stopped in run.generate(prompts, numbers, part="answer"):
-            job = fitting[index][0]
-            if job.text is not None:
-                whole, ids = len(ids), _before_loop(run, ids)
-                stopped = stopped and len(ids) == whole
+        for index, ids, reason in run.generate(prompts, numbers, part="answer"):
+            job, stopped = fitting[index][0], reason == STOP
             answer = _answer_text(run, ids, stopped=stopped)
             if answer is None:
                 continue
             job.add_answer(answer, cut=not stopped)
+            if reason == LOOP:
+                job.meta["loop"] = True
             if job.later and stopped:
                 job.ask(job.later.pop(0))
                 jobs.append(job)
@@ -292,18 +322,6 @@ def _job_ids(run: Run, job: Job) -> tuple[list[int], str | None]:
     if context is not None and len(ids) + run.settings.max_answer_tokens > context:
         return [], "too long"
     return ids, None if ids else "empty"
-
-
-def _before_loop(run: Run, ids: list[int]) -> list[int]:
-    """The longest part of a continuation that does not loop, as greedy plain text does in the end.
-
-    If even a quarter loops, all of it is returned, which is then dropped.
-    """
-    for part in _PARTS:
-        beginning = ids[: math.ceil(part * len(ids))]
-        if why_degenerate(decoded(run.tokenizer, beginning)) is None:
-            return beginning
-    return ids
 
 
 def _answer_text(run: Run, ids: list[int], *, stopped: bool) -> str | None:

@@ -1,7 +1,7 @@
 """A run of self-distillation: a model that fills a file of records.
 
 The work is divided into groups of candidates; every candidate has a number, from which and the seed
-alone its random keys come.  The records of a group depend only on the settings and on earlier
+alone its random draws come.  The records of a group depend only on the settings and on earlier
 groups, so a run that was interrupted repeats the last group, adds the missing records, and ends
 with the same file.  The settings are in ``NAME.settings.json`` next to it; a run with other
 settings is refused.
@@ -10,30 +10,36 @@ settings is refused.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
+import random
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import mlx.core as mx
+import numpy as np
 
-from mlx_mtp.evaluation.batch_generation import generate_batch
 from mlx_mtp.generate import chat_text
 from mlx_mtp.model.fingerprint import fingerprint, is_fingerprint_of
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.storage.files import write_atomically
 from mlx_mtp.train.data.clean import Seen
+from mlx_mtp.train.data.generators import TextGenerator
 from mlx_mtp.train.data.records import Message, Record, RecordWriter
 from mlx_mtp.train.data.sequences import token_ids
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-GROUP_BATCHES = 2  # batches of a group: more waste less time at its end, but lose more to a kill
+PROMPTS, MAGPIE, PLAIN, CONTINUE = "prompts", "magpie", "plain", "continue"
+USER_METHODS = (PROMPTS, MAGPIE)  # methods with which the model writes as the user
+VERSION = 2  # of the rules that decide which texts are generated and kept
+LOOP_LENGTH = 16  # tokens in a row that an answer may not repeat
 TOP_P = 0.95
+_NUCLEUS = 256  # candidates among which the top-p ones nearly always are
 BEGINNING_TOKENS = 24  # tokens that a model without a template samples as a prompt
 _MARKER = "WORDS-OF-THE-USER"
 _TOPIC = "You are a helpful assistant. The user's message is about this topic: {}"
@@ -68,7 +74,9 @@ class Settings:
     prompt_temp: float
     answer_temp: float
     topics: list[str]
+    generator: str
     data: str = ""
+    version: int = VERSION
 
     def check(self, model: MTPModel) -> None:
         """Raise ValueError for a setting that is out of range."""
@@ -123,24 +131,30 @@ class Job:
 Finish = Callable[["Run", list["Job"]], Generator[Record, None, None]]
 
 
-class _Draw:
-    """A sampler with its own random keys, so that other rows of a batch do not matter."""
+class Draw:
+    """Draws ids with random numbers of its own, so that other rows of a batch do not matter.
+
+    Args:
+        seed, number, part: of the run, the candidate and its text; they decide the numbers.
+        temp: temperature, above 0, applied to the tokens that make up ``TOP_P``.
+    """
 
     def __init__(self, seed: int, number: int, part: str, *, temp: float) -> None:
-        digest = hashlib.sha256(f"{seed} {number} {part}".encode()).digest()
-        self._key = mx.random.key(int.from_bytes(digest[:8], "big"))
+        self._random = random.Random(f"{seed} {number} {part}").random
         self._temp = temp
 
-    def __call__(self, logprobs: mx.array) -> mx.array:
-        from mlx_lm.sample_utils import apply_top_p
-
-        self._key, key = mx.random.split(self._key)
-        filtered = apply_top_p(logprobs, TOP_P)
-        return mx.random.categorical(filtered * (1 / self._temp), key=key)
-
-
-def _greedy(logprobs: mx.array) -> mx.array:
-    return mx.argmax(logprobs, axis=-1)
+    def __call__(self, logits: np.ndarray) -> int:
+        probs = np.exp(logits.astype(np.float64) - logits.max())  # [V]
+        count = min(_NUCLEUS, len(probs))
+        ids = np.sort(np.argpartition(-probs, count - 1)[:count])
+        if probs[ids].sum() < TOP_P * probs.sum():
+            ids = np.arange(len(probs))
+        ids = ids[np.argsort(-probs[ids], kind="stable")]  # ties in the order of ids
+        before = np.cumsum(probs[ids]) - probs[ids]
+        ids = ids[before < TOP_P * probs.sum()]
+        weights = np.cumsum(probs[ids] ** (1 / self._temp))
+        place = np.searchsorted(weights, self._random() * weights[-1], side="right")
+        return int(ids[min(place, len(ids) - 1)])
 
 
 class Run:
@@ -153,6 +167,7 @@ class Run:
         output: Path,
         settings: Settings,
         *,
+        generator: TextGenerator,
         progress: Callable[[DistilProgress], None] | None,
     ) -> None:
         settings.check(model)
@@ -162,8 +177,9 @@ class Run:
         self.total = 0
         self.num_tokens = 0
         self.dropped: Counter[str] = Counter()
-        self.group_size = GROUP_BATCHES * settings.batch_size
+        self.group_size = generator.group_batches * settings.batch_size
         self.specials = special_ids(tokenizer)
+        self._generator = generator
         self._progress = progress
         self._writer = RecordWriter(output)
         try:
@@ -189,6 +205,15 @@ class Run:
         """Records in the file."""
         return self._writer.records
 
+    @functools.cached_property
+    def accepts_system(self) -> bool:
+        """Whether the chat template takes system prompts."""
+        system = {"role": "system", "content": _MARKER}
+        try:
+            return _MARKER in chat_text(self.tokenizer, [system, {"role": "user", "content": "?"}])
+        except ValueError:
+            return False
+
     def drop(self, reason: str) -> None:
         """Count a dropped candidate."""
         self.dropped[reason] += 1
@@ -202,27 +227,33 @@ class Run:
 
     def generate(
         self, prompts: Sequence[Sequence[int]], numbers: Sequence[int], *, part: str
-    ) -> Iterator[tuple[int, list[int], bool]]:
-        """Continue prompts; ``part``, "prompt" or "answer", selects length and temperature."""
+    ) -> Iterator[tuple[int, list[int], str]]:
+        """Continue prompts; ``part``, "prompt" or "answer", selects length and temperature.
+
+        Yields:
+            The results of ``generate_batch``.
+        """
         settings = self.settings
         is_prompt = part == "prompt"
         temp = settings.prompt_temp if is_prompt else settings.answer_temp
         max_tokens = settings.max_prompt_tokens if is_prompt else settings.max_answer_tokens
-        if is_prompt and settings.method == "plain":
+        if is_prompt and settings.method == PLAIN:
             max_tokens = min(max_tokens, BEGINNING_TOKENS)
-        draws = (_Draw(settings.seed, number, part, temp=temp) for number in numbers)
+        draws = (
+            [Draw(settings.seed, number, part, temp=temp) for number in numbers] if temp else None
+        )
         stops = [[token] for token in sorted(self.tokenizer.eos_token_ids)]
-        if is_prompt and settings.method == "magpie":
+        if is_prompt and settings.method in USER_METHODS:
             stops = [[token] for token in sorted(self.specials)]
             end = token_ids(self.tokenizer, around_user(self.tokenizer)[1])
             stops += [end] if end and end[0] not in self.specials else []
-        yield from generate_batch(
-            self.model,
+        yield from self._generator.generate(
             prompts,
             max_tokens=max_tokens,
             stops=stops,
-            samplers=list(draws) if temp else [_greedy] * len(numbers),
             batch_size=settings.batch_size,
+            draws=draws or None,
+            loop_length=None if is_prompt else LOOP_LENGTH,
             on_step=self._count,
         )
 
@@ -290,8 +321,14 @@ class Run:
             if is_fingerprint_of(self.model.base, saved.get("fingerprint")):  # a former one
                 values["fingerprint"] = saved["fingerprint"]
             changed = [key for key in values if saved.get(key) != values[key]]
+            version = saved.get("version")
         except (ValueError, AttributeError):
             raise ValueError(f"{path} is damaged") from None
+        if version != VERSION and self.records:
+            raise ValueError(
+                f"{self._writer.path} was begun by another version of mlx-mtp, which generates "
+                "other texts: delete it to begin again, or use it with --data-as-is"
+            )
         if changed and self.records:
             text = ", ".join(f"{key} {saved.get(key)!r}, not {values[key]!r}" for key in changed)
             raise ValueError(f"{self._writer.path} was begun with {text}")

@@ -16,12 +16,17 @@ from typing import TYPE_CHECKING
 from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.data.clean import clean
+from mlx_mtp.train.data.contamination import (
+    BENCHMARKS,
+    Contamination,
+    benchmarks,
+    without_shared,
+)
 from mlx_mtp.train.data.distil import continue_text, distil
 from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.data.records import Record, data_hash, read_jsonl
 from mlx_mtp.train.data.sequences import encode_all, split
 from mlx_mtp.train.data.sources import read_data
-from mlx_mtp.train.data.topics import default_topics
 from mlx_mtp.train.settings import NUM_RECORDS, DataSettings
 
 if TYPE_CHECKING:
@@ -37,12 +42,15 @@ class Prepared:
     Attributes:
         train, held_out: the two parts.
         data_hash: of all records.
+        contamination: texts left out because they share words with benchmarks; None if the texts
+            were not compared.
         lines: facts about them for the user.
     """
 
     train: list[TokenSequence]
     held_out: list[TokenSequence]
     data_hash: str
+    contamination: Contamination | None
     lines: list[str]
 
     @property
@@ -95,11 +103,15 @@ def read_source(
         raise ValueError(
             f"{output} is inside the data's folder {source}, where it would become data itself"
         )
-    records = read_data(settings.data, log=log)
-    if settings.num_records is not None and settings.num_records < len(records):
-        chosen = random.Random(settings.seed).sample(range(len(records)), settings.num_records)
-        records = [records[index] for index in sorted(chosen)]
-    return records
+    return sampled(read_data(settings.data, log=log), settings)
+
+
+def sampled(records: list[Record], settings: DataSettings) -> list[Record]:
+    """At most ``settings.num_records`` of the records, drawn at random, in their order."""
+    if settings.num_records is None or settings.num_records >= len(records):
+        return records
+    chosen = random.Random(settings.seed).sample(range(len(records)), settings.num_records)
+    return [records[index] for index in sorted(chosen)]
 
 
 def make_records(
@@ -135,18 +147,16 @@ def make_records(
         "max_prompt_tokens": prompt,
         "max_answer_tokens": answer,
         "batch_size": settings.batch_size,
+        "backend": settings.backend,
     }
     if settings.data is not None:
         return continue_text(model, tokenizer, source, output, progress=progress, log=log, **shared)
-    topics = settings.topics
-    if topics is None:  # the default ones begin messages to an assistant, not texts
-        topics = default_topics() if tokenizer.has_chat_template else ()
     return distil(
         model,
         tokenizer,
         output,
         num_records=settings.num_records or NUM_RECORDS,
-        topics=topics,
+        topics=settings.topics or (),
         progress=progress,
         log=log,
         **shared,
@@ -175,16 +185,36 @@ def prepare(
     *,
     max_seq_length: int,
     held_out: float,
+    compare_with: Sequence[str] | None = BENCHMARKS,
 ) -> Prepared:
-    """Encode records and split them.
+    """Leave out records that benchmarks have text of, encode the others and split them.
+
+    Args:
+        records: of the run.
+        tokenizer: from ``load``.
+        max_seq_length: maximum number of ids of a sequence.
+        held_out: fraction to hold out.
+        compare_with: names of sets of prompts; those that are not installed are reported.  None
+            compares with none, as runs of former versions did.
 
     Raises:
         ValueError: there is too little to train on.
     """
-    encoded = encode_all(records, tokenizer, max_seq_length=max_seq_length)
+    kept, contamination, lines = list(records), None, []
+    if compare_with is not None:
+        sets, lines = benchmarks(compare_with)
+        kept, contamination = without_shared(records, sets)
+        lines.append(str(contamination))
+    encoded = encode_all(kept, tokenizer, max_seq_length=max_seq_length)
     train, test = split(encoded.sequences, held_out=held_out)
-    lines = [*encoded.lines(), f"{len(test)} of the sequences are held out for evaluation"]
-    return Prepared(train=train, held_out=test, data_hash=data_hash(records), lines=lines)
+    lines += [*encoded.lines(), f"{len(test)} of the sequences are held out for evaluation"]
+    return Prepared(
+        train=train,
+        held_out=test,
+        data_hash=data_hash(records),
+        contamination=contamination,
+        lines=lines,
+    )
 
 
 def _cleaned(

@@ -39,7 +39,8 @@ class Record:
         text: plain text, or None.
         source: name of the origin, for messages to the user.
         meta: further values.  ``cut`` is true if the last answer was truncated; ``given`` is the
-            number of leading characters of a text that the model did not write.
+            number of leading characters of a text that the model did not write; ``kind`` is the
+            kind of the text, by which its acceptance is reported.
     """
 
     messages: tuple[Message, ...] | None = None

@@ -72,8 +72,12 @@ def encode(record: Record, tokenizer: TokenizerWrapper, *, max_seq_length: int) 
         ids, answer = _encode_chat(record, tokenizer)
     else:
         ids, answer = _encode_text(record, tokenizer)
+    kind = record.meta.get("kind")
     return TokenSequence(
-        ids=ids[:max_seq_length], answer=answer[:max_seq_length], cut=len(ids) > max_seq_length
+        ids=ids[:max_seq_length],
+        answer=answer[:max_seq_length],
+        cut=len(ids) > max_seq_length,
+        kind=kind if isinstance(kind, str) else "",
     )
 
 

@@ -18,7 +18,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from mlx_mtp.loading import check_base, read_any_adapter
-from mlx_mtp.model.config import HeadsConfig, MTPConfig, read_any_config
+from mlx_mtp.model.config import VERA, HeadsConfig, MTPConfig, read_any_config
 from mlx_mtp.model.draft_heads import DraftHeads
 from mlx_mtp.model.experts import GatedLoRASwitchLinear, is_switch, switch_dims
 from mlx_mtp.model.lora import GatedLoRALinear, linear_dims
@@ -31,12 +31,16 @@ from mlx_mtp.model.mtp_model import (
 )
 from mlx_mtp.model.parts import PER_LAYER_TABLE, module_at
 from mlx_mtp.model.sampler_head import SamplerHead
+from mlx_mtp.model.vera import INITIAL_D, LAMBDA_B, LAMBDA_D, is_vera, leaf_of, materialised
 from mlx_mtp.model.wrappers import MaskEmbedding
 from mlx_mtp.train.gradient.heads import continued_heads, fresh_heads
 from mlx_mtp.train.run.checkpoint import WEIGHTS, read_state, state_weights, under
 from mlx_mtp.train.settings import HEADS_DRAFTER, MASK_DRAFTER, PROJECTIONS, TrainSettings
 
 AnyConfig = MTPConfig | HeadsConfig
+
+STORAGE = {"adapter_kind", "adapter_bits", "sampler_bits", "adapter_group_size"}
+"""Settings that decide how an adapter is stored."""
 
 _OWNERS = ("base.", "heads.")  # prefixes of parameters that an adapter file does not have
 _ROUTERS = ("gate", "router", "shared_expert_gate")  # names of layers that choose experts
@@ -51,7 +55,7 @@ def new_adapter(model: MTPModel, settings: TrainSettings, *, start: Path | None 
 
     Args:
         model: loaded without an adapter; its modules are wrapped in place.
-        settings: shape of a new adapter; only k may differ from ``start``.
+        settings: shape of a new adapter; only k and how it is stored may differ from ``start``.
         start: adapter folder to continue from; additional masks begin as its last one.
 
     Raises:
@@ -107,6 +111,18 @@ def adapter_settings(config: AnyConfig) -> dict[str, Any]:
     return fixed | ({"target_modules": config.target_modules} if config.target_modules else {})
 
 
+def storage_settings(config: AnyConfig) -> dict[str, Any]:
+    """Values of the settings in ``STORAGE`` with which an adapter is stored as it was."""
+    if not isinstance(config, MTPConfig):
+        return {}
+    return {
+        "adapter_kind": config.adapter_kind,
+        "adapter_bits": config.bits,
+        "sampler_bits": config.sampler_bits,
+        "adapter_group_size": config.group_size,
+    }
+
+
 def read_state_adapter(state: Path) -> tuple[AnyConfig, dict[str, mx.array]]:
     """Read the adapter of a state of a run, which need not be its best one.
 
@@ -127,7 +143,8 @@ def read_state_adapter(state: Path) -> tuple[AnyConfig, dict[str, mx.array]]:
         raise ValueError(f"{state} is damaged: {error}") from None
     if not (parameters := under(WEIGHTS[weights], tensors)):
         raise ValueError(f"{state} has no {weights} weights")
-    return config, adapter_tensors(parameters)
+    found = adapter_tensors(parameters)
+    return config, materialised(found, config) if is_vera(config) else found
 
 
 def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[str, mx.array]]:
@@ -137,6 +154,8 @@ def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[st
         raise ValueError(f"{model.name} has no linear layer named {names}")
     present = {path.rpartition(".")[-1] for path in layers}
     names = [name for name in settings.target_modules if name in present]
+    ranks = {path: settings.rank_of(path) for path in sorted(layers)}
+    ranks = {path: rank for path, rank in ranks.items() if rank != settings.rank}
     config = MTPConfig(
         num_draft_tokens=settings.num_draft_tokens,
         rank=settings.rank,
@@ -149,6 +168,8 @@ def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[st
         base_num_layers=len(model.base.layers),
         base_vocab_size=model.vocab_size,
         base_fingerprint=fingerprint(model.base),
+        rank_pattern=ranks,
+        **_storage(settings, layers),
     )
     num_keys = len(layers) + 2 + (model.parts.per_layer is not None)
     keys = iter(mx.random.split(mx.random.key(settings.seed), num_keys))
@@ -158,15 +179,49 @@ def _fresh(model: MTPModel, settings: TrainSettings) -> tuple[MTPConfig, dict[st
         weights |= _sampler_weights(model.hidden_size, next(keys))
     for path, layer in sorted(layers.items()):
         *experts, dims, out_dims = switch_dims(layer) if is_switch(layer) else linear_dims(layer)
+        if is_vera(config):
+            weights[f"{path}.{LAMBDA_D}"] = mx.full((config.rank_of(path),), INITIAL_D)
+            weights[f"{path}.{LAMBDA_B}"] = mx.zeros((out_dims,))
+            continue
         bound = dims**-0.5
-        shape = (*experts, dims, settings.rank)
+        rank = config.rank_of(path)
+        shape = (*experts, dims, rank)
         weights[f"{path}.lora_a"] = mx.random.uniform(-bound, bound, shape, key=next(keys))
-        weights[f"{path}.lora_b"] = mx.zeros((*experts, settings.rank, out_dims))
+        weights[f"{path}.lora_b"] = mx.zeros((*experts, rank, out_dims))
     if model.parts.per_layer is not None:
         table = module_at(model.base, model.parts.per_layer)
         size = table.weight.shape[0]
         weights[MASK_PER_LAYER_EMBEDDINGS] = _mask_embeddings(table, size, count, next(keys))
-    return config, weights
+    return config, materialised(weights, config) if is_vera(config) else weights
+
+
+def _storage(settings: TrainSettings, layers: Mapping[str, nn.Module]) -> dict[str, Any]:
+    """Values of a configuration that say how the weights are stored.
+
+    Raises:
+        ValueError: VeRA cannot be used with a layer.
+    """
+    values = _quantisation(settings)
+    if settings.adapter_kind != VERA:
+        return values
+    dims: dict[str, int] = {}
+    for path, layer in layers.items():
+        if is_switch(layer):
+            raise ValueError(f"vera cannot be used with the experts {path}")
+        in_dims = linear_dims(layer)[0]
+        if dims.setdefault(leaf_of(path), in_dims) != in_dims:
+            raise ValueError(
+                f"vera cannot be used with {leaf_of(path)}, whose layers differ in their inputs"
+            )
+    return values | {"adapter_kind": VERA, "vera_seed": settings.seed, "vera_dims": dims}
+
+
+def _quantisation(settings: TrainSettings) -> dict[str, Any]:
+    """Values of a configuration about quantised weights."""
+    bits = settings.bits_of_sampler if settings.sampler else 0
+    is_quantised = bits or settings.adapter_bits
+    size = {"group_size": settings.adapter_group_size} if is_quantised else {}
+    return {"bits": settings.adapter_bits, "sampler_bits": bits, **size}
 
 
 def target_layers(base: nn.Module, settings: TrainSettings) -> dict[str, nn.Module]:
@@ -226,10 +281,30 @@ def _sampler_weights(dims: int, key: mx.array) -> dict[str, mx.array]:
     return {SAMPLER_PREFIX + name: value for name, value in weights.items()}
 
 
+def _with_storage(config: AnyConfig, settings: TrainSettings, start: Path) -> AnyConfig:
+    """The configuration of an adapter that is continued, stored as the settings say.
+
+    Raises:
+        ValueError: the settings name ranks, or VeRA for an adapter of trained matrices.
+    """
+    if isinstance(config, HeadsConfig):
+        return config
+    if settings.rank_by_layer:
+        raise ValueError(f"rank_by_layer cannot be used with {start}, which has its ranks")
+    if settings.adapter_kind == VERA:
+        if not is_vera(config):
+            raise ValueError(f"{start} is not of kind vera, so it cannot be continued as such")
+        stored = _quantisation(settings)
+        stored |= {"vera_seed": config.vera_seed, "vera_dims": config.vera_dims}
+        return dataclasses.replace(config.as_plain(), adapter_kind=VERA, **stored)
+    return dataclasses.replace(config.as_plain(), **_quantisation(settings))
+
+
 def _continued(
     model: MTPModel, settings: TrainSettings, start: Path
 ) -> tuple[AnyConfig, dict[str, mx.array]]:
     config, weights = read_any_adapter(start)
+    config = _with_storage(config, settings, start)
     check_base(model.base, config, adapter=str(start), name=model.name)
     if isinstance(config, HeadsConfig):
         return continued_heads(config, weights, settings)

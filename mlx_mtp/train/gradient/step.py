@@ -82,17 +82,29 @@ def sequences_of_step(step: int, *, num_sequences: int, batch_size: int, seed: i
 
 
 def blocks_of(sequence: TokenSequence, settings: TrainSettings, *, key: Sequence[int]) -> MaskRows:
-    """Draw the mask blocks of a sequence; none if the answer is too short."""
+    """Draw the mask blocks of a sequence; none if the answer is too short.
+
+    Args:
+        sequence: the text.
+        settings: of the run.
+        key: number of the step, and the sequence's place in it.
+    """
     rng = np.random.default_rng([settings.seed, _ANCHORS, *key])
     anchors = choose_anchors(sequence.answer, count=settings.num_anchors, rng=rng)
     counts = count_masks(
         sequence.answer,
         anchors,
-        max_masks=settings.num_draft_tokens,
+        max_masks=max_masks(settings, step=key[0]),
         drop_late=settings.drop_late,
         rng=rng,
     )
     return MaskRows(anchors, counts)
+
+
+def max_masks(settings: TrainSettings, *, step: int) -> int:
+    """Maximum number of masks of a block in a step: all, or fewer during ``draft_ramp``."""
+    k, ramp = settings.num_draft_tokens, settings.draft_ramp
+    return k if step >= ramp else 1 + (k - 1) * step // ramp
 
 
 class OtherProcesses(Protocol):

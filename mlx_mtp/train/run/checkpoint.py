@@ -12,6 +12,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -24,7 +25,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, AdapterConfig
+from mlx_mtp.model.adapter_file import file_shapes, from_file, to_file
+from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE, HeadsConfig, MTPConfig
+from mlx_mtp.model.statistics import STATISTICS_FILE, AdapterStatistics, write_statistics
 from mlx_mtp.storage.files import write_atomically
 from mlx_mtp.storage.safetensors import check_safetensors, read_json_object
 
@@ -141,31 +144,34 @@ def state_name(step: int) -> str:
 
 def save_adapter(
     folder: Path,
-    config: AdapterConfig,
+    config: MTPConfig | HeadsConfig,
     weights: Mapping[str, mx.array],
     *,
     readme: str | None = None,
+    statistics: AdapterStatistics | None = None,
     dtype: mx.Dtype = mx.float16,
 ) -> None:
     """Write an adapter folder, so that a loader never finds weights with another configuration.
 
     Each file is replaced atomically.  A different configuration is removed before the weights
     change, and the new one is written last; in between the folder is not an adapter folder.
+    Statistics of other weights are removed too.
 
     Args:
         folder: created if missing.
-        config: the adapter's configuration.
-        weights: its tensors by name, see ``loading.read_any_adapter``.
+        config: the adapter's configuration, which decides what is quantised.
+        weights: by name, see ``adapter_file.to_file``.
         readme: text of ``README.md``; None does not change it.
-        dtype: type of the tensors in the file.
+        statistics: of these weights, if they were evaluated.
+        dtype: type of the tensors in the file that are not quantised.
 
     Raises:
         ValueError: a tensor is not finite in that type; nothing is written.
         OSError: a file cannot be written; it is unchanged.
     """
-    narrow = {name: value.astype(dtype) for name, value in weights.items()}
-    finite = {name: mx.isfinite(value).all() for name, value in narrow.items()}
-    mx.eval(narrow, finite)
+    tensors = to_file(weights, config, dtype=dtype)
+    finite = {name: mx.isfinite(value).all() for name, value in from_file(tensors, config).items()}
+    mx.eval(tensors, finite)
     for name, is_finite in finite.items():
         if not is_finite.item():
             raise ValueError(f"{name} contains values that {_DTYPE_NAMES[dtype]} cannot represent")
@@ -173,13 +179,16 @@ def save_adapter(
     draft = folder / f".{WEIGHTS_FILE}.new"
     text = json.dumps(config.to_dict(), indent=2) + "\n"
     try:
-        _write_tensors(draft, narrow)
+        _write_tensors(draft, tensors)
         same = _text(folder / CONFIG_FILE) == text
         if not same:
             (folder / CONFIG_FILE).unlink(missing_ok=True)
+        (folder / STATISTICS_FILE).unlink(missing_ok=True)
         os.replace(draft, folder / WEIGHTS_FILE)
     finally:
         draft.unlink(missing_ok=True)
+    if statistics is not None:
+        write_statistics(folder, statistics)
     if not same:
         write_atomically(folder / CONFIG_FILE, text)
     if readme is not None:
@@ -249,19 +258,38 @@ def _write_tensors(path: Path, tensors: Mapping[str, mx.array]) -> str:
     ``mx.save_safetensors`` lacks float64 and does not report why a write failed.
     """
     order = sorted(tensors, key=lambda name: (-tensors[name].itemsize, name))
+    header, _ = _header((name, tensors[name].shape, tensors[name].dtype) for name in order)
+    parts = (_bits(tensors[name]) for name in order)
+    return _write_bytes(path, [struct.pack("<Q", len(header)), header], parts)
+
+
+def _header(infos: Iterable[tuple[str, tuple[int, ...], mx.Dtype]]) -> tuple[bytes, int]:
+    """The header of a safetensors file, and the number of bytes of the tensors after it."""
     entries: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     end = 0
-    for name in order:
-        start, end = end, end + tensors[name].nbytes
+    for name, shape, dtype in infos:
+        start, end = end, end + math.prod(shape) * dtype.size
         entries[name] = {
-            "dtype": _DTYPE_NAMES[tensors[name].dtype],
-            "shape": list(tensors[name].shape),
+            "dtype": _DTYPE_NAMES[dtype],
+            "shape": list(shape),
             "data_offsets": [start, end],
         }
     header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)
-    parts = (_bits(tensors[name]) for name in order)
-    return _write_bytes(path, [struct.pack("<Q", len(header)), header], parts)
+    return header + b" " * (-len(header) % 8), end
+
+
+def adapter_file_bytes(
+    shapes: Mapping[str, tuple[int, ...]], config: MTPConfig | HeadsConfig
+) -> int:
+    """Number of bytes of the weights file that ``save_adapter`` writes.
+
+    Args:
+        shapes: those of the weights by name.
+        config: the adapter's configuration.
+    """
+    infos = list(file_shapes(shapes, config))
+    header, data = _header(sorted(infos, key=lambda info: (-info[2].size, info[0])))
+    return 8 + len(header) + data
 
 
 def _read_tensors(path: Path, *, sha256: str) -> dict[str, mx.array]:

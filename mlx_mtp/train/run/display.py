@@ -14,7 +14,15 @@ from mlx_mtp.evaluation.acceptance import Evaluation
 from mlx_mtp.terminal import progress, visible
 from mlx_mtp.train.data.distil_run import DistilProgress
 from mlx_mtp.train.run.checkpoint import EMA
-from mlx_mtp.train.run.events import Evaluated, Event, Noticed, Reported, Saved, Stepped
+from mlx_mtp.train.run.events import (
+    Evaluated,
+    Event,
+    Noticed,
+    Planned,
+    Reported,
+    Saved,
+    Stepped,
+)
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -41,6 +49,7 @@ class Display:
         self._report: Reported | None = None
         self._step_s: float | None = None
         self._iters = 0
+        self._done_at = ""
 
     def __enter__(self) -> Display:
         return self
@@ -104,16 +113,28 @@ class Display:
                 self.log(evaluation_line(event))
             case Noticed():
                 self.log(event.text)
+            case Planned():
+                self._planned(event)
             case Saved():
                 pass
+
+    def _planned(self, event: Planned) -> None:
+        """Show the end of a run that has a time; elsewhere than at a terminal, if it moved."""
+        self._done_at = clock_time(event.left_s)
+        line = f"step {event.step}: planned {event.iters} steps, done at about {self._done_at}"
+        if not self._is_terminal and event.iters != self._iters:
+            self.log(line)
+        self._iters = event.iters
 
     def _stepped(self, event: Stepped) -> None:
         mean = event.seconds if self._step_s is None else self._step_s
         self._step_s = _SMOOTHING * mean + (1 - _SMOOTHING) * event.seconds
         self._iters = event.iters
         bar = self._show("training", total=event.iters, initial=event.step - 1, unit=" steps")
-        if self._report is not None:
-            bar.set_postfix_str(report_text(self._report), refresh=False)
+        bar.total = event.iters
+        texts = [report_text(self._report)] if self._report is not None else []
+        texts += [f"done at {self._done_at}"] if self._done_at else []
+        bar.set_postfix_str("  ".join(texts), refresh=False)
         bar.update(event.step - bar.n)
 
     def _show(self, task: str, **options: Any) -> tqdm[Any]:
@@ -189,3 +210,9 @@ def duration(seconds: float) -> str:
         return f"{max(0.0, seconds):.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def clock_time(seconds: float) -> str:
+    """Return the time of day in so many seconds, with the day if it is not within 12 hours."""
+    shape = "%H:%M" if seconds < 12 * 3600 else "%a %H:%M"
+    return time.strftime(shape, time.localtime(time.time() + seconds))

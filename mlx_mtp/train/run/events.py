@@ -27,6 +27,21 @@ class Stepped:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Planned:
+    """The number of steps was fitted to the time left.
+
+    Attributes:
+        step: training steps so far.
+        iters: training steps of the whole run.
+        left_s: seconds until the end.
+    """
+
+    step: int
+    iters: int
+    left_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Reported:
     """Means over the steps since the last report.
 
@@ -104,4 +119,4 @@ class Noticed:
     text: str
 
 
-Event = Noticed | Stepped | Reported | Evaluated | Saved
+Event = Noticed | Planned | Stepped | Reported | Evaluated | Saved

@@ -24,8 +24,18 @@ HISTORY_FILE = "history.jsonl"
 CURVES_FILE = "curves.png"
 SETTINGS_FILE = "settings.json"
 COMMAND_FILE = "command.json"
+RECIPE_FILE = "recipe.json"
+SPENT_FILE = "spent.json"
 _LOCK_FILE = ".lock"
-_OWN_FILES = {COMMAND_FILE, DATA_FILE, "data.settings.json", HISTORY_FILE, _LOCK_FILE}
+_OWN_FILES = {
+    COMMAND_FILE,
+    DATA_FILE,
+    "data.settings.json",
+    HISTORY_FILE,
+    RECIPE_FILE,
+    SPENT_FILE,
+    _LOCK_FILE,
+}
 
 
 class RunFolder:
@@ -41,6 +51,8 @@ class RunFolder:
         self.data = self.training / DATA_FILE
         self.history = self.training / HISTORY_FILE
         self.curves = self.training / CURVES_FILE
+        self.recipe = self.training / RECIPE_FILE
+        self.spent = self.training / SPENT_FILE
 
     def check_new(self) -> None:
         """Refuse a folder that is in use.

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_mtp.evaluation.acceptance import Evaluation
-from mlx_mtp.model.config import CONFIG_FILE
+from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE
 from mlx_mtp.storage.files import write_atomically
 from mlx_mtp.storage.package import package_version
-from mlx_mtp.terminal import one_line, show
+from mlx_mtp.terminal import human_bytes, one_line, show
 from mlx_mtp.train.run.card import training_card
 from mlx_mtp.train.run.checkpoint import EMA, RAW, README_FILE
 from mlx_mtp.train.run.curves import draw_curves, terminal_curves
@@ -65,6 +65,8 @@ def finish(
             log(f"No {folder.curves.name}: {one_line(error)}")
     if result.best is not None and model.adapter_config is not None:
         recipe = recipe_of(command, seed=seed, seconds=_seconds(records), result=result)
+        weights = folder.path / WEIGHTS_FILE
+        recipe["size"] = human_bytes(weights.stat().st_size) if weights.exists() else ""
         card = training_card(model.adapter_config, recipe=recipe, best=result.best)
         write_atomically(folder.path / README_FILE, card)
     if not result.finished:
@@ -118,6 +120,7 @@ def recipe_of(
         "command": command.get("command", ""),
         "seed": seed,
         "data hash": command.get("data_hash", ""),
+        "benchmarks": command.get("contamination", ""),
         "steps": result.step,
         "weights": f"{_NAMES[result.best_weights]} of step {result.best_step}",
         "hardware": hardware(),
