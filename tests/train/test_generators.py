@@ -41,7 +41,7 @@ def test_pytorch_is_chosen_where_it_is_fast_and_knows_the_model(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("psutil.virtual_memory", lambda: full)
         assert choose_generator(letters(), max_tokens=100).name == "mlx float32"
-    with pytest.raises(ValueError, match="PyTorch cannot train tiny"):
+    with pytest.raises(ValueError, match="PyTorch cannot run tiny"):
         choose_generator(readable(), "torch", max_tokens=100)
 
 

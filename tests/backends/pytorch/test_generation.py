@@ -115,5 +115,5 @@ def test_memory_limits_the_batch():
 
 
 def test_models_that_pytorch_does_not_compute_are_refused():
-    with pytest.raises(ValueError, match="PyTorch cannot train tiny"):
+    with pytest.raises(ValueError, match="PyTorch cannot run tiny"):
         TorchGenerator(MTPModel(tiny_base("qwen3_moe"), name="tiny"))
