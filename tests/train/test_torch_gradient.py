@@ -128,14 +128,14 @@ def test_the_loss_falls_in_bfloat16():
     parameters = trainable(model)
     gradient = TorchGradient(model, SETTINGS, device="cpu", dtype=torch.bfloat16)
     losses = []
-    for _ in range(12):
+    for _ in range(6):
         result = gradient(parameters, DATA, (0, 1), step=0)
         losses.append(result.loss)
         norm = sum(float(np.square(np.array(g)).sum()) for g in result.gradients.values()) ** 0.5
         parameters = {
             name: value - 0.5 / norm * result.gradients[name] for name, value in parameters.items()
         }
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.95 * losses[0]
 
 
 def test_the_model_of_mlx_keeps_its_parameters():

@@ -25,7 +25,7 @@ def make_gradient(
     Args:
         model: from ``adapter.new_adapter``.
         settings: of the run.
-        num_threads: threads of this process for PyTorch on a CPU; 0 is one per core.
+        num_threads: threads of this process for PyTorch on a CPU; 0 leaves it to PyTorch.
 
     Returns:
         It, the settings with the back-end that was chosen, and a line about the choice, if there

@@ -6,7 +6,6 @@ and gradients are MLX's float32 arrays, so what follows a step is the same with 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 
 import mlx.core as mx
@@ -37,7 +36,7 @@ class TorchGradient(StepGradient):
     Args:
         model: from ``adapter.new_adapter``.
         settings: of the run.
-        num_threads: threads of this process on a CPU; 0 is one per core.
+        num_threads: threads of this process on a CPU; 0 leaves it to PyTorch.
         dtype: of the products; None is the fastest of the device.
         device: None is an NVIDIA GPU if there is one, else the CPU.
 
@@ -60,8 +59,8 @@ class TorchGradient(StepGradient):
         if settings.grad_checkpoint:
             raise ValueError("grad_checkpoint cannot be used with backend torch")
         place = torch_device(device)
-        if place.type == "cpu":
-            torch.set_num_threads(num_threads or len(os.sched_getaffinity(0)))
+        if num_threads:
+            torch.set_num_threads(num_threads)
         self.shares_cores = place.type == "cpu"
         self._rows = TorchRows(model, dtype=dtype, device=place)
         self._is_warm = True  # it compiles nothing that workers could find

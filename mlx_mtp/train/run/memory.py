@@ -40,7 +40,7 @@ from mlx_mtp.evaluation.forward import ordinary_rows
 from mlx_mtp.model.draft_heads import DraftHeads
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train.gradient.workers import worker_count
-from mlx_mtp.train.settings import TrainSettings
+from mlx_mtp.train.settings import TORCH, TrainSettings
 
 MEMORY_SHARE = 0.9  # of a machine's memory; the rest is left to the system
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
@@ -154,11 +154,12 @@ def estimate(model: MTPModel, settings: TrainSettings, *, longest: int) -> Memor
     if 0 < settings.candidates < model.vocab_size:
         logits = 4 * rows * 4 * (model.vocab_size + settings.candidates)
 
+    models = 2 if settings.backend == TORCH else 1  # PyTorch has its own copy, at most as wide
     sequence = item * longest * (sum(keys) + width)
     scores = (8 if on_cpu else 1) * heads * longest
     prefill = item * longest * (1.25 * max(outputs) + 9 * width + scores)
     return MemoryEstimate(
-        weights_bytes=count * (_num_bytes(model.parameters()) - narrow),
+        weights_bytes=models * count * (_num_bytes(model.parameters()) - narrow),
         trainable_bytes=trainable,
         optimizer_bytes=(3 if settings.ema else 2) * wide,  # only the first process has one
         ordinary_bytes=count * round(sequence + max(0, prefill - activations - logits)),
