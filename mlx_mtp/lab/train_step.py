@@ -126,12 +126,14 @@ def measure(
 ) -> Timings:
     """Time steps of both back-ends alternately; they must be warm."""
     timings = Timings({side: [] for side in sides}, {side: [] for side in sides})
+    result = None
     for turn in range(repeats):
         for side in sorted(sides, reverse=turn % 2 == 1):
             start, cpu_start = time.perf_counter(), time.process_time()
             result = sides[side](parameters, data, range(len(data)), step=turn + 1)
             timings.cpu_seconds[side].append(time.process_time() - cpu_start)
             timings.seconds[side].append(time.perf_counter() - start)
+        assert result is not None
         timings.rows.append(result.num_rows)
         on_status(f"Timed {turn + 1}/{repeats}")
     return timings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any, cast
 
 import mlx.core as mx
 import numpy as np
@@ -103,7 +104,7 @@ def test_rounded_weights_are_the_loaded_ones(tmp_path):
 
 
 def test_a_model_computes_with_the_restored_weights(tmp_path):
-    options = {"vocab_size": BYTE_VOCAB, "eos_token_id": EOS}
+    options: dict[str, Any] = {"vocab_size": BYTE_VOCAB, "eos_token_id": EOS}
     base = save_tiny_model(tmp_path / "model", "llama", **options)
     config, weights = random_adapter(tiny_base("llama", **options))
     config = dataclasses.replace(config, bits=8, sampler_bits=4, group_size=32)
@@ -187,7 +188,7 @@ def broken(tensors: dict[str, mx.array], how: str) -> dict[str, mx.array]:
 def test_a_damaged_file_is_refused_in_one_line(tmp_path, how, message):
     config, weights = adapter(bits=4)
     save_adapter(tmp_path, config, weights)
-    tensors = broken(mx.load(str(tmp_path / WEIGHTS_FILE)), how)
+    tensors = broken(cast(Any, mx.load(str(tmp_path / WEIGHTS_FILE))), how)
     mx.save_safetensors(str(tmp_path / WEIGHTS_FILE), tensors)
     with pytest.raises(ValueError, match=message) as error:
         read_adapter(tmp_path)

@@ -7,7 +7,7 @@ the model is used, so a model that transformers computes otherwise is refused, n
 
 from __future__ import annotations
 
-import dataclasses
+import copy
 from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
@@ -82,8 +82,7 @@ def torch_model(
         ValueError: PyTorch is missing, or transformers does not compute what this model computes;
             the message names the architecture.
     """
-    torch = _torch()
-    place = device if isinstance(device, torch.device) else torch_device(device)
+    place = torch_device(device) if device is None or isinstance(device, str) else device
     dtype = torch_dtype(place) if dtype is None else dtype
     result = _build(model, dtype=dtype).to(place)
     _check(model, result, dtype=dtype)
@@ -165,8 +164,7 @@ def _config(model: MTPModel) -> Any:
     if any(map(is_switch, model.base.modules())):
         raise refusal(model, "it has experts")
     args: Any = model_args(model.base)
-    values = dataclasses.asdict(args) if dataclasses.is_dataclass(args) else dict(vars(args))
-    values = {k: v for k, v in values.items() if v is not None}
+    values = {k: copy.deepcopy(v) for k, v in vars(args).items() if v is not None}
     values.setdefault("model_type", model.base.model_type)
     values["pad_token_id"] = None  # its default may be beyond the vocabulary
     windows = [x.window if isinstance(x, WindowLayer) else None for x in model.base.layers]

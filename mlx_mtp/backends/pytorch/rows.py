@@ -34,17 +34,17 @@ class MaskBlocks(Protocol):
         """Position of the last token that each block sees."""
         ...
 
-    @property
+    @cached_property
     def row_anchors(self) -> np.ndarray:
         """The anchor of each row ``[R]``."""
         ...
 
-    @property
+    @cached_property
     def row_blocks(self) -> np.ndarray:
         """The block of each row ``[R]``, ascending."""
         ...
 
-    @property
+    @cached_property
     def mask_offsets(self) -> np.ndarray:
         """The place of each row in its block ``[R]``."""
         ...
@@ -316,7 +316,7 @@ def attend(
     del attention_mask, options
     if softcap is not None or s_aux is not None:
         raise ValueError("its attention has capped scores or sinks")
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaling = float(query.shape[-1] ** -0.5) if scaling is None else scaling
     if mask_rows.blocks is None:
         mask_rows.layers[module.layer_idx] = (key[0], value[0])
         out = _causal(query, key, value, scaling=scaling, window=sliding_window)
@@ -401,8 +401,9 @@ class _MaskAttention(torch.autograd.Function):
         return out.flatten(0, 1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of ``query``, ``key`` and ``value``."""
+        (grad,) = grad_outputs
         own_query, own_key, own_value, keys, values, probs, own_probs, out = ctx.saved_tensors
         rows, seen = ctx.rows, keys.shape[1]
         grad = grad.reshape(out.shape)
