@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlx_mtp.storage.figures import figure_class, save_figure
 
-Points = Sequence[tuple[float, float]]
+Points = Sequence[tuple[float, ...]]
 
 
 def draw_lines(
@@ -23,7 +23,8 @@ def draw_lines(
     """Draw one chart; the same numbers give the same files.
 
     Args:
-        lines: points by name; a name that begins with "linear" is dashed.
+        lines: points by name, (x, y) or (x, y, half the width of an interval); a name that begins
+            with "linear" is dashed.
         path: file name without its extension.
         x: label of the horizontal axis.
         y: label of the vertical axis.
@@ -40,9 +41,11 @@ def draw_lines(
     figure = figure_class()(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     for name, points in lines.items():
-        axes.plot(
+        axes.errorbar(
             [point[0] for point in points],
             [point[1] for point in points],
+            yerr=[point[2] for point in points] if len(points[0]) > 2 else None,
+            capsize=3,
             marker="o" if marks else None,
             linestyle="--" if name.startswith("linear") else "-",
             label=name,

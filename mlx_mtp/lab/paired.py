@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_mtp.evaluation.acceptance import count_answers, walk
+from mlx_mtp.bench.interval import CONFIDENCE, student_quantile
+from mlx_mtp.evaluation.acceptance import Answer, count_answers, walk
 from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.model.mtp_model import MTPModel
 
@@ -77,14 +78,46 @@ def text_steps(
     """
     if model.adapter_config is None:
         raise ValueError(f"{model.name} has no adapter, so there are no drafts to compare")
+    answers = list(count_answers(model, sequences, rows_per_forward=rows_per_forward))
     k = model.adapter_config.num_draft_tokens
-    tokens, steps = np.zeros(len(sequences)), np.zeros(len(sequences))
-    for answer in count_answers(model, sequences, rows_per_forward=rows_per_forward):
+    return steps_of(answers, num_texts=len(sequences), num_draft_tokens=k)
+
+
+def steps_of(
+    answers: Sequence[Answer], *, num_texts: int, num_draft_tokens: int, layout: str = "quadratic"
+) -> TextSteps:
+    """Add up the tokens and steps of counted answers by text; see ``acceptance.summarise``."""
+    tokens, steps = np.zeros(num_texts), np.zeros(num_texts)
+    for answer in answers:
         tokens[answer.sequence] += answer.num_tokens
         steps[answer.sequence] += walk(
-            answer.counts, first=answer.first, last=answer.last, num_draft_tokens=k
+            answer.counts,
+            first=answer.first,
+            last=answer.last,
+            num_draft_tokens=num_draft_tokens,
+            layout=layout,
         )
     return TextSteps(tokens, steps)
+
+
+def interval(seeds: Sequence[TextSteps]) -> tuple[float, float]:
+    """Mean of seeds in tokens per step and half the width of its 95% interval over texts.
+
+    Raises:
+        ValueError: there is no seed.
+    """
+    if not seeds:
+        raise ValueError("there are no runs to evaluate")
+    mean = float(np.mean([steps.tokens_per_step for steps in seeds]))
+    error = _error(np.mean([steps.influence for steps in seeds], axis=0))
+    count = len(seeds[0].tokens)
+    return mean, student_quantile((1 + CONFIDENCE) / 2, count - 1) * error if count > 1 else error
+
+
+def _error(influence: np.ndarray) -> float:
+    """Standard error of a mean over texts from the influence of each ``[N]``; NaN of one text."""
+    count = len(influence)
+    return float(np.sqrt(influence.var(ddof=1) / count)) if count > 1 else float("nan")
 
 
 def difference(ours: Sequence[TextSteps], control: Sequence[TextSteps]) -> Difference:
@@ -100,9 +133,7 @@ def difference(ours: Sequence[TextSteps], control: Sequence[TextSteps]) -> Diffe
         raise ValueError("the runs were evaluated on different texts")
     by_seed = tuple(a.tokens_per_step - b.tokens_per_step for a, b in pairs)
     influence = np.mean([a.influence - b.influence for a, b in pairs], axis=0)
-    count = len(influence)
-    error = float(np.sqrt(influence.var(ddof=1) / count)) if count > 1 else float("nan")
-    return Difference(mean=float(np.mean(by_seed)), error=error, by_seed=by_seed)
+    return Difference(mean=float(np.mean(by_seed)), error=_error(influence), by_seed=by_seed)
 
 
 def table(results: Mapping[str, Sequence[TextSteps]], *, control: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -229,14 +230,17 @@ def test_figures_of_runs(
         prompt_file.name
     }
     assert len(summary["masks"]) == 4
-    assert all(set(points) == {"1", "2", "3", "4"} for points in summary["masks"].values())
+    for points in summary["masks"].values():
+        assert set(points["tokens_per_step"]) == set(points["half_width"]) == {"1", "2", "3", "4"}
     assert summary["runs"]["no-gate"]["tokens_per_step"] == {}  # it cannot decode
     whole = summary["runs"]["rank-2"]
     assert set(whole["tokens_per_step"]) == {"1", "2"}
-    assert [each["step"] for each in whole["evaluations"]] == [0, 2, 3]
-    losses = [each["next_token_loss"] for each in whole["evaluations"]]
+    (history,) = whole["evaluations"]
+    assert [each["step"] for each in history] == [0, 2, 3]
+    losses = [each["next_token_loss"] for each in history]
     assert losses[0] == losses[-1]  # with the gate nothing changes
-    rising = [each["next_token_loss"] for each in summary["runs"]["no-gate"]["evaluations"]]
+    (history,) = summary["runs"]["no-gate"]["evaluations"]
+    rising = [each["next_token_loss"] for each in history]
     assert rising[0] != rising[-1]
 
 
@@ -257,3 +261,48 @@ def test_the_same_numbers_give_the_same_files(tmp_path: Path) -> None:
 def test_a_run_that_is_none(pair: tuple[Path, Path], run: str, told: str) -> None:
     done = CliRunner().invoke(reproduction.main, ["--model", str(pair[0]), "--run", run])
     assert done.exit_code == 2 and told in done.stderr
+
+
+@pytest.fixture
+def two_seeds(runs: Any, tmp_path: Path) -> list[str]:
+    """Options of a run and its copy, as if that had had another seed."""
+    _, folder, _ = runs
+    shutil.copytree(folder / "rank-2", tmp_path / "copy")
+    file = tmp_path / "copy" / "training" / "settings.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"seed": 1}))
+    return [f"--run=a={folder / 'rank-2'}", f"--run=a={tmp_path / 'copy'}"]
+
+
+@pytest.mark.slow
+def test_runs_of_one_name_are_seeds(
+    two_seeds: list[str], pair: tuple[Path, Path], prompt_file: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("matplotlib")
+    arguments = ["--model", str(pair[0]), "--adapter-path", str(pair[1])]
+    arguments += ["--prompts", str(prompt_file), "--max-tokens", "8"]
+    found = []
+    for number, options in enumerate((two_seeds, two_seeds[:1])):
+        output = tmp_path / str(number)
+        done = CliRunner().invoke(
+            reproduction.main,
+            [*arguments, *options, "--output", str(output)],
+            catch_exceptions=False,
+        )
+        assert done.exit_code == 0, done.output
+        found.append(json.loads((output / "figures.json").read_text())["runs"]["a"])
+    two, one = found
+    assert two["seeds"] == 2 and len(two["evaluations"]) == 2 and one["seeds"] == 1
+    assert two["tokens_per_step"] == one["tokens_per_step"]  # the adapters are the same
+    assert two["half_width"] == one["half_width"]
+
+
+def test_runs_of_one_name_differ_in_their_seed_only(
+    two_seeds: list[str], runs: Any, pair: tuple[Path, Path]
+) -> None:
+    other = f"--run=a={runs[1] / 'rank-4'}"
+    for options, message in (
+        ([two_seeds[0]] * 2, "two runs named a have the same seed"),
+        ([two_seeds[0], other], "differs from"),
+    ):
+        done = CliRunner().invoke(reproduction.main, ["--model", str(pair[0]), *options])
+        assert done.exit_code == 2 and message in done.stderr
