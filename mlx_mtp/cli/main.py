@@ -44,8 +44,7 @@ SECTIONS = (
 )
 WITHOUT_TORCH = (
     average, benchmark, chat, compress, convert, evaluate, export, generate, inspect, simulate,
-    train, tune,
-    verify,
+    tune, verify,
 )  # fmt: skip
 WITH_TORCH = {"--trust-remote-code", "--against-pytorch", "--allow-pickle", "--verify"}
 

@@ -69,8 +69,8 @@ def _attributes(name: str) -> dict[str, Any]:
         "--time",
         type=RunTime(),
         metavar="TIME",
-        help="Time for the whole run, such as 30m, 2h, 1h30m or overnight (10 hours). All other "
-        "settings follow from it, unless they are given.",
+        help="Time for the whole run, such as 30m, 2h, 1h30m or overnight (10 hours). All "
+        "other settings follow from it.",
     ),
     option(
         "--resume",

@@ -213,8 +213,7 @@ class _Run:
 
     def _weights(self) -> Parameters:
         """The model's weights in the next training step."""
-        progress = self.optimiser.pace.progress(self.step)
-        rounds = progress >= 1 - self.settings.quantized_share
+        rounds = self.step >= round((1 - self.settings.quantized_share) * self.iters)
         return self.form.weights(self.optimiser.parameters, rounds=rounds)
 
     def restore(self, state: TrainState | None) -> int:
