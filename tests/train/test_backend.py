@@ -72,6 +72,40 @@ def test_what_was_asked_for_is_not_replaced():
 def test_a_run_resumes_with_its_backend_and_the_same_bits(tmp_path):
     whole = change(backend="torch")
     _, events = run(tmp_path / "whole", whole)
+    lines = [event.text for event in events if isinstance(event, Noticed)]
+    assert len(lines) == 1 and lines[0].startswith("Gradients are computed by PyTorch")
+    stops = iter([False, False, True])
+    run(tmp_path / "parts", whole, should_stop=lambda: next(stops, True))
+    for other in ("auto", "mlx"):
+        with pytest.raises(ValueError, match="different backend"):
+            run(tmp_path / "parts", change(backend=other), resume=True)
+    run(tmp_path / "parts", whole, resume=True)
+    states = [
+        read_state(tmp_path / name / "training" / "state-0000004").tensors
+        for name in ("whole", "parts")
+    ]
+    assert all(mx.array_equal(value, states[1][name]) for name, value in states[0].items())
+
+
+@pytest.mark.slow
+def test_processes_give_the_gradient_of_one(tmp_path):
+    folder = str(save_tiny_model(tmp_path / "model"))
+    settings = dataclasses.replace(change(backend="torch"), batch_size=3)
+    model = new_adapter(load(folder, mtp=False)[0], settings)
+    parameters, data = trainable(model), texts(3)
+    gradient = TorchGradient(model, settings, num_threads=1)
+    alone = gradient(parameters, data, [0, 1, 2], step=3)
+    spec = WorkerSpec(model=folder, settings=settings)
+    with Workers(spec, data, count=2, like=parameters) as workers:
+        shared = gradient(parameters, data, [0, 1, 2], step=3, workers=workers)
+    assert shared.loss == pytest.approx(alone.loss, rel=1e-5)
+    for name, value in alone.gradients.items():
+        np.testing.assert_allclose(shared.gradients[name], value, atol=1e-5, err_msg=name)
+
+
+def test_the_command_finds_pytorch(tmp_path):
+    model = save_tiny_model(tmp_path / "model", "llama", vocab_size=BYTE_VOCAB, eos_token_id=EOS)
+    data = tmp_path / "data.jsonl"
     numbers = [" ".join(str((n + 7) ** i % 9973) for i in range(1, 30)) for n in range(8)]
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in numbers))
     options = "--data-as-is --backend torch --iters 1 --batch-size 2 --num-anchors 4 --workers 1"
