@@ -44,7 +44,7 @@ def pack(target: Path, *, repository: Path, model: Path, data: Path) -> list[str
     """Write a tar file of the repository's tracked files, a model's folder and training text.
 
     Args:
-        target: the tar file, which is written beside itself and renamed.
+        target: the tar file, written under another name and renamed.
         repository: a git work tree.
         model: the model's folder.
         data: the JSONL file.

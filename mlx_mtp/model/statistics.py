@@ -28,7 +28,7 @@ from mlx_mtp.storage.files import write_atomically
 from mlx_mtp.storage.safetensors import read_json_object, shown
 
 STATISTICS_FILE = "statistics.json"
-MAX_RANK = 8  # ranks that are told apart; those after them are counted together
+MAX_RANK = 8  # ranks that are counted apart; those after them are counted together
 COVERAGE_SIZES = tuple(1024 << doubling for doubling in range(6))  # numbers of tokens, to 32,768
 ALL = "all"
 _VERSION = 1

@@ -16,7 +16,6 @@ from mlx_mtp.model.config import WEIGHTS_FILE, MTPConfig
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.train import loop
 from mlx_mtp.train.average import mean_adapter
-from mlx_mtp.train.command import make_plan
 from mlx_mtp.train.gradient.adapter import (
     adapter_tensors,
     new_adapter,
@@ -25,6 +24,7 @@ from mlx_mtp.train.gradient.adapter import (
 )
 from mlx_mtp.train.gradient.step import StepGradient
 from mlx_mtp.train.loop import TrainData, train
+from mlx_mtp.train.plan import make_plan
 from mlx_mtp.train.run.events import Event, Reported
 from mlx_mtp.train.run.folder import RunFolder
 from mlx_mtp.train.settings import TrainSettings

@@ -51,7 +51,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """A clock that stands still, and rates that were measured in no time."""
+    """A clock that does not move, and rates that were measured in no time."""
     clock = Clock()
     monkeypatch.setattr(timed, "CLOCK", clock)
     monkeypatch.setattr(timed, "measure", lambda *args, **options: RATES)

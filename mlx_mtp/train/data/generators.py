@@ -17,8 +17,7 @@ from mlx.utils import tree_flatten
 
 from mlx_mtp.evaluation.batch_generation import Draw, generate_batch
 from mlx_mtp.model.mtp_model import MTPModel
-
-AUTO, MLX, TORCH = "auto", "mlx", "torch"
+from mlx_mtp.train.settings import AUTO, MLX, TORCH
 
 
 class GenerateBatch(Protocol):
