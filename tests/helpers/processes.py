@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import select
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 _LOOP = """
 import os, sys, traceback
@@ -88,3 +92,43 @@ class ForkServer:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def outcome_despite_kills(
+    server: ForkServer,
+    folder: Path,
+    outcome: Callable[[Path], Any],
+    *,
+    seed: int,
+    min_kills: int,
+    longest: float,
+) -> Any:
+    """Kill runs at random moments, resume them, and compare each with one that is left alone.
+
+    Args:
+        server: its task is the folder of a run, which is begun or resumed.
+        folder: of the folders of all runs.
+        outcome: what a finished run leaves, for comparison.
+        seed: of the moments.
+        min_kills: number of kills after which the last run is finished.
+        longest: time to a kill at most, as a fraction of an undisturbed run.
+
+    Returns:
+        The outcome of the undisturbed run.
+    """
+    rng = random.Random(seed)
+    assert server.run(str(folder / "first")) == 0  # warms up
+    started = time.perf_counter()
+    assert server.run(str(folder / "whole")) == 0
+    seconds = time.perf_counter() - started
+    whole = outcome(folder / "whole")
+    assert outcome(folder / "first") == whole
+    kills = runs = 0
+    while kills < min_kills:
+        output = folder / f"run-{runs}"
+        while code := server.run(str(output), kill_after_s=rng.uniform(0, longest * seconds)):
+            assert code == -signal.SIGKILL
+            kills += 1
+        assert outcome(output) == whole, f"run {runs} after {kills} kills"
+        runs += 1
+    return whole

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mlx_mtp.train.settings import ROW_WEIGHTS
-from tests.helpers.processes import ForkServer
+from tests.helpers.processes import ForkServer, outcome_despite_kills
 
 _TIMING = ("seconds", "tokens_per_s", "rows_per_s", "peak_memory_bytes")
 
@@ -77,22 +74,10 @@ def outcome(output: Path) -> dict[str, Any]:
 def test_a_killed_training_resumes_bit_for_bit(
     tmp_path: Path, seed: int, min_kills: int, rows: str
 ) -> None:
-    rng = random.Random(seed)
     with ForkServer(_SOURCE, [rows]) as server:
-        assert server.run(str(tmp_path / "first")) == 0  # warms up
-        started = time.perf_counter()
-        assert server.run(str(tmp_path / "whole")) == 0
-        seconds = time.perf_counter() - started
-        wanted = outcome(tmp_path / "whole")
-        assert outcome(tmp_path / "first") == wanted
-        kills = runs = 0
-        while kills < min_kills:
-            output = tmp_path / f"run-{runs}"
-            while code := server.run(str(output), kill_after_s=rng.uniform(0, 0.6 * seconds)):
-                assert code == -signal.SIGKILL
-                kills += 1
-            assert outcome(output) == wanted, f"run {runs} after {kills} kills"
-            runs += 1
-    assert len(wanted["history"]) == 11  # 7 reports; evaluations at steps 0, 5, 10 and 14
-    last = wanted["history"][-1]
+        whole = outcome_despite_kills(
+            server, tmp_path, outcome, seed=seed, min_kills=min_kills, longest=0.6
+        )
+    assert len(whole["history"]) == 11  # 7 reports; evaluations at steps 0, 5, 10 and 14
+    last = whole["history"][-1]
     assert set(last["results"]) == {"raw", "ema"} and last["weights"] in last["results"]

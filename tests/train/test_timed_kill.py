@@ -7,15 +7,12 @@ as long as was measured, so the run has to plan again, and its text is cut short
 from __future__ import annotations
 
 import json
-import random
-import signal
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.processes import ForkServer
+from tests.helpers.processes import ForkServer, outcome_despite_kills
 
 TOTAL_S = 80.0
 
@@ -99,25 +96,13 @@ def outcome(output: Path) -> dict[str, Any]:
 def test_a_killed_run_keeps_its_time_and_its_curve(
     tmp_path: Path, seed: int, min_kills: int
 ) -> None:
-    rng = random.Random(seed)
     with ForkServer(_SOURCE) as server:
-        assert server.run(str(tmp_path / "first")) == 0  # warms up
-        started = time.perf_counter()
-        assert server.run(str(tmp_path / "whole")) == 0
-        seconds = time.perf_counter() - started
-        wanted = outcome(tmp_path / "whole")
-        assert outcome(tmp_path / "first") == wanted
-        kills = runs = 0
-        while kills < min_kills:
-            output = tmp_path / f"run-{runs}"
-            while code := server.run(str(output), kill_after_s=rng.uniform(0, 0.9 * seconds)):
-                assert code == -signal.SIGKILL
-                kills += 1
-            assert outcome(output) == wanted, f"run {runs} after {kills} kills"
-            runs += 1
-    plans = [record for record in wanted["history"] if record["kind"] == "plan"]
+        whole = outcome_despite_kills(
+            server, tmp_path, outcome, seed=seed, min_kills=min_kills, longest=0.9
+        )
+    plans = [record for record in whole["history"] if record["kind"] == "plan"]
     assert len(plans) > 3 and len({plan["iters"] for plan in plans}) > 1  # it did plan again
-    assert wanted["files"]["training/data.jsonl"].count(b"\n") == 10  # of 16: time was over
-    state = json.loads(list(wanted["files"].items())[-2][1])
+    assert whole["files"]["training/data.jsonl"].count(b"\n") == 10  # of 16: time was over
+    state = json.loads(list(whole["files"].items())[-2][1])
     spent_s = state["values"]["timing"]["spent_s"]
     assert 0.8 * TOTAL_S < spent_s <= TOTAL_S
