@@ -79,10 +79,7 @@ class Request:
             context=self.cache.offset,
         )
         self.key, propose_key, *keys = mx.random.split(self.key, 4)
-        drafts = Drafts.none()
-        if count := plan.layout.num_draft_tokens:
-            [drafter] = [each for each in self.drafters if each.source == plan.source]
-            drafts = drafter.propose(count, key=propose_key)
+        drafts = self._propose(plan, propose_key)
         keys = mx.stack(keys)
         parts = (self.ids, drafts, self.target, self.masks, keys)
         return Step(self.cache, plan.layout, *parts, seed=self.seed)
@@ -108,11 +105,20 @@ class Request:
         self._let_drafters_commit(outcome, num_emitted=len(tokens))
         return outcome.result(self.current, tokens, self.finish_reason)
 
+    def _propose(self, plan: Plan, key: mx.array) -> Drafts:
+        """Let the drafter that the plan chose propose its drafts."""
+        if not plan.layout.num_draft_tokens:
+            return Drafts.none()
+        [drafter] = [each for each in self.drafters if each.source == plan.source]
+        if plan.nodes is not None:
+            return drafter.propose_tree(plan.nodes)
+        return drafter.propose(plan.layout.num_draft_tokens, key=key)
+
     def _observe(self, outcome: Outcome) -> None:
         """Let the planner learn from a step before its ids are cut."""
         self.planner.observe(
             self.current,
-            num_accepted=outcome.num_accepted,
+            last_node=outcome.last_node,
             context=self.cache.offset - self.current.layout.num_rows,
             ms=outcome.ms,
         )

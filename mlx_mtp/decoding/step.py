@@ -67,8 +67,8 @@ class Outcome:
 
     Attributes:
         tokens: accepted drafts, then the bonus token; none of a prompt chunk.
-        num_accepted: accepted drafts.
-        logits: processed logits of ``tokens``, ``[num_accepted + 1, V]``.
+        last_node: the last accepted draft, counted from 1, or 0; in a chain also how many there are.
+        logits: processed logits of ``tokens``, ``[len(tokens), V]``.
         drafts: what the drafter proposed.
         hidden: final hidden states of the ordinary rows, ``[num_ordinary, D]``; not evaluated.
         ms: duration; NaN in a batch.
@@ -76,19 +76,24 @@ class Outcome:
     """
 
     tokens: list[int] = field(default_factory=list)
-    num_accepted: int = 0
+    last_node: int = 0
     logits: mx.array = field(default_factory=lambda: mx.zeros((0, 0)))
     drafts: Drafts = field(default_factory=Drafts.none)
     hidden: mx.array = field(default_factory=lambda: mx.zeros((0, 0)))
     ms: float = math.nan
     error: Exception | None = None
 
+    @property
+    def num_accepted(self) -> int:
+        """Number of accepted drafts."""
+        return max(len(self.tokens) - 1, 0)
+
     def committed(self, plan: Plan, next_ids: Sequence[int]) -> CommittedStep:
         """The step as drafters see it; ``next_ids`` follow the ordinary rows that stay."""
         return CommittedStep(
             layout=plan.layout,
             source=plan.source,
-            num_accepted=self.num_accepted,
+            last_node=self.last_node,
             tokens=self.tokens,
             next_ids=next_ids,
             hidden=self.hidden,
