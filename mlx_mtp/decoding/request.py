@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from mlx_mtp.decoding.accept import Target
-from mlx_mtp.decoding.step import Outcome, Step, StepResult
+from mlx_mtp.decoding.outcome import Outcome, StepResult
+from mlx_mtp.decoding.step import Step
 from mlx_mtp.drafting.drafter import Drafter, Drafts
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import plain_layout
