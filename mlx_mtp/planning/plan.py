@@ -15,7 +15,8 @@ AUTO = "auto"  # all drafters that the model has the means for
 DRAFTERS = (AUTO, *SOURCES)
 CHAIN = f"{MASK}+{LOOKUP}"  # drafts of mask rows, then looked-up ones
 FIXED_LAYOUTS = ("linear", "quadratic", "plain")
-LAYOUTS = ("auto", *FIXED_LAYOUTS)
+TREE = "tree"  # the most tokens per step within a number of rows
+LAYOUTS = ("auto", TREE, *FIXED_LAYOUTS)
 
 
 def counts_by_source(

@@ -74,9 +74,7 @@ def test_without_a_head_the_base_models_own_scores_count() -> None:
     beam = beam_of(model, hidden, previous=7, width=2)
     best = np.argsort(-logits, axis=-1)
     assert beam.tokens[:2].tolist() == best[0, :2].tolist()
-    np.testing.assert_allclose(
-        np.array(beam.probs[:2]), softmax(logits[0])[best[0, :2]], rtol=1e-4
-    )
+    np.testing.assert_allclose(np.array(beam.probs[:2]), softmax(logits[0])[best[0, :2]], rtol=1e-4)
 
 
 def test_there_are_no_more_nodes_than_candidates() -> None:
