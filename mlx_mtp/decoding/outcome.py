@@ -10,7 +10,8 @@ from typing import NamedTuple, cast
 
 import mlx.core as mx
 
-from mlx_mtp.drafting.drafter import CommittedStep, Drafts
+from mlx_mtp.drafting.drafter import CommittedStep, Drafts, DraftTree
+from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.planning.plan import Plan
 
 
@@ -20,10 +21,11 @@ class Outcome:
 
     Attributes:
         tokens: accepted drafts, then the bonus token; none of a prompt chunk.
-        last_node: the last accepted draft, counted from 1, or 0; in a chain also how many there are.
+        last_node: the last accepted draft, counted from 1, or 0; in a chain also their number.
         logits: processed logits of ``tokens``, ``[len(tokens), V]``.
         drafts: what the drafter proposed.
-        hidden: final hidden states of the ordinary rows, ``[num_ordinary, D]``; not evaluated.
+        hidden: final hidden states of the pending rows and the accepted drafts, then perhaps of
+            rejected ones, ``[rows, D]``; not evaluated.
         ms: duration; NaN in a batch.
         error: what a logits processor or sampler raised; the answer cannot continue then.
     """
@@ -101,27 +103,57 @@ class StepResult:
 
 
 class Verdict(NamedTuple):
-    """What was accepted, on the device: tokens ``[d+1]``, num_accepted, logits ``[d+1, V]``."""
+    """What was accepted, on the device: see ``accept.Accepted``; logits are ``[d+1, V]``."""
 
     tokens: mx.array
-    num_accepted: mx.array
+    last_node: mx.array
     logits: mx.array
     error: Exception | None = None
 
 
 def fetch(pairs: Sequence[tuple[Verdict, Drafts]]) -> list[list[int]]:
-    """The one host sync: num_accepted, tokens and draft ids of each step."""
-    ids = [mx.concatenate([v.num_accepted[None], v.tokens, d.tokens]) for v, d in pairs]
-    mx.eval(ids, [(drafts.candidates, drafts.probs) for _, drafts in pairs])
+    """The one host sync: the last accepted node, tokens, draft ids and parents of each step."""
+    ids = [
+        mx.concatenate([v.last_node[None], v.tokens, d.tokens, *_tree_ids(d.tree)])
+        for v, d in pairs
+    ]
+    probs = [drafts.tree.probs for _, drafts in pairs if drafts.tree is not None]
+    mx.eval(ids, probs, [(drafts.candidates, drafts.probs) for _, drafts in pairs])
     return [cast(list[int], row.tolist()) for row in ids]
 
 
+def _tree_ids(tree: DraftTree | None) -> list[mx.array]:
+    return [] if tree is None else [tree.tokens, tree.parents]
+
+
 def make_outcome(
-    verdict: Verdict, drafts: Drafts, fetched: list[int], hidden: mx.array, ms: float
+    layout: StepLayout,
+    verdict: Verdict,
+    drafts: Drafts,
+    fetched: list[int],
+    hidden: mx.array,
+    ms: float,
 ) -> Outcome:
     """Put a step's evaluated arrays into its outcome."""
     if verdict.error is not None:
         return Outcome(error=verdict.error)
-    num_accepted, *ids = fetched
-    end, drafts = num_accepted + 1, replace(drafts, host_ids=ids[len(verdict.tokens) :])
-    return Outcome(ids[:end], num_accepted, verdict.logits[:end], drafts, hidden, ms)
+    last_node, *ids = fetched
+    tokens, ids = ids[: len(verdict.tokens)], ids[len(verdict.tokens) :]
+    nodes, tree = [0, *layout.path(last_node)], drafts.tree
+    drafts = replace(drafts, host_ids=ids[: len(drafts)])
+    if tree is not None:
+        drafts = replace(drafts, tree=tree.fetched(ids[len(drafts) :]))
+    return Outcome(
+        tokens=[tokens[node] for node in nodes],
+        last_node=last_node,
+        logits=_taken(verdict.logits, nodes),
+        drafts=drafts,
+        hidden=_taken(hidden, layout.rows_to(last_node)),
+        ms=ms,
+    )
+
+
+def _taken(rows: mx.array, indices: list[int]) -> mx.array:
+    """Some of the rows ``[n, ...]``; a slice if they are the first."""
+    count = len(indices)
+    return rows[:count] if indices[-1] == count - 1 else rows[mx.array(indices, mx.int32)]

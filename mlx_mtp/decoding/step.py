@@ -84,16 +84,17 @@ def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
     drafts = _draft(model, steps, verdicts, hidden, logits if one_pass else None)
     fetched = fetch(list(zip(verdicts, drafts, strict=True)))
     ms = (time.perf_counter() - began) * 1e3 if len(steps) == 1 else math.nan
-    ordinary = [rows[i][: layout.num_ordinary] for i, layout in enumerate(layouts)]
-    parts = zip(verdicts, drafts, fetched, ordinary, strict=True)
+    parts = zip(layouts, verdicts, drafts, fetched, rows, strict=True)
     return [make_outcome(*part, ms) for part in parts]
 
 
 def _verify(step: Step, logits: mx.array) -> Verdict:
     """Accept drafts by the logits of the verify rows ``[d+1, V]``."""
+    target, drafts, parents = step.target, step.drafts, step.layout.parents
     try:
-        logits = step.target.process(logits, context=step.context, drafts=step.drafts)
-        return Verdict(*step.target.accept(logits, step.drafts, key=step.keys[0]), logits)
+        logits = target.process(logits, context=step.context, drafts=drafts, parents=parents)
+        accepted = target.accept(logits, drafts, key=step.keys[0], parents=parents)
+        return Verdict(*accepted, logits)
     except Exception as error:  # the outcome has no tokens; placeholders keep the shapes
         return Verdict(mx.zeros(len(logits), mx.int32), mx.array(0), logits, error)
 
@@ -107,11 +108,11 @@ def _draft(
 ) -> list[Drafts]:
     """Propose the next drafts; ``logits`` of all rows where there was one pass of the head."""
     drafts = [Drafts.none()] * len(steps)
-    needed = [s.drafter.rows(s.layout, verdicts[i].num_accepted) for i, s in enumerate(steps)]
+    needed = [s.drafter.rows(s.layout, verdicts[i].last_node) for i, s in enumerate(steps)]
     rows = {i: indices for i, indices in enumerate(needed) if indices is not None}
     states = [hidden[i][indices] for i, indices in rows.items()]
     heads = [logits[i][rows[i]] for i in rows] if logits else head(model, states)
     for i, state, mask_logits in zip(rows, states, heads, strict=True):
-        step, bonus = steps[i], verdicts[i].tokens[verdicts[i].num_accepted]
+        step, bonus = steps[i], verdicts[i].tokens[verdicts[i].last_node]
         drafts[i] = step.drafter.draft(state, mask_logits, bonus, key=step.keys[1])
     return drafts
