@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import mlx.core as mx
 import numpy as np
@@ -17,16 +18,20 @@ from mlx_mtp.drafting.beam import draft_beam
 from mlx_mtp.drafting.drafter import CommittedStep, Distribution, Drafts, DraftTree
 from mlx_mtp.drafting.mask_tokens import MaskTokenDrafter
 from mlx_mtp.drafting.shortlist import SHORTLIST, shortlisted
+from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.planning.offer import Offer, OfferedTree
 from mlx_mtp.planning.plan import MASK
+from mlx_mtp.planning.tree import nearest_masks
 
 WIDTH = 4  # nodes of each depth
 
 
 class MaskTreeDrafter(MaskTokenDrafter):
     """Proposes trees of the tokens that the mask rows of the last step predicted.
+
+    After an accepted draft without masks of its own, those before it serve (``nearest_masks``).
 
     Args:
         model: the model with its adapter.
@@ -61,11 +66,11 @@ class MaskTreeDrafter(MaskTokenDrafter):
         return self._tree.chosen(nodes)
 
     def commit(self, step: CommittedStep) -> None:
-        """Learn from the emitted ids, and keep the new tree as deep as the mask group was."""
+        """Learn from the emitted ids, and keep the new tree as far as masks reached."""
         if self._tree is not None and step.tokens:
             self._judge(step.tokens)
         self._proposed_chain = False
-        depth = step.layout.mask_counts[step.last_node]
+        depth = len(_draft_rows(step.layout)[step.last_node])
         tree = step.drafts.tree
         self._tree = tree.up_to(depth) if tree is not None and depth else None
         self._drafts = Drafts.none()
@@ -84,6 +89,12 @@ class MaskTreeDrafter(MaskTokenDrafter):
         probs, right = self._tree.judged(tokens)
         self._known.tree.observe(np.array(probs), np.array(right))
 
+    def rows(self, layout: StepLayout, last_node: mx.array) -> mx.array | None:
+        """For each draft after the last accepted one, the nearest mask row that predicts it."""
+        if layout.num_masks == 0:
+            return None
+        return _draft_index(layout)[last_node]
+
     def draft(
         self, hidden: mx.array, logits: mx.array, previous: mx.array, *, key: mx.array
     ) -> Drafts:
@@ -91,3 +102,20 @@ class MaskTreeDrafter(MaskTokenDrafter):
         candidates = shortlisted(logits, SHORTLIST)
         beam = draft_beam(self._model, hidden, logits, candidates, previous, width=WIDTH)
         return replace(Drafts.none(), tree=DraftTree(*beam))
+
+
+@lru_cache(maxsize=256)
+def _draft_rows(layout: StepLayout) -> list[list[int]]:
+    """Rows that predict the drafts after each node, counted from the last pending row."""
+    starts = 1 + layout.num_draft_tokens + np.cumsum((0, *layout.mask_counts[:-1]))
+    nearest = nearest_masks(layout.node_parents.tolist(), layout.mask_counts)
+    return [[int(starts[node]) + index for node, index in line] for line in nearest]
+
+
+@lru_cache(maxsize=256)
+def _draft_index(layout: StepLayout) -> mx.array:
+    """The same on the device, ``[1 + drafts, longest]``; others repeat their last row."""
+    lines = _draft_rows(layout)
+    longest, filler = max(map(len, lines)), layout.num_rows - layout.num_pending
+    filled = [line + (line[-1:] or [filler]) * (longest - len(line)) for line in lines]
+    return mx.array(filled, mx.int32)
