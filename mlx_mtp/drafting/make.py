@@ -16,7 +16,7 @@ from mlx_mtp.drafting.native import NativeDrafter
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
-from mlx_mtp.planning.plan import AUTO, CHAIN, DRAFT_MODEL, HEADS, LOOKUP, MASK, NATIVE, SOURCES
+from mlx_mtp.planning.plan import AUTO, CHAIN, DRAFT_MODEL, HEADS, LOOKUP, MASK, NATIVE, SOURCES, TREE
 
 _MISSING = {
     MASK: "has no adapter with mask tokens",
@@ -139,8 +139,8 @@ def answer_sources(
     Args:
         model: the model.
         drafter: one of ``DRAFTERS``.
-        layout: one of ``LAYOUTS``; with a fixed one there is one drafter.
-        lookup: whether ``"auto"`` includes lookup.
+        layout: one of ``LAYOUTS``; with a fixed one there is one drafter, and lookup with ``"tree"``.
+        lookup: whether lookup is among several drafters.
         max_drafts: maximum drafts per step; 0 has no drafters.
         draft_model: the draft model, if there is one.
 
@@ -154,15 +154,20 @@ def answer_sources(
         return ()
     if drafter != AUTO:
         return (drafter,)
-    if layout != "auto":
-        return tuple(source for source in available if source != LOOKUP)[:1]
-    return tuple(source for source in available if lookup or source != LOOKUP)
+    others = tuple(source for source in available if source != LOOKUP)
+    if layout not in ("auto", TREE):
+        return others[:1]
+    if layout == TREE:
+        others = others[:1]
+    return (*others, LOOKUP) if lookup else others
 
 
 def make_drafters(sources: Sequence[str], answer: Answer) -> list[Drafter]:
     """Make the drafters of an answer by their names, and a chain of those that can follow."""
     drafters = {source: _MAKERS[source](answer) for source in sources}
     masks, lookup = drafters.get(MASK), drafters.get(LOOKUP)
+    if isinstance(masks, MaskTreeDrafter) and isinstance(lookup, LookupDrafter):
+        masks.lookup = lookup
     if isinstance(masks, MaskTokenDrafter) and isinstance(lookup, LookupDrafter):
         drafters[CHAIN] = ChainDrafter(masks, lookup)
     return list(drafters.values())

@@ -16,6 +16,7 @@ import numpy as np
 
 from mlx_mtp.drafting.beam import draft_beam
 from mlx_mtp.drafting.drafter import CommittedStep, Distribution, Drafts, DraftTree
+from mlx_mtp.drafting.lookup import LookupDrafter
 from mlx_mtp.drafting.mask_tokens import MaskTokenDrafter
 from mlx_mtp.drafting.shortlist import SHORTLIST, shortlisted
 from mlx_mtp.model.layout import StepLayout
@@ -31,12 +32,17 @@ WIDTH = 4  # nodes of each depth
 class MaskTreeDrafter(MaskTokenDrafter):
     """Proposes trees of the tokens that the mask rows of the last step predicted.
 
-    After an accepted draft without masks of its own, those before it serve (``nearest_masks``).
+    What followed the text's last ids before is a path in the tree, merged with the nodes that it
+    shares.  After an accepted draft without masks of its own, those before it serve
+    (``nearest_masks``).
 
     Args:
         model: the model with its adapter.
         distribution: as in ``MaskTokenDrafter``; a tree has the likeliest tokens, drawn or not.
         known: acceptance of nodes and of chains, which keeps learning.
+
+    Attributes:
+        lookup: looks the path up; None looks nothing up.
     """
 
     def __init__(
@@ -46,14 +52,22 @@ class MaskTreeDrafter(MaskTokenDrafter):
         self._known = known
         self._tree: DraftTree | None = None
         self._proposed_chain = False
+        self._ids = list[int]()  # of the offered nodes
+        self.lookup: LookupDrafter | None = None
 
     def offer(self, room: int) -> Offer:
-        """The likeliest chain, and the tree."""
+        """The likeliest chain, and the tree with the looked-up path."""
         if self._tree is None:
             return Offer(MASK, 0)
-        probs = self._known.tree.probs(np.array(self._tree.host_probs))
-        tree = OfferedTree(np.array(self._tree.host_parents), probs)
-        return Offer(MASK, len(self._drafts), tree=tree)
+        ids, parents = self._tree.host_ids, self._tree.host_parents
+        assert ids is not None and parents is not None
+        probs = self._known.tree.probs(np.array(self._tree.host_probs)).tolist()
+        self._ids, parents = list(ids), list(parents)
+        if self.lookup is not None:
+            match = self.lookup.match
+            reach = self.lookup.prefix_probs(match, min(len(match.tokens), room))
+            add_path(self._ids, parents, probs, match.tokens, (reach[1:] / reach[:-1]).tolist())
+        return Offer(MASK, len(self._drafts), tree=OfferedTree(np.array(parents), np.array(probs)))
 
     def propose(self, count: int, *, key: mx.array) -> Drafts:
         """The first drafts of the likeliest chain."""
@@ -62,8 +76,8 @@ class MaskTreeDrafter(MaskTokenDrafter):
 
     def propose_tree(self, nodes: Sequence[int]) -> Drafts:
         """Nodes of the tree made in the last step."""
-        assert self._tree is not None
-        return self._tree.chosen(nodes)
+        ids = [self._ids[node - 1] for node in nodes]
+        return replace(Drafts.certain(mx.array(ids, mx.int32)), host_ids=ids)
 
     def commit(self, step: CommittedStep) -> None:
         """Learn from the emitted ids, and keep the new tree as far as masks reached."""
@@ -102,6 +116,44 @@ class MaskTreeDrafter(MaskTokenDrafter):
         candidates = shortlisted(logits, SHORTLIST)
         beam = draft_beam(self._model, hidden, logits, candidates, previous, width=WIDTH)
         return replace(Drafts.none(), tree=DraftTree(*beam))
+
+
+def add_path(
+    ids: list[int],
+    parents: list[int],
+    probs: list[float],
+    path: Sequence[int],
+    path_probs: Sequence[float],
+) -> None:
+    """Add a path of ids to the nodes of a tree, which are changed in place.
+
+    A node that is there already gets the higher of both probabilities, and its siblings share what
+    that leaves.
+
+    Args:
+        ids: of the nodes, ``[N]``.
+        parents: what each node follows, counted from 1; 0 is the root.
+        probs: probability of each node if its parent is accepted.
+        path: ids that may follow the root, ``[n]``.
+        path_probs: probability of each if those before it are accepted.
+    """
+    last = 0
+    for token, prob in zip(path, path_probs, strict=False):
+        siblings = [node for node, parent in enumerate(parents, start=1) if parent == last]
+        node = next((each for each in siblings if ids[each - 1] == token), None)
+        before = 0.0
+        if node is None:
+            ids.append(token)
+            parents.append(last)
+            probs.append(0.0)
+            node = len(ids)
+        else:
+            before = probs[node - 1]
+        if prob > before:
+            for sibling in siblings:
+                probs[sibling - 1] *= (1 - prob) / (1 - before)
+            probs[node - 1] = prob
+        last = node
 
 
 @lru_cache(maxsize=256)
