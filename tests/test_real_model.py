@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +23,15 @@ from tests.helpers.requests import finish_alone, step_together
 
 pytestmark = pytest.mark.slow
 MAX_TOKENS = 20
+LAYOUTS = ("plain", "auto", "linear", "quadratic")
+
+
+def cases() -> Iterator[Any]:
+    """Prompts, each with one fixed layout next to ``auto``; in soak tests with every layout."""
+    for place, prompt in enumerate(builtin_prompts()[::25]):
+        fixed = ("plain", "linear", "quadratic")[place % 3]
+        yield pytest.param(prompt, ("auto", fixed), id=prompt.id)
+        yield pytest.param(prompt, LAYOUTS, id=f"{prompt.id}-all", marks=pytest.mark.soak)
 
 
 @pytest.fixture(scope="module")
@@ -40,15 +50,15 @@ def stock() -> Any:
     return model
 
 
-@pytest.mark.parametrize("prompt", builtin_prompts()[::25], ids=lambda prompt: prompt.id)
-def test_ids_equal_those_of_mlx_lm(ours, stock, prompt):
+@pytest.mark.parametrize(("prompt", "layouts"), cases())
+def test_ids_equal_those_of_mlx_lm(ours, stock, prompt, layouts):
     model, tokenizer = ours
     text = chat_text(tokenizer, [{"role": "user", "content": prompt.text}])
     ids = encode_prompt(tokenizer, text, add_special_tokens=False)
     expected = [
         int(token) for token, _ in generate_step(mx.array(ids), stock, max_tokens=MAX_TOKENS)
     ]
-    for layout in ("plain", "auto", "linear", "quadratic"):
+    for layout in layouts:
         steps = list(decode(model, ids, max_tokens=MAX_TOKENS, layout=layout))
         assert [token for step in steps for token in step.tokens] == expected, layout
 
@@ -57,7 +67,7 @@ def test_answers_that_share_forwards_are_those_alone(ours):
     model, tokenizer = ours
     assert can_batch(model)
     texts = [chat_text(tokenizer, [{"role": "user", "content": each.text}])
-             for each in builtin_prompts()[::20]]  # fmt: skip
+             for each in builtin_prompts()[::25]]  # fmt: skip
     prompts = [encode_prompt(tokenizer, text, add_special_tokens=False) for text in texts]
     alone, shared = (
         [make_request(model, ids, max_tokens=MAX_TOKENS, layout=layout) for ids in prompts]
