@@ -194,7 +194,7 @@ def test_tools_work_where_the_template_knows_none(server):
 def test_the_default_model_can_be_made_to_call_a_tool(tmp_path):
     (tmp_path / "cache").mkdir()  # with the model, which takes seconds to write
     (tmp_path / "cache" / default_model_path().name).symlink_to(default_model_path())
-    with serving(tmp_path) as server:
+    with serving(tmp_path, "--num-draft-tokens", "3") as server:
         check_required_call(server)
 
 
