@@ -92,7 +92,7 @@ def outcome(output: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("min_kills", [6, pytest.param(50, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("min_kills", [3, pytest.param(50, marks=pytest.mark.soak)])
 def test_a_killed_run_keeps_its_time_and_its_curve(
     tmp_path: Path, seed: int, min_kills: int
 ) -> None:
