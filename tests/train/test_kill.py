@@ -70,7 +70,7 @@ def outcome(output: Path) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", ROW_WEIGHTS)
-@pytest.mark.parametrize("min_kills", [4, pytest.param(50, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("min_kills", [8, pytest.param(50, marks=pytest.mark.soak)])
 def test_a_killed_training_resumes_bit_for_bit(
     tmp_path: Path, seed: int, min_kills: int, rows: str
 ) -> None:

@@ -34,7 +34,7 @@ OPTIONS = {
     "time": "80s", "num_records": 16, "max_prompt_tokens": 40, "max_answer_tokens": 20,
     "distil_batch_size": 4, "held_out": 0.3, "batch_size": 1, "num_anchors": 4,
     "num_draft_tokens": 3, "rank": 4, "steps_per_report": 2, "steps_per_eval": 5, "save_every": 3,
-    "val_batches": 2, "rows_per_forward": 9, "workers": 1, "seed": 5,
+    "val_batches": 2, "rows_per_forward": 9, "workers": 1, "seed": 5, "backend": "mlx",
 }
 
 class Clock:
@@ -92,7 +92,7 @@ def outcome(output: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("min_kills", [3, pytest.param(50, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("min_kills", [6, pytest.param(50, marks=pytest.mark.soak)])
 def test_a_killed_run_keeps_its_time_and_its_curve(
     tmp_path: Path, seed: int, min_kills: int
 ) -> None:
