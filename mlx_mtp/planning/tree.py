@@ -40,7 +40,9 @@ class TreeStep:
     """A step with nodes of a tree.
 
     Attributes:
-        nodes: which nodes are verified, counted from 1, ascending.
+        nodes: which nodes are verified, counted from 1, depth first and likely children first: the
+            rows of the likeliest path then follow each other, so that keeping them is a plain trim
+            and their sums have the order that they have in plain decoding.
         mask_counts: masks after the last token and after each node, ``[1 + nodes]``.
         probs: probability that each node is accepted, after 1.0 for the last token,
             ``[1 + nodes]``.
@@ -126,14 +128,22 @@ def best_step(
     chosen = np.argsort(-gain, kind="stable")[:own]
     mask_counts = np.bincount(chosen[gain[chosen] > 0] // max(num_own, 1), minlength=num_nodes + 1)
     mask_counts[0] = count
-    ascending = np.argsort(kept[:num_verified])
-    index = np.append(0, ascending + 1)
+    ordered = _depth_first(parents[:num_verified])
+    index = np.append(0, ordered + 1)
     return TreeStep(
-        nodes=tuple((kept[ascending] + 1).tolist()),
+        nodes=tuple((kept[ordered] + 1).tolist()),
         mask_counts=tuple(mask_counts[index].tolist()),
         probs=probs[index],
         value=float(total.flat[best]),
     )
+
+
+def _depth_first(parents: np.ndarray) -> np.ndarray:
+    """Order nodes so that each is followed by its descendants; siblings stay in their order."""
+    paths: list[tuple[int, ...]] = [()]
+    for node, parent in enumerate(parents.tolist()):
+        paths.append((*paths[parent], node))
+    return np.array(sorted(range(len(parents)), key=lambda node: paths[node + 1]), int)
 
 
 def _likeliest(
