@@ -38,7 +38,9 @@ class TreeStep:
     """A step with nodes of a tree.
 
     Attributes:
-        nodes: which nodes are verified, counted from 1, ascending.
+        nodes: which nodes are verified, counted from 1, depth first and likely children first: the
+            rows of the likeliest path then follow each other, so that keeping them is a plain trim
+            and their sums have the order that they have in plain decoding.
         mask_counts: masks after the last token and after each node, ``[1 + nodes]``.
         probs: probability that each node is accepted, after 1.0 for the last token,
             ``[1 + nodes]``.
@@ -125,13 +127,21 @@ def best_step(
     counts = {0: 0}
     for move in moves[:best]:
         counts[move.node] = counts.get(move.node, 0) + move.num_masks
-    order = sorted(counts)
+    order = _depth_first(list(counts), tree.parents.tolist(), growing.reach)
     return TreeStep(
         nodes=tuple(order[1:]),
         mask_counts=tuple(counts[node] for node in order),
         probs=np.array([growing.reach[node] for node in order]),
         value=best_value,
     )
+
+
+def _depth_first(nodes: list[int], parents: list[int], reach: list[float]) -> list[int]:
+    """Order nodes so that each is followed by its descendants, likely siblings first."""
+    paths: dict[int, tuple[tuple[float, int], ...]] = {0: ()}
+    for node in nodes[1:]:  # parents come first
+        paths[node] = (*paths[parents[node - 1]], (-reach[node], node))
+    return sorted(nodes, key=lambda node: paths[node])
 
 
 class _Move(NamedTuple):

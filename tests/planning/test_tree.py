@@ -70,6 +70,12 @@ def worth(tree: OfferedTree, nodes: tuple[int, ...], masks: tuple[int, ...]) -> 
     return value
 
 
+def ancestors(tree: OfferedTree, node: int) -> list[int]:
+    """Nodes before a node, the nearest first."""
+    parent = int(tree.parents[node - 1])
+    return [parent, *ancestors(tree, parent)] if parent else []
+
+
 def is_closed(tree: OfferedTree, nodes: tuple[int, ...]) -> bool:
     return all(tree.parents[node - 1] in (0, *nodes) for node in nodes)
 
@@ -79,8 +85,11 @@ def is_closed(tree: OfferedTree, nodes: tuple[int, ...]) -> bool:
 def test_steps_keep_to_the_tree_the_rows_and_the_room(seed: int, rows: int, room: int) -> None:
     tree = random_tree(seed)
     step = step_of(tree, rows, room=room)
-    assert list(step.nodes) == sorted(set(step.nodes))
-    assert is_closed(tree, step.nodes)
+    assert len(step.nodes) == len(set(step.nodes)) and is_closed(tree, step.nodes)
+    for place, node in enumerate(step.nodes):  # depth first: after its parent or a relative
+        before, parent = step.nodes[:place], tree.parents[node - 1]
+        assert parent in (0, *before)
+        assert not before or parent in (0, before[-1], *ancestors(tree, before[-1]))
     assert 1 + len(step.nodes) + sum(step.mask_counts) <= rows
     layout = StepLayout(
         1, len(step.nodes), step.mask_counts, subtree_parents(tree.parents, step.nodes)
