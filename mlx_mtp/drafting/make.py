@@ -16,7 +16,17 @@ from mlx_mtp.drafting.native import NativeDrafter
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
-from mlx_mtp.planning.plan import AUTO, CHAIN, DRAFT_MODEL, HEADS, LOOKUP, MASK, NATIVE, SOURCES, TREE
+from mlx_mtp.planning.plan import (
+    AUTO,
+    CHAIN,
+    DRAFT_MODEL,
+    HEADS,
+    LOOKUP,
+    MASK,
+    NATIVE,
+    SOURCES,
+    TREE,
+)
 
 _MISSING = {
     MASK: "has no adapter with mask tokens",
@@ -139,7 +149,7 @@ def answer_sources(
     Args:
         model: the model.
         drafter: one of ``DRAFTERS``.
-        layout: one of ``LAYOUTS``; with a fixed one there is one drafter, and lookup with ``"tree"``.
+        layout: one of ``LAYOUTS``; a fixed one has one drafter, and ``"tree"`` lookup too.
         lookup: whether lookup is among several drafters.
         max_drafts: maximum drafts per step; 0 has no drafters.
         draft_model: the draft model, if there is one.

@@ -90,9 +90,7 @@ def tree_steps(
         lookup: whether looked-up ids are merged into the trees.
     """
     ids, end = states.ids, len(states.ids)
-    planner = make_planner(
-        TREE, num_draft_tokens=states.k, speculation=known, max_rows=max_rows
-    )
+    planner = make_planner(TREE, num_draft_tokens=states.k, speculation=known, max_rows=max_rows)
     drafter = MaskTreeDrafter(states.model, None, known)
     if lookup:
         drafter.lookup = LookupDrafter(SuffixLookup(ids[: states.first]), known.lookup)

@@ -1,8 +1,8 @@
 """Tokens per step of trees and of the best chain layout: ``python -m mlx_mtp.lab.trees``.
 
-Both are counted on the same greedy answers for each number of rows (``evaluation.tree_steps``).  The
-best chain layout is that of ``planning.policy`` for the acceptance measured on these answers, which
-is the one in hindsight.  Intervals are over texts (bootstrap).
+Both are counted on the same greedy answers for each number of rows (``evaluation.tree_steps``).
+The best chain layout is that of ``planning.policy`` for the acceptance measured on these answers,
+so it is the best in hindsight.  Intervals are over texts (bootstrap).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import click
 import numpy as np
 
 from mlx_mtp.cli.options import AS_JSON, option

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-_PRIOR = np.array([[4.0, 0.0], [0.0, 20.0]])  # evidence that a = 0 and b = 1 are worth
-_KEEP = 0.99  # of the evidence of earlier steps
+_PRIOR = np.array([[40.0, 0.0], [0.0, 200.0]])  # evidence that a = 0 and b = 1 are worth
+_KEEP = 0.998  # of the evidence of earlier steps
 _MIN_SLOPE = 0.1  # a likelier draft is always more likely
 
 

@@ -1,17 +1,15 @@
-"""Trees of mask drafts in the loop: the ids of plain decoding, within the rows, from the right masks."""
+"""Trees of mask drafts in the loop: plain ids, within the rows, from the nearest masks."""
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
 from mlx_mtp.decoding.loop import decode
-from mlx_mtp.drafting.beam import draft_beam
-from mlx_mtp.drafting.mask_trees import MaskTreeDrafter
-from mlx_mtp.drafting.shortlist import SHORTLIST, shortlisted
+from mlx_mtp.decoding.sampling import Sampling
+from mlx_mtp.drafting.mask_trees import MaskTreeDrafter, add_path
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.planning.auto import Speculation
 from tests.helpers.tiny import tiny_mtp
@@ -50,7 +48,33 @@ def test_drafts_come_from_the_nearest_masks() -> None:
 
 def test_sampled_trees_are_repeatable() -> None:
     model = tiny_mtp("llama")
-    from mlx_mtp.decoding.sampling import Sampling
-
     options = {"layout": "tree", "seed": 3, "sampling": Sampling(temp=1.0)}
     assert ids_of(model, **options)[0] == ids_of(model, **options)[0]
+
+
+def test_a_looked_up_path_is_merged_with_the_nodes_that_it_shares() -> None:
+    ids, parents, probs = [5, 6, 7, 8], [0, 0, 1, 2], [0.6, 0.2, 0.5, 0.5]
+    add_path(ids, parents, probs, [6, 9, 3], [0.8, 0.5, 0.9])
+    assert ids == [5, 6, 7, 8, 9, 3]
+    assert parents == [0, 0, 1, 2, 2, 5]
+    # 6 was a node already, and 5 shares what it leaves; 9 becomes a sibling of 8
+    assert probs == pytest.approx([0.6 * 0.2 / 0.8, 0.8, 0.5, 0.25, 0.5, 0.9])
+
+
+def test_a_looked_up_path_that_is_less_likely_changes_nothing() -> None:
+    ids, parents, probs = [5, 6], [0, 1], [0.6, 0.5]
+    add_path(ids, parents, probs, [5, 6], [0.5, 0.5])
+    assert (ids, parents, probs) == ([5, 6], [0, 1], [0.6, 0.5])
+
+
+def test_repeated_text_is_drafted_by_lookup_too() -> None:
+    model = tiny_mtp("llama")
+    plain, _ = ids_of(model, layout="plain")
+    prompt = [*PROMPT, *plain, *PROMPT]  # the answer is likely to be in the prompt
+    options = {"layout": "tree", "max_rows": 12, "max_tokens": 24}
+    found = [
+        [token for step in decode(model, prompt, lookup=lookup, **options) for token in step.tokens]
+        for lookup in (True, False)
+    ]
+    again = decode(model, prompt, layout="plain", max_tokens=24)
+    assert found == 2 * [[token for step in again for token in step.tokens]]
