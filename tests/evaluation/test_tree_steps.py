@@ -17,7 +17,8 @@ PROMPT = [3, 14, 15, 9, 26, 5]
 def test_a_text_has_as_many_steps_as_its_decode(lookup: bool) -> None:
     model = tiny_mtp("llama")
     k = model.num_draft_tokens
-    for max_rows in (4, 9):
+    num_accepted = 0
+    for max_rows in (4, 16):
         steps = list(
             decode(
                 model, PROMPT, layout="tree", max_rows=max_rows, max_tokens=30, lookup=lookup,
@@ -28,7 +29,8 @@ def test_a_text_has_as_many_steps_as_its_decode(lookup: bool) -> None:
         states = MaskStates(model, ids, first=len(PROMPT))
         found = tree_steps(states, Speculation.guess(k), max_rows=max_rows, lookup=lookup)
         assert found == len(steps)
-        assert any(step.num_accepted for step in steps)
+        num_accepted += sum(step.num_accepted for step in steps)
+    assert num_accepted > 0
 
 
 def test_chains_of_a_few_rows_take_the_steps_of_their_policy() -> None:

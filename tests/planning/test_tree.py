@@ -25,6 +25,7 @@ from mlx_mtp.planning.policy import (
 )
 from mlx_mtp.planning.tree import LAG, TreeStep, best_step, nearest_masks, worth_by_lag
 from mlx_mtp.planning.tree_acceptance import TreeAcceptance
+from tests.helpers.simulated import CURVE
 
 VALUES = np.array([0.0, 0.6, 1.0, 1.2, 1.3])
 WORTH = worth_by_lag(VALUES)
@@ -227,3 +228,28 @@ def test_certain_drafts_do_not_break_the_estimate() -> None:
         known.observe(np.array([1.0, 0.0]), np.array([False, True]))
     probs = known.probs(np.array([1.0, 0.0]))
     assert 0 < probs[1] < probs[0] < 1
+
+
+def test_auto_gives_up_on_drafts_that_are_sure_and_wrong() -> None:
+    known = Speculation(LiveCosts(CURVE, learns=False), Acceptance.unknown(4))
+    planner = make_planner("auto", num_draft_tokens=4, speculation=known)
+    tree, waiting, spent, num_steps = random_tree(1), 0, 0.0, 3000
+    roots = tree.parents == 0
+    drafted = np.where(roots, 0.45, tree.probs)
+    plain = float(CURVE.forward(100)[1])
+    num_rows = list[int]()
+    for _ in range(num_steps):
+        offered = OfferedTree(tree.parents, known.tree.probs(drafted)) if waiting else None
+        found = plan(planner, offered, depth=waiting)
+        planner.observe(found, last_node=0, context=100, ms=plain)
+        if waiting:  # as the drafter does
+            known.tree.observe(drafted[roots], np.zeros(roots.sum()))
+            if found.nodes is not None:
+                known.acceptance.observe(1, 0)
+        spent += float(CURVE.forward(100)[found.layout.num_rows])
+        spent += CURVE.draft_ms[max(found.layout.mask_counts)]
+        waiting = found.layout.mask_counts[0]
+        num_rows.append(found.layout.num_rows)
+    assert max(num_rows[:200]) > 1
+    assert sum(rows > 1 for rows in num_rows[-1000:]) < 20  # probes
+    assert num_steps * plain / spent > 0.97
