@@ -227,7 +227,7 @@ class Drafter(Protocol):
         Args:
             nodes: which drafts of the offered tree, counted from 1 as in ``Plan.nodes``.
         """
-        raise NotImplementedError(f"{self.source} offers no trees")
+        raise ValueError(f"{self.source} offers no trees")
 
     def commit(self, step: CommittedStep) -> None:
         """Take note of a step: rewind what ``propose`` assumed, and learn."""
