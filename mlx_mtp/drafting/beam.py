@@ -50,19 +50,19 @@ def draft_beam(
         width: nodes of each depth, as far as there are candidates.
     """
     head, (num_depths, size) = model.sampler_head, candidates.shape
-    if head is None:
-        fixed = mx.take_along_axis(logits, candidates, axis=-1)[:, None]  # [m, 1, S]
-    else:
-        unembed = model.unembed_rows(candidates).swapaxes(1, 2)  # [m, D, S]
+    if head is None:  # the same scores after any token, [m, 1, S]
+        table = mx.take_along_axis(logits, candidates, axis=-1)[:, None]
+    else:  # rows of the unembedding, [m, D, S]
+        table = model.unembed_rows(candidates).swapaxes(1, 2)
     before, first = previous[None], 0  # tokens of the depth before [B], and its first node
     reached = mx.zeros((1,))  # log-probability of each of its nodes [B]
     tokens, parents, logprobs = [], [], []
     for depth in range(num_depths):
         if head is None:
-            scores = mx.broadcast_to(fixed[depth], (before.size, size))
+            scores = mx.broadcast_to(table[depth], (before.size, size))
         else:
             rows = mx.broadcast_to(hidden[depth], (before.size, hidden.shape[-1]))
-            scores = head(model.embed(before), rows) @ unembed[depth]  # [B, S]
+            scores = head(model.embed(before), rows) @ table[depth]  # [B, S]
         scores = scores.astype(mx.float32)
         scores = (scores - mx.logsumexp(scores, axis=-1, keepdims=True)).reshape(-1)
         joint = mx.repeat(reached, size) + scores  # [B S]
