@@ -36,7 +36,7 @@ from mlx_mtp.model.experts import GatedLoRASwitchLinear, is_switch, wrap_gated_e
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
 from mlx_mtp.model.fingerprint import model_args
 from mlx_mtp.model.layout import MaskRun, RowLayout, StepLayout, StepScope
-from mlx_mtp.model.lora import GatedLoRALinear
+from mlx_mtp.model.lora import GatedLoRALinear, share_inputs
 from mlx_mtp.model.mixers import wrap_mixers
 from mlx_mtp.model.native.module import NativeModule
 from mlx_mtp.model.one_row import wrap_experts
@@ -426,7 +426,9 @@ class MTPModel(nn.Module):
                 f"the adapter has tensors for {', '.join(names)}, while its target_modules are "
                 f"{', '.join(config.target_modules)}"
             )
+        _check_finite({f"{path}.lora_b": wrapped[path].lora_b for path in paths})
         replace(self.base, wrapped)
+        share_inputs(self.base)
         switches = [path for path in paths if isinstance(wrapped[path], GatedLoRASwitchLinear)]
         wrap_gated_experts(self.base, switches, self._scope)
 
@@ -481,6 +483,15 @@ class MTPModel(nn.Module):
 
     def _no_mask_rows(self, reason: str) -> ValueError:
         return ValueError(f"{self.name} ({self.base.model_type}) cannot take mask rows: {reason}")
+
+
+def _check_finite(weights: Mapping[str, mx.array]) -> None:
+    """Refuse weights that would turn the zeros of ordinary rows into something else."""
+    finite = [mx.isfinite(value).all() for value in weights.values()]
+    mx.eval(finite)
+    for name, is_finite in zip(weights, finite, strict=True):
+        if not is_finite.item():
+            raise ValueError(f"the adapter's tensor {name} has values that are not finite")
 
 
 def _relative_error(values: mx.array, expected: mx.array) -> mx.array:
