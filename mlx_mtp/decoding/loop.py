@@ -7,12 +7,14 @@ plain decoding is the layout without drafts and masks, so speculation can only c
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any
 
+from mlx_mtp.decoding.ahead import StepQueue
 from mlx_mtp.decoding.config import GenerationConfig
 from mlx_mtp.decoding.request import Request
 from mlx_mtp.decoding.setup import Progress, make_request, progress_of
-from mlx_mtp.decoding.step import StepResult, run
+from mlx_mtp.decoding.step import StepResult
 from mlx_mtp.model.mtp_model import MTPModel
 
 __all__ = ["StepResult", "decode"]
@@ -52,11 +54,11 @@ def decode(
 def _decode(model: MTPModel, request: Request, progress: Progress) -> Steps:
     num_prompt = request.num_prompt_left
     progress(0, num_prompt)
-    while not request.finished:
-        num_left = request.num_prompt_left
-        [outcome] = run(model, [request.plan()])
-        result = request.commit(outcome)
-        if num_left:
-            progress(num_prompt - request.num_prompt_left, num_prompt)
-        if result.tokens:
-            yield result
+    with closing(StepQueue(model, request)) as steps:
+        while not request.finished:
+            num_left = request.num_prompt_left
+            result = steps.run()
+            if num_left:
+                progress(num_prompt - request.num_prompt_left, num_prompt)
+            if result.tokens:
+                yield result

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -38,6 +38,8 @@ class Step:
         keys: random keys of acceptance and of drafting within the step, ``[2, ...]``.
         seed: of the ids of mask rows, if these are random tokens.
         is_prompt_chunk: whether its rows only go into the cache, and nothing is emitted.
+        token: the one pending id ``[1]``, on the device, where ``context`` lacks it because it has
+            not been read yet; the step is plain then.
     """
 
     cache: MTPCache
@@ -49,9 +51,12 @@ class Step:
     keys: mx.array
     seed: int = 0
     is_prompt_chunk: bool = False
+    token: mx.array | None = None
 
     def ids(self, config: MTPConfig | None) -> mx.array:
         """Ids of the rows ``[rows]``; see ``mask_ids`` for those of mask rows."""
+        if self.token is not None:
+            return self.token
         pending, layout = self.context[-self.layout.num_pending :], self.layout
         positions = self.cache.offset + layout.mask_positions
         masks = mask_ids(config, layout.mask_offsets, positions, seed=self.seed).tolist()
@@ -151,6 +156,36 @@ class _Verdict(NamedTuple):
     error: Exception | None = None
 
 
+@dataclass(eq=False)
+class Submitted:
+    """Steps that the device runs while the host goes on; ``outcomes`` waits for them.
+
+    Attributes:
+        verdicts: of each step; none of a prompt chunk.
+        drafts: what the drafters proposed.
+        hidden: final hidden states of the ordinary rows of each step, ``[num_ordinary, D]``.
+        ids: of each step num_accepted, tokens and draft ids in one array; of a prompt chunk what
+            the cache has.
+        began: when the steps began, by ``time.perf_counter``.
+    """
+
+    verdicts: list[_Verdict]
+    drafts: list[Drafts]
+    hidden: list[mx.array]
+    ids: list[Any]
+    began: float
+
+    def outcomes(self) -> list[Outcome]:
+        """Wait for the device and read the ids: the one host sync of the steps."""
+        if not self.verdicts:
+            mx.eval(self.ids)
+            return [Outcome(hidden=self.hidden[0])]
+        fetched = [cast(list[int], ids.tolist()) for ids in self.ids]
+        ms = (time.perf_counter() - self.began) * 1e3 if len(self.ids) == 1 else math.nan
+        parts = zip(self.verdicts, self.drafts, fetched, self.hidden, strict=True)
+        return [_outcome(*part, ms) for part in parts]
+
+
 def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
     """Run steps of one model: one forward, one or two passes of the head and one host sync.
 
@@ -161,12 +196,17 @@ def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
         model: the model.
         steps: one step, or one per answer if ``can_batch(model)``; no prompt chunk in a batch.
     """
+    return submit(model, steps).outcomes()
+
+
+def submit(model: MTPModel, steps: Sequence[Step]) -> Submitted:
+    """Let the device begin with steps; see ``run``."""
     began = time.perf_counter()
     ids, layouts = [step.ids(model.config) for step in steps], [step.layout for step in steps]
     rows = forward(model, ids, [step.cache for step in steps], layouts)
+    ordinary = [rows[i][: layout.num_ordinary] for i, layout in enumerate(layouts)]
     if steps[0].is_prompt_chunk:
-        mx.eval(steps[0].cache.state)
-        return [Outcome(hidden=rows[0])]
+        return Submitted([], [], ordinary, steps[0].cache.state, began)
     # From here on a step's rows begin with its first verify row: [d + 1 + masks, D].
     hidden = [rows[i][layout.num_pending - 1 :] for i, layout in enumerate(layouts)]
     verify = [hidden[i][: layout.num_draft_tokens + 1] for i, layout in enumerate(layouts)]
@@ -174,11 +214,10 @@ def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
     logits = head(model, hidden if one_pass else verify)
     verdicts = [_verify(step, logits[i][: len(verify[i])]) for i, step in enumerate(steps)]
     drafts = _draft(model, steps, verdicts, hidden, logits if one_pass else None)
-    fetched = _fetch(list(zip(verdicts, drafts, strict=True)))
-    ms = (time.perf_counter() - began) * 1e3 if len(steps) == 1 else math.nan
-    ordinary = [rows[i][: layout.num_ordinary] for i, layout in enumerate(layouts)]
-    parts = zip(verdicts, drafts, fetched, ordinary, strict=True)
-    return [_outcome(*part, ms) for part in parts]
+    pairs = zip(verdicts, drafts, strict=True)
+    fetched = [mx.concatenate([v.num_accepted[None], v.tokens, d.tokens]) for v, d in pairs]
+    mx.async_eval(fetched, [(each.candidates, each.probs) for each in drafts])
+    return Submitted(verdicts, drafts, ordinary, fetched, began)
 
 
 def _verify(step: Step, logits: mx.array) -> _Verdict:
@@ -207,13 +246,6 @@ def _draft(
         step, bonus = steps[i], verdicts[i].tokens[verdicts[i].num_accepted]
         drafts[i] = step.drafter.draft(state, mask_logits, bonus, key=step.keys[1])
     return drafts
-
-
-def _fetch(pairs: Sequence[tuple[_Verdict, Drafts]]) -> list[list[int]]:
-    """The one host sync: num_accepted, tokens and draft ids of each step."""
-    ids = [mx.concatenate([v.num_accepted[None], v.tokens, d.tokens]) for v, d in pairs]
-    mx.eval(ids, [(drafts.candidates, drafts.probs) for _, drafts in pairs])
-    return [cast(list[int], row.tolist()) for row in ids]
 
 
 def _outcome(
