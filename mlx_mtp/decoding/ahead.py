@@ -16,9 +16,15 @@ import math
 import time
 from dataclasses import replace
 
+import mlx.core as mx
+
+from mlx_mtp.decoding.outcome import StepResult, Submitted
 from mlx_mtp.decoding.request import Request
-from mlx_mtp.decoding.step import StepResult, Submitted, submit
+from mlx_mtp.decoding.step import Step, submit
+from mlx_mtp.drafting.drafter import Drafts
+from mlx_mtp.model.layout import plain_layout
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.planning.plan import Plan
 
 STRETCH = 4  # plain steps in a row after which the next one is expected to be plain too
 
@@ -51,8 +57,7 @@ class StepQueue:
         is_plain = request.current.layout.num_rows == 1
         self._num_plain = self._num_plain + 1 if is_plain else 0
         if self._may_submit_next(current):
-            step = request.plan_ahead(current.verdicts[0].tokens)
-            self._ahead = submit(self._model, [step])
+            self._ahead = submit(self._model, [self._step_after(current.verdicts[0].tokens)])
         [outcome] = current.outcomes()
         if is_early:
             outcome = replace(outcome, ms=self._duration(resumed_at))
@@ -61,7 +66,7 @@ class StepQueue:
         if request.finished:
             self.close()
         elif self._ahead is not None:
-            request.adopt_ahead()
+            self._adopt_plan()
         return result
 
     def close(self) -> None:
@@ -83,6 +88,20 @@ class StepQueue:
             return False
         cache = request.cache
         return not (request.target.processors or cache.drops_rows or cache.rows_until_change == 1)
+
+    def _step_after(self, token: mx.array) -> Step:
+        """A plain step after an id ``[1]`` that is not known yet."""
+        request = self._request
+        request.key, _, *keys = mx.random.split(request.key, 4)
+        parts = ([], Drafts.none(), request.target, request.masks, mx.stack(keys))
+        return Step(request.cache, plain_layout(), *parts, token=token)
+
+    def _adopt_plan(self) -> None:
+        """Let the planner have its say about the step that was submitted, as before every step."""
+        request = self._request
+        request.offset = request.cache.offset - 1
+        plan = request.choose()
+        request.current = plan if plan.layout.is_plain else Plan(plain_layout())
 
     def _duration(self, resumed_at: float) -> float:
         """Milliseconds of a step that was submitted early: since the id of the last one was read.

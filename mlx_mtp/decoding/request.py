@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from mlx_mtp.decoding.accept import Target
-from mlx_mtp.decoding.step import Outcome, Step, StepResult
+from mlx_mtp.decoding.outcome import Outcome, StepResult
+from mlx_mtp.decoding.step import Step
 from mlx_mtp.drafting.drafter import Drafter, Drafts
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import plain_layout
@@ -74,34 +75,15 @@ class Request:
             self.current = Plan(plain_layout(num_pending=self.num_prompt_left - rest))
             parts = (self.ids[:-rest], Drafts.none(), self.target, self.masks, self.key)
             return Step(self.cache, self.current.layout, *parts, is_prompt_chunk=True)
-        self.current = plan = self._plan()
+        self.current = plan = self.choose()
         self.key, propose_key, *keys = mx.random.split(self.key, 4)
-        drafts = Drafts.none()
-        if count := plan.layout.num_draft_tokens:
-            [drafter] = [each for each in self.drafters if each.source == plan.source]
-            drafts = drafter.propose(count, key=propose_key)
+        drafts = self._propose(plan, propose_key)
         keys = mx.stack(keys)
         parts = (self.ids, drafts, self.target, self.masks, keys)
         return Step(self.cache, plan.layout, *parts, seed=self.seed)
 
-    def plan_ahead(self, token: mx.array) -> Step:
-        """The plain step after a step that runs and emits one id, ``token`` ``[1]``."""
-        self.cache.begin_step()
-        self.key, _, *keys = mx.random.split(self.key, 4)
-        parts = ([], Drafts.none(), self.target, self.masks, mx.stack(keys))
-        return Step(self.cache, plain_layout(), *parts, token=token)
-
-    def adopt_ahead(self) -> None:
-        """Let the step of ``plan_ahead`` be the one that runs, now that its id is known.
-
-        It is plain even if the planner, which has its say as before every step, would not be.
-        """
-        self.offset = self.cache.offset - 1
-        plan = self._plan()
-        self.current = plan if plan.layout.is_plain else Plan(plain_layout())
-
-    def _plan(self) -> Plan:
-        """Let the planner choose the next step."""
+    def choose(self) -> Plan:
+        """Let the planner choose the next step, which follows ``offset`` rows."""
         room = min(self.room, self.cache.rows_until_change or self.room)
         return self.planner.plan(
             num_pending=self.num_prompt_left or 1,
@@ -131,11 +113,20 @@ class Request:
         self._let_drafters_commit(outcome, num_emitted=len(tokens))
         return outcome.result(self.current, tokens, self.finish_reason)
 
+    def _propose(self, plan: Plan, key: mx.array) -> Drafts:
+        """Let the drafter that the plan chose propose its drafts."""
+        if not plan.layout.num_draft_tokens:
+            return Drafts.none()
+        [drafter] = [each for each in self.drafters if each.source == plan.source]
+        if plan.nodes is not None:
+            return drafter.propose_tree(plan.nodes)
+        return drafter.propose(plan.layout.num_draft_tokens, key=key)
+
     def _observe(self, outcome: Outcome) -> None:
         """Let the planner learn from a step before its ids are cut."""
         self.planner.observe(
             self.current,
-            num_accepted=outcome.num_accepted,
+            last_node=outcome.last_node,
             context=self.offset,
             ms=outcome.ms,
         )

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
 
 import mlx.core as mx
 
 from mlx_mtp.decoding.accept import Target
 from mlx_mtp.decoding.batching import forward, head
-from mlx_mtp.drafting.drafter import CommittedStep, Drafter, Drafts
+from mlx_mtp.decoding.outcome import Outcome, Submitted, Verdict, evaluate
+from mlx_mtp.drafting.drafter import Drafter, Drafts
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.noise import mask_ids
-from mlx_mtp.planning.plan import Plan
 
 HEAD_ROWS = 12  # up to here one head pass over all rows is cheaper than two partial ones
 
@@ -66,126 +63,6 @@ class Step:
         return mx.concatenate(parts)
 
 
-@dataclass(frozen=True, eq=False)
-class Outcome:
-    """The output of a step, fully evaluated; the cache then contains all rows.
-
-    Attributes:
-        tokens: accepted drafts, then the bonus token; none of a prompt chunk.
-        num_accepted: accepted drafts.
-        logits: processed logits of ``tokens``, ``[num_accepted + 1, V]``.
-        drafts: what the drafter proposed.
-        hidden: final hidden states of the ordinary rows, ``[num_ordinary, D]``; not evaluated.
-        ms: duration; NaN in a batch.
-        error: what a logits processor or sampler raised; the answer cannot continue then.
-    """
-
-    tokens: list[int] = field(default_factory=list)
-    num_accepted: int = 0
-    logits: mx.array = field(default_factory=lambda: mx.zeros((0, 0)))
-    drafts: Drafts = field(default_factory=Drafts.none)
-    hidden: mx.array = field(default_factory=lambda: mx.zeros((0, 0)))
-    ms: float = math.nan
-    error: Exception | None = None
-
-    def committed(self, plan: Plan, next_ids: Sequence[int]) -> CommittedStep:
-        """The step as drafters see it; ``next_ids`` follow the ordinary rows that stay."""
-        return CommittedStep(
-            layout=plan.layout,
-            source=plan.source,
-            num_accepted=self.num_accepted,
-            tokens=self.tokens,
-            next_ids=next_ids,
-            hidden=self.hidden,
-            drafts=self.drafts,
-        )
-
-    def result(self, plan: Plan, emitted: list[int], finish_reason: str | None) -> StepResult:
-        """The step as callers see it; ``emitted`` is ``tokens`` up to the end of the answer."""
-        return StepResult(
-            tokens=emitted,
-            num_draft_tokens=plan.layout.num_draft_tokens,
-            num_accepted=min(self.num_accepted, len(emitted)),
-            num_rows=plan.layout.num_rows,
-            parts=plan.parts,
-            finish_reason=finish_reason,
-            logits=self.logits[: len(emitted)],
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class StepResult:
-    """What one step emitted.
-
-    Attributes:
-        tokens: emitted ids, accepted drafts then the bonus token, cut after a stop id or at the
-            token limit; none of a prompt chunk.
-        num_draft_tokens: drafts verified in this step.
-        num_accepted: drafts accepted and emitted; never a match after a mismatch or past a stop.
-        num_rows: rows of the forward, pending prompt rows of the first step included.
-        parts: sources of the verified drafts, in order, with the number of drafts of each.
-        finish_reason: ``"stop"``, ``"length"`` or None while the answer continues.
-        logits: processed logits of the emitted ids, ``[len(tokens), V]``.
-    """
-
-    tokens: list[int]
-    num_draft_tokens: int
-    num_accepted: int
-    num_rows: int
-    parts: tuple[tuple[str, int], ...]
-    finish_reason: str | None
-    logits: mx.array = field(repr=False)
-
-    @property
-    def source(self) -> str:
-        """Source of the verified drafts, such as "mask" or "mask+lookup"; "" without any."""
-        return "+".join(source for source, _ in self.parts)
-
-    @cached_property
-    def logprobs(self) -> mx.array:
-        """Log-probabilities of the emitted rows, ``[len(tokens), V]``, computed on first use."""
-        return self.logits - mx.logsumexp(self.logits, axis=-1, keepdims=True)
-
-
-class _Verdict(NamedTuple):
-    """What was accepted, on the device: tokens ``[d+1]``, num_accepted, logits ``[d+1, V]``."""
-
-    tokens: mx.array
-    num_accepted: mx.array
-    logits: mx.array
-    error: Exception | None = None
-
-
-@dataclass(eq=False)
-class Submitted:
-    """Steps that the device runs while the host goes on; ``outcomes`` waits for them.
-
-    Attributes:
-        verdicts: of each step; none of a prompt chunk.
-        drafts: what the drafters proposed.
-        hidden: final hidden states of the ordinary rows of each step, ``[num_ordinary, D]``.
-        ids: of each step num_accepted, tokens and draft ids in one array; of a prompt chunk what
-            the cache has.
-        began: when the steps began, by ``time.perf_counter``.
-    """
-
-    verdicts: list[_Verdict]
-    drafts: list[Drafts]
-    hidden: list[mx.array]
-    ids: list[Any]
-    began: float
-
-    def outcomes(self) -> list[Outcome]:
-        """Wait for the device and read the ids: the one host sync of the steps."""
-        if not self.verdicts:
-            mx.eval(self.ids)
-            return [Outcome(hidden=self.hidden[0])]
-        fetched = [cast(list[int], ids.tolist()) for ids in self.ids]
-        ms = (time.perf_counter() - self.began) * 1e3 if len(self.ids) == 1 else math.nan
-        parts = zip(self.verdicts, self.drafts, fetched, self.hidden, strict=True)
-        return [_outcome(*part, ms) for part in parts]
-
-
 def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
     """Run steps of one model: one forward, one or two passes of the head and one host sync.
 
@@ -200,13 +77,13 @@ def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
 
 
 def submit(model: MTPModel, steps: Sequence[Step]) -> Submitted:
-    """Let the device begin with steps; see ``run``."""
+    """Let the device begin with steps, which ``run`` also waits for."""
     began = time.perf_counter()
     ids, layouts = [step.ids(model.config) for step in steps], [step.layout for step in steps]
     rows = forward(model, ids, [step.cache for step in steps], layouts)
-    ordinary = [rows[i][: layout.num_ordinary] for i, layout in enumerate(layouts)]
     if steps[0].is_prompt_chunk:
-        return Submitted([], [], ordinary, steps[0].cache.state, began)
+        mx.async_eval(steps[0].cache.state)
+        return Submitted([], [], rows, steps[0].cache.state, began)
     # From here on a step's rows begin with its first verify row: [d + 1 + masks, D].
     hidden = [rows[i][layout.num_pending - 1 :] for i, layout in enumerate(layouts)]
     verify = [hidden[i][: layout.num_draft_tokens + 1] for i, layout in enumerate(layouts)]
@@ -214,25 +91,23 @@ def submit(model: MTPModel, steps: Sequence[Step]) -> Submitted:
     logits = head(model, hidden if one_pass else verify)
     verdicts = [_verify(step, logits[i][: len(verify[i])]) for i, step in enumerate(steps)]
     drafts = _draft(model, steps, verdicts, hidden, logits if one_pass else None)
-    pairs = zip(verdicts, drafts, strict=True)
-    fetched = [mx.concatenate([v.num_accepted[None], v.tokens, d.tokens]) for v, d in pairs]
-    mx.async_eval(fetched, [(each.candidates, each.probs) for each in drafts])
-    return Submitted(verdicts, drafts, ordinary, fetched, began)
+    ordinary = [rows[i][: layout.num_ordinary] for i, layout in enumerate(layouts)]
+    return Submitted(verdicts, drafts, ordinary, evaluate(verdicts, drafts), began)
 
 
-def _verify(step: Step, logits: mx.array) -> _Verdict:
+def _verify(step: Step, logits: mx.array) -> Verdict:
     """Accept drafts by the logits of the verify rows ``[d+1, V]``."""
     try:
         logits = step.target.process(logits, context=step.context, drafts=step.drafts)
-        return _Verdict(*step.target.accept(logits, step.drafts, key=step.keys[0]), logits)
+        return Verdict(*step.target.accept(logits, step.drafts, key=step.keys[0]), logits)
     except Exception as error:  # the outcome has no tokens; placeholders keep the shapes
-        return _Verdict(mx.zeros(len(logits), mx.int32), mx.array(0), logits, error)
+        return Verdict(mx.zeros(len(logits), mx.int32), mx.array(0), logits, error)
 
 
 def _draft(
     model: MTPModel,
     steps: Sequence[Step],
-    verdicts: Sequence[_Verdict],
+    verdicts: Sequence[Verdict],
     hidden: Sequence[mx.array],
     logits: Sequence[mx.array] | None,
 ) -> list[Drafts]:
@@ -246,14 +121,3 @@ def _draft(
         step, bonus = steps[i], verdicts[i].tokens[verdicts[i].num_accepted]
         drafts[i] = step.drafter.draft(state, mask_logits, bonus, key=step.keys[1])
     return drafts
-
-
-def _outcome(
-    verdict: _Verdict, drafts: Drafts, fetched: list[int], hidden: mx.array, ms: float
-) -> Outcome:
-    """Put a step's evaluated arrays into its outcome."""
-    if verdict.error is not None:
-        return Outcome(error=verdict.error)
-    num_accepted, *ids = fetched
-    end, drafts = num_accepted + 1, replace(drafts, host_ids=ids[len(verdict.tokens) :])
-    return Outcome(ids[:end], num_accepted, verdict.logits[:end], drafts, hidden, ms)

@@ -48,13 +48,13 @@ class MaskTokenDrafter(Drafter):
 
     def commit(self, step: CommittedStep) -> None:
         """Keep the new drafts, of which a step makes as many as its largest mask group has."""
-        self._drafts = step.drafts.first(step.layout.mask_counts[step.num_accepted])
+        self._drafts = step.drafts.first(step.layout.mask_counts[step.last_node])
 
-    def rows(self, layout: StepLayout, num_accepted: mx.array) -> mx.array | None:
-        """The mask group after the accepted prefix."""
+    def rows(self, layout: StepLayout, last_node: mx.array) -> mx.array | None:
+        """The mask group after the last accepted draft."""
         if layout.num_masks == 0:
             return None
-        return layout.group_rows[num_accepted] - (layout.num_pending - 1)
+        return layout.group_rows[last_node] - (layout.num_pending - 1)
 
     def draft(
         self, hidden: mx.array, logits: mx.array, previous: mx.array, *, key: mx.array

@@ -188,12 +188,12 @@ class AutoPlanner:
                 priced.plans[key] = plan
         return plan
 
-    def observe(self, plan: Plan, *, num_accepted: int, context: int, ms: float) -> None:
+    def observe(self, plan: Plan, *, last_node: int, context: int, ms: float) -> None:
         """Learn from a step that ran.
 
         Args:
             plan: what ``plan`` returned.
-            num_accepted: accepted drafts, whether they were emitted or not.
+            last_node: the last accepted draft, counted from 1, or 0; emitted or not.
             context: ids in the cache before the step.
             ms: duration; NaN in a batch, where it says nothing about one answer's rows.
         """
@@ -208,7 +208,7 @@ class AutoPlanner:
                 and proposer.is_cost_new,
             )  # fmt: skip
             share = plan.proposal_ms / plan.expected_ms if known.costs.knows_pace else 0.0
-        drafts = dict(plan.parts)
+        num_accepted, drafts = int(layout.depths[last_node]), dict(plan.parts)
         num_mask = drafts.get(MASK, 0)
         num_mask_accepted = min(num_accepted, num_mask)
         if num_mask:

@@ -20,7 +20,7 @@ class Planner(Protocol):
         """Plan one step."""
         ...
 
-    def observe(self, plan: Plan, *, num_accepted: int, context: int, ms: float) -> None:
+    def observe(self, plan: Plan, *, last_node: int, context: int, ms: float) -> None:
         """Learn from a step that ran."""
         ...
 
