@@ -101,7 +101,9 @@ class StepQueue:
         request = self._request
         request.offset = request.cache.offset - 1
         plan = request.choose()
-        request.current = plan if plan.layout.is_plain else Plan(plain_layout())
+        if not plan.layout.is_plain:  # it will be asked again when nothing is in its way
+            plan, self._num_plain = Plan(plain_layout()), 0
+        request.current = plan
 
     def _duration(self, resumed_at: float) -> float:
         """Milliseconds of a step that was submitted early: since the id of the last one was read.
