@@ -11,7 +11,8 @@ from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
-from mlx_mtp.drafting.drafter import CommittedStep, Drafts
+from mlx_mtp.drafting.drafter import CommittedStep, Drafts, DraftTree
+from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.planning.plan import Plan
 
 
@@ -21,10 +22,11 @@ class Outcome:
 
     Attributes:
         tokens: accepted drafts, then the bonus token; none of a prompt chunk.
-        last_node: the last accepted draft, counted from 1, or 0; in a chain their number.
+        last_node: the last accepted draft, counted from 1, or 0; in a chain also their number.
         logits: processed logits of ``tokens``, ``[len(tokens), V]``.
         drafts: what the drafter proposed.
-        hidden: final hidden states of the ordinary rows, ``[num_ordinary, D]``; not evaluated.
+        hidden: final hidden states of the pending rows and the accepted drafts, then perhaps of
+            rejected ones, ``[rows, D]``; not evaluated.
         ms: duration; NaN in a batch.
         error: what a logits processor or sampler raised; the answer cannot continue then.
     """
@@ -102,10 +104,10 @@ class StepResult:
 
 
 class Verdict(NamedTuple):
-    """What was accepted, on the device: tokens ``[d+1]``, num_accepted, logits ``[d+1, V]``."""
+    """What was accepted, on the device: see ``accept.Accepted``; logits are ``[d+1, V]``."""
 
     tokens: mx.array
-    num_accepted: mx.array
+    last_node: mx.array
     logits: mx.array
     error: Exception | None = None
 
@@ -115,13 +117,15 @@ class Submitted:
     """Steps that the device runs while the host goes on.
 
     Attributes:
+        layouts: of each step.
         verdicts: of each step; none of a prompt chunk.
         drafts: what the drafters proposed.
-        hidden: final hidden states of the ordinary rows of each step, ``[num_ordinary, D]``.
+        hidden: final hidden states of each step, ``[rows, D]``.
         ids: what ``evaluate`` returned; of a prompt chunk what the cache has.
         began: when the steps began, by ``time.perf_counter``.
     """
 
+    layouts: list[StepLayout]
     verdicts: list[Verdict]
     drafts: list[Drafts]
     hidden: list[mx.array]
@@ -135,24 +139,56 @@ class Submitted:
             return [Outcome(hidden=self.hidden[0])]
         fetched = [cast(list[int], ids.tolist()) for ids in self.ids]
         ms = (time.perf_counter() - self.began) * 1e3 if len(fetched) == 1 else math.nan
-        parts = zip(self.verdicts, self.drafts, fetched, self.hidden, strict=True)
+        parts = zip(self.layouts, self.verdicts, self.drafts, fetched, self.hidden, strict=True)
         return [_outcome(*part, ms) for part in parts]
 
 
 def evaluate(verdicts: Sequence[Verdict], drafts: Sequence[Drafts]) -> list[mx.array]:
-    """Let the device compute, for each step, num_accepted, tokens and draft ids in one array."""
-    pairs = zip(verdicts, drafts, strict=True)
-    ids = [mx.concatenate([v.num_accepted[None], v.tokens, d.tokens]) for v, d in pairs]
-    mx.async_eval(ids, [(each.candidates, each.probs) for each in drafts])
+    """Let the device compute, in one array per step, the ids that the host will read.
+
+    These are the last accepted node, the tokens, and the draft ids and parents.
+    """
+    ids = [
+        mx.concatenate([v.last_node[None], v.tokens, d.tokens, *_tree_ids(d.tree)])
+        for v, d in zip(verdicts, drafts, strict=True)
+    ]
+    probs = [each.tree.probs for each in drafts if each.tree is not None]
+    mx.async_eval(ids, probs, [(each.candidates, each.probs) for each in drafts])
     return ids
 
 
+def _tree_ids(tree: DraftTree | None) -> list[mx.array]:
+    return [] if tree is None else [tree.tokens, tree.parents]
+
+
 def _outcome(
-    verdict: Verdict, drafts: Drafts, fetched: list[int], hidden: mx.array, ms: float
+    layout: StepLayout,
+    verdict: Verdict,
+    drafts: Drafts,
+    fetched: list[int],
+    hidden: mx.array,
+    ms: float,
 ) -> Outcome:
     """Put a step's evaluated arrays into its outcome."""
     if verdict.error is not None:
         return Outcome(error=verdict.error)
-    num_accepted, *ids = fetched
-    end, drafts = num_accepted + 1, replace(drafts, host_ids=ids[len(verdict.tokens) :])
-    return Outcome(ids[:end], num_accepted, verdict.logits[:end], drafts, hidden, ms)
+    last_node, *ids = fetched
+    tokens, ids = ids[: len(verdict.tokens)], ids[len(verdict.tokens) :]
+    nodes, tree = [0, *layout.path(last_node)], drafts.tree
+    drafts = replace(drafts, host_ids=ids[: len(drafts)])
+    if tree is not None:
+        drafts = replace(drafts, tree=tree.fetched(ids[len(drafts) :]))
+    return Outcome(
+        tokens=[tokens[node] for node in nodes],
+        last_node=last_node,
+        logits=_taken(verdict.logits, nodes),
+        drafts=drafts,
+        hidden=_taken(hidden, layout.rows_to(last_node)),
+        ms=ms,
+    )
+
+
+def _taken(rows: mx.array, indices: list[int]) -> mx.array:
+    """Some of the rows ``[n, ...]``; a slice if they are the first."""
+    count = len(indices)
+    return rows[:count] if indices[-1] == count - 1 else rows[mx.array(indices, mx.int32)]

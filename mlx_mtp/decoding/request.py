@@ -107,7 +107,8 @@ class Request:
         if tokens:  # none of a prompt chunk
             self._observe(outcome)
             tokens, self.finish_reason = self._cut(tokens)
-            self.cache.rewind(layout.num_rows - layout.num_pending + 1 - len(tokens))
+            kept = layout.rows_to(outcome.last_node)[: layout.num_pending - 1 + len(tokens)]
+            self.cache.keep_rows(kept, of=layout.num_rows)
             self.ids = [*self.ids, *tokens]
             self.room -= len(tokens)
         self._let_drafters_commit(outcome, num_emitted=len(tokens))

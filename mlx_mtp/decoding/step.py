@@ -83,7 +83,7 @@ def submit(model: MTPModel, steps: Sequence[Step]) -> Submitted:
     rows = forward(model, ids, [step.cache for step in steps], layouts)
     if steps[0].is_prompt_chunk:
         mx.async_eval(steps[0].cache.state)
-        return Submitted([], [], rows, steps[0].cache.state, began)
+        return Submitted(layouts, [], [], rows, steps[0].cache.state, began)
     # From here on a step's rows begin with its first verify row: [d + 1 + masks, D].
     hidden = [rows[i][layout.num_pending - 1 :] for i, layout in enumerate(layouts)]
     verify = [hidden[i][: layout.num_draft_tokens + 1] for i, layout in enumerate(layouts)]
@@ -91,15 +91,16 @@ def submit(model: MTPModel, steps: Sequence[Step]) -> Submitted:
     logits = head(model, hidden if one_pass else verify)
     verdicts = [_verify(step, logits[i][: len(verify[i])]) for i, step in enumerate(steps)]
     drafts = _draft(model, steps, verdicts, hidden, logits if one_pass else None)
-    ordinary = [rows[i][: layout.num_ordinary] for i, layout in enumerate(layouts)]
-    return Submitted(verdicts, drafts, ordinary, evaluate(verdicts, drafts), began)
+    return Submitted(layouts, verdicts, drafts, rows, evaluate(verdicts, drafts), began)
 
 
 def _verify(step: Step, logits: mx.array) -> Verdict:
     """Accept drafts by the logits of the verify rows ``[d+1, V]``."""
+    target, drafts, parents = step.target, step.drafts, step.layout.parents
     try:
-        logits = step.target.process(logits, context=step.context, drafts=step.drafts)
-        return Verdict(*step.target.accept(logits, step.drafts, key=step.keys[0]), logits)
+        logits = target.process(logits, context=step.context, drafts=drafts, parents=parents)
+        accepted = target.accept(logits, drafts, key=step.keys[0], parents=parents)
+        return Verdict(*accepted, logits)
     except Exception as error:  # the outcome has no tokens; placeholders keep the shapes
         return Verdict(mx.zeros(len(logits), mx.int32), mx.array(0), logits, error)
 
@@ -113,11 +114,11 @@ def _draft(
 ) -> list[Drafts]:
     """Propose the next drafts; ``logits`` of all rows where there was one pass of the head."""
     drafts = [Drafts.none()] * len(steps)
-    needed = [s.drafter.rows(s.layout, verdicts[i].num_accepted) for i, s in enumerate(steps)]
+    needed = [s.drafter.rows(s.layout, verdicts[i].last_node) for i, s in enumerate(steps)]
     rows = {i: indices for i, indices in enumerate(needed) if indices is not None}
     states = [hidden[i][indices] for i, indices in rows.items()]
     heads = [logits[i][rows[i]] for i in rows] if logits else head(model, states)
     for i, state, mask_logits in zip(rows, states, heads, strict=True):
-        step, bonus = steps[i], verdicts[i].tokens[verdicts[i].num_accepted]
+        step, bonus = steps[i], verdicts[i].tokens[verdicts[i].last_node]
         drafts[i] = step.drafter.draft(state, mask_logits, bonus, key=step.keys[1])
     return drafts

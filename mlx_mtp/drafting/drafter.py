@@ -35,6 +35,13 @@ class DraftTree:
     host_parents: list[int] | None = None
     host_probs: list[float] | None = None
 
+    def fetched(self, ids: Sequence[int]) -> DraftTree:
+        """The same with ids and parents ``[2 N]`` on the host too, once all is evaluated."""
+        count, probs = self.tokens.size, cast(list[float], self.probs.tolist())
+        return replace(
+            self, host_ids=list(ids[:count]), host_parents=list(ids[count:]), host_probs=probs
+        )
+
     def chosen(self, nodes: Sequence[int]) -> Drafts:
         """Some of the drafts, counted from 1, for a layout with their parents."""
         rows = [node - 1 for node in nodes]
@@ -110,13 +117,13 @@ class CommittedStep:
     Attributes:
         layout: its rows.
         source: name of the drafter whose drafts it verified; "" without any.
-        last_node: the last accepted draft, counted from 1, or 0; in a chain also how many there are.
+        last_node: the last accepted draft, counted from 1, or 0; in a chain also their number.
         tokens: accepted drafts, then the bonus token, even if some of them were cut at the end of
             the answer; none of a prompt chunk.
         next_ids: the id that follows each ordinary row which stays in the cache, in order: the rest
             of the prompt, then the emitted ids.
-        hidden: final hidden states of the pending rows and of the accepted drafts, then of the other
-            drafts, ``[num_ordinary, D]``, on the device; the first ``len(next_ids)`` are those of
+        hidden: final hidden states of the pending rows and the accepted drafts, then perhaps of
+            rejected ones, ``[rows, D]``, on the device; the first ``len(next_ids)`` are those of
             the rows that stay.
         drafts: what ``Drafter.draft`` returned in the step, with ``host_ids``.
     """

@@ -43,7 +43,7 @@ class StepLayout:
     Attributes:
         num_pending: ordinary rows before the first draft, at least 1.
         num_draft_tokens: drafts to verify in this step.
-        mask_counts: masks after each node (the last pending row, then the drafts), ``[1 + drafts]``.
+        mask_counts: masks after the last pending row and after each draft, ``[1 + drafts]``.
         parents: the node that each draft follows, ``[drafts]``: 0 is the last pending row, j is
             draft j, and a parent comes before its children.  None for a chain, in which each draft
             follows the one before; a chain that is spelled out becomes None.
@@ -105,10 +105,7 @@ class StepLayout:
 
         Row i has True for i itself and for the nodes on the way to it, node 0 included.
         """
-        sees = np.eye(1 + self.num_draft_tokens, dtype=bool)
-        for node, parent in enumerate(self.node_parents, start=1):
-            sees[node] |= sees[parent]
-        return sees
+        return tree_ancestry(self.node_parents.tolist())
 
     @cached_property
     def depths(self) -> np.ndarray:
@@ -117,7 +114,14 @@ class StepLayout:
 
     def path(self, node: int) -> tuple[int, ...]:
         """The drafts from the first to ``node``, which ends the path; empty for node 0."""
+        if self.parents is None:
+            return tuple(range(1, node + 1))
         return tuple(map(int, np.flatnonzero(self.ancestry[node])[1:]))
+
+    def rows_to(self, node: int) -> list[int]:
+        """Row indices of the pending rows and of the drafts on the path to ``node``."""
+        first = self.num_pending - 1
+        return [*range(self.num_pending), *(first + each for each in self.path(node))]
 
     @property
     def is_prompt_chunk(self) -> bool:
@@ -226,7 +230,15 @@ def _check_parents(parents: Sequence[int], num_drafts: int) -> None:
         raise ValueError(f"a tree needs an earlier parent for each of {num_drafts}: {parents}")
 
 
-def subtree_parents(parents: Sequence[int], nodes: Sequence[int]) -> tuple[int, ...]:
+def tree_ancestry(parents: Sequence[int]) -> np.ndarray:
+    """Whether a node is or descends from another, bool ``[1 + N, 1 + N]``, by parents ``[N]``."""
+    sees = np.eye(1 + len(parents), dtype=bool)
+    for node, parent in enumerate(parents, start=1):
+        sees[node] |= sees[parent]
+    return sees
+
+
+def subtree_parents(parents: Sequence[int] | np.ndarray, nodes: Sequence[int]) -> tuple[int, ...]:
     """Parents of some nodes of a tree, counted among those nodes, as a layout has them.
 
     Args:
@@ -396,6 +408,6 @@ class StepScope:
 
     @property
     def step(self) -> StepLayout | None:
-        """The step in progress if it has mask rows."""
+        """The step in progress if some row does not see all rows before it."""
         layout = self.layout
-        return layout if isinstance(layout, StepLayout) and layout.num_masks else None
+        return layout if isinstance(layout, StepLayout) and not layout.is_contiguous else None
