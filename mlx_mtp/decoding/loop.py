@@ -2,6 +2,7 @@
 
 Every step is one forward over a ``StepLayout`` and one host sync.  Prompt chunks are steps, and
 plain decoding is the layout without drafts and masks, so speculation can only change the speed.
+Plain steps are submitted early (``ahead``).
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def decode(
             ``explain``.
 
     Yields:
-        Each step that emits ids.  The cache then has the prompt and all emitted ids but the last.
+        Each step that emits ids.  After the last one, or once the generator is closed, the cache
+        has the prompt and all emitted ids but the last; before, it may have that id's row too.
 
     Raises:
         ValueError: an argument is out of range; raised at the call, before any work.
