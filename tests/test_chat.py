@@ -380,7 +380,8 @@ def test_the_real_model_answers_from_the_cache_as_it_does_afresh():
     from mlx_mtp import load
 
     model, tokenizer = load()
-    kept = Conversation(model, tokenizer, options={"max_tokens": 24, "layout": "quadratic"})
+    options: dict[str, Any] = {"max_tokens": 24, "layout": "quadratic", "num_draft_tokens": 3}
+    kept = Conversation(model, tokenizer, options=options)
     for question in ("My name is Ada.", "What is the capital of France?", "And of Italy?"):
         fresh = Conversation(model, tokenizer, options={"max_tokens": 24, "layout": "plain"})
         fresh.messages = list(kept.messages)

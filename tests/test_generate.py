@@ -353,6 +353,7 @@ def test_the_real_model_answers_as_mlx_lm_does_in_fewer_steps(real):
     from mlx_lm.generate import stream_generate as stock_stream_generate
 
     model, tokenizer = real
+    options: dict[str, Any] = {"num_draft_tokens": 3}  # of 8, which are 81 rows
     for question, max_tokens, layouts in (
         ("List three fruits.", 30, ("plain", "quadratic")),
         ("Say the word 日本 twice.", 16, ("linear", "auto")),
@@ -362,9 +363,8 @@ def test_the_real_model_answers_as_mlx_lm_does_in_fewer_steps(real):
             stock_stream_generate(model.base, tokenizer, mx.array(ids), max_tokens=max_tokens)
         )
         for layout in layouts:
-            ours = list(
-                stream_generate(model, tokenizer, ids, max_tokens=max_tokens, layout=layout)
-            )
+            options |= {"max_tokens": max_tokens, "layout": layout}
+            ours = list(stream_generate(model, tokenizer, ids, **options))
             assert [r.token for r in ours] == [r.token for r in stock]
             text = tokenizer.decode([r.token for r in ours if r.token not in {0, 2}])
             assert "".join(r.text for r in ours) == text
@@ -383,8 +383,8 @@ def test_the_real_model_stops_at_a_string_and_goes_on_from_there(real):
     cache = model.make_cache()
     first = list(
         stream_generate(
-            model, tokenizer, ids, max_tokens=60, layout="quadratic", stop=["four", "4"],
-            prompt_cache=cache,
+            model, tokenizer, ids, max_tokens=60, layout="quadratic", num_draft_tokens=3,
+            stop=["four", "4"], prompt_cache=cache,
         )
     )  # fmt: skip
     emitted = [r.token for r in first]

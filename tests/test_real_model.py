@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import mlx.core as mx
@@ -24,6 +25,16 @@ pytestmark = pytest.mark.slow
 MAX_TOKENS = 20
 
 
+def cases() -> Iterator[Any]:
+    """Prompts and options of ``decode``: steps of few rows here, of all of them in soak tests."""
+    for place, prompt in enumerate(builtin_prompts()[::25]):
+        fixed = ("plain", "linear", "quadratic")[place % 3]
+        few: list[dict[str, Any]] = [{}, {"layout": fixed, "num_draft_tokens": 3}]
+        many = [{"layout": layout} for layout in ("plain", "linear", "quadratic")]
+        yield pytest.param(prompt, few, id=prompt.id)
+        yield pytest.param(prompt, many, id=f"{prompt.id}-all", marks=pytest.mark.soak)
+
+
 @pytest.fixture(scope="module")
 def ours() -> tuple[Any, Any]:
     return load()
@@ -40,27 +51,32 @@ def stock() -> Any:
     return model
 
 
-@pytest.mark.parametrize("prompt", builtin_prompts()[::25], ids=lambda prompt: prompt.id)
-def test_ids_equal_those_of_mlx_lm(ours, stock, prompt):
+def prompt_ids(tokenizer: Any, question: str) -> list[int]:
+    text = chat_text(tokenizer, [{"role": "user", "content": question}])
+    return encode_prompt(tokenizer, text, add_special_tokens=False)
+
+
+def stock_ids(stock: Any, prompt: list[int], count: int) -> list[int]:
+    return [int(token) for token, _ in generate_step(mx.array(prompt), stock, max_tokens=count)]
+
+
+@pytest.mark.parametrize(("prompt", "ways"), cases())
+def test_ids_equal_those_of_mlx_lm(ours, stock, prompt, ways):
     model, tokenizer = ours
-    text = chat_text(tokenizer, [{"role": "user", "content": prompt.text}])
-    ids = encode_prompt(tokenizer, text, add_special_tokens=False)
-    expected = [
-        int(token) for token, _ in generate_step(mx.array(ids), stock, max_tokens=MAX_TOKENS)
-    ]
-    for layout in ("plain", "auto", "linear", "quadratic"):
-        steps = list(decode(model, ids, max_tokens=MAX_TOKENS, layout=layout))
-        assert [token for step in steps for token in step.tokens] == expected, layout
+    ids = prompt_ids(tokenizer, prompt.text)
+    expected = stock_ids(stock, ids, MAX_TOKENS)
+    for options in ways:
+        steps = list(decode(model, ids, max_tokens=MAX_TOKENS, **options))
+        assert [token for step in steps for token in step.tokens] == expected, options
 
 
 def test_answers_that_share_forwards_are_those_alone(ours):
     model, tokenizer = ours
     assert can_batch(model)
-    texts = [chat_text(tokenizer, [{"role": "user", "content": each.text}])
-             for each in builtin_prompts()[::20]]  # fmt: skip
-    prompts = [encode_prompt(tokenizer, text, add_special_tokens=False) for text in texts]
+    prompts = [prompt_ids(tokenizer, prompt.text) for prompt in builtin_prompts()[::25]]
+    options: dict[str, Any] = {"max_tokens": MAX_TOKENS, "num_draft_tokens": 3}
     alone, shared = (
-        [make_request(model, ids, max_tokens=MAX_TOKENS, layout=layout) for ids in prompts]
+        [make_request(model, ids, layout=layout, **options) for ids in prompts]
         for layout in ("plain", "quadratic")
     )
     expected = finish_alone(model, alone)
@@ -71,14 +87,14 @@ def test_answers_that_share_forwards_are_those_alone(ours):
     assert emitted == expected
 
 
-def test_the_shipped_adapter_drafts_well(ours):
+def test_the_shipped_adapter_drafts_well(ours, stock):
     model, tokenizer = ours
-    text = "Write a Python function that computes the factorial of n, and explain how it works."
-    ids = encode_prompt(
+    ids = prompt_ids(
         tokenizer,
-        chat_text(tokenizer, [{"role": "user", "content": text}]),
-        add_special_tokens=False,
+        "Write a Python function that computes the factorial of n, and explain how it works.",
     )
     steps = list(decode(model, ids, max_tokens=64, layout="quadratic"))
     assert model.num_draft_tokens == 8
-    assert sum(len(step.tokens) for step in steps) / len(steps) > 1.9
+    emitted = [token for step in steps for token in step.tokens]
+    assert len(emitted) / len(steps) > 1.9
+    assert emitted == stock_ids(stock, ids, 64)

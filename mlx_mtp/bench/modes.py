@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mlx_mtp.model.mtp_model import MTPModel
 
 PLAIN, STOCK, DRAFT = "plain", "stock", "draft"
-_FIXED = ("linear", "quadratic")
+_FIXED = ("linear", "quadratic", "tree")
 OURS = (PLAIN, AUTO, *_FIXED, *SOURCES)
 NAMES = (*OURS, STOCK, DRAFT)
 COUNTABLE = (*_FIXED, *SOURCES)  # linear:2

@@ -80,9 +80,9 @@ OPTIONS = (
         default=("plain", "auto"),
         metavar="MODE,...",
         help="Ways to decode; speed-ups are relative to the first: plain, auto, linear, quadratic, "
-        "a drafter alone (mask, native, heads, draft-model, lookup), stock (mlx-lm with the same "
-        "model), draft (mlx-lm with the draft model). linear:2 or lookup:2 verifies 2 draft tokens "
-        "in each step.",
+        "tree, a drafter alone (mask, native, heads, draft-model, lookup), stock (mlx-lm with the "
+        "same model), draft (mlx-lm with the draft model). linear:2 or lookup:2 verifies 2 draft "
+        "tokens in each step.",
     ),
     field_option(GenerationConfig, "num_draft_tokens", type=click.IntRange(1)),
     field_option(GenerationConfig, "lookup"),

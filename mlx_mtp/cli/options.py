@@ -348,9 +348,8 @@ def decoding_options(*, max_tokens: int) -> Decorator:
         "Decoding",
         field_option(GenerationConfig, "max_tokens", "-m", default=max_tokens),
         field_option(GenerationConfig, "stop", multiple=True, metavar="TEXT"),
-        *field_options(
-            GenerationConfig, "drafter", "layout", "num_draft_tokens", "lookup", "prefill_step_size"
-        ),
+        *field_options(GenerationConfig, "drafter", "layout", "max_rows", "num_draft_tokens"),
+        *field_options(GenerationConfig, "lookup", "prefill_step_size"),
         option(
             "--lookup-file",
             "lookup_files",

@@ -49,6 +49,51 @@ class DraftTree:
         drafts = Drafts.certain(self.tokens[mx.array(rows, mx.int32)])
         return replace(drafts, host_ids=ids)
 
+    # The following need the host fields.
+
+    def up_to(self, depth: int) -> DraftTree:
+        """The nodes of the first depths, which come first."""
+        assert self.host_ids is not None and self.host_parents is not None
+        assert self.host_probs is not None
+        depths = [0]
+        for parent in self.host_parents:
+            depths.append(depths[parent] + 1)
+        end = sum(1 <= each <= depth for each in depths)
+        return DraftTree(
+            self.tokens[:end], self.parents[:end], self.probs[:end],
+            self.host_ids[:end], self.host_parents[:end], self.host_probs[:end],
+        )  # fmt: skip
+
+    def likeliest_chain(self) -> list[int]:
+        """Ids along the first children, if children of one parent are in order."""
+        assert self.host_ids is not None and self.host_parents is not None
+        last, ids = 0, list[int]()
+        for node, parent in enumerate(self.host_parents, start=1):
+            if parent == last:
+                last = node
+                ids.append(self.host_ids[node - 1])
+        return ids
+
+    def judged(self, tokens: Sequence[int]) -> tuple[list[float], list[bool]]:
+        """Probabilities of the nodes whose parents are among ``tokens``, and which were right.
+
+        Args:
+            tokens: the ids that followed.
+        """
+        assert self.host_ids is not None and self.host_parents is not None
+        assert self.host_probs is not None
+        path = {0: 0}  # depth of the nodes that were right
+        probs, right = list[float](), list[bool]()
+        columns = zip(self.host_ids, self.host_parents, self.host_probs, strict=True)
+        for node, (token, parent, prob) in enumerate(columns, start=1):
+            depth = path.get(parent, len(tokens))
+            if depth < len(tokens):
+                probs.append(prob)
+                right.append(token == tokens[depth])
+                if right[-1]:
+                    path[node] = depth + 1
+        return probs, right
+
 
 @dataclass(frozen=True)
 class Drafts:

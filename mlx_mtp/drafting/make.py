@@ -11,11 +11,22 @@ from mlx_mtp.drafting.drafter import Distribution, Drafter
 from mlx_mtp.drafting.heads import HeadsDrafter
 from mlx_mtp.drafting.lookup import LookupDrafter, text_of
 from mlx_mtp.drafting.mask_tokens import MaskTokenDrafter
+from mlx_mtp.drafting.mask_trees import MaskTreeDrafter
 from mlx_mtp.drafting.native import NativeDrafter
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
-from mlx_mtp.planning.plan import AUTO, CHAIN, DRAFT_MODEL, HEADS, LOOKUP, MASK, NATIVE, SOURCES
+from mlx_mtp.planning.plan import (
+    AUTO,
+    CHAIN,
+    DRAFT_MODEL,
+    HEADS,
+    LOOKUP,
+    MASK,
+    NATIVE,
+    SOURCES,
+    TREE,
+)
 
 _MISSING = {
     MASK: "has no adapter with mask tokens",
@@ -38,6 +49,7 @@ class Answer:
         distribution: turns logits into the probabilities that drafts are drawn from; None drafts
             the most likely tokens.
         speculation: what is known about drafts in general.
+        trees: whether mask tokens should draft trees.
         max_drafts: maximum drafts per step; None leaves it to the drafter.
         draft_model: the draft model, if there is one.
         num_before: ids in the cache before ``ids``, which are not known.
@@ -50,6 +62,7 @@ class Answer:
     cache: MTPCache
     distribution: Distribution | None
     speculation: Speculation
+    trees: bool = False
     max_drafts: int | None = None
     lookup_ids: Sequence[Sequence[int]] = ()
     draft_model: MTPModel | None = None
@@ -58,6 +71,8 @@ class Answer:
 
 
 def _mask(answer: Answer) -> Drafter:
+    if answer.trees:
+        return MaskTreeDrafter(answer.model, answer.distribution, answer.speculation)
     return MaskTokenDrafter(answer.model, answer.distribution)
 
 
@@ -134,8 +149,8 @@ def answer_sources(
     Args:
         model: the model.
         drafter: one of ``DRAFTERS``.
-        layout: one of ``LAYOUTS``; with a fixed one there is one drafter.
-        lookup: whether ``"auto"`` includes lookup.
+        layout: one of ``LAYOUTS``; a fixed one has one drafter, and ``"tree"`` lookup too.
+        lookup: whether lookup is among several drafters.
         max_drafts: maximum drafts per step; 0 has no drafters.
         draft_model: the draft model, if there is one.
 
@@ -149,15 +164,20 @@ def answer_sources(
         return ()
     if drafter != AUTO:
         return (drafter,)
-    if layout != "auto":
-        return tuple(source for source in available if source != LOOKUP)[:1]
-    return tuple(source for source in available if lookup or source != LOOKUP)
+    others = tuple(source for source in available if source != LOOKUP)
+    if layout not in ("auto", TREE):
+        return others[:1]
+    if layout == TREE:
+        others = others[:1]
+    return (*others, LOOKUP) if lookup else others
 
 
 def make_drafters(sources: Sequence[str], answer: Answer) -> list[Drafter]:
     """Make the drafters of an answer by their names, and a chain of those that can follow."""
     drafters = {source: _MAKERS[source](answer) for source in sources}
     masks, lookup = drafters.get(MASK), drafters.get(LOOKUP)
+    if isinstance(masks, MaskTreeDrafter) and isinstance(lookup, LookupDrafter):
+        masks.lookup = lookup
     if isinstance(masks, MaskTokenDrafter) and isinstance(lookup, LookupDrafter):
         drafters[CHAIN] = ChainDrafter(masks, lookup)
     return list(drafters.values())

@@ -243,7 +243,7 @@ def subtree_parents(parents: Sequence[int] | np.ndarray, nodes: Sequence[int]) -
 
     Args:
         parents: of all nodes, ``[N]``; see ``StepLayout``.
-        nodes: counted from 1, ascending, each with its ancestors.
+        nodes: counted from 1, each after its ancestors.
     """
     places = {0: 0} | {node: place for place, node in enumerate(nodes, start=1)}
     return tuple(places[int(parents[node - 1])] for node in nodes)

@@ -9,10 +9,10 @@ from typing import Any
 
 from mlx_mtp.decoding.config import setting
 from mlx_mtp.decoding.sampling import Sampling
-from mlx_mtp.planning.plan import LAYOUTS
+from mlx_mtp.planning.plan import LAYOUTS, TREE
 
 COPY = "copy"  # drafts from a copy of the answer, without mask tokens
-WITH_ADAPTER = ("linear", "quadratic", "auto")
+WITH_ADAPTER = ("linear", "quadratic", TREE, "auto")
 SPECULATIVE = (*(layout for layout in LAYOUTS if layout != "plain"), COPY)
 DEFAULT_MAX_TOKENS = 48
 DEFAULT_COPY_DEPTH = 8  # drafts per step of a model without an adapter
@@ -30,8 +30,8 @@ class VerifySettings:
     """Settings of a verification; see the ``help`` of each field.
 
     Attributes:
-        layouts: None means all that the model has: linear, quadratic and auto with an adapter,
-            else copy.
+        layouts: None means all that the model has: linear, quadratic, tree and auto with an
+            adapter, else copy.
         depths: empty means 1, 2 and the adapter's k (the quick check: k alone), 8 for a model
             without an adapter.
         max_tokens: None means 48, or no limit if ``num_tokens`` is set.
@@ -46,7 +46,7 @@ class VerifySettings:
     layouts: tuple[str, ...] | None = setting(
         None,
         "Layouts to verify, separated by commas.",
-        default_text="linear,quadratic,auto; copy without an adapter",
+        default_text="linear,quadratic,tree,auto; copy without an adapter",
     )
     depths: tuple[int, ...] = setting(
         (),

@@ -246,7 +246,7 @@ def test_a_prompt_that_does_not_fit_is_named():
         ([], "no mode is given"),
         (
             ["plain", "auto:2"],
-            "unknown mode 'auto:2'; a number, as in linear:2, may follow linear, quadratic, mask",
+            "unknown mode 'auto:2'; a number, as in linear:2, may follow linear, quadratic, tree",
         ),
         (["linear:0"], "unknown mode 'linear:0'"),
         (["linear:"], "unknown mode 'linear:'"),

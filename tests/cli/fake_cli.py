@@ -13,11 +13,18 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.modules["torch"] = None  # type: ignore[assignment]  # as the command does
 
-import mlx_mtp.decoding.loop
-import mlx_mtp.loading
-from mlx_mtp.cli.main import main
-from tests.helpers.fixtures_generate import EOS, FakeModel, byte_tokenizer, fake_decode, ids_of
+import mlx_mtp.decoding.loop  # noqa: E402
+import mlx_mtp.loading  # noqa: E402
+from mlx_mtp.cli.main import main  # noqa: E402
+from tests.helpers.fixtures_generate import (  # noqa: E402
+    EOS,
+    FakeModel,
+    byte_tokenizer,
+    fake_decode,
+    ids_of,
+)
 
 STEP_S = int(sys.argv.pop(1)) / 1000
 COUNT = os.environ.get("ANSWER") or " ".join(str(number) for number in range(500))

@@ -399,7 +399,7 @@ def prompt_cache_file(folder: Path, *, model: str) -> str:
 
 @pytest.mark.slow
 def test_the_real_model_answers_from_the_command_line():
-    options = ("-m", "20", "--json", "--layout", "quadratic")
+    options = ("-m", "20", "--json", "--layout", "quadratic", "--num-draft-tokens", "3")
     result = invoke("generate", "-p", "What is the capital of France?", *options)
     assert result.exit_code == 0 and result.stderr == ""
     answer = json.loads(result.stdout)

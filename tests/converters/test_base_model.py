@@ -124,7 +124,7 @@ def test_shards_become_what_one_file_becomes(tmp_path):
 
 
 @SANDBOX
-def test_pytorch_files_and_a_relative_output(tmp_path, monkeypatch):
+def test_pytorch_files_and_a_relative_output(tmp_path, forked, monkeypatch):
     source = save_tiny_model(tmp_path / "in")
     torch_files(source, parts=1)
     monkeypatch.chdir(tmp_path)
@@ -133,11 +133,10 @@ def test_pytorch_files_and_a_relative_output(tmp_path, monkeypatch):
 
 
 @SANDBOX
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("parts", "options"), [(1, {"dtype": "float16"}), (2, {}), (1, {"quantise": True})]
 )
-def test_pytorch_files_become_what_safetensors_become(tmp_path, parts, options):
+def test_pytorch_files_become_what_safetensors_become(tmp_path, forked, parts, options):
     source = save_tiny_model(tmp_path / "in", hidden_size=64)
     (tmp_path / "1").mkdir()
     wanted, _ = convert(source, tmp_path / "1", **options)

@@ -16,29 +16,36 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from mlx_mtp.converters.pytorch import checkpoint as torch_checkpoint
 from mlx_mtp.converters.reference.verify import BOUND, relative_error
 from mlx_mtp.loading import load
 from mlx_mtp.model.config import CONFIG_FILE, WEIGHTS_FILE
 from tests.converters import torch_modules as parts
 from tests.converters.conversions import ADAPTER, Conversion, convert, run
 from tests.converters.torch_project import Project, greedy_answer
-from tests.converters.torch_projects import PROJECTS, is_pickled, make_project
+from tests.converters.torch_projects import PROJECTS, make_project
+from tests.converters.torch_zygote import Zygote
 from tests.helpers.fixtures_generate import EOS
 
-NUM_TOKENS = 200
+NUM_TOKENS, NUM_DECODED = 200, 80  # of PyTorch's answer, and decoded for each project
 PROMPTS = ("Es war einmal", "To be, or not to be", "hello world", "1 2 3 5 8 13", "def f(x):")
 STOCK_GENERATE = ("mlx_lm", "generate", "--max-tokens", "8", "--prompt", "hi")
 
 
-SLOW = [pytest.param(n, marks=pytest.mark.slow) if is_pickled(n) else n for n in PROJECTS]
+@pytest.fixture(scope="module", params=PROJECTS)
+def conversion(
+    request: pytest.FixtureRequest, zygote: Zygote, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """Each project of ``PROJECTS``, converted once, with ``--verify``.
 
-
-@pytest.fixture(scope="module", params=SLOW)
-def conversion(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Each project of ``PROJECTS``, converted once, with ``--verify``."""
+    One of the pickles is read as a user's, in a fresh interpreter.
+    """
     root = tmp_path_factory.mktemp(request.param)
     project = make_project(request.param, root)
-    printed = convert(project, root / "bundle", "--verify")
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param != "peft-mtp-bin":
+            patch.setattr(torch_checkpoint, "run_child", zygote)
+        printed = convert(project, root / "bundle", "--verify")
     return Conversion(project, root / "bundle", printed)
 
 
@@ -124,7 +131,8 @@ class TestGreedyIds:
         self, conversion: Conversion, answers: Callable[[Path], tuple[str, list[int]]]
     ) -> None:
         prompt, wanted = answers(conversion.project.base)
-        plain = ("generate", "--json", "-m", str(NUM_TOKENS), "--ignore-chat-template")
+        wanted = wanted[:NUM_DECODED]
+        plain = ("generate", "--json", "-m", str(NUM_DECODED), "--ignore-chat-template")
         plain += ("--layout", "quadratic")  # auto begins with plain steps
         arguments = (*plain, "--model", str(conversion.bundle), "--prompt", prompt)
         with_mtp = json.loads(run(*arguments))
@@ -180,9 +188,10 @@ class TestOtherBases:
         assert "the same as PyTorch" in printed
         assert "which its original is not" not in printed
 
-    @pytest.mark.slow
     @pytest.mark.parametrize("num_shards", [1, 2])
-    def test_pytorch_original(self, project: Project, tmp_path: Path, num_shards: int) -> None:
+    def test_pytorch_original(
+        self, project: Project, tmp_path: Path, forked: None, num_shards: int
+    ) -> None:
         to_pytorch_files(project.base, num_shards)
         printed = convert(project, tmp_path / "bundle", "--verify", "--allow-pickle")
         assert "the same as PyTorch" in printed

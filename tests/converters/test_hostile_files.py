@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import mlx.core as mx
@@ -14,7 +13,6 @@ import pytest
 import torch
 
 from mlx_mtp.converters.checkpoint import read_checkpoint
-from mlx_mtp.converters.pytorch import checkpoint as torch_checkpoint
 from mlx_mtp.converters.pytorch import sandbox
 from mlx_mtp.converters.pytorch.checkpoint import Request, limits_for
 from mlx_mtp.converters.pytorch.file_format import pickle_globals
@@ -34,13 +32,6 @@ READ_ANYWAY = {
     *("bytes behind", "a comment", "a local name that differs", "a method that differs"),
     "a million instructions",  # a slow machine refuses it by the time limit
 }
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    process = Zygote()
-    yield process
-    process.close()
 
 
 def _refusal(path: Path) -> str | None:
@@ -105,10 +96,7 @@ def test_the_hostile_pickles_are_armed_and_the_sandbox_disarms_them(
 
 
 @pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.soak)])
-def test_no_hostile_pickle_runs(
-    tmp_path: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch, every: int
-) -> None:
-    monkeypatch.setattr(torch_checkpoint, "run_child", zygote)
+def test_no_hostile_pickle_runs(tmp_path: Path, forked: None, every: int) -> None:
     assert _refuse_weapons(tmp_path, every=every) >= 140 // every
 
 
@@ -169,10 +157,7 @@ def _refuse_all(files: dict[str, bytes], folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("every", [8, pytest.param(1, marks=pytest.mark.soak)])
-def test_malformed_pickles_are_refused(
-    tmp_path: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch, every: int
-) -> None:
-    monkeypatch.setattr(torch_checkpoint, "run_child", zygote)
+def test_malformed_pickles_are_refused(tmp_path: Path, forked: None, every: int) -> None:
     pickles = malformed.pickles()
     assert len(pickles) >= 80
     chosen = list(pickles.items())[::every]
@@ -182,17 +167,13 @@ def test_malformed_pickles_are_refused(
     assert _refuse_all(files, tmp_path) == {}
 
 
-def test_malformed_archives_are_refused(
-    tmp_path: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch_checkpoint, "run_child", zygote)
+def test_malformed_archives_are_refused(tmp_path: Path, forked: None) -> None:
     assert _refuse_all(malformed.archives(), tmp_path) == {}
 
 
 def test_what_torch_saves_beside_plain_weights_is_refused_by_name(
-    tmp_path: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, forked: None
 ) -> None:
-    monkeypatch.setattr(torch_checkpoint, "run_child", zygote)
     for value, reason in (
         (torch.nn.Linear(2, 2), "it refers to torch.nn.modules.linear.Linear, which is not plain"),
         (argparse.Namespace(rank=8), "it refers to argparse.Namespace, which is not plain weights"),
@@ -208,10 +189,7 @@ def test_what_torch_saves_beside_plain_weights_is_refused_by_name(
                 read_checkpoint(path, allow_pickle=True)
 
 
-def test_what_is_no_checkpoint_is_named(
-    tmp_path: Path, zygote: Zygote, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch_checkpoint, "run_child", zygote)
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, forked: None) -> None:
     archives = malformed.archives()
     for name, reason in {
         "a text": "it is neither a zip archive nor an old PyTorch file",

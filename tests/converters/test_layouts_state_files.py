@@ -85,8 +85,8 @@ class TestFrozenBase:
         assert samples.same(convert_layout(read(source), facts()).tensors, expected())
 
 
-@pytest.mark.parametrize("suffix", [pytest.param(".pt", marks=pytest.mark.slow), ".safetensors"])
-def test_files_of_torch(tmp_path: Path, suffix: str) -> None:
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_files_of_torch(tmp_path: Path, forked: None, suffix: str) -> None:
     source = {
         name: torch.tensor(np.array(value)).to(torch.bfloat16)
         for name, value in state_tensors(prefix="module.").items()
@@ -103,8 +103,7 @@ def test_files_of_torch(tmp_path: Path, suffix: str) -> None:
     assert found.scale == 1.5
 
 
-@pytest.mark.slow
-def test_peft_s_own_state_dict(tmp_path: Path) -> None:
+def test_peft_s_own_state_dict(tmp_path: Path, forked: None) -> None:
     """Saved with ``torch.save(model.state_dict())`` instead of ``save_pretrained``."""
     prefix = "base_model.model."
     leaf = "lora_A.default.weight lora_B.default.weight"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,24 +19,10 @@ from mlx_mtp.converters.pytorch import checkpoint as torch_checkpoint
 from mlx_mtp.converters.pytorch import sandbox
 from mlx_mtp.converters.pytorch.checkpoint import Request, torch_to_safetensors
 from mlx_mtp.storage.safetensors import read_safetensors
-from tests.converters.torch_zygote import Zygote
 
 sandboxed = pytest.mark.skipif(
     sandbox.why_unavailable() is not None, reason="there is no sandbox here"
 )
-
-
-@pytest.fixture(scope="module")
-def zygote() -> Iterator[Zygote]:
-    process = Zygote()
-    yield process
-    process.close()
-
-
-@pytest.fixture
-def forked(zygote: Zygote, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Read PyTorch files in forked processes, which start sooner."""
-    monkeypatch.setattr(torch_checkpoint, "run_child", zygote)
 
 
 def _state() -> dict[str, Any]:

@@ -381,13 +381,6 @@ PROJECTS: dict[str, tuple[Callable[..., Project], dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def is_pickled(name: str) -> bool:
-    """Whether that project writes a PyTorch pickle."""
-    settings = PROJECTS[name][1]
-    suffix = Path(settings.get("file", "")).suffix
-    return settings.get("pickled", suffix not in ("", ".safetensors"))
-
-
 def make_project(name: str, root: Path) -> Project:
     """Build the project of that name below an empty folder."""
     make, settings = PROJECTS[name]

@@ -54,7 +54,7 @@ class Zygote(ForkServer):
 
     def __init__(self) -> None:
         env = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-        super().__init__(_SOURCE, [str(package_folder())], flags=["-I", "-B"], env=env)
+        super().__init__(_SOURCE, [str(package_folder())], flags=["-I", "-B"], env=env, torch=True)
 
     def __call__(self, request: Request, *, way: str = "read") -> int:
         """Serve one request; returns the exit code or raises TimeoutError."""

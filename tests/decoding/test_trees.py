@@ -308,7 +308,7 @@ def test_a_bias_planted_in_trees_is_caught() -> None:
     assert holm([*found.values()] * len(SETTINGS))[0] < 0.001
 
 
-@pytest.mark.parametrize("tokens", [400, pytest.param(4_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("tokens", [200, pytest.param(4_000, marks=pytest.mark.soak)])
 def test_the_loop_draws_from_the_exact_distribution(tokens: int, seed: int) -> None:
     """Trees know another answer to the same prompt, which is right now and then."""
     model = table_model()

@@ -28,6 +28,8 @@ from tests.helpers.tiny import random_heads
 VOCAB = 12  # small, so that random drafts are right now and then
 MAX_TEXT = 160
 BATCHED = ("llama", "qwen3_moe", "qwen3_5")
+ALL = {*SOURCES, CHAIN}
+MAX_STEPS = 300  # until every source was taken, which chance decides
 SOME = [Case(each.kind, {**each.sizes, "vocab_size": VOCAB}, each.cache) for each in CASES]
 
 
@@ -240,7 +242,7 @@ def drafted(case: Case, rng: np.random.Generator) -> Any:
     return model
 
 
-@pytest.mark.parametrize("count", [100, pytest.param(10_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [25, pytest.param(10_000, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("case", SOME, ids=str)
 def test_caches_and_memories_after_random_steps(
     case: Case, count: int, seed: int, monkeypatch: pytest.MonkeyPatch
@@ -251,12 +253,12 @@ def test_caches_and_memories_after_random_steps(
         "mlx_mtp.decoding.setup.make_planner", lambda *_, **__: AnyPlanner(K, rng, used)
     )
     talk = Conversation(model, case, rng, small_draft(VOCAB))
-    while done < count:
+    while done < count or (used != ALL and done < MAX_STEPS):
         done += talk.answer()
-    assert used == {*SOURCES, CHAIN}
+    assert used == ALL
 
 
-@pytest.mark.parametrize("count", [60, pytest.param(10_000, marks=pytest.mark.soak)])
+@pytest.mark.parametrize("count", [25, pytest.param(10_000, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("case", [each for each in SOME if str(each) in BATCHED], ids=str)
 def test_batched_answers_that_end_anywhere(
     case: Case, count: int, seed: int, monkeypatch: pytest.MonkeyPatch
@@ -274,7 +276,7 @@ def test_batched_answers_that_end_anywhere(
 
     monkeypatch.setattr("mlx_mtp.decoding.together.run", counted)
     talks = [Conversation(model, case, rng, draft) for _ in range(3)]
-    while done < count:
+    while done < count or (used != ALL and done < MAX_STEPS):
         for talk in talks:
             talk.rewind()
         twins = [talk.cache.copied() for talk in talks]
@@ -299,4 +301,4 @@ def test_batched_answers_that_end_anywhere(
             assert found == talk.plain(prompt, twin, len(found), options)
             talk.check_cache(twin)
             talk.check_memory()
-    assert used == {*SOURCES, CHAIN} and max(sizes) > 1
+    assert used == ALL and max(sizes) > 1

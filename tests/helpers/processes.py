@@ -18,6 +18,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+_WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # transformers would import it for a second
+"""
 _LOOP = """
 import os, sys, traceback
 print("ready", flush=True)
@@ -43,6 +47,7 @@ class ForkServer:
         arguments: ``sys.argv[1:]`` of the process.
         flags: options of the interpreter.
         env: environment variables; the present ones by default.
+        torch: whether tasks need PyTorch.
     """
 
     def __init__(
@@ -52,9 +57,11 @@ class ForkServer:
         *,
         flags: Sequence[str] = (),
         env: dict[str, str] | None = None,
+        torch: bool = False,
     ) -> None:
+        program = ("" if torch else _WITHOUT_TORCH) + source + _LOOP
         self.process = subprocess.Popen(
-            [sys.executable, *flags, "-c", source + _LOOP, *arguments],
+            [sys.executable, *flags, "-c", program, *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             bufsize=0,

@@ -55,7 +55,7 @@ def run(*arguments: str):
 def test_the_command_trains_on_a_cpu(tmp_path):
     pytest.importorskip("torch")
     model, data = save_tiny_model(tmp_path / "model"), texts(tmp_path / "data.jsonl")
-    arguments = ["--model", str(model), "--data", str(data), "--device", "cpu", "--minutes", "0.1"]
+    arguments = ["--model", str(model), "--data", str(data), "--device", "cpu", "--minutes", "0.01"]
     arguments += ["--batch-size", "1", "--num-anchors", "2"]
     done = run(*arguments, "--adapter-path", str(tmp_path / "adapter"))
     assert done.exit_code == 0, done.output

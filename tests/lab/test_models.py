@@ -14,7 +14,7 @@ from mlx_mtp.lab.models_page import row
 from mlx_mtp.lab.tiny_models import families, tiny_config, tiny_model, with_adapter
 from tests.helpers.tiny import KINDS
 
-NUM_SAMPLED = 40
+NUM_SAMPLED = 20
 
 
 def sampled() -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -65,6 +66,13 @@ BELIEFS: dict[str, tuple[Scale, float]] = {
 }
 
 
+def beliefs_by_chip() -> Iterator[Any]:
+    """Chips, each with one of two beliefs by default and with both in soak tests."""
+    for i, name in enumerate(chips()):
+        for j, belief in enumerate(("ten times", "drafting takes eight plain steps")):
+            yield pytest.param(name, belief, marks=pytest.mark.soak if (i + j) % 2 else ())
+
+
 class TestWrongCosts:
     @pytest.mark.parametrize("belief", list(BELIEFS))
     @pytest.mark.parametrize("chances", [ACCEPT_PROBS, (0.9,) * 8], ids=["shipped", "good"])
@@ -77,8 +85,7 @@ class TestWrongCosts:
         assert found >= 0.9
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("name", list(chips()))
-    @pytest.mark.parametrize("belief", ["ten times", "drafting takes eight plain steps"])
+    @pytest.mark.parametrize(("name", "belief"), beliefs_by_chip())
     def test_are_found_out_on_every_chip(self, name: str, belief: str) -> None:
         scale, draft_ms = BELIEFS[belief]
         machine = chips()[name].machine(8)

@@ -24,6 +24,7 @@ from click.testing import CliRunner
 from mlx_mtp.cli.main import cli
 from mlx_mtp.generate import chat_text, generate
 from mlx_mtp.loading import load
+from mlx_mtp.storage.default_model import default_model_path
 from tests.server.command import Served, command, served, serving
 from tests.server.soak_clients import soak
 from tests.server.soak_kills import kill_often
@@ -146,13 +147,14 @@ WEATHER = {
     "required": ["city"],
 }
 FUNCTION = {"name": "weather", "description": "Weather of a city.", "parameters": WEATHER}
+TOOLS = [{"type": "function", "function": FUNCTION}]
 
 
-def check_required_calls(server: Served) -> None:
-    """Ask for calls in two dialects, with MTP and plainly, streamed and whole."""
+def check_required_call(server: Served) -> dict[str, Any]:
+    """Ask for a call with MTP and plainly; return the message."""
     ways: dict[str, Any] = {
-        "tools": [{"type": "function", "function": FUNCTION}], "tool_choice": "required",
-        "parallel_tool_calls": False, "logprobs": True, "max_tokens": 90,
+        "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False,
+        "logprobs": True, "max_tokens": 90,
     }  # fmt: skip
     replies = [server.chat("Is it hot in Rome?", mtp=mtp, **ways).json() for mtp in (True, False)]
     choices = [reply["choices"][0] for reply in replies]
@@ -163,7 +165,13 @@ def check_required_calls(server: Served) -> None:
     [call] = choices[0]["message"]["tool_calls"]
     assert call["function"]["name"] == "weather"
     assert json.loads(call["function"]["arguments"])["city"] in ("Paris", "Rome")
+    return choices[0]["message"]
 
+
+def test_tools_work_where_the_template_knows_none(server):
+    """In two dialects, with MTP and plainly, streamed and whole; then with the call's result."""
+    message = check_required_call(server)
+    [call] = message["tool_calls"]
     client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
     tool: Any = {"name": "weather", "description": "Weather of a city.", "input_schema": WEATHER}
     for mtp in (True, False):
@@ -177,19 +185,17 @@ def check_required_calls(server: Served) -> None:
         assert block.type == "tool_use" and reply.stop_reason == "tool_use"
         assert block.input == json.loads(call["function"]["arguments"])
     result: Any = {"role": "tool", "tool_call_id": call["id"], "content": "30 degrees"}
-    body = {"messages": [{"role": "user", "content": "Hot?"}, choices[0]["message"], result]}
-    for more in ({}, {"tools": ways["tools"]}):
+    body = {"messages": [{"role": "user", "content": "Hot?"}, message, result]}
+    for more in ({}, {"tools": TOOLS}):
         reply = server.client.post("/v1/chat/completions", json=body | {"max_tokens": 2} | more)
         assert reply.status_code == 200
 
 
-def test_tools_work_where_the_template_knows_none(server):
-    check_required_calls(server)
-
-
 def test_the_default_model_can_be_made_to_call_a_tool(tmp_path):
-    with serving(tmp_path) as server:
-        check_required_calls(server)
+    (tmp_path / "cache").mkdir()  # with the model, which takes seconds to write
+    (tmp_path / "cache" / default_model_path().name).symlink_to(default_model_path())
+    with serving(tmp_path, "--num-draft-tokens", "3") as server:
+        check_required_call(server)
 
 
 def test_the_engine_pushes_nobody_aside_and_the_loop_is_watched(server):

@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,19 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "cache"
     monkeypatch.setenv("MLX_MTP_CACHE", str(path))
     return path
+
+
+@pytest.fixture
+def copied(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that was written once; from now on it is copied instead of converting again."""
+    whole = cache / "SmolLM2-135M-Instruct-4bit"
+
+    def copy(file: Any, draft: Path, **options: Any) -> None:
+        leave_out = shutil.ignore_patterns("*stamp.json")
+        shutil.copytree(whole, draft, dirs_exist_ok=True, ignore=leave_out)
+
+    monkeypatch.setattr(convert, "write_model", copy)
+    return whole
 
 
 def gguf() -> tuple[dict[str, mx.array], dict[str, Any]]:
@@ -86,8 +100,11 @@ class TestWriting:
     @pytest.mark.parametrize(
         "damage", ["no stamp", "old stamp", "truncated", "missing", "not JSON"]
     )
-    def test_writes_a_damaged_folder_again(self, empty_cache: Path, damage: str) -> None:
-        folder = default_model_path()
+    def test_writes_a_damaged_folder_again(
+        self, copied: Path, empty_cache: Path, damage: str
+    ) -> None:
+        folder = shutil.copytree(copied, empty_cache / copied.name)
+        assert default_model_path(progress=lambda line: pytest.fail(line)) == folder
         stamp, weights = folder / "mlx_mtp_stamp.json", folder / "model.safetensors"
         if damage == "no stamp":
             stamp.unlink()
@@ -127,7 +144,7 @@ class TestWriting:
         assert leftovers(empty_cache) == []
 
     def test_without_locks_the_faster_process_wins(
-        self, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
+        self, copied: Path, empty_cache: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         write, places = convert.write_model, []
 
@@ -139,7 +156,7 @@ class TestWriting:
         monkeypatch.setattr(prepared, "_lock", lambda folder: contextlib.nullcontext())
         monkeypatch.setattr(convert, "write_model", slow_write)
         places.append(default_model_path())
-        assert places == [empty_cache / "SmolLM2-135M-Instruct-4bit"] * 2
+        assert places == [empty_cache / copied.name] * 2
         assert leftovers(empty_cache) == []
 
 

@@ -112,12 +112,13 @@ class ScriptedLoop:
 
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch) -> ScriptedLoop:
-    """Let the command load the letter model and train by the script."""
+    """Let the command load the letter model and train by the script, without pictures."""
     scripted = ScriptedLoop()
     monkeypatch.setattr("mlx_mtp.train.command.load", scripted.load)
     monkeypatch.setattr("mlx_mtp.train.command.run_loop", scripted.train)
     monkeypatch.setattr("mlx_mtp.train.command.new_adapter", lambda model, *args, **kw: model)
     monkeypatch.setattr("mlx_mtp.train.command.estimate", FakeEstimate)
+    monkeypatch.setattr("mlx_mtp.train.run.summary.draw_curves", lambda *_: None)
     return scripted
 
 

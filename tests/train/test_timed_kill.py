@@ -34,7 +34,7 @@ OPTIONS = {
     "time": "80s", "num_records": 16, "max_prompt_tokens": 40, "max_answer_tokens": 20,
     "distil_batch_size": 4, "held_out": 0.3, "batch_size": 1, "num_anchors": 4,
     "num_draft_tokens": 3, "rank": 4, "steps_per_report": 2, "steps_per_eval": 5, "save_every": 3,
-    "val_batches": 2, "rows_per_forward": 9, "workers": 1, "seed": 5,
+    "val_batches": 2, "rows_per_forward": 9, "workers": 1, "seed": 5, "backend": "mlx",
 }
 
 class Clock:

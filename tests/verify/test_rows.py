@@ -16,6 +16,7 @@ from mlx_mtp.verify.report import VerifyReport
 from mlx_mtp.verify.rows import compare_rows, have_same_bits, nearest_tie
 from mlx_mtp.verify.run import verify
 from mlx_mtp.verify.settings import VerifySettings
+from mlx_mtp.verify.steps import compare_steps
 from tests.helpers.tiny import tiny_mtp
 from tests.verify.test_verify import VOCAB, LetterTokenizer
 from tests.verify.verify_faults import accept_first_draft, make_row_exact, plant_row_dependence
@@ -50,6 +51,11 @@ def test_equal_bits_are_exact(exact: MTPModel) -> None:
     text = "\n".join(table(report))
     assert f"Steps: exact: all {report.steps.compared} rows have the same bits" in text
     assert "Answers: exact: all 16 rows have the same bits as plain decoding" in text
+
+
+def test_a_trees_first_path_has_equal_bits(exact: MTPModel) -> None:
+    tally = compare_steps(exact, [1, 2, 3], [("tree", 2)])
+    assert tally.verdict == "exact" and tally.compared == 3
 
 
 def test_a_layer_that_rounds_by_the_number_of_rows() -> None:

@@ -62,11 +62,10 @@ def model() -> MTPModel:
 
 
 def test_every_layout_and_depth_is_held_against_plain_and_stock(model: MTPModel) -> None:
-    settings = dataclasses.replace(GREEDY, layouts=("linear", "quadratic", "auto"), depths=())
-    report = run(model, settings)
+    layouts = ("linear", "quadratic", "tree", "auto")
+    report = run(model, dataclasses.replace(GREEDY, layouts=layouts, depths=()))
     assert report.verdict == "identical" and report.passed
     ways = [(run.layout, run.num_draft_tokens) for run in report.runs]
-    layouts = ("linear", "quadratic", "auto")
     assert ways == [("plain", 0), *((layout, d) for layout in layouts for d in (1, 2))]
     assert set(report.runs[0].against) == {"stock"}
     for result in report.runs[1:]:
