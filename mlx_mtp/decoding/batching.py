@@ -40,7 +40,9 @@ def forward(
         Final hidden states of each step, ``[rows, D]``.
     """
     if len(ids) == 1:
-        return [model(ids[0][None], cache=caches[0], layout=layouts[0])[0]]
+        # One row is as a model has it anyway: its layers need not look at a layout.
+        alone = layouts[0] if layouts[0].num_rows > 1 else None
+        return [model(ids[0][None], cache=caches[0], layout=alone)[0]]
     layout = BatchLayout(tuple(layouts), tuple(cache.offset for cache in caches))
     cache = BatchCache(caches, layout, scope=model.scope)
     rows = layout.pack(ids, axis=0)

@@ -2,18 +2,20 @@
 
 Every step is one forward over a ``StepLayout`` and one host sync.  Prompt chunks are steps, and
 plain decoding is the layout without drafts and masks, so speculation can only change the speed.
+Plain steps are submitted early (``ahead``).
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
+from contextlib import closing
 from typing import Any
 
+from mlx_mtp.decoding.ahead import StepQueue
 from mlx_mtp.decoding.config import GenerationConfig
 from mlx_mtp.decoding.outcome import StepResult
 from mlx_mtp.decoding.request import Request
 from mlx_mtp.decoding.setup import Progress, make_request, progress_of
-from mlx_mtp.decoding.step import run
 from mlx_mtp.model.mtp_model import MTPModel
 
 __all__ = ["StepResult", "decode"]
@@ -41,7 +43,8 @@ def decode(
             ``explain``.
 
     Yields:
-        Each step that emits ids.  The cache then has the prompt and all emitted ids but the last.
+        Each step that emits ids.  After the last one, or once the generator is closed, the cache
+        has the prompt and all emitted ids but the last; before, it may have that id's row too.
 
     Raises:
         ValueError: an argument is out of range; raised at the call, before any work.
@@ -53,11 +56,11 @@ def decode(
 def _decode(model: MTPModel, request: Request, progress: Progress) -> Steps:
     num_prompt = request.num_prompt_left
     progress(0, num_prompt)
-    while not request.finished:
-        num_left = request.num_prompt_left
-        [outcome] = run(model, [request.plan()])
-        result = request.commit(outcome)
-        if num_left:
-            progress(num_prompt - request.num_prompt_left, num_prompt)
-        if result.tokens:
-            yield result
+    with closing(StepQueue(model, request)) as steps:
+        while not request.finished:
+            num_left = request.num_prompt_left
+            result = steps.run()
+            if num_left:
+                progress(num_prompt - request.num_prompt_left, num_prompt)
+            if result.tokens:
+                yield result

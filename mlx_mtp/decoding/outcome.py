@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import mlx.core as mx
 
@@ -111,22 +112,56 @@ class Verdict(NamedTuple):
     error: Exception | None = None
 
 
-def fetch(pairs: Sequence[tuple[Verdict, Drafts]]) -> list[list[int]]:
-    """The one host sync: the last accepted node, tokens, draft ids and parents of each step."""
+@dataclass(frozen=True, eq=False)
+class Submitted:
+    """Steps that the device runs while the host goes on.
+
+    Attributes:
+        layouts: of each step.
+        verdicts: of each step; none of a prompt chunk.
+        drafts: what the drafters proposed.
+        hidden: final hidden states of each step, ``[rows, D]``.
+        ids: what ``evaluate`` returned; of a prompt chunk what the cache has.
+        began: when the steps began, by ``time.perf_counter``.
+    """
+
+    layouts: list[StepLayout]
+    verdicts: list[Verdict]
+    drafts: list[Drafts]
+    hidden: list[mx.array]
+    ids: list[Any]
+    began: float
+
+    def outcomes(self) -> list[Outcome]:
+        """Wait for the device and read the ids: the one host sync of the steps."""
+        if not self.verdicts:
+            mx.eval(self.ids)
+            return [Outcome(hidden=self.hidden[0])]
+        fetched = [cast(list[int], ids.tolist()) for ids in self.ids]
+        ms = (time.perf_counter() - self.began) * 1e3 if len(fetched) == 1 else math.nan
+        parts = zip(self.layouts, self.verdicts, self.drafts, fetched, self.hidden, strict=True)
+        return [_outcome(*part, ms) for part in parts]
+
+
+def evaluate(verdicts: Sequence[Verdict], drafts: Sequence[Drafts]) -> list[mx.array]:
+    """Let the device compute, in one array per step, the ids that the host will read.
+
+    These are the last accepted node, the tokens, and the draft ids and parents.
+    """
     ids = [
         mx.concatenate([v.last_node[None], v.tokens, d.tokens, *_tree_ids(d.tree)])
-        for v, d in pairs
+        for v, d in zip(verdicts, drafts, strict=True)
     ]
-    probs = [drafts.tree.probs for _, drafts in pairs if drafts.tree is not None]
-    mx.eval(ids, probs, [(drafts.candidates, drafts.probs) for _, drafts in pairs])
-    return [cast(list[int], row.tolist()) for row in ids]
+    probs = [each.tree.probs for each in drafts if each.tree is not None]
+    mx.async_eval(ids, probs, [(each.candidates, each.probs) for each in drafts])
+    return ids
 
 
 def _tree_ids(tree: DraftTree | None) -> list[mx.array]:
     return [] if tree is None else [tree.tokens, tree.parents]
 
 
-def make_outcome(
+def _outcome(
     layout: StepLayout,
     verdict: Verdict,
     drafts: Drafts,

@@ -40,6 +40,7 @@ class Request:
         seed: of the ids of mask rows, if these are random tokens.
         explain: called with a line about every step.
         current: the plan of the step that runs.
+        offset: rows in the cache before that step.
         finish_reason: ``"stop"`` or ``"length"`` at the end.
     """
 
@@ -57,6 +58,7 @@ class Request:
     seed: int = 0
     explain: Callable[[str], None] | None = None
     current: Plan = field(default_factory=lambda: Plan(plain_layout()))
+    offset: int = 0
     finish_reason: str | None = None
 
     @property
@@ -67,23 +69,28 @@ class Request:
     def plan(self) -> Step:
         """Plan the next step: a chunk of the prompt, or drafts to verify and masks."""
         self.cache.begin_step(self.num_prompt_left)
+        self.offset = self.cache.offset
         rest = self.cache.rest_after_chunk(self.num_prompt_left, self.prefill_step_size)
         if rest:
             self.current = Plan(plain_layout(num_pending=self.num_prompt_left - rest))
             parts = (self.ids[:-rest], Drafts.none(), self.target, self.masks, self.key)
             return Step(self.cache, self.current.layout, *parts, is_prompt_chunk=True)
-        room = min(self.room, self.cache.rows_until_change or self.room)
-        self.current = plan = self.planner.plan(
-            num_pending=self.num_prompt_left or 1,
-            room=room,
-            offers=[drafter.offer(room - 1) for drafter in self.drafters],
-            context=self.cache.offset,
-        )
+        self.current = plan = self.choose()
         self.key, propose_key, *keys = mx.random.split(self.key, 4)
         drafts = self._propose(plan, propose_key)
         keys = mx.stack(keys)
         parts = (self.ids, drafts, self.target, self.masks, keys)
         return Step(self.cache, plan.layout, *parts, seed=self.seed)
+
+    def choose(self) -> Plan:
+        """Let the planner choose the next step, which follows ``offset`` rows."""
+        room = min(self.room, self.cache.rows_until_change or self.room)
+        return self.planner.plan(
+            num_pending=self.num_prompt_left or 1,
+            room=room,
+            offers=[drafter.offer(room - 1) for drafter in self.drafters],
+            context=self.offset,
+        )
 
     def commit(self, outcome: Outcome) -> StepResult:
         """Take in what the planned step gave: learn, emit, rewind.
@@ -121,7 +128,7 @@ class Request:
         self.planner.observe(
             self.current,
             last_node=outcome.last_node,
-            context=self.cache.offset - self.current.layout.num_rows,
+            context=self.offset,
             ms=outcome.ms,
         )
         if self.explain:

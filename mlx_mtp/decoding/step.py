@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ import mlx.core as mx
 
 from mlx_mtp.decoding.accept import Target
 from mlx_mtp.decoding.batching import forward, head
-from mlx_mtp.decoding.outcome import Outcome, Verdict, fetch, make_outcome
+from mlx_mtp.decoding.outcome import Outcome, Submitted, Verdict, evaluate
 from mlx_mtp.drafting.drafter import Drafter, Drafts
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.config import MTPConfig
@@ -36,6 +35,8 @@ class Step:
         keys: random keys of acceptance and of drafting within the step, ``[2, ...]``.
         seed: of the ids of mask rows, if these are random tokens.
         is_prompt_chunk: whether its rows only go into the cache, and nothing is emitted.
+        token: the one pending id ``[1]``, on the device, where ``context`` lacks it because it has
+            not been read yet; the step is plain then.
     """
 
     cache: MTPCache
@@ -47,9 +48,12 @@ class Step:
     keys: mx.array
     seed: int = 0
     is_prompt_chunk: bool = False
+    token: mx.array | None = None
 
     def ids(self, config: MTPConfig | None) -> mx.array:
         """Ids of the rows ``[rows]``; see ``mask_ids`` for those of mask rows."""
+        if self.token is not None:
+            return self.token
         pending, layout = self.context[-self.layout.num_pending :], self.layout
         positions = self.cache.offset + layout.mask_positions
         masks = mask_ids(config, layout.mask_offsets, positions, seed=self.seed).tolist()
@@ -69,12 +73,17 @@ def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
         model: the model.
         steps: one step, or one per answer if ``can_batch(model)``; no prompt chunk in a batch.
     """
+    return submit(model, steps).outcomes()
+
+
+def submit(model: MTPModel, steps: Sequence[Step]) -> Submitted:
+    """Let the device begin with steps, which ``run`` also waits for."""
     began = time.perf_counter()
     ids, layouts = [step.ids(model.config) for step in steps], [step.layout for step in steps]
     rows = forward(model, ids, [step.cache for step in steps], layouts)
     if steps[0].is_prompt_chunk:
-        mx.eval(steps[0].cache.state)
-        return [Outcome(hidden=rows[0])]
+        mx.async_eval(steps[0].cache.state)
+        return Submitted(layouts, [], [], rows, steps[0].cache.state, began)
     # From here on a step's rows begin with its first verify row: [d + 1 + masks, D].
     hidden = [rows[i][layout.num_pending - 1 :] for i, layout in enumerate(layouts)]
     verify = [hidden[i][: layout.num_draft_tokens + 1] for i, layout in enumerate(layouts)]
@@ -82,10 +91,7 @@ def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
     logits = head(model, hidden if one_pass else verify)
     verdicts = [_verify(step, logits[i][: len(verify[i])]) for i, step in enumerate(steps)]
     drafts = _draft(model, steps, verdicts, hidden, logits if one_pass else None)
-    fetched = fetch(list(zip(verdicts, drafts, strict=True)))
-    ms = (time.perf_counter() - began) * 1e3 if len(steps) == 1 else math.nan
-    parts = zip(layouts, verdicts, drafts, fetched, rows, strict=True)
-    return [make_outcome(*part, ms) for part in parts]
+    return Submitted(layouts, verdicts, drafts, rows, evaluate(verdicts, drafts), began)
 
 
 def _verify(step: Step, logits: mx.array) -> Verdict:

@@ -73,7 +73,7 @@ class Plan:
         return ((self.source, count),) if self.source else ()
 
     def report(self, num_accepted: int, ms: float) -> str:
-        """One line for ``--explain`` about the step that ran; ``ms`` is NaN in a batch."""
+        """One line for ``--explain`` about the step that ran; ``ms`` may be NaN."""
         masks = ",".join(map(str, self.layout.mask_counts))
         count = self.layout.num_draft_tokens
         drafts = f"{count} {self.source} drafts" if self.source else "no drafts"
@@ -84,5 +84,5 @@ class Plan:
                 f"at the cost of {self.expected_ms / self.plain_ms:.2f} plain steps"
             )
         text += ", probe" if self.is_probe else ""
-        duration = "in a batch" if math.isnan(ms) else f"{ms:.1f} ms"
+        duration = "not timed" if math.isnan(ms) else f"{ms:.1f} ms"
         return f"{text} -> {num_accepted} accepted, {duration}"

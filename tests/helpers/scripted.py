@@ -108,6 +108,7 @@ class TableCache:
     """Counts rows."""
 
     rows_until_change = None
+    drops_rows = False
 
     def __init__(self) -> None:
         self.offset = 0

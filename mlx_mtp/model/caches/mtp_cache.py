@@ -282,9 +282,11 @@ class MTPCache:
 
     @property
     def _awaits_quantisation(self) -> bool:
+        if self.kv_bits is None:
+            return False
         attention = self.attention_layers
         is_quantised = any(isinstance(layer, QuantizedLayerCache) for layer in attention)
-        return self.kv_bits is not None and bool(attention) and not is_quantised
+        return bool(attention) and not is_quantised
 
     def _quantise(self, layer: AnyLayerCache) -> Any:
         if isinstance(layer, LayerCacheList):
