@@ -81,10 +81,10 @@ class StepTimer:
         self.disturbed = False
         self._model = model
         self._cache = model.make_cache()
-        self._drafter = MaskTokenDrafter(model, None)
         # All different: in a model of experts, rows of one id would choose the same experts, of
         # which fewer are then read than for the rows of a text.
         self._ids = [(7 * index + 1) % model.vocab_size for index in range(context)]
+        self._drafter = MaskTokenDrafter(model, None, self._ids)
         self._cache.begin_step()
         mx.eval(model(mx.array([self._ids]), cache=self._cache))
 

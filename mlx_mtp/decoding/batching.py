@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from mlx_mtp.model.caches.batch import BatchCache
 from mlx_mtp.model.caches.mtp_cache import MTPCache
+from mlx_mtp.model.head import PartialHead
 from mlx_mtp.model.layout import BatchLayout, StepLayout, plain_layout, quadratic_layout
 from mlx_mtp.model.mtp_model import MTPModel
 
@@ -47,7 +48,7 @@ def forward(
     return layout.unpack(model(rows[None], cache=cache, layout=layout)[0], axis=0)
 
 
-def head(model: MTPModel, parts: Sequence[mx.array]) -> list[mx.array]:
+def head(model: MTPModel | PartialHead, parts: Sequence[mx.array]) -> list[mx.array]:
     """Logits ``[n, V]`` of several arrays of hidden states ``[n, D]``, in one pass of the head."""
     if len(parts) < 2:
         return [model.logits(part[None])[0] for part in parts]

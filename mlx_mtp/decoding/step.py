@@ -202,7 +202,7 @@ def _draft(
     needed = [s.drafter.rows(s.layout, verdicts[i].num_accepted) for i, s in enumerate(steps)]
     rows = {i: indices for i, indices in enumerate(needed) if indices is not None}
     states = [hidden[i][indices] for i, indices in rows.items()]
-    heads = [logits[i][rows[i]] for i in rows] if logits else head(model, states)
+    heads = [logits[i][rows[i]] for i in rows] if logits else head(model.frequent or model, states)
     for i, state, mask_logits in zip(rows, states, heads, strict=True):
         step, bonus = steps[i], verdicts[i].tokens[verdicts[i].num_accepted]
         drafts[i] = step.drafter.draft(state, mask_logits, bonus, key=step.keys[1])

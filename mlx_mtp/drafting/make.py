@@ -58,7 +58,7 @@ class Answer:
 
 
 def _mask(answer: Answer) -> Drafter:
-    return MaskTokenDrafter(answer.model, answer.distribution)
+    return MaskTokenDrafter(answer.model, answer.distribution, answer.ids)
 
 
 def _lookup(answer: Answer) -> Drafter:

@@ -1,16 +1,19 @@
 """Drafts from mask tokens: hidden states of mask rows in, draft tokens out.
 
-The base model's head ranks the whole vocabulary for each mask row in one matmul; the sampler head
+The base model's head ranks the draft vocabulary for each mask row in one matmul; the sampler head
 then re-ranks only a shortlist of it, one draft after the other, each conditioned on the draft
 before.  k full unembeddings in a row would cost half a small model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 
 from mlx_mtp.drafting.drafter import CommittedStep, Distribution, Drafter, Drafts
 from mlx_mtp.drafting.shortlist import SHORTLIST, shortlisted
+from mlx_mtp.drafting.vocabulary import ConversationVocabulary, RowLogits
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.offer import Offer
@@ -24,14 +27,20 @@ class MaskTokenDrafter(Drafter):
         model: the model with its adapter.
         distribution: turns logits into the probabilities that drafts are drawn from, those of the
             answer, which makes min(target, draft) large; None drafts the most likely tokens.
+        ids: the conversation so far, whose tokens join the draft vocabulary.
     """
 
     source = MASK
 
-    def __init__(self, model: MTPModel, distribution: Distribution | None) -> None:
+    def __init__(
+        self, model: MTPModel, distribution: Distribution | None, ids: Sequence[int] = ()
+    ) -> None:
         self._model = model
         self._distribution = distribution
         self._drafts = Drafts.none()
+        self._vocabulary: ConversationVocabulary | None = None
+        if model.frequent is not None:
+            self._vocabulary = ConversationVocabulary(model, model.frequent, ids)
 
     @property
     def waiting(self) -> Drafts:
@@ -48,6 +57,8 @@ class MaskTokenDrafter(Drafter):
 
     def commit(self, step: CommittedStep) -> None:
         """Keep the new drafts, of which a step makes as many as its largest mask group has."""
+        if self._vocabulary is not None:
+            self._vocabulary.add(step.next_ids)
         self._drafts = step.drafts.first(step.layout.mask_counts[step.num_accepted])
 
     def rows(self, layout: StepLayout, num_accepted: mx.array) -> mx.array | None:
@@ -60,8 +71,17 @@ class MaskTokenDrafter(Drafter):
         self, hidden: mx.array, logits: mx.array, previous: mx.array, *, key: mx.array
     ) -> Drafts:
         """Draft one token per mask row."""
+        rows = RowLogits(logits)
+        if self._vocabulary is not None:
+            rows = self._vocabulary.rate(hidden, logits)
         return draft_tokens(
-            self._model, hidden, logits, previous, distribution=self._distribution, key=key
+            self._model,
+            hidden,
+            rows.logits,
+            previous,
+            ids=rows.ids,
+            distribution=self._distribution,
+            key=key,
         )
 
 
@@ -71,6 +91,7 @@ def draft_tokens(
     logits: mx.array,
     previous: mx.array,
     *,
+    ids: mx.array | None = None,
     distribution: Distribution | None = None,
     key: mx.array,
     shortlist: int = SHORTLIST,
@@ -80,16 +101,18 @@ def draft_tokens(
     Args:
         model: the model with its adapter.
         hidden: final hidden states of a mask group, ``[m, D]``.
-        logits: the base model's logits for them, ``[m, V]``.
+        logits: the base model's logits for them, ``[m, N]``.
         previous: the token before the first draft, scalar.
+        ids: the tokens that the logits are of, ``[N]``; None for all tokens in order.
         distribution: turns logits ``[..., V]`` into the probabilities that drafts are drawn from;
             None drafts the most likely tokens.
         key: random key.
         shortlist: how many candidates the sampler head re-ranks.
     """
-    candidates = shortlisted(logits, shortlist)
+    places = shortlisted(logits, shortlist)
+    candidates = places if ids is None else ids[places]
     if model.sampler_head is None:
-        scores = mx.take_along_axis(logits, candidates, axis=-1)
+        scores = mx.take_along_axis(logits, places, axis=-1)
         return _chain(candidates, lambda j, _: scores[j], previous, distribution, key)
     head = model.sampler_head
     unembed = model.unembed_rows(candidates)  # [m, S, D]
