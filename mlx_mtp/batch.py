@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from mlx_lm.generate import BatchResponse
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from mlx_mtp.decoding.outcome import StepResult
     from mlx_mtp.decoding.request import Request
-    from mlx_mtp.decoding.step import StepResult
     from mlx_mtp.model.caches.mtp_cache import MTPCache
     from mlx_mtp.model.mtp_model import MTPModel
 

@@ -35,7 +35,7 @@ from mlx_mtp.text.reasoning import Reasoning, open_suffix
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-    from mlx_mtp.decoding.step import StepResult
+    from mlx_mtp.decoding.outcome import StepResult
     from mlx_mtp.model.caches.mtp_cache import MTPCache
     from mlx_mtp.model.mtp_model import MTPModel
 

@@ -23,7 +23,8 @@ from mlx_mtp.apps.engine.protocol import (
     Started,
     Submit,
 )
-from mlx_mtp.decoding.step import Outcome, Step
+from mlx_mtp.decoding.outcome import Outcome
+from mlx_mtp.decoding.step import Step
 from mlx_mtp.terminal import one_line
 
 

@@ -14,8 +14,9 @@ from mlx_mtp.apps.engine.protocol import Finished, Group, JobMessage, Prefill, S
 from mlx_mtp.apps.engine.token_text import AnswerLogprobs, TokenTexts
 from mlx_mtp.apps.engine.tool_calls import ToolCallReader
 from mlx_mtp.calibration.stored_costs import store_learned
+from mlx_mtp.decoding.outcome import Outcome, StepResult
 from mlx_mtp.decoding.setup import make_request
-from mlx_mtp.decoding.step import Outcome, Step, StepResult
+from mlx_mtp.decoding.step import Step
 from mlx_mtp.drafting.draft_model import DraftText
 from mlx_mtp.generate import TextStream, drafts_tokens
 from mlx_mtp.model.mtp_model import MTPModel

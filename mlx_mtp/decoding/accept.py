@@ -8,6 +8,13 @@ accepted, one more token is drawn from the target.  The emitted tokens then foll
 exactly.
 A sampler that is a function, as in mlx-lm: it draws a token for every row, and a draft is accepted
 if it is the token drawn.  The emitted tokens are then the sampler's own.
+
+Drafts that branch are chosen, not drawn, and are accepted in that last way whoever draws: at every
+node a token is drawn from the target after that node, and the path follows the child that has it.
+At each node of the path the emitted token is a draw from the target there, whatever the children
+are, so the emitted tokens follow the target exactly.  (It is the multi-candidate rejection sampling
+of SpecInfer, arXiv 2305.09781, for one-hot draft distributions: a candidate is accepted with the
+probability that the target has for it, and the next one with its share of what is left.)
 """
 
 from __future__ import annotations
@@ -25,6 +32,14 @@ from mlx_mtp.decoding.sampling import (
     target_probs,
 )
 from mlx_mtp.drafting.drafter import Drafts
+from mlx_mtp.model.layout import tree_ancestry
+
+Accepted = tuple[mx.array, mx.array]
+"""The token that follows each node of the drafts, ``[d+1]``, and the last accepted node, a scalar.
+
+Those of node 0 and of the nodes on the path to the last accepted one are emitted.  In a chain these
+are the first ``last_node + 1``, and ``last_node`` is the number of accepted drafts.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,59 +81,94 @@ class Target:
             sampler=sampler,
         )
 
-    def process(self, logits: mx.array, *, context: Sequence[int], drafts: Drafts) -> mx.array:
+    def process(
+        self,
+        logits: mx.array,
+        *,
+        context: Sequence[int],
+        drafts: Drafts,
+        parents: Sequence[int] | None = None,
+    ) -> mx.array:
         """Apply the processors to the verify rows ``[d+1, V]`` along the drafts."""
         if not self.processors:
             return logits
         return process_logits(
-            logits, context=context, drafts=drafts.ids(), processors=self.processors
+            logits,
+            context=context,
+            drafts=drafts.ids(),
+            parents=parents,
+            processors=self.processors,
         )
 
     def accept(
-        self, logits: mx.array, drafts: Drafts, *, key: mx.array
-    ) -> tuple[mx.array, mx.array]:
-        """Accept drafts by the processed logits ``[d+1, V]``.
-
-        Returns:
-            tokens ``[d+1]``, of which the first ``num_accepted + 1`` are emitted, and num_accepted.
-        """
+        self,
+        logits: mx.array,
+        drafts: Drafts,
+        *,
+        key: mx.array,
+        parents: Sequence[int] | None = None,
+    ) -> Accepted:
+        """Accept drafts by the processed logits ``[d+1, V]``; ``parents`` as in ``StepLayout``."""
+        tree = () if parents is None else (parents,)
         if self.sampler is not None:
-            return accept_drawn(logits, drafts.tokens, self.sampler)
+            return accept_drawn(logits, drafts.tokens, self.sampler, *tree)
         if self.sampling.greedy:
-            return accept_greedy(logits, drafts.tokens)
+            return accept_greedy(logits, drafts.tokens, *tree)
         probs = target_probs(logits, self.sampling)
+        if parents is not None:
+            return last_accepted(_draw(probs, key), drafts.tokens, parents)
         return accept_sampled(probs, drafts.tokens, drafts.candidates, drafts.probs, key=key)
 
 
-def accept_greedy(logits: mx.array, drafts: mx.array) -> tuple[mx.array, mx.array]:
+def accept_greedy(
+    logits: mx.array, drafts: mx.array, parents: Sequence[int] | None = None
+) -> Accepted:
     """Accept drafts that equal the model's own argmax.
 
     Args:
         logits: ``[d+1, V]``, processed.
         drafts: ``[d]``.
-
-    Returns:
-        tokens ``[d+1]``, of which the first ``num_accepted + 1`` are emitted, and num_accepted.
+        parents: the node that each draft follows; None for a chain.
     """
-    tokens = mx.argmax(logits, axis=-1).astype(mx.int32)
-    return tokens, count_accepted(tokens[:-1] == drafts)
+    return last_accepted(mx.argmax(logits, axis=-1).astype(mx.int32), drafts, parents)
 
 
-def accept_drawn(logits: mx.array, drafts: mx.array, sampler: Sampler) -> tuple[mx.array, mx.array]:
+def accept_drawn(
+    logits: mx.array,
+    drafts: mx.array,
+    sampler: Sampler,
+    parents: Sequence[int] | None = None,
+) -> Accepted:
     """Accept drafts that equal the tokens that a sampler draws.
 
     Args:
         logits: ``[d+1, V]``, processed.
         drafts: ``[d]``.
         sampler: called with the log-probabilities of one row after the other.
-
-    Returns:
-        tokens ``[d+1]``, of which the first ``num_accepted + 1`` are emitted, and num_accepted.
+        parents: the node that each draft follows; None for a chain.
     """
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     rows = [sampler(logprobs[j : j + 1]).reshape(1) for j in range(logits.shape[0])]
-    tokens = mx.concatenate(rows).astype(mx.int32)
-    return tokens, count_accepted(tokens[:-1] == drafts)
+    return last_accepted(mx.concatenate(rows).astype(mx.int32), drafts, parents)
+
+
+def last_accepted(
+    tokens: mx.array, drafts: mx.array, parents: Sequence[int] | None = None
+) -> Accepted:
+    """Accept the drafts on the longest path on which every draft is the token of its parent.
+
+    Args:
+        tokens: the token that follows each node, ``[d+1]``.
+        drafts: ``[d]``.
+        parents: the node that each draft follows; None for a chain.
+    """
+    if parents is None:
+        return tokens, count_accepted(tokens[:-1] == drafts)
+    is_wrong = tokens[mx.array(parents, mx.int32)] != drafts
+    ancestry = tree_ancestry(parents)
+    num_wrong = mx.where(mx.array(ancestry[:, 1:]), is_wrong, False).sum(axis=1)
+    depths = mx.array(ancestry.sum(axis=1), mx.int32)  # of siblings with one token the first counts
+    return tokens, mx.argmax(mx.where(num_wrong == 0, depths, 0)).astype(mx.int32)
 
 
 def accept_sampled(
@@ -128,8 +178,8 @@ def accept_sampled(
     draft_probs: mx.array,
     *,
     key: mx.array,
-) -> tuple[mx.array, mx.array]:
-    """Accept drafts by rejection sampling.
+) -> Accepted:
+    """Accept the drafts of a chain by rejection sampling.
 
     Args:
         probs: the target distributions, ``[d+1, V]``.
@@ -137,9 +187,6 @@ def accept_sampled(
         candidates: ids that the draft distributions are over, distinct in a row, ``[d, S]``.
         draft_probs: ``[d, S]``; everything outside ``candidates`` has probability 0.
         key: random key.
-
-    Returns:
-        tokens ``[d+1]``, of which the first ``num_accepted + 1`` are emitted, and num_accepted.
     """
     accept_key, bonus_key = mx.random.split(key)
     num_drafts = drafts.size
@@ -168,5 +215,5 @@ def count_accepted(accepted: mx.array) -> mx.array:
 
 
 def _draw(weights: mx.array, key: mx.array) -> mx.array:
-    """Draw an index from unnormalised weights ``[V]``."""
+    """Draw an index from unnormalised weights ``[..., V]``."""
     return mx.random.categorical(mx.log(weights), key=key).astype(mx.int32)

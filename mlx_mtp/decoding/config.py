@@ -44,7 +44,8 @@ class GenerationConfig:
             used by the text functions only, and without effect where a model has no such marks.
         stop: strings that end the answer and are not part of it; used by the text functions only.
         seed: random seed; None draws one from mlx's global state.
-        layout: ``"auto"``, ``"linear"``, ``"quadratic"`` or ``"plain"``.
+        layout: ``"auto"``, ``"tree"``, ``"linear"``, ``"quadratic"`` or ``"plain"``.
+        max_rows: maximum rows of a step with layout ``"tree"``.
         num_draft_tokens: maximum drafts per step; by default that of the drafter, k of an adapter.
         drafter: what proposes drafts; ``"auto"`` uses all that the model has the means for.
         lookup: whether ``"auto"`` may take drafts from the text so far.
@@ -63,6 +64,7 @@ class GenerationConfig:
         None, "Random seed; makes sampling repeatable.", min=0, max=2**63 - 1
     )
     layout: str = setting("auto", "Placement of mask tokens in a step.", choices=LAYOUTS)
+    max_rows: int = setting(16, "Maximum number of rows per step with layout tree.", min=1)
     num_draft_tokens: int | None = setting(
         None, "Maximum number of draft tokens per step; by default that of the drafter.", min=0
     )
@@ -88,7 +90,7 @@ class GenerationConfig:
             raise ValueError(
                 f"max_tokens must be at least 1, or -1 for no limit, got {self.max_tokens}"
             )
-        for name in ("num_draft_tokens", "prefill_step_size", "thinking_budget"):
+        for name in ("max_rows", "num_draft_tokens", "prefill_step_size", "thinking_budget"):
             limit = _LIMITS[name]["min"]
             value = getattr(self, name)
             if value is not None and value < limit:

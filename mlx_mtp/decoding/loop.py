@@ -10,9 +10,10 @@ from collections.abc import Generator, Sequence
 from typing import Any
 
 from mlx_mtp.decoding.config import GenerationConfig
+from mlx_mtp.decoding.outcome import StepResult
 from mlx_mtp.decoding.request import Request
 from mlx_mtp.decoding.setup import Progress, make_request, progress_of
-from mlx_mtp.decoding.step import StepResult, run
+from mlx_mtp.decoding.step import run
 from mlx_mtp.model.mtp_model import MTPModel
 
 __all__ = ["StepResult", "decode"]

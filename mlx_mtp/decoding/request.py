@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 
 from mlx_mtp.decoding.accept import Target
-from mlx_mtp.decoding.step import Outcome, Step, StepResult
+from mlx_mtp.decoding.outcome import Outcome, StepResult
+from mlx_mtp.decoding.step import Step
 from mlx_mtp.drafting.drafter import Drafter, Drafts
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import plain_layout
@@ -79,10 +80,7 @@ class Request:
             context=self.cache.offset,
         )
         self.key, propose_key, *keys = mx.random.split(self.key, 4)
-        drafts = Drafts.none()
-        if count := plan.layout.num_draft_tokens:
-            [drafter] = [each for each in self.drafters if each.source == plan.source]
-            drafts = drafter.propose(count, key=propose_key)
+        drafts = self._propose(plan, propose_key)
         keys = mx.stack(keys)
         parts = (self.ids, drafts, self.target, self.masks, keys)
         return Step(self.cache, plan.layout, *parts, seed=self.seed)
@@ -102,17 +100,27 @@ class Request:
         if tokens:  # none of a prompt chunk
             self._observe(outcome)
             tokens, self.finish_reason = self._cut(tokens)
-            self.cache.rewind(layout.num_rows - layout.num_pending + 1 - len(tokens))
+            kept = layout.rows_to(outcome.last_node)[: layout.num_pending - 1 + len(tokens)]
+            self.cache.keep_rows(kept, of=layout.num_rows)
             self.ids = [*self.ids, *tokens]
             self.room -= len(tokens)
         self._let_drafters_commit(outcome, num_emitted=len(tokens))
         return outcome.result(self.current, tokens, self.finish_reason)
 
+    def _propose(self, plan: Plan, key: mx.array) -> Drafts:
+        """Let the drafter that the plan chose propose its drafts."""
+        if not plan.layout.num_draft_tokens:
+            return Drafts.none()
+        [drafter] = [each for each in self.drafters if each.source == plan.source]
+        if plan.nodes is not None:
+            return drafter.propose_tree(plan.nodes)
+        return drafter.propose(plan.layout.num_draft_tokens, key=key)
+
     def _observe(self, outcome: Outcome) -> None:
         """Let the planner learn from a step before its ids are cut."""
         self.planner.observe(
             self.current,
-            num_accepted=outcome.num_accepted,
+            last_node=outcome.last_node,
             context=self.cache.offset - self.current.layout.num_rows,
             ms=outcome.ms,
         )

@@ -127,13 +127,15 @@ def process_logits(
     context: Sequence[int],
     drafts: Sequence[int],
     processors: Sequence[LogitsProcessor],
+    parents: Sequence[int] | None = None,
 ) -> mx.array:
-    """Apply logits processors to each verify row along the drafted prefix.
+    """Apply logits processors to each verify row along the drafts before it.
 
     Args:
-        logits: ``[d+1, V]``, row j follows ``context`` and the first j drafts.
+        logits: ``[d+1, V]``, row j follows ``context`` and the drafts up to draft j.
         context: every id up to and including the last pending one.
         drafts: the d draft ids.
+        parents: the node that each draft follows, as in ``StepLayout``; None for a chain.
         processors: mlx-lm's, each ``(tokens [n], logits [1, V]) -> [1, V]``.
 
     Returns:
@@ -141,14 +143,19 @@ def process_logits(
     """
     if not processors:
         return logits
-    tokens = mx.array([*context, *drafts])
-    rows = []
-    for j in range(logits.shape[0]):
-        row = logits[j : j + 1]
+    paths: list[tuple[int, ...]] = [()]
+    followed = range(len(drafts)) if parents is None else parents
+    for token, parent in zip(drafts, followed, strict=True):
+        paths.append((*paths[parent], token))
+    before, rows = mx.array(context), {}
+    # Processors that follow the text step back as rarely as possible if branches are not mixed.
+    for j in sorted(range(len(paths)), key=lambda j: paths[j]):
+        path = mx.array(paths[j], before.dtype)
+        tokens, row = mx.concatenate([before, path]), logits[j : j + 1]
         for processor in processors:
-            row = processor(tokens[: len(context) + j], row)
-        rows.append(row)
-    return mx.concatenate(rows)
+            row = processor(tokens, row)
+        rows[j] = row
+    return mx.concatenate([rows[j] for j in range(len(paths))])
 
 
 def target_probs(logits: mx.array, sampling: Sampling) -> mx.array:

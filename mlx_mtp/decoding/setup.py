@@ -18,7 +18,7 @@ from mlx_mtp.drafting.make import Answer, answer_sources, make_drafters
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
-from mlx_mtp.planning.plan import MASK
+from mlx_mtp.planning.plan import MASK, TREE
 from mlx_mtp.planning.planner import make_planner
 
 Progress = Callable[[int, int], None]
@@ -118,6 +118,7 @@ def make_request(
         config.layout,
         num_draft_tokens=k,
         max_drafts=config.num_draft_tokens,
+        max_rows=config.max_rows,
         speculation=known,
     )
     if explain and config.layout == "auto" and known.costs.curve.doubt:
@@ -136,6 +137,7 @@ def make_request(
         cache=cache,
         distribution=target.sampling.distribution,
         speculation=known,
+        trees=_uses_trees(config, target, cache),
         max_drafts=config.num_draft_tokens,
         lookup_ids=[list(map(int, text)) for text in lookup_ids],
         draft_model=draft_model,
@@ -158,3 +160,13 @@ def make_request(
         seed=config.seed or 0,
         explain=explain,
     )
+
+
+def _uses_trees(config: GenerationConfig, target: Target, cache: MTPCache) -> bool:
+    """Whether drafts may branch.
+
+    When tokens are drawn, layout auto keeps to chains, whose drafts are drawn too: rejection
+    sampling accepts them more often than the likeliest tokens are drawn.
+    """
+    is_greedy = target.sampling.greedy and target.sampler is None
+    return cache.supports_trees and (config.layout == TREE or config.layout == "auto" and is_greedy)

@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Generator, Sequence
 
 from mlx_mtp.decoding.grouping import StepGrouper
+from mlx_mtp.decoding.outcome import StepResult
 from mlx_mtp.decoding.request import Request
-from mlx_mtp.decoding.step import StepResult, run
+from mlx_mtp.decoding.step import run
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
 

@@ -11,6 +11,7 @@ from mlx_mtp.drafting.drafter import Distribution, Drafter
 from mlx_mtp.drafting.heads import HeadsDrafter
 from mlx_mtp.drafting.lookup import LookupDrafter, text_of
 from mlx_mtp.drafting.mask_tokens import MaskTokenDrafter
+from mlx_mtp.drafting.mask_trees import MaskTreeDrafter
 from mlx_mtp.drafting.native import NativeDrafter
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.mtp_model import MTPModel
@@ -38,6 +39,7 @@ class Answer:
         distribution: turns logits into the probabilities that drafts are drawn from; None drafts
             the most likely tokens.
         speculation: what is known about drafts in general.
+        trees: whether mask tokens should draft trees.
         max_drafts: maximum drafts per step; None leaves it to the drafter.
         draft_model: the draft model, if there is one.
         num_before: ids in the cache before ``ids``, which are not known.
@@ -50,6 +52,7 @@ class Answer:
     cache: MTPCache
     distribution: Distribution | None
     speculation: Speculation
+    trees: bool = False
     max_drafts: int | None = None
     lookup_ids: Sequence[Sequence[int]] = ()
     draft_model: MTPModel | None = None
@@ -58,7 +61,10 @@ class Answer:
 
 
 def _mask(answer: Answer) -> Drafter:
-    return MaskTokenDrafter(answer.model, answer.distribution, answer.ids)
+    model, distribution, ids = answer.model, answer.distribution, answer.ids
+    if answer.trees:
+        return MaskTreeDrafter(model, distribution, answer.speculation, ids)
+    return MaskTokenDrafter(model, distribution, ids)
 
 
 def _lookup(answer: Answer) -> Drafter:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 
 from mlx_mtp.drafting.drafter import CommittedStep, Distribution, Drafter, Drafts
-from mlx_mtp.drafting.shortlist import SHORTLIST, shortlisted
+from mlx_mtp.drafting.shortlist import SHORTLIST
 from mlx_mtp.drafting.vocabulary import ConversationVocabulary, RowLogits
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
@@ -57,41 +57,42 @@ class MaskTokenDrafter(Drafter):
 
     def commit(self, step: CommittedStep) -> None:
         """Keep the new drafts, of which a step makes as many as its largest mask group has."""
-        if self._vocabulary is not None:
-            self._vocabulary.add(step.next_ids)
-        self._drafts = step.drafts.first(step.layout.mask_counts[step.num_accepted])
+        self._take_up(step.next_ids)
+        self._drafts = step.drafts.first(step.layout.mask_counts[step.last_node])
 
-    def rows(self, layout: StepLayout, num_accepted: mx.array) -> mx.array | None:
-        """The mask group after the accepted prefix."""
+    def rows(self, layout: StepLayout, last_node: mx.array) -> mx.array | None:
+        """The mask group after the last accepted draft."""
         if layout.num_masks == 0:
             return None
-        return layout.group_rows[num_accepted] - (layout.num_pending - 1)
+        return layout.group_rows[last_node] - (layout.num_pending - 1)
 
     def draft(
         self, hidden: mx.array, logits: mx.array, previous: mx.array, *, key: mx.array
     ) -> Drafts:
         """Draft one token per mask row."""
-        rows = RowLogits(logits)
-        if self._vocabulary is not None:
-            rows = self._vocabulary.rate(hidden, logits)
+        rows = self._rate(hidden, logits)
         return draft_tokens(
-            self._model,
-            hidden,
-            rows.logits,
-            previous,
-            ids=rows.ids,
-            distribution=self._distribution,
-            key=key,
+            self._model, hidden, rows, previous, distribution=self._distribution, key=key
         )
+
+    def _rate(self, hidden: mx.array, logits: mx.array) -> RowLogits:
+        """Logits of the draft vocabulary; ``hidden`` and ``logits`` are those of ``draft``."""
+        if self._vocabulary is None:
+            return RowLogits(logits)
+        return self._vocabulary.rate(hidden, logits)
+
+    def _take_up(self, ids: Sequence[int]) -> None:
+        """Let tokens of the conversation join the draft vocabulary."""
+        if self._vocabulary is not None:
+            self._vocabulary.add(ids)
 
 
 def draft_tokens(
     model: MTPModel,
     hidden: mx.array,
-    logits: mx.array,
+    rows: RowLogits,
     previous: mx.array,
     *,
-    ids: mx.array | None = None,
     distribution: Distribution | None = None,
     key: mx.array,
     shortlist: int = SHORTLIST,
@@ -101,18 +102,15 @@ def draft_tokens(
     Args:
         model: the model with its adapter.
         hidden: final hidden states of a mask group, ``[m, D]``.
-        logits: the base model's logits for them, ``[m, N]``.
+        rows: the base model's logits for them.
         previous: the token before the first draft, scalar.
-        ids: the tokens that the logits are of, ``[N]``; None for all tokens in order.
         distribution: turns logits ``[..., V]`` into the probabilities that drafts are drawn from;
             None drafts the most likely tokens.
         key: random key.
         shortlist: how many candidates the sampler head re-ranks.
     """
-    places = shortlisted(logits, shortlist)
-    candidates = places if ids is None else ids[places]
+    candidates, scores = rows.shortlist(shortlist)
     if model.sampler_head is None:
-        scores = mx.take_along_axis(logits, places, axis=-1)
         return _chain(candidates, lambda j, _: scores[j], previous, distribution, key)
     head = model.sampler_head
     unembed = model.unembed_rows(candidates)  # [m, S, D]

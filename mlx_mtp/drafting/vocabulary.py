@@ -15,6 +15,7 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_mtp.drafting.shortlist import shortlisted
 from mlx_mtp.model.head import PartialHead
 from mlx_mtp.model.mtp_model import MTPModel
 
@@ -30,6 +31,12 @@ class RowLogits(NamedTuple):
 
     logits: mx.array
     ids: mx.array | None = None
+
+    def shortlist(self, size: int) -> tuple[mx.array, mx.array]:
+        """The likeliest tokens of each row and their logits, ``[m, min(size, N)]`` each."""
+        places = shortlisted(self.logits, size)
+        scores = mx.take_along_axis(self.logits, places, axis=-1)
+        return places if self.ids is None else self.ids[places], scores
 
 
 def frequent_head(model: MTPModel, *, size: int = SIZE) -> PartialHead | None:

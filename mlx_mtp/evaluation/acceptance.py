@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.drafting.mask_tokens import SHORTLIST, shortlisted
+from mlx_mtp.drafting.shortlist import SHORTLIST, shortlisted
 from mlx_mtp.evaluation.forward import draft_states, ordinary_rows
 from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.evaluation.statistics import by_frequency, rank_counts

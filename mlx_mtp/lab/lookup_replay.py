@@ -65,10 +65,10 @@ def replay_text(text: GreedyText, known: Speculation, costs: StepCosts) -> Tally
         if emitted:
             ms = costs.ms(plan.layout.num_rows, 0, context)
             tally.add(Tally(clocked=len(tokens), ms=ms, rows=plan.layout.num_rows))
-        planner.observe(plan, num_accepted=accepted, context=context, ms=ms or np.nan)
+        planner.observe(plan, last_node=accepted, context=context, ms=ms or np.nan)
         drafter.commit(
             CommittedStep(
-                layout=plan.layout, source=plan.source, num_accepted=accepted, tokens=tokens,
+                layout=plan.layout, source=plan.source, last_node=accepted, tokens=tokens,
                 next_ids=tokens, hidden=_NO_HIDDEN, drafts=Drafts.none(),
             )
         )  # fmt: skip

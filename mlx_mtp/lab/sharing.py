@@ -22,9 +22,10 @@ from mlx_mtp.calibration.stored_costs import calibrate, speculation_for
 from mlx_mtp.cli.options import ADAPTER_PATH, MODEL, ListOf, option
 from mlx_mtp.decoding.config import GenerationConfig
 from mlx_mtp.decoding.grouping import StepGrouper
+from mlx_mtp.decoding.outcome import Outcome
 from mlx_mtp.decoding.request import Request
 from mlx_mtp.decoding.setup import make_request
-from mlx_mtp.decoding.step import Outcome, Step
+from mlx_mtp.decoding.step import Step
 from mlx_mtp.decoding.step import run as run_steps
 from mlx_mtp.evaluation.prompts import builtin_prompts
 from mlx_mtp.lab.commands import command, machine_info

@@ -10,6 +10,15 @@ plain trim, the LoRA gate a single split index and every mask group contiguous.
     m_1  m_2         1 2        x_0            and its own group so far
     m_1  m_2         2 3        x_0 d_1        and its own group so far
     m_1  m_2         3 4        x_0 d_1 d_2    and its own group so far
+
+Drafts may branch.  Node 0 is the last pending row, node j is draft j, and each draft follows an
+earlier node, its parent.  A row sees its ancestors in place of all rows before it, and its position
+counts them.  A chain is the tree in which every node follows the one before.
+
+                     position   sees
+    x_0  d_1  d_2    0 1 1      d_1 and d_2 both follow x_0 and do not see each other
+    d_3              2          x_0 d_2 d_3: it follows d_2
+    m_1              3          x_0 d_2 d_3    a mask after node 3
 """
 
 from __future__ import annotations
@@ -35,13 +44,21 @@ class StepLayout:
         num_pending: ordinary rows before the first draft, at least 1.
         num_draft_tokens: drafts to verify in this step.
         mask_counts: masks after the last pending row and after each draft, ``[1 + drafts]``.
+        parents: the node that each draft follows, ``[drafts]``: 0 is the last pending row, j is
+            draft j, and a parent comes before its children.  None for a chain, in which each draft
+            follows the one before; a chain that is spelled out becomes None.
     """
 
     num_pending: int
     num_draft_tokens: int
     mask_counts: tuple[int, ...]
+    parents: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        if self.parents is not None:
+            _check_parents(self.parents, self.num_draft_tokens)
+            is_chain = self.parents == tuple(range(self.num_draft_tokens))
+            object.__setattr__(self, "parents", None if is_chain else tuple(self.parents))
         if self.num_pending < 1 or self.num_draft_tokens < 0:
             raise ValueError(f"a step needs a pending row: {self}")
         if len(self.mask_counts) != self.num_draft_tokens + 1 or min(self.mask_counts) < 0:
@@ -69,8 +86,37 @@ class StepLayout:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether every row's position follows that of the row before."""
-        return self.num_masks == 0
+        """Whether every row follows the row before."""
+        return self.num_masks == 0 and not self.is_tree
+
+    @property
+    def is_tree(self) -> bool:
+        """Whether drafts branch."""
+        return self.parents is not None
+
+    @cached_property
+    def ancestry(self) -> np.ndarray:
+        """Whether a node is or descends from another, bool ``[1 + drafts, 1 + drafts]``.
+
+        Row i has True for i itself and for the nodes on the way to it, node 0 included.
+        """
+        return tree_ancestry(range(self.num_draft_tokens) if self.parents is None else self.parents)
+
+    @cached_property
+    def depths(self) -> np.ndarray:
+        """Number of drafts up to each node, itself included, ``[1 + drafts]``."""
+        return self.ancestry.sum(axis=1) - 1
+
+    def path(self, node: int) -> tuple[int, ...]:
+        """The drafts from the first to ``node``, which ends the path; empty for node 0."""
+        if self.parents is None:
+            return tuple(range(1, node + 1))
+        return tuple(map(int, np.flatnonzero(self.ancestry[node])[1:]))
+
+    def rows_to(self, node: int) -> list[int]:
+        """Row indices of the pending rows and of the drafts on the path to ``node``."""
+        first = self.num_pending - 1
+        return [*range(self.num_pending), *(first + each for each in self.path(node))]
 
     @property
     def is_prompt_chunk(self) -> bool:
@@ -85,14 +131,19 @@ class StepLayout:
     @cached_property
     def positions(self) -> mx.array:
         """Position of each row relative to the first row, int32 ``[num_rows]``."""
-        rows = np.concatenate([np.arange(self.num_ordinary), self.mask_positions])
+        drafts = self.num_pending - 1 + self.depths[1:]
+        rows = np.concatenate([np.arange(self.num_pending), drafts, self.mask_positions])
         return mx.array(rows.astype(np.int32))
 
     @cached_property
     def mask_positions(self) -> np.ndarray:
         """Position of each mask row relative to the first row, ``[num_masks]``."""
-        anchors = np.repeat(np.arange(len(self.mask_counts)), self.mask_counts)
-        return self.num_pending + anchors + self.mask_offsets
+        return self.num_pending + self.depths[self._mask_nodes] + self.mask_offsets
+
+    @cached_property
+    def _mask_nodes(self) -> np.ndarray:
+        """The node that each mask row's group follows, ``[num_masks]``."""
+        return np.repeat(np.arange(len(self.mask_counts)), self.mask_counts)
 
     def positions_from(self, offset: Any) -> mx.array:
         """Position of each row after ``offset`` cached ones, int32 ``[num_rows]``."""
@@ -101,11 +152,14 @@ class StepLayout:
     @cached_property
     def attention(self) -> mx.array:
         """Which row may see which row of the same step, bool ``[num_rows, num_rows]``."""
-        split, rows = self.num_ordinary, self.num_rows
-        groups = np.repeat(np.arange(len(self.mask_counts)), self.mask_counts)
+        split, rows, first, groups = (
+            self.num_ordinary, self.num_rows, self.num_pending - 1, self._mask_nodes
+        )  # fmt: skip
         sees = np.zeros((rows, rows), dtype=bool)
-        sees[:split, :split] = np.tri(split, dtype=bool)
-        sees[split:, :split] = np.arange(split) < self.num_pending + groups[:, None]
+        sees[:first, :first] = np.tri(first, dtype=bool)
+        sees[first:, :first] = True
+        sees[first:split, first:split] = self.ancestry
+        sees[split:, first:split] = self.ancestry[groups]
         same_group = groups[:, None] == groups[None]
         sees[split:, split:] = same_group & (self.mask_offsets[:, None] >= self.mask_offsets)
         return mx.array(sees)
@@ -117,7 +171,7 @@ class StepLayout:
 
     @cached_property
     def group_anchors(self) -> list[int]:
-        """Number of drafts before each group that has masks, ``[G]``."""
+        """The node that each group with masks follows, ``[G]``."""
         return [anchor for anchor, count in enumerate(self.mask_counts) if count]
 
     @cached_property
@@ -162,6 +216,32 @@ class StepLayout:
         lasts = np.maximum(np.array(self.mask_counts) - 1, 0)
         rows = starts[:, None] + np.minimum(steps, lasts[:, None])
         return mx.array(np.minimum(rows, self.num_rows - 1).astype(np.int32))
+
+
+def _check_parents(parents: Sequence[int], num_drafts: int) -> None:
+    """Check that each draft follows an earlier node."""
+    in_order = all(0 <= parent <= index for index, parent in enumerate(parents))
+    if len(parents) != num_drafts or not in_order:
+        raise ValueError(f"a tree needs an earlier parent for each of {num_drafts}: {parents}")
+
+
+def tree_ancestry(parents: Sequence[int]) -> np.ndarray:
+    """Whether a node is or descends from another, bool ``[1 + N, 1 + N]``, by parents ``[N]``."""
+    sees = np.eye(1 + len(parents), dtype=bool)
+    for node, parent in enumerate(parents, start=1):
+        sees[node] |= sees[parent]
+    return sees
+
+
+def subtree_parents(parents: Sequence[int] | np.ndarray, nodes: Sequence[int]) -> tuple[int, ...]:
+    """Parents of some nodes of a tree, counted among those nodes, as a layout has them.
+
+    Args:
+        parents: of all nodes, ``[N]``; see ``StepLayout``.
+        nodes: counted from 1, ascending, each with its ancestors.
+    """
+    places = {0: 0} | {node: place for place, node in enumerate(nodes, start=1)}
+    return tuple(places[int(parents[node - 1])] for node in nodes)
 
 
 def linear_layout(*, num_pending: int, num_draft_tokens: int, num_masks: int) -> StepLayout:
@@ -323,6 +403,6 @@ class StepScope:
 
     @property
     def step(self) -> StepLayout | None:
-        """The step in progress if it has mask rows."""
+        """The step in progress if some row does not see all rows before it."""
         layout = self.layout
-        return layout if isinstance(layout, StepLayout) and layout.num_masks else None
+        return layout if isinstance(layout, StepLayout) and not layout.is_contiguous else None

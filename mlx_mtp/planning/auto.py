@@ -24,7 +24,14 @@ from mlx_mtp.planning.costs import GPU_GUESS, CostCurve, LiveCosts, shared_ms
 from mlx_mtp.planning.estimates import Estimates
 from mlx_mtp.planning.lookup import LookupAcceptance
 from mlx_mtp.planning.offer import Offer
-from mlx_mtp.planning.options import Option, PricedOffer, Prices, chain_option, offer_option
+from mlx_mtp.planning.options import (
+    Option,
+    PricedOffer,
+    Prices,
+    chain_option,
+    offer_option,
+    tree_option,
+)
 from mlx_mtp.planning.plan import MASK, Plan
 from mlx_mtp.planning.policy import (
     MAX_ROUNDS,
@@ -37,6 +44,7 @@ from mlx_mtp.planning.policy import (
 )
 from mlx_mtp.planning.probing import Probing
 from mlx_mtp.planning.settings import DEFAULTS, PlannerSettings
+from mlx_mtp.planning.tree_acceptance import TreeAcceptance
 
 
 @dataclass
@@ -90,6 +98,7 @@ class Speculation:
         costs: costs of steps on this machine.
         acceptance: acceptance of the adapter's drafts.
         lookup: acceptance of looked-up drafts.
+        tree: acceptance of the nodes of trees of mask drafts.
         drafters: estimates for the other drafters without mask rows, by source.
         probing: when to try drafting where plain decoding wins.
         policies: the best policies so far, by the number of answers that share steps.
@@ -101,6 +110,7 @@ class Speculation:
     costs: LiveCosts
     acceptance: Acceptance
     lookup: LookupAcceptance = field(default_factory=LookupAcceptance)
+    tree: TreeAcceptance = field(default_factory=TreeAcceptance)
     drafters: dict[str, Estimates] = field(default_factory=dict)
     probing: Probing = field(default_factory=Probing)
     policies: dict[int, PricedPolicy] = field(default_factory=dict)
@@ -117,6 +127,18 @@ class Speculation:
     def replace_costs(self, curve: CostCurve) -> None:
         """Start again from other costs; acceptance estimates stay."""
         self.costs, self.policies, self.num_stored_steps = LiveCosts(curve), {}, 0
+
+    def with_row_budget(self, max_rows: int) -> Speculation:
+        """The same acceptance, with steps that all cost the same up to a number of rows.
+
+        The best policy then emits the most tokens per step.
+        """
+        rows = tuple(sorted({1, max_rows}))
+        curve = CostCurve(
+            rows=rows, contexts=(0,), forward_ms=((1.0,) * len(rows),), draft_ms=(0.0,)
+        )
+        costs = LiveCosts(curve, learns=False)
+        return replace(self, costs=costs, probing=Probing(), policies={}, sharers=1, num_steps=0)
 
     def repeatable(self) -> Speculation:
         """A copy as before the first step, whose plans depend on no clock and no history."""
@@ -180,6 +202,7 @@ class AutoPlanner:
                     option.action, priced, 1, room,
                     source=option.source, num_first=option.num_first, is_probe=option.is_probe,
                     prefix_probs=option.prefix_probs, proposal_ms=option.proposal_ms,
+                    nodes=option.nodes, parents=option.parents,
                 )  # fmt: skip
         key = (waiting, num_pending, min(room, 2 * self.num_draft_tokens + 2), is_probe)
         if (plan := priced.plans.get(key)) is None:
@@ -188,12 +211,12 @@ class AutoPlanner:
                 priced.plans[key] = plan
         return plan
 
-    def observe(self, plan: Plan, *, num_accepted: int, context: int, ms: float) -> None:
+    def observe(self, plan: Plan, *, last_node: int, context: int, ms: float) -> None:
         """Learn from a step that ran.
 
         Args:
             plan: what ``plan`` returned.
-            num_accepted: accepted drafts, whether they were emitted or not.
+            last_node: the last accepted draft, counted from 1, or 0; emitted or not.
             context: ids in the cache before the step.
             ms: duration; NaN in a batch, where it says nothing about one answer's rows.
         """
@@ -208,10 +231,10 @@ class AutoPlanner:
                 and proposer.is_cost_new,
             )  # fmt: skip
             share = plan.proposal_ms / plan.expected_ms if known.costs.knows_pace else 0.0
-        drafts = dict(plan.parts)
+        num_accepted, drafts = int(layout.depths[last_node]), dict(plan.parts)
         num_mask = drafts.get(MASK, 0)
         num_mask_accepted = min(num_accepted, num_mask)
-        if num_mask:
+        if num_mask and plan.nodes is None:  # the drafter judges its trees
             known.acceptance.observe(num_mask, num_mask_accepted)
         for source, estimates in known.drafters.items():
             estimates.observe(
@@ -289,7 +312,8 @@ class AutoPlanner:
             and min(offer.num_drafts, limit - offer.follows) > 0
             and not self._waits_for_pace(offer)
         ]
-        if not known:
+        tree = next((offer.tree for offer in offers if offer.tree is not None), None)
+        if not known and tree is None:
             return None
         # What is offered in every step can be relied on in the long run.
         steady = [each for each in known if each.offer.prefix_probs is None]
@@ -297,6 +321,11 @@ class AutoPlanner:
         rate = max([priced.policy.rate, *rates])
         prices = Prices(priced.policy, priced.forward_ms, priced.draft_ms, rate)
         best, value = None, prices.policy_value(waiting) + 1e-9
+        if tree is not None and waiting:
+            # The policy's step is one of those that a tree allows, and its value that of the
+            # average step, while the tree's is that of the drafts at hand.
+            best = tree_option(tree, prices, room=room)
+            value = best.value
         for each in known:
             if each.offer.follows:
                 option = chain_option(each, prices, priced.prefix_probs, waiting)
@@ -338,16 +367,20 @@ def _make_plan(
     num_first: int = 0,
     proposal_ms: float = 0.0,
     is_probe: bool = False,
+    nodes: tuple[int, ...] | None = None,
+    parents: tuple[int, ...] | None = None,
 ) -> Plan:
     """An action as a plan, without masks whose drafts could never be emitted."""
-    useful = [max(0, min(c, room - 2 - anchor)) for anchor, c in enumerate(action.mask_counts)]
-    action = Action(action.num_draft_tokens, tuple(useful))
+    if parents is None:  # a tree has no such masks
+        useful = [max(0, min(c, room - 2 - anchor)) for anchor, c in enumerate(action.mask_counts)]
+        action = Action(action.num_draft_tokens, tuple(useful))
     is_priced = action.num_rows < len(priced.forward_ms)
     ms = step_ms(action, priced.forward_ms, priced.draft_ms) if is_priced else math.nan
     return Plan(
-        layout=_layout(num_pending, action),
+        layout=_layout(num_pending, action, parents),
         source=source,
         num_first=num_first,
+        nodes=nodes,
         is_probe=is_probe,
         expected_tokens=expected_tokens(prefix_probs, action.num_draft_tokens),
         expected_ms=ms + proposal_ms,
@@ -363,5 +396,5 @@ def _verify_all(action: Action, waiting: int) -> Action:
 
 
 @lru_cache(maxsize=512)
-def _layout(num_pending: int, action: Action) -> StepLayout:
-    return StepLayout(num_pending, action.num_draft_tokens, action.mask_counts)
+def _layout(num_pending: int, action: Action, parents: tuple[int, ...] | None = None) -> StepLayout:
+    return StepLayout(num_pending, action.num_draft_tokens, action.mask_counts, parents)

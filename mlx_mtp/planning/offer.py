@@ -8,6 +8,19 @@ import numpy as np
 
 
 @dataclass(frozen=True, eq=False)
+class OfferedTree:
+    """A tree of drafts that a drafter could propose.
+
+    Attributes:
+        parents: the node that each draft follows, ``[N]``; see ``StepLayout.parents``.
+        probs: the drafter's probability of each draft where its parent is accepted, ``[N]``.
+    """
+
+    parents: np.ndarray
+    probs: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
 class Offer:
     """What a drafter could propose for the next step.
 
@@ -24,6 +37,7 @@ class Offer:
         next_cost: estimated cost of each further draft, in plain steps.
         follows: drafts of ``MASK`` that come first, in a chain of two drafters; ``num_drafts`` and
             ``prefix_probs`` are of those after them.
+        tree: a tree of drafts that may be proposed in place of the chain; None without one.
     """
 
     source: str
@@ -32,3 +46,4 @@ class Offer:
     first_cost: float = 0.0
     next_cost: float = 0.0
     follows: int = 0
+    tree: OfferedTree | None = None

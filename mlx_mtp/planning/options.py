@@ -12,8 +12,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mlx_mtp.planning.offer import Offer
+from mlx_mtp.model.layout import subtree_parents
+from mlx_mtp.planning.offer import Offer, OfferedTree
+from mlx_mtp.planning.plan import MASK
 from mlx_mtp.planning.policy import RESET_PROB, Action, Policy, step_ms
+from mlx_mtp.planning.tree import best_step
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +71,11 @@ class Option:
         action: drafts and masks.
         source: source of the drafts.
         value: what it is worth, in tokens.
-        prefix_probs: acceptance of the drafts, ``[drafts + 1]``.
+        prefix_probs: probability that each draft is accepted, after 1.0, ``[drafts + 1]``.
         proposal_ms: milliseconds to propose them.
         num_first: in a chain, number of drafts of its first source.
+        nodes: in a tree, which nodes are verified; see ``Plan``.
+        parents: in a tree, their parents among them; see ``StepLayout``.
         is_probe: whether it is chosen to learn.
     """
 
@@ -80,6 +85,8 @@ class Option:
     prefix_probs: np.ndarray
     proposal_ms: float = 0.0
     num_first: int = 0
+    nodes: tuple[int, ...] | None = None
+    parents: tuple[int, ...] | None = None
     is_probe: bool = False
 
 
@@ -147,4 +154,26 @@ def chain_option(
         value=float(values[index]),
         prefix_probs=np.concatenate([mask_probs[:waiting], mask_probs[waiting] * probs]),
         num_first=waiting,
+    )
+
+
+def tree_option(tree: OfferedTree, prices: Prices, *, room: int) -> Option:
+    """The best step with nodes of a tree of mask drafts.
+
+    Args:
+        tree: the nodes.
+        prices: costs of the steps.
+        room: tokens that may still be emitted.
+    """
+    step = best_step(
+        tree, prices.policy.values, prices.forward_ms, prices.mask_ms, rate=prices.rate, room=room
+    )
+    nodes = step.nodes or None
+    return Option(
+        action=Action(len(step.nodes), step.mask_counts),
+        source=MASK if nodes else "",
+        value=step.value,
+        prefix_probs=step.probs,
+        nodes=nodes,
+        parents=subtree_parents(tree.parents, step.nodes) if nodes else None,
     )

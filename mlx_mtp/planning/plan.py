@@ -15,7 +15,8 @@ AUTO = "auto"  # all drafters that the model has the means for
 DRAFTERS = (AUTO, *SOURCES)
 CHAIN = f"{MASK}+{LOOKUP}"  # drafts of mask rows, then looked-up ones
 FIXED_LAYOUTS = ("linear", "quadratic", "plain")
-LAYOUTS = ("auto", *FIXED_LAYOUTS)
+TREE = "tree"  # the most tokens per step within a number of rows
+LAYOUTS = ("auto", TREE, *FIXED_LAYOUTS)
 
 
 def counts_by_source(
@@ -44,6 +45,8 @@ class Plan:
         layout: the rows.
         source: source of its drafts: one of ``SOURCES``, ``CHAIN``, or "" without any.
         num_first: in a chain, number of drafts of its first source.
+        nodes: in a tree, which drafts of the offered tree are verified, counted from 1, ascending
+            and each with its ancestors; ``layout.parents`` are their parents among them.
         is_probe: whether it was chosen to learn, not because it was expected to be the best.
         expected_tokens: tokens that it should emit.
         expected_ms: its expected duration.
@@ -54,6 +57,7 @@ class Plan:
     layout: StepLayout
     source: str = ""
     num_first: int = 0
+    nodes: tuple[int, ...] | None = None
     is_probe: bool = False
     expected_tokens: float = math.nan
     expected_ms: float = math.nan

@@ -8,7 +8,7 @@ from typing import Protocol
 from mlx_mtp.planning.auto import AutoPlanner, Speculation
 from mlx_mtp.planning.fixed import FixedPlanner
 from mlx_mtp.planning.offer import Offer
-from mlx_mtp.planning.plan import Plan
+from mlx_mtp.planning.plan import TREE, Plan
 
 
 class Planner(Protocol):
@@ -20,7 +20,7 @@ class Planner(Protocol):
         """Plan one step."""
         ...
 
-    def observe(self, plan: Plan, *, num_accepted: int, context: int, ms: float) -> None:
+    def observe(self, plan: Plan, *, last_node: int, context: int, ms: float) -> None:
         """Learn from a step that ran."""
         ...
 
@@ -31,6 +31,7 @@ def make_planner(
     num_draft_tokens: int,
     speculation: Speculation,
     max_drafts: int | None = None,
+    max_rows: int = 16,
 ) -> Planner:
     """Make the planner of a layout.
 
@@ -39,8 +40,12 @@ def make_planner(
         num_draft_tokens: k, maximum drafts of mask tokens; 0 has no mask rows.
         max_drafts: maximum drafts per step of a fixed layout, from whatever drafter; by default
             as many as are offered.
-        speculation: what the planner of ``"auto"`` knows; it keeps learning.
+        max_rows: maximum rows of a step with layout ``"tree"``.
+        speculation: what the planners of ``"auto"`` and ``"tree"`` know; it keeps learning.
     """
     if layout == "auto":
+        return AutoPlanner(speculation, num_draft_tokens=num_draft_tokens)
+    if layout == TREE:
+        speculation = speculation.with_row_budget(max_rows)
         return AutoPlanner(speculation, num_draft_tokens=num_draft_tokens)
     return FixedPlanner(layout, num_draft_tokens=num_draft_tokens, max_drafts=max_drafts)

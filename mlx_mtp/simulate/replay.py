@@ -172,7 +172,7 @@ def replay_answer(
             tally.ms += ms
             tally.rows += rows
             tally.widest = max(tally.widest, rows)
-        planner.observe(plan, num_accepted=accepted, context=context, ms=ms)
+        planner.observe(plan, last_node=accepted, context=context, ms=ms)
         emitted += accepted + 1
         waiting = layout.mask_counts[accepted]
         tally.steps += 1

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from mlx_mtp.decoding.outcome import StepResult
 from mlx_mtp.decoding.setup import make_request
-from mlx_mtp.decoding.step import StepResult, run
+from mlx_mtp.decoding.step import run
 from mlx_mtp.drafting.lookup import LookupDrafter
 from mlx_mtp.drafting.suffix_lookup import SuffixLookup
 from mlx_mtp.model.layout import linear_layout

@@ -13,8 +13,8 @@ import numpy as np
 
 from mlx_mtp.decoding.limits import ContextOverflow, max_new_tokens
 from mlx_mtp.decoding.loop import decode
+from mlx_mtp.decoding.outcome import StepResult
 from mlx_mtp.decoding.sampling import LogitsProcessor
-from mlx_mtp.decoding.step import StepResult
 from mlx_mtp.evaluation.prompts import Prompt
 from mlx_mtp.generate import chat_text, encode_prompt
 from mlx_mtp.model.mtp_model import MTPModel

@@ -27,7 +27,7 @@ LAYOUTS = [
     plain_layout(),
     quadratic_layout(num_pending=2, num_draft_tokens=2, num_masks=2),
     StepLayout(1, 3, (0, 0, 0, 0)),
-    StepLayout(1, 1, (0, 3)),
+    StepLayout(1, 3, (0, 3, 0, 1), (0, 0, 2)),  # a tree
 ]
 
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from mlx_mtp.decoding.grouping import MAX_ROWS, StepGrouper
+from mlx_mtp.decoding.outcome import StepResult
 from mlx_mtp.decoding.request import Request
 from mlx_mtp.decoding.setup import make_request
-from mlx_mtp.decoding.step import StepResult, run
+from mlx_mtp.decoding.step import run
 from mlx_mtp.lab.tiny_models import tiny_model
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.acceptance import Acceptance

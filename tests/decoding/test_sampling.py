@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -41,13 +42,19 @@ def sampled_ids(model: Any, prompt: list[int], **options: Any) -> list[int]:
 
 
 def chain_p_values(
-    layout: str, sampling: Sampling, *, model: TableModel | None = None, **more: Any
+    layout: str,
+    sampling: Sampling,
+    *,
+    model: TableModel | None = None,
+    sample: Callable[..., list[int]] = sampled_ids,
+    **more: Any,
 ) -> dict[str, float]:
     """Each token given the one before, and given the two before, in each of the three phases."""
     model, counts = model or table_model(), np.zeros((3, VOCAB, VOCAB, VOCAB))
-    options: dict[str, Any] = {"layout": layout, "num_draft_tokens": 3, "sampling": sampling} | more
+    options: dict[str, Any] = {"layout": layout, "num_draft_tokens": 3, "sampling": sampling}
+    options |= {"max_tokens": TOKENS} | more
     for seed in range(SEEDS):
-        ids = [*PROMPT, *sampled_ids(model, PROMPT, seed=seed, max_tokens=TOKENS, **options)]
+        ids = [*PROMPT, *sample(model, PROMPT, seed=seed, **options)]
         for place in range(len(PROMPT), len(ids)):
             counts[(place % 3, *ids[place - 2 : place + 1])] += 1
     probs = np.zeros((3, VOCAB, VOCAB))

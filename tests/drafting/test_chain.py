@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mlx_mtp.decoding.loop import decode
-from mlx_mtp.decoding.step import StepResult
+from mlx_mtp.decoding.outcome import StepResult
 from mlx_mtp.drafting.drafter import Drafts
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.planning.offer import Offer

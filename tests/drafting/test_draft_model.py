@@ -87,7 +87,7 @@ class Answer:
         next_ids = [*self.ids, *emitted][start + 1 : start + 1 + rows_left]
         self.drafter.commit(
             CommittedStep(
-                layout=layout, source=source, num_accepted=num_accepted, tokens=emitted,
+                layout=layout, source=source, last_node=num_accepted, tokens=emitted,
                 next_ids=next_ids, hidden=NO_STATES, drafts=Drafts.none(),
             )
         )  # fmt: skip

@@ -10,7 +10,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_mtp.decoding.sampling import Sampling, target_probs
-from mlx_mtp.drafting.mask_tokens import Drafts, draft_tokens, shortlisted
+from mlx_mtp.drafting.drafter import Drafts
+from mlx_mtp.drafting.mask_tokens import draft_tokens
+from mlx_mtp.drafting.shortlist import shortlisted
+from mlx_mtp.drafting.vocabulary import RowLogits
 from mlx_mtp.model.config import SamplerKind
 from mlx_mtp.model.mtp_model import SAMPLER_PREFIX, MTPModel
 from mlx_mtp.model.sampler_head import SamplerHead
@@ -28,7 +31,7 @@ def draft(model: MTPModel, hidden: mx.array, previous: int, **options: Any) -> D
     """Draft behind a token, by default greedily and with the key 0."""
     options = {"key": mx.random.key(0), **options}
     logits = model.logits(hidden[None])[0]
-    drafts = draft_tokens(model, hidden, logits, mx.array(previous), **options)
+    drafts = draft_tokens(model, hidden, RowLogits(logits), mx.array(previous), **options)
     mx.eval(drafts.tokens, drafts.candidates, drafts.probs)
     return drafts
 
@@ -141,11 +144,11 @@ def test_a_large_vocabulary_is_shortlisted_by_blocks(vocab: int) -> None:
 def test_sampled_drafts_follow_the_distribution_that_they_report() -> None:
     model, _ = attentive("llama", vocab_size=8)
     hidden = group(model, rows=2)
-    logits, sampling = model.logits(hidden[None])[0], Sampling(temp=1.0)
+    rows, sampling = RowLogits(model.logits(hidden[None])[0]), Sampling(temp=1.0)
 
     def one(key: mx.array) -> Any:
         drafts = draft_tokens(
-            model, hidden, logits, mx.array(3), distribution=sampling.distribution, key=key
+            model, hidden, rows, mx.array(3), distribution=sampling.distribution, key=key
         )
         dense = mx.zeros((2, 8))
         dense = mx.put_along_axis(dense, drafts.candidates, drafts.probs, axis=-1)

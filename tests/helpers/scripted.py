@@ -123,6 +123,10 @@ class TableCache:
         """Chunks are as long as they may be."""
         return max(num_left - limit, 0)
 
+    def keep_rows(self, rows: Sequence[int], *, of: int) -> None:
+        """Keep some of the last rows."""
+        self.rewind(of - len(rows))
+
     def rewind(self, num_rows: int) -> None:
         """Forget the last rows."""
         assert 0 <= num_rows <= self.offset

@@ -16,24 +16,41 @@ from mlx_mtp.model.layout import (
     linear_layout,
     plain_layout,
     quadratic_layout,
+    subtree_parents,
 )
 from mlx_mtp.planning.fixed import FixedPlanner
 from mlx_mtp.planning.offer import Offer
 from mlx_mtp.planning.plan import FIXED_LAYOUTS, MASK
 
-layouts = st.lists(st.integers(0, 4), min_size=1, max_size=6).flatmap(
+
+def drawn_parents(num_drafts: int) -> st.SearchStrategy[tuple[int, ...] | None]:
+    """Parents of a tree of drafts, or None for a chain."""
+    return st.none() | st.tuples(*(st.integers(0, index) for index in range(num_drafts)))
+
+
+layouts = st.lists(st.integers(0, 4), min_size=1, max_size=7).flatmap(
     lambda counts: st.builds(
-        StepLayout, st.integers(1, 4), st.just(len(counts) - 1), st.just(tuple(counts))
+        StepLayout,
+        st.integers(1, 4),
+        st.just(len(counts) - 1),
+        st.just(tuple(counts)),
+        drawn_parents(len(counts) - 1),
     )
 )
 
 
+def way_to(layout: StepLayout, node: int) -> list[int]:
+    """A draft and those before it back to the last pending row, the last first."""
+    if node == 0:
+        return []
+    parent = node - 1 if layout.parents is None else layout.parents[node - 1]
+    return [node, *way_to(layout, parent)]
+
+
 def rows_of(layout: StepLayout) -> list[tuple[str, int, int]]:
-    """Every row in words: ("ordinary", place, 0) or ("mask", group, place in the group)."""
-    ordinary = [("ordinary", place, 0) for place in range(layout.num_pending)]
-    ordinary += [
-        ("ordinary", layout.num_pending + draft, 0) for draft in range(layout.num_draft_tokens)
-    ]
+    """Every row in words: ("pending", place, 0), ("draft", number, 0) or ("mask", group, place)."""
+    ordinary = [("pending", place, 0) for place in range(layout.num_pending)]
+    ordinary += [("draft", 1 + draft, 0) for draft in range(layout.num_draft_tokens)]
     masks = [
         ("mask", group, place)
         for group, count in enumerate(layout.mask_counts)
@@ -46,11 +63,13 @@ def may_see(layout: StepLayout, row: tuple[str, int, int], other: tuple[str, int
     """Whether a row may see another one of its step (or itself), by the rule in words."""
     kind, group, place = row
     other_kind, other_group, other_place = other
-    if kind == "ordinary":
-        return other_kind == "ordinary" and other_group <= group
-    if other_kind == "mask":
-        return group == other_group and other_place <= place
-    return other_group < layout.num_pending + group
+    if kind == "pending":
+        return other_kind == "pending" and other_group <= group
+    if other_kind == "pending":
+        return True
+    if other_kind == "draft":
+        return other_group in way_to(layout, group)
+    return kind == "mask" and group == other_group and other_place <= place
 
 
 @given(layouts)
@@ -60,8 +79,11 @@ def test_rows_stand_and_see_as_the_rule_says(layout: StepLayout) -> None:
     assert layout.num_masks == sum(kind == "mask" for kind, _, _ in rows)
     assert layout.gate_split == layout.num_ordinary == len(rows) - layout.num_masks
     positions = [
-        first if kind == "ordinary" else layout.num_pending + first + place
+        first if kind == "pending" else layout.num_pending + len(way_to(layout, first)) + place
         for kind, first, place in rows
+    ]
+    positions = [
+        position - (kind == "draft") for position, (kind, *_) in zip(positions, rows, strict=True)
     ]
     assert layout.positions.tolist() == positions
     assert layout.mask_offsets.tolist() == [place for kind, _, place in rows if kind == "mask"]
@@ -87,6 +109,45 @@ def test_group_rows_point_at_each_group(layout: StepLayout) -> None:
         assert found == [("mask", group, place) for place in range(count)]
 
 
+@given(layouts)
+def test_paths_are_the_drafts_on_the_way_and_their_rows_the_kept_ones(layout: StepLayout) -> None:
+    rows = rows_of(layout)
+    for node in range(layout.num_draft_tokens + 1):
+        way = way_to(layout, node)[::-1]
+        assert layout.path(node) == tuple(way)
+        assert layout.depths[node] == len(way)
+        kept = [rows[row] for row in layout.rows_to(node)]
+        pending = [("pending", place, 0) for place in range(layout.num_pending)]
+        assert kept == [*pending, *(("draft", each, 0) for each in way)]
+
+
+def test_a_chain_that_is_spelled_out_is_the_chain() -> None:
+    spelled = StepLayout(2, 3, (0, 1, 0, 2), (0, 1, 2))
+    assert spelled == StepLayout(2, 3, (0, 1, 0, 2)) and not spelled.is_tree
+    assert hash(spelled) == hash(StepLayout(2, 3, (0, 1, 0, 2)))
+    assert not StepLayout(1, 1, (0, 0), (0,)).is_tree
+    branched = StepLayout(2, 3, (0, 1, 0, 2), (0, 1, 1))
+    assert branched.is_tree and branched != spelled
+    assert spelled.depths.tolist() == [0, 1, 2, 3] and branched.depths.tolist() == [0, 1, 2, 2]
+    assert StepLayout(1, 2, (0, 0, 0)).is_contiguous
+    assert not StepLayout(1, 2, (0, 0, 0), (0, 0)).is_contiguous
+
+
+@pytest.mark.parametrize("parents", [(0,), (0, 1, 2), (1, 0), (0, 2), (-1, 0)])
+def test_a_parent_must_come_before_its_children(parents: Any) -> None:
+    with pytest.raises(ValueError, match="earlier parent for each of 2"):
+        StepLayout(1, 2, (0, 0, 0), parents)
+
+
+def test_the_parents_of_some_nodes_are_counted_among_them() -> None:
+    parents = (0, 0, 1, 2, 2, 5)  # 1 and 2; 3 after 1; 4 and 5 after 2; 6 after 5
+    assert subtree_parents(parents, range(1, 7)) == parents
+    assert subtree_parents(parents, (2, 5, 6)) == (0, 1, 2)
+    assert subtree_parents(np.array(parents), (1, 2, 3, 5)) == (0, 0, 1, 2)
+    with pytest.raises(KeyError):
+        subtree_parents(parents, (3,))
+
+
 @pytest.mark.parametrize(
     ("pending", "drafts", "counts"),
     [(0, 0, (1,)), (1, -1, ()), (1, 1, (1,)), (1, 1, (1, 1, 1)), (1, 1, (1, -1))],
@@ -105,12 +166,16 @@ def test_the_papers_layouts() -> None:
     assert linear_layout(num_pending=1, num_draft_tokens=8, num_masks=8).num_rows == 17  # 2 k + 1
 
 
-def test_a_scope_knows_a_step_only_if_it_has_masks() -> None:
+def test_a_scope_knows_a_step_only_if_some_row_does_not_see_all_before() -> None:
     scope = StepScope()
     assert scope.step is None
     scope.layout = plain_layout()
     assert scope.step is None
     scope.layout = layout = StepLayout(1, 0, (1,))
+    assert scope.step is layout
+    scope.layout = StepLayout(1, 2, (0, 0, 0))
+    assert scope.step is None
+    scope.layout = layout = StepLayout(1, 2, (0, 0, 0), (0, 0))
     assert scope.step is layout
     scope.layout = MaskRun(2)
     assert scope.step is None

@@ -295,7 +295,7 @@ class TestWhatStepsTeach:
                 plan = planner.plan(num_pending=1, offers=[Offer(MASK, 0)], room=50, context=9)
                 if plan.layout.num_rows > 1:
                     break
-                planner.observe(plan, num_accepted=0, context=9, ms=20.0)
+                planner.observe(plan, last_node=0, context=9, ms=20.0)
                 count += 1
             return count
 

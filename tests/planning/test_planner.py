@@ -47,7 +47,7 @@ def play(
         held = int(np.cumprod(holds).sum())
         size = max(layout.mask_counts)
         ms = costs.forward_ms(0)[layout.num_rows] + costs.draft_ms(size)[-1]
-        plans.observe(decision, num_accepted=held, context=context, ms=ms)
+        plans.observe(decision, last_node=held, context=context, ms=ms)
         waiting = layout.mask_counts[held]
         context += held + 1
         made.append(decision)
@@ -175,7 +175,7 @@ class TestLookup:
         sizes = []
         for _ in range(200):
             decision = plans.plan(num_pending=1, room=99, offers=[looked_up(9, 9, text)])
-            plans.observe(decision, num_accepted=0, context=9, ms=10.5)
+            plans.observe(decision, last_node=0, context=9, ms=10.5)
             text.observe(9, 1, 0)
             sizes.append(decision.layout.num_draft_tokens)
         assert sizes[0] > 4 and sizes[-1] <= 2

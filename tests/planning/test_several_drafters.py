@@ -81,7 +81,7 @@ class Machine:
                     accepted = int(np.cumprod(right).sum())
                     self.used[plan.source] = self.used.get(plan.source, 0) + count
                 ms *= math.exp(self._noise * self._rng.standard_normal())
-                planner.observe(plan, num_accepted=accepted, context=TOKENS - room, ms=ms)
+                planner.observe(plan, last_node=accepted, context=TOKENS - room, ms=ms)
                 spent += ms
                 plain += float(times[1]) * (accepted + 1)
                 room -= accepted + 1
@@ -124,7 +124,7 @@ def test_no_more_is_verified_than_offered_or_than_there_is_room_for(
             assert sum(number for _, number in plan.parts) == count
             assert plan.source != CHAIN or plan.num_first == waiting < count
         accepted = int(rng.integers(0, count + 1))
-        planner.observe(plan, num_accepted=accepted, context=50, ms=rng.uniform(5, 60))
+        planner.observe(plan, last_node=accepted, context=50, ms=rng.uniform(5, 60))
 
 
 @pytest.mark.parametrize("cost", [0.1, 0.3, 0.5])

@@ -161,8 +161,8 @@ def prefer_the_other_twin(monkeypatch: pytest.MonkeyPatch) -> None:
     """Break ties the other way in steps that have drafts."""
     real = mlx_mtp.decoding.accept.accept_greedy
 
-    def other(logits: mx.array, drafts: mx.array) -> tuple[mx.array, mx.array]:
-        tokens, num_accepted = real(logits, drafts)
+    def other(logits: mx.array, drafts: mx.array, *tree: Any) -> tuple[mx.array, mx.array]:
+        tokens, num_accepted = real(logits, drafts, *tree)
         if drafts.size == 0:
             return tokens, num_accepted
         return tokens + 1 - 2 * (tokens % 2), mx.zeros_like(num_accepted)
@@ -193,8 +193,8 @@ def test_a_mismatch_behind_a_near_tie_is_found(
     twin_of = mlx_mtp.decoding.accept.accept_greedy
     calls = {"drafted": 0}
 
-    def worse(logits: mx.array, drafts: mx.array) -> tuple[mx.array, mx.array]:
-        tokens, num_accepted = twin_of(logits, drafts)
+    def worse(logits: mx.array, drafts: mx.array, *tree: Any) -> tuple[mx.array, mx.array]:
+        tokens, num_accepted = twin_of(logits, drafts, *tree)
         calls["drafted"] += bool(drafts.size)
         if drafts.size and calls["drafted"] > 3:
             tokens = mx.argmin(logits, axis=-1).astype(tokens.dtype)

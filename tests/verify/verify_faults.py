@@ -19,8 +19,8 @@ def accept_first_draft(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plant a mistake: the first draft always holds."""
     real = mlx_mtp.decoding.accept.accept_greedy
 
-    def broken(logits: mx.array, drafts: mx.array) -> tuple[mx.array, mx.array]:
-        tokens, num_accepted = real(logits, drafts)
+    def broken(logits: mx.array, drafts: mx.array, *tree: Any) -> tuple[mx.array, mx.array]:
+        tokens, num_accepted = real(logits, drafts, *tree)
         if drafts.size == 0:
             return tokens, num_accepted
         tokens = mx.concatenate([drafts[:1].astype(tokens.dtype), tokens[1:]])

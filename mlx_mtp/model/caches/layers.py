@@ -9,7 +9,7 @@ needs a row that was dropped.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import mlx.core as mx
@@ -94,6 +94,27 @@ class LayerCache:
     def can_rewind(self, num_rows: int) -> bool:
         """Whether that many rows can be dropped exactly."""
         return num_rows <= self.offset
+
+    def keep_rows(self, rows: Sequence[int], *, of: int) -> None:
+        """Keep some of the last rows and drop the others.
+
+        Args:
+            rows: indices among the last ones, ascending.
+            of: number of the last rows.
+        """
+        first = next((place for place, row in enumerate(rows) if row != place), len(rows))
+        if moved := rows[first:]:
+            start = self.inner.offset - of  # of the stored rows, of which some may be dropped
+            sources = mx.array([start + row for row in moved])
+            places = slice(start + first, start + len(rows))
+
+            def compacted(x: mx.array) -> mx.array:
+                x[..., places, :] = mx.take(x, sources, axis=-2)
+                return x
+
+            inner = self.inner
+            inner.keys, inner.values = tree_map(compacted, (inner.keys, inner.values))
+        self.rewind(of - len(rows))
 
     @property
     def surplus(self) -> int:

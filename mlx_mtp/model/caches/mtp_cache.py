@@ -225,6 +225,31 @@ class MTPCache:
         for layer in self.layers:
             layer.rewind(num_rows)
 
+    @property
+    def supports_trees(self) -> bool:
+        """Whether any of a step's drafts can stay, not only the first ones."""
+        return not self.recurrent_layers
+
+    def keep_rows(self, rows: Sequence[int], *, of: int) -> None:
+        """Keep some of the last rows of every layer and drop the others.
+
+        Where these are the first of them, that is a rewind; else rows move together.
+
+        Args:
+            rows: indices among the last ones, ascending.
+            of: number of the last rows, all of the last forward.
+
+        Raises:
+            ValueError: a layer cannot move rows, or see ``rewind``.
+        """
+        if not rows or rows[-1] == len(rows) - 1:
+            return self.rewind(of - len(rows))
+        if not self.supports_trees:
+            raise ValueError("recurrent layers cannot keep drafts of another branch")
+        self.next_id = None
+        for layer in self.attention_layers:
+            layer.keep_rows(rows, of=of)
+
     def can_rewind(self, num_rows: int) -> bool:
         """Whether every layer can drop that many rows exactly."""
         return all(layer.can_rewind(num_rows) for layer in self.layers)
