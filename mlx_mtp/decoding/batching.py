@@ -17,7 +17,7 @@ import mlx.core as mx
 from mlx_mtp.model.caches.batch import BatchCache
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.head import PartialHead
-from mlx_mtp.model.layout import BatchLayout, StepLayout, plain_layout, quadratic_layout
+from mlx_mtp.model.layout import BatchLayout, StepLayout, plain_layout
 from mlx_mtp.model.mtp_model import MTPModel
 
 _MAX_ERROR = 0.05  # of the largest value; see ``MTPModel._probe``
@@ -69,7 +69,8 @@ def can_batch(model: MTPModel) -> bool:
         return False
     layouts = [plain_layout(), StepLayout(1, 2, (0, 0, 0))]
     if model.num_draft_tokens:
-        layouts += [quadratic_layout(num_pending=1, num_draft_tokens=1, num_masks=1)]
+        branches = None if model.is_recurrent else (0, 0)
+        layouts += [StepLayout(1, 2, (1, 0, 1), branches)]
     ids = [
         mx.array([3, 1, 2][: layout.num_ordinary] + layout.mask_offsets.tolist())
         for layout in layouts

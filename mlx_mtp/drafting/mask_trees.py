@@ -114,7 +114,8 @@ class MaskTreeDrafter(MaskTokenDrafter):
 def _draft_rows(layout: StepLayout) -> list[list[int]]:
     """Rows that predict the drafts after each node, counted from the last pending row."""
     starts = 1 + layout.num_draft_tokens + np.cumsum((0, *layout.mask_counts[:-1]))
-    nearest = nearest_masks(layout.node_parents.tolist(), layout.mask_counts)
+    parents = range(layout.num_draft_tokens) if layout.parents is None else layout.parents
+    nearest = nearest_masks(parents, layout.mask_counts)
     return [[int(starts[node]) + index for node, index in line] for line in nearest]
 
 

@@ -95,12 +95,17 @@ class StepLayout:
         return self.parents is not None
 
     @cached_property
+    def node_parents(self) -> np.ndarray:
+        """Parent of each draft, of a chain too, ``[drafts]``."""
+        return np.array(range(self.num_draft_tokens) if self.parents is None else self.parents, int)
+
+    @cached_property
     def ancestry(self) -> np.ndarray:
         """Whether a node is or descends from another, bool ``[1 + drafts, 1 + drafts]``.
 
         Row i has True for i itself and for the nodes on the way to it, node 0 included.
         """
-        return tree_ancestry(range(self.num_draft_tokens) if self.parents is None else self.parents)
+        return tree_ancestry(self.node_parents.tolist())
 
     @cached_property
     def depths(self) -> np.ndarray:

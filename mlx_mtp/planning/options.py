@@ -16,7 +16,7 @@ from mlx_mtp.model.layout import subtree_parents
 from mlx_mtp.planning.offer import Offer, OfferedTree
 from mlx_mtp.planning.plan import MASK
 from mlx_mtp.planning.policy import RESET_PROB, Action, Policy, step_ms
-from mlx_mtp.planning.tree import best_step
+from mlx_mtp.planning.tree import best_step, worth_by_lag
 
 
 @dataclass(frozen=True, eq=False)
@@ -165,9 +165,8 @@ def tree_option(tree: OfferedTree, prices: Prices, *, room: int) -> Option:
         prices: costs of the steps.
         room: tokens that may still be emitted.
     """
-    step = best_step(
-        tree, prices.policy.values, prices.forward_ms, prices.mask_ms, rate=prices.rate, room=room
-    )
+    worth = worth_by_lag(prices.policy.values)
+    step = best_step(tree, worth, prices.forward_ms, prices.mask_ms, rate=prices.rate, room=room)
     nodes = step.nodes or None
     return Option(
         action=Action(len(step.nodes), step.mask_counts),

@@ -12,18 +12,16 @@ from masks at a distance: w_d * LAG[t].  Before the price of its rows a step is 
 
     1 + sum over verified u of p(u) + sum over v of stop(v) * sum over d of w_d * LAG[t(v, d)]
 
-**Search.**  Whatever the number n of nodes, the n likeliest add the most tokens, and with their
-parents they are closed, because no node is likelier than its parent.  After the last token follow
-c masks, which serve all nodes; after other nodes at most two, whose gains are taken from the
-largest down.  That gives a table over n, c and the number of further masks, from which any price
-of rows picks its entry.  A search row by row over all nodes and places finds steps as good in ten
-times as long.
+**Search.**  Rows are added for the highest gain per row: a mask after one of the nodes, or one of
+the two likeliest nodes that may follow, alone or with up to three masks.  Of the steps on the way
+the one that is worth most after the price of its rows is taken.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,7 +30,7 @@ from mlx_mtp.planning.policy import RESET_PROB
 
 LAG = np.array([1.0, *0.8 * 0.9 ** np.arange(64)])  # measured: docs/results/trees.md
 _MIN_PROB = 1e-3  # no row is worth less than this
-_MAX_OWN = 2  # masks after a draft
+_MAX_OWN = 3  # masks that are added with a node
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +72,23 @@ def nearest_masks(
     return found
 
 
+def worth_by_lag(values: np.ndarray) -> list[list[float]]:
+    """Worth of the d-th waiting draft from masks at distance t, ``[t][d - 1]``.
+
+    Args:
+        values: value of waiting drafts in tokens, ``[k + 1]``, 0.0 at 0.
+
+    Returns:
+        k + 2 lines; the last is of drafts that no masks predict, and all zeros.
+    """
+    steps = (1 - RESET_PROB) * np.minimum.accumulate(np.maximum(np.diff(values), 0))
+    lines = LAG[: len(values), None] * steps
+    return [*lines.tolist(), [0.0] * len(steps)]
+
+
 def best_step(
     tree: OfferedTree,
-    values: np.ndarray,
+    worth: list[list[float]],
     forward_ms: np.ndarray,
     mask_ms: np.ndarray,
     *,
@@ -87,70 +99,144 @@ def best_step(
 
     Args:
         tree: the nodes, parents first.
-        values: value of waiting drafts in tokens, ``[k + 1]``, 0.0 at 0.
+        worth: of waiting drafts (``worth_by_lag``).
         forward_ms: milliseconds of a forward by its rows, ``[R + 1]``; R bounds the rows.
         mask_ms: milliseconds of drafting by the number of drafts, ``[k + 1]``.
         rate: tokens per millisecond of the best policy.
         room: tokens that may still be emitted, at least 1.
     """
-    max_rows, k = len(forward_ms) - 1, len(values) - 1
-    kept, probs, parents, depths = _likeliest(tree, min(max_rows - 1, len(tree.probs)), room)
-    num_nodes, num_own = len(kept), min(_MAX_OWN, k)
-    # stop[n, v]: probability that v is the last accepted one of the n likeliest nodes.
-    taken = np.zeros((num_nodes + 1, num_nodes + 1))
-    taken[np.arange(1, num_nodes + 1), parents] = probs[1:]
-    stop = np.tri(num_nodes + 1) * probs - np.cumsum(taken, axis=0)
-    # worth[v, d]: of the (d + 1)-th draft after v, from masks after v; 0 if it cannot be emitted.
-    drafts = np.arange(k)
-    steps = (1 - RESET_PROB) * np.minimum.accumulate(np.maximum(np.diff(values), 0))
-    worth = np.where(drafts < room - 2 - depths[:, None], steps, 0.0)
-    # served[c, v, d]: the same from c masks after the last token.
-    counts = np.arange(min(k, max_rows - 1, max(room - 2, 0)) + 1)
-    reaches = counts[:, None, None] > drafts + depths[:, None]
-    served = reaches * worth * LAG[depths][:, None]
-    total = stop @ served.sum(axis=2).T + np.cumsum(probs)[:, None]  # [n, c]
-    # gains[n, c, (v, d)]: of the (d + 1)-th mask after node v; later ones never gain more.
-    more = np.minimum.accumulate((worth - served)[:, :, :num_own], axis=2)
-    more[:, 0] = 0.0
-    gains = (stop[:, None, :, None] * more).reshape(num_nodes + 1, len(counts), -1)
-    gained = np.cumsum(-np.sort(-gains, axis=2)[:, :, : max_rows - 1], axis=2)
-    total = np.concatenate([total[..., None], total[..., None] + gained], axis=2)  # [n, c, own]
-    rows = np.arange(1, num_nodes + 2)[:, None, None] + counts[:, None] + np.arange(total.shape[2])
-    fits = rows <= max_rows
-    num_drafts = np.maximum(counts[:, None], np.minimum(np.arange(total.shape[2]), num_own))
-    ms = forward_ms[np.where(fits, rows, 0)] + mask_ms[num_drafts]
-    total = np.where(fits, total - rate * ms, -np.inf)
-    best = int(total.argmax())
-    num_verified, count, own = map(int, np.unravel_index(best, total.shape))
-    gain = gains[num_verified, count]
-    chosen = np.argsort(-gain, kind="stable")[:own]
-    mask_counts = np.bincount(chosen[gain[chosen] > 0] // max(num_own, 1), minlength=num_nodes + 1)
-    mask_counts[0] = count
-    ascending = np.argsort(kept[:num_verified])
-    index = np.append(0, ascending + 1)
+    price = (rate * forward_ms).tolist()
+    mask_price = (rate * mask_ms).tolist()
+    growing = _Growing(tree, worth, room)
+    value, largest = 1.0, 0
+    best, best_value, moves = 0, value - price[1], list[_Move]()
+    num_rows = 1
+    while num_rows < len(price) - 1:
+        move = growing.best_move(len(price) - 1 - num_rows)
+        if move is None:
+            break
+        growing.apply(move)
+        moves.append(move)
+        num_rows += move.num_rows
+        value += move.gain
+        largest = max(largest, growing.counts[move.node])
+        if value - price[num_rows] - mask_price[largest] > best_value:
+            best, best_value = len(moves), value - price[num_rows] - mask_price[largest]
+    counts = {0: 0}
+    for move in moves[:best]:
+        counts[move.node] = counts.get(move.node, 0) + move.num_masks
+    order = sorted(counts)
     return TreeStep(
-        nodes=tuple((kept[ascending] + 1).tolist()),
-        mask_counts=tuple(mask_counts[index].tolist()),
-        probs=probs[index],
-        value=float(total.flat[best]),
+        nodes=tuple(order[1:]),
+        mask_counts=tuple(counts[node] for node in order),
+        probs=np.array([growing.reach[node] for node in order]),
+        value=best_value,
     )
 
 
-def _likeliest(
-    tree: OfferedTree, count: int, room: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """The likeliest nodes in order: indices, and with the last token in front the probabilities
-    and depths; parents count in this order, from 1.
+class _Move(NamedTuple):
+    """Rows to add: ``num_masks`` masks after a node, and the node itself if it is new."""
+
+    gain: float
+    node: int
+    is_new: bool
+    num_masks: int
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_masks + self.is_new
+
+
+class _Growing:
+    """A step to which rows are added.
+
+    Attributes:
+        reach: probability that each node of the tree is accepted.
+        counts: masks after the nodes of the step.
     """
-    reach, depths = [1.0], [0]
-    for prob, parent in zip(tree.probs.tolist(), tree.parents.tolist(), strict=True):
-        reach.append(prob * reach[parent])
-        depths.append(depths[parent] + 1)
-    probs, depth = np.array(reach), np.array(depths)
-    useful = (probs > _MIN_PROB) & (depth < room)
-    kept = np.argsort(np.where(useful, -probs, 1.0)[1:], kind="stable")
-    kept = kept[: min(count, int(useful[1:].sum()))]
-    place = np.zeros(len(probs), int)
-    place[kept + 1] = np.arange(1, len(kept) + 1)
-    index = np.append(0, kept + 1)
-    return kept, probs[index], place[tree.parents[kept]], depth[index]
+
+    def __init__(self, tree: OfferedTree, worth: list[list[float]], room: int) -> None:
+        self._worth, self._k = worth, len(worth) - 2
+        self._parents = [0, *tree.parents.tolist()]
+        self.reach, self._depths = [1.0], [0]
+        self._children: dict[int, list[int]] = {}
+        for node, prob in enumerate(tree.probs.tolist(), start=1):
+            parent = self._parents[node]
+            self.reach.append(prob * self.reach[parent])
+            self._depths.append(self._depths[parent] + 1)
+            if self.reach[-1] > _MIN_PROB and self._depths[-1] < room:
+                self._children.setdefault(parent, []).append(node)
+        self._room = room - 2  # of waiting drafts after the last token
+        self._next = self._sorted(self._children.get(0, []))
+        self.counts = {0: 0}
+        self._stop = {0: 1.0}
+        self._below = {0: [0]}  # the node and those after it
+        self._lags = {0: [self._k + 1] * self._k}  # of each draft after a node; k + 1 has no masks
+        self._later = {0: 0.0}  # what the drafts after a node are worth
+
+    def best_move(self, max_rows: int) -> _Move | None:
+        """The move of the highest gain per row, if any gains anything."""
+        best, best_move = 0.0, None
+        worth, depths, stop = self._worth, self._depths, self._stop
+        for node, count in self.counts.items():
+            depth, gain = depths[node], 0.0
+            if count >= self._k or count >= self._room - depth:
+                continue
+            for place in self._below[node]:
+                lag = depths[place] - depth
+                draft = count - lag  # counted from 0
+                if draft >= 0:
+                    more = worth[lag][draft] - worth[self._lags[place][draft]][draft]
+                    if more > 0:
+                        gain += stop[place] * more
+            if gain > best:
+                best, best_move = gain, _Move(gain, node, False, 1)
+        for node in self._next[:2]:
+            parent = self._parents[node]
+            later, most = self._inherited(parent), self._room - depths[node]
+            gain = 1 + sum(worth[lag][draft] for draft, lag in enumerate(later))
+            gain -= self._later[parent]
+            for count in range(min(_MAX_OWN, max_rows - 1, self._k, max(most, 0)) + 1):
+                if count:
+                    draft = count - 1
+                    gain += worth[0][draft] - worth[later[draft]][draft]
+                if self.reach[node] * gain > best * (1 + count):
+                    best = self.reach[node] * gain / (1 + count)
+                    best_move = _Move(self.reach[node] * gain, node, True, count)
+        return best_move
+
+    def apply(self, move: _Move) -> None:
+        """Add the rows of a move."""
+        node, worth, depths = move.node, self._worth, self._depths
+        if move.is_new:
+            parent = self._parents[node]
+            self._next.remove(node)
+            self._next = self._sorted(self._next + self._children.get(node, []))
+            self.counts[node], self._below[node] = 0, []
+            self._stop[node] = self.reach[node]
+            self._stop[parent] -= self.reach[node]
+            self._lags[node] = self._inherited(parent)
+            above = node
+            while True:
+                self._below[above].append(node)
+                if not above:
+                    break
+                above = self._parents[above]
+        for _ in range(move.num_masks):
+            count, depth = self.counts[node], depths[node]
+            for place in self._below[node]:
+                lag = depths[place] - depth
+                if count >= lag and lag < self._lags[place][count - lag]:
+                    self._lags[place][count - lag] = lag
+            self.counts[node] += 1
+        for place in self._below[node]:
+            self._later[place] = sum(worth[lag][i] for i, lag in enumerate(self._lags[place]))
+
+    def _inherited(self, parent: int) -> list[int]:
+        """Lags of the drafts after a new node, from masks before it."""
+        none = self._k + 1
+        lags = [min(lag + 1, none) for lag in self._lags[parent][1:]]
+        return [*lags, none] if self._k else []
+
+    def _sorted(self, nodes: list[int]) -> list[int]:
+        return sorted(nodes, key=lambda node: -self.reach[node])

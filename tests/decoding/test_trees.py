@@ -107,6 +107,22 @@ def test_greedy_ids_and_caches_are_those_of_plain_decoding(
     assert moved[True] >= 5 <= moved[False]
 
 
+def test_a_path_of_first_rows_has_the_bits_of_rows_alone() -> None:
+    model = tiny_mtp("llama", k=K, quantised=True)
+    ids, path = np.random.default_rng(0).integers(0, 64, (2, 70)).tolist()
+    cache = model.make_cache()
+    model(mx.array([ids]), cache=cache)
+    plain = cache.copied()
+    alone = [model(mx.array([[token]]), cache=plain)[0, 0] for token in path[:4]]
+    layout = StepLayout(1, 5, (0, 1, 0, 2, 0, 0), (0, 1, 2, 0, 4))
+    rows = [*path[:4], *path[1:3], *layout.mask_offsets.tolist()]
+    hidden = model(mx.array([rows]), cache=cache, layout=layout)[0]
+    for node, row in zip((0, *layout.path(3)), alone, strict=True):
+        assert mx.array_equal(hidden[node], row)
+    for node, row in zip((4, 5), alone[1:], strict=False):  # keys of another branch lie between
+        assert mx.allclose(hidden[node], row, rtol=1e-5, atol=1e-6)
+
+
 def test_recurrent_layers_keep_no_other_branch() -> None:
     cache = hybrid_mtp("qwen3_5", k=1).make_cache()
     assert not cache.supports_trees and tiny_mtp("llama").make_cache().supports_trees

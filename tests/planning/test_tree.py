@@ -23,10 +23,11 @@ from mlx_mtp.planning.policy import (
     best_policy,
     expected_tokens,
 )
-from mlx_mtp.planning.tree import LAG, TreeStep, best_step, nearest_masks
+from mlx_mtp.planning.tree import LAG, TreeStep, best_step, nearest_masks, worth_by_lag
 from mlx_mtp.planning.tree_acceptance import TreeAcceptance
 
 VALUES = np.array([0.0, 0.6, 1.0, 1.2, 1.3])
+WORTH = worth_by_lag(VALUES)
 SHARES = (0.6, 0.35, 0.2, 0.1)
 
 
@@ -48,7 +49,7 @@ def random_tree(seed: int, *, width: int = 3, depth: int = 4) -> OfferedTree:
 def step_of(tree: OfferedTree, rows: int, **changes: Any) -> TreeStep:
     """The best step of up to so many rows, which cost nothing."""
     options = {"rate": 0.0, "room": 100, **changes}
-    return best_step(tree, VALUES, np.ones(rows + 1), np.zeros(len(VALUES)), **options)
+    return best_step(tree, WORTH, np.ones(rows + 1), np.zeros(len(VALUES)), **options)
 
 
 def worth(tree: OfferedTree, nodes: tuple[int, ...], masks: tuple[int, ...]) -> float:
@@ -87,9 +88,8 @@ def test_steps_keep_to_the_tree_the_rows_and_the_room(seed: int, rows: int, room
     for depth, count in zip(layout.depths.tolist(), step.mask_counts, strict=True):
         assert depth < room
         assert count == 0 or depth + count <= room - 2  # drafts that can still be emitted
-    # What masks after a draft do for later drafts is not counted.
     if room == 8:
-        assert step.value <= worth(tree, step.nodes, step.mask_counts) + 1e-9
+        assert step.value == pytest.approx(worth(tree, step.nodes, step.mask_counts))
     assert step_of(tree, rows + 1, room=room).value >= step.value - 1e-9
 
 
@@ -136,7 +136,7 @@ def test_rows_are_used_as_long_as_they_pay() -> None:
     tree, rows = random_tree(3), np.arange(25.0)
     used = []
     for price in (0.0, 0.02, 0.1, 0.4, 2.0):
-        step = best_step(tree, VALUES, 1 + price * rows, np.zeros(5), rate=1.0, room=100)
+        step = best_step(tree, WORTH, 1 + price * rows, np.zeros(5), rate=1.0, room=100)
         used.append(len(step.nodes) + sum(step.mask_counts))
     assert used == sorted(used, reverse=True)
     assert used[0] == 23
@@ -146,7 +146,7 @@ def test_rows_are_used_as_long_as_they_pay() -> None:
 def test_drafting_from_large_groups_has_its_price() -> None:
     tree = OfferedTree(np.zeros(0, int), np.zeros(0))
     groups = [
-        best_step(tree, VALUES, np.ones(10), ms * np.arange(5.0), rate=1.0, room=100).mask_counts[0]
+        best_step(tree, WORTH, np.ones(10), ms * np.arange(5.0), rate=1.0, room=100).mask_counts[0]
         for ms in (0.0, 0.15, 0.3, 0.5, 1.0)
     ]
     assert groups == [4, 3, 2, 1, 0]
@@ -173,7 +173,9 @@ def test_a_tree_without_siblings_is_a_chain_at_least_as_good_as_the_best(rows: i
     assert not found.layout.is_tree
     assert found.nodes == tuple(range(1, found.layout.num_draft_tokens + 1))
     assert found.source == MASK
-    step = best_step(tree, policy.values, np.ones(rows + 1), np.zeros(5), rate=1.0, room=100)
+    step = best_step(
+        tree, worth_by_lag(policy.values), np.ones(rows + 1), np.zeros(5), rate=1.0, room=100
+    )
     chain = expected_tokens(shares, action.num_draft_tokens) + (1 - RESET_PROB) * float(
         accepted_probs(shares, action.num_draft_tokens) @ policy.values[list(action.mask_counts)]
     )
