@@ -13,6 +13,7 @@ from mlx_mtp.decoding.step import Step
 from mlx_mtp.drafting.drafter import Drafter, Drafts
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import plain_layout
+from mlx_mtp.planning.costs import LiveCosts
 from mlx_mtp.planning.plan import Plan
 from mlx_mtp.planning.planner import Planner
 
@@ -32,6 +33,7 @@ class Request:
         cache: the caches.
         target: what the emitted ids follow.
         planner: plans the steps.
+        costs: of steps on this machine.
         masks: drafts from mask rows in the same forward.
         drafters: everything that proposes drafts, ``masks`` too where there are any.
         key: random key, split for every step.
@@ -49,6 +51,7 @@ class Request:
     cache: MTPCache
     target: Target
     planner: Planner
+    costs: LiveCosts
     masks: Drafter
     drafters: Sequence[Drafter]
     key: mx.array
@@ -83,7 +86,8 @@ class Request:
         drafts = self._propose(plan, propose_key)
         keys = mx.stack(keys)
         parts = (self.ids, drafts, self.target, self.masks, keys)
-        return Step(self.cache, plan.layout, *parts, seed=self.seed)
+        row_ms = self.costs.forward_ms(self.cache.offset) if plan.layout.num_masks else None
+        return Step(self.cache, plan.layout, *parts, seed=self.seed, row_ms=row_ms)
 
     def commit(self, outcome: Outcome) -> StepResult:
         """Take in what the planned step gave: learn, emit, rewind.

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_mtp.decoding.accept import Target
-from mlx_mtp.decoding.batching import forward, head
+from mlx_mtp.decoding.batching import forward, has_one_pass, head
 from mlx_mtp.decoding.outcome import Outcome, Verdict, fetch, make_outcome
 from mlx_mtp.drafting.drafter import Drafter, Drafts
 from mlx_mtp.model.caches.mtp_cache import MTPCache
@@ -18,8 +19,6 @@ from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.noise import mask_ids
-
-HEAD_ROWS = 12  # up to here one head pass over all rows is cheaper than two partial ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,6 +35,8 @@ class Step:
         keys: random keys of acceptance and of drafting within the step, ``[2, ...]``.
         seed: of the ids of mask rows, if these are random tokens.
         is_prompt_chunk: whether its rows only go into the cache, and nothing is emitted.
+        row_ms: time of a forward by its rows, ``[R + 1]``, which decides about passes of the head;
+            None has one for the verify rows and one for the rows that are drafted from.
     """
 
     cache: MTPCache
@@ -47,6 +48,7 @@ class Step:
     keys: mx.array
     seed: int = 0
     is_prompt_chunk: bool = False
+    row_ms: np.ndarray | None = None
 
     def ids(self, config: MTPConfig | None) -> mx.array:
         """Ids of the rows ``[rows]``; see ``mask_ids`` for those of mask rows."""
@@ -78,7 +80,7 @@ def run(model: MTPModel, steps: Sequence[Step]) -> list[Outcome]:
     # From here on a step's rows begin with its first verify row: [d + 1 + masks, D].
     hidden = [rows[i][layout.num_pending - 1 :] for i, layout in enumerate(layouts)]
     verify = [hidden[i][: layout.num_draft_tokens + 1] for i, layout in enumerate(layouts)]
-    one_pass = sum(map(len, hidden)) <= HEAD_ROWS
+    one_pass = has_one_pass(model, layouts, steps[0].row_ms)
     logits = head(model, hidden if one_pass else verify)
     verdicts = [_verify(step, logits[i][: len(verify[i])]) for i, step in enumerate(steps)]
     drafts = _draft(model, steps, verdicts, hidden, logits if one_pass else None)
