@@ -19,7 +19,9 @@ from mlx_mtp.drafting.shortlist import shortlisted
 from mlx_mtp.model.head import PartialHead
 from mlx_mtp.model.mtp_model import MTPModel
 
-SIZE = 8192  # frequent tokens; see docs/design.md for what other numbers cost and gain
+MIN_SIZE = 4096  # frequent tokens; docs/results/draft-vocabulary.md has the measurements
+COUNTED_SHARE = 16  # one in so many tokens of a large vocabulary, if they were counted
+UNCOUNTED_SHARE = 3  # and otherwise
 MAX_OWN = 1024  # tokens of one conversation, the latest ones
 _MIN_SHARE = 2  # of a vocabulary that is not this many times larger, all tokens are used
 _BLOCK = 64  # own tokens come in blocks, so that shapes change rarely
@@ -39,21 +41,27 @@ class RowLogits(NamedTuple):
         return places if self.ids is None else self.ids[places], scores
 
 
-def frequent_head(model: MTPModel, *, size: int = SIZE) -> PartialHead | None:
-    """Make the head for the frequent tokens of an adapter's training text.
+def frequent_head(model: MTPModel, *, size: int | None = None) -> PartialHead | None:
+    """Make the head for the tokens that are frequent in an adapter's training text.
+
+    Where nothing was counted, these are the first ids, and more of them (see ``by_frequency``).
 
     Args:
         model: the model, with its statistics and the modules that it will decode with.
         size: number of tokens.
 
     Returns:
-        None if they are not known, if the vocabulary is not much larger, or if the model's own code
+        None without mask tokens, if the vocabulary is not much larger, or if the model's own code
         does not give these tokens the logits that it gives them among all.
     """
     counted = model.statistics.vocabulary if model.statistics else None
-    if counted is None or not model.num_draft_tokens or model.vocab_size < _MIN_SHARE * size:
+    if size is None:
+        share = model.vocab_size // (COUNTED_SHARE if counted else UNCOUNTED_SHARE)
+        size = max(share - share % _BLOCK, MIN_SIZE)
+    if not model.num_draft_tokens or model.vocab_size < _MIN_SHARE * size:
         return None
-    ids = mx.array(by_frequency(counted.ids, model.vocab_size)[:size], mx.int32)
+    order = by_frequency(counted.ids if counted else (), model.vocab_size)
+    ids = mx.array(order[:size], mx.int32)
     try:
         head = PartialHead(model.base, model.parts, ids)
         hidden = mx.random.normal((1, 2, model.hidden_size), key=mx.random.key(0))

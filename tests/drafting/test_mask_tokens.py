@@ -220,4 +220,6 @@ def test_every_kind_of_head_computes_its_formula(norm: str, bias: bool, residual
     expected = block(inner, 2) + {"hidden": hidden, "inner": inner, "none": 0}[residual]
     found = head(mx.array(previous, mx.float32), mx.array(hidden, mx.float32))
     assert np.allclose(np.array(found), expected, atol=1e-5)
+    rows = [mx.broadcast_to(mx.array(x, mx.float32), (3, 8)) for x in (previous, hidden)]
+    assert np.allclose(np.array(head(*rows)), np.stack([expected] * 3), atol=1e-5)
     assert ("linear_1.bias" in values) == bias and ("norm_1.bias" in values) == (norm == "layer")

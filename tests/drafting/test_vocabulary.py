@@ -21,7 +21,7 @@ from mlx_mtp.model.head import PartialHead
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.statistics import AdapterStatistics, DraftVocabulary, RankCounts
 from tests.helpers.families import family_mtp
-from tests.helpers.tiny import tiny_mtp
+from tests.helpers.tiny import tiny_base, tiny_mtp
 
 PROMPT = [5, 9, 40, 3, 9]
 FREQUENT = [0, 1, 2, 3, 50, 51, 52, 53]
@@ -158,11 +158,23 @@ class TestFrequentHead:
         head = frequent_head(model, size=8)
         assert head is not None and head.ids.tolist() == [60, 3, 7, 0, 1, 2, 4, 5]
 
-    def test_there_is_none_without_counts_or_for_a_small_vocabulary(self) -> None:
+    def test_without_counts_it_has_the_first_ids(self) -> None:
+        head = frequent_head(tiny_mtp("llama"), size=3)
+        assert head is not None and head.ids.tolist() == [0, 1, 2]
+
+    def test_there_is_none_without_mask_tokens_or_for_a_small_vocabulary(self) -> None:
         model = tiny_mtp("llama")
-        assert frequent_head(model, size=8) is None
         model.statistics = counted(model, [60, 3, 7])
-        assert frequent_head(model, size=33) is None
+        assert frequent_head(model, size=33) is None and frequent_head(model) is None
+        assert frequent_head(MTPModel(tiny_base("llama")), size=8) is None
+
+    def test_its_size_follows_the_vocabulary(self) -> None:
+        model = tiny_mtp("llama", vocab_size=24_600)
+        uncounted = frequent_head(model)
+        model.statistics = counted(model, [60, 3, 7])
+        found = frequent_head(model)
+        assert uncounted is not None and uncounted.ids.size == 8192
+        assert found is not None and found.ids.size == 4096
 
     def test_there_is_none_where_the_models_code_does_something_else(
         self, monkeypatch: pytest.MonkeyPatch
