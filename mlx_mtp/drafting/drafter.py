@@ -252,7 +252,8 @@ class Drafter(Protocol):
 
         Args:
             hidden: final hidden states of the rows, ``[m, D]``.
-            logits: the base model's logits for them, ``[m, V]``.
+            logits: the base model's logits for them, ``[m, V]``, or those of the tokens of
+                ``model.frequent``, ``[m, F]``.
             previous: the bonus token, which the first draft follows, scalar.
             key: random key.
         """

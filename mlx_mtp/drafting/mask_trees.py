@@ -18,7 +18,7 @@ from mlx_mtp.drafting.beam import draft_beam
 from mlx_mtp.drafting.drafter import CommittedStep, Distribution, Drafts, DraftTree
 from mlx_mtp.drafting.lookup import LookupDrafter
 from mlx_mtp.drafting.mask_tokens import MaskTokenDrafter
-from mlx_mtp.drafting.shortlist import SHORTLIST, shortlisted
+from mlx_mtp.drafting.shortlist import SHORTLIST
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
@@ -40,15 +40,20 @@ class MaskTreeDrafter(MaskTokenDrafter):
         model: the model with its adapter.
         distribution: as in ``MaskTokenDrafter``; a tree has the likeliest tokens, drawn or not.
         known: acceptance of nodes and of chains, which keeps learning.
+        ids: the conversation so far.
 
     Attributes:
         lookup: looks the path up; None looks nothing up.
     """
 
     def __init__(
-        self, model: MTPModel, distribution: Distribution | None, known: Speculation
+        self,
+        model: MTPModel,
+        distribution: Distribution | None,
+        known: Speculation,
+        ids: Sequence[int] = (),
     ) -> None:
-        super().__init__(model, distribution)
+        super().__init__(model, distribution, ids)
         self._known = known
         self._tree: DraftTree | None = None
         self._proposed_chain = False
@@ -81,6 +86,7 @@ class MaskTreeDrafter(MaskTokenDrafter):
 
     def commit(self, step: CommittedStep) -> None:
         """Learn from the emitted ids, and keep the new tree as far as masks reached."""
+        self._take_up(step.next_ids)
         if self._tree is not None and step.tokens:
             # The planner counts chains that were verified.
             if not self._proposed_chain and step.source != CHAIN:
@@ -113,8 +119,8 @@ class MaskTreeDrafter(MaskTokenDrafter):
         self, hidden: mx.array, logits: mx.array, previous: mx.array, *, key: mx.array
     ) -> Drafts:
         """Draft a tree; the chain in it is known after the sync only."""
-        candidates = shortlisted(logits, SHORTLIST)
-        beam = draft_beam(self._model, hidden, logits, candidates, previous, width=WIDTH)
+        candidates, scores = self._rate(hidden, logits).shortlist(SHORTLIST)
+        beam = draft_beam(self._model, hidden, scores, candidates, previous, width=WIDTH)
         return replace(Drafts.none(), tree=DraftTree(*beam))
 
 

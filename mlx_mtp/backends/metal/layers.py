@@ -23,6 +23,7 @@ from mlx_mtp.backends.metal.matmul import (
     skinny_qmm_kernel,
 )
 from mlx_mtp.backends.metal.operations import Matmul
+from mlx_mtp.model.head import select_rows
 from mlx_mtp.model.lora import GatedTerm, SharedInput, layers_by_input, linear_dims
 from mlx_mtp.model.wrappers import Wrapper, replace
 
@@ -49,6 +50,13 @@ class _KernelLayer(Wrapper):
         super().__init__(layer)
         self._packed = packed
         self._choice = choice
+
+    def select_rows(self, ids: mx.array) -> _KernelLayer:
+        """A layer with some rows of the weight ``[N]``, which stay packed."""
+        part = select_rows(self.wrapped, ids)
+        packed = packed_weight(part)
+        assert packed is not None
+        return type(self)(part, packed, self._choice)
 
     def _variant(self, x: mx.array) -> Variant | None:
         """The kernel for ``x`` ``[..., K]``; None for stock MLX."""
