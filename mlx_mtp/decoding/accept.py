@@ -164,7 +164,7 @@ def last_accepted(
     """
     if parents is None:
         return tokens, count_accepted(tokens[:-1] == drafts)
-    is_wrong = tokens[mx.array(parents, mx.int32)] != drafts
+    is_wrong = tokens[mx.array(list(parents), mx.int32)] != drafts
     ancestry = tree_ancestry(parents)
     num_wrong = mx.where(mx.array(ancestry[:, 1:]), is_wrong, False).sum(axis=1)
     depths = mx.array(ancestry.sum(axis=1), mx.int32)  # of siblings with one token the first counts

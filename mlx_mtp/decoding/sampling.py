@@ -147,7 +147,7 @@ def process_logits(
     followed = range(len(drafts)) if parents is None else parents
     for token, parent in zip(drafts, followed, strict=True):
         paths.append((*paths[parent], token))
-    before, rows = mx.array(context), {}
+    before, rows = mx.array(list(context)), {}
     # Processors that follow the text step back as rarely as possible if branches are not mixed.
     for j in sorted(range(len(paths)), key=lambda j: paths[j]):
         path = mx.array(paths[j], before.dtype)
