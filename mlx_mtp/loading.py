@@ -31,6 +31,7 @@ from mlx_mtp.decoding.config import GenerationConfig
 from mlx_mtp.decoding.setup import drafter_sources
 from mlx_mtp.drafting.draft_model import num_bytes
 from mlx_mtp.drafting.make import available_sources
+from mlx_mtp.drafting.vocabulary import frequent_head
 from mlx_mtp.drafting.words import in_words, what_would_help
 from mlx_mtp.model.adapter_file import from_file
 from mlx_mtp.model.base import open_base
@@ -136,6 +137,7 @@ def load(
         use_fast_recurrences(model.base)
     if kernels:
         set_up_kernels(model.base, report=progress or (lambda line: None))
+    model.frequent = frequent_head(model)
     if draft_model is not None and mtp:
         options = {"lazy": lazy, "trust_remote_code": trust_remote_code, "kernels": kernels}
         model.draft_model = _load_draft(

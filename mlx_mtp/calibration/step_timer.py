@@ -19,7 +19,7 @@ import numpy as np
 
 from mlx_mtp.backends.device import waited_ms
 from mlx_mtp.decoding.accept import Target
-from mlx_mtp.decoding.step import HEAD_ROWS, Step
+from mlx_mtp.decoding.step import Step
 from mlx_mtp.decoding.step import run as run_steps
 from mlx_mtp.drafting.drafter import Drafts
 from mlx_mtp.drafting.mask_tokens import MaskTokenDrafter
@@ -33,6 +33,7 @@ MAX_EXTRA_ROUNDS = 4  # of a disturbed step, while there is time
 MAX_SPREAD = 1.25
 MAX_WAITING = 0.2
 _DRAFT_ROWS = 9  # rows of the steps that measure the cost of drafting
+_VERIFY_ROWS = 12  # up to here a step without masks is timed
 _GROUP = 4  # number of steps that are timed in turn
 
 
@@ -81,10 +82,10 @@ class StepTimer:
         self.disturbed = False
         self._model = model
         self._cache = model.make_cache()
-        self._drafter = MaskTokenDrafter(model, None)
         # All different: in a model of experts, rows of one id would choose the same experts, of
         # which fewer are then read than for the rows of a text.
         self._ids = [(7 * index + 1) % model.vocab_size for index in range(context)]
+        self._drafter = MaskTokenDrafter(model, None, self._ids)
         self._cache.begin_step()
         mx.eval(model(mx.array([self._ids]), cache=self._cache))
 
@@ -197,7 +198,7 @@ def _one_group(rows: int, size: int) -> StepLayout:
 
 def wide_step(rows: int, k: int) -> StepLayout:
     """A step with ``rows`` rows; wide ones have about equally many masks after every draft."""
-    if rows <= HEAD_ROWS or rows > (k + 1) ** 2:
+    if rows <= _VERIFY_ROWS or rows > (k + 1) ** 2:
         return _verify_only(rows)
     drafts = next(n for n in range(1, k + 1) if (n + 1) * min(n + 1, k + 1) >= rows)
     share, more = divmod(rows - 1 - drafts, drafts + 1)

@@ -215,4 +215,6 @@ def _cache(model: MTPModel) -> KeyedCache:
     ]
     # Without mask tokens nothing is known about the cost of drafting with them.
     masks = [] if model.num_draft_tokens else ["no mask tokens"]
+    if model.frequent is not None:
+        masks.append(f"{model.frequent.ids.size} frequent tokens")
     return KeyedCache("costs", [*machine, *packages, os.environ.get(SWITCH, ""), *weights, *masks])

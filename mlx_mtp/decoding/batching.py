@@ -13,11 +13,14 @@ from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_mtp.model.caches.batch import BatchCache
 from mlx_mtp.model.caches.mtp_cache import MTPCache
+from mlx_mtp.model.head import PartialHead
 from mlx_mtp.model.layout import BatchLayout, StepLayout, plain_layout
 from mlx_mtp.model.mtp_model import MTPModel
+from mlx_mtp.planning.costs import is_one_pass_cheaper
 
 _MAX_ERROR = 0.05  # of the largest value; see ``MTPModel._probe``
 
@@ -49,13 +52,34 @@ def forward(
     return layout.unpack(model(rows[None], cache=cache, layout=layout)[0], axis=0)
 
 
-def head(model: MTPModel, parts: Sequence[mx.array]) -> list[mx.array]:
+def head(model: MTPModel | PartialHead, parts: Sequence[mx.array]) -> list[mx.array]:
     """Logits ``[n, V]`` of several arrays of hidden states ``[n, D]``, in one pass of the head."""
     if len(parts) < 2:
         return [model.logits(part[None])[0] for part in parts]
     ends = list(accumulate(map(len, parts)))
     logits: Any = model.logits(mx.concatenate(list(parts))[None])[0]
     return list(mx.split(logits, ends[:-1]))
+
+
+def has_one_pass(model: MTPModel, layouts: Sequence[StepLayout], row_ms: np.ndarray | None) -> bool:
+    """Whether the head passes once over all rows, because that is expected to take less time.
+
+    Args:
+        model: the model.
+        layouts: of each step; there is nothing to decide without mask rows.
+        row_ms: time of a forward by its rows, ``[R + 1]``; None has two passes.
+    """
+    groups = [max(layout.mask_counts) for layout in layouts if layout.num_masks]
+    if not groups or row_ms is None:
+        return not groups
+    frequent = model.frequent
+    return is_one_pass_cheaper(
+        row_ms,
+        verified=sum(layout.num_draft_tokens + 1 for layout in layouts),
+        drafted=sum(groups),
+        num_rows=sum(layout.num_rows - layout.num_pending + 1 for layout in layouts),
+        share=1.0 if frequent is None else frequent.ids.size / model.vocab_size,
+    )
 
 
 def can_batch(model: MTPModel) -> bool:

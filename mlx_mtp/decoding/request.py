@@ -13,6 +13,7 @@ from mlx_mtp.decoding.step import Step
 from mlx_mtp.drafting.drafter import Drafter, Drafts
 from mlx_mtp.model.caches.mtp_cache import MTPCache
 from mlx_mtp.model.layout import plain_layout
+from mlx_mtp.planning.costs import LiveCosts
 from mlx_mtp.planning.plan import Plan
 from mlx_mtp.planning.planner import Planner
 
@@ -32,6 +33,7 @@ class Request:
         cache: the caches.
         target: what the emitted ids follow.
         planner: plans the steps.
+        costs: of steps on this machine.
         masks: drafts from mask rows in the same forward.
         drafters: everything that proposes drafts, ``masks`` too where there are any.
         key: random key, split for every step.
@@ -50,6 +52,7 @@ class Request:
     cache: MTPCache
     target: Target
     planner: Planner
+    costs: LiveCosts
     masks: Drafter
     drafters: Sequence[Drafter]
     key: mx.array
@@ -78,9 +81,9 @@ class Request:
         self.current = plan = self.choose()
         self.key, propose_key, *keys = mx.random.split(self.key, 4)
         drafts = self._propose(plan, propose_key)
-        keys = mx.stack(keys)
-        parts = (self.ids, drafts, self.target, self.masks, keys)
-        return Step(self.cache, plan.layout, *parts, seed=self.seed)
+        parts = (self.ids, drafts, self.target, self.masks, mx.stack(keys))
+        row_ms = self.costs.forward_ms(self.cache.offset) if plan.layout.num_masks else None
+        return Step(self.cache, plan.layout, *parts, seed=self.seed, row_ms=row_ms)
 
     def choose(self) -> Plan:
         """Let the planner choose the next step, which follows ``offset`` rows."""

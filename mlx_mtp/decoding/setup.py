@@ -152,6 +152,7 @@ def make_request(
         cache=cache,
         target=target,
         planner=planner,
+        costs=known.costs,
         masks=next((each for each in drafters if each.source == MASK), NoDrafter()),
         drafters=drafters,
         key=mx.random.key(seed),

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_mtp.decoding.accept import Target
-from mlx_mtp.decoding.batching import forward, head
+from mlx_mtp.decoding.batching import forward, has_one_pass, head
 from mlx_mtp.decoding.outcome import Outcome, Submitted, Verdict, evaluate
 from mlx_mtp.drafting.drafter import Drafter, Drafts
 from mlx_mtp.model.caches.mtp_cache import MTPCache
@@ -17,8 +18,6 @@ from mlx_mtp.model.config import MTPConfig
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.noise import mask_ids
-
-HEAD_ROWS = 12  # up to here one head pass over all rows is cheaper than two partial ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +36,8 @@ class Step:
         is_prompt_chunk: whether its rows only go into the cache, and nothing is emitted.
         token: the one pending id ``[1]``, on the device, where ``context`` lacks it because it has
             not been read yet; the step is plain then.
+        row_ms: time of a forward by its rows, ``[R + 1]``, which decides about passes of the head;
+            None has one for the verify rows and one for the rows that are drafted from.
     """
 
     cache: MTPCache
@@ -49,6 +50,7 @@ class Step:
     seed: int = 0
     is_prompt_chunk: bool = False
     token: mx.array | None = None
+    row_ms: np.ndarray | None = None
 
     def ids(self, config: MTPConfig | None) -> mx.array:
         """Ids of the rows ``[rows]``; see ``mask_ids`` for those of mask rows."""
@@ -87,7 +89,7 @@ def submit(model: MTPModel, steps: Sequence[Step]) -> Submitted:
     # From here on a step's rows begin with its first verify row: [d + 1 + masks, D].
     hidden = [rows[i][layout.num_pending - 1 :] for i, layout in enumerate(layouts)]
     verify = [hidden[i][: layout.num_draft_tokens + 1] for i, layout in enumerate(layouts)]
-    one_pass = sum(map(len, hidden)) <= HEAD_ROWS
+    one_pass = has_one_pass(model, layouts, steps[0].row_ms)
     logits = head(model, hidden if one_pass else verify)
     verdicts = [_verify(step, logits[i][: len(verify[i])]) for i, step in enumerate(steps)]
     drafts = _draft(model, steps, verdicts, hidden, logits if one_pass else None)
@@ -117,7 +119,7 @@ def _draft(
     needed = [s.drafter.rows(s.layout, verdicts[i].last_node) for i, s in enumerate(steps)]
     rows = {i: indices for i, indices in enumerate(needed) if indices is not None}
     states = [hidden[i][indices] for i, indices in rows.items()]
-    heads = [logits[i][rows[i]] for i in rows] if logits else head(model, states)
+    heads = [logits[i][rows[i]] for i in rows] if logits else head(model.frequent or model, states)
     for i, state, mask_logits in zip(rows, states, heads, strict=True):
         step, bonus = steps[i], verdicts[i].tokens[verdicts[i].last_node]
         drafts[i] = step.drafter.draft(state, mask_logits, bonus, key=step.keys[1])

@@ -33,7 +33,7 @@ class Beam(NamedTuple):
 def draft_beam(
     model: MTPModel,
     hidden: mx.array,
-    logits: mx.array,
+    base_scores: mx.array,
     candidates: mx.array,
     previous: mx.array,
     *,
@@ -44,25 +44,25 @@ def draft_beam(
     Args:
         model: the model with its adapter.
         hidden: final hidden states of a mask group, ``[m, D]``.
-        logits: the base model's logits for them, ``[m, V]``; used without a sampler head only.
+        base_scores: the base model's logits of the candidates, ``[m, S]``; used without a sampler
+            head only.
         candidates: the candidates of each mask row, ``[m, S]``.
         previous: the token before the first draft, scalar.
         width: nodes of each depth, as far as there are candidates.
     """
     head, (num_depths, size) = model.sampler_head, candidates.shape
-    if head is None:
-        fixed = mx.take_along_axis(logits, candidates, axis=-1)[:, None]  # [m, 1, S]
-    else:
-        unembed = model.unembed_rows(candidates).swapaxes(1, 2)  # [m, D, S]
+    table = base_scores[:, None]  # the same scores after any token, [m, 1, S]
+    if head is not None:  # rows of the unembedding, [m, D, S]
+        table = model.unembed_rows(candidates).swapaxes(1, 2)
     before, first = previous[None], 0  # tokens of the depth before [B], and its first node
     reached = mx.zeros((1,))  # log-probability of each of its nodes [B]
     tokens, parents, logprobs = [], [], []
     for depth in range(num_depths):
         if head is None:
-            scores = mx.broadcast_to(fixed[depth], (before.size, size))
+            scores = mx.broadcast_to(table[depth], (before.size, size))
         else:
             rows = mx.broadcast_to(hidden[depth], (before.size, hidden.shape[-1]))
-            scores = head(model.embed(before), rows) @ unembed[depth]  # [B, S]
+            scores = head(model.embed(before), rows) @ table[depth]  # [B, S]
         scores = scores.astype(mx.float32)
         scores = (scores - mx.logsumexp(scores, axis=-1, keepdims=True)).reshape(-1)
         joint = mx.repeat(reached, size) + scores  # [B S]

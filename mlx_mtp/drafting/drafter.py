@@ -227,7 +227,7 @@ class Drafter(Protocol):
         Args:
             nodes: which drafts of the offered tree, counted from 1 as in ``Plan.nodes``.
         """
-        raise NotImplementedError(f"{self.source} offers no trees")
+        raise AssertionError(f"{self.source} offers no trees")
 
     def commit(self, step: CommittedStep) -> None:
         """Take note of a step: rewind what ``propose`` assumed, and learn."""
@@ -252,7 +252,8 @@ class Drafter(Protocol):
 
         Args:
             hidden: final hidden states of the rows, ``[m, D]``.
-            logits: the base model's logits for them, ``[m, V]``.
+            logits: the base model's logits for them, ``[m, V]``, or those of the tokens of
+                ``model.frequent``, ``[m, F]``.
             previous: the bonus token, which the first draft follows, scalar.
             key: random key.
         """

@@ -71,9 +71,10 @@ class Answer:
 
 
 def _mask(answer: Answer) -> Drafter:
+    model, distribution, ids = answer.model, answer.distribution, answer.ids
     if answer.trees:
-        return MaskTreeDrafter(answer.model, answer.distribution, answer.speculation)
-    return MaskTokenDrafter(answer.model, answer.distribution)
+        return MaskTreeDrafter(model, distribution, answer.speculation, ids)
+    return MaskTokenDrafter(model, distribution, ids)
 
 
 def _lookup(answer: Answer) -> Drafter:

@@ -18,12 +18,12 @@ from mlx_mtp.drafting.beam import draft_beam
 from mlx_mtp.drafting.drafter import CommittedStep, Distribution, Drafts, DraftTree
 from mlx_mtp.drafting.lookup import LookupDrafter
 from mlx_mtp.drafting.mask_tokens import MaskTokenDrafter
-from mlx_mtp.drafting.shortlist import SHORTLIST, shortlisted
+from mlx_mtp.drafting.shortlist import SHORTLIST
 from mlx_mtp.model.layout import StepLayout
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.planning.auto import Speculation
 from mlx_mtp.planning.offer import Offer, OfferedTree
-from mlx_mtp.planning.plan import MASK
+from mlx_mtp.planning.plan import CHAIN, MASK
 from mlx_mtp.planning.tree import nearest_masks
 
 WIDTH = 4  # nodes of each depth
@@ -40,15 +40,20 @@ class MaskTreeDrafter(MaskTokenDrafter):
         model: the model with its adapter.
         distribution: as in ``MaskTokenDrafter``; a tree has the likeliest tokens, drawn or not.
         known: acceptance of nodes and of chains, which keeps learning.
+        ids: the conversation so far.
 
     Attributes:
         lookup: looks the path up; None looks nothing up.
     """
 
     def __init__(
-        self, model: MTPModel, distribution: Distribution | None, known: Speculation
+        self,
+        model: MTPModel,
+        distribution: Distribution | None,
+        known: Speculation,
+        ids: Sequence[int] = (),
     ) -> None:
-        super().__init__(model, distribution)
+        super().__init__(model, distribution, ids)
         self._known = known
         self._tree: DraftTree | None = None
         self._proposed_chain = False
@@ -81,8 +86,13 @@ class MaskTreeDrafter(MaskTokenDrafter):
 
     def commit(self, step: CommittedStep) -> None:
         """Learn from the emitted ids, and keep the new tree as far as masks reached."""
+        self._take_up(step.next_ids)
         if self._tree is not None and step.tokens:
-            self._judge(step.tokens)
+            # The planner counts chains that were verified.
+            if not self._proposed_chain and step.source != CHAIN:
+                self._count_chain(step.tokens)
+            probs, right = self._tree.judged(step.tokens)
+            self._known.tree.observe(np.array(probs), np.array(right))
         self._proposed_chain = False
         depth = len(_draft_rows(step.layout)[step.last_node])
         tree = step.drafts.tree
@@ -92,16 +102,12 @@ class MaskTreeDrafter(MaskTokenDrafter):
             chain = self._tree.likeliest_chain()
             self._drafts = replace(Drafts.certain(mx.array(chain, mx.int32)), host_ids=chain)
 
-    def _judge(self, tokens: Sequence[int]) -> None:
-        """Learn which nodes were right where their parents were."""
-        assert self._tree is not None
-        if not self._proposed_chain:  # otherwise the planner counts it
-            chain = self._drafts.ids()[: len(tokens)]
-            pairs = zip(chain, tokens, strict=False)
-            num_right = next((i for i, (a, b) in enumerate(pairs) if a != b), len(chain))
-            self._known.acceptance.observe(len(chain), num_right)
-        probs, right = self._tree.judged(tokens)
-        self._known.tree.observe(np.array(probs), np.array(right))
+    def _count_chain(self, tokens: Sequence[int]) -> None:
+        """Learn how many drafts of the likeliest chain were right, verified or not."""
+        chain = self._drafts.ids()[: len(tokens)]
+        pairs = zip(chain, tokens, strict=False)
+        num_right = next((i for i, (a, b) in enumerate(pairs) if a != b), len(chain))
+        self._known.acceptance.observe(len(chain), num_right)
 
     def rows(self, layout: StepLayout, last_node: mx.array) -> mx.array | None:
         """For each draft after the last accepted one, the nearest mask row that predicts it."""
@@ -113,8 +119,8 @@ class MaskTreeDrafter(MaskTokenDrafter):
         self, hidden: mx.array, logits: mx.array, previous: mx.array, *, key: mx.array
     ) -> Drafts:
         """Draft a tree; the chain in it is known after the sync only."""
-        candidates = shortlisted(logits, SHORTLIST)
-        beam = draft_beam(self._model, hidden, logits, candidates, previous, width=WIDTH)
+        candidates, scores = self._rate(hidden, logits).shortlist(SHORTLIST)
+        beam = draft_beam(self._model, hidden, scores, candidates, previous, width=WIDTH)
         return replace(Drafts.none(), tree=DraftTree(*beam))
 
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_mtp.drafting.mask_tokens import SHORTLIST, shortlisted
+from mlx_mtp.drafting.shortlist import SHORTLIST, shortlisted
 from mlx_mtp.evaluation.forward import draft_states, ordinary_rows
 from mlx_mtp.evaluation.mask_blocks import MaskRows
 from mlx_mtp.evaluation.statistics import by_frequency, rank_counts
@@ -32,7 +32,8 @@ from mlx_mtp.model.statistics import MAX_RANK, AdapterStatistics, DraftVocabular
 
 if TYPE_CHECKING:
     from mlx_mtp.evaluation.sequences import TokenSequence
-    from mlx_mtp.model.mtp_model import MTPModel
+    from mlx_mtp.model.head import PartialHead
+from mlx_mtp.model.mtp_model import MTPModel
 
 LAYOUTS = ("quadratic", "linear")
 
@@ -433,6 +434,7 @@ def _follow(
     k = rows.shape[1]
     ranks = np.zeros((len(anchors), k), dtype=np.int64)
     alive = np.arange(len(anchors))  # anchors whose blocks are followed so far
+    known = None if model.frequent is None else _known_since(model.frequent, ids)
     for j in range(k):
         positions = np.array(anchors)[alive] + 2 + j
         alive = alive[positions < len(ids)]
@@ -441,14 +443,36 @@ def _follow(
         positions = np.array(anchors)[alive] + 2 + j
         hidden = rows[mx.array(alive), j]
         previous, right = mx.array(ids[positions - 1]), mx.array(ids[positions])
-        found = np.array(_ranks(model, hidden, previous, right, use_sampler))
+        vocabulary = None
+        if known is not None:
+            tokens, since = known
+            is_known = since <= np.array(anchors)[alive, None]
+            vocabulary = mx.array(tokens), mx.array(is_known)
+        found = np.array(_ranks(model, hidden, previous, right, use_sampler, vocabulary))
         ranks[alive, j] = np.minimum(found, num_candidates + 1)
         alive = alive[found <= num_candidates]
     return ranks
 
 
+def _known_since(frequent: PartialHead, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The draft vocabulary of a text ``[N]``, and where each token joins it: -1 for frequent ones.
+
+    See ``drafting.vocabulary``; a text with more rare tokens than ``MAX_OWN`` keeps all of them.
+    """
+    tokens, first = np.unique(ids, return_index=True)
+    is_rare = ~np.isin(tokens, np.array(frequent.ids))
+    tokens, first = tokens[is_rare], first[is_rare]
+    since = np.concatenate([np.full(frequent.ids.size, -1), first])
+    return np.concatenate([np.array(frequent.ids), tokens]), since
+
+
 def _ranks(
-    model: MTPModel, hidden: mx.array, previous: mx.array, right: mx.array, use_sampler: bool
+    model: MTPModel,
+    hidden: mx.array,
+    previous: mx.array,
+    right: mx.array,
+    use_sampler: bool,
+    vocabulary: tuple[mx.array, mx.array] | None = None,
 ) -> mx.array:
     """Rank of the right token among each mask row's candidates, as decoding scores them, ``[A]``.
 
@@ -461,13 +485,18 @@ def _ranks(
         previous: the token before each draft ``[A]``.
         right: the right token ``[A]``.
         use_sampler: False does not use the sampler head; all tokens are candidates then.
+        vocabulary: tokens ``[N]`` and whether a draft may be one of them ``[A, N]``; None for all.
     """
     logits = model.logits(hidden[None])[0]  # [A, V]
+    tokens = mx.arange(logits.shape[-1])
+    if vocabulary is not None:
+        tokens, may_draft = vocabulary
+        logits = mx.where(may_draft, logits[:, tokens], -float("inf"))  # [A, N]
     head = model.sampler_head if use_sampler else None
     if head is None:
-        candidates, scores = mx.arange(logits.shape[-1])[None], logits
+        candidates, scores = tokens[None], logits
     else:
-        candidates = shortlisted(logits, SHORTLIST)  # [A, S]
+        candidates = tokens[shortlisted(logits, SHORTLIST)]  # [A, S]
         states = head(model.embed(previous), hidden)  # [A, D]
         scores = (model.unembed_rows(candidates) @ states[..., None])[..., 0]  # [A, S]
     is_right = (candidates == right[:, None]).astype(mx.int32)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -74,8 +75,8 @@ class MaskStates:
         drafts = drafter.draft(hidden, logits, bonus, key=mx.random.key(0))
         assert drafts.tree is not None
         mx.eval(drafts.tree.tokens, drafts.tree.parents, drafts.tree.probs)
-        numbers = [*drafts.tree.tokens.tolist(), *drafts.tree.parents.tolist()]
-        return replace(drafts, tree=drafts.tree.fetched(numbers))
+        numbers = mx.concatenate([drafts.tree.tokens, drafts.tree.parents])
+        return replace(drafts, tree=drafts.tree.fetched(cast(list[int], numbers.tolist())))
 
 
 def tree_steps(

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from mlx_mtp.cli.options import AS_JSON, option
+from mlx_mtp.drafting.vocabulary import frequent_head
 from mlx_mtp.evaluation.acceptance import (
     LAYOUTS,
     Answer,
@@ -67,6 +68,12 @@ def table(results: dict[str, dict[str, Evaluation]]) -> list[str]:
 @option("--adapter-path", multiple=True, help="Adapter folder or hub id; repeatable.")
 @option("--layout", type=click.Choice(LAYOUTS), default="quadratic")
 @option("--num-draft-tokens", type=int, help="Draft tokens per step.", show_default="the adapter's")
+@option(
+    "--draft-vocabulary",
+    type=click.IntRange(0),
+    help="Frequent tokens that drafts come from; 0 for all tokens.",
+    show_default="that of decoding",
+)
 @option("--batch-size", default=16, help="Number of prompts answered together.")
 @AS_JSON
 def main(
@@ -75,6 +82,7 @@ def main(
     adapter_path: Sequence[str],
     layout: str,
     num_draft_tokens: int | None,
+    draft_vocabulary: int | None,
     as_json: bool,
     **options: Any,
 ) -> dict[str, Any]:
@@ -86,6 +94,9 @@ def main(
     start, generation_s = time.perf_counter(), 0.0
     for name in adapter_path or [DEFAULT_ADAPTER]:
         loaded, tokenizer = load(model, adapter_path=None if name == DEFAULT_ADAPTER else name)
+        if draft_vocabulary is not None:
+            size = draft_vocabulary
+            loaded.frequent = frequent_head(loaded, size=size) if size else None
         k = checked_num_masks(loaded, num_draft_tokens)  # before the slow part
         if not texts:
             texts = answer_prompts(loaded, tokenizer, **options)

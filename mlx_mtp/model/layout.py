@@ -86,8 +86,8 @@ class StepLayout:
 
     @property
     def is_contiguous(self) -> bool:
-        """Whether every row follows the row before."""
-        return self.num_masks == 0 and not self.is_tree
+        """Whether every row follows the row before, as also masks after the last row do."""
+        return not (self.is_tree or any(self.mask_counts[:-1]))
 
     @property
     def is_tree(self) -> bool:
@@ -405,6 +405,18 @@ class StepScope:
         self.gated = True
         self.adapts_experts = False  # whether the experts in progress have mask rows (``experts``)
         self.mixer: MixerCall | None = None
+        self._positions: tuple[RowLayout, int, mx.array] | None = None
+
+    def positions_from(self, offset: Any) -> mx.array:
+        """Position of each row after ``offset`` cached ones; the layers of a forward share them."""
+        layout = self.layout
+        assert layout is not None
+        if not isinstance(offset, int):
+            return layout.positions_from(offset)
+        known = self._positions
+        if known is None or known[0] is not layout or known[1] != offset:
+            known = self._positions = (layout, offset, layout.positions_from(offset))
+        return known[2]
 
     @property
     def step(self) -> StepLayout | None:

@@ -35,8 +35,9 @@ from mlx_mtp.model.draft_heads import DraftHeads
 from mlx_mtp.model.experts import GatedLoRASwitchLinear, is_switch, wrap_gated_experts
 from mlx_mtp.model.fingerprint import fingerprint as fingerprint
 from mlx_mtp.model.fingerprint import model_args
+from mlx_mtp.model.head import OutputHead, PartialHead
 from mlx_mtp.model.layout import MaskRun, RowLayout, StepLayout, StepScope
-from mlx_mtp.model.lora import GatedLoRALinear
+from mlx_mtp.model.lora import GatedLoRALinear, share_inputs
 from mlx_mtp.model.mixers import wrap_mixers
 from mlx_mtp.model.native.module import NativeModule
 from mlx_mtp.model.one_row import wrap_experts
@@ -46,18 +47,12 @@ from mlx_mtp.model.parts import (
     find_parts,
     module_at,
     text_model,
-    with_module,
 )
 from mlx_mtp.model.positions import counts_keys, wrap_positions
 from mlx_mtp.model.recurrence import has_chunks
 from mlx_mtp.model.sampler_head import SamplerHead
 from mlx_mtp.model.statistics import AdapterStatistics
-from mlx_mtp.model.wrappers import (
-    HiddenStates,
-    MaskEmbedding,
-    WithoutHead,
-    replace,
-)
+from mlx_mtp.model.wrappers import MaskEmbedding, WithoutHead, replace
 
 MASK_EMBEDDINGS = "mask_embeddings"
 MASK_PER_LAYER_EMBEDDINGS = "mask_per_layer_embeddings"
@@ -89,6 +84,8 @@ class MTPModel(nn.Module):
         config: that of an adapter of mask tokens, or None.
         heads: independent heads on the final hidden states, if that is what the adapter has.
         statistics: what evaluations have shown of the adapter's drafts; None if that is not known.
+        frequent: the head for the tokens that drafts of mask tokens come from, besides those of the
+            conversation; None for all tokens.
         native: MTP modules of the model's own checkpoint; None if it has none.
         draft_model: a smaller model with the same tokenizer, which proposes drafts; None without.
 
@@ -114,6 +111,7 @@ class MTPModel(nn.Module):
         self.sampler_head: SamplerHead | None = None
         self.heads: DraftHeads | None = None
         self.statistics: AdapterStatistics | None = None
+        self.frequent: PartialHead | None = None
         self.native: NativeModule | None = None
         self.draft_model: MTPModel | None = None
         self._scope = StepScope()
@@ -135,8 +133,6 @@ class MTPModel(nn.Module):
                 self._attach(config, weights)
             else:
                 self.heads = DraftHeads(config, weights, dtype=self.dtype)
-        self._hidden_states = HiddenStates(module_at(base, self.parts.backbone))
-        self._head = with_module(base, self.parts.backbone, self._hidden_states)
         self._check_caches()
         if self.config is not None:
             self._probe()
@@ -261,9 +257,7 @@ class MTPModel(nn.Module):
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Turn hidden states ``[B, L, D]`` into logits ``[B, L, V]`` by the base model's head."""
-        if self.parts.inner_head is not None:
-            return self._backbone.logits(hidden)
-        return self._hidden_states.head(self._head, hidden)
+        return OutputHead(self.base, self.parts)(hidden)
 
     def embed(self, ids: mx.array) -> mx.array:
         """Look up token embeddings, ``[...]`` to ``[..., D]``."""
@@ -426,7 +420,9 @@ class MTPModel(nn.Module):
                 f"the adapter has tensors for {', '.join(names)}, while its target_modules are "
                 f"{', '.join(config.target_modules)}"
             )
+        _check_finite({f"{path}.lora_b": wrapped[path].lora_b for path in paths})
         replace(self.base, wrapped)
+        share_inputs(self.base)
         switches = [path for path in paths if isinstance(wrapped[path], GatedLoRASwitchLinear)]
         wrap_gated_experts(self.base, switches, self._scope)
 
@@ -481,6 +477,15 @@ class MTPModel(nn.Module):
 
     def _no_mask_rows(self, reason: str) -> ValueError:
         return ValueError(f"{self.name} ({self.base.model_type}) cannot take mask rows: {reason}")
+
+
+def _check_finite(weights: Mapping[str, mx.array]) -> None:
+    """Refuse weights that would turn the zeros of ordinary rows into something else."""
+    finite = [mx.isfinite(value).all() for value in weights.values()]
+    mx.eval(finite)
+    for name, is_finite in zip(weights, finite, strict=True):
+        if not is_finite.item():
+            raise ValueError(f"the adapter's tensor {name} has values that are not finite")
 
 
 def _relative_error(values: mx.array, expected: mx.array) -> mx.array:

@@ -47,7 +47,7 @@ class StepPositions(nn.Module):
         layout = self._scope.layout
         if layout is None or layout.is_contiguous:
             return self.table(positions)
-        rows = layout.positions_from(positions[..., :1])
+        rows = self._scope.positions_from(positions[..., :1])
         last = self.weight.shape[0] - 1  # masks may reach past the table; their drafts do not
         return self.table(mx.minimum(rows, last))
 
@@ -66,7 +66,7 @@ class StepRope(nn.Module):
         if layout is None or layout.is_contiguous:
             return self.rope(x, offset=offset, **options)
         rows = x.transpose(2, 1, 0, 3)  # [L, H, 1, Dh]
-        rows = self.rope(rows, offset=layout.positions_from(offset), **options)
+        rows = self.rope(rows, offset=self._scope.positions_from(offset), **options)
         return rows.transpose(2, 1, 0, 3)
 
 
@@ -84,7 +84,7 @@ class StepArange:
         layout = self._scope.layout
         if layout is None or layout.is_contiguous:
             return mx.arange(start, stop)
-        return layout.positions_from(start - 1) + 1
+        return self._scope.positions_from(start - 1) + 1
 
 
 class StepCode(Rebound):
@@ -182,7 +182,7 @@ def _step_scale(original: Callable[..., mx.array], scope: StepScope) -> Callable
         layout = scope.layout
         if layout is None or layout.is_contiguous:
             return original(size, offset, *args)
-        rows = original(1, layout.positions_from(offset), *args)  # one text per row
+        rows = original(1, scope.positions_from(offset), *args)  # one text per row
         return rows.reshape(size, 1)
 
     return scale

@@ -138,9 +138,9 @@ class WithoutHead(Wrapper):
         out: Any = type(self.wrapped).__call__(self, *args, **kwargs)
         return out[0] if isinstance(out, tuple) else out  # olmo returns its caches too
 
-    def logits(self, hidden: mx.array) -> mx.array:
-        """Turn hidden states ``[B, L, D]`` into logits ``[B, L, V]``."""
-        head = self.wrapped[self._head]
+    def logits(self, hidden: mx.array, head: Any = None) -> mx.array:
+        """Turn hidden states ``[B, L, D]`` into logits ``[B, L, V]``, or those of another head."""
+        head = self.wrapped[self._head] if head is None else head
         out = head.as_linear(hidden) if hasattr(head, "as_linear") else head(hidden)
         limit = getattr(self.wrapped, "final_logit_softcapping", None)
         if limit is None:

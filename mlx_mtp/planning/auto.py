@@ -137,8 +137,14 @@ class Speculation:
         curve = CostCurve(
             rows=rows, contexts=(0,), forward_ms=((1.0,) * len(rows),), draft_ms=(0.0,)
         )
-        costs = LiveCosts(curve, learns=False)
-        return replace(self, costs=costs, probing=Probing(), policies={}, sharers=1, num_steps=0)
+        return Speculation(
+            LiveCosts(curve, learns=False),
+            self.acceptance,
+            lookup=self.lookup,
+            tree=self.tree,
+            # What they cost is learned from times.
+            drafters={source: known.fresh() for source, known in self.drafters.items()},
+        )
 
     def repeatable(self) -> Speculation:
         """A copy as before the first step, whose plans depend on no clock and no history."""
@@ -303,7 +309,9 @@ class AutoPlanner:
     def _best_option(
         self, priced: PricedPolicy, offers: Sequence[Offer], waiting: int, room: int
     ) -> Option | None:
-        """The best step with drafts of an offer if that is worth more than the policy's step."""
+        """The best step with a tree, or with drafts of an offer if that is worth more than the
+        policy's step.
+        """
         limit = min(room - 1, len(priced.forward_ms) - 2)
         known = [
             self._priced_offer(priced, offer, min(offer.num_drafts, limit - offer.follows))

@@ -370,6 +370,25 @@ def widened(forward_ms: np.ndarray, most: int) -> np.ndarray:
     return np.concatenate([forward_ms, beyond])[: most + 1]
 
 
+def is_one_pass_cheaper(
+    forward_ms: np.ndarray, *, verified: int, drafted: int, num_rows: int, share: float
+) -> bool:
+    """Whether the head should pass over all rows of a step at once.
+
+    Otherwise it passes over the verify rows first, and over the mask rows of the accepted prefix
+    when that is known.  A head takes as much longer for more rows as a forward does.
+
+    Args:
+        forward_ms: time of a forward by its rows, ``[R + 1]``, 0.0 at 0.
+        verified: verify rows.
+        drafted: mask rows of a second pass.
+        num_rows: verify rows and all mask rows.
+        share: of the vocabulary that the second pass is over.
+    """
+    ms = widened(forward_ms, max(num_rows, drafted))
+    return bool(ms[num_rows] <= ms[verified] + share * ms[drafted])
+
+
 def shared_ms(forward_ms: np.ndarray, sharers: int) -> np.ndarray:
     """One answer's part of forwards that several share, each with as many rows.
 

@@ -169,7 +169,7 @@ def test_an_answer_ends_inside_a_path(keeps_to_room: bool) -> None:
             assert len(last.logits) == len(last.tokens)
             cut += drafter.steps[-1].num_accepted >= len(last.tokens)
             found = next_logits(model, cache, answer[end - 1 : end])[0, -1]
-            assert int(found.argmax().item()) == answer[end]
+            assert found.argmax().item() == answer[end]
     assert cut >= 5
 
 
@@ -241,7 +241,8 @@ def test_the_longest_path_that_follows_the_tokens_is_accepted(seed: int) -> None
         parents = [int(rng.integers(0, i + 1)) for i in range(count)]
         drafts, tokens = rng.integers(0, 3, count).tolist(), rng.integers(0, 3, count + 1).tolist()
         _, last = last_accepted(mx.array(tokens), mx.array(drafts), parents)
-        path = StepLayout(1, count, (0,) * (count + 1), tuple(parents)).path(int(last.item()))
+        node: Any = last.item()
+        path = StepLayout(1, count, (0,) * (count + 1), tuple(parents)).path(node)
         emitted = [tokens[node] for node in (0, *path)]
         assert [drafts[node - 1] for node in path] == emitted[:-1]
         assert len(path) == walked(parents, drafts, tokens)
@@ -309,7 +310,7 @@ def test_a_bias_planted_in_trees_is_caught() -> None:
 
 
 @pytest.mark.parametrize("tokens", [200, pytest.param(4_000, marks=pytest.mark.soak)])
-def test_the_loop_draws_from_the_exact_distribution(tokens: int, seed: int) -> None:
+def test_the_loop_draws_from_the_exact_distribution(tokens: int) -> None:
     """Trees know another answer to the same prompt, which is right now and then."""
     model = table_model()
     accepted = Counter[int]()
@@ -426,7 +427,7 @@ def test_a_tree_drafted_in_a_step_comes_with_its_one_sync() -> None:
     request.masks = TreesFromMasks(model, None)
     [outcome] = run(model, [request.plan()])
     tree = outcome.drafts.tree
-    assert tree is not None and tree.host_parents == [0, 0, 2]
+    assert tree is not None and tree.host_ids is not None and tree.host_parents == [0, 0, 2]
     assert tree.host_ids == tree.tokens.tolist() and tree.host_probs == [0.5, 0.25, 0.125]
     assert outcome.drafts.host_ids == outcome.drafts.tokens.tolist()
     chosen = tree.chosen((2, 3))

@@ -10,7 +10,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_mtp.decoding.sampling import Sampling, target_probs
-from mlx_mtp.drafting.mask_tokens import Drafts, draft_tokens, shortlisted
+from mlx_mtp.drafting.drafter import Drafts
+from mlx_mtp.drafting.mask_tokens import draft_tokens
+from mlx_mtp.drafting.shortlist import shortlisted
+from mlx_mtp.drafting.vocabulary import RowLogits
 from mlx_mtp.model.config import SamplerKind
 from mlx_mtp.model.mtp_model import SAMPLER_PREFIX, MTPModel
 from mlx_mtp.model.sampler_head import SamplerHead
@@ -28,7 +31,7 @@ def draft(model: MTPModel, hidden: mx.array, previous: int, **options: Any) -> D
     """Draft behind a token, by default greedily and with the key 0."""
     options = {"key": mx.random.key(0), **options}
     logits = model.logits(hidden[None])[0]
-    drafts = draft_tokens(model, hidden, logits, mx.array(previous), **options)
+    drafts = draft_tokens(model, hidden, RowLogits(logits), mx.array(previous), **options)
     mx.eval(drafts.tokens, drafts.candidates, drafts.probs)
     return drafts
 
@@ -124,15 +127,16 @@ def test_a_shortlist_holds_the_heads_best(size: int) -> None:
         assert candidates.count(token) == 1
 
 
-@pytest.mark.parametrize("vocab", [2048, 3000, 49152])
+@pytest.mark.parametrize("vocab", [2048, 3001, 8256, 49152])
 def test_a_large_vocabulary_is_shortlisted_by_blocks(vocab: int) -> None:
     rng = np.random.default_rng(vocab)
     logits = rng.standard_normal((4, vocab)).astype(np.float32)
     found = np.array(shortlisted(mx.array(logits), 64))
+    blocks = -(-vocab // (vocab // 1024))
     for row, ids in zip(logits, found, strict=True):
         best_of_block: dict[int, int] = {}
         for token in np.argsort(-row):
-            best_of_block.setdefault(int(token) % 1024, int(token))
+            best_of_block.setdefault(int(token) % blocks, int(token))
         wanted = sorted(best_of_block.values(), key=lambda token: -row[token])[:64]
         assert sorted(ids) == sorted(wanted)
         assert row.argmax() in ids and len(set(ids)) == 64
@@ -141,11 +145,11 @@ def test_a_large_vocabulary_is_shortlisted_by_blocks(vocab: int) -> None:
 def test_sampled_drafts_follow_the_distribution_that_they_report() -> None:
     model, _ = attentive("llama", vocab_size=8)
     hidden = group(model, rows=2)
-    logits, sampling = model.logits(hidden[None])[0], Sampling(temp=1.0)
+    rows, sampling = RowLogits(model.logits(hidden[None])[0]), Sampling(temp=1.0)
 
     def one(key: mx.array) -> Any:
         drafts = draft_tokens(
-            model, hidden, logits, mx.array(3), distribution=sampling.distribution, key=key
+            model, hidden, rows, mx.array(3), distribution=sampling.distribution, key=key
         )
         dense = mx.zeros((2, 8))
         dense = mx.put_along_axis(dense, drafts.candidates, drafts.probs, axis=-1)
@@ -216,4 +220,6 @@ def test_every_kind_of_head_computes_its_formula(norm: str, bias: bool, residual
     expected = block(inner, 2) + {"hidden": hidden, "inner": inner, "none": 0}[residual]
     found = head(mx.array(previous, mx.float32), mx.array(hidden, mx.float32))
     assert np.allclose(np.array(found), expected, atol=1e-5)
+    rows = [mx.broadcast_to(mx.array(x, mx.float32), (3, 8)) for x in (previous, hidden)]
+    assert np.allclose(np.array(head(*rows)), np.stack([expected] * 3), atol=1e-5)
     assert ("linear_1.bias" in values) == bias and ("norm_1.bias" in values) == (norm == "layer")

@@ -12,6 +12,7 @@ import pytest
 
 from mlx_mtp.decoding.loop import StepResult, decode
 from mlx_mtp.drafting.mask_tokens import draft_tokens
+from mlx_mtp.drafting.vocabulary import RowLogits
 from mlx_mtp.evaluation import acceptance as room
 from mlx_mtp.evaluation.acceptance import (
     LAYOUTS,
@@ -117,7 +118,7 @@ def drafts_of_decoding(model: MTPModel, ids: list[int], anchor: int, shortlist: 
     return draft_tokens(
         model,
         hidden,
-        model.logits(hidden[None])[0],
+        RowLogits(model.logits(hidden[None])[0]),
         mx.array(ids[anchor + 1]),
         key=mx.random.key(0),
         shortlist=shortlist,

@@ -144,7 +144,7 @@ class TableModel:
         head_table: ``[V, V]``; what the sampler head adds for the draft before.
     """
 
-    config = native = draft_model = None
+    config = native = draft_model = frequent = None
     heads: Any = None
     max_context = None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given
@@ -203,3 +204,23 @@ def test_a_plan_verifies_no_more_than_there_is_and_can_be_emitted(
 def test_an_unknown_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="got 'cubic'"):
         FixedPlanner("cubic", num_draft_tokens=2)
+
+
+def test_masks_after_the_last_row_are_contiguous() -> None:
+    assert StepLayout(2, 2, (0, 0, 3)).is_contiguous and plain_layout().is_contiguous
+    assert not StepLayout(1, 1, (1, 0)).is_contiguous
+    assert not StepLayout(1, 2, (0, 0, 0), parents=(0, 0)).is_contiguous
+    for layout in (StepLayout(2, 2, (0, 0, 3)), StepLayout(1, 2, (1, 0, 2))):
+        steps = np.diff(np.array(layout.positions))
+        assert layout.is_contiguous == (steps == 1).all()
+
+
+def test_the_layers_of_a_forward_share_their_positions() -> None:
+    scope, layout = StepScope(), StepLayout(1, 1, (1, 1))
+    scope.layout = layout
+    rows = scope.positions_from(5)
+    assert scope.positions_from(5) is rows and rows.tolist() == [5, 6, 6, 7]
+    assert scope.positions_from(6).tolist() == [6, 7, 7, 8]
+    scope.layout = StepLayout(1, 0, (2,))
+    assert scope.positions_from(6).tolist() == [6, 7, 8]
+    assert scope.positions_from(mx.array([4])).tolist() == [4, 5, 6]

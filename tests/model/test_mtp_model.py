@@ -193,6 +193,17 @@ def test_without_an_adapter_nothing_is_wrapped() -> None:
     assert model.config is None and model.num_draft_tokens == 0 and model.sampler_head is None
 
 
+@pytest.mark.parametrize("value", [np.inf, np.nan])
+def test_weights_that_are_not_finite_are_refused(value: float) -> None:
+    """A product with zero would not be zero, and ordinary rows would change."""
+    base = tiny_base()
+    config, weights = random_adapter(base)
+    name = "model.layers.1.mlp.up_proj.lora_b"
+    weights[name][2, 3] = value
+    with pytest.raises(ValueError, match=f"{name} has values that are not finite"):
+        MTPModel(base, config=config, weights=weights)
+
+
 def test_a_failed_forward_leaves_no_step_behind() -> None:
     model, layout = tiny_mtp("llama"), LAYOUTS[0]
     with pytest.raises(IndexError):

@@ -79,6 +79,11 @@ class DenseLinear(nn.Linear):
         self.blocks = ColumnBlocks.of(weight)
         self.helper = helper
 
+    def select_rows(self, ids: mx.array) -> DenseLinear:
+        """A layer with some of the outputs ``[N]``."""
+        bias = self.bias[ids] if "bias" in self else None
+        return DenseLinear(self.weight[ids], bias=bias, helper=self.helper)
+
     def __call__(self, x: mx.array) -> mx.array:
         """Map ``[..., L, in]`` to ``[..., L, out]``."""
         if self.blocks is None or not self.blocks.takes(x):
@@ -95,6 +100,10 @@ class DenseEmbedding(nn.Embedding):
         self.weight = weight
         self.blocks = ColumnBlocks.of(weight)
         self.helper = helper
+
+    def select_rows(self, ids: mx.array) -> DenseEmbedding:
+        """An embedding with some of the rows ``[N]``."""
+        return DenseEmbedding(self.weight[ids], helper=self.helper)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """Map ``[..., L, D]`` to logits ``[..., L, V]``."""

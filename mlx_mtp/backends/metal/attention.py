@@ -117,7 +117,7 @@ def step_attention_launch(
         "queries": queries,
         "keys": keys,
         "values": values,
-        "scale": mx.array(scale, dtype=mx.float32),
+        "scale": kernels.number(scale),
     }
     sees, kind = _SEES_ALL, "all"
     if isinstance(mask, mx.array):

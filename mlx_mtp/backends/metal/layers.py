@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -22,10 +23,11 @@ from mlx_mtp.backends.metal.matmul import (
     skinny_qmm_kernel,
 )
 from mlx_mtp.backends.metal.operations import Matmul
-from mlx_mtp.model.lora import GatedLoRALinear, GatedTerm, SharedLowRank, linear_dims
+from mlx_mtp.model.head import select_rows
+from mlx_mtp.model.lora import GatedTerm, SharedInput, layers_by_input, linear_dims
 from mlx_mtp.model.wrappers import Wrapper, replace
 
-_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+_ALIGNED_RANKS = 8
 
 
 def packed_weight(layer: Any) -> PackedWeight | None:
@@ -48,6 +50,13 @@ class _KernelLayer(Wrapper):
         super().__init__(layer)
         self._packed = packed
         self._choice = choice
+
+    def select_rows(self, ids: mx.array) -> _KernelLayer:
+        """A layer with some rows of the weight ``[N]``, which stay packed."""
+        part = select_rows(self.wrapped, ids)
+        packed = packed_weight(part)
+        assert packed is not None
+        return type(self)(part, packed, self._choice)
 
     def _variant(self, x: mx.array) -> Variant | None:
         """The kernel for ``x`` ``[..., K]``; None for stock MLX."""
@@ -157,25 +166,36 @@ def use_kernels(base: nn.Module, choices: Mapping[str, KernelChoice]) -> int:
         kind = KernelLinear if isinstance(layer, nn.QuantizedLinear) else KernelEmbedding
         layers[path] = kind(layer, packed, choice)
     replace(base, layers)
-    _share_low_rank(base)
+    _share_terms(base)
     return len(layers)
 
 
-def _share_low_rank(base: nn.Module) -> None:
-    """Let layers with the same input compute their low-rank products together."""
-    for _, module in base.named_modules():
-        children = module.children()
-        for names in (*_SAME_INPUT, *((name,) for name in children)):
-            layers = [
-                layer
-                for layer in (children.get(name) for name in names)
-                if isinstance(layer, GatedLoRALinear)
-                and isinstance(layer.linear, KernelLinear)
-                and layer.linear.has_gated_kernel
-                and layer.shared is None
-            ]
-            if layers:
-                lora_as = [layer.lora_a for layer in layers]
-                shared = SharedLowRank(lora_as, down=gated_lora_down_kernel)
-                for index, layer in enumerate(layers):
-                    layer.share(shared, index)
+def _share_terms(base: nn.Module) -> None:
+    """Let the kernels of adapted layers add the low-rank products, formed once per input."""
+    for layers in layers_by_input(base):
+        ours = [
+            x for x in layers if isinstance(x.linear, KernelLinear) and x.linear.has_gated_kernel
+        ]
+        if ours:
+            terms = SharedInput(_StackedTerms([layer.lora_a for layer in ours]))
+            for index, layer in enumerate(ours):
+                layer.share_terms(terms, index)
+
+
+class _StackedTerms:
+    """The products ``x lora_a`` of layers with the same input, by one kernel.
+
+    Args:
+        lora_as: ``[in, r]`` of each layer.
+    """
+
+    def __init__(self, lora_as: Sequence[mx.array]) -> None:
+        self._firsts = [0, *accumulate(lora_a.shape[1] for lora_a in lora_as[:-1])]
+        stacked = mx.concatenate([lora_a.T for lora_a in lora_as])
+        self._stacked = mx.pad(stacked, [(0, -stacked.shape[0] % _ALIGNED_RANKS), (0, 0)])
+        mx.eval(self._stacked)
+
+    def __call__(self, x: mx.array, gate_split: int) -> list[tuple[mx.array, int]]:
+        """Return ``[G, R]`` for ``x`` ``[1, L, in]``, with each layer's first rank in it."""
+        low_rank = gated_lora_down_kernel(x, self._stacked, gate_split=gate_split)
+        return [(low_rank, first) for first in self._firsts]

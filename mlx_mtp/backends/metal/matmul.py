@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -156,16 +157,16 @@ def skinny_qmm_launch(
     gated: GatedTerm | None = None,
     simdgroups: int = 16,
 ) -> Launch:
-    """Describe how the kernel multiplies rows ``[M, K]``.
+    """Describe how the kernel multiplies rows ``[..., K]``.
 
     Args:
-        x: of the type of the scales.
+        x: ``[..., K]``, M rows of the type of the scales.
         packed: the weight.
         variant: both sum in the same order.
         gated: term to add to the rows from its gate split on.
         simdgroups: of the matrix variant; 8 for devices whose threadgroups are small.
     """
-    rows, (outputs, inputs) = x.shape[0], packed.shape
+    rows, (outputs, inputs) = math.prod(x.shape[:-1]), packed.shape
     template: dict[str, Any] = {
         "T": x.dtype,
         "group_size": packed.group_size,
@@ -191,7 +192,7 @@ def skinny_qmm_launch(
         "weight": packed.weight,
         "scales": packed.scales,
         "biases": packed.biases,
-        "shape": mx.array([rows, outputs, inputs], dtype=mx.int32),
+        "shape": _integers(rows, outputs, inputs),
     }
     store = _PLAIN_STORE
     if gated is not None:
@@ -204,7 +205,7 @@ def skinny_qmm_launch(
         template=template,
         grid=(-(-outputs // wide) * threads, -(-rows // high), 1),
         threadgroup=(threads, 1, 1),
-        output_shape=(rows, outputs),
+        output_shape=(*x.shape[:-1], outputs),
         output_dtype=x.dtype,
     )
 
@@ -218,9 +219,7 @@ def skinny_qmm_kernel(
     simdgroups: int = 16,
 ) -> mx.array:
     """Multiply rows ``[..., K]`` by a packed weight to ``[..., N]``; on Metal."""
-    rows = x.reshape(-1, x.shape[-1])
-    launch = skinny_qmm_launch(rows, packed, variant=variant, gated=gated, simdgroups=simdgroups)
-    return run(launch).reshape(*x.shape[:-1], -1)
+    return run(skinny_qmm_launch(x, packed, variant=variant, gated=gated, simdgroups=simdgroups))
 
 
 # --- gated low-rank weights ------------------------------------------------------------------
@@ -241,8 +240,8 @@ def gated_lora_down_ops(x: mx.array, lora_a: mx.array, *, gate_split: int) -> mx
 
 
 def gated_lora_down_launch(x: mx.array, lora_a: mx.array, *, gate_split: int) -> Launch:
-    """Describe how the kernel multiplies the rows from the gate split on by A."""
-    rows, ranks = x.shape[0], lora_a.shape[0]
+    """Describe how the kernel multiplies the rows of ``[..., K]`` from the gate split on by A."""
+    rows, ranks = math.prod(x.shape[:-1]), lora_a.shape[0]
     taken = rows - gate_split
     tile_rows = min(taken, _DOWN_ROWS)
     threads = 32 * _DOWN_SIMDGROUPS
@@ -252,7 +251,7 @@ def gated_lora_down_launch(x: mx.array, lora_a: mx.array, *, gate_split: int) ->
         inputs={
             "x": x,
             "lora_a": lora_a,
-            "shape": mx.array([rows, ranks, x.shape[1], gate_split], dtype=mx.int32),
+            "shape": _integers(rows, ranks, x.shape[-1], gate_split),
         },
         template={"T": x.dtype, "rows": tile_rows, "simdgroups": _DOWN_SIMDGROUPS},
         grid=(
@@ -345,9 +344,21 @@ def _gated_inputs(gated: GatedTerm) -> dict[str, Any]:
     return {
         "low_rank": gated.low_rank,
         "lora_b": gated.lora_b,
-        "gate": mx.array(numbers, dtype=mx.int32),
-        "lora_scale": mx.array(gated.scale, dtype=mx.float32),
+        "gate": _integers(*numbers),
+        "lora_scale": number(gated.scale),
     }
+
+
+@functools.lru_cache(maxsize=4096)
+def _integers(*values: int) -> mx.array:
+    """An array of integers; a step passes the same ones in every layer."""
+    return mx.array(values, dtype=mx.int32)
+
+
+@functools.lru_cache(maxsize=256)
+def number(value: float) -> mx.array:
+    """A number as a float32 array."""
+    return mx.array(value, dtype=mx.float32)
 
 
 _FILES = (
