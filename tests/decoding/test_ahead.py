@@ -174,7 +174,7 @@ def test_a_cache_changes_when_it_would_have(
             steps: Any = decode(model, PROMPT, layout="plain", cache=cache, max_tokens=20)
             ids = ids_of(islice(steps, count))
             steps.close()
-            [layer] = cache.layers
+            [layer] = cache.attention_layers
             yield ids, type(layer), cache.offset, layer.inner.offset, cache.drops_rows
 
     early = list(shapes())
@@ -214,7 +214,7 @@ def test_drafts_wait_for_a_step_that_was_submitted_early(
     # The first layout with masks is replaced by the step that runs already; it is planned again.
     planner = ScriptedPlanner([*quiet, plain_layout(), masks, masks, verify, plain_layout()])
     monkeypatch.setattr("mlx_mtp.decoding.setup.make_planner", lambda *_, **__: planner)
-    drafted = ScriptedModel(model, right([*PROMPT, *expected]))
+    drafted: Any = ScriptedModel(model, right([*PROMPT, *expected]))
     steps = list(decode(drafted, PROMPT, max_tokens=16))
     assert ids_of(steps) == expected
     rows = [step.num_rows for step in steps[1:]]

@@ -109,6 +109,7 @@ class TableCache:
 
     rows_until_change = None
     drops_rows = False
+    supports_trees = False
 
     def __init__(self) -> None:
         self.offset = 0
