@@ -61,14 +61,18 @@ def head(model: MTPModel | PartialHead, parts: Sequence[mx.array]) -> list[mx.ar
     return list(mx.split(logits, ends[:-1]))
 
 
-def has_one_pass(model: MTPModel, layouts: Sequence[StepLayout], row_ms: np.ndarray | None) -> bool:
+def has_one_pass(
+    model: MTPModel, layouts: Sequence[StepLayout], times: Sequence[np.ndarray | None]
+) -> bool:
     """Whether the head passes once over all rows, because that is expected to take less time.
 
     Args:
         model: the model.
         layouts: of each step; there is nothing to decide without mask rows.
-        row_ms: time of a forward by its rows, ``[R + 1]``; None has two passes.
+        times: of a forward by its rows, ``[R + 1]``, as each step knows them; the first counts, and
+            there are two passes without any.
     """
+    row_ms = next((ms for ms in times if ms is not None), None)
     groups = [max(layout.mask_counts) for layout in layouts if layout.num_masks]
     if not groups or row_ms is None:
         return not groups

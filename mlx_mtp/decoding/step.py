@@ -89,7 +89,7 @@ def submit(model: MTPModel, steps: Sequence[Step]) -> Submitted:
     # From here on a step's rows begin with its first verify row: [d + 1 + masks, D].
     hidden = [rows[i][layout.num_pending - 1 :] for i, layout in enumerate(layouts)]
     verify = [hidden[i][: layout.num_draft_tokens + 1] for i, layout in enumerate(layouts)]
-    one_pass = has_one_pass(model, layouts, steps[0].row_ms)
+    one_pass = has_one_pass(model, layouts, [step.row_ms for step in steps])
     logits = head(model, hidden if one_pass else verify)
     verdicts = [_verify(step, logits[i][: len(verify[i])]) for i, step in enumerate(steps)]
     drafts = _draft(model, steps, verdicts, hidden, logits if one_pass else None)

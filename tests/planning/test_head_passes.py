@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import pytest
 
+from mlx_mtp.decoding.batching import has_one_pass
+from mlx_mtp.model.layout import linear_layout, plain_layout
 from mlx_mtp.planning.costs import CPU_GUESS, GPU_GUESS, is_one_pass_cheaper
 
 FLAT = np.array([0.0, *[1.0] * 32])  # rows are free, as on a GPU up to its limit
@@ -33,3 +38,12 @@ def test_a_draft_vocabulary_makes_a_second_pass_pay_earlier(curve: object) -> No
         return next(n for n in counts if not is_one_pass_cheaper(ms, **rows, num_rows=n))
 
     assert 9 <= longest(0.17) < longest(1.0) < 40
+
+
+def test_any_step_of_a_batch_knows_the_costs() -> None:
+    model: Any = SimpleNamespace(frequent=None, vocab_size=64)
+    drafting = linear_layout(num_pending=1, num_draft_tokens=2, num_masks=2)
+    layouts = [plain_layout(), drafting]
+    assert has_one_pass(model, layouts, [None, FLAT])
+    assert not has_one_pass(model, layouts, [None, None])
+    assert has_one_pass(model, layouts[:1], [None])  # there is nothing to decide
