@@ -92,7 +92,7 @@ def tree_steps(
     """
     ids, end = states.ids, len(states.ids)
     planner = make_planner(TREE, num_draft_tokens=states.k, speculation=known, max_rows=max_rows)
-    drafter = MaskTreeDrafter(states.model, None, known)
+    drafter = MaskTreeDrafter(states.model, None, known, ids[: states.first])
     if lookup:
         drafter.lookup = LookupDrafter(SuffixLookup(ids[: states.first]), known.lookup)
     position, num_steps, num_pending = states.first - 1, 0, states.first
