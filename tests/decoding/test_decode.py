@@ -57,7 +57,7 @@ def plain_ids(model: Any, prompt: list[int], **options: Any) -> list[int]:
 def test_greedy_ids_are_those_of_mlx_lm(kind: str, k: int, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = stock_ids(tiny_base(kind), PROMPT, max_tokens=24)
     model = tiny_mtp(kind)
-    drafted = ScriptedModel(model, mixed([*PROMPT, *expected], seed=k))
+    drafted = ScriptedModel(model, mixed([*PROMPT, *expected], seed=3 * k, share=0.75))
     for index, layout in enumerate(LAYOUTS):
         chunk = CHUNKS[(index + k) % len(CHUNKS)]
         options: dict[str, Any] = {"layout": layout, "num_draft_tokens": k, "max_tokens": 24}
