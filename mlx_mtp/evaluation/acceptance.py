@@ -447,7 +447,7 @@ def _follow(
         if known is not None:
             tokens, since = known
             is_known = since <= np.array(anchors)[alive, None]
-            vocabulary = mx.array(tokens), mx.array(is_known)
+            vocabulary = mx.array(tokens), mx.array(is_known.tolist())
         found = np.array(_ranks(model, hidden, previous, right, use_sampler, vocabulary))
         ranks[alive, j] = np.minimum(found, num_candidates + 1)
         alive = alive[found <= num_candidates]

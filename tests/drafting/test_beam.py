@@ -24,7 +24,7 @@ def beam_of(model: MTPModel, hidden: mx.array, previous: int, width: int) -> Bea
 def paths(beam: Beam) -> list[tuple[list[int], float]]:
     """Tokens from the root to each node, and the probability of all of them."""
     found: list[tuple[list[int], float]] = [([], 1.0)]
-    columns = (beam.tokens.tolist(), beam.parents.tolist(), beam.probs.tolist())
+    columns = (np.array(column).tolist() for column in (beam.tokens, beam.parents, beam.probs))
     for token, parent, prob in zip(*columns, strict=True):
         tokens, before = found[parent]
         found.append(([*tokens, token], before * prob))
@@ -84,5 +84,5 @@ def test_there_are_no_more_nodes_than_candidates() -> None:
     candidates = mx.array([[4, 9], [5, 6]])
     beam = draft_beam(model, hidden, logits, candidates, previous, width=3)
     assert beam.tokens.size == 2 + 3
-    assert beam.parents.tolist()[:2] == [0, 0]
-    assert set(beam.parents.tolist()[2:]) == {1, 2}
+    assert beam.parents[:2].tolist() == [0, 0]
+    assert set(np.array(beam.parents[2:]).tolist()) == {1, 2}

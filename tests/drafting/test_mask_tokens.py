@@ -145,11 +145,11 @@ def test_a_large_vocabulary_is_shortlisted_by_blocks(vocab: int) -> None:
 def test_sampled_drafts_follow_the_distribution_that_they_report() -> None:
     model, _ = attentive("llama", vocab_size=8)
     hidden = group(model, rows=2)
-    rows, sampling = RowLogits(model.logits(hidden[None])[0]), Sampling(temp=1.0)
+    logits, sampling = RowLogits(model.logits(hidden[None])[0]), Sampling(temp=1.0)
 
     def one(key: mx.array) -> Any:
         drafts = draft_tokens(
-            model, hidden, rows, mx.array(3), distribution=sampling.distribution, key=key
+            model, hidden, logits, mx.array(3), distribution=sampling.distribution, key=key
         )
         dense = mx.zeros((2, 8))
         dense = mx.put_along_axis(dense, drafts.candidates, drafts.probs, axis=-1)

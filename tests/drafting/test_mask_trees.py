@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_mtp.decoding.loop import decode
@@ -38,12 +39,12 @@ def test_drafts_come_from_the_nearest_masks() -> None:
     drafter = MaskTreeDrafter(model, None, Speculation.guess(model.num_draft_tokens))
     # x_0 and its drafts 1 and 2, and 3 after 1; three masks after x_0 and one after 1
     layout = StepLayout(2, 3, (3, 1, 0, 0), (0, 0, 1))
-    rows = {node: drafter.rows(layout, mx.array(node)) for node in range(4)}
+    rows = [np.array(drafter.rows(layout, mx.array(node))).tolist() for node in range(4)]
     ordinary = layout.num_draft_tokens + 1  # from the last pending row on
-    assert rows[0].tolist() == [ordinary, ordinary + 1, ordinary + 2]
-    assert rows[1].tolist()[:2] == [ordinary + 3, ordinary + 2]
-    assert rows[2].tolist()[:2] == [ordinary + 1, ordinary + 2]
-    assert rows[3].tolist()[:1] == [ordinary + 2]
+    assert rows[0] == [ordinary, ordinary + 1, ordinary + 2]
+    assert rows[1][:2] == [ordinary + 3, ordinary + 2]
+    assert rows[2][:2] == [ordinary + 1, ordinary + 2]
+    assert rows[3][:1] == [ordinary + 2]
 
 
 def test_sampled_trees_are_repeatable() -> None:

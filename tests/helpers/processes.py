@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 _WITHOUT_TORCH = """
 import sys
@@ -89,7 +89,7 @@ class ForkServer:
         self.process.kill()
         self.process.communicate()
 
-    def __enter__(self) -> ForkServer:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
