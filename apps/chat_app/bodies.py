@@ -29,7 +29,7 @@ class AnswerOptions(Body):
     max_tokens: int = Field(default=1024, ge=1, le=MAX_TOKENS)
     seed: int | None = Field(default=None, ge=0, lt=2**63)
     thinking_budget: int | None = Field(default=None, ge=0, le=MAX_TOKENS)
-    layout: Literal["auto", "linear", "quadratic", "plain"] = "auto"
+    layout: Literal["auto", "tree", "linear", "quadratic", "plain"] = "auto"
     num_draft_tokens: int | None = Field(default=None, ge=0, le=64)
 
 

@@ -39,7 +39,7 @@ export interface Options {
   num_draft_tokens?: number | null;
 }
 
-export type Layout = "auto" | "linear" | "quadratic" | "plain";
+export type Layout = "auto" | "tree" | "linear" | "quadratic" | "plain";
 
 export interface Summary {
   id: number;

@@ -94,7 +94,7 @@ class MtpOptions(Fields):
 
     details: bool = False
     num_draft_tokens: int | None = Field(None, ge=0, le=1024)
-    layout: Literal["auto", "linear", "quadratic", "plain"] | None = None
+    layout: Literal["auto", "tree", "linear", "quadratic", "plain"] | None = None
     drafter: Literal["auto", "mask", "native", "heads", "draft-model", "lookup"] | None = None
 
 

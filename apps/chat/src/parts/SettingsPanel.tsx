@@ -102,6 +102,7 @@ function LayoutChoice({ set }: { set: (values: Options) => void }) {
         onChange={(event) => set({ layout: event.currentTarget.value as Layout })}
       >
         <option value="auto">auto: fastest on this machine</option>
+        <option value="tree">tree: several drafts for a position</option>
         <option value="linear">linear: masks after the last draft</option>
         <option value="quadratic">quadratic: masks after every draft</option>
         <option value="plain">plain: one token per step</option>
