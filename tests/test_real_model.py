@@ -60,7 +60,7 @@ def stock_ids(stock: Any, prompt: list[int], count: int) -> list[int]:
     return [int(token) for token, _ in generate_step(mx.array(prompt), stock, max_tokens=count)]
 
 
-@pytest.mark.parametrize(("prompt", "ways"), cases())
+@pytest.mark.parametrize(("prompt", "ways"), list(cases()))
 def test_ids_equal_those_of_mlx_lm(ours, stock, prompt, ways):
     model, tokenizer = ours
     ids = prompt_ids(tokenizer, prompt.text)

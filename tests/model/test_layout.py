@@ -172,7 +172,9 @@ def test_a_scope_knows_a_step_only_if_some_row_does_not_see_all_before() -> None
     assert scope.step is None
     scope.layout = plain_layout()
     assert scope.step is None
-    scope.layout = layout = StepLayout(1, 0, (1,))
+    scope.layout = StepLayout(1, 2, (0, 0, 2))  # masks after the last row see all before
+    assert scope.step is None
+    scope.layout = layout = StepLayout(1, 1, (1, 0))
     assert scope.step is layout
     scope.layout = StepLayout(1, 2, (0, 0, 0))
     assert scope.step is None
