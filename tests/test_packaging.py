@@ -40,6 +40,7 @@ def test_the_wheel_made_from_the_sdist_is_complete(built):
         "mlx_mtp/apps/chat/dist/index.html",
         "mlx_mtp/adapters/smollm2-135m-mtp/adapters.safetensors",
         "mlx_mtp/adapters/smollm2-135m-mtp/adapter_config.json",
+        "mlx_mtp/adapters/smollm2-135m-mtp/statistics.json",
     ]:
         assert names.count(name) == 1, name
     assert not [name for name in names if name.startswith(("converters/", "metal/", "tests/"))]
