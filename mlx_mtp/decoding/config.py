@@ -72,7 +72,7 @@ class GenerationConfig:
         "auto", "Source of the draft tokens; all that the model has by default.", choices=DRAFTERS
     )
     lookup: bool = setting(
-        True, "With layouts auto and tree, also draft what followed the last tokens earlier."
+        True, "With layouts auto and tree, also look up drafts in the text so far."
     )
     prefill_step_size: int = setting(2048, "Prompt tokens per forward pass.", min=1)
 

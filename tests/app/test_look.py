@@ -107,9 +107,9 @@ def test_the_first_paint_is_fast(browser, app: AppHost):
         opened = context.new_page()
         opened.goto(app.address)
         expect(opened.get_by_label("Message", exact=True)).to_be_visible()
-        times.append(
-            opened.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
-        )
+        painted = "performance.getEntriesByName('first-contentful-paint')[0]"
+        opened.wait_for_function(f"{painted} !== undefined")  # reported after the paint itself
+        times.append(opened.evaluate(f"{painted}.startTime"))
         context.close()
     print(f"first contentful paint: {[round(each) for each in times]} ms")
     assert min(times) < 1000

@@ -16,13 +16,13 @@ from mlx_mtp.lab.dispatches import STOCK, Size, gpu_graph, layer_counts, primiti
 STOCK_LAYER = {"4-bit": (27, 17), "float": (48, 17)}
 LAYERS = {
     ("4-bit", False, "plain"): (27, 17),
-    ("4-bit", False, "linear"): (45, 32),
+    ("4-bit", False, "linear"): (44, 32),
     ("4-bit", False, "quadratic"): (49, 32),
     ("4-bit", True, "plain"): (29, 18),
     ("4-bit", True, "linear"): (33, 22),
     ("4-bit", True, "quadratic"): (37, 22),
     ("float", False, "plain"): (48, 17),
-    ("float", False, "linear"): (66, 32),
+    ("float", False, "linear"): (65, 32),
     ("float", False, "quadratic"): (70, 32),
 }
 

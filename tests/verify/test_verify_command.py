@@ -125,7 +125,7 @@ def test_the_quick_check(pair: tuple[Path, Path], tmp_path: Path) -> None:
         ["plain", "-"],
         ["linear", "4"],
         ["quadratic", "4"],
-        ["auto", "4"],
+        ["tree", "4"],
     ]
     receipt = json.loads(path.read_text(encoding="utf-8"))
     assert receipt["quick"] is True and receipt["settings"]["is_quick"] is True
