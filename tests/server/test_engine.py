@@ -388,7 +388,7 @@ def test_a_forward_that_fails_ends_those_in_it(engine, monkeypatch):
     for _ in range(16):
         turns.scheduler.turn()
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_mtp.decoding.outcome.make_outcome", lambda *_: 1 / 0)
+        patch.setattr("mlx_mtp.decoding.outcome._outcome", lambda *_: 1 / 0)
         turns.run(2)
     assert [turns.of(at)[-1]["type"] for at in range(2)] == ["failed", "failed"]
     for at in range(2):
