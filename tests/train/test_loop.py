@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_mtp.evaluation.acceptance import Evaluation, evaluate
 from mlx_mtp.evaluation.sequences import TokenSequence
 from mlx_mtp.loading import read_adapter
+from mlx_mtp.model.fingerprint import _hash_of_norms, fingerprint
 from mlx_mtp.model.mtp_model import MTPModel
 from mlx_mtp.model.statistics import STATISTICS_FILE, read_statistics
 from mlx_mtp.train.gradient.adapter import (
@@ -352,6 +353,14 @@ class TestAdapters:
         assert mx.array_equal(masks[2], masks[1])
         for name, value in found.items():
             assert mx.allclose(value, weights[name], atol=1e-3)
+
+    def test_one_with_a_former_fingerprint_gets_the_present_one(self, tmp_path):
+        base = tiny_base()
+        config, weights = random_adapter(base, k=3)
+        former = dataclasses.replace(config, base_fingerprint=_hash_of_norms(base).hexdigest())
+        model = new_adapter(MTPModel(base), SETTINGS, start=save_adapter(tmp_path, former, weights))
+        assert model.config is not None
+        assert model.config.base_fingerprint == fingerprint(base) != former.base_fingerprint
 
     def test_a_model_without_the_layers_is_refused(self):
         with pytest.raises(ValueError, match="no linear layer named nothing"):

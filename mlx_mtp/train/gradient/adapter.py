@@ -306,6 +306,9 @@ def _continued(
     config, weights = read_any_adapter(start)
     config = _with_storage(config, settings, start)
     check_base(model.base, config, adapter=str(start), name=model.name)
+    config = dataclasses.replace(
+        config, base_fingerprint=fingerprint(model.base)
+    )  # not a former one
     if isinstance(config, HeadsConfig):
         return continued_heads(config, weights, settings)
     count = settings.num_draft_tokens
