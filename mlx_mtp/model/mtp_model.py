@@ -84,8 +84,8 @@ class MTPModel(nn.Module):
         config: that of an adapter of mask tokens, or None.
         heads: independent heads on the final hidden states, if that is what the adapter has.
         statistics: what evaluations have shown of the adapter's drafts; None if that is not known.
-        frequent: the head for the tokens that drafts of mask tokens come from, besides those of the
-            conversation; None for all tokens.
+        frequent: the head for the tokens that drafts of mask tokens come from, apart from those of
+            the conversation; None for all tokens.
         native: MTP modules of the model's own checkpoint; None if it has none.
         draft_model: a smaller model with the same tokenizer, which proposes drafts; None without.
 

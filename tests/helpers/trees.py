@@ -38,7 +38,7 @@ class TreeDrafter(Drafter):
     Args:
         text: prompt and answer.
         num_prompt: ids of the prompt.
-        kind: "right" has a path on which all are right, "late" likewise, and it branches off behind
+        kind: "right" has a path on which all are right, "late" likewise, and it branches off after
             wrong siblings at every node; "wrong" has none; in "random" trees some are right, and
             siblings may be equal.
         rng: of the trees.
